@@ -1,0 +1,254 @@
+"""What a merge is about to do, decided from names, shapes and dtypes before a byte is written."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from .base import BaseModel
+from .errors import BaseError, TargetError
+from .run import HEADS, Run
+from .tensors import LazyTensor, LazyTensors, SafetensorsTensor, numel, same_values
+
+_EMBEDDINGS = ("embed_tokens.weight", "wte.weight", "word_embeddings.weight")
+_HEAD = "lm_head.weight"
+
+
+@dataclass(frozen=True)
+class OutputTensor:
+    """One tensor of the output: where it comes from and which update goes into it."""
+
+    name: str
+    source: LazyTensor
+    dtype: torch.dtype
+    module: str | None = None
+    transposed: bool = False
+
+    @property
+    def nbytes(self) -> int:
+        return numel(self.source) * self.dtype.itemsize
+
+    @property
+    def is_copy(self) -> bool:
+        """Whether the bytes of the source file are the bytes of the output."""
+        return (
+            self.module is None
+            and self.dtype == self.source.dtype
+            and isinstance(self.source, SafetensorsTensor)
+        )
+
+
+@dataclass(frozen=True)
+class MergePlan:
+    """The output's shards in order, and the configuration beside them."""
+
+    shards: Mapping[str, tuple[OutputTensor, ...]]
+    config: Mapping[str, object]
+
+    @property
+    def nbytes(self) -> int:
+        return sum(tensor.nbytes for shard in self.shards.values() for tensor in shard)
+
+    @property
+    def tensors(self) -> list[OutputTensor]:
+        return [tensor for shard in self.shards.values() for tensor in shard]
+
+
+def plan_merge(run: Run, base: BaseModel, dtype: torch.dtype | None) -> MergePlan:
+    """Plan the merge of `run` into `base`; `dtype` None keeps each tensor's own.
+
+    Raises `BaseError` when module names or shapes do not fit, or when the base is not the one the
+    run was trained on.
+    """
+    targets = _targets(run, base)
+    check_frozen(run, base)
+    replaced = changed(run, base)
+    architecture, expected = target_architecture(run, base)
+
+    def output(name: str, source: LazyTensor) -> OutputTensor:
+        own = base.tensors.get(source.name) is source
+        module, transposed = targets.get(source.name, (None, False)) if own else (None, False)
+        out = dtype if dtype is not None and source.dtype.is_floating_point else source.dtype
+        return OutputTensor(name, source, out, module, transposed)
+
+    if expected is None:
+        names = {base.find(name) or name: tensor for name, tensor in replaced.items()}
+        shards: dict[str, list[OutputTensor]] = {
+            _shard_name(path): [output(name, names.pop(name, tensor)) for name, tensor in t.items()]
+            for path, t in base.shards.items()
+        }
+    else:
+        names, shards = {}, {_shard_name(path): [] for path in base.shards}
+        own = {name: base.find(name) for name in expected if name not in replaced}
+        renamed = {old: name for name, old in own.items() if old is not None}
+        for path, tensors in base.shards.items():
+            shards[_shard_name(path)] += [
+                output(renamed[old], tensor) for old, tensor in tensors.items() if old in renamed
+            ]
+        for name, old in own.items():
+            if old is None:
+                names[name] = _from_run(run, base, name)
+        names |= replaced
+    last = shards[_shard_name(list(base.shards)[-1])]
+    # A tensor that the base does not hold takes the dtype of its neighbours.
+    added = dtype or base.dtype()
+    last += [OutputTensor(name, tensor, added) for name, tensor in names.items()]
+
+    config = _config(run, base, architecture, dtype)
+    _untie(targets, base, names, last, config, dtype)
+    return MergePlan({name: tuple(tensors) for name, tensors in shards.items()}, config)
+
+
+def _shard_name(path: Path) -> str:
+    """`pytorch_model-00001-of-00002.bin` becomes `model-00001-of-00002.safetensors`."""
+    if path.suffix == ".safetensors":
+        return path.name
+    return path.stem.replace("pytorch_model", "model") + ".safetensors"
+
+
+def _targets(run: Run, base: BaseModel) -> dict[str, tuple[str, bool]]:
+    """Base tensor name → (module, whether it is stored as [in, out])."""
+    targets: dict[str, tuple[str, bool]] = {}
+    for module, update in run.updates.items():
+        transposed = base.is_transposed(module, update.shape, module in run.embeddings)
+        weight = base.weight(module)
+        assert weight is not None
+        if weight.name in targets:
+            raise BaseError(
+                "two adapted modules are the same base tensor",
+                file=weight.path,
+                tensor=weight.name,
+                found=f"{targets[weight.name][0]} and {module}",
+            )
+        targets[weight.name] = (module, transposed)
+    return targets
+
+
+def check_frozen(run: Run, base: BaseModel) -> None:
+    """Raise `BaseError` when the frozen weights in a checkpoint are not the base's."""
+    for name, tensor in (run.embedded_base or {}).items():
+        own = base.find(name)
+        if name in run.replaced or own is None:
+            continue
+        if base.tensors[own].shape != tensor.shape:
+            raise BaseError(
+                "a base tensor has another shape than in the checkpoint",
+                file=base.tensors[own].path,
+                tensor=own,
+                found=list(base.tensors[own].shape),
+                expected=list(tensor.shape),
+                remedy="pass the base that this run was trained on with --base",
+            )
+        if not same_values(tensor, base.tensors[own]):
+            raise BaseError(
+                "this is not the base the run was trained on: frozen weights differ",
+                file=base.tensors[own].path,
+                tensor=own,
+                expected=f"the values in {tensor.path}",
+                remedy="pass the base that this run was trained on with --base",
+            )
+
+
+def changed(run: Run, base: BaseModel) -> dict[str, LazyTensor]:
+    """The replaced tensors that differ from the base; a tied head equal to its embedding does not.
+
+    Raises `BaseError` when a replaced tensor has another shape than the base's, heads of
+    classifiers excepted.
+    """
+    result = {}
+    for name, tensor in run.replaced.items():
+        own = base.find(name)
+        if own is None and name == _HEAD:
+            own = next((n for n in base.tensors if n.endswith(_EMBEDDINGS + ("shared.weight",))), None)
+        if own is None or not same_values(tensor, base.tensors[own]):
+            result[name] = tensor
+    return result
+
+
+def target_architecture(run: Run, base: BaseModel) -> tuple[str | None, list[str] | None]:
+    """The class the run is for, and its tensor names where they are not the base's own."""
+    known = base.config.get("architectures")
+    current = str(known[0]) if isinstance(known, list) and known else None
+    if run.task is None:
+        return current, None
+    suffix = HEADS[run.task][0]
+    causal = run.task == "causal-lm" and current is not None and current.endswith("LMHeadModel")
+    if current is not None and (current.endswith(suffix) or causal):
+        return current, None
+    from .skeleton import class_for, tensor_names
+
+    architecture = class_for(base.config, suffix)
+    if run.embedded_base is not None:
+        return architecture, list(run.embedded_base)
+    return architecture, tensor_names(architecture, base.config, run.num_labels)
+
+
+def _from_run(run: Run, base: BaseModel, name: str) -> LazyTensor:
+    if run.embedded_base and name in run.embedded_base:
+        return run.embedded_base[name]
+    raise BaseError(
+        "neither the base nor the run has this tensor of the fine-tuned model",
+        file=base.path,
+        tensor=name,
+        remedy="was the head saved with the adapter (modules_to_save)?",
+    )
+
+
+def _config(
+    run: Run, base: BaseModel, architecture: str | None, dtype: torch.dtype | None
+) -> dict[str, object]:
+    config = dict(base.config)
+    if architecture is not None:
+        config["architectures"] = [architecture]
+    if run.task == "sequence-classification" and run.num_labels is not None:
+        labels = config.get("id2label")
+        if not isinstance(labels, dict) or len(labels) != run.num_labels:
+            names = [f"LABEL_{i}" for i in range(run.num_labels)]
+            config["id2label"] = {str(i): name for i, name in enumerate(names)}
+            config["label2id"] = {name: i for i, name in enumerate(names)}
+            config.pop("num_labels", None)
+    if dtype is not None:
+        config["torch_dtype" if "torch_dtype" in config else "dtype"] = str(dtype)[len("torch.") :]
+    return config
+
+
+def _untie(
+    targets: Mapping[str, tuple[str, bool]],
+    base: BaseModel,
+    added: LazyTensors,
+    last: list[OutputTensor],
+    config: dict[str, object],
+    dtype: torch.dtype | None,
+) -> None:
+    """Keep the head what it was trained as when the run changed one side of a tied pair."""
+    if _HEAD in added:
+        config["tie_word_embeddings"] = False
+        return
+    embedding = next((name for name in targets if name.endswith(_EMBEDDINGS)), None)
+    architectures = config.get("architectures")
+    causal = isinstance(architectures, list) and str(architectures[:1]).find("CausalLM") > 0
+    if embedding is None:
+        return
+    if base.find(_HEAD) is not None:
+        config["tie_word_embeddings"] = False
+        return
+    if not causal:
+        raise TargetError(
+            "the run changed an embedding that this architecture ties to other tensors",
+            file=base.path,
+            tensor=embedding,
+            remedy="deploy it as an adapter: dora-export adapter",
+        )
+    source = base.tensors[embedding]
+    last.append(OutputTensor(_HEAD, source, dtype or source.dtype))
+    config["tie_word_embeddings"] = False
+
+
+def rows_and_columns(shape: tuple[int, ...]) -> tuple[int, int]:
+    """A tensor seen as a matrix: the last axis are its columns."""
+    columns = shape[-1] if shape else 1
+    return (math.prod(shape) // columns if columns else 0), columns

@@ -1,0 +1,105 @@
+"""Readers: one file per training method. A reader registers under `dora_serve.readers`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from importlib.metadata import entry_points
+from pathlib import Path
+from typing import Protocol
+
+from ..errors import MissingError, RunError
+from ..run import Run
+
+
+@dataclass(frozen=True)
+class ReadOptions:
+    """What a run may leave out and the user then has to say; None where not said."""
+
+    lora_alpha: float | None = None
+    start_rank: int | None = None
+    task_info: Path | None = None
+
+
+class Reader(Protocol):
+    """Reads the runs of one training method."""
+
+    name: str
+    looks_for: str
+
+    def detect(self, path: Path) -> Path | None:
+        """The folder of the run below or at `path`, None when it is not this method's."""
+
+    def read(self, folder: Path, options: ReadOptions) -> Run:
+        """The run in `folder`, as returned by `detect`."""
+
+
+def readers() -> list[Reader]:
+    """Every installed reader, by name."""
+    points = sorted(entry_points(group="dora_serve.readers"), key=lambda point: point.name)
+    return [point.load()() for point in points]
+
+
+def detect(path: Path) -> tuple[Reader, Path]:
+    """The reader of the run at `path`, and the run's own folder.
+
+    Raises `MissingError` when nothing is there, `RunError` when no reader or more than one fits.
+    """
+    if not path.exists():
+        raise MissingError(
+            "no such run", file=path, remedy="give the checkpoint, task or adapter folder"
+        )
+    if not path.is_dir():
+        raise RunError("a run is a folder", file=path, found="a file", remedy="give its folder")
+    known = readers()
+    hits = [(reader, found) for reader in known if (found := reader.detect(path)) is not None]
+    if len(hits) == 1:
+        return hits[0]
+    if hits:
+        raise RunError(
+            "the folder holds runs of several methods",
+            file=path,
+            found=", ".join(f"{reader.name} in {found}" for reader, found in hits),
+            remedy="name one of these folders",
+        )
+    content = ", ".join(sorted(p.name for p in path.iterdir())[:8]) or "an empty folder"
+    looked = "".join(f"\n    {reader.name}: {reader.looks_for}" for reader in known)
+    raise RunError("no run found in this folder", file=path, found=content, expected=looked)
+
+
+def read_run(path: str | Path, options: ReadOptions | None = None) -> Run:
+    """Read the run at `path`: a checkpoint folder, the task folder above it, an adapter folder,
+    or a hub id that is in the local cache.
+
+    Only tables of contents are read; tensor data follows when it is used.
+    """
+    folder = Path(path)
+    if not folder.exists() and _is_hub_id(str(path)):
+        folder = _cached_run(str(path))
+    reader, folder = detect(folder)
+    run = reader.read(folder, options or ReadOptions())
+    if not run.updates and not run.replaced:
+        raise RunError("the run adapted nothing", file=folder)
+    return replace(run, method=reader.name)
+
+
+def _is_hub_id(name: str) -> bool:
+    from huggingface_hub.utils import validate_repo_id
+
+    try:
+        validate_repo_id(name)
+    except ValueError:
+        return False
+    return "/" in name
+
+
+def _cached_run(name: str) -> Path:
+    from huggingface_hub import snapshot_download
+
+    try:
+        return Path(snapshot_download(name, local_files_only=True))
+    except Exception:
+        raise MissingError(
+            "no such run: neither a folder nor in the local hub cache",
+            file=name,
+            remedy=f"give a folder, or fetch it first: hf download {name}",
+        ) from None

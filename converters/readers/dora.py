@@ -1,0 +1,290 @@
+"""Runs of DoRA, dynamic rank distribution (Mao et al. 2024, arXiv 2405.17357).
+
+Format: the authors' implementation, `Src/Finetune_And_Benchmark/Finetune_Utils.py`. The checkpoint
+holds the whole model; ΔW = (lora_alpha / start_rank)·B·diag(lora_scaler)·A, with the start rank as
+divisor before and after pruning. Their `Fixed_Lora` runs have no scaler and divide by their rank.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from ..errors import RunError
+from ..run import LazyUpdates, Run
+from ..tensors import LazyTensor, load_finite, load_torch, open_file, read_json
+from ..update import RankOneSum, Update
+from . import ReadOptions
+
+WEIGHT_FILES = ("model.safetensors", "pytorch_model.bin")
+_A, _B, _C = "lora_a_linear.weight", "lora_b_linear.weight", "lora_scaler"
+_LORA = re.compile(r"(.+)\.(lora_a_linear\.weight|lora_b_linear\.weight|lora_scaler)")
+_LINEAR = re.compile(r"(.+)\.linear\.(weight|bias)")
+_BODIES = ("roberta.", "deberta.", "model.")  # what the reference wrapper freezes outside of LoRA
+
+_HEAD_WEIGHTS = (
+    "classifier.out_proj.weight",
+    "classification_head.out_proj.weight",
+    "classifier.weight",
+    "score.weight",
+)
+
+# Model names of the reference implementation and what its Model_Path_Enum loads for them.
+_HUB_IDS = {"Roberta_Base": "roberta-base", "Bart_Base": "facebook/bart-base"}
+
+
+class DoraReader:
+    """Reads a checkpoint folder, or finds it in the task folder above."""
+
+    name = "dora"
+    looks_for = (
+        "checkpoint/ (or the folder itself) with model.safetensors or pytorch_model.bin "
+        "whose tensors end in .lora_a_linear.weight"
+    )
+
+    def detect(self, path: Path) -> Path | None:
+        for folder in (path, path / "checkpoint"):
+            file = _weight_file(folder)
+            if file and any(_LORA.fullmatch(name) for name in open_file(file)):
+                return folder
+        if (path / "temp_checkpoint").is_dir():
+            raise RunError(
+                "only an interrupted save is left of this run",
+                file=path / "temp_checkpoint",
+                expected="checkpoint/",
+                remedy="its files may be incomplete: resume the training, or name this folder",
+            )
+        return None
+
+    def read(self, folder: Path, options: ReadOptions) -> Run:
+        file = _weight_file(folder)
+        assert file is not None
+        tensors = _without_wrapper(open_file(file), file)
+        info_path = options.task_info or _task_info_path(folder)
+        info = _read_task_info(info_path)
+        modules = _group(tensors)
+        scaling = _Scaling(folder, info_path, info, options)
+
+        updates: dict[str, Callable[[], Update]] = {}
+        start_rank: dict[str, int] = {}
+        for module, parts in modules.items():
+            start_rank[module] = _check_shapes(module, parts)
+            scale = scaling.of(start_rank[module], _C in parts)
+            updates[module] = _loader(parts, scale)
+
+        embedded, replaced = {}, {}
+        for name, tensor in tensors.items():
+            if _LORA.fullmatch(name):
+                continue
+            linear = _LINEAR.fullmatch(name)
+            if linear and linear[1] in modules:
+                embedded[f"{linear[1]}.{linear[2]}"] = tensor
+            else:
+                embedded[name] = tensor
+                if not name.startswith(_BODIES):
+                    replaced[name] = tensor
+
+        adaptive = any(_C in parts for parts in modules.values())
+        finished, warnings = _finished(folder, info_path) if adaptive else (True, [])
+        files = [file, folder / "prune_state_dict.pt", *([info_path] if info_path else [])]
+        model_name = str(info.get("model_name", "")).rsplit(".", 1)[-1]
+        return Run(
+            path=folder,
+            method=self.name,
+            updates=LazyUpdates(updates),
+            replaced=replaced,
+            embedded_base=embedded,
+            base=_HUB_IDS.get(model_name),
+            task=_task(embedded),
+            num_labels=_num_labels(embedded),
+            finished=finished,
+            start_rank=start_rank,
+            files=tuple(path for path in files if path.exists()),
+            options={"lora_alpha": scaling.alpha},
+            warnings=tuple(warnings),
+        )
+
+
+def _weight_file(folder: Path) -> Path | None:
+    return next((folder / name for name in WEIGHT_FILES if (folder / name).is_file()), None)
+
+
+def _without_wrapper(tensors: dict[str, LazyTensor], file: Path) -> dict[str, LazyTensor]:
+    """Tensor names without `model.` of the wrapper and `module.` of DistributedDataParallel."""
+    for prefix in ("module.model.", "model."):
+        if all(name.startswith(prefix) for name in tensors):
+            return {name[len(prefix) :]: tensor for name, tensor in tensors.items()}
+    stray = next(name for name in tensors if not name.startswith(("model.", "module.model.")))
+    raise RunError(
+        "a tensor lies outside the training wrapper",
+        file=file,
+        tensor=stray,
+        expected="every name to begin with model. (or module.model.)",
+    )
+
+
+def _group(tensors: dict[str, LazyTensor]) -> dict[str, dict[str, LazyTensor]]:
+    modules: dict[str, dict[str, LazyTensor]] = {}
+    for name, tensor in tensors.items():
+        if match := _LORA.fullmatch(name):
+            modules.setdefault(match[1], {})[match[2]] = tensor
+    for module, parts in modules.items():
+        for needed in (_A, _B):
+            if needed not in parts:
+                present = next(iter(parts.values()))
+                raise RunError(
+                    "an adapted module is incomplete",
+                    file=present.path,
+                    tensor=f"{module}.{needed}",
+                    found=f"only {', '.join(sorted(parts))}",
+                    expected=f"{_A} and {_B}",
+                    remedy="the checkpoint is damaged or was edited: copy it again",
+                )
+        linear = tensors.get(f"{module}.linear.weight")
+        out, inn = parts[_B].shape[0], parts[_A].shape[-1]
+        if linear is not None and linear.shape != (out, inn):
+            raise RunError(
+                "the update does not fit the weight it was trained with",
+                file=linear.path,
+                tensor=f"{module}.linear.weight",
+                found=list(linear.shape),
+                expected=[out, inn],
+            )
+    return modules
+
+
+def _check_shapes(module: str, parts: dict[str, LazyTensor]) -> int:
+    """The module's start rank; raises `RunError` when A, B and scaler disagree on it."""
+    a, b = parts[_A], parts[_B]
+    if len(a.shape) != 2 or len(b.shape) != 2 or a.shape[0] != b.shape[1]:
+        raise RunError(
+            "A and B are of different rank",
+            file=b.path,
+            tensor=f"{module}.{_B}",
+            found=list(b.shape),
+            expected=f"[out, {a.shape[0]}] beside A {list(a.shape)}",
+        )
+    c = parts.get(_C)
+    if c is not None and c.shape != (a.shape[0],):
+        raise RunError(
+            "the scaler is not one number per component",
+            file=c.path,
+            tensor=f"{module}.{_C}",
+            found=list(c.shape),
+            expected=[a.shape[0]],
+        )
+    return a.shape[0]
+
+
+def _loader(parts: dict[str, LazyTensor], scale: float) -> Callable[[], Update]:
+    def load() -> Update:
+        a = load_finite(parts[_A])
+        c = load_finite(parts[_C]) if _C in parts else torch.ones(a.shape[0])
+        # float64 for the product, so that scale·c is rounded once.
+        return RankOneSum(a, (c.double() * scale).float(), load_finite(parts[_B]))
+
+    return load
+
+
+@dataclass
+class _Scaling:
+    """Alpha and start rank from the options or from task_info.json; never guessed."""
+
+    folder: Path
+    info_path: Path | None
+    info: dict[str, object]
+    options: ReadOptions
+
+    @property
+    def alpha(self) -> float:
+        if self.options.lora_alpha is not None:
+            return self.options.lora_alpha
+        try:
+            return float(str(self.info["lora_alpha"]))
+        except KeyError:
+            raise RunError(
+                "the run's lora_alpha is not known",
+                file=self.info_path or self.folder,
+                found="no task_info.json in the mirrored Log folder"
+                if self.info_path is None
+                else "no lora_alpha in task_info.json",
+                remedy="pass --task-info FILE, or --lora-alpha "
+                "(the reference configuration always uses 8)",
+            ) from None
+        except ValueError:
+            raise RunError(
+                "lora_alpha is not a number", file=self.info_path, found=self.info["lora_alpha"]
+            ) from None
+
+    def of(self, rank: int, adaptive: bool) -> float:
+        key = "adaptive_lora_start_rank" if adaptive else "fixed_lora_rank"
+        said = self.options.start_rank or self.info.get(key)
+        if said is not None and str(said) != str(rank):
+            raise RunError(
+                "the start rank differs from the checkpoint's",
+                file=self.info_path if self.options.start_rank is None else self.folder,
+                found=f"{said}",
+                expected=f"{rank}, the rank of the stored components",
+                remedy="is this the task_info.json (or --start-rank) of another run?",
+            )
+        return self.alpha / rank
+
+
+def _task_info_path(folder: Path) -> Path | None:
+    """task_info.json beside the checkpoint, or in the Log folder at the mirrored path."""
+    task = folder.parent if folder.name in ("checkpoint", "temp_checkpoint") else folder
+    candidates = [folder / "task_info.json", task / "task_info.json"]
+    parts = task.resolve().parts
+    for index in range(len(parts) - 1, 0, -1):
+        if parts[index] == "Checkpoint":
+            candidates.append(Path(*parts[:index], "Log", *parts[index + 1 :], "task_info.json"))
+    return next((path for path in candidates if path.is_file()), None)
+
+
+def _read_task_info(path: Path | None) -> dict[str, object]:
+    return {} if path is None else read_json(path)
+
+
+def _finished(folder: Path, info_path: Path | None) -> tuple[bool, list[str]]:
+    """Whether pruning ended: the mask is boolean from the last prune step on, float before."""
+    state_path = folder / "prune_state_dict.pt"
+    warnings = []
+    if not state_path.exists():
+        return False, [f"{state_path} is missing: cannot tell whether pruning had finished"]
+    state = load_torch(state_path)
+    masks = state.get("finally_mask_dict") if isinstance(state, dict) else None
+    if not isinstance(masks, dict) or not all(isinstance(m, torch.Tensor) for m in masks.values()):
+        raise RunError(
+            "not a prune state",
+            file=state_path,
+            expected="a dict with finally_mask_dict: {module: tensor}",
+        )
+    finished = bool(masks) and all(mask.dtype == torch.bool for mask in masks.values())
+    if not finished:
+        warnings.append(
+            "pruning had not finished: components are taken as they stand in the checkpoint, "
+            "as the live model computed with them"
+        )
+    elif info_path is not None and (info_path.parent / "uncompleted.txt").exists():
+        warnings.append("training was interrupted after pruning (uncompleted.txt is present)")
+    return finished, warnings
+
+
+def _task(embedded: dict[str, LazyTensor]) -> str | None:
+    if any(name in embedded for name in _HEAD_WEIGHTS):
+        return "sequence-classification"
+    if any(name.startswith("qa_outputs.") for name in embedded):
+        return "question-answering"
+    if any(name.startswith("model.decoder.") for name in embedded) and any(
+        name.startswith("model.encoder.") for name in embedded
+    ):
+        return "seq2seq-lm"
+    return "causal-lm" if any(name.startswith("model.layers.") for name in embedded) else None
+
+
+def _num_labels(embedded: dict[str, LazyTensor]) -> int | None:
+    return next((embedded[name].shape[0] for name in _HEAD_WEIGHTS if name in embedded), None)

@@ -1,0 +1,84 @@
+"""What a reader hands on: a training run, read lazily and never changed."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+from .tensors import LazyTensor, LazyTensors
+from .update import RankOneSum, Update
+
+# transformers' head class suffix and PEFT's task type of each task a run can be for.
+HEADS = {
+    "causal-lm": ("ForCausalLM", "CAUSAL_LM"),
+    "sequence-classification": ("ForSequenceClassification", "SEQ_CLS"),
+    "question-answering": ("ForQuestionAnswering", "QUESTION_ANS"),
+    "seq2seq-lm": ("ForConditionalGeneration", "SEQ_2_SEQ_LM"),
+    "token-classification": ("ForTokenClassification", "TOKEN_CLS"),
+    "feature-extraction": ("Model", "FEATURE_EXTRACTION"),
+}
+
+
+class LazyUpdates(Mapping[str, Update]):
+    """Module name → update; each access reads the update anew, so that none stays in memory."""
+
+    def __init__(self, loaders: Mapping[str, Callable[[], Update]]) -> None:
+        self._loaders = loaders
+
+    def __getitem__(self, module: str) -> Update:
+        return self._loaders[module]()
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._loaders)
+
+    def __len__(self) -> int:
+        return len(self._loaders)
+
+
+def strip_update(update: Update) -> Update:
+    """The update without its zero components, in order of size; other kinds as they are."""
+    components = update.components()
+    return update if components is None else components.strip().sorted()
+
+
+@dataclass(frozen=True)
+class Run:
+    """A finished (or interrupted) training run.
+
+    `updates`: Hugging Face module name → update. `replaced`: tensor name → tensor trained whole.
+    `embedded_base`: the frozen weights that a reference checkpoint carries, by tensor name.
+    `base`: the base model the run names, a hub id. `start_rank`: rank per module before pruning.
+    `embeddings`: the modules of `updates` that are embeddings, `[vocab, dim]`.
+    """
+
+    path: Path
+    method: str
+    updates: Mapping[str, Update]
+    replaced: LazyTensors = field(default_factory=dict)
+    embedded_base: LazyTensors | None = None
+    base: str | None = None
+    task: str | None = None
+    num_labels: int | None = None
+    finished: bool = True
+    start_rank: Mapping[str, int] = field(default_factory=dict)
+    embeddings: frozenset[str] = frozenset()
+    files: tuple[Path, ...] = ()
+    options: Mapping[str, object] = field(default_factory=dict)
+    warnings: tuple[str, ...] = ()
+
+    def strip(self) -> Run:
+        """The run without pruned components."""
+
+        def loader(module: str) -> Callable[[], Update]:
+            return lambda: strip_update(self.updates[module])
+
+        return replace(self, updates=LazyUpdates({m: loader(m) for m in self.updates}))
+
+    def rank(self, module: str) -> int | None:
+        """The rank of one module as it stands; None where the update has no rank."""
+        components = self.updates[module].components()
+        return None if components is None else components.rank
+
+
+__all__ = ["HEADS", "LazyTensor", "LazyUpdates", "RankOneSum", "Run", "Update", "strip_update"]

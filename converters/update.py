@@ -1,0 +1,106 @@
+"""The algebra of updates: what a training method adds to one weight matrix.
+
+Most methods add a sum of rank-1 components, ΔW = Σᵢ cᵢ·bᵢaᵢᵀ (Mao et al. 2024, arXiv 2405.17357,
+equation 4), a form that can be stripped, sorted and repacked without loss.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+
+
+class Update(Protocol):
+    """A function from the base weight `[out, in]` to the deployed weight."""
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """`[out, in]` of the weight it applies to."""
+
+    def merge(self, rows: torch.Tensor, start: int) -> torch.Tensor:
+        """Add the update, in place, to float32 `rows [n, in]`, which begin at row `start`."""
+
+    def components(self) -> RankOneSum | None:
+        """The update as a sum of rank-1 components, None where it is not one."""
+
+    def transposed(self) -> Update:
+        """The same update for a weight stored as `[in, out]`."""
+
+
+@dataclass(frozen=True)
+class RankOneSum:
+    """ΔW = Σᵢ c[i] · b[:, i] ⊗ a[i], every scaling already inside `c`.
+
+    `a [r, in]`, `c [r]`, `b [out, r]`, all float32. Rank 0 is normal.
+    """
+
+    a: torch.Tensor
+    c: torch.Tensor
+    b: torch.Tensor
+
+    def __post_init__(self) -> None:
+        rank = self.c.shape[0]
+        if self.a.shape[0] != rank or self.b.shape[1] != rank:
+            raise ValueError(
+                f"ranks differ: a {list(self.a.shape)}, c {list(self.c.shape)}, "
+                f"b {list(self.b.shape)}"
+            )
+
+    @property
+    def rank(self) -> int:
+        return self.c.shape[0]
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        return self.b.shape[0], self.a.shape[1]
+
+    def components(self) -> RankOneSum:
+        return self
+
+    def transposed(self) -> RankOneSum:
+        return RankOneSum(self.b.T.contiguous(), self.c, self.a.T.contiguous())
+
+    def norms(self) -> torch.Tensor:
+        """|cᵢ|·‖aᵢ‖·‖bᵢ‖, the Frobenius norm of each component, `[r]`."""
+        a, b = self.a.norm(dim=1), self.b.norm(dim=0)
+        # |c|·‖a‖ first: the product stays in range when one factor is tiny and another huge.
+        return (self.c.abs() * a) * b
+
+    def norm(self) -> float:
+        """‖ΔW‖ in the Frobenius norm, from the Gram matrices `[r, r]`, never from `[out, in]`."""
+        a, b = self.a.double(), (self.b * self.c).double()
+        return float((a @ a.T).mul_(b.T @ b).sum().clamp_(min=0).sqrt())
+
+    def dense(self) -> torch.Tensor:
+        """ΔW as a matrix `[out, in]`, float32."""
+        return (self.b * self.c) @ self.a
+
+    def merge(self, rows: torch.Tensor, start: int) -> torch.Tensor:
+        if self.rank:
+            rows.addmm_(self.b[start : start + rows.shape[0]] * self.c, self.a)
+        return rows
+
+    def _take(self, index: torch.Tensor) -> RankOneSum:
+        return RankOneSum(self.a[index], self.c[index], self.b[:, index])
+
+    def strip(self) -> RankOneSum:
+        """Without the components that are exactly zero: cᵢ = 0, aᵢ = 0 or bᵢ = 0."""
+        alive = (self.c != 0) & self.a.any(dim=1) & self.b.any(dim=0)
+        return self if bool(alive.all()) else self._take(alive)
+
+    def sorted(self) -> RankOneSum:
+        """The largest component first; equal ones keep their order."""
+        return self._take(self.norms().argsort(descending=True, stable=True))
+
+    def balanced(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """`(A [r, in], B [out, r])` with ΔW = B·A and ‖Aᵢ‖ = ‖Bᵢ‖, float32.
+
+        Equal norms keep both factors within the range of float16. Needs a stripped sum.
+        """
+        a_norm, b_norm = self.a.norm(dim=1).double(), self.b.norm(dim=0).double()
+        size = (self.c.abs().double() * a_norm * b_norm).sqrt()
+        a = self.a * (size / a_norm).unsqueeze(1)
+        b = self.b * (self.c.sign() * size / b_norm)
+        return a.float(), b.float()

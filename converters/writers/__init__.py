@@ -1,0 +1,5 @@
+"""Writers: one file per deployment format."""
+
+from . import adapter, merged
+
+__all__ = ["adapter", "merged"]

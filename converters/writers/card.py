@@ -1,0 +1,40 @@
+"""The adapter's model card: base, method and rank table, as a README.md the hub understands."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from ..run import Run
+
+
+def model_card(
+    run: Run, config: Mapping[str, object], ranks: Mapping[str, tuple[int | None, int]]
+) -> str:
+    """Markdown with the hub's metadata block."""
+    base = config.get("base_model_name_or_path")
+    kept = sum(rank for _, rank in ranks.values())
+    started = sum(start or 0 for start, _ in ranks.values())
+    rows = "\n".join(f"| `{module}` | {start} | {rank} |" for module, (start, rank) in ranks.items())
+    return f"""---
+library_name: peft
+{f"base_model: {base}" if base else "base_model: unknown"}
+tags:
+- lora
+- dynamic-rank
+---
+
+# LoRA adapter of different rank per module
+
+Made by `dora-export adapter` from a `{run.method}` run. {kept} of {started} rank-1 components
+survived training; pruned ones are left out. Every scale is folded into the weights
+(`r == lora_alpha` in every module).
+
+```python
+from peft import PeftModel
+model = PeftModel.from_pretrained(base_model, "path/to/this/folder")
+```
+
+| module | start rank | rank |
+|---|---:|---:|
+{rows}
+"""

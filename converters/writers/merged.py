@@ -1,0 +1,129 @@
+"""The merged model: a Hugging Face folder that `from_pretrained` loads, with the base's shards."""
+
+from __future__ import annotations
+
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from ..base import BaseModel
+from ..certificate import FILE, certificate, write_json
+from ..output import check_output, output_folder
+from ..plan import MergePlan, plan_merge
+from ..run import Run
+from .stream import Progress, Rounding, write_shard
+
+_COPIED = {".json", ".txt", ".model", ".jinja", ".tiktoken", ".spm", ".vocab", ".bpe"}
+_OWN_FILES = {"config.json", "adapter_config.json", FILE}
+_INDEX = "model.safetensors.index.json"
+
+# Above this share of an update lost to rounding the user is warned.
+LOSS_WARNING = 0.05
+
+
+@dataclass(frozen=True)
+class MergeResult:
+    """What was written. `rounding`: per module, what survived the output dtype."""
+
+    path: Path
+    plan: MergePlan
+    ranks: dict[str, tuple[int | None, int | None]]
+    rounding: dict[str, Rounding]
+    warnings: tuple[str, ...]
+
+
+def write_merged(
+    run: Run,
+    base: BaseModel,
+    target: Path,
+    *,
+    dtype: torch.dtype | None = None,
+    force: bool = False,
+    progress: Progress | None = None,
+) -> MergeResult:
+    """Merge `run` into `base` and write the result to the folder `target`.
+
+    Memory: one block of rows per thread and the components of one module, never a whole matrix.
+    `dtype` None keeps each tensor's dtype. Raises `DoraExportError`, with nothing written, when
+    the run does not fit the base or the output cannot be written.
+    """
+    check_output(target, force, [run.path, base.path])
+    ranks = {module: (run.start_rank.get(module), run.strip().rank(module)) for module in run.updates}
+    stripped = run.strip()
+    plan = plan_merge(stripped, base, dtype)
+    check_output(target, force, [run.path, base.path], plan.nbytes)
+    rounding: dict[str, Rounding] = {}
+    with output_folder(target) as folder:
+        for name, tensors in plan.shards.items():
+            rounding |= write_shard(
+                folder / name, tensors, stripped, progress or (lambda _bytes: None)
+            )
+        _write_index(folder, plan)
+        write_json(folder / "config.json", plan.config)
+        _copy_companions(base.path, folder)
+        warnings = (*run.warnings, *_loss_warnings(rounding))
+        write_json(folder / FILE, _certificate(run, base, plan, ranks, rounding, dtype))
+    return MergeResult(target, plan, ranks, rounding, warnings)
+
+
+def _write_index(folder: Path, plan: MergePlan) -> None:
+    if len(plan.shards) > 1:
+        files = {t.name: name for name, tensors in plan.shards.items() for t in tensors}
+        write_json(
+            folder / _INDEX, {"metadata": {"total_size": plan.nbytes}, "weight_map": files}
+        )
+
+
+def _copy_companions(source: Path, folder: Path) -> None:
+    """Tokenizer, generation configuration and the like; weights and code stay behind."""
+    for path in source.iterdir():
+        known = path.suffix in _COPIED or path.name.upper().startswith(("LICENSE", "NOTICE"))
+        if path.is_file() and known and not path.name.endswith(".index.json"):
+            if path.name not in _OWN_FILES:
+                shutil.copyfile(path, folder / path.name)
+
+
+def _loss_warnings(rounding: dict[str, Rounding]) -> list[str]:
+    lossy = {module: report.lost for module, report in rounding.items()
+             if report.lost > LOSS_WARNING}
+    if not lossy:
+        return []
+    worst = max(lossy, key=lambda module: lossy[module])
+    return [
+        f"rounding to the output dtype lost more than {LOSS_WARNING:.0%} of the update in "
+        f"{len(lossy)} of {len(rounding)} modules (worst: {worst}, {lossy[worst]:.0%}); "
+        "use --dtype float32, or deploy an adapter"
+    ]
+
+
+def _certificate(
+    run: Run,
+    base: BaseModel,
+    plan: MergePlan,
+    ranks: dict[str, tuple[int | None, int | None]],
+    rounding: dict[str, Rounding],
+    dtype: torch.dtype | None,
+) -> dict[str, object]:
+    modules = {
+        module: {
+            "start_rank": start,
+            "rank": rank,
+            "relative_update": rounding[module].relative_update,
+            "rounding": {
+                "cosine": rounding[module].cosine,
+                "norm_ratio": rounding[module].norm_ratio,
+                "lost": rounding[module].lost,
+            },
+        }
+        for module, (start, rank) in ranks.items()
+    }
+    return certificate(
+        "merged",
+        run,
+        base,
+        modules,
+        dtype=None if dtype is None else str(dtype).removeprefix("torch."),
+        replaced=sorted(t.name for t in plan.tensors if t.name in run.replaced),
+    )

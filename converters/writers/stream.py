@@ -1,0 +1,263 @@
+"""Writing safetensors as a stream: a merge is a copy of the base in which some tensors change.
+
+Untouched byte ranges are copied by the kernel. A touched tensor goes block of rows by block of
+rows through buffers that fit the processor's cache: read, widen to float32, add the update, round
+once, write. Memory is one block per thread, whatever the model.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import threading
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from itertools import groupby
+from pathlib import Path
+
+import torch
+
+from ..errors import BaseError
+from ..plan import OutputTensor, rows_and_columns
+from ..run import Run
+from ..tensors import DTYPE_NAMES, SafetensorsTensor, byte_view, nbytes
+from ..update import Update
+
+BLOCK_ELEMENTS = 256 << 10  # 1 MiB in float32: two of them stay in a core's cache
+_COPY_BYTES = 64 << 20
+_REPORT_EVERY = 8
+
+Progress = Callable[[int], None]
+
+
+@dataclass
+class Rounding:
+    """How much of an update survived rounding to the output dtype, over the measured rows.
+
+    All are sums of squares or products over elements: `weight` ‖W‖², `update` ‖ΔW‖²,
+    `stored` ‖S‖² and `product` ⟨S, ΔW⟩ with S = stored − W.
+    """
+
+    weight: float = 0.0
+    update: float = 0.0
+    stored: float = 0.0
+    product: float = 0.0
+
+    def add(self, weight: torch.Tensor, update: torch.Tensor, stored: torch.Tensor) -> None:
+        self.weight += float(torch.dot(weight, weight))
+        self.update += float(torch.dot(update, update))
+        self.stored += float(torch.dot(stored, stored))
+        self.product += float(torch.dot(stored, update))
+
+    @property
+    def cosine(self) -> float:
+        size = (self.stored * self.update) ** 0.5
+        return self.product / size if size else float(self.stored == self.update)
+
+    @property
+    def norm_ratio(self) -> float:
+        return float((self.stored / self.update) ** 0.5) if self.update else 1.0
+
+    @property
+    def relative_update(self) -> float | None:
+        """‖ΔW‖ / ‖W‖; None for a base weight of zeros."""
+        return float((self.update / self.weight) ** 0.5) if self.weight else None
+
+    @property
+    def lost(self) -> float:
+        """‖S − ΔW‖ / ‖ΔW‖: the part of the update that rounding took away."""
+        if not self.update:
+            return 0.0
+        square = self.stored - 2 * self.product + self.update
+        return float((max(0.0, square) / self.update) ** 0.5)
+
+
+def safetensors_header(tensors: Sequence[OutputTensor]) -> bytes:
+    """Length prefix and header of a safetensors file with `tensors` in this order."""
+    entries: dict[str, object] = {"__metadata__": {"format": "pt"}}
+    offset = 0
+    for tensor in tensors:
+        entries[tensor.name] = {
+            "dtype": DTYPE_NAMES[tensor.dtype],
+            "shape": list(tensor.source.shape),
+            "data_offsets": [offset, offset + tensor.nbytes],
+        }
+        offset += tensor.nbytes
+    raw = json.dumps(entries, separators=(",", ":")).encode()
+    raw += b" " * (-len(raw) % 8)
+    return len(raw).to_bytes(8, "little") + raw
+
+
+def write_shard(
+    path: Path, tensors: Sequence[OutputTensor], run: Run, progress: Progress
+) -> dict[str, Rounding]:
+    """Write one safetensors file; returns the rounding of each updated module."""
+    header = safetensors_header(tensors)
+    reports: dict[str, Rounding] = {}
+    jobs: list[Callable[[], None]] = []
+    offset = len(header)
+    with path.open("wb", buffering=0) as stream:
+        fd = stream.fileno()
+        stream.write(header)
+        stream.truncate(offset + sum(tensor.nbytes for tensor in tensors))
+
+        def copy_key(tensor: OutputTensor) -> Path | None:
+            return tensor.source.path if tensor.is_copy else None
+
+        for source, group in groupby(tensors, copy_key):
+            for tensor in group:
+                if source is not None:
+                    jobs += _copy_jobs(tensor, fd, offset, progress)
+                else:
+                    jobs.append(_merge_job(tensor, run, fd, offset, reports, progress))
+                offset += tensor.nbytes
+        _run_jobs(jobs)
+    return reports
+
+
+def _run_jobs(jobs: Sequence[Callable[[], None]]) -> None:
+    """Run all jobs on one thread per core; the first error stops the rest."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # the pool has the cores; a block is too small to split further
+    try:
+        with ThreadPoolExecutor(max(1, len(os.sched_getaffinity(0)))) as pool:
+            futures = [pool.submit(job) for job in jobs]
+            try:
+                for future in futures:
+                    future.result()
+            except BaseException:
+                pool.shutdown(cancel_futures=True)
+                raise
+    finally:
+        torch.set_num_threads(threads)
+
+
+def _copy_jobs(
+    tensor: OutputTensor, fd: int, offset: int, progress: Progress
+) -> list[Callable[[], None]]:
+    source = tensor.source
+    assert isinstance(source, SafetensorsTensor)
+    total = nbytes(source)
+
+    def job(start: int) -> Callable[[], None]:
+        def copy() -> None:
+            count = min(_COPY_BYTES, total - start)
+            _copy_range(source.path, source.offset + start, fd, offset + start, count)
+            progress(count)
+
+        return copy
+
+    return [job(start) for start in range(0, total, _COPY_BYTES)]
+
+
+def _copy_range(source: Path, begin: int, fd: int, offset: int, count: int) -> None:
+    with source.open("rb", buffering=0) as stream:
+        try:
+            while count:
+                done = os.copy_file_range(stream.fileno(), fd, count, begin, offset)
+                if not done:
+                    raise BaseError("the base shard ended while it was read", file=source)
+                begin, offset, count = begin + done, offset + done, count - done
+        except OSError as error:
+            # Between file systems, or where the kernel has no such call for one of them.
+            if error.errno is None or isinstance(error, BaseError) or not _is_unsupported(error):
+                raise
+            while count:
+                data = os.pread(stream.fileno(), min(count, 1 << 20), begin)
+                if not data:
+                    raise BaseError("the base shard ended while it was read", file=source) from None
+                _write_all(fd, memoryview(data), offset)
+                begin, offset, count = begin + len(data), offset + len(data), count - len(data)
+
+
+def _is_unsupported(error: OSError) -> bool:
+    import errno
+
+    return error.errno in (errno.EXDEV, errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP)
+
+
+def _write_all(fd: int, data: memoryview, offset: int) -> None:
+    while data:
+        count = os.pwrite(fd, data, offset)
+        data, offset = data[count:], offset + count
+
+
+_local = threading.local()
+
+
+def _buffer(name: str, elements: int, dtype: torch.dtype) -> torch.Tensor:
+    """This thread's buffer of that name, grown when needed: fresh memory costs page faults."""
+    size = elements * dtype.itemsize
+    held: torch.Tensor | None = getattr(_local, name, None)
+    if held is None or held.numel() < size:
+        held = torch.empty(size, dtype=torch.uint8)
+        setattr(_local, name, held)
+    return held[:size].view(dtype)
+
+
+def _merge_job(
+    tensor: OutputTensor,
+    run: Run,
+    fd: int,
+    offset: int,
+    reports: dict[str, Rounding],
+    progress: Progress,
+) -> Callable[[], None]:
+    rows, columns = rows_and_columns(tensor.source.shape)
+    step = max(1, BLOCK_ELEMENTS // columns) if columns else 1
+
+    def merge() -> None:
+        update: Update | None = None
+        if tensor.module is not None:
+            update = run.updates[tensor.module]
+            update = update.transposed() if tensor.transposed else update
+            reports[tensor.module] = Rounding()
+        for number, start in enumerate(range(0, rows, step)):
+            count = min(step, rows - start)
+            out = _merge_block(tensor, update, start, count, columns, number, reports)
+            position = offset + start * columns * tensor.dtype.itemsize
+            _write_all(fd, byte_view(out), position)
+            progress(count * columns * tensor.dtype.itemsize)
+
+    return merge
+
+
+def _merge_block(
+    tensor: OutputTensor,
+    update: Update | None,
+    start: int,
+    rows: int,
+    columns: int,
+    number: int,
+    reports: dict[str, Rounding],
+) -> torch.Tensor:
+    size = rows * columns
+    source = tensor.source
+    raw = _buffer("raw", size, source.dtype)
+    source.read_into(raw, start * columns)
+    if not source.dtype.is_floating_point:
+        return raw
+    work = _buffer("work", size, torch.float32)
+    work.copy_(raw)
+    if update is not None:
+        update.merge(work.view(rows, columns), start)
+    low, high = (float(bound) for bound in torch.aminmax(work))
+    if not -torch.finfo(tensor.dtype).max <= low <= high <= torch.finfo(tensor.dtype).max:
+        raise BaseError(
+            "the merged tensor holds NaN, infinity, or values beyond the output dtype",
+            file=source.path,
+            tensor=source.name,
+            found=f"values from {low} to {high} in rows {start} to {start + rows}",
+            expected=f"finite values within {tensor.dtype}",
+            remedy="the base weights are damaged, or --dtype is too narrow for them",
+        )
+    out = _buffer("out", size, tensor.dtype)
+    out.copy_(work)
+    if tensor.module is not None and number % _REPORT_EVERY == 0:
+        weight = _buffer("weight", size, torch.float32).copy_(raw)
+        stored = _buffer("stored", size, torch.float32).copy_(out)
+        with contextlib.suppress(KeyError):
+            reports[tensor.module].add(weight, work.sub_(weight), stored.sub_(weight))
+    return out

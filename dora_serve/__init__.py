@@ -1,0 +1,53 @@
+"""From a finished dynamic-rank fine-tune to production.
+
+    >>> from dora_serve import merge, read_run, verify
+    >>> run = read_run("run/")                      # any supported training run
+    >>> merge(run, "out/", base="base/")            # a Hugging Face model folder
+    >>> write_adapter(run, "adapter/", base="base/")  # a LoRA adapter, rank per module
+    >>> verify(run, "out/", base="base/").passed
+    True
+
+Nothing heavy is imported until one of these names is used.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from converters.errors import DoraExportError
+    from converters.readers import ReadOptions, read_run
+    from converters.run import Run
+
+    from .api import merge, write_adapter
+    from .verify import Verification, verify
+
+__all__ = [
+    "DoraExportError",
+    "ReadOptions",
+    "Run",
+    "Verification",
+    "merge",
+    "read_run",
+    "verify",
+    "write_adapter",
+]
+
+_HOMES = {
+    "DoraExportError": "converters.errors",
+    "ReadOptions": "converters.readers",
+    "Run": "converters.run",
+    "Verification": "dora_serve.verify",
+    "merge": "dora_serve.api",
+    "read_run": "converters.readers",
+    "verify": "dora_serve.verify",
+    "write_adapter": "dora_serve.api",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from importlib import import_module
+
+    return getattr(import_module(_HOMES[name]), name)

@@ -1,0 +1,84 @@
+"""The verbs of the Python API: paths in, results out."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+
+from converters import writers
+from converters.base import BaseModel, open_base
+from converters.errors import MissingError
+from converters.readers import read_run
+from converters.run import Run
+from converters.writers.adapter import AdapterResult
+from converters.writers.merged import MergeResult
+from converters.writers.stream import Progress
+
+
+def find_base(run: Run, base: str | Path | None) -> BaseModel:
+    """The base the user names, else the hub model the run names.
+
+    A local path inside a run is not followed: `MissingError` asks the user to name it.
+    """
+    if base is not None:
+        return open_base(base)
+    if run.base is None or Path(run.base).is_absolute() or run.base.startswith("."):
+        named = "" if run.base is None else f" (the run names {run.base})"
+        raise MissingError(
+            "the base model is not known",
+            file=run.path,
+            remedy=f"pass --base FOLDER_OR_HUB_ID{named}",
+        )
+    if Path(run.base).exists():
+        raise MissingError(
+            "the run names a local folder as its base, which is not followed by itself",
+            file=run.path,
+            found=run.base,
+            remedy=f"pass --base {run.base}",
+        )
+    return open_base(run.base)
+
+
+def merge(
+    run: Run | str | Path,
+    output: str | Path,
+    *,
+    base: str | Path | None = None,
+    dtype: torch.dtype | None = None,
+    force: bool = False,
+    progress: Progress | None = None,
+) -> MergeResult:
+    """Merge a run into its base: a folder that `AutoModel*.from_pretrained` loads.
+
+    `dtype` None keeps the base's. Raises `DoraExportError` with nothing written.
+    """
+    run = run if isinstance(run, Run) else read_run(run)
+    return writers.merged.write_merged(
+        run, find_base(run, base), Path(output), dtype=dtype, force=force, progress=progress
+    )
+
+
+def write_adapter(
+    run: Run | str | Path,
+    output: str | Path,
+    *,
+    base: str | Path | None = None,
+    target: str = "peft",
+    dtype: torch.dtype = torch.float32,
+    force: bool = False,
+) -> AdapterResult:
+    """Write a run as a LoRA adapter folder with another rank in every module.
+
+    Without `base`, names and shapes are not checked against it. Raises `DoraExportError` with
+    nothing written.
+    """
+    run = run if isinstance(run, Run) else read_run(run)
+    return writers.adapter.write_adapter(
+        run,
+        Path(output),
+        base=None if base is None else open_base(base),
+        profile=target,
+        dtype=dtype,
+        force=force,
+    )

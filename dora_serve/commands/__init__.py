@@ -1,0 +1,66 @@
+"""The command lines `dora-export` and `dora-serve`: one small file per verb, imported when used."""
+
+from __future__ import annotations
+
+from importlib import import_module
+from importlib.metadata import version
+from typing import Any
+
+import click
+
+_EXPORT_VERBS = {
+    "inspect": "Show a run: method, ranks, sizes, and what each target accepts.",
+    "merge": "Merge a run into its base model: a Hugging Face folder.",
+    "adapter": "Repack a run as a compact LoRA adapter, another rank per module.",
+    "verify": "Compare an artifact with the live, unmerged run.",
+}
+
+
+class _LazyGroup(click.Group):
+    """Knows its verbs by name and imports only the one that is called."""
+
+    def __init__(self, *args: Any, verbs: dict[str, str], **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._verbs = verbs
+
+    def list_commands(self, ctx: click.Context) -> list[str]:  # noqa: ARG002
+        return list(self._verbs)
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:  # noqa: ARG002
+        if cmd_name not in self._verbs:
+            return None
+        command: click.Command = import_module(f"dora_serve.commands.{cmd_name}").command
+        return command
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:  # noqa: ARG002
+        with formatter.section("Commands"):
+            formatter.write_dl(list(self._verbs.items()))
+
+    def resolve_command(
+        self, ctx: click.Context, args: list[str]
+    ) -> tuple[str | None, click.Command | None, list[str]]:
+        if args and args[0] not in self._verbs and not args[0].startswith("-"):
+            from difflib import get_close_matches
+
+            close = get_close_matches(args[0], self._verbs, n=1)
+            hint = f" Did you mean {close[0]}?" if close else ""
+            ctx.fail(f"No such command {args[0]!r}.{hint}")
+        return super().resolve_command(ctx, args)
+
+
+@click.group(
+    cls=_LazyGroup,
+    verbs=_EXPORT_VERBS,
+    context_settings={"help_option_names": ["-h", "--help"]},
+    epilog="RUN is a checkpoint folder, the task folder above it, or an adapter folder.",
+)
+@click.version_option(version("dora-serve"), prog_name="dora-export")
+def dora_export() -> None:
+    """Take a finished dynamic-rank (DoRA) fine-tune to production, exactly."""
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(version("dora-serve"), prog_name="dora-serve")
+def dora_serve() -> None:
+    """Serve what dora-export made. This version has no verb of its own yet: adapters made with
+    `--target vllm` load in `vllm serve BASE --enable-lora --lora-modules NAME=FOLDER`."""

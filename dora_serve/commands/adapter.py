@@ -1,0 +1,86 @@
+"""`dora-export adapter RUN OUT`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import click
+
+from . import common
+
+
+@click.command("adapter")
+@common.run_argument
+@click.argument("out", type=common.FOLDER)
+@common.base_option
+@click.option(
+    "--target", type=click.Choice(["peft", "vllm"]), default="peft", show_default=True,
+    help="The engine that will load it.",
+)
+@click.option(
+    "--dtype", type=click.Choice(common.DTYPES), default="float32", show_default=True,
+    help="Dtype of the stored factors.",
+)
+@common.dry_run_option
+@common.force_option
+@common.json_option
+@common.reports_errors
+def command(
+    run: Path,
+    out: Path,
+    base: str | None,
+    target: str,
+    dtype: str,
+    dry_run: bool,
+    force: bool,
+    as_json: bool,
+    **options: Any,
+) -> None:
+    """Repack RUN as a LoRA adapter folder OUT with another rank in every module.
+
+    With --base, names, shapes and frozen weights are checked against it.
+    """
+    from converters.base import open_base
+    from converters.output import check_output
+    from converters.writers.adapter import plan_adapter, write_adapter
+    from converters.writers.profiles import PROFILES
+
+    loaded = common.load_run(run, **options)
+    model = None if base is None else open_base(base)
+    stored = common.torch_dtype(dtype)
+    assert stored is not None
+    if dry_run:
+        plan = plan_adapter(loaded.strip(), model, PROFILES[target], stored)
+        check_output(out, force, [loaded.path], plan.nbytes)
+        warnings, errors = loaded.warnings, {}
+    else:
+        result = write_adapter(
+            loaded, out, base=model, profile=target, dtype=stored, force=force
+        )
+        plan, warnings, errors = result.plan, result.warnings, result.errors
+    ranks = {module: rank for module, (_, rank) in plan.ranks.items()}
+    if as_json:
+        common.print_json(
+            {
+                "output": str(out),
+                "written": not dry_run,
+                "bytes": plan.nbytes,
+                "target": target,
+                "ranks": ranks,
+                "max_rank": max(ranks.values(), default=0),
+                "modules_to_save": plan.config["modules_to_save"],
+                "errors": errors,
+                "warnings": list(warnings),
+            }
+        )
+    else:
+        alive = sum(rank > 0 for rank in ranks.values())
+        click.echo(
+            f"{'would write ' if dry_run else ''}{out}: LoRA adapter for {target}, "
+            f"{alive} of {len(ranks)} modules, ranks up to {max(ranks.values(), default=0)}, "
+            f"{common.size(plan.nbytes)}"
+        )
+        if errors:
+            click.echo(f"  largest relative error of an update: {max(errors.values()):.1e}")
+    common.warn(warnings)

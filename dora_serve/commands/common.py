@@ -1,0 +1,109 @@
+"""What the verbs share: options, errors as one red line, progress, JSON."""
+
+from __future__ import annotations
+
+import functools
+import json
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import click
+
+if TYPE_CHECKING:
+    import torch
+
+    from converters.run import Run
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+DTYPES = ("float32", "float16", "bfloat16")
+FOLDER = click.Path(path_type=Path)
+
+
+def run_argument(function: F) -> F:
+    """The RUN argument and the options for what a run may leave out."""
+    for decorate in (
+        click.option("--task-info", type=FOLDER, help="task_info.json, if not beside the run."),
+        click.option("--start-rank", type=click.IntRange(1), help="Start rank of the run."),
+        click.option("--lora-alpha", type=float, help="The run's lora_alpha, if it holds none."),
+        click.argument("run", type=FOLDER),
+    ):
+        function = decorate(function)
+    return function
+
+
+base_option = click.option(
+    "--base", metavar="DIR_OR_ID", help="Base model: a folder, or a hub id in the local cache."
+)
+json_option = click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
+force_option = click.option("--force", is_flag=True, help="Replace an existing output.")
+dry_run_option = click.option("--dry-run", is_flag=True, help="Check and show the plan only.")
+
+
+def load_run(run: Path, lora_alpha: float | None, start_rank: int | None,
+             task_info: Path | None) -> Run:
+    from converters.readers import ReadOptions, read_run
+
+    return read_run(run, ReadOptions(lora_alpha, start_rank, task_info))
+
+
+def torch_dtype(name: str | None) -> torch.dtype | None:
+    import torch
+
+    return None if name is None else getattr(torch, name)
+
+
+def reports_errors(function: F) -> F:
+    """Turn a `DoraExportError` into a red message on stderr (or JSON) and exit code 1."""
+
+    @functools.wraps(function)
+    def wrapped(*args: Any, **kwargs: Any) -> Any:
+        try:
+            return function(*args, **kwargs)
+        except Exception as error:
+            from converters.errors import DoraExportError
+
+            if not isinstance(error, DoraExportError):
+                raise
+            if kwargs.get("as_json"):
+                click.echo(json.dumps({"error": type(error).__name__, "message": str(error)}))
+            click.secho(f"error: {error}", fg="red", err=True)
+            sys.exit(1)
+
+    return wrapped  # type: ignore[return-value]
+
+
+def warn(warnings: tuple[str, ...]) -> None:
+    for warning in warnings:
+        click.secho(f"warning: {warning}", fg="yellow", err=True)
+
+
+def print_json(value: object) -> None:
+    click.echo(json.dumps(value, indent=2, ensure_ascii=False))
+
+
+@contextmanager
+def progress_bar(total: int, text: str) -> Iterator[Callable[[int], None]]:
+    """A bar with bytes and time left; nothing where stderr is no terminal."""
+    if not sys.stderr.isatty():
+        yield lambda _bytes: None
+        return
+    from tqdm import tqdm
+
+    with tqdm(total=total, desc=text, unit="B", unit_scale=True, leave=False) as bar:
+
+        def update(count: int) -> None:
+            bar.update(count)
+
+        yield update
+
+
+def size(count: float) -> str:
+    for unit in ("B", "KB", "MB", "GB"):
+        if count < 1000:
+            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.2f} {unit}"
+        count /= 1000
+    return f"{count:.2f} TB"

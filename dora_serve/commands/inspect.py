@@ -1,0 +1,100 @@
+"""`dora-export inspect RUN`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from . import common
+
+if TYPE_CHECKING:
+    from converters.run import Run
+
+
+@click.command("inspect")
+@common.run_argument
+@common.base_option
+@click.option("--png", type=common.FOLDER, help="Write the rank map as a PNG file.")
+@common.json_option
+@common.reports_errors
+def command(
+    run: Path, base: str | None, png: Path | None, as_json: bool, **options: Any
+) -> None:
+    """Show what RUN holds: method, finished or not, the rank map, sizes, accepted targets.
+
+    With --base, tensors that training left as they were are not counted as trained whole.
+    """
+    from converters.base import open_base
+    from dora_serve.rankmap import save_png, terminal_map
+
+    loaded = common.load_run(run, **options)
+    model = None if base is None else open_base(base)
+    info = _describe(loaded, model)
+    largest = max(loaded.start_rank.values(), default=0)
+    if png is not None:
+        save_png(info["ranks"], largest, png, f"{loaded.path.parent.name}: ranks")
+    if as_json:
+        common.print_json(info)
+        return
+    state = "finished" if loaded.finished else "NOT finished"
+    click.echo(f"method      {loaded.method}, {state}")
+    click.echo(f"task        {loaded.task or 'unknown'}")
+    parts = info["components"]
+    click.echo(
+        f"components  {parts['kept']} of {parts['start']} kept, "
+        f"mean rank {info['mean_rank']:.2f}, ranks {info['min_rank']} to {info['max_rank']}"
+    )
+    numbers = info["parameters"]
+    click.echo(f"parameters  {numbers['start']:,} trained, {numbers['kept']:,} kept")
+    whole = info["trained_whole"]
+    click.echo(f"whole       {', '.join(whole) if whole else 'none'}")
+    for target, verdict in info["targets"].items():
+        click.echo(f"{target:<11} {verdict}")
+    click.echo()
+    click.echo(terminal_map(info["ranks"], largest))
+    common.warn(loaded.warnings)
+
+
+def _describe(run: Run, base: Any) -> dict[str, Any]:
+    import torch
+
+    from converters.errors import TargetError
+    from converters.plan import changed
+    from converters.writers.adapter import plan_adapter
+    from converters.writers.profiles import PROFILES
+
+    stripped = run.strip()
+    ranks: dict[str, int] = {}
+    start = kept = 0
+    for module, update in stripped.updates.items():
+        components = update.components()
+        ranks[module] = components.rank if components is not None else 0
+        start += run.start_rank[module] * sum(update.shape)
+        kept += ranks[module] * sum(update.shape)
+    targets = {"merged": "yes"}
+    for name, profile in PROFILES.items():
+        try:
+            plan = plan_adapter(stripped, base, profile, torch.float32)
+            targets[name] = f"yes, {common.size(plan.nbytes)} in float32"
+        except TargetError as error:
+            targets[name] = "no: " + str(error).replace("\n  ", "; ")
+    values = list(ranks.values())
+    return {
+        "path": str(run.path),
+        "method": run.method,
+        "finished": run.finished,
+        "task": run.task,
+        "num_labels": run.num_labels,
+        "base": run.base,
+        "components": {"start": sum(run.start_rank.values()), "kept": sum(values)},
+        "mean_rank": sum(values) / max(1, len(values)),
+        "min_rank": min(values, default=0),
+        "max_rank": max(values, default=0),
+        "parameters": {"start": start, "kept": kept},
+        "trained_whole": sorted(run.replaced if base is None else changed(run, base)),
+        "targets": targets,
+        "ranks": ranks,
+        "warnings": list(run.warnings),
+    }

@@ -1,0 +1,101 @@
+"""`dora-export merge RUN OUT`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import click
+
+from . import common
+
+
+@click.command("merge")
+@common.run_argument
+@click.argument("out", type=common.FOLDER)
+@common.base_option
+@click.option("--dtype", type=click.Choice(common.DTYPES), help="Output dtype; default: the base's.")
+@common.dry_run_option
+@common.force_option
+@common.json_option
+@common.reports_errors
+def command(
+    run: Path,
+    out: Path,
+    base: str | None,
+    dtype: str | None,
+    dry_run: bool,
+    force: bool,
+    as_json: bool,
+    **options: Any,
+) -> None:
+    """Merge RUN into its base model and write the Hugging Face folder OUT.
+
+    OUT has the base's shards, dtype, configuration and tokenizer, loads with
+    AutoModel…from_pretrained, and appears whole or not at all.
+    """
+    from converters.output import check_output
+    from converters.plan import plan_merge
+    from converters.writers.merged import write_merged
+    from dora_serve.api import find_base
+
+    loaded = common.load_run(run, **options)
+    model = find_base(loaded, base)
+    torch_dtype = common.torch_dtype(dtype)
+    if dry_run:
+        plan = plan_merge(loaded.strip(), model, torch_dtype)
+        check_output(out, force, [loaded.path, model.path], plan.nbytes)
+        merged = [t.name for t in plan.tensors if t.module]
+        summary = {
+            "output": str(out),
+            "bytes": plan.nbytes,
+            "shards": {name: len(tensors) for name, tensors in plan.shards.items()},
+            "merged": merged,
+            "copied": sum(t.is_copy for t in plan.tensors),
+        }
+        if as_json:
+            common.print_json(summary)
+        else:
+            click.echo(
+                f"would write {out}: {len(plan.tensors)} tensors in {len(plan.shards)} shard(s), "
+                f"{common.size(plan.nbytes)}; {len(merged)} of them change"
+            )
+        common.warn(loaded.warnings)
+        return
+
+    total = sum(t.dtype.itemsize * _numel(t.shape) for t in model.tensors.values())
+    with common.progress_bar(total, "merging") as progress:
+        result = write_merged(
+            loaded, model, out, dtype=torch_dtype, force=force, progress=progress
+        )
+    kept = sum(rank or 0 for _, rank in result.ranks.values())
+    started = sum(start or 0 for start, _ in result.ranks.values())
+    if as_json:
+        common.print_json(
+            {
+                "output": str(out),
+                "bytes": result.plan.nbytes,
+                "method": loaded.method,
+                "finished": loaded.finished,
+                "modules": len(result.ranks),
+                "components": {"start": started, "kept": kept},
+                "lost_to_rounding": {m: r.lost for m, r in result.rounding.items()},
+                "warnings": list(result.warnings),
+            }
+        )
+    else:
+        click.echo(
+            f"{out}: merged {len(result.ranks)} modules ({kept} of {started} components "
+            f"survived training), {common.size(result.plan.nbytes)}"
+        )
+        if result.rounding:
+            worst = max(result.rounding.values(), key=lambda report: report.lost)
+            click.echo(f"  rounding took at most {worst.lost:.2%} of a module's update")
+        click.echo(f"  check it: dora-export verify {run} {out} --base {model.name}")
+    common.warn(result.warnings)
+
+
+def _numel(shape: tuple[int, ...]) -> int:
+    from math import prod
+
+    return prod(shape)

@@ -1,0 +1,91 @@
+"""What was pruned where: ranks as module kind × layer, for the terminal and as PNG."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from pathlib import Path
+
+import click
+
+_LAYER = re.compile(r"(.*?)\.(\d+)\.(.+)")
+
+# From dark (pruned) to bright, in the terminal's 256 colours.
+_COLORS = (236, 17, 18, 24, 30, 36, 42, 48, 84, 120, 156, 192, 228)
+
+Grid = dict[str, dict[str, dict[int, int]]]
+
+
+def rank_grid(ranks: Mapping[str, int]) -> Grid:
+    """`{stack: {kind: {layer: rank}}}`; encoder and decoder are stacks of their own.
+
+    A module outside of numbered layers stands in the stack `""` at layer 0.
+    """
+    grid: Grid = {}
+    for module, rank in ranks.items():
+        match = _LAYER.fullmatch(module)
+        stack, layer, kind = (match[1], int(match[2]), match[3]) if match else ("", 0, module)
+        grid.setdefault(stack, {}).setdefault(kind, {})[layer] = rank
+    return grid
+
+
+def _color(rank: int, largest: int) -> int:
+    if rank == 0 or largest == 0:
+        return _COLORS[0]
+    return _COLORS[1 + (rank * (len(_COLORS) - 2)) // largest]
+
+
+def terminal_map(ranks: Mapping[str, int], largest: int) -> str:
+    """The heatmap as coloured text; click takes the colours out where none can be shown."""
+    lines = []
+    for stack, kinds in rank_grid(ranks).items():
+        layers = sorted({layer for row in kinds.values() for layer in row})
+        width = max(len(kind) for kind in kinds)
+        lines.append(click.style(stack or "outside of layers", bold=True))
+        if stack:
+            lines.append(f"  {'layer':<{width}} " + "".join(f"{layer:>4}" for layer in layers))
+        for kind, row in kinds.items():
+            cells = "".join(
+                click.style(
+                    f"{row[layer]:>4}",
+                    bg=_color(row[layer], largest),
+                    fg=16 if 2 * row[layer] > largest else 255,
+                )
+                if layer in row
+                else " " * 4
+                for layer in layers
+            )
+            lines.append(f"  {kind:<{width}} {cells}")
+    return "\n".join(lines)
+
+
+def save_png(ranks: Mapping[str, int], largest: int, path: Path, title: str) -> None:
+    """The heatmap as a PNG, one panel per stack (needs matplotlib)."""
+    from matplotlib.figure import Figure
+
+    grid = rank_grid(ranks)
+    rows = sum(len(kinds) for kinds in grid.values())
+    columns = max(max(row) + 1 for kinds in grid.values() for row in kinds.values())
+    figure = Figure(
+        figsize=(3 + 0.45 * columns, 1.2 + 0.36 * rows + 0.5 * len(grid)), layout="constrained"
+    )
+    panels = figure.subplots(
+        len(grid), 1, squeeze=False, height_ratios=[len(kinds) for kinds in grid.values()]
+    )
+    for (panel,), (stack, kinds) in zip(panels, grid.items(), strict=True):
+        layers = sorted({layer for row in kinds.values() for layer in row})
+        cells = [[row.get(layer, float("nan")) for layer in layers] for row in kinds.values()]
+        panel.imshow(cells, cmap="viridis", vmin=0, vmax=max(largest, 1), aspect="auto")
+        panel.set_xticks(range(len(layers)), [str(layer) for layer in layers])
+        panel.set_yticks(range(len(kinds)), list(kinds))
+        panel.set_title(stack or "outside of layers", fontsize=9)
+        for y, row in enumerate(kinds.values()):
+            for x, layer in enumerate(layers):
+                if layer in row:
+                    bright = 2 * row[layer] > largest
+                    panel.text(
+                        x, y, row[layer], ha="center", va="center", fontsize=8,
+                        color="black" if bright else "white",
+                    )
+    figure.suptitle(title, fontsize=11)
+    figure.savefig(path, dpi=130)

@@ -1,0 +1,162 @@
+"""The proof: the live, unmerged model against a deployed artifact, in the engine that serves it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from converters.base import BaseModel, open_base
+from converters.errors import MissingError, RunError
+from converters.run import Run
+from converters.tensors import open_safetensors, read_json
+from converters.writers.adapter import CONFIG as ADAPTER_CONFIG
+from converters.writers.adapter import WEIGHTS as ADAPTER_WEIGHTS
+
+from .live import LiveModel, load_base
+
+TOLERANCE = 1e-4  # float32 logits, max abs; DESIGN bound for float32 engines
+REDUCED_SHARE = 0.05  # a float16/bfloat16 adapter: share of the update's own effect on the logits
+
+Inputs = dict[str, torch.Tensor]
+
+
+@dataclass(frozen=True)
+class Verification:
+    """`max_abs`: largest logit difference to the truth. `control`: the same with the update left
+    out, which must be larger than the tolerance or nothing was tested. `top1`: share of equal
+    argmax."""
+
+    engine: str
+    dtype: str
+    tolerance: float
+    max_abs: float
+    top1: float
+    control: float
+    has_update: bool
+
+    @property
+    def control_fails(self) -> bool:
+        return self.control > self.tolerance
+
+    @property
+    def passed(self) -> bool:
+        close = self.max_abs <= self.tolerance and self.top1 == 1.0
+        return close and (self.control_fails or not self.has_update)
+
+
+def verification_batch(model: Any, rows: int = 4, length: int = 16, seed: int = 0) -> Inputs:
+    """Token ids from a fixed seed, the last row padded; decoder inputs for encoder-decoders."""
+    config = model.config
+    generator = torch.Generator().manual_seed(seed)
+    vocab = config.get_text_config().vocab_size
+    ids = torch.randint(min(5, vocab - 1), vocab, (rows, length), generator=generator)
+    mask = torch.ones_like(ids)
+    if config.pad_token_id is not None:
+        mask[-1, length - length // 4 :] = 0
+        ids[mask == 0] = config.pad_token_id
+    inputs = {"input_ids": ids, "attention_mask": mask}
+    if config.is_encoder_decoder:
+        inputs["decoder_input_ids"] = torch.randint(
+            min(5, vocab - 1), vocab, (rows, length // 2), generator=generator
+        )
+    return inputs
+
+
+def logits(model: Any, inputs: Inputs) -> torch.Tensor:
+    """All logits of a model, padded positions left out where they are per token."""
+    with torch.inference_mode():
+        output = model(**inputs)
+    if "start_logits" in output:
+        result = torch.stack([output.start_logits, output.end_logits])
+        return result.masked_fill(inputs["attention_mask"] == 0, 0.0)
+    result = output.logits if "logits" in output else output.last_hidden_state
+    if result.dim() == 3 and result.shape[:2] == inputs["input_ids"].shape:
+        result = result * inputs["attention_mask"].unsqueeze(-1)
+    return result.float()
+
+
+def _transformers(artifact: Path, _run: Run, _base: BaseModel) -> Any:
+    import transformers
+
+    known = read_json(artifact / "config.json").get("architectures")
+    if not isinstance(known, list) or not hasattr(transformers, str(known[0])):
+        raise RunError("unknown architecture", file=artifact / "config.json", found=known)
+    transformers.logging.disable_progress_bar()
+    cls = getattr(transformers, str(known[0]))
+    return cls.from_pretrained(artifact, dtype=torch.float32).eval()
+
+
+def _peft(artifact: Path, run: Run, base: BaseModel) -> Any:
+    from peft import PeftModel
+
+    model = PeftModel.from_pretrained(load_base(run, base), str(artifact))
+    return model.float().eval()
+
+
+ENGINES: dict[str, Callable[[Path, Run, BaseModel], Any]] = {
+    "transformers": _transformers,
+    "peft": _peft,
+}
+
+
+def verify(
+    run: Run, artifact: str | Path, base: str | Path | BaseModel, engine: str | None = None
+) -> Verification:
+    """Compare the live model of `run` with `artifact` in `engine` (by default the one that fits).
+
+    A float32 artifact must equal the live model within 1e-4 on every logit. A merged model of a
+    narrower dtype must equal, within the same bound, the live model whose merged weights are
+    rounded once; an adapter of a narrower dtype may differ by 5 % of the update's own effect.
+    """
+    path = Path(artifact)
+    base = base if isinstance(base, BaseModel) else open_base(base)
+    adapter = (path / ADAPTER_CONFIG).is_file()
+    engine = engine or ("peft" if adapter else "transformers")
+    if adapter != (engine == "peft") or engine not in ENGINES:
+        raise RunError(
+            f"the engine {engine} does not load this artifact",
+            file=path,
+            found="an adapter" if adapter else "a model folder",
+            expected="peft for adapters, transformers for merged models",
+        )
+    dtype = _artifact_dtype(path, adapter)
+    model = ENGINES[engine](path, run, base)
+    inputs = verification_batch(model)
+    deployed = logits(model, inputs)
+    del model
+
+    live = LiveModel(run, base)
+    truth = logits(live.model, inputs)
+    live.detach()
+    without = logits(live.model, inputs)
+    tolerance = TOLERANCE
+    if dtype != torch.float32 and adapter:
+        tolerance = max(TOLERANCE, REDUCED_SHARE * float((without - truth).abs().max()))
+    elif dtype != torch.float32:
+        live.fold_rounded(dtype)
+        truth = logits(live.model, inputs)
+    updates = (run.updates[module].components() for module in run.updates)
+    return Verification(
+        engine=engine,
+        dtype=str(dtype).removeprefix("torch."),
+        tolerance=tolerance,
+        max_abs=float((deployed - truth).abs().max()),
+        top1=float((deployed.argmax(-1) == truth.argmax(-1)).double().mean()),
+        control=float((without - truth).abs().max()),
+        has_update=any(update is None or update.strip().rank for update in updates),
+    )
+
+
+def _artifact_dtype(path: Path, adapter: bool) -> torch.dtype:
+    files = [path / ADAPTER_WEIGHTS] if adapter else sorted(path.glob("*.safetensors"))
+    if not files:
+        raise MissingError(
+            "no artifact here", file=path, expected="a merged model or an adapter folder"
+        )
+    dtypes = {t.dtype for file in files for t in open_safetensors(file).values()}
+    floating = [dtype for dtype in dtypes if dtype.is_floating_point]
+    return min(floating, key=lambda dtype: dtype.itemsize)
