@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 
 from .errors import BaseError, MissingError
-from .tensors import LazyTensor, LazyTensors, nbytes, numel, open_file, read_json
+from .tensors import LazyTensor, LazyTensors, byte_view, nbytes, numel, open_file, read_json
 
 SINGLE_FILES = ("model.safetensors", "pytorch_model.bin")
 INDEX_FILES = ("model.safetensors.index.json", "pytorch_model.bin.index.json")
@@ -19,7 +19,8 @@ INDEX_FILES = ("model.safetensors.index.json", "pytorch_model.bin.index.json")
 # Families whose linear layers are transformers' Conv1D, stored as [in, out].
 CONV1D_FAMILIES = {"gpt2", "openai-gpt", "imagegpt", "decision_transformer", "clvp"}
 CONV1D_LAYERS = {"c_attn", "q_attn", "c_proj", "c_fc"}
-
+HEAD = "lm_head.weight"
+_EMBEDDINGS = ("embed_tokens.weight", "wte.weight", "word_embeddings.weight", "shared.weight")
 _WRAPPER_PREFIXES = ("module.", "base_model.model.", "model.")
 _SAMPLES, _SAMPLE_ELEMENTS = 16, 1024
 
@@ -52,9 +53,17 @@ class BaseModel:
         return found.pop() if len(found) == 1 else None
 
     def weight(self, module: str) -> LazyTensor | None:
-        """The weight tensor of a module."""
+        """The weight tensor of a module; for a head that the base does not hold, the embedding
+        it is tied to."""
         name = self.find(f"{module}.weight")
+        if name is None and f"{module}.weight" == HEAD:
+            name = self.embedding
         return None if name is None else self.tensors[name]
+
+    @cached_property
+    def embedding(self) -> str | None:
+        """The tensor name of the input embedding."""
+        return next((name for name in self.tensors if name.endswith(_EMBEDDINGS)), None)
 
     def is_transposed(self, module: str, shape: tuple[int, int], embedding: bool = False) -> bool:
         """Whether the weight of `module`, `shape [out, in]`, is stored as `[in, out]`.
@@ -112,7 +121,7 @@ def fingerprint(tensor: LazyTensor) -> str:
     last = total - buffer.numel()
     for start in sorted({last * i // (_SAMPLES - 1) for i in range(_SAMPLES)}):
         tensor.read_into(buffer, start)
-        digest.update(buffer.view(torch.uint8).numpy())
+        digest.update(byte_view(buffer))
     return digest.hexdigest()
 
 

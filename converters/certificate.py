@@ -44,7 +44,8 @@ def certificate(
         "base": None
         if base is None
         else {
-            "name": base.name if "/" not in base.name or not base.path.is_absolute()
+            "name": base.name
+            if "/" not in base.name or not base.path.is_absolute()
             else Path(base.name).name,
             "fingerprint": base.fingerprint(run.updates),
         },

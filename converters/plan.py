@@ -9,13 +9,10 @@ from pathlib import Path
 
 import torch
 
-from .base import BaseModel
+from .base import HEAD, BaseModel
 from .errors import BaseError, TargetError
 from .run import HEADS, Run
 from .tensors import LazyTensor, LazyTensors, SafetensorsTensor, numel, same_values
-
-_EMBEDDINGS = ("embed_tokens.weight", "wte.weight", "word_embeddings.weight")
-_HEAD = "lm_head.weight"
 
 
 @dataclass(frozen=True)
@@ -99,7 +96,10 @@ def plan_merge(run: Run, base: BaseModel, dtype: torch.dtype | None) -> MergePla
     last += [OutputTensor(name, tensor, added) for name, tensor in names.items()]
 
     config = _config(run, base, architecture, dtype)
-    _untie(targets, base, names, last, config, dtype)
+    head = _untie(targets, base, names, config)
+    if head is not None:
+        module, _ = targets.get(HEAD, (None, False))
+        last.append(OutputTensor(HEAD, head, dtype or head.dtype, module))
     return MergePlan({name: tuple(tensors) for name, tensors in shards.items()}, config)
 
 
@@ -115,16 +115,15 @@ def _targets(run: Run, base: BaseModel) -> dict[str, tuple[str, bool]]:
     targets: dict[str, tuple[str, bool]] = {}
     for module, update in run.updates.items():
         transposed = base.is_transposed(module, update.shape, module in run.embeddings)
-        weight = base.weight(module)
-        assert weight is not None
-        if weight.name in targets:
+        name = base.find(f"{module}.weight") or HEAD  # is_transposed found one or the other
+        if name in targets:
             raise BaseError(
                 "two adapted modules are the same base tensor",
-                file=weight.path,
-                tensor=weight.name,
-                found=f"{targets[weight.name][0]} and {module}",
+                file=base.path,
+                tensor=name,
+                found=f"{targets[name][0]} and {module}",
             )
-        targets[weight.name] = (module, transposed)
+        targets[name] = (module, transposed)
     return targets
 
 
@@ -162,8 +161,8 @@ def changed(run: Run, base: BaseModel) -> dict[str, LazyTensor]:
     result = {}
     for name, tensor in run.replaced.items():
         own = base.find(name)
-        if own is None and name == _HEAD:
-            own = next((n for n in base.tensors if n.endswith(_EMBEDDINGS + ("shared.weight",))), None)
+        if own is None and name == HEAD:
+            own = base.embedding
         if own is None or not same_values(tensor, base.tensors[own]):
             result[name] = tensor
     return result
@@ -220,32 +219,29 @@ def _untie(
     targets: Mapping[str, tuple[str, bool]],
     base: BaseModel,
     added: LazyTensors,
-    last: list[OutputTensor],
     config: dict[str, object],
-    dtype: torch.dtype | None,
-) -> None:
-    """Keep the head what it was trained as when the run changed one side of a tied pair."""
-    if _HEAD in added:
+) -> LazyTensor | None:
+    """What the head is made from when the run changed one side of a tied pair, None when it
+    stays as it is. The configuration then says that the pair is no longer tied.
+    """
+    embedding = targets.get(base.embedding or "")
+    head_changed = HEAD in added or HEAD in targets
+    if not head_changed and embedding is None:
+        return None
+    if base.find(HEAD) is not None:
         config["tie_word_embeddings"] = False
-        return
-    embedding = next((name for name in targets if name.endswith(_EMBEDDINGS)), None)
+        return None
     architectures = config.get("architectures")
     causal = isinstance(architectures, list) and str(architectures[:1]).find("CausalLM") > 0
-    if embedding is None:
-        return
-    if base.find(_HEAD) is not None:
-        config["tie_word_embeddings"] = False
-        return
-    if not causal:
+    if not causal and not head_changed:
         raise TargetError(
             "the run changed an embedding that this architecture ties to other tensors",
             file=base.path,
-            tensor=embedding,
+            tensor=base.embedding,
             remedy="deploy it as an adapter: dora-export adapter",
         )
-    source = base.tensors[embedding]
-    last.append(OutputTensor(_HEAD, source, dtype or source.dtype))
     config["tie_word_embeddings"] = False
+    return None if HEAD in added else base.tensors[str(base.embedding)]
 
 
 def rows_and_columns(shape: tuple[int, ...]) -> tuple[int, int]:

@@ -68,7 +68,7 @@ def nbytes(tensor: LazyTensor) -> int:
 
 def byte_view(buffer: torch.Tensor) -> memoryview:
     """The bytes of a contiguous tensor, without a copy."""
-    return memoryview(buffer.view(torch.uint8).numpy())
+    return buffer.view(torch.uint8).numpy().data
 
 
 @dataclass(frozen=True)
@@ -248,12 +248,14 @@ def load_torch(path: Path) -> object:
     if not path.exists():
         raise MissingError("file not found", file=path)
     try:
-        return torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
+        return torch.load(
+            path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path)
+        )
     except pickle.UnpicklingError as error:
         raise TensorFileError(
             "the file holds more than tensors, and nothing of it is executed",
             file=path,
-            found=str(error).splitlines()[0][:200],
+            found=str(error)[:200].partition("\n")[0],
             expected="a dict of tensors saved by torch.save",
             remedy="if you trust it, load and save its tensors as safetensors yourself",
         ) from None
@@ -261,7 +263,7 @@ def load_torch(path: Path) -> object:
         raise TensorFileError(
             "torch cannot read this file",
             file=path,
-            found=f"{type(error).__name__}: {str(error).splitlines()[0][:200] if str(error) else ''}",
+            found=f"{type(error).__name__}: {str(error)[:200].partition(chr(10))[0]}",
             expected="a dict of tensors saved by torch.save",
             remedy="the file is damaged or incomplete: copy or download it again",
         ) from None

@@ -66,7 +66,8 @@ class RankOneSum:
         """|cᵢ|·‖aᵢ‖·‖bᵢ‖, the Frobenius norm of each component, `[r]`."""
         a, b = self.a.norm(dim=1), self.b.norm(dim=0)
         # |c|·‖a‖ first: the product stays in range when one factor is tiny and another huge.
-        return (self.c.abs() * a) * b
+        norms: torch.Tensor = (self.c.abs() * a) * b
+        return norms
 
     def norm(self) -> float:
         """‖ΔW‖ in the Frobenius norm, from the Gram matrices `[r, r]`, never from `[out, in]`."""

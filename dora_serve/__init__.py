@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from converters.run import Run
 
     from .api import merge, write_adapter
-    from .verify import Verification, verify
+    from .proof import Verification, verify
 
 __all__ = [
     "DoraExportError",
@@ -37,10 +37,10 @@ _HOMES = {
     "DoraExportError": "converters.errors",
     "ReadOptions": "converters.readers",
     "Run": "converters.run",
-    "Verification": "dora_serve.verify",
+    "Verification": "dora_serve.proof",
     "merge": "dora_serve.api",
     "read_run": "converters.readers",
-    "verify": "dora_serve.verify",
+    "verify": "dora_serve.proof",
     "write_adapter": "dora_serve.api",
 }
 

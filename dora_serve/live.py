@@ -94,7 +94,9 @@ def _load_run_tensors(model: Any, run: Run) -> None:
         for name, tensor in brought.items():
             if name not in state:
                 raise RunError(
-                    "the model has no such tensor", file=tensor.path, tensor=name,
+                    "the model has no such tensor",
+                    file=tensor.path,
+                    tensor=name,
                     remedy="is this the base the run was trained on?",
                 )
             state[name].copy_(tensor.load())

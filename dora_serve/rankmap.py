@@ -84,7 +84,12 @@ def save_png(ranks: Mapping[str, int], largest: int, path: Path, title: str) -> 
                 if layer in row:
                     bright = 2 * row[layer] > largest
                     panel.text(
-                        x, y, row[layer], ha="center", va="center", fontsize=8,
+                        x,
+                        y,
+                        row[layer],
+                        ha="center",
+                        va="center",
+                        fontsize=8,
                         color="black" if bright else "white",
                     )
     figure.suptitle(title, fontsize=11)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass, replace
 from importlib.metadata import entry_points
 from pathlib import Path
@@ -18,6 +19,9 @@ class ReadOptions:
     lora_alpha: float | None = None
     start_rank: int | None = None
     task_info: Path | None = None
+
+
+_HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 
 
 class Reader(Protocol):
@@ -73,23 +77,13 @@ def read_run(path: str | Path, options: ReadOptions | None = None) -> Run:
     Only tables of contents are read; tensor data follows when it is used.
     """
     folder = Path(path)
-    if not folder.exists() and _is_hub_id(str(path)):
+    if not folder.exists() and _HUB_ID.fullmatch(str(path)):
         folder = _cached_run(str(path))
     reader, folder = detect(folder)
     run = reader.read(folder, options or ReadOptions())
     if not run.updates and not run.replaced:
         raise RunError("the run adapted nothing", file=folder)
     return replace(run, method=reader.name)
-
-
-def _is_hub_id(name: str) -> bool:
-    from huggingface_hub.utils import validate_repo_id
-
-    try:
-        validate_repo_id(name)
-    except ValueError:
-        return False
-    return "/" in name
 
 
 def _cached_run(name: str) -> Path:

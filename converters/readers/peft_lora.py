@@ -11,6 +11,7 @@ import math
 import re
 from collections.abc import Callable
 from pathlib import Path
+from typing import TypeGuard
 
 import torch
 
@@ -24,6 +25,9 @@ CONFIG_FILE = "adapter_config.json"
 WEIGHT_FILES = ("adapter_model.safetensors", "adapter_model.bin")
 _PREFIX = "base_model.model."
 _LORA = re.compile(r"(.+)\.(?:lora_(A|B)\.weight|lora_embedding_(A|B))")
+
+# With bias="all" PEFT also saves the wrapper's copies of a head it saves under its own name.
+_COPY = re.compile(r"\.(original_module|modules_to_save)\.")
 
 # Initialisations that change the base weights: the adapter is right on the changed base only.
 _BASE_CHANGING = ("pissa", "olora", "corda", "loftq", "lora_ga")
@@ -66,8 +70,8 @@ class PeftLoraReader:
                 pairs.setdefault(match[1], {})[match[2] or match[3]] = tensor
                 if match[3]:
                     embeddings.add(match[1])
-            else:
-                whole[name.replace(".base_layer.", ".").replace(".modules_to_save.", ".")] = tensor
+            elif not _COPY.search(name):
+                whole[name.replace(".base_layer.", ".")] = tensor
 
         scaling = _Scaling(config, config_path, options)
         updates: dict[str, Callable[[], Update]] = {}
@@ -163,15 +167,15 @@ class _Scaling:
                 raise RunError(
                     "a pattern is not a regular expression", file=self._path, found=name
                 ) from None
-        value = self._config.get(key)
-        if not isinstance(value, (int, float)) or isinstance(value, bool):
+        default = self._config.get(key)
+        if not _is_number(default):
             raise RunError(
                 f"{key} is missing or not a number",
                 file=self._path,
-                found=value,
+                found=default,
                 remedy="pass --lora-alpha" if key == "lora_alpha" else None,
             )
-        return value
+        return default
 
     def of(self, module: str, rank: int) -> float:
         said = self._lookup(self._rank_pattern, module, "r")
@@ -191,13 +195,11 @@ class _Scaling:
         return alpha / (math.sqrt(rank) if self._config.get("use_rslora") else rank)
 
 
-def _is_number(value: object) -> bool:
+def _is_number(value: object) -> TypeGuard[float]:
     return isinstance(value, (int, float)) and not isinstance(value, bool)
 
 
-def _loader(
-    parts: dict[str, LazyTensor], scale: float, embedding: bool
-) -> Callable[[], Update]:
+def _loader(parts: dict[str, LazyTensor], scale: float, embedding: bool) -> Callable[[], Update]:
     def load() -> Update:
         a, b = load_finite(parts["A"]), load_finite(parts["B"])
         update = RankOneSum(a, torch.full((a.shape[0],), scale), b)

@@ -14,7 +14,9 @@ def model_card(
     base = config.get("base_model_name_or_path")
     kept = sum(rank for _, rank in ranks.values())
     started = sum(start or 0 for start, _ in ranks.values())
-    rows = "\n".join(f"| `{module}` | {start} | {rank} |" for module, (start, rank) in ranks.items())
+    rows = "\n".join(
+        f"| `{module}` | {start} | {rank} |" for module, (start, rank) in ranks.items()
+    )
     return f"""---
 library_name: peft
 {f"base_model: {base}" if base else "base_model: unknown"}

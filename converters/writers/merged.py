@@ -50,7 +50,9 @@ def write_merged(
     the run does not fit the base or the output cannot be written.
     """
     check_output(target, force, [run.path, base.path])
-    ranks = {module: (run.start_rank.get(module), run.strip().rank(module)) for module in run.updates}
+    ranks = {
+        module: (run.start_rank.get(module), run.strip().rank(module)) for module in run.updates
+    }
     stripped = run.strip()
     plan = plan_merge(stripped, base, dtype)
     check_output(target, force, [run.path, base.path], plan.nbytes)
@@ -71,23 +73,22 @@ def write_merged(
 def _write_index(folder: Path, plan: MergePlan) -> None:
     if len(plan.shards) > 1:
         files = {t.name: name for name, tensors in plan.shards.items() for t in tensors}
-        write_json(
-            folder / _INDEX, {"metadata": {"total_size": plan.nbytes}, "weight_map": files}
-        )
+        write_json(folder / _INDEX, {"metadata": {"total_size": plan.nbytes}, "weight_map": files})
 
 
 def _copy_companions(source: Path, folder: Path) -> None:
     """Tokenizer, generation configuration and the like; weights and code stay behind."""
     for path in source.iterdir():
         known = path.suffix in _COPIED or path.name.upper().startswith(("LICENSE", "NOTICE"))
-        if path.is_file() and known and not path.name.endswith(".index.json"):
-            if path.name not in _OWN_FILES:
-                shutil.copyfile(path, folder / path.name)
+        left = path.name in _OWN_FILES or path.name.endswith(".index.json")
+        if path.is_file() and known and not left:
+            shutil.copyfile(path, folder / path.name)
 
 
 def _loss_warnings(rounding: dict[str, Rounding]) -> list[str]:
-    lossy = {module: report.lost for module, report in rounding.items()
-             if report.lost > LOSS_WARNING}
+    lossy = {
+        module: report.lost for module, report in rounding.items() if report.lost > LOSS_WARNING
+    }
     if not lossy:
         return []
     worst = max(lossy, key=lambda module: lossy[module])

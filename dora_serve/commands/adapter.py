@@ -15,11 +15,17 @@ from . import common
 @click.argument("out", type=common.FOLDER)
 @common.base_option
 @click.option(
-    "--target", type=click.Choice(["peft", "vllm"]), default="peft", show_default=True,
+    "--target",
+    type=click.Choice(["peft", "vllm"]),
+    default="peft",
+    show_default=True,
     help="The engine that will load it.",
 )
 @click.option(
-    "--dtype", type=click.Choice(common.DTYPES), default="float32", show_default=True,
+    "--dtype",
+    type=click.Choice(common.DTYPES),
+    default="float32",
+    show_default=True,
     help="Dtype of the stored factors.",
 )
 @common.dry_run_option
@@ -55,9 +61,7 @@ def command(
         check_output(out, force, [loaded.path], plan.nbytes)
         warnings, errors = loaded.warnings, {}
     else:
-        result = write_adapter(
-            loaded, out, base=model, profile=target, dtype=stored, force=force
-        )
+        result = write_adapter(loaded, out, base=model, profile=target, dtype=stored, force=force)
         plan, warnings, errors = result.plan, result.warnings, result.errors
     ranks = {module: rank for module, (_, rank) in plan.ranks.items()}
     if as_json:

@@ -43,8 +43,9 @@ force_option = click.option("--force", is_flag=True, help="Replace an existing o
 dry_run_option = click.option("--dry-run", is_flag=True, help="Check and show the plan only.")
 
 
-def load_run(run: Path, lora_alpha: float | None, start_rank: int | None,
-             task_info: Path | None) -> Run:
+def load_run(
+    run: Path, lora_alpha: float | None, start_rank: int | None, task_info: Path | None
+) -> Run:
     from converters.readers import ReadOptions, read_run
 
     return read_run(run, ReadOptions(lora_alpha, start_rank, task_info))

@@ -19,9 +19,7 @@ if TYPE_CHECKING:
 @click.option("--png", type=common.FOLDER, help="Write the rank map as a PNG file.")
 @common.json_option
 @common.reports_errors
-def command(
-    run: Path, base: str | None, png: Path | None, as_json: bool, **options: Any
-) -> None:
+def command(run: Path, base: str | None, png: Path | None, as_json: bool, **options: Any) -> None:
     """Show what RUN holds: method, finished or not, the rank map, sizes, accepted targets.
 
     With --base, tensors that training left as they were are not counted as trained whole.

@@ -14,7 +14,9 @@ from . import common
 @common.run_argument
 @click.argument("out", type=common.FOLDER)
 @common.base_option
-@click.option("--dtype", type=click.Choice(common.DTYPES), help="Output dtype; default: the base's.")
+@click.option(
+    "--dtype", type=click.Choice(common.DTYPES), help="Output dtype; default: the base's."
+)
 @common.dry_run_option
 @common.force_option
 @common.json_option
@@ -65,9 +67,7 @@ def command(
 
     total = sum(t.dtype.itemsize * _numel(t.shape) for t in model.tensors.values())
     with common.progress_bar(total, "merging") as progress:
-        result = write_merged(
-            loaded, model, out, dtype=torch_dtype, force=force, progress=progress
-        )
+        result = write_merged(loaded, model, out, dtype=torch_dtype, force=force, progress=progress)
     kept = sum(rank or 0 for _, rank in result.ranks.values())
     started = sum(start or 0 for start, _ in result.ranks.values())
     if as_json:

@@ -17,7 +17,8 @@ from . import common
 @click.argument("artifact", type=common.FOLDER)
 @common.base_option
 @click.option(
-    "--engine", type=click.Choice(["transformers", "peft"]),
+    "--engine",
+    type=click.Choice(["transformers", "peft"]),
     help="Engine that loads the artifact; default: the one that fits.",
 )
 @common.json_option
@@ -36,7 +37,7 @@ def command(
     fail, or the comparison would prove nothing.
     """
     from dora_serve.api import find_base
-    from dora_serve.verify import verify
+    from dora_serve.proof import verify
 
     loaded = common.load_run(run, **options)
     result = verify(loaded, artifact, find_base(loaded, base), engine)

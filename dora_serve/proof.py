@@ -72,11 +72,13 @@ def logits(model: Any, inputs: Inputs) -> torch.Tensor:
         output = model(**inputs)
     if "start_logits" in output:
         result = torch.stack([output.start_logits, output.end_logits])
-        return result.masked_fill(inputs["attention_mask"] == 0, 0.0)
+        padded: torch.Tensor = result.masked_fill(inputs["attention_mask"] == 0, 0.0)
+        return padded
     result = output.logits if "logits" in output else output.last_hidden_state
     if result.dim() == 3 and result.shape[:2] == inputs["input_ids"].shape:
         result = result * inputs["attention_mask"].unsqueeze(-1)
-    return result.float()
+    flat: torch.Tensor = result.float()
+    return flat
 
 
 def _transformers(artifact: Path, _run: Run, _base: BaseModel) -> Any:

@@ -1,0 +1,82 @@
+"""Small real models and adapters, made once per test session."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from transformers import LlamaConfig, LlamaForCausalLM, RobertaConfig, RobertaForMaskedLM
+
+DATA = Path(__file__).parent / "data"
+MODELS = Path(__file__).parent.parent / "models"
+
+MakeAdapter = Callable[..., Path]
+
+
+def randomize(model: Any, words: tuple[str, ...] = ("lora_",)) -> None:
+    """Give the fresh adapter weights values, so that the update is visible."""
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if any(word in name for word in words):
+                parameter.add_(torch.randn(parameter.shape, generator=generator) * 0.1)
+
+
+def tiny_llama(**changes: Any) -> LlamaForCausalLM:
+    torch.manual_seed(0)
+    values: dict[str, Any] = {
+        "hidden_size": 32,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "intermediate_size": 48,
+        "vocab_size": 80,
+        "tie_word_embeddings": False,
+        "pad_token_id": 0,
+    }
+    return LlamaForCausalLM(LlamaConfig(**{**values, **changes})).eval()
+
+
+@pytest.fixture(scope="session")
+def llama_base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("llama") / "base"
+    tiny_llama().save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def roberta_base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("roberta") / "base"
+    torch.manual_seed(0)
+    config = RobertaConfig(
+        hidden_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        intermediate_size=48,
+        vocab_size=80,
+        max_position_embeddings=40,
+    )
+    RobertaForMaskedLM(config).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def llama_lora(llama_base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A PEFT adapter with rank and alpha patterns on linear layers."""
+    folder = tmp_path_factory.mktemp("llama") / "lora"
+    config = LoraConfig(
+        r=4,
+        lora_alpha=6,
+        target_modules=["q_proj", "v_proj", "up_proj"],
+        rank_pattern={"q_proj": 2},
+        alpha_pattern={"mlp.up_proj": 3},
+        task_type="CAUSAL_LM",
+    )
+    model = get_peft_model(LlamaForCausalLM.from_pretrained(llama_base), config)
+    randomize(model)
+    model.save_pretrained(folder)
+    return folder

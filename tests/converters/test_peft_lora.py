@@ -1,0 +1,188 @@
+"""PEFT runs, from training library to merged model and adapter, compared on logits.
+
+PEFT's own live model is the truth here, so that our live model is put to the test as well.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from safetensors.torch import load_file, save_file
+from transformers import (
+    AutoModelForSequenceClassification,
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaForCausalLM,
+    RobertaForSequenceClassification,
+)
+
+from dora_serve import DoraExportError, merge, read_run, verify, write_adapter
+from dora_serve.proof import logits, verification_batch
+from tests.conftest import randomize, tiny_llama
+
+LLAMA_CASES: dict[str, dict[str, Any]] = {
+    "patterns": {
+        "target_modules": ["q_proj", "v_proj", "up_proj"],
+        "rank_pattern": {"q_proj": 2},
+        "alpha_pattern": {"mlp.up_proj": 3},
+    },
+    "rslora": {"target_modules": "all-linear", "use_rslora": True},
+    "embedding": {"target_modules": ["embed_tokens", "q_proj"]},
+    "head": {"target_modules": ["q_proj", "lm_head"]},
+    "whole head": {"target_modules": ["k_proj"], "modules_to_save": ["lm_head"]},
+    "whole norm": {"target_modules": ["k_proj"], "modules_to_save": ["input_layernorm"]},
+}
+
+
+def make(base: Path, out: Path, **config: Any) -> Path:
+    model = get_peft_model(
+        LlamaForCausalLM.from_pretrained(base),
+        LoraConfig(r=4, lora_alpha=6, task_type="CAUSAL_LM", **config),
+    )
+    randomize(model, ("lora_", "modules_to_save", ".bias"))
+    model.save_pretrained(out)
+    return out
+
+
+def peft_logits(base: Path, adapter: Path, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
+    live = PeftModel.from_pretrained(LlamaForCausalLM.from_pretrained(base), str(adapter)).eval()
+    return logits(live, inputs)
+
+
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("case", LLAMA_CASES)
+def test_merged_and_repacked_llama_equal_pefts_live_model(
+    tmp_path: Path, case: str, tied: bool
+) -> None:
+    base = tmp_path / "base"
+    tiny_llama(tie_word_embeddings=tied).save_pretrained(base)
+    adapter = make(base, tmp_path / "lora", **LLAMA_CASES[case])
+    run = read_run(adapter)
+    model = LlamaForCausalLM.from_pretrained(base)
+    inputs = verification_batch(model)
+    truth = peft_logits(base, adapter, inputs)
+    control = logits(model, inputs)
+    assert float((truth - control).abs().max()) > 1e-2
+
+    merge(run, tmp_path / "out", base=base)
+    merged = LlamaForCausalLM.from_pretrained(tmp_path / "out")
+    assert float((logits(merged, inputs) - truth).abs().max()) <= 1e-4
+    write_adapter(run, tmp_path / "adapter", base=base)
+    assert float((peft_logits(base, tmp_path / "adapter", inputs) - truth).abs().max()) <= 1e-4
+    for artifact in ("out", "adapter"):
+        assert verify(run, tmp_path / artifact, base).passed
+
+
+def test_tied_head_stays_what_it_was_when_only_the_embedding_was_trained(tmp_path: Path) -> None:
+    base = tmp_path / "base"
+    tiny_llama(tie_word_embeddings=True).save_pretrained(base)
+    adapter = make(base, tmp_path / "lora", target_modules=["embed_tokens"])
+    merge(adapter, tmp_path / "out", base=base)
+    model = LlamaForCausalLM.from_pretrained(tmp_path / "out")
+    assert model.config.tie_word_embeddings is False
+    original = load_file(base / "model.safetensors")["model.embed_tokens.weight"]
+    assert torch.equal(model.lm_head.weight, original)
+    assert not torch.equal(model.model.embed_tokens.weight, original)
+
+
+def test_conv1d_base_stored_transposed(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    config = GPT2Config(n_embd=32, n_layer=2, n_head=4, vocab_size=80, n_positions=40)
+    base = tmp_path / "base"
+    GPT2LMHeadModel(config).save_pretrained(base)
+    # c_proj of the attention is square: only the layer's type tells its orientation.
+    lora = LoraConfig(
+        r=3,
+        lora_alpha=6,
+        target_modules=["c_attn", "c_proj"],
+        fan_in_fan_out=True,
+        task_type="CAUSAL_LM",
+    )
+    peft = get_peft_model(GPT2LMHeadModel.from_pretrained(base), lora)
+    randomize(peft)
+    peft.save_pretrained(tmp_path / "lora")
+    run = read_run(tmp_path / "lora")
+    inputs = verification_batch(peft)
+    truth = logits(peft.eval(), inputs)
+    merge(run, tmp_path / "out", base=base)
+    merged = GPT2LMHeadModel.from_pretrained(tmp_path / "out").eval()
+    assert float((logits(merged, inputs) - truth).abs().max()) <= 1e-4
+    write_adapter(run, tmp_path / "adapter", base=base)
+    assert verify(run, tmp_path / "adapter", base).passed
+    assert verify(run, tmp_path / "out", base).passed
+
+
+@pytest.mark.parametrize("bias", ["all", "lora_only"])
+def test_classifier_with_head_and_biases(tmp_path: Path, roberta_base: Path, bias: str) -> None:
+    lora = LoraConfig(
+        r=3, lora_alpha=6, target_modules=["query", "value"], bias=bias, task_type="SEQ_CLS"
+    )
+    model = AutoModelForSequenceClassification.from_pretrained(roberta_base, num_labels=3)
+    peft = get_peft_model(model, lora)
+    randomize(peft, ("lora_", "modules_to_save", ".bias"))
+    peft.save_pretrained(tmp_path / "lora")
+    run = read_run(tmp_path / "lora")
+    inputs = verification_batch(peft)
+    fresh = AutoModelForSequenceClassification.from_pretrained(roberta_base, num_labels=3)
+    live = PeftModel.from_pretrained(fresh, str(tmp_path / "lora")).eval()
+    truth = logits(live, inputs)
+    merge(run, tmp_path / "out", base=roberta_base)
+    merged, info = RobertaForSequenceClassification.from_pretrained(
+        tmp_path / "out", output_loading_info=True
+    )
+    assert not any(info[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys"))
+    assert merged.config.num_labels == 3
+    assert float((logits(merged.eval(), inputs) - truth).abs().max()) <= 1e-4
+    write_adapter(run, tmp_path / "adapter", base=roberta_base)
+    assert verify(run, tmp_path / "adapter", roberta_base).passed
+    with pytest.raises(DoraExportError, match="cannot carry"):
+        write_adapter(run, tmp_path / "vllm", base=roberta_base, target="vllm")
+    assert not (tmp_path / "vllm").exists()
+
+
+def test_bf16_merge_is_the_rounded_float32_merge(
+    tmp_path: Path, llama_base: Path, llama_lora: Path
+) -> None:
+    merge(llama_lora, tmp_path / "wide", base=llama_base)
+    merge(llama_lora, tmp_path / "narrow", base=llama_base, dtype=torch.bfloat16)
+    wide = load_file(tmp_path / "wide" / "model.safetensors")
+    narrow = load_file(tmp_path / "narrow" / "model.safetensors")
+    base = load_file(llama_base / "model.safetensors")
+    assert wide.keys() == narrow.keys() == base.keys()
+    for name, tensor in wide.items():
+        assert torch.equal(tensor.bfloat16(), narrow[name])
+    changed = {name for name in base if not torch.equal(base[name], wide[name])}
+    assert changed == {f"{module}.weight" for module in read_run(llama_lora).updates}
+    assert verify(read_run(llama_lora), tmp_path / "narrow", llama_base).passed
+
+
+def test_float32_merge_against_float64(tmp_path: Path, llama_base: Path, llama_lora: Path) -> None:
+    run = read_run(llama_lora)
+    merge(run, tmp_path / "out", base=llama_base)
+    merged = load_file(tmp_path / "out" / "model.safetensors")
+    base = load_file(llama_base / "model.safetensors")
+    for module in run.updates:
+        update = run.updates[module].components()
+        assert update is not None
+        delta = (update.b.double() * update.c.double()) @ update.a.double()
+        expected = base[f"{module}.weight"].double() + delta
+        error = (merged[f"{module}.weight"].double() - expected).abs()
+        assert float((error / expected.norm(dim=1, keepdim=True)).max()) <= 1e-6
+
+
+@pytest.mark.parametrize("damage", ["left out", "halved", "transposed"])
+def test_verify_finds_a_wrong_artifact(
+    tmp_path: Path, llama_base: Path, llama_lora: Path, damage: str
+) -> None:
+    merge(llama_lora, tmp_path / "out", base=llama_base)
+    path = tmp_path / "out" / "model.safetensors"
+    merged, base = load_file(path), load_file(llama_base / "model.safetensors")
+    name = "model.layers.1.self_attn.q_proj.weight"
+    delta = merged[name] - base[name]
+    factor = {"left out": 0 * delta, "halved": delta / 2, "transposed": delta.T}[damage]
+    save_file({**merged, name: (base[name] + factor).contiguous()}, path, {"format": "pt"})
+    assert not verify(read_run(llama_lora), tmp_path / "out", llama_base).passed
