@@ -17,6 +17,7 @@ from types import FrameType
 from .errors import OutputError
 
 _SUFFIX = ".dora-tmp"
+_WRITE_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS)
 
 
 def check_output(target: Path, force: bool, inputs: Iterable[Path], size: int = 0) -> None:
@@ -79,7 +80,7 @@ def output_folder(target: Path) -> Iterator[Path]:
         for parent in made:
             with contextlib.suppress(OSError):
                 parent.rmdir()
-        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EIO):
+        if isinstance(error, OSError) and error.errno in _WRITE_ERRORS:
             raise OutputError(
                 f"writing failed: {os.strerror(error.errno)}",
                 file=target,

@@ -11,6 +11,8 @@ import torch
 from peft import LoraConfig, get_peft_model
 from transformers import LlamaConfig, LlamaForCausalLM, RobertaConfig, RobertaForMaskedLM
 
+from tests.reference_layout import state_dict, write_run
+
 DATA = Path(__file__).parent / "data"
 MODELS = Path(__file__).parent.parent / "models"
 
@@ -80,3 +82,11 @@ def llama_lora(llama_base: Path, tmp_path_factory: pytest.TempPathFactory) -> Pa
     randomize(model)
     model.save_pretrained(folder)
     return folder
+
+
+@pytest.fixture
+def dora_run(llama_base: Path, tmp_path: Path) -> Path:
+    """A run in the reference layout on `llama_base`, free to be damaged."""
+    model = LlamaForCausalLM.from_pretrained(llama_base)
+    state = state_dict(model, ("q_proj", "k_proj", "v_proj", "down_proj"))
+    return write_run(tmp_path / "runs", state)

@@ -1,0 +1,271 @@
+"""Bad input: one of our errors that names what is wrong, before anything is written."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from converters import output
+from dora_serve import DoraExportError, merge, read_run, write_adapter
+from tests.conftest import tiny_llama
+from tests.reference_layout import ALPHA, START_RANK
+
+FILE = "model.safetensors"
+Q = "model.model.layers.0.self_attn.q_proj"
+
+
+def edit(path: Path, **changes: torch.Tensor | None) -> None:
+    """Change, add or (None) remove tensors of a safetensors file."""
+    tensors = {**load_file(path), **changes}
+    save_file({n: t for n, t in tensors.items() if t is not None}, path, {"format": "pt"})
+
+
+def drop_b(run: Path, _base: Path) -> None:
+    edit(run / FILE, **{f"{Q}.lora_b_linear.weight": None})
+
+
+def short_scaler(run: Path, _base: Path) -> None:
+    edit(run / FILE, **{f"{Q}.lora_scaler": torch.ones(START_RANK - 1)})
+
+
+def other_rank(run: Path, _base: Path) -> None:
+    edit(run / FILE, **{f"{Q}.lora_b_linear.weight": torch.ones(32, START_RANK + 1)})
+
+
+def wrong_shape(run: Path, _base: Path) -> None:
+    edit(run / FILE, **{f"{Q}.lora_a_linear.weight": torch.ones(START_RANK, 31)})
+
+
+def nan_in_a(run: Path, _base: Path) -> None:
+    edit(run / FILE, **{f"{Q}.lora_a_linear.weight": torch.full((START_RANK, 32), float("nan"))})
+
+
+def inf_in_base(_run: Path, base: Path) -> None:
+    # Not an adapted tensor's neighbour but the adapted weight itself.
+    name = "model.layers.0.self_attn.q_proj.weight"
+    edit(base / FILE, **{name: torch.full((32, 32), float("inf"))})
+
+
+def other_base(_run: Path, base: Path) -> None:
+    tensors = load_file(base / FILE)
+    name = "model.layers.1.mlp.gate_proj.weight"
+    edit(base / FILE, **{name: tensors[name] + 1e-3})
+
+
+def wider_base(_run: Path, base: Path) -> None:
+    shutil.rmtree(base)
+    tiny_llama(hidden_size=40).save_pretrained(base)
+
+
+def truncated_run(run: Path, _base: Path) -> None:
+    os.truncate(run / FILE, (run / FILE).stat().st_size - 7)
+
+
+def truncated_base(_run: Path, base: Path) -> None:
+    os.truncate(base / FILE, (base / FILE).stat().st_size - 7)
+
+
+def missing_config(_run: Path, base: Path) -> None:
+    (base / "config.json").unlink()
+
+
+def no_weights(_run: Path, base: Path) -> None:
+    (base / FILE).unlink()
+
+
+def missing_shard(_run: Path, base: Path) -> None:
+    names = list(load_file(base / FILE))
+    (base / FILE).unlink()
+    index = {"weight_map": dict.fromkeys(names, "model-00001-of-00002.safetensors")}
+    (base / f"{FILE}.index.json").write_text(json.dumps(index))
+
+
+def shard_outside(_run: Path, base: Path) -> None:
+    (base / FILE).rename(base.parent / "outside.safetensors")
+    index = {"weight_map": {"model.norm.weight": "../outside.safetensors"}}
+    (base / f"{FILE}.index.json").write_text(json.dumps(index))
+
+
+def other_start_rank(run: Path, _base: Path) -> None:
+    change_info(run, adaptive_lora_start_rank="12")
+
+
+def no_alpha(run: Path, _base: Path) -> None:
+    change_info(run, lora_alpha=None)
+
+
+def alpha_is_text(run: Path, _base: Path) -> None:
+    change_info(run, lora_alpha="eight")
+
+
+def change_info(run: Path, **changes: str | None) -> None:
+    path = Path(str(run.parent).replace("/Checkpoint/", "/Log/")) / "task_info.json"
+    values = {**json.loads(path.read_text()), **changes}
+    path.write_text(json.dumps({k: v for k, v in values.items() if v is not None}))
+
+
+class Evil:
+    def __reduce__(self) -> tuple[object, tuple[str]]:
+        return os.mkdir, ("executed",)
+
+
+def code_in_prune_state(run: Path, _base: Path) -> None:
+    torch.save({"finally_mask_dict": Evil()}, run / "prune_state_dict.pt")
+
+
+def code_in_weights(run: Path, _base: Path) -> None:
+    (run / FILE).unlink()
+    torch.save({f"{Q}.lora_a_linear.weight": Evil()}, run / "pytorch_model.bin")
+
+
+def stray_tensor(run: Path, _base: Path) -> None:
+    edit(run / FILE, **{"elsewhere.weight": torch.ones(2)})
+
+
+def empty_run(run: Path, _base: Path) -> None:
+    shutil.rmtree(run)
+    run.mkdir()
+
+
+def no_run(run: Path, _base: Path) -> None:
+    shutil.rmtree(run)
+
+
+Damage = Callable[[Path, Path], None]
+CASES: list[tuple[Damage, str]] = [
+    (drop_b, "lora_b_linear"),
+    (short_scaler, r"\[5\](.|\n)*\[6\]"),
+    (other_rank, "of different rank"),
+    (wrong_shape, r"does not fit(.|\n)*\[32, 32\](.|\n)*\[32, 31\]"),
+    (nan_in_a, "NaN or infinity"),
+    (inf_in_base, "q_proj"),
+    (other_base, "not the base the run was trained on(.|\n)*gate_proj"),
+    (wider_base, r"another shape|does not fit"),
+    (truncated_run, "file size"),
+    (truncated_base, "file size"),
+    (missing_config, "config.json"),
+    (no_weights, "no weights"),
+    (missing_shard, "model-00001-of-00002.safetensors"),
+    (shard_outside, "outside"),
+    (other_start_rank, "start rank differs(.|\n)*12"),
+    (no_alpha, "--lora-alpha"),
+    (alpha_is_text, "not a number"),
+    (code_in_prune_state, "more than tensors"),
+    (code_in_weights, "more than tensors"),
+    (stray_tensor, "elsewhere.weight"),
+    (empty_run, "no run found"),
+    (no_run, "no such run"),
+]
+
+
+@pytest.fixture
+def base(llama_base: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(llama_base, tmp_path / "base"))
+
+
+@pytest.fixture(autouse=True)
+def nothing_left(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """After each test the working folder holds no output, no temporary folder, no sign of code."""
+    work = tmp_path / "work"
+    work.mkdir()
+    monkeypatch.chdir(work)
+    yield
+    assert list(work.iterdir()) == []
+
+
+def test_the_undamaged_run_merges(dora_run: Path, base: Path, tmp_path: Path) -> None:
+    merge(dora_run, tmp_path / "out", base=base)
+    assert (tmp_path / "out" / FILE).exists()
+
+
+@pytest.mark.parametrize(
+    ("damage", "says"), CASES, ids=lambda value: getattr(value, "__name__", "")
+)
+def test_merge_refuses(damage: Damage, says: str, dora_run: Path, base: Path) -> None:
+    damage(dora_run, base)
+    with pytest.raises(DoraExportError, match=says):
+        merge(dora_run, "out", base=base)
+
+
+@pytest.mark.parametrize("damage", [drop_b, nan_in_a, other_base, wider_base, no_alpha])
+def test_adapter_refuses(damage: Damage, dora_run: Path, base: Path) -> None:
+    damage(dora_run, base)
+    with pytest.raises(DoraExportError):
+        write_adapter(dora_run, "out", base=base)
+
+
+def test_lost_log_folder_needs_alpha(dora_run: Path, tmp_path: Path) -> None:
+    from dora_serve import ReadOptions
+
+    info = Path(str(dora_run.parent).replace("/Checkpoint/", "/Log/")) / "task_info.json"
+    moved = info.rename(tmp_path / "info.json")
+    with pytest.raises(DoraExportError, match="--task-info"):
+        read_run(dora_run)
+    by_alpha = read_run(dora_run, ReadOptions(lora_alpha=ALPHA))
+    by_info = read_run(dora_run.parent, ReadOptions(task_info=moved))
+    for module in by_alpha.updates:
+        one, two = by_alpha.updates[module].components(), by_info.updates[module].components()
+        assert one is not None
+        assert two is not None
+        assert torch.equal(one.c, two.c)
+
+
+def test_output_inside_an_input_or_not_empty(dora_run: Path, base: Path, tmp_path: Path) -> None:
+    for target in (dora_run / "out", dora_run, base / "out", base.parent):
+        with pytest.raises(DoraExportError, match=r"inside an input|not empty"):
+            merge(dora_run, target, base=base, force=True)
+    full = tmp_path / "full"
+    full.mkdir()
+    (full / "mine").write_text("keep")
+    with pytest.raises(DoraExportError, match="--force"):
+        merge(dora_run, full, base=base)
+    assert (full / "mine").read_text() == "keep"
+    merge(dora_run, full, base=base, force=True)
+    assert (full / FILE).exists()
+    assert not (full / "mine").exists()
+
+
+def test_no_space_is_found_before_writing(
+    dora_run: Path, base: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    usage = shutil._ntuple_diskusage(10, 10, 0)  # type: ignore[attr-defined]
+    monkeypatch.setattr(output.shutil, "disk_usage", lambda _path: usage)
+    with pytest.raises(DoraExportError, match="not enough space"):
+        merge(dora_run, "out", base=base)
+
+
+LIMITED = """
+import resource, signal, sys
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))
+from dora_serve.commands import dora_export
+dora_export(["merge", sys.argv[1], "out", "--base", sys.argv[2]])
+"""
+
+
+def test_a_failing_write_leaves_nothing(dora_run: Path, base: Path) -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", LIMITED, str(dora_run), str(base)], capture_output=True, text=True
+    )
+    assert done.returncode == 1
+    assert "error: writing failed: File too large" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_inputs_are_never_changed(dora_run: Path, base: Path, tmp_path: Path) -> None:
+    def content(folder: Path) -> dict[Path, bytes]:
+        return {p: p.read_bytes() for p in folder.rglob("*") if p.is_file()}
+
+    before = {**content(dora_run), **content(base)}
+    merge(dora_run, tmp_path / "out", base=base)
+    write_adapter(dora_run, tmp_path / "adapter", base=base)
+    assert {**content(dora_run), **content(base)} == before
