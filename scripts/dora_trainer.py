@@ -117,7 +117,7 @@ class DoraTrainer:
         losses = []
         for step in range(1, s.steps + 1):
             loss = self.model(**batch(generator, s.batch_size)).loss
-            losses.append(float(loss))
+            losses.append(loss.item())
             if step - self._begin <= self._span:
                 components = 2 * s.adaptive_lora_start_rank * len(self.layers)
                 variance = torch.stack([layer.variance() for layer in self.layers.values()]).sum()
