@@ -1,6 +1,6 @@
 """The main job on a sample run: inspect, merge, repack, verify, and ask base and merged model.
 
-    python scripts/demo.py [OUT]
+python scripts/demo.py [OUT]
 """
 
 from __future__ import annotations

@@ -17,6 +17,8 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
+Batch = Callable[[torch.Generator, int], dict[str, torch.Tensor]]
+
 
 @dataclass(frozen=True)
 class Settings:
@@ -68,7 +70,8 @@ class AdaptiveLinear(nn.Module):
         """‖cᵢbᵢaᵢᵀ‖_F / ‖ΔW‖_F for each component (equation 6), without forming a component."""
         a = self.lora_a_linear.weight * self.lora_scaler.unsqueeze(1)
         b = self.lora_b_linear.weight
-        return a.norm(dim=1) * b.norm(dim=0) / ((b @ a).norm() + eps)
+        score: torch.Tensor = a.norm(dim=1) * b.norm(dim=0) / ((b @ a).norm() + eps)
+        return score
 
     def variance(self) -> torch.Tensor:
         """Sum over components of the variances of aᵢ and bᵢ, for the regulariser."""
@@ -102,7 +105,9 @@ class DoraTrainer:
         end = settings.steps * (1 - settings.adaptive_lora_end_prune_step_ratio)
         self._begin, self._span = int(begin), int(end - begin)
 
-    def train(self, batch: Callable[[torch.Generator, int], dict[str, torch.Tensor]]) -> list[float]:
+    def train(
+        self, batch: Callable[[torch.Generator, int], dict[str, torch.Tensor]]
+    ) -> list[float]:
         """Train on batches drawn from `batch(generator, size)`; returns the losses."""
         s = self.settings
         generator = torch.Generator().manual_seed(s.seed)

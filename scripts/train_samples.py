@@ -13,12 +13,11 @@ import argparse
 import shutil
 import tempfile
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
-from dora_trainer import DoraTrainer, Settings
+from dora_trainer import Batch, DoraTrainer, Settings
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import (
     LlamaConfig,
@@ -29,8 +28,6 @@ from transformers import (
     RobertaForSequenceClassification,
 )
 from transformers.utils import logging
-
-Batch = Callable[[torch.Generator, int], dict[str, torch.Tensor]]
 
 TEENS = (
     "zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen "
@@ -62,8 +59,9 @@ def tokenizer(words: list[str], special: dict[str, str], template: str) -> PreTr
 
 
 def counting(start: int, step: int) -> list[int]:
-    return [n for n in range(start + step, start + step * (LENGTH + 1), step)
-            if 0 <= n < len(NUMBERS)]
+    return [
+        n for n in range(start + step, start + step * (LENGTH + 1), step) if 0 <= n < len(NUMBERS)
+    ]
 
 
 class CountTask:
@@ -115,7 +113,9 @@ class CountTask:
         for start in self.starts():
             prompt = torch.tensor([[self.bos, *self.count, self.numbers[start]]])
             answer = model.generate(
-                prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=LENGTH + 1,
+                prompt,
+                attention_mask=torch.ones_like(prompt),
+                max_new_tokens=LENGTH + 1,
                 do_sample=False,
             )[0, prompt.shape[1] :].tolist()
             expected = [self.numbers[n] for n in counting(start, self.step)] + [self.eos]
@@ -137,7 +137,9 @@ class SentenceTask:
         label, negated, very = (torch.rand(3, generator=generator) < odds).int().tolist()
         adjective = pick(GOOD if label != negated else BAD)
         middle = ["not"] * negated + ["very"] * very
-        return " ".join(["the", pick(SUBJECTS), pick(["is", "was"]), *middle, adjective, "."]), label
+        return " ".join(
+            ["the", pick(SUBJECTS), pick(["is", "was"]), *middle, adjective, "."]
+        ), label
 
     def batch(self, generator: torch.Generator, size: int) -> dict[str, torch.Tensor]:
         pairs = [self.sentence(generator) for _ in range(size)]
@@ -180,10 +182,17 @@ def make_llama(out: Path) -> None:
     words = tokenizer(["count", "copy", ":", "=", *NUMBERS, *NOUNS], special, "<s> $A")
     torch.manual_seed(0)
     config = LlamaConfig(
-        vocab_size=len(words), hidden_size=64, intermediate_size=128, num_hidden_layers=4,
-        num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=64,
-        tie_word_embeddings=True, bos_token_id=words.bos_token_id,
-        eos_token_id=words.eos_token_id, pad_token_id=words.pad_token_id,
+        vocab_size=len(words),
+        hidden_size=64,
+        intermediate_size=128,
+        num_hidden_layers=4,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=64,
+        tie_word_embeddings=True,
+        bos_token_id=words.bos_token_id,
+        eos_token_id=words.eos_token_id,
+        pad_token_id=words.pad_token_id,
     )
     up = CountTask(words, 1)
     base = train_base(LlamaForCausalLM(config), up.batch, 1500)
@@ -202,16 +211,28 @@ def make_llama(out: Path) -> None:
 
 def make_roberta(out: Path) -> None:
     special = {
-        "bos_token": "<s>", "pad_token": "<pad>", "eos_token": "</s>", "unk_token": "<unk>",
-        "cls_token": "<s>", "sep_token": "</s>", "mask_token": "<mask>",
+        "bos_token": "<s>",
+        "pad_token": "<pad>",
+        "eos_token": "</s>",
+        "unk_token": "<unk>",
+        "cls_token": "<s>",
+        "sep_token": "</s>",
+        "mask_token": "<mask>",
     }
     words = tokenizer(WORDS_OF_SENTENCES, special, "<s> $A </s>")
     torch.manual_seed(0)
     config = RobertaConfig(
-        vocab_size=len(words), hidden_size=64, intermediate_size=128, num_hidden_layers=3,
-        num_attention_heads=4, max_position_embeddings=34, type_vocab_size=1,
-        hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0,
-        bos_token_id=words.bos_token_id, pad_token_id=words.pad_token_id,
+        vocab_size=len(words),
+        hidden_size=64,
+        intermediate_size=128,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        max_position_embeddings=34,
+        type_vocab_size=1,
+        hidden_dropout_prob=0.0,
+        attention_probs_dropout_prob=0.0,
+        bos_token_id=words.bos_token_id,
+        pad_token_id=words.pad_token_id,
         eos_token_id=words.eos_token_id,
     )
     task = SentenceTask(words)
@@ -223,8 +244,13 @@ def make_roberta(out: Path) -> None:
     model = RobertaForSequenceClassification.from_pretrained(folder, num_labels=2)
     for safetensors, tag in ((True, ""), (False, "--accelerate=0.22")):
         settings = Settings(
-            "Tiny_Roberta", "Sentiment", f"Tiny_Roberta--Sentiment--1{tag}", ROBERTA_TARGETS,
-            num_label=2, lr=8e-3, steps=800,
+            "Tiny_Roberta",
+            "Sentiment",
+            f"Tiny_Roberta--Sentiment--1{tag}",
+            ROBERTA_TARGETS,
+            num_label=2,
+            lr=2e-3,
+            steps=1000,
         )
         if safetensors:
             trainer = DoraTrainer(model, settings, "roberta")

@@ -14,7 +14,6 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from converters import output
 from dora_serve import DoraExportError, merge, read_run, write_adapter
 from tests.conftest import tiny_llama
 from tests.reference_layout import ALPHA, START_RANK
@@ -237,8 +236,8 @@ def test_output_inside_an_input_or_not_empty(dora_run: Path, base: Path, tmp_pat
 def test_no_space_is_found_before_writing(
     dora_run: Path, base: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    usage = shutil._ntuple_diskusage(10, 10, 0)  # type: ignore[attr-defined]
-    monkeypatch.setattr(output.shutil, "disk_usage", lambda _path: usage)
+    usage = shutil.disk_usage("/")._replace(free=0)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _path: usage)
     with pytest.raises(DoraExportError, match="not enough space"):
         merge(dora_run, "out", base=base)
 
