@@ -8,6 +8,7 @@ import fcntl
 import os
 import shutil
 import signal
+import subprocess
 import tempfile
 import threading
 from collections.abc import Iterable, Iterator
@@ -59,8 +60,9 @@ def check_output(target: Path, force: bool, inputs: Iterable[Path], size: int = 
 def output_folder(target: Path) -> Iterator[Path]:
     """A folder to write into; on leaving it becomes `target`, on any error it disappears.
 
-    It lies beside `target` under a hidden name and is locked while in use, so that what a killed
-    process left is recognised and removed by the next one. SIGTERM counts as an error.
+    It lies beside `target` under a hidden name. SIGTERM counts as an error. A process that is
+    killed is outlived by its janitor, which removes the folder; should that be killed too (or the
+    machine stop), the lock on the folder is free and the next command with this target removes it.
     """
     target = target.resolve()
     made = [p for p in (target.parent, *target.parent.parents) if not p.exists()]
@@ -70,7 +72,7 @@ def output_folder(target: Path) -> Iterator[Path]:
     lock = os.open(folder, os.O_RDONLY)
     fcntl.flock(lock, fcntl.LOCK_EX)
     try:
-        with _terminate_as_exit():
+        with _terminate_as_exit(), _janitor(folder):
             folder.chmod(0o777 & ~_umask())
             yield folder
             _sync_tree(folder)
@@ -140,6 +142,18 @@ def _remove_stale(target: Path) -> None:
             pass
         finally:
             os.close(fd)
+
+
+@contextlib.contextmanager
+def _janitor(folder: Path) -> Iterator[None]:
+    """A shell that waits for a pipe which only our end, by whatever cause, can close."""
+    with subprocess.Popen(
+        ["/bin/sh", "-c", 'cat >/dev/null; rm -rf -- "$0"', str(folder)],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.DEVNULL,
+        start_new_session=True,
+    ):
+        yield
 
 
 @contextlib.contextmanager
