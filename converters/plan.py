@@ -41,10 +41,11 @@ class OutputTensor:
 
 @dataclass(frozen=True)
 class MergePlan:
-    """The output's shards in order, and the configuration beside them."""
+    """The output's shards in order, the configuration beside them, and each module's rank."""
 
     shards: Mapping[str, tuple[OutputTensor, ...]]
     config: Mapping[str, object]
+    ranks: Mapping[str, int | None]
 
     @property
     def nbytes(self) -> int:
@@ -61,7 +62,7 @@ def plan_merge(run: Run, base: BaseModel, dtype: torch.dtype | None) -> MergePla
     Raises `BaseError` when module names or shapes do not fit, or when the base is not the one the
     run was trained on.
     """
-    targets = _targets(run, base)
+    targets, ranks = _targets(run, base)
     check_frozen(run, base)
     replaced = changed(run, base)
     architecture, expected = target_architecture(run, base)
@@ -100,7 +101,7 @@ def plan_merge(run: Run, base: BaseModel, dtype: torch.dtype | None) -> MergePla
     if head is not None:
         module, _ = targets.get(HEAD, (None, False))
         last.append(OutputTensor(HEAD, head, dtype or head.dtype, module))
-    return MergePlan({name: tuple(tensors) for name, tensors in shards.items()}, config)
+    return MergePlan({name: tuple(tensors) for name, tensors in shards.items()}, config, ranks)
 
 
 def _shard_name(path: Path) -> str:
@@ -110,9 +111,12 @@ def _shard_name(path: Path) -> str:
     return path.stem.replace("pytorch_model", "model") + ".safetensors"
 
 
-def _targets(run: Run, base: BaseModel) -> dict[str, tuple[str, bool]]:
-    """Base tensor name → (module, whether it is stored as [in, out])."""
+def _targets(
+    run: Run, base: BaseModel
+) -> tuple[dict[str, tuple[str, bool]], dict[str, int | None]]:
+    """Base tensor name → (module, whether it is stored as [in, out]); and module → rank."""
     targets: dict[str, tuple[str, bool]] = {}
+    ranks: dict[str, int | None] = {}
     for module, update in run.updates.items():
         transposed = base.is_transposed(module, update.shape, module in run.embeddings)
         name = base.find(f"{module}.weight") or HEAD  # is_transposed found one or the other
@@ -124,7 +128,9 @@ def _targets(run: Run, base: BaseModel) -> dict[str, tuple[str, bool]]:
                 found=f"{targets[name][0]} and {module}",
             )
         targets[name] = (module, transposed)
-    return targets
+        components = update.components()
+        ranks[module] = None if components is None else components.rank
+    return targets, ranks
 
 
 def check_frozen(run: Run, base: BaseModel) -> None:

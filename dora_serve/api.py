@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from pathlib import Path
 
 import torch
@@ -47,7 +49,7 @@ def merge(
     base: str | Path | None = None,
     dtype: torch.dtype | None = None,
     force: bool = False,
-    progress: Progress | None = None,
+    progress: Callable[[int], AbstractContextManager[Progress]] | None = None,
 ) -> MergeResult:
     """Merge a run into its base: a folder that `AutoModel*.from_pretrained` loads.
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -29,7 +31,6 @@ class MergeResult:
 
     path: Path
     plan: MergePlan
-    ranks: dict[str, tuple[int | None, int | None]]
     rounding: dict[str, Rounding]
     warnings: tuple[str, ...]
 
@@ -41,33 +42,34 @@ def write_merged(
     *,
     dtype: torch.dtype | None = None,
     force: bool = False,
-    progress: Progress | None = None,
+    progress: Callable[[int], AbstractContextManager[Progress]] | None = None,
 ) -> MergeResult:
     """Merge `run` into `base` and write the result to the folder `target`.
 
     Memory: one block of rows per thread and the components of one module, never a whole matrix.
-    `dtype` None keeps each tensor's dtype. Raises `DoraExportError`, with nothing written, when
-    the run does not fit the base or the output cannot be written.
+    `dtype` None keeps each tensor's dtype; `progress` opens a bar for a number of bytes. Raises
+    `DoraExportError`, with nothing written, when the run does not fit the base or the output
+    cannot be written.
     """
     check_output(target, force, [run.path, base.path])
-    ranks = {
-        module: (run.start_rank.get(module), run.strip().rank(module)) for module in run.updates
-    }
     stripped = run.strip()
     plan = plan_merge(stripped, base, dtype)
     check_output(target, force, [run.path, base.path], plan.nbytes)
     rounding: dict[str, Rounding] = {}
-    with output_folder(target) as folder:
+    bar = progress(plan.nbytes) if progress is not None else nullcontext(_no_progress)
+    with output_folder(target) as folder, bar as advance:
         for name, tensors in plan.shards.items():
-            rounding |= write_shard(
-                folder / name, tensors, stripped, progress or (lambda _bytes: None)
-            )
+            rounding |= write_shard(folder / name, tensors, stripped, advance)
         _write_index(folder, plan)
         write_json(folder / "config.json", plan.config)
         _copy_companions(base.path, folder)
         warnings = (*run.warnings, *_loss_warnings(rounding))
-        write_json(folder / FILE, _certificate(run, base, plan, ranks, rounding, dtype))
-    return MergeResult(target, plan, ranks, rounding, warnings)
+        write_json(folder / FILE, _certificate(run, base, plan, rounding, dtype))
+    return MergeResult(target, plan, rounding, warnings)
+
+
+def _no_progress(_bytes: int) -> None:
+    """Nobody is watching."""
 
 
 def _write_index(folder: Path, plan: MergePlan) -> None:
@@ -103,13 +105,12 @@ def _certificate(
     run: Run,
     base: BaseModel,
     plan: MergePlan,
-    ranks: dict[str, tuple[int | None, int | None]],
     rounding: dict[str, Rounding],
     dtype: torch.dtype | None,
 ) -> dict[str, object]:
     modules = {
         module: {
-            "start_rank": start,
+            "start_rank": run.start_rank.get(module),
             "rank": rank,
             "relative_update": rounding[module].relative_update,
             "rounding": {
@@ -118,7 +119,7 @@ def _certificate(
                 "lost": rounding[module].lost,
             },
         }
-        for module, (start, rank) in ranks.items()
+        for module, rank in plan.ranks.items()
     }
     return certificate(
         "merged",

@@ -7,7 +7,7 @@ once, write. Memory is one block per thread, whatever the model.
 
 from __future__ import annotations
 
-import contextlib
+import errno
 import json
 import os
 import threading
@@ -29,7 +29,10 @@ BLOCK_ELEMENTS = 256 << 10  # 1 MiB in float32: two of them stay in a core's cac
 _COPY_BYTES = 64 << 20
 _REPORT_EVERY = 8
 
-Progress = Callable[[int], None]
+# Between file systems, or where the kernel has no such call for one of them.
+_NO_KERNEL_COPY = (errno.EXDEV, errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP)
+
+Progress = Callable[[int], None]  # told the bytes just written, from any thread
 
 
 @dataclass
@@ -161,8 +164,7 @@ def _copy_range(source: Path, begin: int, fd: int, offset: int, count: int) -> N
                     raise BaseError("the base shard ended while it was read", file=source)
                 begin, offset, count = begin + done, offset + done, count - done
         except OSError as error:
-            # Between file systems, or where the kernel has no such call for one of them.
-            if error.errno is None or isinstance(error, BaseError) or not _is_unsupported(error):
+            if error.errno not in _NO_KERNEL_COPY:
                 raise
             while count:
                 data = os.pread(stream.fileno(), min(count, 1 << 20), begin)
@@ -170,12 +172,6 @@ def _copy_range(source: Path, begin: int, fd: int, offset: int, count: int) -> N
                     raise BaseError("the base shard ended while it was read", file=source) from None
                 _write_all(fd, memoryview(data), offset)
                 begin, offset, count = begin + len(data), offset + len(data), count - len(data)
-
-
-def _is_unsupported(error: OSError) -> bool:
-    import errno
-
-    return error.errno in (errno.EXDEV, errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP)
 
 
 def _write_all(fd: int, data: memoryview, offset: int) -> None:
@@ -258,6 +254,5 @@ def _merge_block(
     if tensor.module is not None and number % _REPORT_EVERY == 0:
         weight = _buffer("weight", size, torch.float32).copy_(raw)
         stored = _buffer("stored", size, torch.float32).copy_(out)
-        with contextlib.suppress(KeyError):
-            reports[tensor.module].add(weight, work.sub_(weight), stored.sub_(weight))
+        reports[tensor.module].add(weight, work.sub_(weight), stored.sub_(weight))
     return out

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -65,11 +66,17 @@ def command(
         common.warn(loaded.warnings)
         return
 
-    total = sum(t.dtype.itemsize * _numel(t.shape) for t in model.tensors.values())
-    with common.progress_bar(total, "merging") as progress:
-        result = write_merged(loaded, model, out, dtype=torch_dtype, force=force, progress=progress)
-    kept = sum(rank or 0 for _, rank in result.ranks.values())
-    started = sum(start or 0 for start, _ in result.ranks.values())
+    result = write_merged(
+        loaded,
+        model,
+        out,
+        dtype=torch_dtype,
+        force=force,
+        progress=partial(common.progress_bar, text="merging"),
+    )
+    ranks = result.plan.ranks
+    kept = sum(rank or 0 for rank in ranks.values())
+    started = sum(loaded.start_rank.values())
     if as_json:
         common.print_json(
             {
@@ -77,7 +84,7 @@ def command(
                 "bytes": result.plan.nbytes,
                 "method": loaded.method,
                 "finished": loaded.finished,
-                "modules": len(result.ranks),
+                "modules": len(ranks),
                 "components": {"start": started, "kept": kept},
                 "lost_to_rounding": {m: r.lost for m, r in result.rounding.items()},
                 "warnings": list(result.warnings),
@@ -85,7 +92,7 @@ def command(
         )
     else:
         click.echo(
-            f"{out}: merged {len(result.ranks)} modules ({kept} of {started} components "
+            f"{out}: merged {len(ranks)} modules ({kept} of {started} components "
             f"survived training), {common.size(result.plan.nbytes)}"
         )
         if result.rounding:
@@ -93,9 +100,3 @@ def command(
             click.echo(f"  rounding took at most {worst.lost:.2%} of a module's update")
         click.echo(f"  check it: dora-export verify {run} {out} --base {model.name}")
     common.warn(result.warnings)
-
-
-def _numel(shape: tuple[int, ...]) -> int:
-    from math import prod
-
-    return prod(shape)
