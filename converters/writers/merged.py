@@ -15,7 +15,7 @@ from ..certificate import FILE, certificate, write_json
 from ..output import check_output, output_folder
 from ..plan import MergePlan, plan_merge
 from ..run import Run
-from .stream import Progress, Rounding, write_shard
+from .stream import Progress, Rounding, write_shards
 
 _COPIED = {".json", ".txt", ".model", ".jinja", ".tiktoken", ".spm", ".vocab", ".bpe"}
 _OWN_FILES = {"config.json", "adapter_config.json", FILE}
@@ -55,11 +55,9 @@ def write_merged(
     stripped = run.strip()
     plan = plan_merge(stripped, base, dtype)
     check_output(target, force, [run.path, base.path], plan.nbytes)
-    rounding: dict[str, Rounding] = {}
     bar = progress(plan.nbytes) if progress is not None else nullcontext(_no_progress)
     with output_folder(target) as folder, bar as advance:
-        for name, tensors in plan.shards.items():
-            rounding |= write_shard(folder / name, tensors, stripped, advance)
+        rounding = write_shards(folder, plan.shards, stripped, advance)
         _write_index(folder, plan)
         write_json(folder / "config.json", plan.config)
         _copy_companions(base.path, folder)
