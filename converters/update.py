@@ -19,8 +19,13 @@ class Update(Protocol):
     def shape(self) -> tuple[int, int]:
         """`[out, in]` of the weight it applies to."""
 
+    @property
+    def whole(self) -> bool:
+        """Whether `merge` must be given all rows at once."""
+
     def merge(self, rows: torch.Tensor, start: int) -> torch.Tensor:
-        """Add the update, in place, to float32 `rows [n, in]`, which begin at row `start`."""
+        """Turn float32 base `rows [n, in]`, which begin at row `start`, into deployed ones, in
+        place."""
 
     def components(self) -> RankOneSum | None:
         """The update as a sum of rank-1 components, None where it is not one."""
@@ -51,6 +56,10 @@ class RankOneSum:
     @property
     def rank(self) -> int:
         return self.c.shape[0]
+
+    @property
+    def whole(self) -> bool:
+        return False
 
     @property
     def shape(self) -> tuple[int, int]:

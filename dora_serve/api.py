@@ -11,7 +11,7 @@ import torch
 from converters import writers
 from converters.base import BaseModel, open_base
 from converters.errors import MissingError
-from converters.readers import read_run
+from converters.readers import ReadOptions, read_run
 from converters.run import Run
 from converters.writers.adapter import AdapterResult
 from converters.writers.merged import MergeResult
@@ -55,7 +55,7 @@ def merge(
 
     `dtype` None keeps the base's. Raises `DoraExportError` with nothing written.
     """
-    run = run if isinstance(run, Run) else read_run(run)
+    run = run if isinstance(run, Run) else read_run(run, ReadOptions(base=base))
     return writers.merged.write_merged(
         run, find_base(run, base), Path(output), dtype=dtype, force=force, progress=progress
     )
@@ -75,7 +75,7 @@ def write_adapter(
     Without `base`, names and shapes are not checked against it. Raises `DoraExportError` with
     nothing written.
     """
-    run = run if isinstance(run, Run) else read_run(run)
+    run = run if isinstance(run, Run) else read_run(run, ReadOptions(base=base))
     return writers.adapter.write_adapter(
         run,
         Path(output),

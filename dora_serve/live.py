@@ -15,31 +15,38 @@ from converters.base import BaseModel
 from converters.errors import RunError
 from converters.plan import target_architecture
 from converters.run import Run
-from converters.update import RankOneSum
+from converters.update import RankOneSum, Update
 
 
 class LiveModel:
-    """The live model of a run in float32, eval mode. `detach()` leaves the updates out."""
+    """The live model of a run in float32, eval mode. `detach()` leaves the updates out.
+
+    Sums of rank-1 components act as branches beside the layers. Other updates have no form beside
+    the weight: there the layer computes with the deployed weight.
+    """
 
     def __init__(self, run: Run, base: BaseModel) -> None:
         self.model = load_base(run, base)
         _load_run_tensors(self.model, run)
         self._run = run
-        self._handles = [
-            self.model.get_submodule(module).register_forward_hook(
-                _branch(_components(run, module), module in run.embeddings)
-            )
-            for module in run.updates
-        ]
+        self._undo: list[Callable[[], object]] = []
+        for module in run.updates:
+            layer, update = self.model.get_submodule(module), run.updates[module]
+            components = update.components()
+            if components is None:
+                self._undo.append(_replace(layer, _deployed(layer, update)))
+            else:
+                hook = _branch(components, module in run.embeddings)
+                self._undo.append(layer.register_forward_hook(hook).remove)
 
     def detach(self) -> None:
         """Take the updates off: the base with the run's heads, the negative control."""
-        for handle in self._handles:
-            handle.remove()
-        self._handles = []
+        for undo in self._undo:
+            undo()
+        self._undo = []
 
     def fold_rounded(self, dtype: torch.dtype) -> None:
-        """Fold the updates into the weights, computed in float64 and every weight rounded once.
+        """Fold the updates into the weights, rank-1 sums in float64, every weight rounded once.
 
         This is what a merged model of `dtype` is expected to hold.
         """
@@ -47,20 +54,34 @@ class LiveModel:
         with torch.no_grad():
             for module in self._run.updates:
                 layer = self.model.get_submodule(module)
-                update = _components(self._run, module)
-                delta = (update.b.double() * update.c.double()) @ update.a.double()
-                conv1d = type(layer).__name__ == "Conv1D"
-                weight: torch.Tensor = layer.weight
-                weight.copy_((weight.double() + (delta.T if conv1d else delta)).float())
+                layer.weight.copy_(_deployed(layer, self._run.updates[module]))
             for parameter in self.model.parameters():
                 parameter.copy_(parameter.to(dtype))
 
 
-def _components(run: Run, module: str) -> RankOneSum:
-    components = run.updates[module].components()
+def _deployed(layer: torch.nn.Module, update: Update) -> torch.Tensor:
+    """The weight of `layer` with the update in it, as the layer stores it, float32."""
+    weight: torch.Tensor = layer.weight.detach()  # type: ignore[assignment]
+    conv1d = type(layer).__name__ == "Conv1D"
+    rows = weight.T.clone(memory_format=torch.contiguous_format) if conv1d else weight.clone()
+    components = update.components()
     if components is None:
-        raise RunError("no live form of this update is known", file=run.path, tensor=module)
-    return components
+        update.merge(rows, 0)
+    else:
+        delta = (components.b.double() * components.c.double()) @ components.a.double()
+        rows = (rows.double() + delta).float()
+    return rows.T if conv1d else rows
+
+
+def _replace(layer: torch.nn.Module, weight: torch.Tensor) -> Callable[[], object]:
+    """Give `layer` another weight; returns what gives it back its own."""
+    own: torch.nn.Parameter = layer.weight  # type: ignore[assignment]
+    layer.weight = torch.nn.Parameter(weight, requires_grad=False)
+
+    def undo() -> None:
+        layer.weight = own
+
+    return undo
 
 
 def load_base(run: Run, base: BaseModel) -> Any:

@@ -14,11 +14,22 @@ from ..run import Run
 
 @dataclass(frozen=True)
 class ReadOptions:
-    """What a run may leave out and the user then has to say; None where not said."""
+    """What a run may leave out and the user then has to say; None where not said.
+
+    `base`: the base model, for methods whose tensors mean nothing without its configuration.
+    `method`: the reader to use where several fit. `rank`: how many components of a nested adapter
+    (DyLoRA) are used. `gate`: the name of the gate vector beside lora_A and lora_B. `parts`: the
+    other folders or files of a run that is stored in parts.
+    """
 
     lora_alpha: float | None = None
     start_rank: int | None = None
     task_info: Path | None = None
+    base: str | Path | None = None
+    method: str | None = None
+    rank: int | None = None
+    gate: str | None = None
+    parts: tuple[Path, ...] = ()
 
 
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
@@ -43,8 +54,8 @@ def readers() -> list[Reader]:
     return [point.load()() for point in points]
 
 
-def detect(path: Path) -> tuple[Reader, Path]:
-    """The reader of the run at `path`, and the run's own folder.
+def detect(path: Path, method: str | None = None) -> tuple[Reader, Path]:
+    """The reader of the run at `path` (or the one named `method`), and the run's own folder.
 
     Raises `MissingError` when nothing is there, `RunError` when no reader or more than one fits.
     """
@@ -54,7 +65,11 @@ def detect(path: Path) -> tuple[Reader, Path]:
         )
     if not path.is_dir():
         raise RunError("a run is a folder", file=path, found="a file", remedy="give its folder")
-    known = readers()
+    known = [reader for reader in readers() if method in (None, reader.name)]
+    if not known:
+        raise RunError(
+            "no such method", found=method, expected=", ".join(reader.name for reader in readers())
+        )
     hits = [(reader, found) for reader in known if (found := reader.detect(path)) is not None]
     if len(hits) == 1:
         return hits[0]
@@ -63,7 +78,7 @@ def detect(path: Path) -> tuple[Reader, Path]:
             "the folder holds runs of several methods",
             file=path,
             found=", ".join(f"{reader.name} in {found}" for reader, found in hits),
-            remedy="name one of these folders",
+            remedy="name one of these folders, or the method with --method",
         )
     content = ", ".join(sorted(p.name for p in path.iterdir())[:8]) or "an empty folder"
     looked = "".join(f"\n    {reader.name}: {reader.looks_for}" for reader in known)
@@ -79,8 +94,9 @@ def read_run(path: str | Path, options: ReadOptions | None = None) -> Run:
     folder = Path(path)
     if not folder.exists() and _HUB_ID.fullmatch(str(path)):
         folder = _cached_run(str(path))
-    reader, folder = detect(folder)
-    run = reader.read(folder, options or ReadOptions())
+    options = options or ReadOptions()
+    reader, folder = detect(folder, options.method)
+    run = reader.read(folder, options)
     if not run.updates and not run.replaced:
         raise RunError("the run adapted nothing", file=folder)
     return replace(run, method=reader.name)

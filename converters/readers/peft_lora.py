@@ -1,8 +1,8 @@
 """LoRA adapters as PEFT saves them (huggingface/peft, `src/peft/tuners/lora/`).
 
 Scale alpha/r, or alpha/√r with rsLoRA, with each module's own rank and alpha. Read here: linear
-layers, Conv1D and embeddings, `modules_to_save`, trained biases. Not read: `use_dora`,
-`lora_bias`, `target_parameters`, `trainable_token_indices`, which are errors that say so.
+layers, Conv1D and embeddings, `modules_to_save`, trained biases. Not read: `lora_bias`,
+`target_parameters`, `trainable_token_indices`, which are errors that say so.
 """
 
 from __future__ import annotations
@@ -31,9 +31,8 @@ _COPY = re.compile(r"\.(original_module|modules_to_save)\.")
 
 # Initialisations that change the base weights: the adapter is right on the changed base only.
 _BASE_CHANGING = ("pissa", "olora", "corda", "loftq", "lora_ga")
+_OTHERS = ("use_dora", "use_mora")  # readers of their own
 _UNREAD = {
-    "use_dora": "weight-decomposed DoRA",
-    "use_mora": "MoRA",
     "lora_bias": "bias inside lora_B",
     "target_parameters": "adapters on parameters",
     "trainable_token_indices": "single trained tokens",
@@ -49,8 +48,10 @@ class PeftLoraReader:
     looks_for = f'{CONFIG_FILE} with peft_type "LORA", and {" or ".join(WEIGHT_FILES)}'
 
     def detect(self, path: Path) -> Path | None:
-        config = path / CONFIG_FILE
-        return path if config.is_file() and read_json(config).get("peft_type") == "LORA" else None
+        file = path / CONFIG_FILE
+        config = read_json(file) if file.is_file() else {}
+        own = config.get("peft_type") == "LORA" and not any(config.get(key) for key in _OTHERS)
+        return path if own else None
 
     def read(self, folder: Path, options: ReadOptions) -> Run:
         config_path = folder / CONFIG_FILE

@@ -220,13 +220,14 @@ def _merge_job(
     progress: Progress,
 ) -> Job:
     rows, columns = rows_and_columns(tensor.source.shape)
-    step = max(1, BLOCK_ELEMENTS // columns) if columns else 1
 
     def merge() -> None:
+        step = max(1, BLOCK_ELEMENTS // columns) if columns else 1
         update: Update | None = None
         if tensor.module is not None:
             update = run.updates[tensor.module]
             update = update.transposed() if tensor.transposed else update
+            step = max(1, rows) if update.whole else step
             reports[tensor.module] = Rounding()
         for number, start in enumerate(range(0, rows, step)):
             count = min(step, rows - start)

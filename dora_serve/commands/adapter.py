@@ -52,7 +52,7 @@ def command(
     from converters.writers.adapter import plan_adapter, write_adapter
     from converters.writers.profiles import PROFILES
 
-    loaded = common.load_run(run, **options)
+    loaded = common.load_run(run, base, **options)
     model = None if base is None else open_base(base)
     stored = common.torch_dtype(dtype)
     assert stored is not None

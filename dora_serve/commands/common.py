@@ -26,8 +26,12 @@ FOLDER = click.Path(path_type=Path)
 def run_argument(function: F) -> F:
     """The RUN argument and the options for what a run may leave out."""
     for decorate in (
+        click.option("--part", "parts", type=FOLDER, multiple=True, help="A further part of RUN."),
+        click.option("--gate", metavar="NAME", help="Gate vector beside lora_A and lora_B."),
+        click.option("--rank", type=click.IntRange(1), help="Components to use (DyLoRA)."),
+        click.option("--method", help="The run's method, where several fit."),
         click.option("--task-info", type=FOLDER, help="task_info.json, if not beside the run."),
-        click.option("--start-rank", type=click.IntRange(1), help="Start rank of the run."),
+        click.option("--start-rank", type=click.IntRange(1), help="The run's initial rank."),
         click.option("--lora-alpha", type=float, help="The run's lora_alpha, if it holds none."),
         click.argument("run", type=FOLDER),
     ):
@@ -43,12 +47,11 @@ force_option = click.option("--force", is_flag=True, help="Replace an existing o
 dry_run_option = click.option("--dry-run", is_flag=True, help="Check and show the plan only.")
 
 
-def load_run(
-    run: Path, lora_alpha: float | None, start_rank: int | None, task_info: Path | None
-) -> Run:
+def load_run(run: Path, base: str | None, **options: Any) -> Run:
+    """Read RUN with the options of `run_argument`."""
     from converters.readers import ReadOptions, read_run
 
-    return read_run(run, ReadOptions(lora_alpha, start_rank, task_info))
+    return read_run(run, ReadOptions(base=base, **options))
 
 
 def torch_dtype(name: str | None) -> torch.dtype | None:

@@ -27,7 +27,7 @@ def command(run: Path, base: str | None, png: Path | None, as_json: bool, **opti
     from converters.base import open_base
     from dora_serve.rankmap import save_png, terminal_map
 
-    loaded = common.load_run(run, **options)
+    loaded = common.load_run(run, base, **options)
     model = None if base is None else open_base(base)
     info = _describe(loaded, model)
     largest = max(loaded.start_rank.values(), default=0)

@@ -42,7 +42,7 @@ def command(
     from converters.writers.merged import write_merged
     from dora_serve.api import find_base
 
-    loaded = common.load_run(run, **options)
+    loaded = common.load_run(run, base, **options)
     model = find_base(loaded, base)
     torch_dtype = common.torch_dtype(dtype)
     if dry_run:

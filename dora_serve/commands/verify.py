@@ -39,7 +39,7 @@ def command(
     from dora_serve.api import find_base
     from dora_serve.proof import verify
 
-    loaded = common.load_run(run, **options)
+    loaded = common.load_run(run, base, **options)
     result = verify(loaded, artifact, find_base(loaded, base), engine)
     if as_json:
         common.print_json({**asdict(result), "passed": result.passed})

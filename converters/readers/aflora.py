@@ -1,0 +1,21 @@
+"""AFLoRA (zeyuliu1037/AFLoRA)."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from ..run import Run
+from . import ReadOptions
+
+
+class AfloraReader:
+    """To be written."""
+
+    name = "aflora"
+    looks_for = "nothing yet"
+
+    def detect(self, path: Path) -> Path | None:
+        return None
+
+    def read(self, folder: Path, options: ReadOptions) -> Run:
+        raise NotImplementedError

@@ -1,0 +1,21 @@
+"""Bayesian-LoRA (KseniaSycheva/peft, `tuners/blora/`)."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from ..run import Run
+from . import ReadOptions
+
+
+class BayesianLoraReader:
+    """To be written."""
+
+    name = "bayesian_lora"
+    looks_for = "nothing yet"
+
+    def detect(self, path: Path) -> Path | None:
+        return None
+
+    def read(self, folder: Path, options: ReadOptions) -> Run:
+        raise NotImplementedError

@@ -1,0 +1,21 @@
+"""BayesLoRA (mercury0100/bayeslora)."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from ..run import Run
+from . import ReadOptions
+
+
+class BayesLoraReader:
+    """To be written."""
+
+    name = "bayeslora"
+    looks_for = "nothing yet"
+
+    def detect(self, path: Path) -> Path | None:
+        return None
+
+    def read(self, folder: Path, options: ReadOptions) -> Run:
+        raise NotImplementedError

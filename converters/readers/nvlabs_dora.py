@@ -1,0 +1,21 @@
+"""Weight-decomposed DoRA of NVlabs/DoRA."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from ..run import Run
+from . import ReadOptions
+
+
+class NvlabsDoraReader:
+    """To be written."""
+
+    name = "nvlabs_dora"
+    looks_for = "nothing yet"
+
+    def detect(self, path: Path) -> Path | None:
+        return None
+
+    def read(self, folder: Path, options: ReadOptions) -> Run:
+        raise NotImplementedError

@@ -1,0 +1,21 @@
+"""Every other PEFT tuner, through PEFT itself."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from ..run import Run
+from . import ReadOptions
+
+
+class PeftTunerReader:
+    """To be written."""
+
+    name = "peft_tuner"
+    looks_for = "nothing yet"
+
+    def detect(self, path: Path) -> Path | None:
+        return None
+
+    def read(self, folder: Path, options: ReadOptions) -> Run:
+        raise NotImplementedError
