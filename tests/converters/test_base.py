@@ -1,0 +1,128 @@
+"""Every way a base model lies on disk: the same merge comes out of each."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import LlamaForCausalLM
+
+from converters.base import open_base
+from dora_serve import DoraExportError, merge, read_run
+from dora_serve.proof import logits, verification_batch
+
+FILE = "model.safetensors"
+
+
+def single_bin(base: Path, out: Path) -> None:
+    shutil.copytree(base, out)
+    torch.save(load_file(out / FILE), out / "pytorch_model.bin")
+    (out / FILE).unlink()
+
+
+def sharded(base: Path, out: Path) -> None:
+    LlamaForCausalLM.from_pretrained(base).save_pretrained(out, max_shard_size="20KB")
+
+
+def sharded_bin(base: Path, out: Path) -> None:
+    shutil.copytree(base, out)
+    tensors = load_file(out / FILE)
+    (out / FILE).unlink()
+    names = sorted(tensors)
+    halves = [names[: len(names) // 2], names[len(names) // 2 :]]
+    weight_map = {}
+    for i, half in enumerate(halves, 1):
+        file = f"pytorch_model-{i:05}-of-00002.bin"
+        torch.save({name: tensors[name] for name in half}, out / file)
+        weight_map |= dict.fromkeys(half, file)
+    index = {"metadata": {}, "weight_map": weight_map}
+    (out / "pytorch_model.bin.index.json").write_text(json.dumps(index))
+
+
+def with_ddp_prefix(base: Path, out: Path) -> None:
+    shutil.copytree(base, out)
+    tensors = {f"module.{name}": t for name, t in load_file(out / FILE).items()}
+    save_file(tensors, out / FILE, {"format": "pt"})
+
+
+def without_model_prefix(base: Path, out: Path) -> None:
+    shutil.copytree(base, out)
+    tensors = {name.removeprefix("model."): t for name, t in load_file(out / FILE).items()}
+    save_file(tensors, out / FILE, {"format": "pt"})
+
+
+LAYOUTS: list[Callable[[Path, Path], None]] = [single_bin, sharded, sharded_bin]
+RENAMED: list[Callable[[Path, Path], None]] = [with_ddp_prefix, without_model_prefix]
+
+
+def merged_tensors(folder: Path) -> dict[str, torch.Tensor]:
+    return {n: t for file in folder.glob("*.safetensors") for n, t in load_file(file).items()}
+
+
+@pytest.fixture(scope="session")
+def expected(
+    llama_base: Path, llama_lora: Path, tmp_path_factory: pytest.TempPathFactory
+) -> dict[str, torch.Tensor]:
+    out = tmp_path_factory.mktemp("expected") / "out"
+    merge(llama_lora, out, base=llama_base)
+    return load_file(out / FILE)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_the_same_merge_from_every_serialization(
+    layout: Callable[[Path, Path], None],
+    llama_base: Path,
+    llama_lora: Path,
+    expected: dict[str, torch.Tensor],
+    tmp_path: Path,
+) -> None:
+    layout(llama_base, tmp_path / "base")
+    merge(llama_lora, tmp_path / "out", base=tmp_path / "base")
+    found = merged_tensors(tmp_path / "out")
+    assert found.keys() == expected.keys()
+    assert all(torch.equal(found[name], expected[name]) for name in expected)
+    _, info = LlamaForCausalLM.from_pretrained(tmp_path / "out", output_loading_info=True)
+    assert not any(info[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys"))
+
+
+@pytest.mark.parametrize("layout", RENAMED)
+def test_names_match_with_and_without_a_prefix(
+    layout: Callable[[Path, Path], None],
+    llama_base: Path,
+    llama_lora: Path,
+    expected: dict[str, torch.Tensor],
+    tmp_path: Path,
+) -> None:
+    layout(llama_base, tmp_path / "base")
+    merge(llama_lora, tmp_path / "out", base=tmp_path / "base")
+    found = merged_tensors(tmp_path / "out")
+    assert found.keys() == load_file(tmp_path / "base" / FILE).keys()
+    for name, tensor in found.items():
+        known = name.removeprefix("module.")
+        known = known if known in expected else f"model.{known}"
+        assert torch.equal(tensor, expected[known])
+
+
+def test_a_hub_id_is_taken_from_the_local_cache(
+    llama_base: Path, llama_lora: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cache = tmp_path / "cache" / "models--someone--tiny"
+    shutil.copytree(llama_base, cache / "snapshots" / "abc")
+    (cache / "refs").mkdir()
+    (cache / "refs" / "main").write_text("abc")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "cache"))
+    base = open_base("someone/tiny")
+    assert base.name == "someone/tiny"
+    merge(llama_lora, tmp_path / "out", base="someone/tiny")
+    model = LlamaForCausalLM.from_pretrained(llama_base)
+    inputs = verification_batch(model)
+    merged = LlamaForCausalLM.from_pretrained(tmp_path / "out")
+    assert float((logits(model, inputs) - logits(merged, inputs)).abs().max()) > 1e-2
+    with pytest.raises(DoraExportError, match="hf download someone/other"):
+        merge(read_run(llama_lora), tmp_path / "no", base="someone/other")
+    assert not (tmp_path / "no").exists()
