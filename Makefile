@@ -3,7 +3,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 OUT := demo-out
 
-.PHONY: setup demo test lint bench
+.PHONY: setup demo test lint bench matrix matrix-check
 
 setup: $(VENV)/.ready
 
@@ -24,6 +24,12 @@ lint: setup
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+matrix: setup
+	$(BIN)/python scripts/support_matrix.py
+
+matrix-check: setup
+	$(BIN)/python scripts/support_matrix.py --check
 
 bench: setup
 	$(BIN)/python scripts/bench_merge.py

@@ -38,7 +38,12 @@ def test_there_are_four_sample_runs_and_they_are_small() -> None:
     assert max(path.stat().st_size for path in files) < 3e6
 
 
-@pytest.mark.parametrize("run", RUNS, ids=IDS)
+def proves(run: Path) -> pytest.MarkDecorator:
+    family = "llama" if "Llama" in run.name else "roberta"
+    return pytest.mark.supports(method="dora", family=family, targets=("merged", "peft"))
+
+
+@pytest.mark.parametrize("run", [pytest.param(r, marks=proves(r), id=r.name) for r in RUNS])
 def test_every_command(run: Path, tmp_path: Path) -> None:
     base = base_of(run)
     info = export("inspect", run, "--base", base, "--json", "--png", tmp_path / "ranks.png")

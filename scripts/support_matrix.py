@@ -1,0 +1,88 @@
+"""Write docs/support-matrix.md from the tests that carry the marker `supports`.
+
+    python scripts/support_matrix.py [--check]
+
+A cell stands in the table when a test claims it; the suite, which must pass, makes the claim true.
+With `--check` nothing is written, and a page that is not current exits 1.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import io
+import sys
+from collections import defaultdict
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+PAGE = ROOT / "docs" / "support-matrix.md"
+TARGETS = ("merged", "peft", "vllm", "sglang", "lorax", "gguf")
+
+Cells = dict[tuple[str, str], dict[str, set[str]]]
+
+HEAD = """# Support matrix
+
+Which training method, on which model family, reaches which target. Every dot is a test that
+compares what the target computes with the method's own live model; the last column names it.
+Made by `python scripts/support_matrix.py` from the tests' `supports` markers; continuous
+integration checks that it is current.
+
+| method | family | {targets} | proved by |
+|---|---|{rule}|---|
+"""
+
+
+class _Collector:
+    """Keeps what the collected tests claim: (method, family) → target → test names."""
+
+    def __init__(self) -> None:
+        self.cells: Cells = defaultdict(lambda: defaultdict(set))
+
+    def pytest_collection_finish(self, session: pytest.Session) -> None:
+        for item in session.items:
+            for mark in item.iter_markers("supports"):
+                name = f"{item.path.relative_to(ROOT)}::{getattr(item, 'originalname', item.name)}"
+                for target in mark.kwargs["targets"]:
+                    if target not in TARGETS:
+                        raise pytest.UsageError(f"{item.nodeid}: unknown target {target}")
+                    key = (mark.kwargs["method"], mark.kwargs["family"])
+                    self.cells[key][target].add(name)
+
+
+def collect() -> Cells:
+    collector = _Collector()
+    with contextlib.redirect_stdout(io.StringIO()) as output:
+        code = pytest.main(["--collect-only", "-q", str(ROOT / "tests")], plugins=[collector])
+    if code:
+        raise SystemExit(f"the tests could not be collected:\n{output.getvalue()}")
+    return collector.cells
+
+
+def page(cells: Cells) -> str:
+    lines = [HEAD.format(targets=" | ".join(TARGETS), rule="|".join(":-:" for _ in TARGETS))]
+    for (method, family), targets in sorted(cells.items()):
+        dots = " | ".join("●" if target in targets else "" for target in TARGETS)
+        tests = ", ".join(
+            f"`{n}`" for n in sorted({n for names in targets.values() for n in names})
+        )
+        lines.append(f"| {method} | {family} | {dots} | {tests} |\n")
+    methods, families = {m for m, _ in cells}, {f for _, f in cells}
+    lines.append(f"\n{len(methods)} methods, {len(families)} families, {len(cells)} rows.\n")
+    return "".join(lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--check", action="store_true", help="exit 1 when the page is not current")
+    current = page(collect())
+    if not parser.parse_args().check:
+        PAGE.write_text(current)
+    elif not PAGE.exists() or PAGE.read_text() != current:
+        sys.exit("docs/support-matrix.md is not current: run python scripts/support_matrix.py")
+
+
+if __name__ == "__main__":
+    main()
