@@ -1,0 +1,143 @@
+"""What the adapter folders of PEFT and its forks have in common."""
+
+from __future__ import annotations
+
+import math
+import re
+from pathlib import Path
+from typing import TypedDict, TypeGuard
+
+from ..errors import MissingError, RunError
+from ..run import HEADS
+from ..tensors import LazyTensor, open_file, read_json
+from . import ReadOptions
+
+CONFIG_FILE = "adapter_config.json"
+WEIGHT_FILES = ("adapter_model.safetensors", "adapter_model.bin")
+_PREFIX = "base_model.model."
+
+# With bias="all" PEFT also saves the wrapper's copies of a head it saves under its own name.
+_COPY = re.compile(r"\.(original_module|modules_to_save)\.")
+
+
+def read_config(folder: Path) -> dict[str, object]:
+    """`adapter_config.json` of `folder`, empty where there is none."""
+    file = folder / CONFIG_FILE
+    return read_json(file) if file.is_file() else {}
+
+
+def open_weights(folder: Path) -> tuple[Path, dict[str, LazyTensor]]:
+    """The adapter's weight file, and its tensors by name without PEFT's prefix."""
+    file = next((folder / name for name in WEIGHT_FILES if (folder / name).is_file()), None)
+    if file is None:
+        raise MissingError(
+            "the adapter has no weights", file=folder, expected=" or ".join(WEIGHT_FILES)
+        )
+    names = {name.removeprefix(_PREFIX): tensor for name, tensor in open_file(file).items()}
+    return file, {name: tensor for name, tensor in names.items() if not _COPY.search(name)}
+
+
+class Origin(TypedDict):
+    """The fields of a `Run` that say what it was trained on, and for what."""
+
+    base: str | None
+    task: str | None
+    num_labels: int | None
+
+
+def origin(config: dict[str, object], replaced: dict[str, LazyTensor]) -> Origin:
+    """Base model and task as the configuration names them."""
+    task_type = config.get("task_type")
+    task = next((task for task, (_, peft) in HEADS.items() if peft == task_type), None)
+    base = config.get("base_model_name_or_path")
+    return {
+        "base": str(base) if base else None,
+        "task": task,
+        "num_labels": _num_labels(replaced) if task == "sequence-classification" else None,
+    }
+
+
+def check_pair(module: str, parts: dict[str, LazyTensor], file: Path) -> int:
+    """The rank of a module's lora_A and lora_B; raises `RunError` when they do not fit."""
+    missing = {"A", "B"} - parts.keys()
+    if missing:
+        raise RunError(
+            "an adapted module is incomplete",
+            file=file,
+            tensor=f"{module}.lora_{missing.pop()}",
+            found=f"only lora_{next(iter(parts))}",
+            expected="lora_A and lora_B",
+        )
+    a, b = parts["A"], parts["B"]
+    if len(a.shape) != 2 or len(b.shape) != 2 or a.shape[0] != b.shape[1]:
+        raise RunError(
+            "lora_A and lora_B are of different rank (or not of linear layers)",
+            file=file,
+            tensor=f"{module}.lora_B",
+            found=list(b.shape),
+            expected=f"[out, {a.shape[0]}] beside lora_A {list(a.shape)}",
+        )
+    return a.shape[0]
+
+
+class Scaling:
+    """Each module's scale, alpha/r or alpha/√r, by the patterns of the configuration."""
+
+    def __init__(self, config: dict[str, object], path: Path, options: ReadOptions) -> None:
+        self._path = path
+        self._config = config
+        self._alpha = options.lora_alpha
+        self._rank_pattern = self._patterns("rank_pattern")
+        self._alpha_pattern = self._patterns("alpha_pattern")
+
+    def _patterns(self, key: str) -> dict[str, float]:
+        value = self._config.get(key) or {}
+        if not isinstance(value, dict) or not all(is_number(n) for n in value.values()):
+            raise RunError(f"{key} is not a map of numbers", file=self._path, found=value)
+        return value
+
+    def _lookup(self, pattern: dict[str, float], module: str, key: str) -> float:
+        for name, value in pattern.items():
+            try:
+                if re.match(rf"(.*\.)?({name})$", module):
+                    return value
+            except re.error:
+                raise RunError(
+                    "a pattern is not a regular expression", file=self._path, found=name
+                ) from None
+        default = self._config.get(key)
+        if not is_number(default):
+            raise RunError(
+                f"{key} is missing or not a number",
+                file=self._path,
+                found=default,
+                remedy="pass --lora-alpha" if key == "lora_alpha" else None,
+            )
+        return default
+
+    def of(self, module: str, rank: int) -> float:
+        """The scale of `module`, whose stored rank is `rank`."""
+        said = self._lookup(self._rank_pattern, module, "r")
+        if said != rank:
+            raise RunError(
+                "the stored rank differs from the configuration's",
+                file=self._path,
+                tensor=module,
+                found=f"rank {rank} in the weights",
+                expected=f"rank {said} by r and rank_pattern",
+                remedy="is this the adapter_config.json of another adapter?",
+            )
+        if self._alpha is not None:
+            alpha = self._alpha
+        else:
+            alpha = self._lookup(self._alpha_pattern, module, "lora_alpha")
+        return alpha / (math.sqrt(rank) if self._config.get("use_rslora") else rank)
+
+
+def is_number(value: object) -> TypeGuard[float]:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
+
+
+def _num_labels(replaced: dict[str, LazyTensor]) -> int | None:
+    heads = [t for name, t in replaced.items() if name.endswith(".weight") and len(t.shape) == 2]
+    return heads[-1].shape[0] if heads else None
