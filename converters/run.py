@@ -37,9 +37,10 @@ class LazyUpdates(Mapping[str, Update]):
 
 
 def strip_update(update: Update) -> Update:
-    """The update without its zero components, in order of size; other kinds as they are."""
+    """The update without zero and dependent components, in order of size; other kinds as they
+    are."""
     components = update.components()
-    return update if components is None else components.strip().sorted()
+    return update if components is None else components.strip().reduced().sorted()
 
 
 @dataclass(frozen=True)

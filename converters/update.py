@@ -100,6 +100,42 @@ class RankOneSum:
         alive = (self.c != 0) & self.a.any(dim=1) & self.b.any(dim=0)
         return self if bool(alive.all()) else self._take(alive)
 
+    def reduced(self) -> RankOneSum:
+        """The same ΔW of as few components as it has rank; itself, bit for bit, where the
+        components are linearly independent.
+
+        What is left out is of the size of float64 rounding, far below that of the float32 factors.
+        """
+        if _independent(self.a) and _independent(self.b.T):
+            return self
+        u, s, vh = self.svd()
+        size = float(self.norms().double().sum())
+        rank = int((s > max(self.shape) * torch.finfo(s.dtype).eps * size).sum())
+        return self if rank == self.rank else cut(u, s, vh, rank)
+
+    def svd(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """`(u [out, k], s [k], vh [k, in])` with ΔW = u·diag(s)·vh, float64, the largest first.
+
+        By QR of both factors and the SVD of the small core between them, never of `[out, in]`.
+        """
+        b, core_b = torch.linalg.qr(self.b.double() * self.c.double())
+        a, core_a = torch.linalg.qr(self.a.double().T)
+        u, s, vh = torch.linalg.svd(core_b @ core_a.T, full_matrices=False)
+        return b @ u, s, vh @ a.T
+
+    def fit(
+        self, *, max_rank: int | None = None, energy: float | None = None
+    ) -> tuple[RankOneSum, float]:
+        """The nearest sum of at most `max_rank` components, or of as few as keep the share
+        `energy` of the squared singular values; and its error ‖fitted − ΔW‖/‖ΔW‖.
+
+        No sum of that rank is nearer in the Frobenius norm (Eckart and Young 1936). Where nothing
+        has to go, the sum itself and 0.
+        """
+        u, s, vh = self.svd()
+        rank = rank_for(s, max_rank, energy)
+        return (self, 0.0) if rank >= self.rank else (cut(u, s, vh, rank), tail(s, rank))
+
     def sorted(self) -> RankOneSum:
         """The largest component first; equal ones keep their order."""
         return self._take(self.norms().argsort(descending=True, stable=True))
@@ -114,3 +150,38 @@ class RankOneSum:
         a = self.a * (size / a_norm).unsqueeze(1)
         b = self.b * (self.c.sign() * size / b_norm)
         return a.float(), b.float()
+
+
+def _independent(vectors: torch.Tensor) -> bool:
+    """Whether the rows are certainly linearly independent, whatever their lengths; `[r, n]`.
+
+    False may also mean nearly dependent. By the Gram matrix `[r, r]`, which costs little.
+    """
+    rows = torch.nn.functional.normalize(vectors.double(), dim=1, eps=1e-300)
+    return bool((torch.linalg.eigvalsh(rows @ rows.T) > 1e-8).all())
+
+
+def rank_for(s: torch.Tensor, max_rank: int | None, energy: float | None) -> int:
+    """How many of the singular values `s`, the largest first, the one given limit keeps."""
+    if (max_rank is None) == (energy is None):
+        raise ValueError("give either max_rank or energy")
+    if energy is None:
+        return min(int(max_rank or 0), len(s))
+    if not 0 < energy <= 1:
+        raise ValueError(f"energy is a share, over 0 and up to 1: {energy}")
+    # Summed from the smallest on, so that a share near 1 is told from 1.
+    left = s.square().flip(0).cumsum(0).flip(0)
+    return int((left > (1 - energy) * left[:1]).sum())
+
+
+def tail(s: torch.Tensor, rank: int) -> float:
+    """The relative error of keeping the first `rank` of the singular values `s`."""
+    total = float(s.norm())
+    return float(s[rank:].norm()) / total if total else 0.0
+
+
+def cut(u: torch.Tensor, s: torch.Tensor, vh: torch.Tensor, rank: int) -> RankOneSum:
+    """The first `rank` terms of a singular value decomposition, in float32."""
+    return RankOneSum(
+        vh[:rank].float().contiguous(), s[:rank].float(), u[:, :rank].float().contiguous()
+    )
