@@ -7,7 +7,8 @@ import re
 from pathlib import Path
 from typing import TypedDict, TypeGuard
 
-from ..errors import MissingError, RunError
+from ..base import CONV1D_FAMILIES, CONV1D_LAYERS, BaseModel, open_base
+from ..errors import BaseError, MissingError, RunError
 from ..run import HEADS
 from ..tensors import LazyTensor, open_file, read_json
 from . import ReadOptions
@@ -55,6 +56,35 @@ def origin(config: dict[str, object], replaced: dict[str, LazyTensor]) -> Origin
         "task": task,
         "num_labels": _num_labels(replaced) if task == "sequence-classification" else None,
     }
+
+
+def need_base(options: ReadOptions, what: str, file: Path) -> BaseModel:
+    """The base model the user names, for `what` cannot be read without it."""
+    if options.base is None:
+        raise RunError(
+            f"{what} cannot be read without the base model, whose shapes it takes",
+            file=file,
+            remedy="pass --base FOLDER_OR_HUB_ID",
+        )
+    return open_base(options.base)
+
+
+def linear_shape(base: BaseModel, module: str) -> tuple[int, int]:
+    """`[out, in]` of a linear layer of the base, or of a Conv1D, which is stored as `[in, out]`."""
+    weight = base.weight(module)
+    if weight is None or len(weight.shape) != 2:
+        raise BaseError(
+            "the base has no such linear layer",
+            file=base.path,
+            tensor=f"{module}.weight",
+            found=None if weight is None else list(weight.shape),
+            remedy="is this the base the run was trained on? pass it with --base",
+        )
+    rows, columns = weight.shape
+    conv1d = base.config.get("model_type") in CONV1D_FAMILIES
+    if conv1d and module.rsplit(".", 1)[-1] in CONV1D_LAYERS:
+        return columns, rows
+    return rows, columns
 
 
 def check_pair(module: str, parts: dict[str, LazyTensor], file: Path) -> int:
@@ -115,9 +145,13 @@ class Scaling:
             )
         return default
 
+    def rank(self, module: str) -> float:
+        """The rank that the configuration gives `module`."""
+        return self._lookup(self._rank_pattern, module, "r")
+
     def of(self, module: str, rank: int) -> float:
         """The scale of `module`, whose stored rank is `rank`."""
-        said = self._lookup(self._rank_pattern, module, "r")
+        said = self.rank(module)
         if said != rank:
             raise RunError(
                 "the stored rank differs from the configuration's",

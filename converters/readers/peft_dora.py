@@ -1,21 +1,98 @@
-"""Weight-decomposed DoRA adapters of PEFT (`use_dora`)."""
+"""Weight-decomposed DoRA as PEFT saves it: a LoRA adapter with `use_dora`, and a magnitude beside
+each lora_A and lora_B (huggingface/peft, `src/peft/tuners/lora/dora.py`).
+
+Read here: linear layers, Conv1D and embeddings, whose norm is over the vocabulary.
+"""
 
 from __future__ import annotations
 
+import re
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
-from ..run import Run
+from ..errors import RunError
+from ..magnitude import MagnitudeUpdate
+from ..run import LazyUpdates, Run
+from ..tensors import LazyTensor, load_finite
+from ..update import Update
 from . import ReadOptions
+from .peft_common import CONFIG_FILE, WEIGHT_FILES, open_weights, read_config
+from .peft_lora import PeftLoraReader
+
+_MAGNITUDE = re.compile(r"(.+)\.lora_magnitude_vector(?:\.weight)?")
 
 
 class PeftDoraReader:
-    """To be written."""
+    """Reads an adapter folder."""
 
     name = "peft_dora"
-    looks_for = "nothing yet"
+    looks_for = f'{CONFIG_FILE} with "use_dora": true, and {" or ".join(WEIGHT_FILES)}'
 
     def detect(self, path: Path) -> Path | None:
-        return None
+        config = read_config(path)
+        own = config.get("use_dora") and not config.get("use_mora")
+        return path if config.get("peft_type") == "LORA" and own else None
 
     def read(self, folder: Path, options: ReadOptions) -> Run:
-        raise NotImplementedError
+        run = PeftLoraReader().read(folder, options)
+        file, tensors = open_weights(folder)
+        magnitudes = {m[1]: t for name, t in tensors.items() if (m := _MAGNITUDE.fullmatch(name))}
+        if not magnitudes:
+            raise RunError(
+                "use_dora is set, but the adapter has no magnitudes",
+                file=file,
+                expected="a lora_magnitude_vector beside each lora_A",
+                remedy="a conversion dropped them: use the adapter as it was trained",
+            )
+        updates = {module: _plain(run, module) for module in run.updates}
+        for module, magnitude in magnitudes.items():
+            _check(module, magnitude, tensors, file)
+            updates[module] = _loader(run, module, magnitude)
+        plain = [module for module in run.updates if module not in magnitudes]
+        warning = (
+            f"{len(plain)} of {len(run.updates)} modules have no magnitude and are read as plain "
+            f"LoRA: {', '.join(plain[:3])}"
+        )
+        return replace(
+            run,
+            method=self.name,
+            updates=LazyUpdates(updates),
+            replaced={n: t for n, t in run.replaced.items() if not _MAGNITUDE.fullmatch(n)},
+            warnings=(*run.warnings, *([warning] if plain else [])),
+        )
+
+
+def _check(module: str, magnitude: LazyTensor, tensors: dict[str, LazyTensor], file: Path) -> None:
+    factor = tensors.get(f"{module}.lora_B.weight", tensors.get(f"{module}.lora_embedding_B"))
+    if factor is None:
+        raise RunError(
+            "a magnitude without lora_A and lora_B",
+            file=file,
+            tensor=magnitude.name,
+            expected=f"{module}.lora_A.weight and {module}.lora_B.weight",
+        )
+    if magnitude.shape != factor.shape[:1]:
+        raise RunError(
+            "the magnitude does not fit lora_B",
+            file=file,
+            tensor=magnitude.name,
+            found=list(magnitude.shape),
+            expected=f"[{factor.shape[0]}] beside {factor.name} {list(factor.shape)}",
+        )
+
+
+def _plain(run: Run, module: str) -> Callable[[], Update]:
+    return lambda: run.updates[module]
+
+
+def _loader(run: Run, module: str, magnitude: LazyTensor) -> Callable[[], Update]:
+    # The update of an embedding is of the stored [vocab, dim], where `in` is the first axis.
+    axis = 0 if module in run.embeddings else 1
+
+    def load() -> Update:
+        delta = run.updates[module].components()
+        assert delta is not None
+        return MagnitudeUpdate(load_finite(magnitude), delta, axis)
+
+    return load
