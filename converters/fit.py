@@ -21,6 +21,10 @@ from .update import RankOneSum, Update, cut, rank_for, tail
 Spectra = Mapping[str, torch.Tensor]
 
 
+def percent(error: float) -> str:
+    return f"{100 * error:.3g} %"
+
+
 @dataclass(frozen=True)
 class FitReport:
     """`limit`: what was asked for, as `{"energy": 0.99}`. `ranks`, `errors`: per module.
@@ -43,8 +47,8 @@ class FitReport:
             return None
         worst = max(self.errors, key=lambda module: self.errors[module])
         return (
-            f"approximated: the update differs from the run's by {self.error:.2%}, at most by "
-            f"{self.errors[worst]:.2%} in one module ({worst})"
+            f"approximated: the update differs from the run's by {percent(self.error)} in all, "
+            f"by at most {percent(self.errors[worst])} in one module ({worst})"
         )
 
 

@@ -69,11 +69,15 @@ def write_adapter(
     target: str = "peft",
     dtype: torch.dtype = torch.float32,
     force: bool = False,
+    max_rank: int | None = None,
+    energy: float | None = None,
+    budget: int | None = None,
 ) -> AdapterResult:
     """Write a run as a LoRA adapter folder with another rank in every module.
 
-    Without `base`, names and shapes are not checked against it. Raises `DoraExportError` with
-    nothing written.
+    Without `base`, names and shapes are not checked against it. One of `max_rank`, `energy` (share
+    of the squared singular values to keep) and `budget` (parameters in all) approximates the
+    update; the result's `fit` says the error. Raises `DoraExportError` with nothing written.
     """
     run = run if isinstance(run, Run) else read_run(run, ReadOptions(base=base))
     return writers.adapter.write_adapter(
@@ -83,4 +87,7 @@ def write_adapter(
         profile=target,
         dtype=dtype,
         force=force,
+        max_rank=max_rank,
+        energy=energy,
+        budget=budget,
     )

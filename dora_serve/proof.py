@@ -10,7 +10,9 @@ from typing import Any
 import torch
 
 from converters.base import BaseModel, open_base
+from converters.certificate import FILE as CERTIFICATE
 from converters.errors import MissingError, RunError
+from converters.fit import fit_run
 from converters.run import Run
 from converters.tensors import open_safetensors, read_json
 from converters.writers.adapter import CONFIG as ADAPTER_CONFIG
@@ -28,7 +30,8 @@ Inputs = dict[str, torch.Tensor]
 class Verification:
     """`max_abs`: largest logit difference to the truth. `control`: the same with the update left
     out, which must be larger than the tolerance or nothing was tested. `top1`: share of equal
-    argmax."""
+    argmax. For an adapter that was fitted, the truth is the live run fitted in the same way;
+    `fit` is how, and `unfitted` the largest logit difference to the run as it was trained."""
 
     engine: str
     dtype: str
@@ -37,6 +40,8 @@ class Verification:
     top1: float
     control: float
     has_update: bool
+    fit: dict[str, float] | None = None
+    unfitted: float | None = None
 
     @property
     def control_fails(self) -> bool:
@@ -112,7 +117,8 @@ def verify(
 
     A float32 artifact must equal the live model within 1e-4 on every logit. A merged model of a
     narrower dtype must equal, within the same bound, the live model whose merged weights are
-    rounded once; an adapter of a narrower dtype may differ by 5 % of the update's own effect.
+    rounded once; an adapter of a narrower dtype may differ by 5 % of the update's own effect. A
+    fitted adapter is compared with the live run fitted to the limit its certificate names.
     """
     path = Path(artifact)
     base = base if isinstance(base, BaseModel) else open_base(base)
@@ -131,6 +137,12 @@ def verify(
     deployed = logits(model, inputs)
     del model
 
+    fit = _fit_limit(path) if adapter else None
+    unfitted = None
+    if fit is not None:
+        whole = logits(LiveModel(run, base).model, inputs)
+        unfitted = float((deployed - whole).abs().max())
+        run, _ = fit_run(run.strip(), base, **fit)  # type: ignore[arg-type]
     live = LiveModel(run, base)
     truth = logits(live.model, inputs)
     live.detach()
@@ -150,7 +162,23 @@ def verify(
         top1=float((deployed.argmax(-1) == truth.argmax(-1)).double().mean()),
         control=float((without - truth).abs().max()),
         has_update=any(update is None or update.strip().rank for update in updates),
+        fit=fit,
+        unfitted=unfitted,
     )
+
+
+def _fit_limit(path: Path) -> dict[str, float] | None:
+    """How the certificate says the adapter was fitted, None where it was not."""
+    file = path / CERTIFICATE
+    fit = read_json(file).get("fit") if file.is_file() else None
+    if fit is None:
+        return None
+    limit = fit.get("limit") if isinstance(fit, dict) else None
+    names = {"max_rank", "energy", "budget"}
+    numbers = isinstance(limit, dict) and all(type(v) in (int, float) for v in limit.values())
+    if not isinstance(limit, dict) or not numbers or not limit.keys() <= names:
+        raise RunError("the certificate's fit is not one", file=file, found=str(fit)[:200])
+    return limit
 
 
 def _artifact_dtype(path: Path, adapter: bool) -> torch.dtype:

@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
+
+if TYPE_CHECKING:
+    from converters.fit import CurvePoint
 
 _LAYER = re.compile(r"(.*?)\.(\d+)\.(.+)")
 
@@ -92,5 +96,20 @@ def save_png(ranks: Mapping[str, int], largest: int, path: Path, title: str) -> 
                         fontsize=8,
                         color="black" if bright else "white",
                     )
+    figure.suptitle(title, fontsize=11)
+    figure.savefig(path, dpi=130)
+
+
+def save_curve(points: Sequence[CurvePoint], path: Path, title: str) -> None:
+    """Size against error as a PNG (needs matplotlib)."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(6, 4), layout="constrained")
+    panel = figure.subplots()
+    panel.plot([p.parameters for p in points], [100 * p.error for p in points], marker="o")
+    panel.set_xlabel("parameters of the adapter")
+    panel.set_ylabel("relative error of the update, %")
+    panel.set_ylim(bottom=0)
+    panel.grid(alpha=0.3)
     figure.suptitle(title, fontsize=11)
     figure.savefig(path, dpi=130)

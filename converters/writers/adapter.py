@@ -2,26 +2,31 @@
 
 Every scale is folded into the factors and the configuration says scale 1 (`r == lora_alpha`, and
 the same number in `rank_pattern` and `alpha_pattern`), so that an engine which ignores the
-patterns' alpha, or applies them, computes the same.
+patterns' alpha, or applies them, computes the same. For engines of one rank (`Profile.uniform`)
+every module is padded with zeros to the largest.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from importlib.metadata import entry_points
 from pathlib import Path
+from typing import Protocol
 
 import torch
 
 from ..base import BaseModel
 from ..certificate import FILE, certificate, write_json
 from ..errors import TargetError
+from ..fit import FitReport, fit_run
 from ..output import check_output, output_folder
 from ..plan import changed, check_frozen
 from ..run import HEADS, Run
 from ..tensors import LazyTensor, load_finite
 from ..update import RankOneSum
 from .card import model_card
+from .padding import absent_modules
 from .profiles import PROFILES, Profile
 
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
@@ -30,28 +35,66 @@ _PREFIX = "base_model.model."
 
 @dataclass(frozen=True)
 class AdapterPlan:
-    """What will be written, from ranks and names; `error`: ‖stored ΔW − ΔW‖/‖ΔW‖ once known."""
+    """What will be written, from ranks and names.
+
+    `ranks`: start rank and rank per module. `stored`: rank, out and in of every module as stored,
+    those included that the run has not and the engine needs, as zeros.
+    """
 
     config: dict[str, object]
     ranks: dict[str, tuple[int | None, int]]
     whole: dict[str, LazyTensor]
     nbytes: int
+    stored: dict[str, tuple[int, int, int]]
 
 
 @dataclass(frozen=True)
 class AdapterResult:
-    """What was written, and per module ‖stored ΔW − ΔW‖/‖ΔW‖."""
+    """What was written, and per module ‖stored ΔW − ΔW‖/‖ΔW‖, ΔW as fitted. `fit`: what fitting
+    cost, None where the adapter is the whole update."""
 
     path: Path
     plan: AdapterPlan
     errors: dict[str, float]
     warnings: tuple[str, ...]
+    fit: FitReport | None = None
+
+
+class AdapterFormat(Protocol):
+    """A format of adapters, registered under `dora_serve.writers` and named by `Profile.writer`."""
+
+    def plan(
+        self, run: Run, base: BaseModel | None, profile: Profile, dtype: torch.dtype
+    ) -> AdapterPlan:
+        """Plan the adapter of `run`; raises `TargetError` for what the target cannot carry."""
+
+    def save(
+        self,
+        folder: Path,
+        run: Run,
+        base: BaseModel | None,
+        plan: AdapterPlan,
+        dtype: torch.dtype,
+        fit: FitReport | None,
+    ) -> dict[str, float]:
+        """Fill `folder`; returns ‖stored ΔW − ΔW‖/‖ΔW‖ per module."""
+
+
+def adapter_format(profile: Profile) -> AdapterFormat:
+    """The installed format that `profile` names."""
+    (point,) = entry_points(group="dora_serve.writers", name=profile.writer)
+    found: AdapterFormat = point.load()()
+    return found
 
 
 def plan_adapter(
     run: Run, base: BaseModel | None, profile: Profile, dtype: torch.dtype
 ) -> AdapterPlan:
     """Plan the adapter of `run`; raises `TargetError` for what the target cannot carry."""
+    return adapter_format(profile).plan(run, base, profile, dtype)
+
+
+def _plan(run: Run, base: BaseModel | None, profile: Profile, dtype: torch.dtype) -> AdapterPlan:
     whole = dict(run.replaced)
     if base is not None:
         for module, update in run.updates.items():
@@ -59,14 +102,34 @@ def plan_adapter(
         check_frozen(run, base)
         whole = changed(run, base)
     ranks: dict[str, tuple[int | None, int]] = {}
-    elements = sum(_numel(tensor) for tensor in whole.values())
+    shapes: dict[str, tuple[int, int]] = {}
     for module, update in run.updates.items():
         components = _components(module, update.components())
         ranks[module] = (run.start_rank.get(module), components.rank)
-        elements += components.rank * sum(components.shape)
+        shapes[module] = components.shape
     _check_target(run, profile, whole, ranks)
-    config = _config(run, base, whole, {module: rank for module, (_, rank) in ranks.items()})
-    return AdapterPlan(config, ranks, whole, elements * dtype.itemsize)
+    stored = _stored(ranks, shapes | absent_modules(run, base, profile), profile)
+    alive = {module: rank for module, (rank, _, _) in stored.items() if rank}
+    config = _config(run, base, whole, alive, profile)
+    elements = sum(_numel(tensor) for tensor in whole.values())
+    elements += sum(rank * (out + inn) for rank, out, inn in stored.values())
+    return AdapterPlan(config, ranks, whole, elements * dtype.itemsize, stored)
+
+
+def _stored(
+    ranks: Mapping[str, tuple[int | None, int]],
+    shapes: Mapping[str, tuple[int, int]],
+    profile: Profile,
+) -> dict[str, tuple[int, int, int]]:
+    largest = max((rank for _, rank in ranks.values()), default=0)
+    if profile.uniform:
+        return {module: (max(1, largest), *shape) for module, shape in shapes.items()}
+    stored = {module: (ranks[module][1], *shape) for module, shape in shapes.items()}
+    if not largest:
+        # Engines refuse an adapter of no module: the first one stays, with a zero component.
+        first = next(iter(shapes))
+        stored[first] = (1, *shapes[first])
+    return stored
 
 
 def _numel(tensor: LazyTensor) -> int:
@@ -78,7 +141,7 @@ def _components(module: str, components: RankOneSum | None) -> RankOneSum:
         raise TargetError(
             "this module's update is not low-rank, so no LoRA adapter equals it",
             tensor=module,
-            remedy="merge it: dora-export merge",
+            remedy="merge it (dora-export merge), or approximate it with --energy or --max-rank",
         )
     return components
 
@@ -91,6 +154,8 @@ def _check_target(
 ) -> None:
     modules, biases = _whole_modules(run, whole)
     cannot = []
+    if profile.kinds is not None:
+        cannot += [name for name in ranks if name.split(".")[-1] not in profile.kinds]
     if profile.whole_modules is not None:
         cannot += [name for name in modules if name.split(".")[-1] not in profile.whole_modules]
     if not profile.biases:
@@ -111,7 +176,7 @@ def _check_target(
             f"the rank is over the limit of {profile.name}",
             found=largest,
             expected=f"at most {profile.max_rank}",
-            remedy="deploy the merged model",
+            remedy="deploy the merged model, or cut the ranks with --max-rank",
         )
 
 
@@ -136,19 +201,21 @@ def _whole_modules(run: Run, whole: Mapping[str, LazyTensor]) -> tuple[list[str]
 
 
 def _config(
-    run: Run, base: BaseModel | None, whole: Mapping[str, LazyTensor], ranks: Mapping[str, int]
+    run: Run,
+    base: BaseModel | None,
+    whole: Mapping[str, LazyTensor],
+    alive: Mapping[str, int],
+    profile: Profile,
 ) -> dict[str, object]:
     modules, biases = _whole_modules(run, whole)
-    alive = {module: rank for module, rank in ranks.items() if rank}
-    if not alive:
-        # Engines refuse an adapter of no module: the first one stays, with a zero component.
-        alive = {next(iter(ranks)): 1}
     default = max(alive.values())
     patterns = {f"^{module}": rank for module, rank in alive.items() if rank != default}
+    targets = {module.split(".")[-1] for module in alive} if profile.uniform else set(alive)
     task = HEADS[run.task][1] if run.task is not None else None
     fan_in_fan_out = base is not None and any(
         base.is_transposed(module, run.updates[module].shape, module in run.embeddings)
         for module in alive
+        if module in run.updates
     )
     return {
         "peft_type": "LORA",
@@ -159,7 +226,7 @@ def _config(
         "lora_alpha": default,
         "rank_pattern": patterns,
         "alpha_pattern": patterns,
-        "target_modules": sorted(alive),
+        "target_modules": sorted(targets),
         "modules_to_save": modules or None,
         "bias": "all" if biases else "none",
         "fan_in_fan_out": fan_in_fan_out,
@@ -170,6 +237,20 @@ def _config(
     }
 
 
+def prepare(
+    run: Run,
+    base: BaseModel | None,
+    max_rank: int | None = None,
+    energy: float | None = None,
+    budget: int | None = None,
+) -> tuple[Run, FitReport | None]:
+    """The run without pruned components, fitted where a limit of `fit_run` is given."""
+    stripped = run.strip()
+    if max_rank is None and energy is None and budget is None:
+        return stripped, None
+    return fit_run(stripped, base, max_rank=max_rank, energy=energy, budget=budget)
+
+
 def write_adapter(
     run: Run,
     target: Path,
@@ -178,47 +259,28 @@ def write_adapter(
     profile: str = "peft",
     dtype: torch.dtype = torch.float32,
     force: bool = False,
+    max_rank: int | None = None,
+    energy: float | None = None,
+    budget: int | None = None,
 ) -> AdapterResult:
     """Write `run` as a LoRA adapter folder for the target named `profile` (see PROFILES).
 
-    Raises `DoraExportError`, with nothing written, when the target cannot carry the run.
+    `max_rank`, `energy` or `budget` approximates it, see `fit_run`. Raises `DoraExportError`, with
+    nothing written, when the target cannot carry the run.
     """
     if profile not in PROFILES:
         raise TargetError("unknown target", found=profile, expected=", ".join(PROFILES))
     inputs = [run.path, *([base.path] if base is not None else [])]
     check_output(target, force, inputs)
-    stripped = run.strip()
-    plan = plan_adapter(stripped, base, PROFILES[profile], dtype)
+    stripped, fit = prepare(run, base, max_rank, energy, budget)
+    output = adapter_format(PROFILES[profile])
+    plan = output.plan(stripped, base, PROFILES[profile], dtype)
     check_output(target, force, inputs, plan.nbytes)
-    from safetensors.torch import save_file
-
-    tensors: dict[str, torch.Tensor] = {}
-    errors: dict[str, float] = {}
-    for module in plan.ranks:
-        update = stripped.updates[module].components()
-        assert update is not None
-        if update.rank:
-            a, b = (factor.to(dtype) for factor in update.balanced())
-            errors[module] = _stored_error(update, a, b)
-            tensors |= _named(module, a, b, module in run.embeddings)
-    if not tensors:
-        module = next(iter(plan.ranks))
-        out, inn = stripped.updates[module].shape
-        a, b = torch.zeros(1, inn, dtype=dtype), torch.zeros(out, 1, dtype=dtype)
-        tensors |= _named(module, a, b, module in run.embeddings)
-    saved = plan.config["modules_to_save"]
-    for name, tensor in plan.whole.items():
-        module, _, kind = name.rpartition(".")
-        inside = isinstance(saved, list) and any(f"{name}.".startswith(f"{m}.") for m in saved)
-        adapted = module in run.updates and not inside
-        key = f"{module}.base_layer.{kind}" if adapted else name
-        tensors[_PREFIX + key] = load_finite(tensor).to(dtype)
-
-    warnings = (*run.warnings, *_loss_warnings(errors, dtype))
     with output_folder(target) as folder:
-        save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
-        write_json(folder / CONFIG, plan.config)
-        (folder / "README.md").write_text(model_card(run, plan.config, plan.ranks))
+        errors = output.save(folder, stripped, base, plan, dtype, fit)
+        warnings = (*run.warnings, *_loss_warnings(errors, dtype))
+        if fit is not None and fit.warning is not None:
+            warnings = (*warnings, fit.warning)
         modules = {
             module: {"start_rank": start, "rank": rank, "error": errors.get(module, 0.0)}
             for module, (start, rank) in plan.ranks.items()
@@ -231,9 +293,53 @@ def write_adapter(
             target=profile,
             dtype=str(dtype).removeprefix("torch."),
             replaced=sorted(plan.whole),
+            fit=None if fit is None else asdict(fit),
         )
         write_json(folder / FILE, proof)
-    return AdapterResult(target, plan, errors, warnings)
+    return AdapterResult(target, plan, errors, warnings, fit)
+
+
+class LoraFolder:
+    """PEFT's folder: `adapter_config.json` and `adapter_model.safetensors`."""
+
+    def plan(
+        self, run: Run, base: BaseModel | None, profile: Profile, dtype: torch.dtype
+    ) -> AdapterPlan:
+        return _plan(run, base, profile, dtype)
+
+    def save(
+        self,
+        folder: Path,
+        run: Run,
+        base: BaseModel | None,  # noqa: ARG002
+        plan: AdapterPlan,
+        dtype: torch.dtype,
+        fit: FitReport | None,
+    ) -> dict[str, float]:
+        from safetensors.torch import save_file
+
+        tensors: dict[str, torch.Tensor] = {}
+        errors: dict[str, float] = {}
+        for module, (rank, out, inn) in plan.stored.items():
+            if not rank:
+                continue
+            a, b = torch.zeros(rank, inn, dtype=dtype), torch.zeros(out, rank, dtype=dtype)
+            update = run.updates[module].components() if module in run.updates else None
+            if update is not None and update.rank:
+                a[: update.rank], b[:, : update.rank] = update.balanced()
+                errors[module] = stored_error(update, a, b)
+            tensors |= _named(module, a, b, module in run.embeddings)
+        saved = plan.config["modules_to_save"]
+        for name, tensor in plan.whole.items():
+            module, _, kind = name.rpartition(".")
+            inside = isinstance(saved, list) and any(f"{name}.".startswith(f"{m}.") for m in saved)
+            adapted = module in run.updates and not inside
+            key = f"{module}.base_layer.{kind}" if adapted else name
+            tensors[_PREFIX + key] = load_finite(tensor).to(dtype)
+        save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
+        write_json(folder / CONFIG, plan.config)
+        (folder / "README.md").write_text(model_card(run, plan.config, plan.ranks, fit))
+        return errors
 
 
 def _named(
@@ -250,11 +356,11 @@ def _named(
     }
 
 
-def _stored_error(update: RankOneSum, a: torch.Tensor, b: torch.Tensor) -> float:
+def stored_error(update: RankOneSum, a: torch.Tensor, b: torch.Tensor) -> float:
     """‖stored ΔW − ΔW‖/‖ΔW‖ by the norm of the rank-2r difference, never of `[out, in]`."""
     difference = RankOneSum(
         torch.cat([a.float(), update.a]),
-        torch.cat([torch.ones(update.rank), -update.c]),
+        torch.cat([torch.ones(len(a)), -update.c]),
         torch.cat([b.float(), update.b], dim=1),
     )
     norm = update.norm()

@@ -4,19 +4,37 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+from ..fit import FitReport, percent
 from ..run import Run
 
 
 def model_card(
-    run: Run, config: Mapping[str, object], ranks: Mapping[str, tuple[int | None, int]]
+    run: Run,
+    config: Mapping[str, object],
+    ranks: Mapping[str, tuple[int | None, int]],
+    fit: FitReport | None = None,
 ) -> str:
     """Markdown with the hub's metadata block."""
     base = config.get("base_model_name_or_path")
     kept = sum(rank for _, rank in ranks.values())
     started = sum(start or 0 for start, _ in ranks.values())
     rows = "\n".join(
-        f"| `{module}` | {start} | {rank} |" for module, (start, rank) in ranks.items()
+        f"| `{module}` | {start or ''} | {rank} |"
+        + ("" if fit is None else f" {percent(fit.errors[module])} |")
+        for module, (start, rank) in ranks.items()
     )
+    columns, rule = "| module | start rank | rank |", "|---|---:|---:|"
+    if fit is None:
+        about = (
+            f"{kept} of {started} rank-1 components\nsurvived training; pruned ones are left out."
+        )
+    else:
+        (name, value), *_ = fit.limit.items()
+        about = (
+            f"**Approximated**\n({name.replace('_', ' ')} {value}): {kept} rank-1 components, with "
+            f"a relative error of the update\nof {percent(fit.error)} in all (Frobenius norm)."
+        )
+        columns, rule = f"{columns} error |", f"{rule}---:|"
     return f"""---
 library_name: peft
 {f"base_model: {base}" if base else "base_model: unknown"}
@@ -27,16 +45,15 @@ tags:
 
 # LoRA adapter of different rank per module
 
-Made by `dora-export adapter` from a `{run.method}` run. {kept} of {started} rank-1 components
-survived training; pruned ones are left out. Every scale is folded into the weights
-(`r == lora_alpha` in every module).
+Made by `dora-export adapter` from a `{run.method}` run. {about}
+Every scale is folded into the weights (`r == lora_alpha` in every module).
 
 ```python
 from peft import PeftModel
 model = PeftModel.from_pretrained(base_model, "path/to/this/folder")
 ```
 
-| module | start rank | rank |
-|---|---:|---:|
+{columns}
+{rule}
 {rows}
 """

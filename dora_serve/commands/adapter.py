@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from . import common
 @common.base_option
 @click.option(
     "--target",
-    type=click.Choice(["peft", "vllm"]),
+    type=click.Choice(["peft", "vllm", "sglang", "lorax", "gguf"]),
     default="peft",
     show_default=True,
     help="The engine that will load it.",
@@ -28,6 +29,7 @@ from . import common
     show_default=True,
     help="Dtype of the stored factors.",
 )
+@common.fit_options
 @common.dry_run_option
 @common.force_option
 @common.json_option
@@ -38,6 +40,7 @@ def command(
     base: str | None,
     target: str,
     dtype: str,
+    limit: dict[str, Any],
     dry_run: bool,
     force: bool,
     as_json: bool,
@@ -45,11 +48,12 @@ def command(
 ) -> None:
     """Repack RUN as a LoRA adapter folder OUT with another rank in every module.
 
-    With --base, names, shapes and frozen weights are checked against it.
+    With --base, names, shapes and frozen weights are checked against it. Without one of
+    --max-rank, --energy and --budget the adapter is the whole update, exactly.
     """
     from converters.base import open_base
     from converters.output import check_output
-    from converters.writers.adapter import plan_adapter, write_adapter
+    from converters.writers.adapter import plan_adapter, prepare, write_adapter
     from converters.writers.profiles import PROFILES
 
     loaded = common.load_run(run, base, **options)
@@ -57,12 +61,17 @@ def command(
     stored = common.torch_dtype(dtype)
     assert stored is not None
     if dry_run:
-        plan = plan_adapter(loaded.strip(), model, PROFILES[target], stored)
+        fitted, fit = prepare(loaded, model, **limit)
+        plan = plan_adapter(fitted, model, PROFILES[target], stored)
         check_output(out, force, [loaded.path], plan.nbytes)
         warnings, errors = loaded.warnings, {}
+        if fit is not None and fit.warning is not None:
+            warnings = (*warnings, fit.warning)
     else:
-        result = write_adapter(loaded, out, base=model, profile=target, dtype=stored, force=force)
-        plan, warnings, errors = result.plan, result.warnings, result.errors
+        result = write_adapter(
+            loaded, out, base=model, profile=target, dtype=stored, force=force, **limit
+        )
+        plan, warnings, errors, fit = result.plan, result.warnings, result.errors, result.fit
     ranks = {module: rank for module, (_, rank) in plan.ranks.items()}
     if as_json:
         common.print_json(
@@ -75,6 +84,7 @@ def command(
                 "max_rank": max(ranks.values(), default=0),
                 "modules_to_save": plan.config["modules_to_save"],
                 "errors": errors,
+                "fit": None if fit is None else asdict(fit),
                 "warnings": list(warnings),
             }
         )
@@ -86,5 +96,7 @@ def command(
             f"{common.size(plan.nbytes)}"
         )
         if errors:
-            click.echo(f"  largest relative error of an update: {max(errors.values()):.1e}")
+            click.echo(f"  largest relative error of storing: {max(errors.values()):.1e}")
+        if fit is not None:
+            common.show_fit(fit)
     common.warn(warnings)

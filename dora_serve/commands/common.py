@@ -15,6 +15,7 @@ import click
 if TYPE_CHECKING:
     import torch
 
+    from converters.fit import FitReport
     from converters.run import Run
 
 F = TypeVar("F", bound=Callable[..., Any])
@@ -45,6 +46,46 @@ base_option = click.option(
 json_option = click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 force_option = click.option("--force", is_flag=True, help="Replace an existing output.")
 dry_run_option = click.option("--dry-run", is_flag=True, help="Check and show the plan only.")
+
+
+def fit_options(function: F) -> F:
+    """--max-rank, --energy and --budget, one at most, passed on as the dict `limit`."""
+
+    @click.option("--max-rank", type=click.IntRange(1), help="Approximate: components per module.")
+    @click.option(
+        "--energy",
+        type=click.FloatRange(0, 1, min_open=True),
+        help="Approximate: share of each module's squared singular values to keep.",
+    )
+    @click.option(
+        "--budget",
+        type=click.IntRange(1),
+        metavar="PARAMETERS",
+        help="Approximate: parameters in all, spread over the modules where they matter most.",
+    )
+    @functools.wraps(function)
+    def wrapped(
+        *args: Any, max_rank: int | None, energy: float | None, budget: int | None, **kwargs: Any
+    ) -> Any:
+        given = {"max_rank": max_rank, "energy": energy, "budget": budget}
+        limit = {name: value for name, value in given.items() if value is not None}
+        if len(limit) > 1:
+            raise click.UsageError("give one of --max-rank, --energy and --budget")
+        return function(*args, limit=limit, **kwargs)
+
+    return wrapped  # type: ignore[return-value]
+
+
+def show_fit(fit: FitReport) -> None:
+    """What fitting left of every module, and the error of each and of all."""
+    from converters.fit import percent
+
+    width = max(len(module) for module in fit.ranks)
+    for module, rank in fit.ranks.items():
+        click.echo(f"  {module:<{width}}  rank {rank:>4}  error {percent(fit.errors[module]):>9}")
+    click.echo(f"  {'all':<{width}}  {fit.parameters:,} parameters, error {percent(fit.error)}")
+    if fit.least is not None:
+        click.echo(f"  no distribution of this budget has an error below {percent(fit.least)}")
 
 
 def load_run(run: Path, base: str | None, **options: Any) -> Run:

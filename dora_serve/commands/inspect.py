@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,15 +18,26 @@ if TYPE_CHECKING:
 @common.run_argument
 @common.base_option
 @click.option("--png", type=common.FOLDER, help="Write the rank map as a PNG file.")
+@click.option("--curve", is_flag=True, help="Show what an adapter of less size would lose.")
+@click.option("--curve-png", type=common.FOLDER, help="Write that curve as a PNG file.")
 @common.json_option
 @common.reports_errors
-def command(run: Path, base: str | None, png: Path | None, as_json: bool, **options: Any) -> None:
+def command(
+    run: Path,
+    base: str | None,
+    png: Path | None,
+    curve: bool,
+    curve_png: Path | None,
+    as_json: bool,
+    **options: Any,
+) -> None:
     """Show what RUN holds: method, finished or not, the rank map, sizes, accepted targets.
 
     With --base, tensors that training left as they were are not counted as trained whole.
     """
+    from converters import fit
     from converters.base import open_base
-    from dora_serve.rankmap import save_png, terminal_map
+    from dora_serve.rankmap import save_curve, save_png, terminal_map
 
     loaded = common.load_run(run, base, **options)
     model = None if base is None else open_base(base)
@@ -33,6 +45,11 @@ def command(run: Path, base: str | None, png: Path | None, as_json: bool, **opti
     largest = max(loaded.start_rank.values(), default=0)
     if png is not None:
         save_png(info["ranks"], largest, png, f"{loaded.path.parent.name}: ranks")
+    points = fit.curve(loaded.strip(), model) if curve or curve_png is not None else []
+    if curve_png is not None:
+        save_curve(points, curve_png, f"{loaded.path.parent.name}: size and error")
+    if curve:
+        info["curve"] = [asdict(point) for point in points]
     if as_json:
         common.print_json(info)
         return
@@ -52,6 +69,15 @@ def command(run: Path, base: str | None, png: Path | None, as_json: bool, **opti
         click.echo(f"{target:<11} {verdict}")
     click.echo()
     click.echo(terminal_map(info["ranks"], largest))
+    if curve:
+        click.echo()
+        click.echo(f"{'--budget':>12} {'float32':>10} {'mean rank':>10} {'error':>9}")
+        for point in points:
+            size = common.size(4 * point.parameters)
+            click.echo(
+                f"{point.parameters:>12} {size:>10} {point.mean_rank:>10.2f} "
+                f"{fit.percent(point.error):>9}"
+            )
     common.warn(loaded.warnings)
 
 
@@ -69,7 +95,7 @@ def _describe(run: Run, base: Any) -> dict[str, Any]:
     for module, update in stripped.updates.items():
         components = update.components()
         ranks[module] = components.rank if components is not None else 0
-        start += run.start_rank[module] * sum(update.shape)
+        start += run.start_rank.get(module, ranks[module]) * sum(update.shape)
         kept += ranks[module] * sum(update.shape)
     targets = {"merged": "yes"}
     for name, profile in PROFILES.items():

@@ -49,6 +49,12 @@ def command(
         click.echo(f"top-1 agreement   {result.top1:.2%}")
         control = "fails, as it must" if result.control_fails else "does not fail"
         click.echo(f"update left out   {result.control:.2e}   ({control})")
+        if result.fit is not None:
+            limit = ", ".join(f"{name} {value}" for name, value in result.fit.items())
+            click.echo(f"fitted            {limit}: the truth above is the live run so fitted")
+            click.echo(
+                f"to the whole run  {result.unfitted:.2e}   (what the fit changed; no bound)"
+            )
         verdict = "PASSED" if result.passed else "FAILED"
         click.secho(verdict, fg="green" if result.passed else "red", bold=True)
     common.warn(loaded.warnings)
