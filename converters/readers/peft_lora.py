@@ -18,6 +18,7 @@ from ..run import LazyUpdates, Run
 from ..tensors import LazyTensor, load_finite
 from ..update import RankOneSum, Update
 from . import ReadOptions
+from .checkpoint import more_than_lora
 from .peft_common import (
     CONFIG_FILE,
     WEIGHT_FILES,
@@ -51,7 +52,7 @@ class PeftLoraReader:
     def detect(self, path: Path) -> Path | None:
         config = read_config(path)
         own = config.get("peft_type") == "LORA" and not any(config.get(key) for key in _OTHERS)
-        return path if own else None
+        return path if own and not more_than_lora(path) else None
 
     def read(self, folder: Path, options: ReadOptions) -> Run:
         config_path = folder / CONFIG_FILE
