@@ -11,7 +11,16 @@ from pathlib import Path
 import torch
 
 from .errors import BaseError, MissingError
-from .tensors import LazyTensor, LazyTensors, byte_view, nbytes, numel, open_file, read_json
+from .tensors import (
+    LazyTensor,
+    LazyTensors,
+    byte_view,
+    nbytes,
+    numel,
+    open_file,
+    read_json,
+    rows_and_columns,
+)
 
 SINGLE_FILES = ("model.safetensors", "pytorch_model.bin")
 INDEX_FILES = ("model.safetensors.index.json", "pytorch_model.bin.index.json")
@@ -53,9 +62,9 @@ class BaseModel:
         return found.pop() if len(found) == 1 else None
 
     def weight(self, module: str) -> LazyTensor | None:
-        """The weight tensor of a module; for a head that the base does not hold, the embedding
-        it is tied to."""
-        name = self.find(f"{module}.weight")
+        """The weight tensor of a module, or the parameter of that name; for a head that the base
+        does not hold, the embedding it is tied to."""
+        name = self.find(f"{module}.weight") or self.find(module)
         if name is None and f"{module}.weight" == HEAD:
             name = self.embedding
         return None if name is None else self.tensors[name]
@@ -81,12 +90,13 @@ class BaseModel:
                 remedy="is this the base the run was trained on? pass it with --base",
             )
         square = shape[0] == shape[1]
-        if weight.shape == shape and not square:
+        stored = rows_and_columns(weight.shape)
+        if stored == shape and not square:
             return False
         if weight.shape == shape[::-1] and not embedding:
             conv1d = self.config.get("model_type") in CONV1D_FAMILIES
             return not square or (conv1d and module.rsplit(".", 1)[-1] in CONV1D_LAYERS)
-        if weight.shape == shape:
+        if stored == shape:
             return False
         raise BaseError(
             "the run's update does not fit the base weight",

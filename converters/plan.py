@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 
 from .base import HEAD, BaseModel
 from .errors import BaseError, TargetError
+from .layout import Layout
 from .run import HEADS, Run
 from .tensors import LazyTensor, LazyTensors, SafetensorsTensor, numel, same_values
 
@@ -41,8 +41,12 @@ class OutputTensor:
 
 @dataclass(frozen=True)
 class MergePlan:
-    """The output's shards in order, the configuration beside them, and each module's rank."""
+    """The output's shards in order, the configuration beside them, and each module's rank.
 
+    `run`: the run with its updates keyed by the tensors on disk.
+    """
+
+    run: Run
     shards: Mapping[str, tuple[OutputTensor, ...]]
     config: Mapping[str, object]
     ranks: Mapping[str, int | None]
@@ -62,46 +66,52 @@ def plan_merge(run: Run, base: BaseModel, dtype: torch.dtype | None) -> MergePla
     Raises `BaseError` when module names or shapes do not fit, or when the base is not the one the
     run was trained on.
     """
-    targets, ranks = _targets(run, base)
-    check_frozen(run, base)
-    replaced = changed(run, base)
     architecture, expected = target_architecture(run, base)
+    layout = Layout(base, architecture, run.num_labels)
+    run = layout.on_disk(run)
+    replaced = changed(run, base, layout.find)
+    targets, ranks = _targets(run, base, replaced)
+    check_frozen(run, base)
 
     def output(name: str, source: LazyTensor) -> OutputTensor:
         own = base.tensors.get(source.name) is source
-        module, transposed = targets.get(source.name, (None, False)) if own else (None, False)
+        module, transposed = targets.get(
+            source.name if own else base.find(name) or name, (None, False)
+        )
         out = dtype if dtype is not None and source.dtype.is_floating_point else source.dtype
         return OutputTensor(name, source, out, module, transposed)
 
     if expected is None:
-        names = {base.find(name) or name: tensor for name, tensor in replaced.items()}
+        names = {layout.find(name) or name: tensor for name, tensor in replaced.items()}
         shards: dict[str, list[OutputTensor]] = {
             _shard_name(path): [output(name, names.pop(name, tensor)) for name, tensor in t.items()]
             for path, t in base.shards.items()
         }
     else:
         names, shards = {}, {_shard_name(path): [] for path in base.shards}
-        own = {name: base.find(name) for name in expected if name not in replaced}
+        own = {name: layout.find(name) for name in expected if name not in replaced}
         renamed = {old: name for name, old in own.items() if old is not None}
+        fused = {name: layout.members(name) for name, old in own.items() if old is None}
+        renamed |= {old: old for members in fused.values() for old in members}
         for path, tensors in base.shards.items():
             shards[_shard_name(path)] += [
                 output(renamed[old], tensor) for old, tensor in tensors.items() if old in renamed
             ]
         for name, old in own.items():
-            if old is None:
+            if old is None and not fused[name]:
                 names[name] = _from_run(run, base, name)
         names |= replaced
     last = shards[_shard_name(list(base.shards)[-1])]
     # A tensor that the base does not hold takes the dtype of its neighbours.
     added = dtype or base.dtype()
-    last += [OutputTensor(name, tensor, added) for name, tensor in names.items()]
+    last += [replace(output(name, tensor), dtype=added) for name, tensor in names.items()]
 
-    config = _config(run, base, architecture, dtype)
-    head = _untie(targets, base, names, config)
+    config = _config(run, base, architecture, dtype, _new_embedding(base, replaced))
+    head = _untie(run, targets, base, replaced, config)
     if head is not None:
         module, _ = targets.get(HEAD, (None, False))
         last.append(OutputTensor(HEAD, head, dtype or head.dtype, module))
-    return MergePlan({name: tuple(tensors) for name, tensors in shards.items()}, config, ranks)
+    return MergePlan(run, {name: tuple(tensors) for name, tensors in shards.items()}, config, ranks)
 
 
 def _shard_name(path: Path) -> str:
@@ -111,15 +121,25 @@ def _shard_name(path: Path) -> str:
     return path.stem.replace("pytorch_model", "model") + ".safetensors"
 
 
+def _stored(module: str, base: BaseModel) -> str:
+    """The tensor of a module on disk; a head that is not there gets its name in memory."""
+    return base.find(f"{module}.weight") or base.find(module) or f"{module}.weight"
+
+
 def _targets(
-    run: Run, base: BaseModel
+    run: Run, base: BaseModel, replaced: LazyTensors
 ) -> tuple[dict[str, tuple[str, bool]], dict[str, int | None]]:
     """Base tensor name → (module, whether it is stored as [in, out]); and module → rank."""
     targets: dict[str, tuple[str, bool]] = {}
     ranks: dict[str, int | None] = {}
     for module, update in run.updates.items():
-        transposed = base.is_transposed(module, update.shape, module in run.embeddings)
-        name = base.find(f"{module}.weight") or HEAD  # is_transposed found one or the other
+        whole = replaced.get(f"{module}.weight")  # an embedding may be resized and adapted
+        if whole is None and f"{module}.weight" == HEAD and base.find(HEAD) is None:
+            whole = _new_embedding(base, replaced)
+        transposed = False
+        if whole is None or whole.shape != update.shape:
+            transposed = base.is_transposed(module, update.shape, module in run.embeddings)
+        name = _stored(module, base)
         if name in targets:
             raise BaseError(
                 "two adapted modules are the same base tensor",
@@ -158,26 +178,31 @@ def check_frozen(run: Run, base: BaseModel) -> None:
             )
 
 
-def changed(run: Run, base: BaseModel) -> dict[str, LazyTensor]:
+def changed(
+    run: Run, base: BaseModel, find: Callable[[str], str | None] | None = None
+) -> dict[str, LazyTensor]:
     """The replaced tensors that differ from the base; a tied head equal to its embedding does not.
 
-    Raises `BaseError` when a replaced tensor has another shape than the base's, heads of
-    classifiers excepted.
+    `find` gives a tensor's name in the base where it is not `BaseModel.find`.
     """
+    find = find or base.find
     result = {}
     for name, tensor in run.replaced.items():
-        own = base.find(name)
+        own = find(name)
         if own is None and name == HEAD:
             own = base.embedding
         if own is None or not same_values(tensor, base.tensors[own]):
             result[name] = tensor
+    if HEAD in result and base.find(HEAD) is None:
+        embedding = next((t for n, t in result.items() if find(n) == base.embedding), None)
+        if embedding is not None and same_values(result[HEAD], embedding):
+            del result[HEAD]
     return result
 
 
 def target_architecture(run: Run, base: BaseModel) -> tuple[str | None, list[str] | None]:
     """The class the run is for, and its tensor names where they are not the base's own."""
-    known = base.config.get("architectures")
-    current = str(known[0]) if isinstance(known, list) and known else None
+    current = _architecture(base.config) or None
     if run.task is None:
         return current, None
     suffix = HEADS[run.task][0]
@@ -204,9 +229,19 @@ def _from_run(run: Run, base: BaseModel, name: str) -> LazyTensor:
 
 
 def _config(
-    run: Run, base: BaseModel, architecture: str | None, dtype: torch.dtype | None
+    run: Run,
+    base: BaseModel,
+    architecture: str | None,
+    dtype: torch.dtype | None,
+    embedding: LazyTensor | None,
 ) -> dict[str, object]:
     config = dict(base.config)
+    if embedding is not None:
+        text = config.get("text_config")
+        if isinstance(text, dict) and "vocab_size" in text:
+            config["text_config"] = {**text, "vocab_size": embedding.shape[0]}
+        if "vocab_size" in config:
+            config["vocab_size"] = embedding.shape[0]
     if architecture is not None:
         config["architectures"] = [architecture]
     if run.task == "sequence-classification" and run.num_labels is not None:
@@ -222,23 +257,27 @@ def _config(
 
 
 def _untie(
+    run: Run,
     targets: Mapping[str, tuple[str, bool]],
     base: BaseModel,
-    added: LazyTensors,
+    replaced: LazyTensors,
     config: dict[str, object],
 ) -> LazyTensor | None:
     """What the head is made from when the run changed one side of a tied pair, None when it
     stays as it is. The configuration then says that the pair is no longer tied.
     """
-    embedding = targets.get(base.embedding or "")
-    head_changed = HEAD in added or HEAD in targets
-    if not head_changed and embedding is None:
+    whole = _new_embedding(base, replaced)
+    old = base.tensors.get(base.embedding or "")
+    causal = "CausalLM" in (name := _architecture(config)) or "LMHeadModel" in name
+    embedding_changed = base.embedding in targets and targets[base.embedding][0] not in run.tied
+    if whole is not None and old is not None and whole.shape == old.shape and causal:
+        embedding_changed = embedding_changed or HEAD not in run.replaced
+    head_changed = HEAD in replaced or HEAD in targets
+    if not head_changed and not embedding_changed:
         return None
     if base.find(HEAD) is not None:
         config["tie_word_embeddings"] = False
         return None
-    architectures = config.get("architectures")
-    causal = isinstance(architectures, list) and str(architectures[:1]).find("CausalLM") > 0
     if not causal and not head_changed:
         raise TargetError(
             "the run changed an embedding that this architecture ties to other tensors",
@@ -247,10 +286,15 @@ def _untie(
             remedy="deploy it as an adapter: dora-export adapter",
         )
     config["tie_word_embeddings"] = False
-    return None if HEAD in added else base.tensors[str(base.embedding)]
+    if HEAD in replaced:
+        return None
+    return whole if whole is not None and HEAD in run.replaced else old
 
 
-def rows_and_columns(shape: tuple[int, ...]) -> tuple[int, int]:
-    """A tensor seen as a matrix: the last axis are its columns."""
-    columns = shape[-1] if shape else 1
-    return (math.prod(shape) // columns if columns else 0), columns
+def _new_embedding(base: BaseModel, replaced: LazyTensors) -> LazyTensor | None:
+    return next((t for name, t in replaced.items() if base.find(name) == base.embedding), None)
+
+
+def _architecture(config: Mapping[str, object]) -> str:
+    known = config.get("architectures")
+    return str(known[0]) if isinstance(known, list) and known else ""

@@ -50,7 +50,11 @@ class Run:
     `updates`: Hugging Face module name → update. `replaced`: tensor name → tensor trained whole.
     `embedded_base`: the frozen weights that a reference checkpoint carries, by tensor name.
     `base`: the base model the run names, a hub id. `start_rank`: rank per module before pruning.
-    `embeddings`: the modules of `updates` that are embeddings, `[vocab, dim]`.
+    `embeddings`: the modules of `updates` that are embeddings, `[vocab, dim]`. `tied`: those whose
+    update also reaches the tensors that share their weight.
+
+    A key of `updates` is a module, whose weight the update is for; or a parameter such as a bias
+    `[n]`, which is seen as `[1, n]`; or `parameter[e]`, block e of a parameter `[E, …]`.
     """
 
     path: Path
@@ -64,6 +68,7 @@ class Run:
     finished: bool = True
     start_rank: Mapping[str, int] = field(default_factory=dict)
     embeddings: frozenset[str] = frozenset()
+    tied: frozenset[str] = frozenset()
     files: tuple[Path, ...] = ()
     options: Mapping[str, object] = field(default_factory=dict)
     warnings: tuple[str, ...] = ()

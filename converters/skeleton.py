@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
+from typing import Any
 
 from .errors import TargetError
 
@@ -26,10 +27,10 @@ def class_for(config: Mapping[str, object], suffix: str) -> str:
     return name
 
 
-def tensor_names(
-    architecture: str, config: Mapping[str, object], num_labels: int | None
-) -> list[str]:
-    """The tensor names of the class, tied aliases and non-persistent buffers left out."""
+def empty_model(
+    architecture: str, config: Mapping[str, object], num_labels: int | None = None
+) -> Any:
+    """A model of the class without weights, on the meta device."""
     import torch
     import transformers
 
@@ -40,6 +41,13 @@ def tensor_names(
         values.pop("label2id", None)
         values["num_labels"] = num_labels
     with torch.device("meta"):
-        model = getattr(transformers, architecture)(kind.from_dict(values))
+        return getattr(transformers, architecture)(kind.from_dict(values))
+
+
+def tensor_names(
+    architecture: str, config: Mapping[str, object], num_labels: int | None
+) -> list[str]:
+    """The tensor names of the class, tied aliases and non-persistent buffers left out."""
+    model = empty_model(architecture, config, num_labels)
     tied = getattr(model, "all_tied_weights_keys", None) or {}
     return [name for name in model.state_dict() if name not in tied]

@@ -58,6 +58,12 @@ class LazyTensor(Protocol):
 LazyTensors = Mapping[str, LazyTensor]
 
 
+def rows_and_columns(shape: tuple[int, ...]) -> tuple[int, int]:
+    """A tensor seen as a matrix: the last axis are its columns."""
+    columns = shape[-1] if shape else 1
+    return (math.prod(shape) // columns if columns else 0), columns
+
+
 def numel(tensor: LazyTensor) -> int:
     return math.prod(tensor.shape)
 

@@ -57,12 +57,12 @@ def write_merged(
     check_output(target, force, [run.path, base.path], plan.nbytes)
     bar = progress(plan.nbytes) if progress is not None else nullcontext(_no_progress)
     with output_folder(target) as folder, bar as advance:
-        rounding = write_shards(folder, plan.shards, stripped, advance)
+        rounding = write_shards(folder, plan.shards, plan.run, advance)
         _write_index(folder, plan)
         write_json(folder / "config.json", plan.config)
         _copy_companions(base.path, folder)
         warnings = (*run.warnings, *_loss_warnings(rounding))
-        write_json(folder / FILE, _certificate(run, base, plan, rounding, dtype))
+        write_json(folder / FILE, _certificate(plan.run, base, plan, rounding, dtype))
     return MergeResult(target, plan, rounding, warnings)
 
 

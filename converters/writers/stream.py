@@ -23,9 +23,9 @@ from pathlib import Path
 import torch
 
 from ..errors import BaseError
-from ..plan import OutputTensor, rows_and_columns
+from ..plan import OutputTensor
 from ..run import Run
-from ..tensors import DTYPE_NAMES, SafetensorsTensor, byte_view, nbytes
+from ..tensors import DTYPE_NAMES, SafetensorsTensor, byte_view, nbytes, rows_and_columns
 from ..update import Update
 
 BLOCK_ELEMENTS = 512 << 10  # 2 MiB in float32: stays in the cache, and amortizes the calls
