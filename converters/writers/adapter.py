@@ -71,13 +71,13 @@ class AdapterFormat(Protocol):
     def save(
         self,
         folder: Path,
+        name: str,
         run: Run,
-        base: BaseModel | None,
         plan: AdapterPlan,
         dtype: torch.dtype,
         fit: FitReport | None,
     ) -> dict[str, float]:
-        """Fill `folder`; returns ‖stored ΔW − ΔW‖/‖ΔW‖ per module."""
+        """Fill `folder`, which will be called `name`; returns ‖stored ΔW − ΔW‖/‖ΔW‖ per module."""
 
 
 def adapter_format(profile: Profile) -> AdapterFormat:
@@ -277,7 +277,7 @@ def write_adapter(
     plan = output.plan(stripped, base, PROFILES[profile], dtype)
     check_output(target, force, inputs, plan.nbytes)
     with output_folder(target) as folder:
-        errors = output.save(folder, stripped, base, plan, dtype, fit)
+        errors = output.save(folder, target.name, stripped, plan, dtype, fit)
         warnings = (*run.warnings, *_loss_warnings(errors, dtype))
         if fit is not None and fit.warning is not None:
             warnings = (*warnings, fit.warning)
@@ -310,8 +310,8 @@ class LoraFolder:
     def save(
         self,
         folder: Path,
+        name: str,
         run: Run,
-        base: BaseModel | None,  # noqa: ARG002
         plan: AdapterPlan,
         dtype: torch.dtype,
         fit: FitReport | None,

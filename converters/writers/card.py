@@ -7,14 +7,21 @@ from collections.abc import Mapping
 from ..fit import FitReport, percent
 from ..run import Run
 
+_PEFT_USAGE = """```python
+from peft import PeftModel
+model = PeftModel.from_pretrained(base_model, "path/to/this/folder")
+```"""
+
 
 def model_card(
     run: Run,
     config: Mapping[str, object],
     ranks: Mapping[str, tuple[int | None, int]],
     fit: FitReport | None = None,
+    library: str = "peft",
+    usage: str = _PEFT_USAGE,
 ) -> str:
-    """Markdown with the hub's metadata block."""
+    """Markdown with the hub's metadata block; `usage`: how `library` loads it."""
     base = config.get("base_model_name_or_path")
     kept = sum(rank for _, rank in ranks.values())
     started = sum(start or 0 for start, _ in ranks.values())
@@ -36,7 +43,7 @@ def model_card(
         )
         columns, rule = f"{columns} error |", f"{rule}---:|"
     return f"""---
-library_name: peft
+library_name: {library}
 {f"base_model: {base}" if base else "base_model: unknown"}
 tags:
 - lora
@@ -46,12 +53,9 @@ tags:
 # LoRA adapter of different rank per module
 
 Made by `dora-export adapter` from a `{run.method}` run. {about}
-Every scale is folded into the weights (`r == lora_alpha` in every module).
+Every scale is folded into the weights.
 
-```python
-from peft import PeftModel
-model = PeftModel.from_pretrained(base_model, "path/to/this/folder")
-```
+{usage}
 
 {columns}
 {rule}

@@ -1,15 +1,43 @@
-"""What each engine can read of a LoRA adapter: data, so that a new engine is a new entry."""
+"""What each engine can read of a LoRA adapter: data, so that a new engine is a new entry.
+
+Sources, by engine: huggingface/peft `src/peft/tuners/lora/`; vllm-project/vllm
+`vllm/lora/peft_helper.py`, `vllm/config/lora.py`; sgl-project/sglang
+`python/sglang/srt/lora/{lora.py,lora_config.py,lora_manager.py,mem_pool.py}`; predibase/lorax
+`server/lorax_server/adapters/lora.py`, `server/lorax_server/models/flash_*.py`;
+ggml-org/llama.cpp `src/llama-adapter.{h,cpp}`, `convert_lora_to_gguf.py`.
+"""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+
+@dataclass(frozen=True)
+class Reading:
+    """How an engine computes a module's scale from `adapter_config.json`.
+
+    `patterns`: by rank_pattern and alpha_pattern; else by `lora_alpha` and `r` alone.
+    `stored_rank`: divides by the rank of the tensor. `rslora`: knows `use_rslora`.
+    """
+
+    patterns: bool = False
+    stored_rank: bool = False
+    rslora: bool = False
 
 
 @dataclass(frozen=True)
 class Profile:
-    """`whole_modules`: modules trained whole that it loads, None for any. `max_rank`: its limit.
+    """`whole_modules`: modules trained whole that it loads, None for any. `max_rank`: its limit,
+    and `slots`: the values its own limit may be set to.
 
     `biases`, `embeddings`: whether it loads trained biases and adapters on embeddings.
+    `features`: further fields of the configuration that it understands.
+    `kinds`: last names of the modules it can adapt, None for any. `together`: kinds that it loads
+    only all or none. `uniform`: it stores every kind of module in every layer at one rank, so
+    that what the run lacks is written as zeros.
+    `reading`: how it takes the scale; `older`: versions that took it another way.
+    `writer`: the entry point in `dora_serve.writers` that writes its format.
     """
 
     name: str
@@ -17,13 +45,82 @@ class Profile:
     max_rank: int | None
     biases: bool
     embeddings: bool
+    features: frozenset[str] = frozenset()
+    kinds: frozenset[str] | None = None
+    together: tuple[tuple[str, ...], ...] = ()
+    uniform: bool = False
+    slots: tuple[int, ...] = ()
+    reading: Reading = field(default_factory=Reading)
+    older: Mapping[str, Reading] = field(default_factory=dict)
+    writer: str = "adapter"
 
+
+_NOTHING: frozenset[str] = frozenset()
+_LLAMA_KINDS = frozenset("q_proj k_proj v_proj o_proj gate_proj up_proj down_proj".split())
+_SGLANG_KINDS = _LLAMA_KINDS | {"qkv_proj", "gate_up_proj"}
+_LORAX_KINDS = _LLAMA_KINDS | set(
+    "lm_head qkv_proj gate_up_proj dense fc1 fc2 c_attn c_proj c_fc w1 w2 w3 Wqkv out_proj "
+    "query_key_value dense_h_to_4h dense_4h_to_h".split()
+)
+_PEFT_FEATURES = frozenset(
+    "use_dora lora_bias target_parameters trainable_token_indices layer_replication "
+    "alora_invocation_tokens".split()
+)
 
 PROFILES = {
     profile.name: profile
     for profile in (
-        Profile("peft", None, None, biases=True, embeddings=True),
-        # vllm/lora/peft_helper.py and vllm/config/lora.py; ranks up to 512, heads of classifiers.
-        Profile("vllm", frozenset({"classifier", "score"}), 512, biases=False, embeddings=False),
+        Profile(
+            "peft",
+            None,
+            None,
+            biases=True,
+            embeddings=True,
+            features=_PEFT_FEATURES,
+            reading=Reading(patterns=True, rslora=True),
+        ),
+        Profile(
+            "vllm",
+            frozenset({"classifier", "score"}),
+            512,
+            biases=False,
+            embeddings=False,
+            slots=(1, 8, 16, 32, 64, 128, 256, 320, 512),
+            reading=Reading(patterns=True, rslora=True),
+            older={"vLLM up to 0.30": Reading(rslora=True)},
+        ),
+        # One buffer per kind of module, sliced and scaled by the configuration's r and lora_alpha;
+        # q, k and v (gate and up) are stacked, and a layer without weights keeps what was there.
+        Profile(
+            "sglang",
+            _NOTHING,
+            None,
+            biases=False,
+            embeddings=False,
+            kinds=_SGLANG_KINDS,
+            together=(("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj")),
+            uniform=True,
+        ),
+        # The layers of one kind are stacked; a kind that is absent in one layer is left out in all.
+        Profile(
+            "lorax",
+            _NOTHING,
+            None,
+            biases=False,
+            embeddings=False,
+            kinds=_LORAX_KINDS,
+            uniform=True,
+            reading=Reading(rslora=True),
+        ),
+        # scale = alpha / rank of the tensor; any trained tensor beside A and B is refused.
+        Profile(
+            "gguf",
+            _NOTHING,
+            None,
+            biases=False,
+            embeddings=True,
+            reading=Reading(stored_rank=True),
+            writer="gguf",
+        ),
     )
 }
