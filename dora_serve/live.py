@@ -54,14 +54,15 @@ class LiveModel:
         with torch.no_grad():
             for module in self._run.updates:
                 layer = self.model.get_submodule(module)
-                layer.weight.copy_(_deployed(layer, self._run.updates[module]))
+                # A weight of its own: what it is tied to does not get the update.
+                _replace(layer, _deployed(layer, self._run.updates[module]))
             for parameter in self.model.parameters():
                 parameter.copy_(parameter.to(dtype))
 
 
 def _deployed(layer: torch.nn.Module, update: Update) -> torch.Tensor:
     """The weight of `layer` with the update in it, as the layer stores it, float32."""
-    weight: torch.Tensor = layer.weight.detach()  # type: ignore[assignment]
+    weight = layer.get_parameter("weight").detach()
     conv1d = type(layer).__name__ == "Conv1D"
     rows = weight.T.clone(memory_format=torch.contiguous_format) if conv1d else weight.clone()
     components = update.components()
@@ -75,7 +76,7 @@ def _deployed(layer: torch.nn.Module, update: Update) -> torch.Tensor:
 
 def _replace(layer: torch.nn.Module, weight: torch.Tensor) -> Callable[[], object]:
     """Give `layer` another weight; returns what gives it back its own."""
-    own: torch.nn.Parameter = layer.weight  # type: ignore[assignment]
+    own = layer.get_parameter("weight")
     layer.weight = torch.nn.Parameter(weight, requires_grad=False)
 
     def undo() -> None:
