@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from converters.readers import ReadOptions, read_run
     from converters.run import Run
 
-    from .api import merge, write_adapter
+    from .api import diff, extract, merge, write_adapter
     from .proof import Verification, verify
 
 __all__ = [
@@ -27,6 +27,8 @@ __all__ = [
     "ReadOptions",
     "Run",
     "Verification",
+    "diff",
+    "extract",
     "merge",
     "read_run",
     "verify",
@@ -38,6 +40,8 @@ _HOMES = {
     "ReadOptions": "converters.readers",
     "Run": "converters.run",
     "Verification": "dora_serve.proof",
+    "diff": "dora_serve.api",
+    "extract": "dora_serve.api",
     "merge": "dora_serve.api",
     "read_run": "converters.readers",
     "verify": "dora_serve.proof",

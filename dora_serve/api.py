@@ -10,8 +10,10 @@ import torch
 
 from converters import writers
 from converters.base import BaseModel, open_base
-from converters.errors import MissingError
-from converters.readers import ReadOptions, read_run
+from converters.compare import Comparison, compare
+from converters.errors import MissingError, RunError
+from converters.extract import ENERGY, difference
+from converters.readers import ReadOptions, read_run, readers
 from converters.run import Run
 from converters.writers.adapter import AdapterResult
 from converters.writers.merged import MergeResult
@@ -91,3 +93,74 @@ def write_adapter(
         energy=energy,
         budget=budget,
     )
+
+
+def extract(
+    tuned: str | Path,
+    output: str | Path,
+    *,
+    base: str | Path,
+    energy: float | None = None,
+    max_rank: int | None = None,
+    budget: int | None = None,
+    target: str = "peft",
+    dtype: torch.dtype = torch.float32,
+    force: bool = False,
+) -> AdapterResult:
+    """Write what the model `tuned` changed of `base` as a LoRA adapter folder.
+
+    Without `max_rank` or `budget`, every module keeps the share `energy` (by default 0.999) of its
+    squared singular values. Tensors that changed and are no linear weights are carried whole.
+    """
+    if max_rank is None and budget is None and energy is None:
+        energy = ENERGY
+    model = open_base(base)
+    run = difference(open_base(tuned), model)
+    if not run.updates:
+        raise RunError(
+            "no linear layer differs between the two models",
+            file=run.path,
+            found=f"{len(run.replaced)} other tensors differ" if run.replaced else "equal weights",
+            expected=f"a model tuned from {base}",
+        )
+    return writers.adapter.write_adapter(
+        run,
+        Path(output),
+        base=model,
+        profile=target,
+        dtype=dtype,
+        force=force,
+        max_rank=max_rank,
+        energy=energy,
+        budget=budget,
+    )
+
+
+def diff(
+    left: Run | str | Path,
+    right: Run | str | Path,
+    *,
+    base: str | Path | None = None,
+    base_b: str | Path | None = None,
+) -> Comparison:
+    """How far apart the updates of two runs, adapters or models are, module by module.
+
+    `base` is the base of both, `base_b` that of `right` where it is another. Models need one.
+    """
+    model = None if base is None else open_base(base)
+    other = model if base_b is None else open_base(base_b)
+    return compare(_side(left, model), _side(right, other), model, other)
+
+
+def _side(side: Run | str | Path, base: BaseModel | None) -> Run:
+    if isinstance(side, Run):
+        return side
+    path = Path(side)
+    known = path.is_dir() and any(reader.detect(path) for reader in readers())
+    if known or not (path / "config.json").is_file():
+        return read_run(side, ReadOptions(base=None if base is None else base.path)).strip()
+    if base is None:
+        raise MissingError(
+            "a model is compared by what it changed of its base", file=path, remedy="pass --base"
+        )
+    return difference(open_base(path), base)

@@ -12,6 +12,8 @@ _EXPORT_VERBS = {
     "inspect": "Show a run: method, ranks, sizes, and what each target accepts.",
     "merge": "Merge a run into its base model: a Hugging Face folder.",
     "adapter": "Repack a run as a compact LoRA adapter, another rank per module.",
+    "extract": "Write what a tuned model changed of its base as an adapter.",
+    "diff": "Compare the updates of two runs, adapters or models.",
     "verify": "Compare an artifact with the live, unmerged run.",
 }
 

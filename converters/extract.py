@@ -1,0 +1,181 @@
+"""The update between two models of one architecture, as a run.
+
+Names are those of the tuned model in memory. Not read: models whose changed tensors have another
+name or form on disk than in memory (experts in one tensor, layouts of older versions).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from .base import HEAD, BaseModel
+from .errors import BaseError, TargetError
+from .run import HEADS, LazyUpdates, Run
+from .skeleton import empty_model
+from .tensors import LazyTensor, load_finite, same_values
+from .update import Update
+
+ENERGY = 0.999  # what an extracted adapter keeps of every module by default
+
+
+@dataclass(frozen=True)
+class Replacement:
+    """W' = another weight `[out, in]`, float32, whatever the base's is."""
+
+    weight: torch.Tensor
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        return self.weight.shape[0], self.weight.shape[1]
+
+    @property
+    def whole(self) -> bool:
+        return False
+
+    def merge(self, rows: torch.Tensor, start: int) -> torch.Tensor:
+        return rows.copy_(self.weight[start : start + rows.shape[0]])
+
+    def components(self) -> None:
+        return None
+
+    def transposed(self) -> Replacement:
+        return Replacement(self.weight.T.contiguous())
+
+
+def difference(tuned: BaseModel, base: BaseModel) -> Run:
+    """What `tuned` changed of `base`: an update for every linear layer whose weight differs,
+    every other tensor that differs (norms, biases, embeddings, heads of a task) whole.
+
+    Tensors that only `base` has are of no use to `tuned` and left out. Raises `DoraExportError`
+    when the models are of different kinds.
+    """
+    if tuned.config.get("model_type") != base.config.get("model_type"):
+        raise BaseError(
+            "the models are of different families",
+            file=base.path,
+            found=base.config.get("model_type"),
+            expected=tuned.config.get("model_type"),
+            remedy="pass the base that the model was tuned from with --base",
+        )
+    architecture, task = _architecture(tuned, base)
+    labels = tuned.config.get("id2label")
+    count = len(labels) if isinstance(labels, dict) else 2
+    num_labels = count if task in ("sequence-classification", "token-classification") else None
+    model = empty_model(architecture, tuned.config, num_labels)
+    linear = _linear_layers(model, task)
+    aliases = getattr(model, "all_tied_weights_keys", None) or {}
+
+    updates: dict[str, Callable[[], Update]] = {}
+    whole: dict[str, LazyTensor] = {}
+    unread = dict(tuned.tensors)
+    for name in model.state_dict():
+        tensor, tied = _stored(tuned, name, aliases)
+        if tensor is None:
+            continue
+        unread.pop(tensor.name, None)
+        before, _ = _stored(base, name, aliases)
+        if before is not None and same_values(tensor, before):
+            continue
+        module = name.removesuffix(".weight")
+        fits = before is not None and before.shape == tensor.shape
+        if fits and module in linear and not tied:
+            updates[module] = _loader(tensor, linear[module])
+        else:
+            whole[name] = tensor
+    _refuse(tuned, base, unread)
+    return Run(
+        path=tuned.path,
+        method="difference",
+        updates=LazyUpdates(updates),
+        replaced=whole,
+        base=base.name,
+        task=task,
+        num_labels=num_labels,
+        files=(*tuned.shards, tuned.path / "config.json"),
+    )
+
+
+def _architecture(tuned: BaseModel, base: BaseModel) -> tuple[str, str | None]:
+    """The class of the tuned model and its task; None where it is the base's own class."""
+    names = []
+    for model in (tuned, base):
+        known = model.config.get("architectures")
+        names.append(str(known[0]) if isinstance(known, list) and known else "")
+    if names[0].endswith("LMHeadModel"):
+        return names[0], "causal-lm"
+    task = next((t for t, (suffix, _) in HEADS.items() if names[0].endswith(suffix)), None)
+    if not names[0] or (task is None and names[0] != names[1]):
+        raise TargetError(
+            "no adapter can name the class of the tuned model",
+            file=tuned.path / "config.json",
+            found=names[0] or "no architectures",
+            expected=f"{names[1]}, or a class for " + ", ".join(HEADS),
+        )
+    return names[0], task
+
+
+def _stored(
+    model: BaseModel, name: str, aliases: Mapping[str, str]
+) -> tuple[LazyTensor | None, bool]:
+    """The tensor that is loaded as `name`, and whether it is another one's that `name` is tied to.
+
+    None where the file has neither.
+    """
+    own = model.find(name)
+    if own is not None:
+        return model.tensors[own], False
+    source = model.find(aliases.get(name, "")) or (model.embedding if name == HEAD else None)
+    return (None if source is None else model.tensors[source]), True
+
+
+def _linear_layers(model: Any, task: str | None) -> dict[str, bool]:
+    """Linear module name → whether its weight is stored as `[in, out]`; the head of a classifier
+    is left out, which engines load whole."""
+    body = f"{model.base_model_prefix}."
+    heads = task not in (None, "causal-lm", "seq2seq-lm")
+    return {
+        name: conv1d
+        for name, layer in model.named_modules()
+        if (conv1d := type(layer).__name__ == "Conv1D") or isinstance(layer, torch.nn.Linear)
+        if name.startswith(body) or not heads
+    }
+
+
+def _loader(tensor: LazyTensor, transposed: bool) -> Callable[[], Update]:
+    def load() -> Update:
+        weight = load_finite(tensor)
+        return Replacement(weight.T.contiguous() if transposed else weight)
+
+    return load
+
+
+def _refuse(
+    tuned: BaseModel,
+    base: BaseModel,
+    unread: dict[str, LazyTensor],
+) -> None:
+    """Raise `TargetError` for changes that an adapter cannot carry."""
+    embedding = tuned.tensors.get(tuned.embedding or "")
+    old = base.tensors.get(base.embedding or "")
+    if embedding is not None and old is not None and embedding.shape != old.shape:
+        raise TargetError(
+            "the tuned model has another vocabulary",
+            file=embedding.path,
+            tensor=embedding.name,
+            found=list(embedding.shape),
+            expected=list(old.shape),
+            remedy="deploy the tuned model itself",
+        )
+    for name, tensor in unread.items():
+        before = base.tensors.get(base.find(name) or "")
+        if before is None or not same_values(tensor, before):
+            raise TargetError(
+                "a changed tensor has no such name in the model in memory",
+                file=tensor.path,
+                tensor=name,
+                remedy="load the model with transformers, save it again, and extract that",
+            )
