@@ -8,6 +8,7 @@ output. By `mora_type`:
 - 4: C sums inputs n apart, D repeats.     2: C sums neighbours, D repeats.
 - 6: blocks of n inputs, each rotated by its number (RoPE), give blocks of n outputs, tiled.
 
+All but type 6 are therefore sums of n rank-1 components: a LoRA adapter of rank n equals them.
 lora_B is lora_A under another name. lora_alpha is not used, and the tensors do not tell how wide
 the layer is, so the base is needed.
 """
@@ -26,7 +27,7 @@ from ..dense import DenseUpdate
 from ..errors import RunError
 from ..run import LazyUpdates, Run
 from ..tensors import LazyTensor, load_finite, same_values
-from ..update import Update
+from ..update import RankOneSum, Update
 from . import ReadOptions
 from .peft_common import (
     CONFIG_FILE,
@@ -42,8 +43,6 @@ from .peft_common import (
 
 _PART = re.compile(r"(.+)\.lora_(A|B)\.weight")
 _TYPES = (1, 2, 3, 4, 6)
-
-Rows = Callable[[int, int], torch.Tensor]
 
 
 class MoraReader:
@@ -125,7 +124,7 @@ def _check_size(
         )
 
 
-def _load(parts: dict[str, LazyTensor], kind: int, shape: tuple[int, int]) -> DenseUpdate:
+def _load(parts: dict[str, LazyTensor], kind: int, shape: tuple[int, int]) -> Update:
     if not same_values(parts["A"], parts["B"]):
         raise RunError(
             "lora_A and lora_B differ, but MoRA trains one matrix",
@@ -134,22 +133,21 @@ def _load(parts: dict[str, LazyTensor], kind: int, shape: tuple[int, int]) -> De
             remedy="was the adapter changed after training?",
         )
     matrix = load_finite(parts["A"])
-    rows = _rotated(matrix, shape) if kind == 6 else _folded(matrix, kind, shape)
-    return DenseUpdate(shape, rows)
+    return _rotated(matrix, shape) if kind == 6 else _folded(matrix, kind, shape)
 
 
-def _folded(matrix: torch.Tensor, kind: int, shape: tuple[int, int]) -> Rows:
-    """Types 1 to 4: row o of ΔW is a row of M·C `[n, in]`."""
+def _folded(matrix: torch.Tensor, kind: int, shape: tuple[int, int]) -> RankOneSum:
+    """Types 1 to 4: n components, a = M·C and b = D."""
     (out, inn), n = shape, matrix.shape[0]
     if kind in (1, 4):
         # The last n inputs are filled up from the first ones.
-        fold = torch.arange(inn + -inn % n)
-        fold, inputs = fold % n, fold % inn
+        padded = torch.arange(inn + -inn % n)
+        fold, inputs = padded % n, padded % inn
     else:
         fold, inputs = _groups(inn, n), torch.arange(inn)
-    folded = torch.zeros(n, inn).index_add_(1, inputs, matrix[:, fold])
     spread = torch.arange(out) % n if kind in (1, 3) else _groups(out, n)
-    return lambda start, stop: folded[spread[start:stop]]
+    a = torch.zeros(n, inn).index_add_(1, inputs, matrix[:, fold])
+    return RankOneSum(a, torch.ones(n), torch.nn.functional.one_hot(spread, n).float())
 
 
 def _groups(length: int, n: int) -> torch.Tensor:
@@ -160,7 +158,7 @@ def _groups(length: int, n: int) -> torch.Tensor:
     return torch.arange(n).repeat_interleave(sizes)
 
 
-def _rotated(matrix: torch.Tensor, shape: tuple[int, int]) -> Rows:
+def _rotated(matrix: torch.Tensor, shape: tuple[int, int]) -> DenseUpdate:
     """Type 6: block b of ΔW is M with its columns rotated by RoPE at position b."""
     (out, inn), n = shape, matrix.shape[0]
     blocks = -(-inn // n)
@@ -176,4 +174,4 @@ def _rotated(matrix: torch.Tensor, shape: tuple[int, int]) -> Rows:
         inputs = (block.unsqueeze(1) * n + torch.arange(n)) % inn
         return torch.zeros(stop - start, inn).scatter_add_(1, inputs, rotated[block, row])
 
-    return rows
+    return DenseUpdate(shape, rows)

@@ -32,9 +32,9 @@ from tests.conftest import DATA, randomize, tiny_llama
 NVLABS = DATA / "methods" / "nvlabs_dora"
 WEIGHTS = "adapter_model.safetensors"
 LLAMA_CASES: dict[str, dict[str, Any]] = {
-    "rslora": {"target_modules": "all-linear", "use_rslora": True},
-    "patterns": {
-        "target_modules": ["q_proj", "up_proj"],
+    "rslora and patterns": {
+        "target_modules": "all-linear",
+        "use_rslora": True,
         "rank_pattern": {"q_proj": 2},
         "alpha_pattern": {"mlp.up_proj": 3},
     },

@@ -9,24 +9,31 @@ from typing import Any
 
 import pytest
 import torch
+from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from transformers import GPT2LMHeadModel, LlamaForCausalLM
 
 from converters.dense import DenseUpdate
 from converters.readers import ReadOptions
 from converters.readers.mora import MoraReader
+from converters.update import RankOneSum
 from dora_serve import DoraExportError, merge, read_run, verify, write_adapter
 from dora_serve.proof import logits
 from tests.conftest import DATA
 
 MORA = DATA / "methods" / "mora"
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
-LLAMA = pytest.mark.supports(method="mora", family="llama", targets=("merged",))
-GPT2 = pytest.mark.supports(method="mora", family="gpt2", targets=("merged",))
-RUNS = [
-    *(pytest.param(f"llama-type{kind}", marks=LLAMA) for kind in (1, 2, 3, 4, 6)),
-    *(pytest.param(f"gpt2-type{kind}", marks=GPT2) for kind in (4, 6)),
-]
+KINDS = [("llama", kind) for kind in (1, 2, 3, 4, 6)] + [("gpt2", 4), ("gpt2", 6)]
+
+
+def case(family: str, kind: int) -> Any:
+    method = "mora (type 6)" if kind == 6 else "mora"
+    targets = ("merged",) if kind == 6 else ("merged", "peft")
+    mark = pytest.mark.supports(method=method, family=family, targets=targets)
+    return pytest.param(f"{family}-type{kind}", marks=mark)
+
+
+RUNS = [case(family, kind) for family, kind in KINDS]
 
 
 @pytest.mark.parametrize("name", RUNS)
@@ -49,8 +56,14 @@ def test_merged_model_equals_the_forks_live_logits(tmp_path: Path, name: str) ->
     assert verify(run, tmp_path / "out", base).passed
     merge(run, tmp_path / "narrow", base=base, dtype=torch.bfloat16)
     assert verify(run, tmp_path / "narrow", base).passed
-    with pytest.raises(DoraExportError, match="merge"):
-        write_adapter(run, tmp_path / "adapter", base=base)
+
+    if name.endswith("6"):  # not low-rank
+        with pytest.raises(DoraExportError, match="merge"):
+            write_adapter(run, tmp_path / "adapter", base=base)
+        return
+    write_adapter(run, tmp_path / "adapter", base=base)
+    peft = PeftModel.from_pretrained(cls.from_pretrained(base), str(tmp_path / "adapter")).eval()
+    assert float((logits(peft, inputs) - expected[name]).abs().max()) <= 1e-4
 
 
 def formula(matrix: torch.Tensor, kind: int, out: int, inn: int) -> torch.Tensor:
@@ -86,7 +99,7 @@ def test_merge_by_blocks_and_against_float64(kind: int, module: str) -> None:
     run = read_run(MORA / f"llama-type{kind}", ReadOptions(base=MORA / "llama"))
     name = next(name for name in run.updates if name.endswith(module))
     update = run.updates[name]
-    assert isinstance(update, DenseUpdate)
+    assert isinstance(update, DenseUpdate if kind == 6 else RankOneSum)
     matrix = load_file(run.path / WEIGHTS)[f"base_model.model.{name}.lora_A.weight"]
     out, inn = update.shape
     weight = torch.randn(out, inn, generator=torch.Generator().manual_seed(0))
@@ -94,11 +107,11 @@ def test_merge_by_blocks_and_against_float64(kind: int, module: str) -> None:
     whole = update.merge(weight.clone(), 0)
     assert float(((whole - expected).norm(dim=1) / expected.norm(dim=1)).max()) <= 1e-6
     parts = [update.merge(weight[i : i + 7].clone(), i) for i in range(0, out, 7)]
-    assert torch.equal(torch.cat(parts), whole)
+    torch.testing.assert_close(torch.cat(parts), whole, rtol=1e-6, atol=1e-6)
     turned = update.transposed()
     assert turned.shape == (inn, out)
     parts = [turned.merge(weight.T[i : i + 7].clone(), i) for i in range(0, inn, 7)]
-    assert torch.equal(torch.cat(parts).T, whole)
+    torch.testing.assert_close(torch.cat(parts).T, whole, rtol=1e-6, atol=1e-6)
 
 
 @pytest.mark.parametrize(
