@@ -110,7 +110,7 @@ def _svd(
 
 
 def base_weight(run: Run, module: str, base: BaseModel | None) -> torch.Tensor:
-    """The base's weight of `module`, float32 `[out, in]`."""
+    """The base's weight of `module` (or parameter), float32 `[out, in]`."""
     if base is None:
         raise RunError(
             "this module's update depends on the base weight",
@@ -118,11 +118,12 @@ def base_weight(run: Run, module: str, base: BaseModel | None) -> torch.Tensor:
             tensor=module,
             remedy="name the base with --base",
         )
-    transposed = base.is_transposed(module, run.updates[module].shape, module in run.embeddings)
+    shape = run.updates[module].shape
+    transposed = base.is_transposed(module, shape, module in run.embeddings)
     tensor = base.weight(module)
     assert tensor is not None
     weight = load_finite(tensor)
-    return weight.T.contiguous() if transposed else weight
+    return weight.T.contiguous() if transposed else weight.view(shape)
 
 
 def fit_run(
@@ -151,8 +152,9 @@ def fit_run(
     costs = {module: sum(update.shape) for module, update in run.updates.items()}
     most = None
     if budget is not None:
-        shares, most = allocate(_spectra(run, base), costs, budget)
-        if not any(shares.values()) and most:
+        values = _spectra(run, base)
+        shares, most = allocate(values, costs, budget)
+        if not any(shares.values()) and any(bool(s.any()) for s in values.values()):
             raise TargetError(
                 "the budget does not hold a single component",
                 found=budget,
