@@ -1,21 +1,369 @@
-"""Every other PEFT tuner, through PEFT itself."""
+"""Every PEFT tuner without a reader of its own, through PEFT itself (huggingface/peft,
+`src/peft/tuners/`).
+
+The base's architecture is built without memory, PEFT loads the adapter into it, and the `merge()`
+of each PEFT layer turns base weight into deployed weight: no tuner's formula is repeated here.
+Not read: convolutions, and tuners that have no weight to merge into, which are errors.
+"""
 
 from __future__ import annotations
 
+import copy
+import warnings
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
+import torch
+
+from ..base import BaseModel, open_base
+from ..errors import BaseError, MissingError, RunError
 from ..run import Run
+from ..tensors import LazyTensor, load_finite
+from ..update import Update
 from . import ReadOptions
+from .peft_common import CONFIG_FILE, WEIGHT_FILES, open_weights, origin, read_config
+
+_TUNERS = frozenset(
+    "ADAMSS BEFT BOFT C3A DEFT DELORA FOURIERFT FROD GLORA GRALORA HIRA HRA IA3 LN_TUNING LOHA "
+    "LOKR MISS OFT OSF PEANUT PSOFT PVERA RANDLORA ROAD SHIRA SUPERTUNING TINYLORA "
+    "TRAINABLE_TOKENS UNILORA VBLORA VERA WAVEFT".split()
+)
+# PEFT calculates part of these layers from the base weights when it makes them.
+_FROM_BASE = frozenset({"ADAMSS", "FROD", "OSF", "PSOFT"})
+_CHANGE_BIAS = frozenset({"ADAMSS", "BEFT", "GLORA", "IA3", "ROAD"})
+
+_PROMPT = "it learned what stands before the input, not weights"
+_ROUTED = "what it adds depends on each input"
+_UNMERGEABLE = {
+    "PROMPT_TUNING": _PROMPT,
+    "MULTITASK_PROMPT_TUNING": _PROMPT,
+    "P_TUNING": _PROMPT,
+    "PREFIX_TUNING": _PROMPT,
+    "CPT": _PROMPT,
+    "CARTRIDGE": _PROMPT,
+    "ADAPTION_PROMPT": "it learned prompts inside the attention, not weights",
+    "LILY": _ROUTED,
+    "POLY": _ROUTED,
+    "XLORA": _ROUTED,
+    "SHADOW": "it is a second network beside the base",
+}
 
 
 class PeftTunerReader:
-    """To be written."""
+    """Reads an adapter folder; needs the base for its architecture."""
 
     name = "peft_tuner"
-    looks_for = "nothing yet"
+    looks_for = (
+        f"{CONFIG_FILE} with the peft_type of another PEFT tuner (LOHA, VERA, OFT, IA3 …), "
+        f"and {' or '.join(WEIGHT_FILES)}"
+    )
 
     def detect(self, path: Path) -> Path | None:
-        return None
+        kind = read_config(path).get("peft_type")
+        return path if kind in _TUNERS or kind in _UNMERGEABLE else None
 
     def read(self, folder: Path, options: ReadOptions) -> Run:
-        raise NotImplementedError
+        config, config_path = read_config(folder), folder / CONFIG_FILE
+        kind = str(config["peft_type"])
+        _refuse_unmergeable(kind, config, config_path)
+        file, tensors = open_weights(folder)
+        for tensor in tensors.values():
+            if tensor.dtype.is_floating_point:
+                load_finite(tensor)
+        base = _find_base(config, options, config_path)
+        run = Run(folder, self.name, {}, **origin(config, {}), files=(file, config_path))
+        names = set(_empty(run, base).state_dict())
+        whole = {own: t for name, t in tensors.items() if (own := _base_name(name)) in names}
+        run = replace(run, **origin(config, whole))
+        model = _empty(run, base)
+        _give_memory(model, whole, _needed(tensors, base) if kind in _FROM_BASE else {})
+        layers = _load(model, folder, file)
+
+        updates: dict[str, Update] = {}
+        embeddings, tied = set(), set()
+        for module, layer in layers.items():
+            inner = layer.get_base_layer()
+            if isinstance(inner, torch.nn.Embedding):
+                embeddings.add(module)
+            if kind == "TRAINABLE_TOKENS" and layer.tied_adapter is not None:
+                tied |= embeddings
+            elif kind not in ("BEFT", "LN_TUNING"):
+                updates[module] = _update(module, layer, inner, file)
+            if kind == "BEFT" or (kind in _CHANGE_BIAS and inner.bias is not None):
+                whole[f"{module}.bias"] = _bias(module, layer, inner, base, file)
+        # An adapter on an embedding or head may carry its untouched base weight along.
+        replaced = {n: t for n, t in whole.items() if n.removesuffix(".weight") not in updates}
+        return replace(
+            run,
+            updates=updates,
+            replaced=replaced,
+            embeddings=frozenset(embeddings),
+            tied=frozenset(tied),
+        )
+
+
+@dataclass(frozen=True)
+class LayerUpdate:
+    """W' as `merge` of the PEFT `layer` makes it from W.
+
+    `out_in`: the weight's shape `[out, in]`. `flip`: whether the layer holds its weight the other
+    way round than the rows are given.
+    """
+
+    module: str
+    layer: Any
+    out_in: tuple[int, int]
+    flip: bool
+    file: Path
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        return self.out_in
+
+    @property
+    def whole(self) -> bool:
+        return True
+
+    def merge(self, rows: torch.Tensor, start: int) -> torch.Tensor:  # noqa: ARG002
+        weight = rows.T if self.flip else rows
+        # PEFT changes some weights through a flat view, which only contiguous ones have.
+        merged, _ = _merge(self.layer, weight.contiguous(), None, self.module, self.file)
+        return rows.copy_(merged.T if self.flip else merged)
+
+    def components(self) -> None:
+        return None
+
+    def transposed(self) -> LayerUpdate:
+        return replace(self, flip=not self.flip)
+
+
+@dataclass(frozen=True)
+class MergedBias:
+    """The bias that PEFT merged, float32, calculated from the base when it is asked for."""
+
+    name: str
+    path: Path
+    shape: tuple[int, ...]
+    calculate: Callable[[], torch.Tensor]
+    dtype: torch.dtype = torch.float32
+
+    def load(self) -> torch.Tensor:
+        return self.calculate()
+
+    def read_into(self, buffer: torch.Tensor, start: int) -> None:
+        buffer.copy_(self.load()[start : start + buffer.numel()])
+
+
+def _refuse_unmergeable(kind: str, config: Mapping[str, object], path: Path) -> None:
+    reason = _UNMERGEABLE.get(kind)
+    if kind == "PVERA" and config.get("sample_at_inference"):
+        reason = "it draws random numbers at inference (sample_at_inference)"
+    if reason is not None:
+        raise RunError(
+            f"{kind} cannot be merged into weights: {reason}",
+            file=path,
+            found=f"peft_type: {kind}",
+            expected="a tuner that changes weights",
+            remedy="serve it with PEFT on its base: PeftModel.from_pretrained(base, adapter)",
+        )
+
+
+def _find_base(config: Mapping[str, object], options: ReadOptions, path: Path) -> BaseModel:
+    """The base the user names, else the hub model of the configuration; its paths are not
+    followed."""
+    if options.base is not None:
+        return open_base(options.base)
+    named = str(config.get("base_model_name_or_path") or "")
+    if named and not Path(named).is_absolute() and not Path(named).exists():
+        try:
+            return open_base(named)
+        except MissingError:
+            pass
+    raise RunError(
+        f"{config['peft_type']} adapters can only be read with their base model",
+        file=path,
+        found=f"base_model_name_or_path: {named or None}",
+        remedy=f"pass --base FOLDER_OR_HUB_ID (a hub model must be fetched: hf download {named})",
+    )
+
+
+def _empty(run: Run, base: BaseModel) -> Any:
+    """The model the run was trained in, on the meta device."""
+    from ..plan import target_architecture
+    from ..skeleton import empty_model
+
+    architecture, _ = target_architecture(run, base)
+    if architecture is None:
+        raise BaseError(
+            "the base does not say which model it is",
+            file=base.path / "config.json",
+            expected="architectures",
+            remedy="set architectures in the base's config.json",
+        )
+    return empty_model(architecture, base.config, run.num_labels)
+
+
+def _base_name(name: str) -> str:
+    return name.replace(".base_layer.", ".").replace(".ln_tuning_layers.", ".")
+
+
+def _needed(tensors: Mapping[str, LazyTensor], base: BaseModel) -> dict[str, LazyTensor]:
+    """The base's weights and biases of the modules that have a tensor in the adapter."""
+    owners = {name[:end] for name in tensors for end, char in enumerate(name) if char == "."}
+    found = {f"{o}.{kind}": base.find(f"{o}.{kind}") for o in owners for kind in ("weight", "bias")}
+    return {name: base.tensors[own] for name, own in found.items() if own is not None}
+
+
+def _give_memory(
+    model: Any, whole: Mapping[str, LazyTensor], filled: Mapping[str, LazyTensor]
+) -> None:
+    """Bring the model from the meta device to the CPU.
+
+    Parameters in `whole` get memory, for PEFT to load them into; those in `filled` their values.
+    All others are one zero seen as many.
+    """
+    for module_name, module in model.named_modules():
+        for name, parameter in list(module.named_parameters(recurse=False)):
+            full = f"{module_name}.{name}"
+            if full in filled:
+                data = load_finite(filled[full])
+                _check_shape(filled[full], data, parameter)
+            elif full in whole:
+                data = torch.zeros(parameter.shape)
+            else:
+                data = torch.zeros(()).expand(parameter.shape)
+            setattr(module, name, torch.nn.Parameter(data, requires_grad=False))
+        for name, buffer in list(module.named_buffers(recurse=False)):
+            setattr(module, name, torch.zeros((), dtype=buffer.dtype).expand(buffer.shape))
+
+
+def _check_shape(tensor: LazyTensor, data: torch.Tensor, parameter: torch.Tensor) -> None:
+    if data.shape != parameter.shape:
+        raise BaseError(
+            "a weight of the base has another shape than its configuration says",
+            file=tensor.path,
+            tensor=tensor.name,
+            found=list(data.shape),
+            expected=list(parameter.shape),
+        )
+
+
+def _load(model: Any, folder: Path, file: Path) -> dict[str, Any]:
+    """The PEFT layers of the adapter by module name, loaded by PEFT."""
+    try:
+        from peft import PeftModel
+        from peft.tuners.tuners_utils import BaseTunerLayer
+    except ImportError:
+        raise RunError(
+            "this adapter is read with the peft package, which is not installed",
+            file=folder,
+            remedy="pip install peft",
+        ) from None
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        try:
+            loaded = PeftModel.from_pretrained(model, str(folder), torch_device="cpu")
+            # Loading again tells which tensors did not find each other.
+            names = loaded.load_adapter(str(folder), "default", torch_device="cpu")
+        except (
+            AttributeError,
+            ImportError,
+            KeyError,
+            RuntimeError,
+            TypeError,
+            ValueError,
+        ) as error:
+            raise RunError(
+                "PEFT cannot load this adapter into this base",
+                file=file,
+                found=f"{type(error).__name__}: {str(error)[:600]}",
+                remedy="is this the base it was trained on, and the installed peft recent enough?",
+            ) from error
+    state = loaded.state_dict(keep_vars=True)
+    # A tensor that layers share is stored once.
+    known = {id(tensor) for name, tensor in state.items() if name not in names.missing_keys}
+    missing = [name for name in names.missing_keys if id(state[name]) not in known]
+    for kind, wrong in (("missing", missing), ("unknown", names.unexpected_keys)):
+        if wrong:
+            raise RunError(
+                f"tensors of the adapter are {kind}",
+                file=file,
+                tensor=wrong[0],
+                found=f"{len(wrong)} {kind} tensors",
+                remedy="is this the adapter_config.json of another adapter, or another base's?",
+            )
+    root = loaded.get_base_model()
+    return {n: layer for n, layer in root.named_modules() if isinstance(layer, BaseTunerLayer)}
+
+
+def _update(module: str, layer: Any, inner: Any, file: Path) -> LayerUpdate:
+    weight = inner.weight
+    if weight.dim() != 2:
+        raise RunError(
+            "adapters on this kind of layer are not read",
+            file=file,
+            tensor=module,
+            found=f"{type(inner).__name__}, weight {list(weight.shape)}",
+            expected="a linear layer, Conv1D or embedding",
+            remedy="merge it with PEFT: merge_and_unload()",
+        )
+    conv1d = type(inner).__name__ == "Conv1D"
+    # The weight is given to the layer when it is merged; until then it needs no memory.
+    inner.weight = torch.nn.Parameter(torch.zeros(()).expand(weight.shape), requires_grad=False)
+    rows, columns = weight.shape
+    shape = (columns, rows) if conv1d else (rows, columns)
+    return LayerUpdate(module, layer, shape, conv1d, file)
+
+
+def _bias(module: str, layer: Any, inner: Any, base: BaseModel, file: Path) -> MergedBias:
+    names = [base.find(f"{module}.{kind}") for kind in ("weight", "bias")]
+    if inner.bias is None or None in names:
+        raise RunError(
+            "the adapter trained a bias that the base does not have, so it cannot be merged",
+            file=file,
+            tensor=f"{module}.bias",
+            remedy="serve it with PEFT on its base: PeftModel.from_pretrained(base, adapter)",
+        )
+    weight, bias = (base.tensors[str(name)] for name in names)
+
+    def calculate() -> torch.Tensor:
+        _, merged = _merge(layer, load_finite(weight), load_finite(bias), module, file)
+        assert merged is not None
+        return merged
+
+    return MergedBias(f"{module}.bias", file, tuple(inner.bias.shape), calculate)
+
+
+def _merge(
+    layer: Any, weight: torch.Tensor, bias: torch.Tensor | None, module: str, file: Path
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Weight and bias after PEFT's own `merge()` of `layer`; both may be changed in place.
+
+    It works on copies that share the adapter's tensors, so any number of threads may merge at once.
+    """
+    work, inner = _shallow(layer), _shallow(layer.get_base_layer())
+    work.base_layer, work.merged_adapters = inner, []
+    inner.weight = torch.nn.Parameter(weight, requires_grad=False)
+    if getattr(inner, "bias", None) is not None:
+        bias = torch.zeros(inner.bias.shape) if bias is None else bias
+        inner.bias = torch.nn.Parameter(bias, requires_grad=False)
+    try:
+        with torch.no_grad():
+            work.merge()
+    except (NotImplementedError, RuntimeError, ValueError) as error:
+        raise RunError(
+            "PEFT cannot merge this layer",
+            file=file,
+            tensor=module,
+            found=f"{type(error).__name__}: {str(error)[:600]}",
+        ) from error
+    return inner.weight.data, None if bias is None else inner.bias.data
+
+
+def _shallow(module: Any) -> Any:
+    """A copy of a torch module with the same tensors, whose attributes can be set by itself."""
+    copied = copy.copy(module)
+    copied._modules, copied._parameters = dict(module._modules), dict(module._parameters)
+    return copied

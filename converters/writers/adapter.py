@@ -95,6 +95,13 @@ def plan_adapter(
 
 
 def _plan(run: Run, base: BaseModel | None, profile: Profile, dtype: torch.dtype) -> AdapterPlan:
+    if not run.updates:
+        raise TargetError(
+            "the run trained no matrix that a LoRA adapter could update",
+            file=run.path,
+            found=", ".join(list(run.replaced)[:3]) + " …",
+            remedy="merge it: dora-export merge",
+        )
     whole = dict(run.replaced)
     if base is not None:
         for module, update in run.updates.items():
