@@ -7,6 +7,7 @@ import re
 from ..base import BaseModel
 from ..errors import TargetError
 from ..run import Run
+from ..tensors import rows_and_columns
 from .profiles import Profile
 
 # prefix of the layers, number, path within the layer, kind
@@ -41,6 +42,6 @@ def absent_modules(
             name = ".".join(filter(None, (match[1], str(layer), match[3], kind)))
             weight = base.weight(name)
             if name not in run.updates and weight is not None:
-                rows, columns = weight.shape
+                rows, columns = rows_and_columns(weight.shape)
                 absent[name] = (columns, rows) if transposed else (rows, columns)
     return absent

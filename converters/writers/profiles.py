@@ -35,7 +35,8 @@ class Profile:
     `features`: further fields of the configuration that it understands.
     `kinds`: last names of the modules it can adapt, None for any. `together`: kinds that it loads
     only all or none. `uniform`: it stores every kind of module in every layer at one rank, so
-    that what the run lacks is written as zeros.
+    that what the run lacks is written as zeros; `drops`: it leaves out a kind that one layer
+    lacks. `prefix`: it knows a tensor only by PEFT's prefix.
     `reading`: how it takes the scale; `older`: versions that took it another way.
     `writer`: the entry point in `dora_serve.writers` that writes its format.
     """
@@ -49,6 +50,8 @@ class Profile:
     kinds: frozenset[str] | None = None
     together: tuple[tuple[str, ...], ...] = ()
     uniform: bool = False
+    drops: bool = False
+    prefix: bool = False
     slots: tuple[int, ...] = ()
     reading: Reading = field(default_factory=Reading)
     older: Mapping[str, Reading] = field(default_factory=dict)
@@ -77,6 +80,7 @@ PROFILES = {
             biases=True,
             embeddings=True,
             features=_PEFT_FEATURES,
+            prefix=True,
             reading=Reading(patterns=True, rslora=True),
         ),
         Profile(
@@ -110,6 +114,8 @@ PROFILES = {
             embeddings=False,
             kinds=_LORAX_KINDS,
             uniform=True,
+            drops=True,
+            prefix=True,
             reading=Reading(rslora=True),
         ),
         # scale = alpha / rank of the tensor; any trained tensor beside A and B is refused.

@@ -15,6 +15,7 @@ _EXPORT_VERBS = {
     "extract": "Write what a tuned model changed of its base as an adapter.",
     "diff": "Compare the updates of two runs, adapters or models.",
     "verify": "Compare an artifact with the live, unmerged run.",
+    "lint": "Tell whether engines compute with a LoRA adapter what PEFT computes.",
 }
 
 

@@ -1,0 +1,40 @@
+"""Would an engine compute with a LoRA adapter what PEFT computes?
+
+A check is a function from an adapter, as it lies on disk, to findings; each file of this package
+holds those of one kind. The facts of the engines are in `converters/writers/profiles.py`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from ..base import BaseModel
+from . import features, fit, names, scales, values
+from .finding import ENGINES, Check, Finding, open_adapter
+from .heal import heal
+
+CHECKS: tuple[Check, ...] = (
+    *names.CHECKS,
+    *scales.CHECKS,
+    *fit.CHECKS,
+    *features.CHECKS,
+    *values.CHECKS,
+)
+_ORDER = ("error", "warning", "info")
+
+
+def lint(
+    folder: Path, base: BaseModel | None = None, targets: Sequence[str] | None = None
+) -> list[Finding]:
+    """What is wrong with the adapter in `folder` for `targets` (all engines by default).
+
+    Without `base` nothing is compared with it. Errors come first. Raises `DoraExportError` when
+    there is no adapter, or its files are damaged.
+    """
+    adapter = open_adapter(folder, base, targets or tuple(ENGINES))
+    findings = [finding for check in CHECKS for finding in check(adapter)]
+    return sorted(findings, key=lambda finding: _ORDER.index(finding.severity))
+
+
+__all__ = ["CHECKS", "ENGINES", "Finding", "heal", "lint"]

@@ -1,0 +1,134 @@
+"""Checks of what training added to plain LoRA, and whether an engine knows it."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+
+from ..base import CONV1D_FAMILIES, CONV1D_LAYERS
+from ..readers.peft_lora import _BASE_CHANGING
+from ..writers.adapter import CONFIG
+from .finding import Adapter, Finding
+
+# Field of the configuration → tensors it brings along.
+_FEATURES = {
+    "use_dora": r"lora_magnitude_vector",
+    "lora_bias": r"\.lora_B\.bias$",
+    "trainable_token_indices": r"trainable_tokens_",
+    "target_parameters": None,
+    "layer_replication": None,
+    "alora_invocation_tokens": None,
+    "use_mora": None,
+    "use_qalora": None,
+}
+_MERGE = "deploy the merged model: dora-export merge"
+
+
+def kind(adapter: Adapter) -> Iterator[Finding]:
+    name = adapter.config.get("peft_type")
+    if name != "LORA":
+        targets = adapter.where(lambda engine: engine.name not in ("peft", "transformers"))
+        if targets:
+            yield Finding(
+                "peft-type", "error", targets, f"{CONFIG}: peft_type", "this is no LoRA adapter",
+                str(name), "LORA", "dora-export adapter repacks it, or dora-export merge",
+            )  # fmt: skip
+
+
+def features(adapter: Adapter) -> Iterator[Finding]:
+    for key, pattern in _FEATURES.items():
+        tensors = [name for name in adapter.others if pattern and re.search(pattern, name)]
+        said = bool(adapter.config.get(key))
+        targets = adapter.where(lambda engine, key=key: key not in engine.features)  # type: ignore[misc]
+        if said and targets:
+            yield Finding(
+                key, "error", targets, tensors[0] if tensors else f"{CONFIG}: {key}",
+                f"the engine does not know {key}", str(adapter.config[key])[:80], "plain LoRA",
+                _MERGE,
+            )  # fmt: skip
+        if tensors and not said:
+            yield Finding(
+                key, "error", adapter.all, tensors[0],
+                f"the tensors of {key} are there, but the configuration does not say so",
+                f"{len(tensors)} tensors, {key}: {adapter.config.get(key)}", f"{key} set",
+                f"set {key} as training had it",
+            )  # fmt: skip
+
+
+def whole_tensors(adapter: Adapter) -> Iterator[Finding]:
+    features = "|".join(pattern for pattern in _FEATURES.values() if pattern)
+    whole = [name for name in adapter.others if not re.search(features, name)]
+    biases = [name for name in whole if name.endswith(".bias") and not _saved(adapter, name)]
+    adapted = {*adapter.pairs, *adapter.embeddings}
+    for name in whole:
+        module = re.sub(r"(\.base_layer)?\.[^.]+$", "", name)
+        if name in biases or (module in adapted and name.endswith("weight")):
+            continue  # an adapter on an embedding or head may carry its untouched weight along
+        last = module.split(".")[-1] if not _saved(adapter, name) else _saved(adapter, name)
+        targets = adapter.where(
+            lambda engine, last=last: (
+                engine.whole_modules is not None  # type: ignore[misc]
+                and last not in engine.whole_modules
+            )
+        )
+        if targets:
+            yield Finding(
+                "modules_to_save", "error", targets, name,
+                "the engine loads no tensor that was trained whole", name,
+                "only lora_A and lora_B", _MERGE,
+            )  # fmt: skip
+    targets = adapter.where(lambda engine: not engine.biases)
+    if targets and (biases or adapter.config.get("bias", "none") != "none"):
+        yield Finding(
+            "bias", "error", targets, biases[0] if biases else f"{CONFIG}: bias",
+            "the engine loads no trained biases", f"bias: {adapter.config.get('bias')}",
+            "bias: none", _MERGE,
+        )  # fmt: skip
+
+
+def _saved(adapter: Adapter, name: str) -> str:
+    """The entry of modules_to_save that `name` belongs to, empty for none."""
+    saved = adapter.config.get("modules_to_save")
+    names = saved if isinstance(saved, list) else []
+    return next((str(entry) for entry in names if f".{entry}." in f".{name}"), "")
+
+
+def embeddings(adapter: Adapter) -> Iterator[Finding]:
+    targets = adapter.where(lambda engine: not engine.embeddings)
+    for module in adapter.embeddings if targets else ():
+        yield Finding(
+            "embedding", "error", targets, module, "the engine loads no adapters on embeddings",
+            f"{module}.lora_embedding_A", "adapters on linear layers", _MERGE,
+        )  # fmt: skip
+
+
+def initialisation(adapter: Adapter) -> Iterator[Finding]:
+    name = adapter.config.get("init_lora_weights")
+    if str(name).lower().startswith(_BASE_CHANGING):
+        yield Finding(
+            "init", "error", adapter.all, f"{CONFIG}: init_lora_weights",
+            "this initialisation changed the base weights: the adapter is right on those only",
+            str(name), "an adapter to the original base",
+            "save it with PEFT's path_initial_model_for_weight_conversion",
+        )  # fmt: skip
+
+
+def orientation(adapter: Adapter) -> Iterator[Finding]:
+    said = bool(adapter.config.get("fan_in_fan_out"))
+    for module in adapter.pairs:
+        conv1d = module.split(".")[-1] in CONV1D_LAYERS
+        if adapter.base is not None:
+            conv1d = conv1d and adapter.base.config.get("model_type") in CONV1D_FAMILIES
+        elif conv1d:
+            continue
+        if said != conv1d:
+            yield Finding(
+                "fan_in_fan_out", "warning", adapter.all, module,
+                "fan_in_fan_out does not fit the layer; a tool that trusts it transposes wrongly",
+                str(said).lower(), str(conv1d).lower(),
+                "dora-export lint --base … --fix sets it by the layers of the base",
+            )  # fmt: skip
+            return
+
+
+CHECKS = (kind, features, whole_tensors, embeddings, initialisation, orientation)

@@ -1,0 +1,133 @@
+"""What a check is given, and what it says."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Literal
+
+from ..base import BaseModel
+from ..errors import MissingError, RunError
+from ..readers.peft_common import CONFIG_FILE, WEIGHT_FILES
+from ..tensors import LazyTensor, LazyTensors, open_file, read_json
+from ..writers.profiles import PROFILES, Profile
+
+Severity = Literal["error", "warning", "info"]
+
+PREFIX = "base_model.model."
+# The engines a PEFT folder can go to; transformers loads it by PEFT's own layers, and renames.
+ENGINES: dict[str, Profile] = {
+    "peft": PROFILES["peft"],
+    "transformers": replace(PROFILES["peft"], name="transformers", prefix=False),
+    **{name: profile for name, profile in PROFILES.items() if name != "peft"},
+}
+_FACTOR = re.compile(r"(.+)\.(?:lora_(A|B)(\.\w+)?\.weight|lora_embedding_(A|B)(\.\w+)?)")
+
+
+@dataclass(frozen=True)
+class Finding:
+    """`error`: the engine refuses the adapter or computes something else than PEFT with the base
+    it was trained on. `warning`: some versions or dtypes do. `info`: good to know.
+
+    `where`: the tensor, module or field of the configuration.
+    """
+
+    check: str
+    severity: Severity
+    targets: tuple[str, ...]
+    where: str
+    what: str
+    found: str
+    expected: str
+    fix: str
+
+
+@dataclass(frozen=True)
+class Factor:
+    """One stored A or B: `key` as in the file; `named`: with the name of an adapter inside."""
+
+    key: str
+    module: str
+    letter: str
+    embedding: bool
+    named: bool
+
+
+@dataclass(frozen=True)
+class Adapter:
+    """An adapter folder as it lies there, sound or not."""
+
+    path: Path
+    config: Mapping[str, object]
+    tensors: LazyTensors
+    base: BaseModel | None
+    engines: tuple[Profile, ...]
+
+    @cached_property
+    def factors(self) -> list[Factor]:
+        result = []
+        for key in self.tensors:
+            if match := _FACTOR.fullmatch(key.removeprefix(PREFIX)):
+                letter, embedding = match[2] or match[4], match[4] is not None
+                named = bool(match[3] or match[5])
+                result.append(Factor(key, match[1], letter, embedding, named))
+        return result
+
+    @cached_property
+    def pairs(self) -> dict[str, tuple[LazyTensor, LazyTensor]]:
+        """A and B of every complete linear module; embeddings as `A [r, dim]`, `B [vocab, r]`
+        are left out."""
+        linear = {
+            (f.module, f.letter): self.tensors[f.key] for f in self.factors if not f.embedding
+        }
+        modules = dict.fromkeys(module for module, _ in linear)
+        return {
+            module: (linear[module, "A"], linear[module, "B"])
+            for module in modules
+            if (module, "A") in linear and (module, "B") in linear
+        }
+
+    @cached_property
+    def embeddings(self) -> list[str]:
+        return sorted({factor.module for factor in self.factors if factor.embedding})
+
+    @cached_property
+    def others(self) -> list[str]:
+        """Keys, without PEFT's prefix, of tensors that are neither A nor B."""
+        factors = {factor.key for factor in self.factors}
+        return [key.removeprefix(PREFIX) for key in self.tensors if key not in factors]
+
+    @cached_property
+    def ranks(self) -> dict[str, int]:
+        return {module: a.shape[0] for module, (a, _) in self.pairs.items() if len(a.shape) == 2}
+
+    @property
+    def all(self) -> tuple[str, ...]:
+        return tuple(engine.name for engine in self.engines)
+
+    def where(self, test: Callable[[Profile], bool]) -> tuple[str, ...]:
+        """The engines of which `test` is true."""
+        return tuple(engine.name for engine in self.engines if test(engine))
+
+
+Check = Callable[[Adapter], Iterator[Finding]]
+
+
+def open_adapter(folder: Path, base: BaseModel | None, targets: Iterable[str]) -> Adapter:
+    """Open an adapter folder for checks of `targets`; raises `MissingError` when it is none."""
+    config = folder / CONFIG_FILE
+    weights = next((folder / name for name in WEIGHT_FILES if (folder / name).is_file()), None)
+    if not config.is_file() or weights is None:
+        raise MissingError(
+            "no LoRA adapter here",
+            file=folder,
+            expected=f"{CONFIG_FILE} and {' or '.join(WEIGHT_FILES)}",
+        )
+    unknown = set(targets) - ENGINES.keys()
+    if unknown:
+        raise RunError("unknown target", found=", ".join(unknown), expected=", ".join(ENGINES))
+    engines = tuple(ENGINES[name] for name in targets)
+    return Adapter(folder, read_json(config), open_file(weights), base, engines)

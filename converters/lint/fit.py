@@ -1,0 +1,47 @@
+"""Checks against the base model: is it the one the adapter was trained on?"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from ..base import fingerprint
+from ..certificate import FILE
+from ..tensors import read_json, rows_and_columns
+from .finding import Adapter, Finding
+
+_OTHER = "pass the base the adapter was trained on"
+
+
+def shapes(adapter: Adapter) -> Iterator[Finding]:
+    for module, (a, b) in adapter.pairs.items():
+        weight = None if adapter.base is None else adapter.base.weight(module)
+        if weight is None or ".experts" in module:
+            continue
+        shape = rows_and_columns(weight.shape)
+        found = (b.shape[0], a.shape[-1])
+        if found not in (shape, shape[::-1]):
+            yield Finding(
+                "shape", "error", adapter.all, module,
+                "the update does not fit the base weight", str(list(found)), str(list(shape)),
+                _OTHER,
+            )  # fmt: skip
+
+
+def fingerprints(adapter: Adapter) -> Iterator[Finding]:
+    """By the certificate beside the adapter, where dora-export wrote one."""
+    path = adapter.path / FILE
+    if adapter.base is None or not path.is_file():
+        return
+    known = read_json(path).get("base")
+    known = known.get("fingerprint") if isinstance(known, dict) else None
+    for name, digest in (known if isinstance(known, dict) else {}).items():
+        own = adapter.base.find(name)
+        if own is not None and fingerprint(adapter.base.tensors[own]) != digest:
+            yield Finding(
+                "fingerprint", "error", adapter.all, name,
+                f"this is not the base the adapter was made for: other values than {FILE} says",
+                f"{adapter.base.name}", str(digest)[:12], _OTHER,
+            )  # fmt: skip
+
+
+CHECKS = (shapes, fingerprints)

@@ -1,0 +1,51 @@
+"""Writing an adapter anew, so that an engine reads it right."""
+
+from __future__ import annotations
+
+import shutil
+import tempfile
+from pathlib import Path
+
+from ..base import BaseModel
+from ..readers import ReadOptions, read_run
+from ..readers.peft_common import CONFIG_FILE
+from ..writers.adapter import WEIGHTS, AdapterResult, write_adapter
+from ..writers.profiles import PROFILES
+from .finding import PREFIX, Adapter, open_adapter
+
+
+def heal(
+    folder: Path, target: Path, engine: str, base: BaseModel | None = None, force: bool = False
+) -> AdapterResult:
+    """Read the adapter in `folder` under the names PEFT knows and write it for `engine`.
+
+    Scales are folded in, zero modules left out (or put in, where the engine needs them), float64
+    narrowed. Raises `DoraExportError` for what cannot be healed by writing it anew.
+    """
+    adapter = open_adapter(folder, base, (engine,))
+    profile = engine if engine in PROFILES else "peft"  # what is no target of its own loads PEFT's
+    options = ReadOptions(base=None if base is None else base.path)
+    with tempfile.TemporaryDirectory() as name:
+        source = _renamed(adapter, Path(name)) if _misnamed(adapter) else folder
+        return write_adapter(
+            read_run(source, options), target, base=base, profile=profile, force=force
+        )
+
+
+def _misnamed(adapter: Adapter) -> bool:
+    return any(f.named or not f.key.startswith(PREFIX) for f in adapter.factors)
+
+
+def _renamed(adapter: Adapter, folder: Path) -> Path:
+    from safetensors.torch import save_file
+
+    shutil.copyfile(adapter.path / CONFIG_FILE, folder / CONFIG_FILE)
+    names = {
+        factor.key: f"{PREFIX}{factor.module}.lora_embedding_{factor.letter}"
+        if factor.embedding
+        else f"{PREFIX}{factor.module}.lora_{factor.letter}.weight"
+        for factor in adapter.factors
+    }
+    tensors = {names.get(key, key): tensor.load() for key, tensor in adapter.tensors.items()}
+    save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
+    return folder

@@ -1,0 +1,236 @@
+"""Checks of names: would every tensor reach a module, and the right one?"""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Iterator
+
+from ..base import HEAD
+from ..writers.adapter import CONFIG
+from .finding import PREFIX, Adapter, Finding
+
+_LAYER = re.compile(r"(.*?)\.(\d+)\.(?:(.+)\.)?([^.]+)")
+_REWRITE = "dora-export lint --fix writes the names PEFT knows"
+
+
+def prefix(adapter: Adapter) -> Iterator[Finding]:
+    for factor in adapter.factors:
+        if not factor.key.startswith(PREFIX):
+            needed = adapter.where(lambda engine: engine.prefix)
+            for severity, targets in (
+                ("error", needed),
+                ("warning", tuple(name for name in adapter.all if name not in needed)),
+            ):
+                if targets:
+                    yield Finding(
+                        "prefix",
+                        severity,  # type: ignore[arg-type]
+                        targets,
+                        factor.key,
+                        "the name lacks PEFT's prefix, so the tensor may be left out unsaid",
+                        factor.key,
+                        PREFIX + factor.module,
+                        _REWRITE,
+                    )
+        elif factor.named:
+            yield Finding(
+                "adapter-name",
+                "error",
+                adapter.all,
+                factor.key,
+                "the name of the adapter is part of the tensor's name",
+                factor.key,
+                f"{PREFIX}{factor.module}.lora_{factor.letter}.weight",
+                _REWRITE,
+            )
+
+
+def duplicates(adapter: Adapter) -> Iterator[Finding]:
+    counts = Counter((factor.module, factor.letter) for factor in adapter.factors)
+    for (module, letter), count in counts.items():
+        if count > 1:
+            yield Finding(
+                "duplicate",
+                "error",
+                adapter.all,
+                f"{module}.lora_{letter}",
+                "two tensors are the same factor",
+                f"{count} tensors",
+                "one",
+                "remove the wrong one, or save the adapter again",
+            )
+
+
+def incomplete(adapter: Adapter) -> Iterator[Finding]:
+    letters: dict[str, set[str]] = {}
+    for factor in adapter.factors:
+        letters.setdefault(factor.module, set()).add(factor.letter)
+    for module, present in letters.items():
+        for letter in sorted({"A", "B"} - present):
+            yield Finding(
+                "incomplete",
+                "error",
+                adapter.all,
+                f"{module}.lora_{letter}",
+                "one factor of the pair is missing",
+                f"only lora_{next(iter(present))}",
+                "lora_A and lora_B",
+                "save the adapter again from the training run",
+            )
+
+
+def unknown_modules(adapter: Adapter) -> Iterator[Finding]:
+    """Experts are left out: their names in memory differ from those on disk."""
+    if adapter.base is None:
+        return
+    for module in (*adapter.pairs, *adapter.embeddings):
+        if ".experts" not in module and adapter.base.weight(module) is None:
+            yield Finding(
+                "no-such-module",
+                "error",
+                adapter.all,
+                module,
+                "the base has no such module: this part of the adapter would do nothing",
+                module,
+                f"a module of {adapter.base.name}",
+                "use the base it was trained on, or rename the module",
+            )
+
+
+def targeted(adapter: Adapter) -> Iterator[Finding]:
+    targets = adapter.config.get("target_modules")
+    if not targets:
+        if not adapter.config.get("target_parameters"):
+            yield Finding(
+                "no-targets",
+                "error",
+                adapter.all,
+                f"{CONFIG}: target_modules",
+                "no module is named, so PEFT adapts none",
+                str(targets),
+                ", ".join(sorted({module.split(".")[-1] for module in adapter.pairs})),
+                "dora-export lint --fix names the modules that are stored",
+            )
+        return
+    for module in (*adapter.pairs, *adapter.embeddings):
+        if ".experts" not in module and not _matches(adapter.config, module):
+            yield Finding(
+                "not-targeted",
+                "error",
+                adapter.all,
+                module,
+                "the module is stored but not among target_modules, so PEFT leaves it out",
+                str(targets)[:80],
+                module,
+                "dora-export lint --fix names the modules that are stored",
+            )
+
+
+def _matches(config: object, module: str) -> bool:
+    """PEFT's rule, `peft.tuners.tuners_utils.check_target_module_exists`."""
+    assert isinstance(config, dict)
+    targets = config["target_modules"]
+    if isinstance(targets, str):
+        return targets == "all-linear" or re.fullmatch(targets, module) is not None
+    if not any(module == name or module.endswith(f".{name}") for name in targets):
+        return False
+    layers = config.get("layers_to_transform")
+    if layers is None:
+        return True
+    match = _LAYER.fullmatch(module)
+    return match is not None and int(match[2]) in ([layers] if isinstance(layers, int) else layers)
+
+
+def kinds(adapter: Adapter) -> Iterator[Finding]:
+    for engine in adapter.engines:
+        for module in adapter.pairs:
+            if engine.kinds is not None and module.split(".")[-1] not in engine.kinds:
+                yield Finding(
+                    "kind",
+                    "error",
+                    (engine.name,),
+                    module,
+                    f"{engine.name} adapts no modules of this kind",
+                    module.split(".")[-1],
+                    ", ".join(sorted(engine.kinds)),
+                    "deploy the merged model: dora-export merge",
+                )
+
+
+def gaps(adapter: Adapter) -> Iterator[Finding]:
+    """Kinds that are not in every layer, or without those they are stacked with."""
+    stems: dict[tuple[str, str, str], set[int]] = {}
+    for module in adapter.pairs:
+        if match := _LAYER.fullmatch(module):
+            stems.setdefault((match[1], match[3] or "", match[4]), set()).add(int(match[2]))
+    for engine in (engine for engine in adapter.engines if engine.uniform):
+        fix = f"dora-export lint --target {engine.name} --fix stores zeros there"
+        for (head, stem, kind), present in stems.items():
+            absent = sorted(_layers(adapter, head, stem, kind) - present)
+            if absent:
+                yield Finding(
+                    "layers",
+                    "error" if engine.drops else "warning",
+                    (engine.name,),
+                    ".".join(filter(None, (head, str(absent[0]), stem, kind))),
+                    "the engine leaves this kind out of all layers when one lacks it"
+                    if engine.drops
+                    else "some versions keep another adapter's weights where a layer lacks its own",
+                    f"{kind} in {len(present)} layers",
+                    f"in layer {', '.join(map(str, absent[:8]))} too",
+                    fix,
+                )
+            for group in engine.together:
+                lacking = [k for k in group if kind in group and (head, stem, k) not in stems]
+                if lacking and kind == next(k for k in group if (head, stem, k) in stems):
+                    yield Finding(
+                        "stacked",
+                        "warning",
+                        (engine.name,),
+                        ".".join(filter(None, (head, "*", stem, lacking[0]))),
+                        "the engine stacks these modules, and some versions need all of them",
+                        ", ".join(k for k in group if k not in lacking),
+                        ", ".join(group),
+                        fix,
+                    )
+
+
+def _layers(adapter: Adapter, head: str, stem: str, kind: str) -> set[int]:
+    if adapter.base is None:
+        found = (_LAYER.fullmatch(module) for module in adapter.pairs)
+        return {int(match[2]) for match in found if match and match[1] == head}
+    numbers = {int(m[2]) for name in adapter.base.tensors if (m := _LAYER.fullmatch(name))}
+    names = {n: ".".join(filter(None, (head, str(n), stem, kind))) for n in numbers}
+    return {n for n, name in names.items() if adapter.base.weight(name) is not None}
+
+
+def tied(adapter: Adapter) -> Iterator[Finding]:
+    base = adapter.base
+    if base is None or base.config.get("tie_word_embeddings") is False or base.find(HEAD):
+        return
+    for module in (*adapter.pairs, *adapter.embeddings):
+        weight = base.weight(module)
+        if weight is None or weight.name != base.embedding:
+            continue
+        whole = adapter.where(lambda engine: engine.name in ("peft", "transformers"))
+        for severity, targets in (
+            ("warning", whole),
+            ("error", tuple(name for name in adapter.all if name not in whole)),
+        ):
+            if targets:
+                yield Finding(
+                    "tied",
+                    severity,  # type: ignore[arg-type]
+                    targets,
+                    module,
+                    "embedding and head are one tensor in the base, and one side of it is adapted",
+                    f"an adapter on {module}",
+                    "none on tied tensors",
+                    "merge it: dora-export merge unties the pair",
+                )
+
+
+CHECKS = (
+    prefix, duplicates, incomplete, unknown_modules, targeted, kinds, gaps, tied
+)  # fmt: skip

@@ -1,0 +1,190 @@
+"""Checks of ranks and scales: does each engine multiply B·A by what PEFT does?"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Iterator
+
+from ..readers.peft_common import is_number
+from ..writers.adapter import CONFIG
+from ..writers.profiles import Profile, Reading
+from .finding import Adapter, Finding
+
+_FUSED = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
+_FOLD = "dora-export lint --fix folds every scale into the weights"
+
+
+def numbers(adapter: Adapter) -> Iterator[Finding]:
+    for key in ("r", "lora_alpha"):
+        value = adapter.config.get(key)
+        if not is_number(value) or value <= 0:
+            yield Finding(
+                "no-scale",
+                "error",
+                adapter.all,
+                f"{CONFIG}: {key}",
+                f"{key} is missing or not above zero",
+                str(value),
+                "a number above zero",
+                f"set {key} to what training used",
+            )
+
+
+def stored_ranks(adapter: Adapter) -> Iterator[Finding]:
+    for module, (a, b) in adapter.pairs.items():
+        if len(a.shape) != 2 or len(b.shape) != 2 or a.shape[0] != b.shape[1]:
+            yield Finding(
+                "pair-rank",
+                "error",
+                adapter.all,
+                f"{module}.lora_B",
+                "A and B are of different rank",
+                str(list(b.shape)),
+                f"[out, {a.shape[0]}]",
+                "save the adapter again from the training run",
+            )
+            continue
+        said = _pattern(adapter, "rank_pattern", module, "r")
+        if said is not None and said != a.shape[0]:
+            yield Finding(
+                "config-rank",
+                "error",
+                adapter.all,
+                module,
+                "the stored rank is not the configuration's",
+                f"rank {a.shape[0]}",
+                f"rank {said:g} by r and rank_pattern",
+                "is this the adapter_config.json of another adapter?",
+            )
+
+
+def limits(adapter: Adapter) -> Iterator[Finding]:
+    if not adapter.ranks:
+        return
+    module = max(adapter.ranks, key=lambda name: adapter.ranks[name])
+    rank = adapter.ranks[module]
+    for engine in adapter.engines:
+        if engine.max_rank is not None and rank > engine.max_rank:
+            yield Finding(
+                "limit",
+                "error",
+                (engine.name,),
+                module,
+                "the rank is over the engine's limit",
+                f"rank {rank}",
+                f"at most {engine.max_rank}",
+                f"dora-export adapter --max-rank {engine.max_rank}, or merge it",
+            )
+        elif engine.slots:
+            slot = min(slot for slot in engine.slots if slot >= rank)
+            yield Finding(
+                "slot",
+                "info",
+                (engine.name,),
+                module,
+                "the smallest setting that takes this adapter",
+                f"rank {rank}",
+                f"--max-lora-rank {slot}",
+                "start the engine with it",
+            )
+
+
+def uniform(adapter: Adapter) -> Iterator[Finding]:
+    default = adapter.config.get("r")
+    for engine in (engine for engine in adapter.engines if engine.uniform):
+        for module, rank in adapter.ranks.items():
+            if rank != default:
+                yield Finding(
+                    "one-rank",
+                    "error",
+                    (engine.name,),
+                    module,
+                    "the engine holds one rank for all modules",
+                    f"rank {rank}",
+                    f"rank {default}, the configuration's r",
+                    f"dora-export lint --target {engine.name} --fix pads to the largest rank",
+                )
+
+
+def scales(adapter: Adapter) -> Iterator[Finding]:
+    truth = _truth(adapter)
+    for engine in adapter.engines:
+        yield from _compare(adapter, engine, truth, engine.name, engine.reading)
+        for versions, reading in engine.older.items():
+            yield from _compare(adapter, engine, truth, versions, reading)
+
+
+def _compare(
+    adapter: Adapter, engine: Profile, truth: dict[str, float], reader: str, reading: Reading
+) -> Iterator[Finding]:
+    for module, expected in truth.items():
+        found = _scale(adapter, module, reading)
+        if found is not None and not math.isclose(found, expected, rel_tol=1e-6):
+            yield Finding(
+                "scale",
+                "error" if reader == engine.name else "warning",
+                (engine.name,),
+                module,
+                f"{reader} multiplies by another scale than PEFT",
+                f"{found:g}",
+                f"{expected:g}",
+                _FOLD,
+            )
+
+
+def fused(adapter: Adapter) -> Iterator[Finding]:
+    truth = _truth(adapter)
+    targets = adapter.where(lambda engine: bool(engine.older))
+    for group in _FUSED if targets else ():
+        for module in truth:
+            stem, _, kind = module.rpartition(".")
+            if kind != group[0]:
+                continue
+            parts = {k: truth[f"{stem}.{k}"] for k in group if f"{stem}.{k}" in truth}
+            if any(not math.isclose(scale, truth[module]) for scale in parts.values()):
+                yield Finding(
+                    "fused",
+                    "warning",
+                    targets,
+                    module,
+                    "the engine runs these modules as one layer, and their scales differ",
+                    ", ".join(f"{k} {scale:g}" for k, scale in parts.items()),
+                    "one scale",
+                    _FOLD,
+                )
+
+
+def _truth(adapter: Adapter) -> dict[str, float]:
+    """PEFT's scale of every module; none where the configuration does not say it."""
+    peft = Reading(patterns=True, rslora=True)
+    scales = {module: _scale(adapter, module, peft) for module in adapter.ranks}
+    return {module: scale for module, scale in scales.items() if scale is not None}
+
+
+def _scale(adapter: Adapter, module: str, reading: Reading) -> float | None:
+    rank = alpha = None
+    if reading.patterns:
+        rank = _pattern(adapter, "rank_pattern", module, "r")
+        alpha = _pattern(adapter, "alpha_pattern", module, "lora_alpha")
+    else:
+        r, a = adapter.config.get("r"), adapter.config.get("lora_alpha")
+        rank, alpha = (r if is_number(r) else None), (a if is_number(a) else None)
+    if reading.stored_rank:
+        rank = adapter.ranks[module]
+    if not rank or rank < 0 or not alpha:
+        return None
+    rslora = reading.rslora and bool(adapter.config.get("use_rslora"))
+    return alpha / (math.sqrt(rank) if rslora else rank)
+
+
+def _pattern(adapter: Adapter, key: str, module: str, default: str) -> float | None:
+    patterns = adapter.config.get(key)
+    for name, value in (patterns if isinstance(patterns, dict) else {}).items():
+        if re.match(rf"(.*\.)?({name})$", module) and is_number(value):
+            return value
+    value = adapter.config.get(default)
+    return value if is_number(value) else None
+
+
+CHECKS = (numbers, stored_ranks, limits, uniform, scales, fused)
