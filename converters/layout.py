@@ -214,7 +214,7 @@ class Layout:
                     taken.append((module, block + first, block, not place.transposed))
             else:
                 owners = torch.searchsorted(starts, piece.rows, right=True) - 1
-                for number in owners.unique().tolist():
+                for number in sorted(set(owners.tolist())):
                     place, module = parts[number]
                     rows = piece.rows - place.start
                     mine = (owners == number) & (rows < place.rows) & (piece.rows >= 0)

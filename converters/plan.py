@@ -75,9 +75,8 @@ def plan_merge(run: Run, base: BaseModel, dtype: torch.dtype | None) -> MergePla
 
     def output(name: str, source: LazyTensor) -> OutputTensor:
         own = base.tensors.get(source.name) is source
-        module, transposed = targets.get(
-            source.name if own else base.find(name) or name, (None, False)
-        )
+        key = source.name if own else base.find(name) or name
+        module, transposed = targets.get(key, (None, False))
         out = dtype if dtype is not None and source.dtype.is_floating_point else source.dtype
         return OutputTensor(name, source, out, module, transposed)
 
@@ -268,8 +267,9 @@ def _untie(
     """
     whole = _new_embedding(base, replaced)
     old = base.tensors.get(base.embedding or "")
-    causal = "CausalLM" in (name := _architecture(config)) or "LMHeadModel" in name
-    embedding_changed = base.embedding in targets and targets[base.embedding][0] not in run.tied
+    causal = any(word in _architecture(config) for word in ("CausalLM", "LMHeadModel"))
+    module, _ = targets.get(base.embedding or "", (None, False))
+    embedding_changed = module is not None and module not in run.tied
     if whole is not None and old is not None and whole.shape == old.shape and causal:
         embedding_changed = embedding_changed or HEAD not in run.replaced
     head_changed = HEAD in replaced or HEAD in targets

@@ -11,33 +11,43 @@ from typing import Any
 
 import torch
 
-from converters.base import BaseModel
+from converters.base import HEAD, BaseModel
 from converters.errors import RunError
+from converters.layout import Layout, Place
 from converters.plan import target_architecture
 from converters.run import Run
+from converters.tensors import rows_and_columns
 from converters.update import RankOneSum, Update
+
+Slot = tuple[torch.nn.Module, str]  # a module and the name of its parameter
 
 
 class LiveModel:
     """The live model of a run in float32, eval mode. `detach()` leaves the updates out.
 
-    Sums of rank-1 components act as branches beside the layers. Other updates have no form beside
-    the weight: there the layer computes with the deployed weight.
+    Sums of rank-1 components act as branches beside the layers. Other updates, and those of
+    parameters that are no layer's weight (fused experts, biases), have no form beside the weight:
+    there the layer computes with the deployed weight.
     """
 
     def __init__(self, run: Run, base: BaseModel) -> None:
         self.model = load_base(run, base)
         _load_run_tensors(self.model, run)
         self._run = run
+        architecture, _ = target_architecture(run, base)
+        self._layout = Layout(base, architecture, run.num_labels)
         self._undo: list[Callable[[], object]] = []
-        for module in run.updates:
-            layer, update = self.model.get_submodule(module), run.updates[module]
-            components = update.components()
-            if components is None:
-                self._undo.append(_replace(layer, _deployed(layer, update)))
+        deployed = []
+        for name in run.updates:
+            components = run.updates[name].components()
+            layer = self._layer(name)
+            if layer is None or components is None or name in run.tied:
+                deployed.append(name)
             else:
-                hook = _branch(components, module in run.embeddings)
+                hook = _branch(components, name in run.embeddings)
                 self._undo.append(layer.register_forward_hook(hook).remove)
+        for (owner, attribute), weight in self._deployed(deployed).items():
+            self._undo.append(_replace(owner, attribute, weight))
 
     def detach(self) -> None:
         """Take the updates off: the base with the run's heads, the negative control."""
@@ -52,37 +62,70 @@ class LiveModel:
         """
         self.detach()
         with torch.no_grad():
-            for module in self._run.updates:
-                layer = self.model.get_submodule(module)
+            for (owner, attribute), weight in self._deployed(list(self._run.updates)).items():
                 # A weight of its own: what it is tied to does not get the update.
-                _replace(layer, _deployed(layer, self._run.updates[module]))
+                _replace(owner, attribute, weight)
             for parameter in self.model.parameters():
                 parameter.copy_(parameter.to(dtype))
 
+    def _layer(self, name: str) -> Any:
+        """The module of that name where it has a weight, else None."""
+        try:
+            layer = self.model.get_submodule(name)
+        except AttributeError:
+            return None
+        return layer if hasattr(layer, "weight") else None
 
-def _deployed(layer: torch.nn.Module, update: Update) -> torch.Tensor:
-    """The weight of `layer` with the update in it, as the layer stores it, float32."""
-    weight = layer.get_parameter("weight").detach()
-    conv1d = type(layer).__name__ == "Conv1D"
-    rows = weight.T.clone(memory_format=torch.contiguous_format) if conv1d else weight.clone()
+    def _deployed(self, names: list[str]) -> dict[Slot, torch.Tensor]:
+        """The parameters that `names` update, with the updates in them, as the model stores them,
+        float32."""
+        result: dict[Slot, torch.Tensor] = {}
+        for name in names:
+            update = self._run.updates[name]
+            owner, attribute, place = self._place(name, update)
+            own = getattr(owner, attribute)
+            if (owner, attribute) not in result:
+                copy = own.detach().clone(memory_format=torch.contiguous_format)
+                result[owner, attribute] = copy
+            matrix = result[owner, attribute].view(-1, place.columns)
+            _update(matrix[place.start : place.start + place.rows], update, place.transposed)
+            if name in self._run.tied:
+                shared = self.model.named_parameters(remove_duplicate=False)
+                for other in [n for n, parameter in shared if parameter is own]:
+                    module, _, kind = other.rpartition(".")
+                    result[self.model.get_submodule(module), kind] = result[owner, attribute]
+        return result
+
+    def _place(self, name: str, update: Update) -> tuple[Any, str, Place]:
+        layer = self._layer(name)
+        if layer is not None:
+            rows, columns = rows_and_columns(tuple(layer.weight.shape))
+            conv1d = type(layer).__name__ == "Conv1D"
+            return layer, "weight", Place(f"{name}.weight", 0, rows, columns, conv1d)
+        place = self._layout.place(name, update.shape)
+        if place is None:
+            raise RunError("the model has no such module", file=self._run.path, tensor=name)
+        owner, _, attribute = place.parameter.rpartition(".")
+        return self.model.get_submodule(owner), attribute, place
+
+
+def _update(rows: torch.Tensor, update: Update, transposed: bool) -> None:
+    """Put `update` into the stored weight `rows`, in place."""
+    weight = rows.T.contiguous() if transposed else rows
     components = update.components()
     if components is None:
-        update.merge(rows, 0)
+        weight = update.merge(weight, 0)
     else:
         delta = (components.b.double() * components.c.double()) @ components.a.double()
-        rows = (rows.double() + delta).float()
-    return rows.T if conv1d else rows
+        weight = (weight.double() + delta).float()
+    rows.copy_(weight.T if transposed else weight)
 
 
-def _replace(layer: torch.nn.Module, weight: torch.Tensor) -> Callable[[], object]:
-    """Give `layer` another weight; returns what gives it back its own."""
-    own = layer.get_parameter("weight")
-    layer.weight = torch.nn.Parameter(weight, requires_grad=False)
-
-    def undo() -> None:
-        layer.weight = own
-
-    return undo
+def _replace(owner: torch.nn.Module, attribute: str, weight: torch.Tensor) -> Callable[[], object]:
+    """Give `owner` another parameter; returns what gives it back its own."""
+    own = getattr(owner, attribute)
+    setattr(owner, attribute, torch.nn.Parameter(weight, requires_grad=False))
+    return lambda: setattr(owner, attribute, own)
 
 
 def load_base(run: Run, base: BaseModel) -> Any:
@@ -98,19 +141,32 @@ def load_base(run: Run, base: BaseModel) -> Any:
     transformers.logging.set_verbosity_error()  # a head that the run brings is missing in the base
     transformers.logging.disable_progress_bar()
     try:
-        return cls.from_pretrained(base.path, config=config, dtype=torch.float32).eval()
+        model = cls.from_pretrained(base.path, config=config, dtype=torch.float32).eval()
     finally:
         transformers.logging.set_verbosity(level)
+    if run.replaced:
+        _resize(model, run)
+    return model
+
+
+def _resize(model: Any, run: Run) -> None:
+    """Give the embedding as many rows as the one that the run brings."""
+    embedding = model.get_input_embeddings()
+    name = next(n for n, module in model.named_modules() if module is embedding)
+    tensor = run.replaced.get(f"{name}.weight")
+    if tensor is not None and tensor.shape != embedding.weight.shape:
+        model.resize_token_embeddings(tensor.shape[0], mean_resizing=False)
 
 
 def _load_run_tensors(model: Any, run: Run) -> None:
     """Put in the tensors the run brings: its heads, and a checkpoint's own frozen weights."""
     brought = {**(run.embedded_base or {}), **run.replaced}
-    state = model.state_dict()
-    head = "lm_head.weight"
-    if run.embedded_base is None and head in brought and head in state:
-        # A head that was trained beside a tied embedding is a tensor of its own from then on.
-        model.lm_head.weight = torch.nn.Parameter(model.lm_head.weight.detach().clone())
+    state = model.state_dict(keep_vars=True)
+    head = state.get(HEAD)
+    one_side = head is not None and any(state.get(name) is head for name in brought)
+    if run.embedded_base is None and one_side:
+        # One side of a tied pair, trained alone, is a tensor of its own from then on.
+        model.lm_head.weight = torch.nn.Parameter(head.detach().clone())
         state = model.state_dict()
     with torch.no_grad():
         for name, tensor in brought.items():
