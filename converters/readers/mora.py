@@ -39,6 +39,7 @@ from .peft_common import (
     open_weights,
     origin,
     read_config,
+    refuse_unread,
 )
 
 _PART = re.compile(r"(.+)\.lora_(A|B)\.weight")
@@ -73,6 +74,7 @@ class MoraReader:
             else:
                 replaced[name.replace(".base_layer.", ".")] = tensor
 
+        refuse_unread(replaced, file)
         base = need_base(options, "MoRA", file)
         scaling = Scaling(config, config_path, options)
         updates: dict[str, Callable[[], Update]] = {}

@@ -28,6 +28,7 @@ from .peft_common import (
     open_weights,
     origin,
     read_config,
+    refuse_unread,
 )
 
 _PART = re.compile(r"(.+)\.(?:lora_(A|B)|weight_(m)_wdecomp)\.weight")
@@ -53,6 +54,7 @@ class NvlabsDoraReader:
             else:
                 replaced[name] = tensor
 
+        refuse_unread(replaced, file)
         scaling = Scaling(config, config_path, options)
         updates: dict[str, Callable[[], Update]] = {}
         start_rank = {}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import re
+from collections.abc import Iterable
 from pathlib import Path
 from typing import TypedDict, TypeGuard
 
@@ -22,14 +23,18 @@ _COPY = re.compile(r"\.(original_module|modules_to_save)\.")
 
 
 def read_config(folder: Path) -> dict[str, object]:
-    """`adapter_config.json` of `folder`, empty where there is none."""
-    file = folder / CONFIG_FILE
+    """`adapter_config.json` of `folder` (or beside a file), empty where there is none."""
+    file = (folder.parent if folder.is_file() else folder) / CONFIG_FILE
     return read_json(file) if file.is_file() else {}
 
 
 def open_weights(folder: Path) -> tuple[Path, dict[str, LazyTensor]]:
-    """The adapter's weight file, and its tensors by name without PEFT's prefix."""
-    file = next((folder / name for name in WEIGHT_FILES if (folder / name).is_file()), None)
+    """The adapter's weight file, and its tensors by name without PEFT's prefix.
+
+    `folder` may be the file itself, where a run has several.
+    """
+    files = [folder, *(folder / name for name in WEIGHT_FILES)]
+    file = next((file for file in files if file.is_file()), None)
     if file is None:
         raise MissingError(
             "the adapter has no weights", file=folder, expected=" or ".join(WEIGHT_FILES)
@@ -56,6 +61,18 @@ def origin(config: dict[str, object], replaced: dict[str, LazyTensor]) -> Origin
         "task": task,
         "num_labels": _num_labels(replaced) if task == "sequence-classification" else None,
     }
+
+
+def refuse_unread(replaced: Iterable[str], file: Path) -> None:
+    """Raise `RunError` for a tensor of an adapter that would be taken for one trained whole."""
+    for name in replaced:
+        if "lora_" in name:
+            raise RunError(
+                "a part of the adapter that this reader does not read",
+                file=file,
+                tensor=name,
+                expected="adapters on linear layers only",
+            )
 
 
 def need_base(options: ReadOptions, what: str, file: Path) -> BaseModel:

@@ -94,7 +94,9 @@ def _describe(run: Run, base: Any) -> dict[str, Any]:
     start = kept = 0
     for module, update in stripped.updates.items():
         components = update.components()
-        ranks[module] = components.rank if components is not None else 0
+        # An update that is no sum of components cannot lose one.
+        start_rank = run.start_rank.get(module, 0)
+        ranks[module] = start_rank if components is None else components.rank
         start += run.start_rank.get(module, ranks[module]) * sum(update.shape)
         kept += ranks[module] * sum(update.shape)
     targets = {"merged": "yes"}

@@ -75,7 +75,8 @@ def command(
         progress=partial(common.progress_bar, text="merging"),
     )
     ranks = result.plan.ranks
-    kept = sum(rank or 0 for rank in ranks.values())
+    start = loaded.start_rank
+    kept = sum(start.get(name, 0) if rank is None else rank for name, rank in ranks.items())
     started = sum(loaded.start_rank.values())
     if as_json:
         common.print_json(

@@ -79,7 +79,7 @@ def check_merged(
     assert verify(run, tmp_path / "out", base).passed
     merge(run, tmp_path / "narrow", base=base, dtype=torch.bfloat16)
     assert verify(run, tmp_path / "narrow", base).passed
-    with pytest.raises(DoraExportError, match="merge"):
+    with pytest.raises(DoraExportError, match="--max-rank"):
         write_adapter(run, tmp_path / "adapter", base=base)
     assert not (tmp_path / "adapter").exists()
 
@@ -188,6 +188,17 @@ def test_nvlabs_runs_equal_the_forks_live_logits(tmp_path: Path, name: str, cls:
         control = logits(cls.from_pretrained(NVLABS / name).eval(), inputs)
         assert float((control - truth).abs().max()) > 1e-2
         assert run.start_rank["model.layers.0.mlp.gate_proj"] == 0
+
+
+def test_an_adapter_of_full_rank_equals_the_live_model(tmp_path: Path) -> None:
+    run = read_run(NVLABS / "llama-dora", ReadOptions(base=NVLABS / "llama"))
+    write_adapter(run, tmp_path / "full", base=NVLABS / "llama", max_rank=20)
+    expected = load_file(NVLABS / "expected.safetensors")
+    base = LlamaForCausalLM.from_pretrained(NVLABS / "llama")
+    peft = PeftModel.from_pretrained(base, str(tmp_path / "full")).eval()
+    with torch.inference_mode():
+        deployed = peft(input_ids=expected["input_ids"]).logits
+    assert float((deployed - expected["llama-dora"]).abs().max()) <= 1e-4
 
 
 @pytest.fixture

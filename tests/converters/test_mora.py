@@ -58,7 +58,7 @@ def test_merged_model_equals_the_forks_live_logits(tmp_path: Path, name: str) ->
     assert verify(run, tmp_path / "narrow", base).passed
 
     if name.endswith("6"):  # not low-rank
-        with pytest.raises(DoraExportError, match="merge"):
+        with pytest.raises(DoraExportError, match="--max-rank"):
             write_adapter(run, tmp_path / "adapter", base=base)
         return
     write_adapter(run, tmp_path / "adapter", base=base)
@@ -124,6 +124,7 @@ def test_merge_by_blocks_and_against_float64(kind: int, module: str) -> None:
         ("with dora", "cannot be read"),
         ("no lora_B", "incomplete"),
         ("not square", "not square"),
+        ("embedding", "does not read"),
     ],
 )
 def test_bad_adapters(tmp_path: Path, damage: str, message: str) -> None:
@@ -145,6 +146,8 @@ def test_bad_adapters(tmp_path: Path, damage: str, message: str) -> None:
         config["use_dora"] = True
     elif damage == "no lora_B":
         del tensors[b]
+    elif damage == "embedding":
+        tensors["base_model.model.model.embed_tokens.lora_embedding_A"] = torch.ones(3, 24)
     else:
         tensors[a] = tensors[a][:, :-1].clone()
     save_file(tensors, folder / WEIGHTS)
