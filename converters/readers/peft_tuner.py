@@ -78,8 +78,17 @@ class PeftTunerReader:
         whole = {own: t for name, t in tensors.items() if (own := _base_name(name)) in names}
         run = replace(run, **origin(config, whole))
         model = _empty(run, base)
-        _give_memory(model, whole, _needed(tensors, base) if kind in _FROM_BASE else {})
+        needed = _needed(tensors, base) if kind in _FROM_BASE else {}
+        _give_memory(model, whole, needed)
         layers = _load(model, folder, file)
+        absent = [module for module in layers if f"{module}.weight" not in needed]
+        if kind in _FROM_BASE and absent:
+            raise BaseError(
+                f"{kind} is calculated from the base's weights, and one is not there",
+                file=base.path,
+                tensor=f"{absent[0]}.weight",
+                remedy="is this the base it was trained on? pass the right one with --base",
+            )
 
         updates: dict[str, Update] = {}
         embeddings, tied = set(), set()
@@ -185,7 +194,7 @@ def _find_base(config: Mapping[str, object], options: ReadOptions, path: Path) -
         f"{config['peft_type']} adapters can only be read with their base model",
         file=path,
         found=f"base_model_name_or_path: {named or None}",
-        remedy=f"pass --base FOLDER_OR_HUB_ID (a hub model must be fetched: hf download {named})",
+        remedy="pass --base FOLDER_OR_HUB_ID",
     )
 
 
@@ -212,8 +221,12 @@ def _base_name(name: str) -> str:
 def _needed(tensors: Mapping[str, LazyTensor], base: BaseModel) -> dict[str, LazyTensor]:
     """The base's weights and biases of the modules that have a tensor in the adapter."""
     owners = {name[:end] for name in tensors for end, char in enumerate(name) if char == "."}
-    found = {f"{o}.{kind}": base.find(f"{o}.{kind}") for o in owners for kind in ("weight", "bias")}
-    return {name: base.tensors[own] for name, own in found.items() if own is not None}
+    found: dict[str, LazyTensor] = {}
+    for owner in owners:
+        weight, bias = base.weight(owner), base.find(f"{owner}.bias")
+        found |= {} if weight is None else {f"{owner}.weight": weight}
+        found |= {} if bias is None else {f"{owner}.bias": base.tensors[bias]}
+    return found
 
 
 def _give_memory(
@@ -226,7 +239,7 @@ def _give_memory(
     """
     for module_name, module in model.named_modules():
         for name, parameter in list(module.named_parameters(recurse=False)):
-            full = f"{module_name}.{name}"
+            full = f"{module_name}.{name}".removeprefix(".")
             if full in filled:
                 data = load_finite(filled[full])
                 _check_shape(filled[full], data, parameter)
