@@ -96,10 +96,14 @@ def read_run(path: str | Path, options: ReadOptions | None = None) -> Run:
         folder = _cached_run(str(path))
     options = options or ReadOptions()
     reader, folder = detect(folder, options.method)
-    run = reader.read(folder, options)
+    run = replace(reader.read(folder, options), method=reader.name)
+    if options.parts:
+        from .parts import read_parts
+
+        run = read_parts(run, options)
     if not run.updates and not run.replaced:
         raise RunError("the run adapted nothing", file=folder)
-    return replace(run, method=reader.name)
+    return run
 
 
 def _cached_run(name: str) -> Path:
