@@ -340,7 +340,7 @@ class LoraFolder:
         for name, tensor in plan.whole.items():
             module, _, kind = name.rpartition(".")
             inside = isinstance(saved, list) and any(f"{name}.".startswith(f"{m}.") for m in saved)
-            adapted = module in run.updates and not inside
+            adapted = plan.stored.get(module, (0,))[0] > 0 and not inside
             key = f"{module}.base_layer.{kind}" if adapted else name
             tensors[_PREFIX + key] = load_finite(tensor).to(dtype)
         save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})

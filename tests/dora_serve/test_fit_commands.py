@@ -10,12 +10,12 @@ import pytest
 import torch
 from click.testing import CliRunner, Result
 from peft import LoraConfig, PeftModel, get_peft_model
-from transformers import LlamaForCausalLM, RobertaForSequenceClassification
+from transformers import LlamaForCausalLM
 
 from dora_serve import DoraExportError, diff, read_run, verify, write_adapter
 from dora_serve.commands import dora_export
 from dora_serve.proof import logits, verification_batch
-from tests.conftest import MODELS, randomize
+from tests.conftest import MODELS, randomize, tiny_llama
 
 RUN = next(MODELS.glob("runs/Checkpoint/*/*/Count_Down/*"))
 BASE = MODELS / "tiny-llama-base"
@@ -130,18 +130,19 @@ def test_an_update_without_components_needs_a_bound_and_reaches_it(
     assert float((without - truth).abs().max()) > 1e-2
 
 
-def test_a_trained_bias_stays_where_the_fit_drops_the_module(
-    roberta_base: Path, tmp_path: Path
-) -> None:
-    base = RobertaForSequenceClassification.from_pretrained(roberta_base)
-    config = LoraConfig(r=2, target_modules=["query", "value"], bias="all", task_type="SEQ_CLS")
+def test_a_trained_bias_stays_where_the_fit_drops_the_module(tmp_path: Path) -> None:
+    base = tiny_llama(attention_bias=True)
+    base.save_pretrained(tmp_path / "base")
+    config = LoraConfig(r=2, target_modules=["v_proj"], bias="all", task_type="CAUSAL_LM")
     model = get_peft_model(base, config)
-    randomize(model, ("lora_", "bias"))
+    randomize(model, ("lora_", "v_proj.bias", "v_proj.base_layer.bias"))
     model.save_pretrained(tmp_path / "run")
-    result = write_adapter(tmp_path / "run", tmp_path / "out", base=roberta_base, budget=200)
+    run = read_run(tmp_path / "run")
+    result = write_adapter(run, tmp_path / "out", base=tmp_path / "base", budget=50)
     assert result.fit is not None
-    assert 0 in result.fit.ranks.values()
-    assert verify(read_run(tmp_path / "run"), tmp_path / "out", roberta_base).passed
+    assert sorted(result.fit.ranks.values()) == [0, 1]
+    proof = verify(run, tmp_path / "out", tmp_path / "base")
+    assert proof.max_abs <= 1e-5
 
 
 def test_a_fit_brings_a_rank_under_an_engines_limit_and_dry_run_tells_it(tmp_path: Path) -> None:
