@@ -70,6 +70,10 @@ def plan_merge(run: Run, base: BaseModel, dtype: torch.dtype | None) -> MergePla
     layout = Layout(base, architecture, run.num_labels)
     run = layout.on_disk(run)
     replaced = changed(run, base, layout.find)
+    embedding = _new_embedding(base, replaced)
+    tied = base.find(HEAD) is None and embedding is not None and HEAD in replaced
+    if tied and embedding is not None and same_values(replaced[HEAD], embedding):
+        del replaced[HEAD]  # one tensor still
     targets, ranks = _targets(run, base, replaced)
     check_frozen(run, base)
 
@@ -105,7 +109,7 @@ def plan_merge(run: Run, base: BaseModel, dtype: torch.dtype | None) -> MergePla
     added = dtype or base.dtype()
     last += [replace(output(name, tensor), dtype=added) for name, tensor in names.items()]
 
-    config = _config(run, base, architecture, dtype, _new_embedding(base, replaced))
+    config = _config(run, base, architecture, dtype, embedding)
     head = _untie(run, targets, base, replaced, config)
     if head is not None:
         module, _ = targets.get(HEAD, (None, False))
@@ -192,10 +196,6 @@ def changed(
             own = base.embedding
         if own is None or not same_values(tensor, base.tensors[own]):
             result[name] = tensor
-    if HEAD in result and base.find(HEAD) is None:
-        embedding = next((t for n, t in result.items() if find(n) == base.embedding), None)
-        if embedding is not None and same_values(result[HEAD], embedding):
-            del result[HEAD]
     return result
 
 

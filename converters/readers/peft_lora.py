@@ -1,8 +1,9 @@
 """LoRA adapters as PEFT saves them (huggingface/peft, `src/peft/tuners/lora/`).
 
 Scale alpha/r, or alpha/√r with rsLoRA, with each module's own rank and alpha. Read here: linear
-layers, Conv1D and embeddings, `modules_to_save`, trained biases. Not read: `lora_bias`,
-`target_parameters`, `trainable_token_indices`, which are errors that say so.
+layers, Conv1D, embeddings, parameters (`target_parameters`), `modules_to_save`, trained biases and
+`lora_bias`, resized embeddings, single trained tokens (`trainable_token_indices`). What is not read
+is an error that says so.
 """
 
 from __future__ import annotations
@@ -28,16 +29,15 @@ from .peft_common import (
     origin,
     read_config,
 )
+from .peft_parameters import TOKENS, parameter_updates, parameters, token_rows
 
+_BIAS = ".lora_B.bias"
 _LORA = re.compile(r"(.+)\.(?:lora_(A|B)\.weight|lora_embedding_(A|B))")
 
 # Initialisations that change the base weights: the adapter is right on the changed base only.
 _BASE_CHANGING = ("pissa", "olora", "corda", "loftq", "lora_ga")
 _OTHERS = ("use_dora", "use_mora")  # readers of their own
 _UNREAD = {
-    "lora_bias": "bias inside lora_B",
-    "target_parameters": "adapters on parameters",
-    "trainable_token_indices": "single trained tokens",
     "layer_replication": "replicated layers",
     "alora_invocation_tokens": "activated LoRA",
 }
@@ -61,34 +61,50 @@ class PeftLoraReader:
         file, tensors = open_weights(folder)
         pairs: dict[str, dict[str, LazyTensor]] = {}
         whole: dict[str, LazyTensor] = {}
+        tokens: dict[str, LazyTensor] = {}
+        biases: dict[str, LazyTensor] = {}
         embeddings = set()
         for name, tensor in tensors.items():
             if match := _LORA.fullmatch(name):
                 pairs.setdefault(match[1], {})[match[2] or match[3]] = tensor
                 if match[3]:
                     embeddings.add(match[1])
+            elif name.endswith(TOKENS):
+                tokens[name.removesuffix(TOKENS)] = tensor
+            elif name.endswith(_BIAS):
+                biases[name.removesuffix(_BIAS)] = tensor
             else:
                 whole[name.replace(".base_layer.", ".")] = tensor
 
         scaling = Scaling(config, config_path, options)
         updates: dict[str, Callable[[], Update]] = {}
-        start_rank = {}
+        start_rank: dict[str, int] = {}
+        named = parameters(config, pairs, config_path)
         for module, parts in pairs.items():
-            start_rank[module] = check_pair(module, parts, file)
+            rank = check_pair(module, parts, file)
+            if module in named:
+                rank, loaders = parameter_updates(named[module], parts, rank, scaling, file)
+            else:
+                scale = scaling.of(module, rank)
+                loaders = {module: _loader(parts, scale, module in embeddings)}
+            updates |= loaders
+            start_rank |= dict.fromkeys(loaders, rank)
+        for module, bias in biases.items():
             scale = scaling.of(module, start_rank[module])
-            updates[module] = _loader(parts, scale, module in embeddings)
-        # An adapter on an embedding or head may carry its untouched base weight along.
-        replaced = {
-            name: t for name, t in whole.items() if name.removesuffix(".weight") not in pairs
-        }
+            updates[f"{module}.bias"] = _bias_loader(bias, scale)
+        for module, rows in tokens.items():
+            updates[module] = token_rows(config, module, rows, whole, options, file)
+        # An adapter on an embedding or head may carry its weight along: untouched, or resized.
+        heads = {name: t for name, t in whole.items() if name.removesuffix(".weight") not in pairs}
         return Run(
             path=folder,
             method=self.name,
             updates=LazyUpdates(updates),
-            replaced=replaced,
-            **origin(config, replaced),
+            replaced=whole,
+            **origin(config, heads),
             start_rank=start_rank,
-            embeddings=frozenset(embeddings),
+            embeddings=frozenset(embeddings | tokens.keys()),
+            tied=frozenset(tokens),
             files=(file, config_path),
         )
 
@@ -120,5 +136,13 @@ def _loader(parts: dict[str, LazyTensor], scale: float, embedding: bool) -> Call
         update = RankOneSum(a, torch.full((a.shape[0],), scale), b)
         # ΔE = (B·A)ᵀ for an embedding stored as [vocab, dim].
         return update.transposed() if embedding else update
+
+    return load
+
+
+def _bias_loader(bias: LazyTensor, scale: float) -> Callable[[], Update]:
+    def load() -> Update:
+        a = load_finite(bias).view(1, -1)
+        return RankOneSum(a, torch.tensor([scale]), torch.ones(1, 1))
 
     return load

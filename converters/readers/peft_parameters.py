@@ -1,0 +1,161 @@
+"""What PEFT trains besides layers: parameters of fused experts, and single rows of embeddings.
+
+Sources: huggingface/peft, `ParamWrapper` in `src/peft/tuners/lora/layer.py`, `_inject_parameters`
+in `tuners_utils.py`, and `src/peft/tuners/trainable_tokens/layer.py`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+
+import torch
+
+from ..errors import RunError
+from ..tensors import LazyTensor, LazyTensors, load_finite
+from ..update import RankOneSum, Update
+from . import ReadOptions
+from .peft_common import Scaling, need_base
+
+TOKENS = ".token_adapter.trainable_tokens_delta"
+
+# Wrappers nest in the order in which the module registers its parameters, the first innermost.
+_ORDER = ("gate_up_proj", "down_proj")
+
+
+def parameters(config: dict[str, object], stored: Iterable[str], file: Path) -> dict[str, str]:
+    """Stored module (`experts`, `experts.base_layer`) → the parameter that its pair adapts, as
+    `module.parameter`; modules adapted as layers are left out.
+
+    The keys do not name the parameter: `target_parameters` and the nesting do.
+    """
+    targets = config.get("target_parameters") or []
+    if not isinstance(targets, list):
+        raise RunError("target_parameters is not a list", file=file, found=targets)
+    nested: dict[str, list[str]] = {}
+    for name in stored:
+        nested.setdefault(name.replace(".base_layer", ""), []).append(name)
+    result = {}
+    for module, names in nested.items():
+        found = {str(t).rpartition(".")[2] for t in targets if _applies(str(t), module)}
+        if not found:
+            continue
+        if len(found) != len(names) or (len(found) > 1 and found != set(_ORDER)):
+            raise RunError(
+                "which parameters this adapter is for cannot be told",
+                file=file,
+                tensor=module,
+                found=f"{len(names)} pairs for {sorted(found)}",
+                expected="one pair per parameter; several only as " + " and ".join(_ORDER),
+            )
+        ordered = sorted(found, key=_ORDER.index) if len(found) > 1 else list(found)
+        for name, parameter in zip(sorted(names, key=len, reverse=True), ordered, strict=True):
+            result[name] = f"{module}.{parameter}"
+    return result
+
+
+def _applies(target: str, module: str) -> bool:
+    parent, _, parameter = target.rpartition(".")
+    if not parent:  # a bare name fits every module: PEFT makes it for experts
+        return module.rpartition(".")[2] == "experts"
+    return f".{module}.{parameter}".endswith(f".{target}")
+
+
+def parameter_updates(
+    parameter: str, pair: dict[str, LazyTensor], rows: int, scaling: Scaling, file: Path
+) -> tuple[int, dict[str, Callable[[], Update]]]:
+    """The rank, and name → update per expert of `parameter`.
+
+    `lora_A [E·r, in]` is `[E, r, in]`, `lora_B [out, r·E]` is `[out, r, E]`:
+    ΔW[e] = s·B[:, :, e]·A[e].
+    """
+    rank = int(scaling.rank(parameter))
+    if rank <= 0 or rows % rank:
+        raise RunError(
+            "lora_A does not hold a whole number of experts",
+            file=file,
+            tensor=parameter,
+            found=f"{rows} rows",
+            expected=f"a multiple of the rank {rank}",
+        )
+    experts = rows // rank
+    scale = scaling.of(parameter, rank)
+
+    @lru_cache(maxsize=1)
+    def factors() -> tuple[torch.Tensor, torch.Tensor]:
+        return load_finite(pair["A"]), load_finite(pair["B"])
+
+    def loader(expert: int) -> Callable[[], Update]:
+        def load() -> Update:
+            a, b = factors()
+            a, b = a[expert * rank : (expert + 1) * rank], b[:, expert::experts]
+            return RankOneSum(a, torch.full((rank,), scale), b)
+
+        return load
+
+    if experts == 1:
+        return rank, {parameter.removesuffix(".weight"): loader(0)}
+    return rank, {f"{parameter}[{expert}]": loader(expert) for expert in range(experts)}
+
+
+@dataclass(frozen=True)
+class ReplacedRows:
+    """Single rows of a weight, trained whole: `rows [n, dim]` replace those at `index [n]`."""
+
+    index: torch.Tensor
+    rows: torch.Tensor
+    shape: tuple[int, int]
+    whole: bool = False
+
+    def merge(self, rows: torch.Tensor, start: int) -> torch.Tensor:
+        inside = (self.index >= start) & (self.index < start + rows.shape[0])
+        rows[self.index[inside] - start] = self.rows[inside]
+        return rows
+
+    def components(self) -> None:
+        return None
+
+    def transposed(self) -> Update:
+        raise NotImplementedError("an embedding is never stored transposed")
+
+
+def token_rows(
+    config: dict[str, object],
+    module: str,
+    tensor: LazyTensor,
+    resized: LazyTensors,
+    options: ReadOptions,
+    file: Path,
+) -> Callable[[], Update]:
+    """The rows of the embedding `module [vocab, dim]` that `trainable_token_indices` names.
+
+    vocab is that of the weight in the adapter, where the embedding was resized, or the base's.
+    """
+    weight = resized.get(f"{module}.weight")
+    weight = weight or need_base(options, "trainable_token_indices", file).weight(module)
+    vocab = weight.shape[0] if weight is not None else 0
+    indices = config.get("trainable_token_indices")
+    if isinstance(indices, dict):
+        named = [v for k, v in indices.items() if f".{module}".endswith(f".{k}")]
+        indices = named[0] if named else None
+    fits = isinstance(indices, list) and all(type(i) is int and 0 <= i < vocab for i in indices)
+    if not isinstance(indices, list) or not fits or len(tensor.shape) != 2:
+        raise RunError(
+            "trainable_token_indices does not say which rows were trained",
+            file=file,
+            tensor=tensor.name,
+            found=str(indices)[:80],
+            expected=f"row numbers below {vocab}",
+        )
+    if len(set(indices)) != tensor.shape[0] or len(indices) != tensor.shape[0]:
+        raise RunError(
+            "another number of rows was trained than trainable_token_indices names",
+            file=file,
+            tensor=tensor.name,
+            found=list(tensor.shape),
+            expected=f"{len(set(indices))} rows",
+        )
+    index = torch.tensor(indices)
+    return lambda: ReplacedRows(index, load_finite(tensor), (vocab, tensor.shape[1]))
