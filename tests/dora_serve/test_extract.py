@@ -1,0 +1,144 @@
+"""`extract`: the update between two models gives the tuned model back."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from click.testing import CliRunner
+from peft import PeftModel
+from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel, LlamaForCausalLM
+
+from dora_serve import DoraExportError, diff, extract, merge, read_run, verify
+from dora_serve.commands import dora_export
+from dora_serve.proof import logits, verification_batch
+from tests.conftest import MODELS, tiny_llama
+
+RUNS = sorted(MODELS.glob("runs/Checkpoint/*/*/*/*"))
+EXACT = 1 - 1e-12
+
+
+def tuned(base: Any, words: tuple[str, ...], rank: int = 2) -> Any:
+    """The model with a low-rank change of every matrix, and a change of every vector, named."""
+    generator = torch.Generator().manual_seed(5)
+    with torch.no_grad():
+        for name, weight in base.named_parameters():
+            if any(word in name for word in words):
+                if weight.dim() == 1:
+                    weight.add_(torch.randn(weight.shape, generator=generator) * 0.1)
+                    continue
+                b = torch.randn(weight.shape[0], rank, generator=generator)
+                weight.add_(b @ torch.randn(rank, weight.shape[1], generator=generator) * 0.1)
+    return base
+
+
+def check(base: Path, model: Path, adapter: Path, tolerance: float = 1e-4) -> None:
+    """PEFT's model on the base gives the tuned model's logits, which the base does not."""
+    truth_model = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32).eval()
+    inputs = verification_batch(truth_model)
+    truth = logits(truth_model, inputs)
+    start = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32).eval()
+    assert float((logits(start, inputs) - truth).abs().max()) > 1e-2
+    found = logits(PeftModel.from_pretrained(start, adapter).eval(), inputs)
+    assert float((found - truth).abs().max()) <= tolerance
+    assert torch.equal(found.argmax(-1), truth.argmax(-1))
+
+
+@pytest.mark.parametrize("run", RUNS, ids=[run.name for run in RUNS])
+def test_a_merged_run_comes_back(run: Path, tmp_path: Path) -> None:
+    base = MODELS / ("tiny-llama-base" if "Llama" in run.name else "tiny-roberta-base")
+    merge(run, tmp_path / "merged", base=base)
+    result = extract(tmp_path / "merged", tmp_path / "out", base=base, energy=EXACT)
+    assert result.fit is not None
+    assert result.fit.error <= 1e-5
+    found = diff(run, tmp_path / "out", base=base)
+    assert found.total.relative is not None
+    assert found.total.relative <= 1e-5
+    assert set(found.whole.values()) <= {0.0}
+    if "Llama" in run.name:
+        check(base, tmp_path / "merged", tmp_path / "out")
+    # The proof of the run itself, whose certificate does not speak of a fit.
+    certificate = tmp_path / "out" / "dora_export.json"
+    certificate.write_text(json.dumps({**json.loads(certificate.read_text()), "fit": None}))
+    assert verify(read_run(run), tmp_path / "out", base).passed
+
+
+def test_ranks_are_found_and_unchanged_modules_have_none(llama_base: Path, tmp_path: Path) -> None:
+    model = LlamaForCausalLM.from_pretrained(llama_base)
+    tuned(model, ("0.self_attn.q_proj", "1.mlp.down_proj", "norm")).save_pretrained(tmp_path / "m")
+    told = CliRunner().invoke(
+        dora_export,
+        [
+            "extract",
+            str(tmp_path / "m"),
+            str(tmp_path / "out"),
+            "--base",
+            str(llama_base),
+            "--json",
+        ],
+    )
+    assert told.exit_code == 0, told.output
+    found = json.loads(told.stdout)
+    assert found["ranks"] == {
+        "model.layers.0.self_attn.q_proj": 2,
+        "model.layers.1.mlp.down_proj": 2,
+    }
+    assert len(found["whole"]) == 5
+    assert all("norm" in name for name in found["whole"])
+    assert found["fit"]["limit"] == {"energy": 0.999}
+    check(llama_base, tmp_path / "m", tmp_path / "out")
+
+
+def test_a_low_energy_loses_what_it_says(llama_base: Path, tmp_path: Path) -> None:
+    model = LlamaForCausalLM.from_pretrained(llama_base)
+    tuned(model, ("proj",), rank=12).save_pretrained(tmp_path / "m")
+    result = extract(tmp_path / "m", tmp_path / "out", base=llama_base, energy=0.7)
+    assert result.fit is not None
+    assert 0.1 < result.fit.error <= 0.3**0.5
+    assert any("approximated" in warning for warning in result.warnings)
+    found = diff(tmp_path / "m", tmp_path / "out", base=llama_base)
+    assert found.total.relative == pytest.approx(result.fit.error, rel=1e-4)
+
+
+def test_conv1d_weights_biases_and_a_tied_embedding(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    config = GPT2Config(n_embd=32, n_layer=2, n_head=4, vocab_size=80, n_positions=40)
+    model = GPT2LMHeadModel(config)
+    model.save_pretrained(tmp_path / "base")
+    tuned(model, ("c_attn", "c_proj")).save_pretrained(tmp_path / "m")
+    result = extract(tmp_path / "m", tmp_path / "out", base=tmp_path / "base", energy=EXACT)
+    assert result.plan.config["fan_in_fan_out"] is True
+    check(tmp_path / "base", tmp_path / "m", tmp_path / "out")
+
+
+def test_a_changed_embedding_that_the_head_is_tied_to(tmp_path: Path) -> None:
+    model = tiny_llama(tie_word_embeddings=True)
+    model.save_pretrained(tmp_path / "base")
+    tuned(model, ("q_proj", "embed_tokens")).save_pretrained(tmp_path / "m")
+    extract(tmp_path / "m", tmp_path / "out", base=tmp_path / "base", energy=EXACT)
+    check(tmp_path / "base", tmp_path / "m", tmp_path / "out")
+
+
+def test_models_that_are_no_pair_are_refused(
+    llama_base: Path, roberta_base: Path, tmp_path: Path
+) -> None:
+    def refused(model: Path, base: Path, message: str) -> None:
+        with pytest.raises(DoraExportError, match=message):
+            extract(model, tmp_path / "out", base=base)
+        assert not (tmp_path / "out").exists()
+
+    refused(llama_base, roberta_base, "different families")
+    refused(llama_base, llama_base, "no linear layer differs")
+    tuned(tiny_llama(), ("norm",)).save_pretrained(tmp_path / "norms")
+    refused(tmp_path / "norms", llama_base, "5 other tensors differ")
+    tiny_llama(vocab_size=96).save_pretrained(tmp_path / "words")
+    refused(tmp_path / "words", llama_base, "another vocabulary")
+    tuned(tiny_llama(), ("q_proj",)).save_pretrained(tmp_path / "other")
+    config = json.loads((tmp_path / "other" / "config.json").read_text())
+    (tmp_path / "other" / "config.json").write_text(
+        json.dumps({**config, "architectures": ["LlamaForSomething"]})
+    )
+    refused(tmp_path / "other", llama_base, "class of the tuned model")
