@@ -136,12 +136,7 @@ def _targets(
     targets: dict[str, tuple[str, bool]] = {}
     ranks: dict[str, int | None] = {}
     for module, update in run.updates.items():
-        whole = replaced.get(f"{module}.weight")  # an embedding may be resized and adapted
-        if whole is None and f"{module}.weight" == HEAD and base.find(HEAD) is None:
-            whole = _new_embedding(base, replaced)
-        transposed = False
-        if whole is None or whole.shape != update.shape:
-            transposed = base.is_transposed(module, update.shape, module in run.embeddings)
+        transposed = is_transposed(run, base, replaced, module, update.shape)
         name = _stored(module, base)
         if name in targets:
             raise BaseError(
@@ -154,6 +149,21 @@ def _targets(
         components = update.components()
         ranks[module] = None if components is None else components.rank
     return targets, ranks
+
+
+def is_transposed(
+    run: Run, base: BaseModel, replaced: LazyTensors, module: str, shape: tuple[int, int]
+) -> bool:
+    """Whether the weight of `module` is stored as [in, out], see `BaseModel.is_transposed`.
+
+    An embedding may be resized in `replaced` and adapted, and a tied head with it.
+    """
+    whole = replaced.get(f"{module}.weight")
+    if whole is None and f"{module}.weight" == HEAD and base.find(HEAD) is None:
+        whole = _new_embedding(base, replaced)
+    if whole is not None and whole.shape == shape:
+        return False
+    return base.is_transposed(module, shape, module in run.embeddings)
 
 
 def check_frozen(run: Run, base: BaseModel) -> None:

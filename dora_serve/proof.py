@@ -54,9 +54,15 @@ class Verification:
 
 
 def verification_batch(model: Any, rows: int = 4, length: int = 16, seed: int = 0) -> Inputs:
-    """Token ids from a fixed seed, the last row padded; decoder inputs for encoder-decoders."""
+    """Token ids from a fixed seed, the last row padded; decoder inputs for encoder-decoders.
+    Pixels for models of images."""
     config = model.config
     generator = torch.Generator().manual_seed(seed)
+    if model.main_input_name == "pixel_values":
+        size = config.image_size
+        height, width = (size, size) if isinstance(size, int) else size
+        shape = (rows, config.num_channels, height, width)
+        return {"pixel_values": torch.randn(shape, generator=generator)}
     vocab = config.get_text_config().vocab_size
     ids = torch.randint(min(5, vocab - 1), vocab, (rows, length), generator=generator)
     mask = torch.ones_like(ids)
@@ -80,7 +86,8 @@ def logits(model: Any, inputs: Inputs) -> torch.Tensor:
         padded: torch.Tensor = result.masked_fill(inputs["attention_mask"] == 0, 0.0)
         return padded
     result = output.logits if "logits" in output else output.last_hidden_state
-    if result.dim() == 3 and result.shape[:2] == inputs["input_ids"].shape:
+    ids = inputs.get("input_ids")
+    if ids is not None and result.dim() == 3 and result.shape[:2] == ids.shape:
         result = result * inputs["attention_mask"].unsqueeze(-1)
     flat: torch.Tensor = result.float()
     return flat

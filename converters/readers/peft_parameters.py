@@ -22,7 +22,7 @@ from .peft_common import Scaling, need_base
 TOKENS = ".token_adapter.trainable_tokens_delta"
 
 # Wrappers nest in the order in which the module registers its parameters, the first innermost.
-_ORDER = ("gate_up_proj", "down_proj")
+ORDER = ("gate_up_proj", "down_proj")
 
 
 def parameters(config: dict[str, object], stored: Iterable[str], file: Path) -> dict[str, str]:
@@ -42,15 +42,15 @@ def parameters(config: dict[str, object], stored: Iterable[str], file: Path) -> 
         found = {str(t).rpartition(".")[2] for t in targets if _applies(str(t), module)}
         if not found:
             continue
-        if len(found) != len(names) or (len(found) > 1 and found != set(_ORDER)):
+        if len(found) != len(names) or (len(found) > 1 and found != set(ORDER)):
             raise RunError(
                 "which parameters this adapter is for cannot be told",
                 file=file,
                 tensor=module,
                 found=f"{len(names)} pairs for {sorted(found)}",
-                expected="one pair per parameter; several only as " + " and ".join(_ORDER),
+                expected="one pair per parameter; several only as " + " and ".join(ORDER),
             )
-        ordered = sorted(found, key=_ORDER.index) if len(found) > 1 else list(found)
+        ordered = sorted(found, key=ORDER.index) if len(found) > 1 else list(found)
         for name, parameter in zip(sorted(names, key=len, reverse=True), ordered, strict=True):
             result[name] = f"{module}.{parameter}"
     return result

@@ -20,12 +20,14 @@ from ..base import BaseModel
 from ..certificate import FILE, certificate, write_json
 from ..errors import TargetError
 from ..fit import FitReport, fit_run
+from ..layout import split_slice
 from ..output import check_output, output_folder
 from ..plan import changed, check_frozen
 from ..run import HEADS, Run
 from ..tensors import LazyTensor, load_finite
 from ..update import RankOneSum
 from .card import model_card
+from .experts import padded, stacked, transposed_modules
 from .padding import absent_modules
 from .profiles import PROFILES, Profile
 
@@ -103,9 +105,9 @@ def _plan(run: Run, base: BaseModel | None, profile: Profile, dtype: torch.dtype
             remedy="merge it: dora-export merge",
         )
     whole = dict(run.replaced)
+    transposed: set[str] = set()
     if base is not None:
-        for module, update in run.updates.items():
-            base.is_transposed(module, update.shape, module in run.embeddings)
+        transposed = transposed_modules(run, base)
         check_frozen(run, base)
         whole = changed(run, base)
     ranks: dict[str, tuple[int | None, int]] = {}
@@ -115,9 +117,9 @@ def _plan(run: Run, base: BaseModel | None, profile: Profile, dtype: torch.dtype
         ranks[module] = (run.start_rank.get(module), components.rank)
         shapes[module] = components.shape
     _check_target(run, profile, whole, ranks)
-    stored = _stored(ranks, shapes | absent_modules(run, base, profile), profile)
+    stored = padded(_stored(ranks, shapes | absent_modules(run, base, profile), profile))
     alive = {module: rank for module, (rank, _, _) in stored.items() if rank}
-    config = _config(run, base, whole, alive, profile)
+    config = _config(run, base, whole, alive, profile, bool(transposed & alive.keys()))
     elements = sum(_numel(tensor) for tensor in whole.values())
     elements += sum(rank * (out + inn) for rank, out, inn in stored.values())
     return AdapterPlan(config, ranks, whole, elements * dtype.itemsize, stored)
@@ -169,6 +171,11 @@ def _check_target(
         cannot += biases
     if not profile.embeddings:
         cannot += sorted(run.embeddings)
+    if profile.whole_modules is not None:
+        cannot += [name for name in whole if name.removesuffix(".weight") in ranks]
+    if "target_parameters" not in profile.features:
+        cannot += [name for name in ranks if split_slice(name)[1] is not None]
+    cannot += [name for name in ranks if name.endswith(".bias")]
     if cannot:
         raise TargetError(
             f"the run trained tensors that an adapter for {profile.name} cannot carry",
@@ -198,6 +205,8 @@ def _whole_modules(run: Run, whole: Mapping[str, LazyTensor]) -> tuple[list[str]
     biases = []
     for name in whole:
         module, _, kind = name.rpartition(".")
+        if kind == "weight" and module in run.updates:
+            continue  # resized and adapted: stored as the module's base layer
         if name.split(".", 1)[0] not in bodies:
             modules[name.split(".", 1)[0]] = None
         elif kind == "bias" and f"{module}.weight" not in whole:
@@ -213,17 +222,17 @@ def _config(
     whole: Mapping[str, LazyTensor],
     alive: Mapping[str, int],
     profile: Profile,
+    fan_in_fan_out: bool,
 ) -> dict[str, object]:
     modules, biases = _whole_modules(run, whole)
+    parameters = {stem for stem, index in map(split_slice, alive) if index is not None}
+    alive = {split_slice(name)[0]: rank for name, rank in alive.items()}
     default = max(alive.values())
     patterns = {f"^{module}": rank for module, rank in alive.items() if rank != default}
-    targets = {module.split(".")[-1] for module in alive} if profile.uniform else set(alive)
-    task = HEADS[run.task][1] if run.task is not None else None
-    fan_in_fan_out = base is not None and any(
-        base.is_transposed(module, run.updates[module].shape, module in run.embeddings)
-        for module in alive
-        if module in run.updates
+    targets = (
+        {module.split(".")[-1] for module in alive} if profile.uniform else set(alive) - parameters
     )
+    task = HEADS[run.task][1] if run.task is not None else None
     return {
         "peft_type": "LORA",
         "task_type": task,
@@ -241,6 +250,7 @@ def _config(
         "init_lora_weights": True,
         "use_rslora": False,
         "use_dora": False,
+        **({"target_parameters": sorted(parameters)} if parameters else {}),
     }
 
 
@@ -327,6 +337,7 @@ class LoraFolder:
 
         tensors: dict[str, torch.Tensor] = {}
         errors: dict[str, float] = {}
+        blocks: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}
         for module, (rank, out, inn) in plan.stored.items():
             if not rank:
                 continue
@@ -335,7 +346,12 @@ class LoraFolder:
             if update is not None and update.rank:
                 a[: update.rank], b[:, : update.rank] = update.balanced()
                 errors[module] = stored_error(update, a, b)
-            tensors |= _named(module, a, b, module in run.embeddings)
+            if split_slice(module)[1] is None:
+                tensors |= _named(module, a, b, module in run.embeddings)
+            else:
+                blocks[module] = a, b
+        for module, (a, b) in stacked(blocks).items():
+            tensors |= _named(module, a, b, embedding=False)
         saved = plan.config["modules_to_save"]
         for name, tensor in plan.whole.items():
             module, _, kind = name.rpartition(".")
