@@ -21,7 +21,7 @@ from .base import HEAD, BaseModel
 from .errors import BaseError
 from .run import LazyUpdates, Run
 from .tensors import rows_and_columns
-from .update import RankOneSum, Update
+from .update import RankOneSum, Stacked, Update
 
 _SLICE = re.compile(r"(.+)\[(\d+)\]")
 
@@ -30,6 +30,11 @@ def split_slice(name: str) -> tuple[str, int | None]:
     """`experts.gate_up_proj[3]` → (`experts.gate_up_proj`, 3); other names → (name, None)."""
     match = _SLICE.fullmatch(name)
     return (match[1], int(match[2])) if match else (name, None)
+
+
+def is_parameter(name: str) -> bool:
+    """Whether a key of `Run.updates` is a parameter, or a block of one, and not a module."""
+    return split_slice(name)[1] is not None or name.endswith((".weight", ".bias"))
 
 
 @dataclass(frozen=True)
@@ -42,30 +47,6 @@ class Place:
     rows: int
     columns: int
     transposed: bool
-
-
-@dataclass(frozen=True)
-class Stacked:
-    """Updates of parts of one tensor: each has its rows of that tensor, in rising order."""
-
-    shape: tuple[int, int]
-    parts: tuple[tuple[torch.Tensor, RankOneSum], ...]
-    whole: bool = False
-
-    def merge(self, rows: torch.Tensor, start: int) -> torch.Tensor:
-        end = start + rows.shape[0]
-        for index, update in self.parts:
-            if start <= int(index[-1]) and int(index[0]) < end and update.rank:
-                inside = (index >= start) & (index < end)
-                delta = (update.b[inside] * update.c) @ update.a
-                rows.index_add_(0, index[inside] - start, delta)
-        return rows
-
-    def components(self) -> None:
-        return None
-
-    def transposed(self) -> Update:
-        raise NotImplementedError("a stacked tensor is updated as it is stored")
 
 
 @dataclass(frozen=True)
@@ -103,6 +84,11 @@ class Layout:
         """The tensor on disk that is the tensor `name` in memory, None where there is none."""
         plain = self._base.find(name)
         return plain if plain is not None or name == HEAD else self._renamed.get(name)
+
+    def is_fused(self, module: str) -> bool:
+        """Whether the weight of `module`, a name on disk, is a part of a parameter in memory."""
+        disk = self._base.find(f"{module}.weight")
+        return any(disk == name for group in self._groups.values() for name, _ in group.members)
 
     def members(self, name: str) -> list[str]:
         """The tensors on disk that parameter `name` is made from by a conversion."""
@@ -394,6 +380,3 @@ def _cut(run: Run, shape: tuple[int, int], taken: list[Taken]) -> Callable[[], U
         return Stacked(shape, tuple((own, rows(m, i, f)) for m, own, i, f in taken))
 
     return load
-
-
-__all__ = ["Layout", "Place", "Stacked", "split_slice"]

@@ -185,3 +185,27 @@ def cut(u: torch.Tensor, s: torch.Tensor, vh: torch.Tensor, rank: int) -> RankOn
     return RankOneSum(
         vh[:rank].float().contiguous(), s[:rank].float(), u[:, :rank].float().contiguous()
     )
+
+
+@dataclass(frozen=True)
+class Stacked:
+    """Updates of parts of one tensor: each has its rows of that tensor, in rising order."""
+
+    shape: tuple[int, int]
+    parts: tuple[tuple[torch.Tensor, RankOneSum], ...]
+    whole: bool = False
+
+    def merge(self, rows: torch.Tensor, start: int) -> torch.Tensor:
+        end = start + rows.shape[0]
+        for index, update in self.parts:
+            if start <= int(index[-1]) and int(index[0]) < end and update.rank:
+                inside = (index >= start) & (index < end)
+                delta = (update.b[inside] * update.c) @ update.a
+                rows.index_add_(0, index[inside] - start, delta)
+        return rows
+
+    def components(self) -> None:
+        return None
+
+    def transposed(self) -> Update:
+        raise NotImplementedError("a stacked tensor is updated as it is stored")

@@ -41,11 +41,12 @@ class LiveModel:
         for name in run.updates:
             components = run.updates[name].components()
             layer = self._layer(name)
-            if layer is None or components is None or name in run.tied:
-                deployed.append(name)
-            else:
+            plain = isinstance(layer, torch.nn.Linear | torch.nn.Embedding) or _is_conv1d(layer)
+            if plain and components is not None and name not in run.tied:
                 hook = _branch(components, name in run.embeddings)
                 self._undo.append(layer.register_forward_hook(hook).remove)
+            else:
+                deployed.append(name)
         for (owner, attribute), weight in self._deployed(deployed).items():
             self._undo.append(_replace(owner, attribute, weight))
 
@@ -100,13 +101,16 @@ class LiveModel:
         layer = self._layer(name)
         if layer is not None:
             rows, columns = rows_and_columns(tuple(layer.weight.shape))
-            conv1d = type(layer).__name__ == "Conv1D"
-            return layer, "weight", Place(f"{name}.weight", 0, rows, columns, conv1d)
+            return layer, "weight", Place(f"{name}.weight", 0, rows, columns, _is_conv1d(layer))
         place = self._layout.place(name, update.shape)
         if place is None:
             raise RunError("the model has no such module", file=self._run.path, tensor=name)
         owner, _, attribute = place.parameter.rpartition(".")
         return self.model.get_submodule(owner), attribute, place
+
+
+def _is_conv1d(layer: object) -> bool:
+    return type(layer).__name__ == "Conv1D"  # transformers' own, stored as [in, out]
 
 
 def _update(rows: torch.Tensor, update: Update, transposed: bool) -> None:

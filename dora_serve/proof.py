@@ -63,12 +63,13 @@ def verification_batch(model: Any, rows: int = 4, length: int = 16, seed: int = 
         height, width = (size, size) if isinstance(size, int) else size
         shape = (rows, config.num_channels, height, width)
         return {"pixel_values": torch.randn(shape, generator=generator)}
-    vocab = config.get_text_config().vocab_size
+    text = config.get_text_config()
+    vocab, pad = text.vocab_size, getattr(text, "pad_token_id", None)
     ids = torch.randint(min(5, vocab - 1), vocab, (rows, length), generator=generator)
     mask = torch.ones_like(ids)
-    if config.pad_token_id is not None:
+    if pad is not None:
         mask[-1, length - length // 4 :] = 0
-        ids[mask == 0] = config.pad_token_id
+        ids[mask == 0] = pad
     inputs = {"input_ids": ids, "attention_mask": mask}
     if config.is_encoder_decoder:
         inputs["decoder_input_ids"] = torch.randint(

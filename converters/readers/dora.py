@@ -26,7 +26,7 @@ _LORA = re.compile(r"(.+)\.(lora_a_linear\.weight|lora_b_linear\.weight|lora_sca
 _LINEAR = re.compile(r"(.+)\.linear\.(weight|bias)")
 _BODIES = ("roberta.", "deberta.", "model.")  # what the reference wrapper freezes outside of LoRA
 
-_HEAD_WEIGHTS = (
+HEAD_WEIGHTS = (
     "classifier.out_proj.weight",
     "classification_head.out_proj.weight",
     "classifier.weight",
@@ -275,7 +275,7 @@ def _finished(folder: Path, info_path: Path | None) -> tuple[bool, list[str]]:
 
 
 def _task(embedded: dict[str, LazyTensor]) -> str | None:
-    if any(name in embedded for name in _HEAD_WEIGHTS):
+    if any(name in embedded for name in HEAD_WEIGHTS):
         return "sequence-classification"
     if any(name.startswith("qa_outputs.") for name in embedded):
         return "question-answering"
@@ -287,4 +287,4 @@ def _task(embedded: dict[str, LazyTensor]) -> str | None:
 
 
 def _num_labels(embedded: dict[str, LazyTensor]) -> int | None:
-    return next((embedded[name].shape[0] for name in _HEAD_WEIGHTS if name in embedded), None)
+    return next((embedded[name].shape[0] for name in HEAD_WEIGHTS if name in embedded), None)

@@ -13,6 +13,7 @@ from ..errors import BaseError, MissingError, RunError
 from ..run import HEADS
 from ..tensors import LazyTensor, open_file, read_json
 from . import ReadOptions
+from .dora import HEAD_WEIGHTS
 
 CONFIG_FILE = "adapter_config.json"
 WEIGHT_FILES = ("adapter_model.safetensors", "adapter_model.bin")
@@ -191,4 +192,5 @@ def is_number(value: object) -> TypeGuard[float]:
 
 def _num_labels(replaced: dict[str, LazyTensor]) -> int | None:
     heads = [t for name, t in replaced.items() if name.endswith(".weight") and len(t.shape) == 2]
-    return heads[-1].shape[0] if heads else None
+    known = [replaced[name] for name in HEAD_WEIGHTS if name in replaced]
+    return (known or heads[::-1])[0].shape[0] if heads else None

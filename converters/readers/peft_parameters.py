@@ -66,7 +66,7 @@ def _applies(target: str, module: str) -> bool:
 def parameter_updates(
     parameter: str, pair: dict[str, LazyTensor], rows: int, scaling: Scaling, file: Path
 ) -> tuple[int, dict[str, Callable[[], Update]]]:
-    """The rank, and name → update per expert of `parameter`.
+    """The rank, and name → update, per expert where `parameter` has several.
 
     `lora_A [E·r, in]` is `[E, r, in]`, `lora_B [out, r·E]` is `[out, r, E]`:
     ΔW[e] = s·B[:, :, e]·A[e].
@@ -96,7 +96,7 @@ def parameter_updates(
         return load
 
     if experts == 1:
-        return rank, {parameter.removesuffix(".weight"): loader(0)}
+        return rank, {parameter: loader(0)}
     return rank, {f"{parameter}[{expert}]": loader(expert) for expert in range(experts)}
 
 

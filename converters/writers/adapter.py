@@ -20,7 +20,7 @@ from ..base import BaseModel
 from ..certificate import FILE, certificate, write_json
 from ..errors import TargetError
 from ..fit import FitReport, fit_run
-from ..layout import split_slice
+from ..layout import is_parameter, split_slice
 from ..output import check_output, output_folder
 from ..plan import changed, check_frozen
 from ..run import HEADS, Run
@@ -107,7 +107,7 @@ def _plan(run: Run, base: BaseModel | None, profile: Profile, dtype: torch.dtype
     whole = dict(run.replaced)
     transposed: set[str] = set()
     if base is not None:
-        transposed = transposed_modules(run, base)
+        transposed = transposed_modules(run, base, profile)
         check_frozen(run, base)
         whole = changed(run, base)
     ranks: dict[str, tuple[int | None, int]] = {}
@@ -174,8 +174,8 @@ def _check_target(
     if profile.whole_modules is not None:
         cannot += [name for name in whole if name.removesuffix(".weight") in ranks]
     if "target_parameters" not in profile.features:
-        cannot += [name for name in ranks if split_slice(name)[1] is not None]
-    cannot += [name for name in ranks if name.endswith(".bias")]
+        cannot += [name for name in ranks if is_parameter(name)]
+    cannot += [name for name in ranks if name.endswith(".bias") or name in run.tied]
     if cannot:
         raise TargetError(
             f"the run trained tensors that an adapter for {profile.name} cannot carry",
@@ -225,7 +225,7 @@ def _config(
     fan_in_fan_out: bool,
 ) -> dict[str, object]:
     modules, biases = _whole_modules(run, whole)
-    parameters = {stem for stem, index in map(split_slice, alive) if index is not None}
+    parameters = {split_slice(name)[0] for name in alive if is_parameter(name)}
     alive = {split_slice(name)[0]: rank for name, rank in alive.items()}
     default = max(alive.values())
     patterns = {f"^{module}": rank for module, rank in alive.items() if rank != default}
@@ -346,10 +346,10 @@ class LoraFolder:
             if update is not None and update.rank:
                 a[: update.rank], b[:, : update.rank] = update.balanced()
                 errors[module] = stored_error(update, a, b)
-            if split_slice(module)[1] is None:
-                tensors |= _named(module, a, b, module in run.embeddings)
-            else:
+            if is_parameter(module):
                 blocks[module] = a, b
+            else:
+                tensors |= _named(module, a, b, module in run.embeddings)
         for module, (a, b) in stacked(blocks).items():
             tensors |= _named(module, a, b, embedding=False)
         saved = plan.config["modules_to_save"]

@@ -1,11 +1,12 @@
 """Names in memory, as an adapter needs them, and adapters on fused experts.
 
-Those, `parameter[e]`, are stored in PEFT's form (`target_parameters`): one rank for all experts of a
-parameter; those of lower rank are padded with zeros.
+Those, `parameter[e]`, are stored in PEFT's form (`target_parameters`): one rank for all experts of
+a parameter; those of lower rank are padded with zeros.
 """
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 
 import torch
@@ -16,6 +17,9 @@ from ..layout import Layout, split_slice
 from ..plan import is_transposed, target_architecture
 from ..readers.peft_parameters import ORDER
 from ..run import Run
+from .profiles import Profile
+
+_EXPERT = re.compile(r"\.experts\.\d+\.")
 
 Stored = Mapping[str, tuple[int, int, int]]
 
@@ -54,22 +58,25 @@ def stacked(
     return result
 
 
-def transposed_modules(run: Run, base: BaseModel) -> set[str]:
+def transposed_modules(run: Run, base: BaseModel, profile: Profile) -> set[str]:
     """The modules stored as [in, out]; raises an error for what is not in the model in memory."""
     layout = Layout(base, target_architecture(run, base)[0], run.num_labels)
+    fused_matters = "target_parameters" in profile.features
     result = set()
     for module, update in run.updates.items():
         place = None if base.weight(module) is not None else layout.place(module, update.shape)
         stem, _ = split_slice(module)
-        if place is None:
+        if place is not None:
+            in_memory = place.parameter in (stem, f"{stem}.weight")
+        else:
+            in_memory = not (fused_matters and _EXPERT.search(module) and layout.is_fused(module))
             if is_transposed(run, base, run.replaced, module, update.shape):
                 result.add(module)
-        elif place.parameter not in (stem, f"{stem}.weight"):
+        if not in_memory:
             raise TargetError(
                 "the run adapts a module that transformers has under another name, or fused",
                 file=run.path,
                 tensor=module,
-                found=f"part of {place.parameter}",
                 remedy="merge it: dora-export merge",
             )
     return result
