@@ -40,8 +40,7 @@ class GatedLoraReader:
     looks_for = "a vector of r numbers beside each lora_A and lora_B, in an adapter or checkpoint"
 
     def detect(self, path: Path) -> Path | None:
-        modules = adapted(_tensors(path)).values()
-        return path if any(_candidates(parts) for parts in modules) else None
+        return path if _candidates(adapted(_tensors(path))) else None
 
     def read(self, folder: Path, options: ReadOptions) -> Run:
         checkpoint = None if (folder / CONFIG_FILE).is_file() else open_checkpoint(folder)
@@ -66,12 +65,14 @@ class GatedLoraReader:
         else:
             start = number(config, path, ("r", "lora_r"), options.start_rank, "--start-rank")
             start_rank = dict.fromkeys(modules, int(start))
-        gates = {name: _gate(name, parts, options.gate) for name, parts in modules.items()}
+        gate = _gate(modules, path, options.gate)
+        for name, parts in modules.items():
+            _check_gate(name, parts, gate)
         updates = {
-            name: partial(weighted, parts, gates[name], alpha / start_rank[name])
+            name: partial(weighted, parts, gate, alpha / start_rank[name])
             for name, parts in modules.items()
         }
-        chosen = {"lora_alpha": alpha, "gate": sorted(set(gates.values()))}
+        chosen = {"lora_alpha": alpha, "gate": gate}
         if checkpoint is None:
             return adapter_run(folder, self.name, modules, updates, start_rank, chosen)
         return checkpoint_run(checkpoint, self.name, modules, updates, start_rank, chosen)
@@ -89,25 +90,43 @@ def _tensors(folder: Path) -> LazyTensors:
     return checkpoint.tensors
 
 
-def _candidates(parts: Parts) -> list[str]:
-    """What may be the gate: tensors of a known name, or the only one of r numbers."""
-    others = [part for part in parts if part not in ("A", "B")]
-    known = [part for part in others if part in GATES]
-    rank = parts["A"].shape[0] if "A" in parts else -1
-    return known or [part for part in others if len(others) == 1 and numel(parts[part]) == rank]
+def _candidates(modules: Mapping[str, Parts]) -> list[str]:
+    """What may be the gate: tensors of a known name, or the only one, where it has r numbers."""
+    others = {part for parts in modules.values() for part in parts} - {"A", "B"}
+    known = sorted(others.intersection(GATES))
+    if known or len(others) != 1:
+        return known
+    name = others.pop()
+    fits = any(
+        numel(parts[name]) == parts["A"].shape[0]
+        for parts in modules.values()
+        if "A" in parts and name in parts
+    )
+    return [name] if fits else []
 
 
-def _gate(module: str, parts: Parts, said: str | None) -> str:
-    file = parts["A"].path
-    candidates = _candidates(parts) if said is None else [said] if said in parts else []
-    if len(candidates) != 1:
+def _gate(modules: Mapping[str, Parts], path: Path, said: str | None) -> str:
+    candidates = _candidates(modules)
+    if said is None and len(candidates) == 1:
+        return candidates[0]
+    if said is None or not any(said in parts for parts in modules.values()):
         raise RunError(
             "it is not known which tensor is the gate",
-            file=file,
-            tensor=module,
-            found=", ".join(sorted(parts.keys() - {"A", "B"})) or "only lora_A and lora_B",
+            file=path.parent,
+            found=", ".join(candidates),
             expected=said or "one vector of r numbers beside lora_A and lora_B",
             remedy="pass --gate with the name of the vector",
         )
-    check_size(module, candidates[0], parts[candidates[0]], parts["A"].shape[0])
-    return candidates[0]
+    return said
+
+
+def _check_gate(module: str, parts: Parts, gate: str) -> None:
+    if gate not in parts:
+        raise RunError(
+            "an adapted module is incomplete",
+            file=parts["A"].path,
+            tensor=f"{module}.{gate}",
+            found=", ".join(sorted(parts)),
+            expected=f"lora_A, lora_B and {gate}",
+        )
+    check_size(module, gate, parts[gate], parts["A"].shape[0])
