@@ -176,11 +176,13 @@ def _check_target(
     if "target_parameters" not in profile.features:
         cannot += [name for name in ranks if is_parameter(name)]
     cannot += [name for name in ranks if name.endswith(".bias") or name in run.tied]
+    cannot = list(dict.fromkeys(cannot))
     if cannot:
+        more = f" and {len(cannot) - 6} more" if len(cannot) > 6 else ""
         raise TargetError(
             f"the run trained tensors that an adapter for {profile.name} cannot carry",
             file=run.path,
-            found=", ".join(cannot),
+            found=", ".join(cannot[:6]) + more,
             expected=f"whole modules only of {sorted(profile.whole_modules or [])}",
             remedy="deploy the merged model (dora-export merge), or use --target peft",
         )
