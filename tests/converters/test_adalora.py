@@ -24,7 +24,7 @@ from dora_serve.proof import verification_batch
 from tests.conftest import DATA
 from tests.converters.proving import change_bin, expected, logits, prove
 
-INIT_R, STEPS, FINAL = 4, 10, 2
+INIT_R, STEPS, FINAL = 4, 6, 2
 Change = dict[str, Any]
 
 
@@ -36,9 +36,9 @@ def train(model: Any, out: Path, allocate: bool, **config: Any) -> Any:
         AdaLoraConfig(
             init_r=INIT_R,
             target_r=2,
-            tinit=2,
+            tinit=1,
             tfinal=FINAL,
-            deltaT=2,
+            deltaT=1,
             total_step=STEPS,
             lora_alpha=24,
             **config,
