@@ -40,6 +40,7 @@ _OTHERS = ("use_dora", "use_mora")  # readers of their own
 _UNREAD = {
     "layer_replication": "replicated layers",
     "alora_invocation_tokens": "activated LoRA",
+    "ensure_weight_tying": "one update of an embedding and the head tied to it",
 }
 
 

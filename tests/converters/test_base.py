@@ -35,7 +35,7 @@ def sharded_bin(base: Path, out: Path) -> None:
     (out / FILE).unlink()
     names = sorted(tensors)
     halves = [names[: len(names) // 2], names[len(names) // 2 :]]
-    weight_map = {}
+    weight_map: dict[str, str] = {}
     for i, half in enumerate(halves, 1):
         file = f"pytorch_model-{i:05}-of-00002.bin"
         torch.save({name: tensors[name] for name in half}, out / file)
