@@ -152,6 +152,8 @@ def open_base(folder_or_id: str | Path) -> BaseModel:
             remedy="pass --base the folder that from_pretrained would take",
         )
     config = read_json(config_path)
+    if not isinstance(config.get("model_type", ""), str):
+        raise BaseError("model_type is not a name", file=config_path, found=config["model_type"])
     return BaseModel(folder, name, config, _open_shards(folder))
 
 

@@ -10,7 +10,7 @@ import torch
 from .base import BaseModel
 from .errors import RunError
 from .fit import base_weight, change
-from .plan import changed
+from .plan import changed, stored_name
 from .run import Run
 from .tensors import LazyTensor, load_finite
 from .update import RankOneSum, Update
@@ -75,8 +75,7 @@ Side = tuple[Run, str | None, BaseModel | None]
 
 def _named(run: Run, base: BaseModel | None) -> dict[str, str]:
     """The name a module is compared by → the run's own."""
-    weights = {module: base.weight(module) if base else None for module in run.updates}
-    return {w.name if w is not None else f"{m}.weight": m for m, w in weights.items()}
+    return {stored_name(m, base) if base else f"{m}.weight": m for m in run.updates}
 
 
 def _difference(left: Side, right: Side) -> Difference:

@@ -16,7 +16,7 @@ from .base import HEAD, BaseModel
 from .errors import BaseError, TargetError
 from .run import HEADS, LazyUpdates, Run
 from .skeleton import empty_model
-from .tensors import LazyTensor, load_finite, same_values
+from .tensors import LazyTensor, is_copy_of, load_finite
 from .update import Update
 
 ENERGY = 0.999  # what an extracted adapter keeps of every module by default
@@ -78,7 +78,7 @@ def difference(tuned: BaseModel, base: BaseModel) -> Run:
             continue
         unread.pop(tensor.name, None)
         before, _ = _stored(base, name, aliases)
-        if before is not None and same_values(tensor, before):
+        if before is not None and is_copy_of(tensor, before):
             continue
         module = name.removesuffix(".weight")
         fits = before is not None and before.shape == tensor.shape
@@ -172,7 +172,7 @@ def _refuse(
         )
     for name, tensor in unread.items():
         before = base.tensors.get(base.find(name) or "")
-        if before is None or not same_values(tensor, before):
+        if before is None or not is_copy_of(tensor, before):
             raise TargetError(
                 "a changed tensor has no such name in the model in memory",
                 file=tensor.path,

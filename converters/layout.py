@@ -115,7 +115,16 @@ class Layout:
             if module not in moved:
                 loaders[module], origin[module] = _loader(run, module), module
         for parameter, parts in placed.items():
-            for disk, (load, module) in self._updates(run, parameter, parts).items():
+            found = self._updates(run, parameter, parts)
+            if not found:
+                raise BaseError(
+                    "the base holds no tensor for this module, whose weight may be tied",
+                    file=self._base.path,
+                    tensor=parts[0][1],
+                    expected=parameter,
+                    remedy="deploy it as an adapter: dora-export adapter",
+                )
+            for disk, (load, module) in found.items():
                 name = disk.removesuffix(".weight")
                 loaders[name], origin[name] = load, module
         return replace(

@@ -12,7 +12,14 @@ from .base import HEAD, BaseModel
 from .errors import BaseError, TargetError
 from .layout import Layout
 from .run import HEADS, Run
-from .tensors import LazyTensor, LazyTensors, SafetensorsTensor, numel, same_values
+from .tensors import (
+    LazyTensor,
+    LazyTensors,
+    SafetensorsTensor,
+    is_copy_of,
+    numel,
+    same_values,
+)
 
 
 @dataclass(frozen=True)
@@ -107,7 +114,9 @@ def plan_merge(run: Run, base: BaseModel, dtype: torch.dtype | None) -> MergePla
     last = shards[_shard_name(list(base.shards)[-1])]
     # A tensor that the base does not hold takes the dtype of its neighbours.
     added = dtype or base.dtype()
-    last += [replace(output(name, tensor), dtype=added) for name, tensor in names.items()]
+    for name, tensor in names.items():
+        new = output(name, tensor)
+        last.append(replace(new, dtype=added) if new.dtype.is_floating_point else new)
 
     config = _config(run, base, architecture, dtype, embedding)
     head = _untie(run, targets, base, replaced, config)
@@ -124,7 +133,7 @@ def _shard_name(path: Path) -> str:
     return path.stem.replace("pytorch_model", "model") + ".safetensors"
 
 
-def _stored(module: str, base: BaseModel) -> str:
+def stored_name(module: str, base: BaseModel) -> str:
     """The tensor of a module on disk; a head that is not there gets its name in memory."""
     return base.find(f"{module}.weight") or base.find(module) or f"{module}.weight"
 
@@ -137,7 +146,7 @@ def _targets(
     ranks: dict[str, int | None] = {}
     for module, update in run.updates.items():
         transposed = is_transposed(run, base, replaced, module, update.shape)
-        name = _stored(module, base)
+        name = stored_name(module, base)
         if name in targets:
             raise BaseError(
                 "two adapted modules are the same base tensor",
@@ -204,7 +213,7 @@ def changed(
         own = find(name)
         if own is None and name == HEAD:
             own = base.embedding
-        if own is None or not same_values(tensor, base.tensors[own]):
+        if own is None or not is_copy_of(tensor, base.tensors[own]):
             result[name] = tensor
     return result
 
@@ -215,8 +224,10 @@ def target_architecture(run: Run, base: BaseModel) -> tuple[str | None, list[str
     if run.task is None:
         return current, None
     suffix = HEADS[run.task][0]
-    causal = run.task == "causal-lm" and current is not None and current.endswith("LMHeadModel")
-    if current is not None and (current.endswith(suffix) or causal):
+    suffixes = [suffix]
+    if run.task == "causal-lm":  # so PEFT calls every model that writes text, images seen or not
+        suffixes += ["LMHeadModel", "ForConditionalGeneration"]
+    if current is not None and current.endswith(tuple(suffixes)):
         return current, None
     from .skeleton import class_for, tensor_names
 
@@ -302,7 +313,8 @@ def _untie(
 
 
 def _new_embedding(base: BaseModel, replaced: LazyTensors) -> LazyTensor | None:
-    return next((t for name, t in replaced.items() if base.find(name) == base.embedding), None)
+    known = base.embedding
+    return next((t for name, t in replaced.items() if known and base.find(name) == known), None)
 
 
 def _architecture(config: Mapping[str, object]) -> str:

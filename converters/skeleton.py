@@ -6,7 +6,7 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-from .errors import TargetError
+from .errors import BaseError, TargetError
 
 
 def class_for(config: Mapping[str, object], suffix: str) -> str:
@@ -30,18 +30,29 @@ def class_for(config: Mapping[str, object], suffix: str) -> str:
 def empty_model(
     architecture: str, config: Mapping[str, object], num_labels: int | None = None
 ) -> Any:
-    """A model of the class without weights, on the meta device."""
+    """A model of the class without weights, on the meta device.
+
+    Raises `BaseError` where transformers makes none of the configuration.
+    """
     import torch
     import transformers
 
     values = dict(config)
-    kind = transformers.CONFIG_MAPPING[str(values.pop("model_type"))]
     if num_labels is not None:
         values.pop("id2label", None)
         values.pop("label2id", None)
         values["num_labels"] = num_labels
-    with torch.device("meta"):
-        return getattr(transformers, architecture)(kind.from_dict(values))
+    try:
+        kind = transformers.CONFIG_MAPPING[str(values.pop("model_type"))]
+        with torch.device("meta"):
+            return getattr(transformers, architecture)(kind.from_dict(values))
+    except Exception as error:
+        raise BaseError(
+            "transformers cannot make this model from the base's config.json",
+            found=f"{type(error).__name__}: {str(error)[:300]}",
+            expected=f"the configuration of a {architecture}",
+            remedy="correct config.json, or install the transformers that the base was saved with",
+        ) from error
 
 
 def tensor_names(

@@ -151,6 +151,8 @@ def read_json(path: Path) -> dict[str, object]:
         value = json.loads(path.read_bytes(), object_pairs_hook=_unique_keys)
     except FileNotFoundError:
         raise MissingError("file not found", file=path) from None
+    except OSError as error:
+        raise TensorFileError(f"cannot be read: {error.strerror}", file=path) from None
     except (ValueError, RecursionError) as error:
         raise TensorFileError(f"not valid JSON: {error}", file=path) from None
     if not isinstance(value, dict):
@@ -191,6 +193,8 @@ def open_safetensors(path: Path) -> dict[str, LazyTensor]:
             raw = stream.read(length)
     except FileNotFoundError:
         raise MissingError("file not found", file=path) from None
+    except OSError as error:
+        raise TensorFileError(f"cannot be read: {error.strerror}", file=path) from None
     try:
         header = json.loads(raw, object_pairs_hook=_unique_keys)
         if not isinstance(header, dict):
@@ -353,12 +357,15 @@ def blocks(tensor: LazyTensor, elements: int = 1 << 20) -> Iterator[torch.Tensor
         yield part
 
 
+def is_copy_of(tensor: LazyTensor, source: LazyTensor) -> bool:
+    """Whether `tensor` is `source` in its own dtype: rounded where that is coarser."""
+    return tensor.shape == source.shape and all(
+        torch.equal(a, b.to(tensor.dtype))
+        for a, b in zip(blocks(tensor), blocks(source), strict=True)
+    )
+
+
 def same_values(left: LazyTensor, right: LazyTensor) -> bool:
     """Whether both hold the same numbers once the finer one is rounded to the coarser dtype."""
-    if left.shape != right.shape:
-        return False
-    coarse = min(left.dtype, right.dtype, key=lambda dtype: dtype.itemsize)
-    return all(
-        torch.equal(a.to(coarse), b.to(coarse))
-        for a, b in zip(blocks(left), blocks(right), strict=True)
-    )
+    coarse, fine = sorted((left, right), key=lambda tensor: tensor.dtype.itemsize)
+    return is_copy_of(coarse, fine)

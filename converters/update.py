@@ -166,7 +166,7 @@ def rank_for(s: torch.Tensor, max_rank: int | None, energy: float | None) -> int
     if (max_rank is None) == (energy is None):
         raise ValueError("give either max_rank or energy")
     if energy is None:
-        return min(int(max_rank or 0), len(s))
+        return min(int(max_rank or 0), int((s > 0).sum()))
     if not 0 < energy <= 1:
         raise ValueError(f"energy is a share, over 0 and up to 1: {energy}")
     # Summed from the smallest on, so that a share near 1 is told from 1.

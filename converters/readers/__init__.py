@@ -6,7 +6,7 @@ import re
 from dataclasses import dataclass, replace
 from importlib.metadata import entry_points
 from pathlib import Path
-from typing import Protocol
+from typing import Protocol, TypeGuard
 
 from ..errors import MissingError, RunError
 from ..run import Run
@@ -30,6 +30,11 @@ class ReadOptions:
     rank: int | None = None
     gate: str | None = None
     parts: tuple[Path, ...] = ()
+
+
+def is_number(value: object) -> TypeGuard[float]:
+    """Whether it is a number that float32 can hold, neither NaN nor infinite."""
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) < 3e38
 
 
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
@@ -95,6 +100,8 @@ def read_run(path: str | Path, options: ReadOptions | None = None) -> Run:
     if not folder.exists() and _HUB_ID.fullmatch(str(path)):
         folder = _cached_run(str(path))
     options = options or ReadOptions()
+    if options.lora_alpha is not None and not is_number(options.lora_alpha):
+        raise RunError("lora_alpha is not a finite number", found=options.lora_alpha)
     reader, folder = detect(folder, options.method)
     run = replace(reader.read(folder, options), method=reader.name)
     if options.parts:

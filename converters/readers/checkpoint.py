@@ -17,10 +17,10 @@ from ..errors import RunError
 from ..run import HEADS, LazyUpdates, Run
 from ..tensors import LazyTensor, LazyTensors, load_finite, numel
 from ..update import RankOneSum
+from . import is_number
 from .peft_common import (
     CONFIG_FILE,
     WEIGHT_FILES,
-    is_number,
     open_weights,
     origin,
     read_config,

@@ -18,7 +18,7 @@ from ..errors import RunError
 from ..run import LazyUpdates, Run
 from ..tensors import LazyTensor, load_finite, load_torch, open_file, read_json
 from ..update import RankOneSum, Update
-from . import ReadOptions
+from . import ReadOptions, is_number
 
 WEIGHT_FILES = ("model.safetensors", "pytorch_model.bin")
 _A, _B, _C = "lora_a_linear.weight", "lora_b_linear.weight", "lora_scaler"
@@ -145,14 +145,14 @@ def _group(tensors: dict[str, LazyTensor]) -> dict[str, dict[str, LazyTensor]]:
                     remedy="the checkpoint is damaged or was edited: copy it again",
                 )
         linear = tensors.get(f"{module}.linear.weight")
-        out, inn = parts[_B].shape[0], parts[_A].shape[-1]
-        if linear is not None and linear.shape != (out, inn):
+        shape = (*parts[_B].shape[:1], *parts[_A].shape[-1:])
+        if linear is not None and linear.shape != shape:
             raise RunError(
                 "the update does not fit the weight it was trained with",
                 file=linear.path,
                 tensor=f"{module}.linear.weight",
                 found=list(linear.shape),
-                expected=[out, inn],
+                expected=list(shape),
             )
     return modules
 
@@ -204,7 +204,10 @@ class _Scaling:
         if self.options.lora_alpha is not None:
             return self.options.lora_alpha
         try:
-            return float(str(self.info["lora_alpha"]))
+            alpha = float(str(self.info["lora_alpha"]))
+            if not is_number(alpha):
+                raise ValueError
+            return alpha
         except KeyError:
             raise RunError(
                 "the run's lora_alpha is not known",
@@ -231,7 +234,7 @@ class _Scaling:
                 expected=f"{rank}, the rank of the stored components",
                 remedy="is this the task_info.json (or --start-rank) of another run?",
             )
-        return self.alpha / rank
+        return self.alpha / rank if rank else 0.0
 
 
 def _task_info_path(folder: Path) -> Path | None:

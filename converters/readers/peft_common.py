@@ -6,13 +6,14 @@ import math
 import re
 from collections.abc import Iterable
 from pathlib import Path
-from typing import TypedDict, TypeGuard
+from typing import TypedDict
 
 from ..base import CONV1D_FAMILIES, CONV1D_LAYERS, BaseModel, open_base
 from ..errors import BaseError, MissingError, RunError
 from ..run import HEADS
 from ..tensors import LazyTensor, open_file, read_json
 from . import ReadOptions
+from . import is_number as is_number
 from .dora import HEAD_WEIGHTS
 
 CONFIG_FILE = "adapter_config.json"
@@ -149,7 +150,7 @@ class Scaling:
             try:
                 if re.match(rf"(.*\.)?({name})$", module):
                     return value
-            except re.error:
+            except (re.error, OverflowError, RecursionError):
                 raise RunError(
                     "a pattern is not a regular expression", file=self._path, found=name
                 ) from None
@@ -183,11 +184,9 @@ class Scaling:
             alpha = self._alpha
         else:
             alpha = self._lookup(self._alpha_pattern, module, "lora_alpha")
+        if not rank:
+            return 0.0
         return alpha / (math.sqrt(rank) if self._config.get("use_rslora") else rank)
-
-
-def is_number(value: object) -> TypeGuard[float]:
-    return isinstance(value, (int, float)) and not isinstance(value, bool)
 
 
 def _num_labels(replaced: dict[str, LazyTensor]) -> int | None:

@@ -61,7 +61,7 @@ class PeftTunerReader:
     )
 
     def detect(self, path: Path) -> Path | None:
-        kind = read_config(path).get("peft_type")
+        kind = str(read_config(path).get("peft_type"))
         return path if kind in _TUNERS or kind in _UNMERGEABLE else None
 
     def read(self, folder: Path, options: ReadOptions) -> Run:

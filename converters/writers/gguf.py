@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from ..base import HEAD, BaseModel
-from ..errors import TargetError
+from ..errors import BaseError, TargetError
 from ..fit import FitReport
 from ..run import Run
 from ..update import RankOneSum
@@ -76,9 +76,9 @@ class GgufAdapter:
             )
         plan = LoraFolder().plan(run, base, profile, dtype)
         architecture, permuted = _family(base)
-        layers = base.config.get("num_hidden_layers", base.config.get("n_layer"))
+        layers = _count(base, "n_layer", "num_hidden_layers")
         known = {name: arch for arch, name in gguf.MODEL_ARCH_NAMES.items()}[architecture]
-        table = gguf.get_tensor_name_map(known, int(str(layers)))
+        table = gguf.get_tensor_name_map(known, layers)
         names = {}
         heads = {}
         for module in plan.stored:
@@ -166,10 +166,20 @@ def _family(base: BaseModel) -> tuple[str, bool]:
 
 
 def _heads(base: BaseModel, module: str) -> int:
-    heads = base.config.get("num_attention_heads")
-    if module.endswith(".k_proj"):
-        heads = base.config.get("num_key_value_heads") or heads
-    return int(str(heads))
+    names = ("num_key_value_heads", "num_attention_heads")
+    return _count(base, *(names if module.endswith(".k_proj") else names[1:]))
+
+
+def _count(base: BaseModel, *names: str) -> int:
+    """The first of these numbers that the base's configuration has."""
+    value = next((base.config[name] for name in names if base.config.get(name)), None)
+    if not isinstance(value, int):
+        raise BaseError(
+            f"the base's configuration has no {names[-1]}",
+            file=base.path / "config.json",
+            found=value,
+        )
+    return value
 
 
 def _check_tied(run: Run, base: BaseModel, names: dict[str, str]) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import shutil
 import subprocess
@@ -14,7 +15,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from dora_serve import DoraExportError, merge, read_run, write_adapter
+from dora_serve import DoraExportError, ReadOptions, merge, read_run, write_adapter
 from tests.conftest import tiny_llama
 from tests.reference_layout import ALPHA, START_RANK
 
@@ -106,6 +107,28 @@ def alpha_is_text(run: Path, _base: Path) -> None:
     change_info(run, lora_alpha="eight")
 
 
+def alpha_is_nan(run: Path, _base: Path) -> None:
+    change_info(run, lora_alpha="nan")
+
+
+def alpha_is_huge(run: Path, _base: Path) -> None:
+    change_info(run, lora_alpha="1e300")
+
+
+def scalar_b(run: Path, _base: Path) -> None:
+    edit(run / FILE, **{f"{Q}.lora_b_linear.weight": torch.tensor(1.0)})
+
+
+def weights_are_a_folder(_run: Path, base: Path) -> None:
+    (base / FILE).unlink()
+    (base / FILE).mkdir()
+
+
+def listed_model_type(_run: Path, base: Path) -> None:
+    config = json.loads((base / "config.json").read_text())
+    (base / "config.json").write_text(json.dumps({**config, "model_type": ["llama"]}))
+
+
 def change_info(run: Path, **changes: str | None) -> None:
     path = Path(str(run.parent).replace("/Checkpoint/", "/Log/")) / "task_info.json"
     values = {**json.loads(path.read_text()), **changes}
@@ -158,6 +181,11 @@ CASES: list[tuple[Damage, str]] = [
     (other_start_rank, "start rank differs(.|\n)*12"),
     (no_alpha, "--lora-alpha"),
     (alpha_is_text, "not a number"),
+    (alpha_is_nan, "not a number"),
+    (alpha_is_huge, "not a number"),
+    (scalar_b, r"\[32, 32\](.|\n)*\[32\]"),
+    (weights_are_a_folder, "cannot be read(.|\n)*model.safetensors"),
+    (listed_model_type, "model_type"),
     (code_in_prune_state, "more than tensors"),
     (code_in_weights, "more than tensors"),
     (stray_tensor, "elsewhere.weight"),
@@ -202,9 +230,33 @@ def test_adapter_refuses(damage: Damage, dora_run: Path, base: Path) -> None:
         write_adapter(dora_run, "out", base=base)
 
 
-def test_lost_log_folder_needs_alpha(dora_run: Path, tmp_path: Path) -> None:
-    from dora_serve import ReadOptions
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        ({"lora_alpha": math.nan}, "lora_alpha"),
+        ({"lora_alpha": 10**400}, "lora_alpha"),
+        ({"alpha_pattern": {"q_proj": math.inf}}, "alpha_pattern"),
+        ({"rank_pattern": {"q{99999999999}": 4}}, "not a regular expression"),
+        ({"rank_pattern": {"(" * 5000 + "q" + ")" * 5000: 4}}, "not a regular expression"),
+        ({"peft_type": ["LORA"]}, "no run found"),
+    ],
+)
+def test_configurations_of_the_wrong_kind(
+    changes: dict[str, object], says: str, llama_lora: Path, base: Path, tmp_path: Path
+) -> None:
+    adapter = Path(shutil.copytree(llama_lora, tmp_path / "adapter"))
+    config = json.loads((adapter / "adapter_config.json").read_text())
+    (adapter / "adapter_config.json").write_text(json.dumps({**config, **changes}))
+    with pytest.raises(DoraExportError, match=says):
+        write_adapter(adapter, "out", base=base)
 
+
+def test_an_alpha_that_is_no_number_is_refused(llama_lora: Path) -> None:
+    with pytest.raises(DoraExportError, match="lora_alpha"):
+        read_run(llama_lora, ReadOptions(lora_alpha=math.nan))
+
+
+def test_lost_log_folder_needs_alpha(dora_run: Path, tmp_path: Path) -> None:
     info = Path(str(dora_run.parent).replace("/Checkpoint/", "/Log/")) / "task_info.json"
     moved = info.rename(tmp_path / "info.json")
     with pytest.raises(DoraExportError, match="--task-info"):
