@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from ..base import CONV1D_FAMILIES, CONV1D_LAYERS
 from ..readers.peft_lora import _BASE_CHANGING
 from ..writers.adapter import CONFIG
-from .finding import Adapter, Finding
+from .finding import PEFTS_OWN, Adapter, Finding
 
 # Field of the configuration → tensors it brings along.
 _FEATURES = {
@@ -27,7 +27,7 @@ _MERGE = "deploy the merged model: dora-export merge"
 def kind(adapter: Adapter) -> Iterator[Finding]:
     name = adapter.config.get("peft_type")
     if name != "LORA":
-        targets = adapter.where(lambda engine: engine.name not in ("peft", "transformers"))
+        targets = adapter.where(lambda engine: engine.name not in PEFTS_OWN)
         if targets:
             yield Finding(
                 "peft-type", "error", targets, f"{CONFIG}: peft_type", "this is no LoRA adapter",
@@ -39,7 +39,7 @@ def features(adapter: Adapter) -> Iterator[Finding]:
     for key, pattern in _FEATURES.items():
         tensors = [name for name in adapter.others if pattern and re.search(pattern, name)]
         said = bool(adapter.config.get(key))
-        targets = adapter.where(lambda engine, key=key: key not in engine.features)  # type: ignore[misc]
+        targets = tuple(e.name for e in adapter.engines if key not in e.features)
         if said and targets:
             yield Finding(
                 key, "error", targets, tensors[0] if tensors else f"{CONFIG}: {key}",
@@ -65,11 +65,10 @@ def whole_tensors(adapter: Adapter) -> Iterator[Finding]:
         if name in biases or (module in adapted and name.endswith("weight")):
             continue  # an adapter on an embedding or head may carry its untouched weight along
         last = module.split(".")[-1] if not _saved(adapter, name) else _saved(adapter, name)
-        targets = adapter.where(
-            lambda engine, last=last: (
-                engine.whole_modules is not None  # type: ignore[misc]
-                and last not in engine.whole_modules
-            )
+        targets = tuple(
+            engine.name
+            for engine in adapter.engines
+            if engine.whole_modules is not None and last not in engine.whole_modules
         )
         if targets:
             yield Finding(
@@ -115,20 +114,29 @@ def initialisation(adapter: Adapter) -> Iterator[Finding]:
 
 def orientation(adapter: Adapter) -> Iterator[Finding]:
     said = bool(adapter.config.get("fan_in_fan_out"))
+    targets = adapter.where(lambda engine: not engine.conv1d)
+    wrong = []
     for module in adapter.pairs:
         conv1d = module.split(".")[-1] in CONV1D_LAYERS
         if adapter.base is not None:
             conv1d = conv1d and adapter.base.config.get("model_type") in CONV1D_FAMILIES
         elif conv1d:
-            continue
-        if said != conv1d:
+            continue  # Starcoder 2 has linear layers of these names
+        if conv1d and targets:
             yield Finding(
-                "fan_in_fan_out", "warning", adapter.all, module,
-                "fan_in_fan_out does not fit the layer; a tool that trusts it transposes wrongly",
-                str(said).lower(), str(conv1d).lower(),
-                "dora-export lint --base … --fix sets it by the layers of the base",
+                "conv1d", "error", targets, module,
+                "llama.cpp's converter transposes the update of a Conv1D layer", "a Conv1D layer",
+                "linear layers", f"dora-export lint --target {targets[0]} --fix",
             )  # fmt: skip
-            return
+        if said != conv1d:
+            wrong.append(module)
+    if wrong:
+        yield Finding(
+            "fan_in_fan_out", "warning", adapter.all, wrong[0],
+            "fan_in_fan_out does not fit the layer; a tool that trusts it transposes wrongly",
+            str(said).lower(), str(not said).lower(),
+            "dora-export lint --base … --fix sets it by the layers of the base",
+        )  # fmt: skip
 
 
 CHECKS = (kind, features, whole_tensors, embeddings, initialisation, orientation)

@@ -18,10 +18,15 @@ from ..writers.profiles import PROFILES, Profile
 Severity = Literal["error", "warning", "info"]
 
 PREFIX = "base_model.model."
-# The engines a PEFT folder can go to; transformers loads it by PEFT's own layers, and renames.
+PEFTS_OWN = ("peft", "transformers")  # where PEFT's layers compute
+_PEFT = PROFILES["peft"]
+# The engines a PEFT folder can go to. transformers has PEFT's layers and a loader of its own, which
+# needs no prefix and does not find the magnitudes of DoRA (`transformers/integrations/peft.py`).
 ENGINES: dict[str, Profile] = {
-    "peft": PROFILES["peft"],
-    "transformers": replace(PROFILES["peft"], name="transformers", prefix=False),
+    "peft": _PEFT,
+    "transformers": replace(
+        _PEFT, name="transformers", prefix=False, features=_PEFT.features - {"use_dora"}
+    ),
     **{name: profile for name, profile in PROFILES.items() if name != "peft"},
 }
 _FACTOR = re.compile(r"(.+)\.(?:lora_(A|B)(\.\w+)?\.weight|lora_embedding_(A|B)(\.\w+)?)")
@@ -47,13 +52,13 @@ class Finding:
 
 @dataclass(frozen=True)
 class Factor:
-    """One stored A or B: `key` as in the file; `named`: with the name of an adapter inside."""
+    """One stored A or B: `key` as in the file; `named`: the name of an adapter inside, or ""."""
 
     key: str
     module: str
     letter: str
     embedding: bool
-    named: bool
+    named: str
 
 
 @dataclass(frozen=True)
@@ -72,16 +77,17 @@ class Adapter:
         for key in self.tensors:
             if match := _FACTOR.fullmatch(key.removeprefix(PREFIX)):
                 letter, embedding = match[2] or match[4], match[4] is not None
-                named = bool(match[3] or match[5])
+                named = (match[3] or match[5] or "").removeprefix(".")
                 result.append(Factor(key, match[1], letter, embedding, named))
         return result
 
     @cached_property
     def pairs(self) -> dict[str, tuple[LazyTensor, LazyTensor]]:
-        """A and B of every complete linear module; embeddings as `A [r, dim]`, `B [vocab, r]`
-        are left out."""
+        """A and B of every complete layer; embeddings and parameters are left out."""
         linear = {
-            (f.module, f.letter): self.tensors[f.key] for f in self.factors if not f.embedding
+            (f.module, f.letter): self.tensors[f.key]
+            for f in self.factors
+            if not f.embedding and not self._on_parameter(f.module)
         }
         modules = dict.fromkeys(module for module, _ in linear)
         return {
@@ -89,6 +95,12 @@ class Adapter:
             for module in modules
             if (module, "A") in linear and (module, "B") in linear
         }
+
+    def _on_parameter(self, module: str) -> bool:
+        parameters = self.config.get("target_parameters")
+        names = parameters if isinstance(parameters, list) else []
+        owners = {str(name).rpartition(".")[0] for name in names}
+        return any(f".{module.removesuffix('.base_layer')}".endswith(f".{o}") for o in owners)
 
     @cached_property
     def embeddings(self) -> list[str]:
@@ -111,6 +123,13 @@ class Adapter:
     def where(self, test: Callable[[Profile], bool]) -> tuple[str, ...]:
         """The engines of which `test` is true."""
         return tuple(engine.name for engine in self.engines if test(engine))
+
+    def graded(self, test: Callable[[Profile], bool]) -> Iterator[tuple[Severity, tuple[str, ...]]]:
+        """An error for the engines of which `test` is true, a warning for the others."""
+        if errors := self.where(test):
+            yield "error", errors
+        if warnings := self.where(lambda engine: not test(engine)):
+            yield "warning", warnings
 
 
 Check = Callable[[Adapter], Iterator[Finding]]

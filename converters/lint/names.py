@@ -8,7 +8,8 @@ from collections.abc import Iterator
 
 from ..base import HEAD
 from ..writers.adapter import CONFIG
-from .finding import PREFIX, Adapter, Finding
+from ..writers.profiles import Profile
+from .finding import PEFTS_OWN, PREFIX, Adapter, Finding
 
 _LAYER = re.compile(r"(.*?)\.(\d+)\.(?:(.+)\.)?([^.]+)")
 _REWRITE = "dora-export lint --fix writes the names PEFT knows"
@@ -17,33 +18,39 @@ _REWRITE = "dora-export lint --fix writes the names PEFT knows"
 def prefix(adapter: Adapter) -> Iterator[Finding]:
     for factor in adapter.factors:
         if not factor.key.startswith(PREFIX):
-            needed = adapter.where(lambda engine: engine.prefix)
-            for severity, targets in (
-                ("error", needed),
-                ("warning", tuple(name for name in adapter.all if name not in needed)),
-            ):
-                if targets:
-                    yield Finding(
-                        "prefix",
-                        severity,  # type: ignore[arg-type]
-                        targets,
-                        factor.key,
-                        "the name lacks PEFT's prefix, so the tensor may be left out unsaid",
-                        factor.key,
-                        PREFIX + factor.module,
-                        _REWRITE,
-                    )
+            for severity, targets in adapter.graded(lambda engine: engine.prefix):
+                yield Finding(
+                    "prefix",
+                    severity,
+                    targets,
+                    factor.key,
+                    "the name lacks PEFT's prefix, so the tensor may be left out unsaid",
+                    "no prefix",
+                    f"{PREFIX}…",
+                    _REWRITE,
+                )
         elif factor.named:
-            yield Finding(
-                "adapter-name",
-                "error",
-                adapter.all,
-                factor.key,
-                "the name of the adapter is part of the tensor's name",
-                factor.key,
-                f"{PREFIX}{factor.module}.lora_{factor.letter}.weight",
-                _REWRITE,
-            )
+            # PEFT calls the adapter it loads "default".
+            wrong = _not_peft if factor.named == "default" else _anyone
+            for severity, targets in adapter.graded(wrong):
+                yield Finding(
+                    "adapter-name",
+                    severity,
+                    targets,
+                    factor.key,
+                    "the name of the adapter is part of the tensor's name",
+                    factor.named,
+                    f"…lora_{factor.letter}.weight",
+                    _REWRITE,
+                )
+
+
+def _not_peft(engine: Profile) -> bool:
+    return engine.name != "peft"
+
+
+def _anyone(_engine: Profile) -> bool:
+    return True
 
 
 def duplicates(adapter: Adapter) -> Iterator[Finding]:
@@ -213,24 +220,17 @@ def tied(adapter: Adapter) -> Iterator[Finding]:
         weight = base.weight(module)
         if weight is None or weight.name != base.embedding:
             continue
-        whole = adapter.where(lambda engine: engine.name in ("peft", "transformers"))
-        for severity, targets in (
-            ("warning", whole),
-            ("error", tuple(name for name in adapter.all if name not in whole)),
-        ):
-            if targets:
-                yield Finding(
-                    "tied",
-                    severity,  # type: ignore[arg-type]
-                    targets,
-                    module,
-                    "embedding and head are one tensor in the base, and one side of it is adapted",
-                    f"an adapter on {module}",
-                    "none on tied tensors",
-                    "merge it: dora-export merge unties the pair",
-                )
+        for severity, targets in adapter.graded(lambda engine: engine.name not in PEFTS_OWN):
+            yield Finding(
+                "tied",
+                severity,
+                targets,
+                module,
+                "embedding and head are one tensor in the base, and one side of it is adapted",
+                f"an adapter on {module}",
+                "none on tied tensors",
+                "merge it: dora-export merge unties the pair",
+            )
 
 
-CHECKS = (
-    prefix, duplicates, incomplete, unknown_modules, targeted, kinds, gaps, tied
-)  # fmt: skip
+CHECKS = (prefix, duplicates, incomplete, unknown_modules, targeted, kinds, gaps, tied)

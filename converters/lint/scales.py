@@ -12,7 +12,6 @@ from ..writers.profiles import Profile, Reading
 from .finding import Adapter, Finding
 
 _FUSED = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
-_FOLD = "dora-export lint --fix folds every scale into the weights"
 
 
 def numbers(adapter: Adapter) -> Iterator[Finding]:
@@ -129,7 +128,7 @@ def _compare(
                 f"{reader} multiplies by another scale than PEFT",
                 f"{found:g}",
                 f"{expected:g}",
-                _FOLD,
+                _fold(engine.name),
             )
 
 
@@ -151,8 +150,12 @@ def fused(adapter: Adapter) -> Iterator[Finding]:
                     "the engine runs these modules as one layer, and their scales differ",
                     ", ".join(f"{k} {scale:g}" for k, scale in parts.items()),
                     "one scale",
-                    _FOLD,
+                    _fold(targets[0]),
                 )
+
+
+def _fold(engine: str) -> str:
+    return f"dora-export lint --target {engine} --fix folds every scale into the weights"
 
 
 def _truth(adapter: Adapter) -> dict[str, float]:

@@ -36,7 +36,8 @@ class Profile:
     `kinds`: last names of the modules it can adapt, None for any. `together`: kinds that it loads
     only all or none. `uniform`: it stores every kind of module in every layer at one rank, so
     that what the run lacks is written as zeros; `drops`: it leaves out a kind that one layer
-    lacks. `prefix`: it knows a tensor only by PEFT's prefix.
+    lacks. `prefix`: it knows a tensor only by PEFT's prefix. `conv1d`: it reads PEFT's adapters
+    on Conv1D layers.
     `reading`: how it takes the scale; `older`: versions that took it another way.
     `writer`: the entry point in `dora_serve.writers` that writes its format.
     """
@@ -52,6 +53,7 @@ class Profile:
     uniform: bool = False
     drops: bool = False
     prefix: bool = False
+    conv1d: bool = True
     slots: tuple[int, ...] = ()
     reading: Reading = field(default_factory=Reading)
     older: Mapping[str, Reading] = field(default_factory=dict)
@@ -125,6 +127,7 @@ PROFILES = {
             None,
             biases=False,
             embeddings=True,
+            conv1d=False,
             reading=Reading(stored_rank=True),
             writer="gguf",
         ),

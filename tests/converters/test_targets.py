@@ -21,7 +21,7 @@ from safetensors.torch import load_file
 from transformers import LlamaForCausalLM
 
 from converters.writers.profiles import PROFILES
-from dora_serve import DoraExportError, read_run, verify, write_adapter
+from dora_serve import DoraExportError, read_run, write_adapter
 from dora_serve.commands import adapter as adapter_command
 from dora_serve.proof import logits, verification_batch
 from tests.conftest import randomize
@@ -119,15 +119,13 @@ def test_engine_of_one_rank_computes_what_peft_computes(
     live = PeftModel.from_pretrained(LlamaForCausalLM.from_pretrained(llama_base), str(lora))
     inputs = verification_batch(live)
     truth = logits(live.eval(), inputs)
-    run = read_run(lora)
     out = tmp_path / "out"
-    result = write_adapter(run, out, base=llama_base, target=engine)
+    result = write_adapter(read_run(lora), out, base=llama_base, target=engine)
     deployed = logits(served(llama_base, ENGINES[engine](out)), inputs)
     assert float((deployed - truth).abs().max()) <= 1e-4
     assert torch.equal(deployed.argmax(-1), truth.argmax(-1))
     without = logits(served(llama_base, {}), inputs)
     assert float((without - truth).abs().max()) > 1e-2
-    assert verify(run, out, llama_base).passed
 
     config, tensors = stored(out)
     largest = max(rank for _, rank in result.plan.ranks.values())
