@@ -1,0 +1,176 @@
+"""ONNX graphs for ONNX Runtime: a merged model, or the base with many adapters beside it.
+
+With adapters the folder holds two graphs over the same weights: `model.onnx` runs with one adapter
+at a time (`onnxruntime.LoraAdapter`, `onnxruntime_genai.Adapters`), `batched.onnx` with another
+adapter in every row of a batch. Without an adapter both are the base.
+"""
+
+from __future__ import annotations
+
+import re
+import shutil
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ...base import BaseModel
+from ...certificate import FILE, certificate, write_json
+from ...errors import TargetError
+from ...output import check_output, output_folder
+from ...plan import changed, check_frozen, target_architecture
+from ...run import HEADS, Run
+from ..merged import write_merged
+from .adapters import FOLDER, SUFFIX, write_adapter_file
+from .branches import add_branches, sites_in
+from .decoder import BATCHED, MODEL, PRECISIONS, build_decoder, decoder_sites, place
+
+_NAME = re.compile(r"[\w][\w.-]*")
+Prove = Callable[[Path], Mapping[str, object]]
+
+
+@dataclass(frozen=True)
+class OnnxResult:
+    """What was written. `ranks`: adapter → module → rank."""
+
+    path: Path
+    precision: str
+    ranks: dict[str, dict[str, int]] = field(default_factory=dict)
+    accuracy: Mapping[str, object] = field(default_factory=dict)
+    warnings: tuple[str, ...] = ()
+
+
+def write_onnx(
+    base: BaseModel,
+    target: Path,
+    *,
+    run: Run | None = None,
+    adapters: Mapping[str, Run] | None = None,
+    precision: str = "fp32",
+    force: bool = False,
+    prove: Prove | None = None,
+) -> OnnxResult:
+    """Write `run` merged into `base`, or `base` with `adapters` (name → run), as ONNX.
+
+    `prove` is given the folder before it appears, and what it returns goes into the certificate.
+    Raises `DoraExportError`, with nothing written, when the graph cannot carry the runs.
+    """
+    adapters = dict(adapters or {})
+    runs = [*([run] if run is not None else []), *adapters.values()]
+    check_output(target, force, [base.path, *(each.path for each in runs)])
+    if precision not in PRECISIONS:
+        raise TargetError("unknown precision", found=precision, expected=", ".join(PRECISIONS))
+    stripped = {name: each.strip() for name, each in adapters.items()}
+    _check_adapters(stripped, base)
+    if _task(base, runs) != "causal-lm":
+        raise TargetError("no ONNX export for this task", found=_task(base, runs))
+    ranks: dict[str, dict[str, int]] = {}
+    accuracy: Mapping[str, object] = {}
+    with output_folder(target) as folder:
+        if run is None:
+            build_decoder(base.path, folder, precision, adaptable=bool(adapters))
+        else:
+            merged = folder / ".merged"
+            # float32, so that a quantized graph is rounded once from what was trained.
+            write_merged(run, base, merged, dtype=torch.float32)
+            build_decoder(merged, folder, precision, adaptable=False)
+            shutil.rmtree(merged)
+        if adapters:
+            _add_branches(folder)
+            ranks = _write_adapters(folder, stripped)
+        if prove is not None:
+            accuracy = prove(folder)
+        details = {"precision": precision, "accuracy": dict(accuracy)}
+        write_json(folder / FILE, _certificate(run, adapters, base, ranks, details))
+    warnings = tuple(text for each in runs for text in each.warnings)
+    return OnnxResult(target, precision, ranks, accuracy, warnings)
+
+
+def _task(base: BaseModel, runs: list[Run]) -> str | None:
+    """The task of the runs, or the one that the base's own architecture is for."""
+    tasks = {run.task for run in runs if run.task is not None}
+    if len(tasks) > 1:
+        raise TargetError("the runs are for different tasks", found=", ".join(sorted(tasks)))
+    if tasks:
+        return tasks.pop()
+    known = base.config.get("architectures")
+    current = str(known[0]) if isinstance(known, list) and known else ""
+    return next((task for task, (suffix, _) in HEADS.items() if current.endswith(suffix)), None)
+
+
+def _check_adapters(adapters: Mapping[str, Run], base: BaseModel) -> None:
+    """Raise an error for an adapter that is of another base, or that a graph cannot carry."""
+    for name, run in adapters.items():
+        if not _NAME.fullmatch(name):
+            raise TargetError("not a name for an adapter", found=name, expected="letters, - _ .")
+        check_frozen(run, base)
+        target_architecture(run, base)
+        whole = sorted(changed(run, base))
+        if whole or run.embeddings:
+            raise TargetError(
+                "the run trained tensors that an adapter in an ONNX graph cannot carry",
+                file=run.path,
+                found=", ".join([*whole, *sorted(run.embeddings)]),
+                remedy="export it merged: dora-export onnx RUN OUT",
+            )
+        for module, update in run.updates.items():
+            if update.components() is None:
+                raise TargetError(
+                    "this module's update is not low-rank",
+                    file=run.path,
+                    tensor=module,
+                    remedy="export it merged: dora-export onnx RUN OUT",
+                )
+            base.is_transposed(module, update.shape)
+
+
+def _add_branches(folder: Path) -> None:
+    """Both forms of the graph in `folder`, over the same weights, able to carry adapters."""
+    import onnx
+
+    for file, batched in ((BATCHED, True), (MODEL, False)):
+        model = onnx.load(folder / MODEL, load_external_data=False)
+        add_branches(model, decoder_sites(model.graph).values(), batched)
+        onnx.save(model, folder / file)
+
+
+def _write_adapters(folder: Path, adapters: Mapping[str, Run]) -> dict[str, dict[str, int]]:
+    import onnx
+
+    sites = sites_in(onnx.load(folder / MODEL, load_external_data=False).graph)
+    (folder / FOLDER).mkdir(exist_ok=True)
+    return {
+        name: write_adapter_file(
+            folder / FOLDER / f"{name}{SUFFIX}", run, lambda m, s: place(m, s, sites)
+        )
+        for name, run in adapters.items()
+    }
+
+
+def _certificate(
+    run: Run | None,
+    adapters: Mapping[str, Run],
+    base: BaseModel,
+    ranks: Mapping[str, Mapping[str, int]],
+    details: Mapping[str, Any],
+) -> dict[str, object]:
+    if run is not None:
+        stripped = run.strip()
+        modules = {
+            module: {"start_rank": run.start_rank.get(module), "rank": stripped.rank(module)}
+            for module in run.updates
+        }
+        return certificate("onnx", run, base, modules, **details)
+    return {
+        "kind": "onnx",
+        "base": {"name": base.name},
+        **details,
+        "adapters": {
+            name: certificate(
+                "onnx adapter", each, base, {m: {"rank": rank} for m, rank in ranks[name].items()}
+            )
+            for name, each in adapters.items()
+        },
+    }
