@@ -12,6 +12,7 @@ _EXPORT_VERBS = {
     "inspect": "Show a run: method, ranks, sizes, and what each target accepts.",
     "merge": "Merge a run into its base model: a Hugging Face folder.",
     "adapter": "Repack a run as a compact LoRA adapter, another rank per module.",
+    "onnx": "Export for ONNX Runtime: merged, or one graph with many adapters.",
     "verify": "Compare an artifact with the live, unmerged run.",
 }
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import re
 import shutil
+import tempfile
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,11 +18,12 @@ from typing import Any
 import torch
 
 from ...base import BaseModel
-from ...certificate import FILE, certificate, write_json
+from ...certificate import FILE, certificate, tool, write_json
 from ...errors import TargetError
 from ...output import check_output, output_folder
 from ...plan import changed, check_frozen, target_architecture
 from ...run import HEADS, Run
+from ...tensors import read_json
 from ..merged import write_merged
 from .adapters import FOLDER, SUFFIX, write_adapter_file
 from .branches import add_branches, sites_in
@@ -163,14 +165,77 @@ def _certificate(
             for module in run.updates
         }
         return certificate("onnx", run, base, modules, **details)
+    weights = [n.removesuffix(".weight") for n, t in base.tensors.items() if len(t.shape) == 2]
     return {
+        "tool": tool(),
         "kind": "onnx",
-        "base": {"name": base.name},
+        "base": {"name": base.name, "fingerprint": base.fingerprint(weights)},
         **details,
-        "adapters": {
-            name: certificate(
-                "onnx adapter", each, base, {m: {"rank": rank} for m, rank in ranks[name].items()}
-            )
-            for name, each in adapters.items()
-        },
+        "adapters": _adapter_certificates(adapters, base, ranks),
     }
+
+
+def _adapter_certificates(
+    adapters: Mapping[str, Run], base: BaseModel, ranks: Mapping[str, Mapping[str, int]]
+) -> dict[str, object]:
+    return {
+        name: certificate(
+            "onnx adapter", run, base, {m: {"rank": rank} for m, rank in ranks[name].items()}
+        )
+        for name, run in adapters.items()
+    }
+
+
+def add_adapters(
+    folder: Path, adapters: Mapping[str, Run], base: BaseModel, *, force: bool = False
+) -> dict[str, dict[str, int]]:
+    """Add adapters to a folder that was written with some; the graphs stay as they are.
+
+    Each file appears whole. Raises `TargetError` for another base, a name that is taken (without
+    `force`), or a folder that carries no adapters.
+    """
+    proof = read_json(folder / FILE)
+    known = proof.get("adapters")
+    if not isinstance(known, dict):
+        raise TargetError(
+            "this folder carries no adapters",
+            file=folder,
+            remedy="write it with dora-export onnx --base BASE OUT --adapter RUN",
+        )
+    taken = sorted(adapters.keys() & known.keys())
+    if taken and not force:
+        raise TargetError(
+            "an adapter of this name is there already",
+            file=folder,
+            found=", ".join(taken),
+            remedy="choose another name, or pass --force to replace it",
+        )
+    stripped = {name: run.strip() for name, run in adapters.items()}
+    _check_adapters(stripped, base)
+    _check_base(proof, stripped, base, folder)
+    with tempfile.TemporaryDirectory(dir=folder, prefix=".adding") as temporary:
+        shutil.copyfile(folder / MODEL, Path(temporary) / MODEL)
+        ranks = _write_adapters(Path(temporary), stripped)
+        certificates = _adapter_certificates(adapters, base, ranks)
+        write_json(Path(temporary) / FILE, {**proof, "adapters": {**known, **certificates}})
+        for name in adapters:
+            file = Path(FOLDER, f"{name}{SUFFIX}")
+            (Path(temporary) / file).replace(folder / file)
+        (Path(temporary) / FILE).replace(folder / FILE)
+    return ranks
+
+
+def _check_base(
+    proof: Mapping[str, object], adapters: Mapping[str, Run], base: BaseModel, folder: Path
+) -> None:
+    of_graph = proof.get("base")
+    known = of_graph.get("fingerprint") if isinstance(of_graph, dict) else None
+    modules = {module for run in adapters.values() for module in run.updates}
+    for name, value in base.fingerprint(sorted(modules)).items():
+        if not isinstance(known, dict) or known.get(name) != value:
+            raise TargetError(
+                "the graph was made from another base",
+                file=folder / FILE,
+                tensor=name,
+                remedy="pass the base that it was made from with --base",
+            )

@@ -35,12 +35,14 @@ def names(site: str) -> tuple[str, str, str]:
 
 
 def add_branches(model: Any, sites: Iterable[Site], batched: bool) -> None:
-    """Add a branch behind every site of the `ModelProto`, in place."""
+    """Add a branch behind every site of the `ModelProto`, in place. Branches compute in float32,
+    in a float16 graph too."""
     import numpy as np
-    from onnx import TensorProto, helper, numpy_helper
+    from onnx import TensorProto, numpy_helper
 
     graph = model.graph
     by_name = {node.name: node for node in graph.node}
+    half = any(t.data_type == TensorProto.FLOAT16 for t in graph.initializer)
     added: dict[str, list[Any]] = {}
     if batched:
         _input(graph, ADAPTER_INDEX, TensorProto.INT64, ["batch_size"])
@@ -49,41 +51,54 @@ def add_branches(model: Any, sites: Iterable[Site], batched: bool) -> None:
         node = by_name[site.node]
         a, b, owner = names(site.name)
         rank = f"{site.name}.rank"
-        _input(graph, a, TensorProto.FLOAT, [site.in_features, rank])
-        _input(graph, b, TensorProto.FLOAT, [rank, site.out_features])
-        graph.initializer.extend(
-            [
-                numpy_helper.from_array(np.zeros((site.in_features, 0), np.float32), a),
-                numpy_helper.from_array(np.zeros((0, site.out_features), np.float32), b),
-            ]
-        )
-        scope, output = f"/{site.name}/lora", node.output[0]
-        node.output[0] = f"{output}/base"
-        nodes = [helper.make_node("MatMul", [node.input[0], a], [f"{scope}/A"], f"{scope}/A")]
-        hidden = f"{scope}/A"
+        _default(graph, a, np.zeros((site.in_features, 0), np.float32), [site.in_features, rank])
+        _default(graph, b, np.zeros((0, site.out_features), np.float32), [rank, site.out_features])
+        branch = _Branch(f"/{site.name}/lora")
+        hidden = branch.cast(node.input[0], TensorProto.FLOAT) if half else node.input[0]
+        hidden = branch("MatMul", hidden, a)
         if batched:
-            _input(graph, owner, TensorProto.INT64, [rank])
-            graph.initializer.append(numpy_helper.from_array(np.zeros(0, np.int64), owner))
-            index = f"{scope}/index"
-            nodes += [
-                helper.make_node("Unsqueeze", [ADAPTER_INDEX, "lora/axes"], [index], index),
-                helper.make_node("Equal", [index, owner], [f"{scope}/own"], f"{scope}/own"),
-                helper.make_node(
-                    "Cast", [f"{scope}/own"], [f"{scope}/mask"], f"{scope}/mask", to=1
-                ),
-                helper.make_node(
-                    "Mul", [hidden, f"{scope}/mask"], [f"{scope}/masked"], f"{scope}/masked"
-                ),
-            ]
-            hidden = f"{scope}/masked"
-        nodes += [
-            helper.make_node("MatMul", [hidden, b], [f"{scope}/B"], f"{scope}/B"),
-            helper.make_node("Add", [node.output[0], f"{scope}/B"], [output], f"{scope}/Add"),
-        ]
-        added[site.node] = nodes
+            _default(graph, owner, np.zeros(0, np.int64), [rank])
+            own = branch("Equal", branch("Unsqueeze", ADAPTER_INDEX, "lora/axes"), owner)
+            hidden = branch("Mul", hidden, branch.cast(own, TensorProto.FLOAT))
+        update = branch("MatMul", hidden, b)
+        update = branch.cast(update, TensorProto.FLOAT16) if half else update
+        output = node.output[0]
+        node.output[0] = f"{output}/base"
+        branch("Add", node.output[0], update, output=output)
+        added[site.node] = branch.nodes
     ordered = [n for node in graph.node for n in (node, *added.get(node.name, ()))]
     del graph.node[:]
     graph.node.extend(ordered)
+
+
+class _Branch:
+    """Makes nodes below one scope; each call returns the name of the node's output."""
+
+    def __init__(self, scope: str) -> None:
+        self._scope = scope
+        self.nodes: list[Any] = []
+
+    def __call__(
+        self, kind: str, *inputs: str, output: str | None = None, **attributes: Any
+    ) -> str:
+        from onnx import helper
+
+        name = f"{self._scope}/{kind}_{len(self.nodes)}"
+        output = output or f"{name}/output"
+        self.nodes.append(helper.make_node(kind, inputs, [output], name, **attributes))
+        return output
+
+    def cast(self, value: str, to: int) -> str:
+        return self("Cast", value, to=to)
+
+
+def _default(graph: Any, name: str, value: Any, shape: list[int | str]) -> None:
+    """An input that need not be given: `value` is what it is then."""
+    from onnx import helper, numpy_helper
+
+    kind = helper.np_dtype_to_tensor_dtype(value.dtype)
+    _input(graph, name, kind, shape)
+    graph.initializer.append(numpy_helper.from_array(value, name))
 
 
 def _input(graph: Any, name: str, kind: int, shape: list[int | str]) -> None:
