@@ -63,8 +63,10 @@ class Decoder:
         max_length: int | None = None,
     ) -> None:
         self.folder = Path(folder)
-        config: Any = read_json(self.folder / "genai_config.json")["model"]
-        self._layers: int = config["decoder"]["num_hidden_layers"]
+        settings: Any = read_json(self.folder / "genai_config.json")
+        config = settings["model"]
+        layers = config["decoder"]["num_hidden_layers"]
+        self._cache = [f"{layer}.{kind}" for layer in range(layers) for kind in ("key", "value")]
         self._heads: int = config["decoder"]["num_key_value_heads"]
         self._head_size: int = config["decoder"]["head_size"]
         ends = config["eos_token_id"]
@@ -77,6 +79,8 @@ class Decoder:
         defaults = self._session.get_overridable_initializers()
         self._shapes = {value.name: value.shape for value in defaults}
         self._sites = {n.removesuffix(".lora_A") for n in self._shapes if n.endswith(".lora_A")}
+        self._needs_positions = "position_ids" in inputs
+        self._in_place: bool = settings["search"]["past_present_share_buffer"]
         self._cache_type = _TYPES[inputs["past_key_values.0.key"].type]
         self._adapters: dict[str, dict[str, Any]] = {}
         self._stacked: tuple[tuple[str, ...], dict[str, Any]] = ((), {})
@@ -261,7 +265,11 @@ class Decoder:
 
 
 class Batch:
-    """Rows that are decoded together; key and value caches are written in place."""
+    """Rows that are decoded together.
+
+    Graphs with GroupQueryAttention write keys and values in place, into a cache of the full
+    length; the others (float16) hand back a cache that has grown.
+    """
 
     def __init__(
         self,
@@ -283,15 +291,16 @@ class Batch:
         self._prompts = prompts
         self.lengths = np.array([len(prompt) for prompt in prompts], np.int64)
         self._rows = np.arange(len(prompts))
-        shape = (len(prompts), decoder._heads, decoder.max_length, decoder._head_size)
+        self._mask = np.zeros((len(prompts), 0), np.int64)
+        length = decoder.max_length if decoder._in_place else 0
+        shape = (len(prompts), decoder._heads, length, decoder._head_size)
         self._binding = self._session.io_binding()
-        self._cache = []
-        for layer in range(decoder._layers):
-            for kind in ("key", "value"):
-                value = OrtValue.ortvalue_from_numpy(np.zeros(shape, decoder._cache_type))
-                self._binding.bind_ortvalue_input(f"past_key_values.{layer}.{kind}", value)
-                self._binding.bind_ortvalue_output(f"present.{layer}.{kind}", value)
-                self._cache.append(value)
+        self._binding.bind_output("logits")
+        for name in decoder._cache:
+            value = OrtValue.ortvalue_from_numpy(np.zeros(shape, decoder._cache_type))
+            self._binding.bind_ortvalue_input(f"past_key_values.{name}", value)
+            if decoder._in_place:
+                self._binding.bind_ortvalue_output(f"present.{name}", value)
         if decoder._sites:
             self._binding.bind_cpu_input(ADAPTER_INDEX, index)
         for name, value in adapters.items():
@@ -304,20 +313,37 @@ class Batch:
 
     def prefill_all(self) -> Logits:
         """Run all prompts; the logits `[rows, longest, vocab]`, meaningless beyond a row's end."""
-        ids = np.zeros((len(self._prompts), int(self.lengths.max())), np.int64)
+        positions = np.arange(self.lengths.max())
+        ids = np.zeros((len(self._prompts), len(positions)), np.int64)
         for row, prompt in zip(ids, self._prompts, strict=True):
             row[: len(prompt)] = prompt
-        return self._run(ids)  # type: ignore[no-any-return]
+        self._mask = (positions < self.lengths[:, None]).astype(np.int64)
+        return self._run(ids, np.tile(positions, (len(ids), 1)))
 
     def step(self, tokens: NDArray[np.int64]) -> Logits:
         """Add one token to every row; the logits `[rows, vocab]` after it."""
         self.lengths = self.lengths + 1
-        return self._run(tokens[:, None])[:, 0]  # type: ignore[no-any-return]
+        if self._decoder._in_place:  # the token lies right behind its row's last
+            self._mask = (np.arange(self.lengths.max()) < self.lengths[:, None]).astype(np.int64)
+        else:  # the token lies behind the longest row's
+            self._mask = np.pad(self._mask, ((0, 0), (0, 1)), constant_values=1)
+        return self._run(tokens[:, None], self.lengths[:, None] - 1)[:, 0]
 
-    def _run(self, ids: NDArray[np.int64]) -> Any:
-        mask = (np.arange(self.lengths.max()) < self.lengths[:, None]).astype(np.int64)
-        self._binding.bind_cpu_input("input_ids", ids)
-        self._binding.bind_cpu_input("attention_mask", mask)
-        self._binding.bind_output("logits")  # anew: its shape is another than in the last run
-        self._session.run_with_iobinding(self._binding)
-        return self._binding.get_outputs()[-1].numpy().astype(np.float32, copy=False)
+    def _run(self, ids: NDArray[np.int64], positions: NDArray[np.int64]) -> Logits:
+        binding = self._binding
+        binding.bind_cpu_input("input_ids", ids)
+        binding.bind_cpu_input("attention_mask", self._mask)
+        if self._decoder._needs_positions:
+            binding.bind_cpu_input("position_ids", positions)
+        # Anew before every run, because their shapes are others than in the last.
+        binding.bind_output("logits")
+        growing = [] if self._decoder._in_place else self._decoder._cache
+        for name in growing:
+            binding.bind_output(f"present.{name}")
+        self._session.run_with_iobinding(binding)
+        logits, *grown = binding.get_outputs()  # in the order in which they were bound first
+        if growing:
+            for name, value in zip(growing, grown, strict=True):
+                binding.bind_ortvalue_input(f"past_key_values.{name}", value)
+        result: Logits = logits.numpy().astype(np.float32, copy=False)
+        return result

@@ -45,13 +45,13 @@ def build_decoder(model: Path, out: Path, precision: str, adaptable: bool) -> No
             found=(done.stderr.strip().splitlines() or ["no output"])[-1][:300],
             remedy="is the architecture one it supports? deploy the merged model instead",
         )
-    if precision in ("int4", "int8"):
-        _compute_in_float32(out / MODEL)
+    _mend(out / MODEL)
 
 
-def _compute_in_float32(path: Path) -> None:
-    """Let quantized MatMuls round the weights only; the builder's default rounds activations too,
-    which costs a hundred times the accuracy."""
+def _mend(path: Path) -> None:
+    """Let quantized MatMuls round the weights only: the builder's default rounds activations too,
+    which costs a hundred times the accuracy. And leave out the shapes of values between nodes:
+    the builder calls the length of a float16 graph's cache that of its input."""
     import onnx
 
     model = onnx.load(path, load_external_data=False)
@@ -59,6 +59,7 @@ def _compute_in_float32(path: Path) -> None:
         for attribute in node.attribute if node.op_type == "MatMulNBits" else ():
             if attribute.name == "accuracy_level":
                 attribute.i = 1
+    del model.graph.value_info[:]
     onnx.save(model, path)
 
 
