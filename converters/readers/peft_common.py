@@ -53,7 +53,7 @@ def origin(config: dict[str, object], replaced: dict[str, LazyTensor]) -> Origin
     return {
         "base": str(base) if base else None,
         "task": task,
-        "num_labels": _num_labels(replaced) if task == "sequence-classification" else None,
+        "num_labels": _num_labels(replaced) if str(task).endswith("classification") else None,
     }
 
 
@@ -139,5 +139,7 @@ def is_number(value: object) -> TypeGuard[float]:
 
 
 def _num_labels(replaced: dict[str, LazyTensor]) -> int | None:
-    heads = [t for name, t in replaced.items() if name.endswith(".weight") and len(t.shape) == 2]
+    hidden = (".dense.weight", "pre_classifier.weight")  # layers of a head before its last
+    weights = {n: t for n, t in replaced.items() if n.endswith(".weight") and len(t.shape) == 2}
+    heads = [tensor for name, tensor in weights.items() if not name.endswith(hidden)]
     return heads[-1].shape[0] if heads else None

@@ -11,7 +11,8 @@ import re
 import shutil
 import tempfile
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,12 +23,15 @@ from ...certificate import FILE, certificate, tool, write_json
 from ...errors import TargetError
 from ...output import check_output, output_folder
 from ...plan import changed, check_frozen, target_architecture
-from ...run import HEADS, Run
+from ...run import HEADS, LazyUpdates, Run
 from ...tensors import read_json
 from ..merged import write_merged
 from .adapters import FOLDER, SUFFIX, write_adapter_file
-from .branches import add_branches, sites_in
+from .branches import add_branches, input_shapes, sites_in
 from .decoder import BATCHED, MODEL, PRECISIONS, build_decoder, decoder_sites, place
+from .encoder import ENCODER_TASKS, build_adaptable_encoder, build_encoder
+from .heads import head_tensors, heads_in
+from .seq2seq import SEQ2SEQ_TASK, build_seq2seq
 
 _NAME = re.compile(r"[\w][\w.-]*")
 Prove = Callable[[Path], Mapping[str, object]]
@@ -65,29 +69,58 @@ def write_onnx(
     if precision not in PRECISIONS:
         raise TargetError("unknown precision", found=precision, expected=", ".join(PRECISIONS))
     stripped = {name: each.strip() for name, each in adapters.items()}
-    _check_adapters(stripped, base)
-    if _task(base, runs) != "causal-lm":
-        raise TargetError("no ONNX export for this task", found=_task(base, runs))
+    task = _task(base, runs)
+    if task not in {"causal-lm", SEQ2SEQ_TASK, *ENCODER_TASKS}:
+        raise TargetError("no ONNX export for this task", found=task)
+    _check_adapters(stripped, base, heads=task in ENCODER_TASKS)
     ranks: dict[str, dict[str, int]] = {}
     accuracy: Mapping[str, object] = {}
     with output_folder(target) as folder:
         if run is None:
-            build_decoder(base.path, folder, precision, adaptable=bool(adapters))
+            _build_adaptable(base, stripped, folder, task, precision)
         else:
             merged = folder / ".merged"
             # float32, so that a quantized graph is rounded once from what was trained.
             write_merged(run, base, merged, dtype=torch.float32)
-            build_decoder(merged, folder, precision, adaptable=False)
+            _build(merged, folder, task, precision)
             shutil.rmtree(merged)
         if adapters:
-            _add_branches(folder)
-            ranks = _write_adapters(folder, stripped)
+            ranks = _write_adapters(folder, stripped, base)
         if prove is not None:
             accuracy = prove(folder)
         details = {"precision": precision, "accuracy": dict(accuracy)}
         write_json(folder / FILE, _certificate(run, adapters, base, ranks, details))
     warnings = tuple(text for each in runs for text in each.warnings)
     return OnnxResult(target, precision, ranks, accuracy, warnings)
+
+
+def _build(model: Path, folder: Path, task: str, precision: str) -> None:
+    """The graphs of a Hugging Face folder, without adapters."""
+    if task in ENCODER_TASKS:
+        build_encoder(model, folder, task, precision)
+    elif task == SEQ2SEQ_TASK:
+        build_seq2seq(model, folder, precision)
+    else:
+        build_decoder(model, folder, precision, adaptable=False)
+
+
+def _build_adaptable(
+    base: BaseModel, adapters: Mapping[str, Run], folder: Path, task: str, precision: str
+) -> None:
+    """The graphs of the base, able to carry adapters where there are some."""
+    if not adapters:
+        _build(base.path, folder, task, precision)
+    elif task in ENCODER_TASKS:
+        build_adaptable_encoder(base, adapters, folder, task, precision)
+    elif task == SEQ2SEQ_TASK:
+        raise TargetError(
+            "encoder-decoders are exported merged",
+            found=", ".join(adapters),
+            remedy="export every run by itself: dora-export onnx RUN OUT",
+        )
+    else:
+        build_decoder(base.path, folder, precision, adaptable=True)
+        _add_branches(folder)
 
 
 def _task(base: BaseModel, runs: list[Run]) -> str | None:
@@ -102,21 +135,18 @@ def _task(base: BaseModel, runs: list[Run]) -> str | None:
     return next((task for task, (suffix, _) in HEADS.items() if current.endswith(suffix)), None)
 
 
-def _check_adapters(adapters: Mapping[str, Run], base: BaseModel) -> None:
-    """Raise an error for an adapter that is of another base, or that a graph cannot carry."""
+def _check_adapters(adapters: Mapping[str, Run], base: BaseModel, *, heads: bool) -> None:
+    """Raise an error for an adapter that is of another base, or that a graph cannot carry.
+
+    `heads`: whether the graph has inputs for heads trained whole, which are then checked later.
+    """
     for name, run in adapters.items():
         if not _NAME.fullmatch(name):
             raise TargetError("not a name for an adapter", found=name, expected="letters, - _ .")
         check_frozen(run, base)
         target_architecture(run, base)
-        whole = sorted(changed(run, base))
-        if whole or run.embeddings:
-            raise TargetError(
-                "the run trained tensors that an adapter in an ONNX graph cannot carry",
-                file=run.path,
-                found=", ".join([*whole, *sorted(run.embeddings)]),
-                remedy="export it merged: dora-export onnx RUN OUT",
-            )
+        whole = [] if heads else sorted(changed(run, base))
+        _refuse(run, [*whole, *sorted(run.embeddings)])
         for module, update in run.updates.items():
             if update.components() is None:
                 raise TargetError(
@@ -138,17 +168,37 @@ def _add_branches(folder: Path) -> None:
         onnx.save(model, folder / file)
 
 
-def _write_adapters(folder: Path, adapters: Mapping[str, Run]) -> dict[str, dict[str, int]]:
+def _write_adapters(
+    folder: Path, adapters: Mapping[str, Run], base: BaseModel
+) -> dict[str, dict[str, int]]:
     import onnx
 
-    sites = sites_in(onnx.load(folder / MODEL, load_external_data=False).graph)
+    graph = onnx.load(folder / MODEL, load_external_data=False).graph
+    sites, shapes = sites_in(graph), input_shapes(graph)
     (folder / FOLDER).mkdir(exist_ok=True)
-    return {
-        name: write_adapter_file(
-            folder / FOLDER / f"{name}{SUFFIX}", run, lambda m, s: place(m, s, sites)
+    ranks = {}
+    for name, run in adapters.items():
+        heads = heads_in(set(shapes))
+        own = {f"{module}.{part}" for module in heads for part in ("weight", "bias")}
+        _refuse(run, sorted(changed(run, base).keys() - own))
+        updates = {m: partial(run.updates.__getitem__, m) for m in run.updates if m not in heads}
+        ranks[name] = write_adapter_file(
+            folder / FOLDER / f"{name}{SUFFIX}",
+            replace(run, updates=LazyUpdates(updates)),
+            lambda m, s: place(m, s, sites),
+            head_tensors(run, base, shapes),
         )
-        for name, run in adapters.items()
-    }
+    return ranks
+
+
+def _refuse(run: Run, tensors: list[str]) -> None:
+    if tensors:
+        raise TargetError(
+            "the run trained tensors that an adapter in an ONNX graph cannot carry",
+            file=run.path,
+            found=", ".join(tensors),
+            remedy="export it merged: dora-export onnx RUN OUT",
+        )
 
 
 def _certificate(
@@ -211,11 +261,11 @@ def add_adapters(
             remedy="choose another name, or pass --force to replace it",
         )
     stripped = {name: run.strip() for name, run in adapters.items()}
-    _check_adapters(stripped, base)
+    _check_adapters(stripped, base, heads=_task(base, list(stripped.values())) in ENCODER_TASKS)
     _check_base(proof, stripped, base, folder)
     with tempfile.TemporaryDirectory(dir=folder, prefix=".adding") as temporary:
         shutil.copyfile(folder / MODEL, Path(temporary) / MODEL)
-        ranks = _write_adapters(Path(temporary), stripped)
+        ranks = _write_adapters(Path(temporary), stripped, base)
         certificates = _adapter_certificates(adapters, base, ranks)
         write_json(Path(temporary) / FILE, {**proof, "adapters": {**known, **certificates}})
         for name in adapters:

@@ -6,9 +6,9 @@ graph's default of rank 0.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from ...errors import TensorFileError
 from ...run import Run
@@ -24,14 +24,19 @@ if TYPE_CHECKING:
 Place = Callable[[str, tuple[int, int]], list[tuple[Site, int]]]
 
 FOLDER, SUFFIX = "adapters", ".onnx_adapter"
+OWN_HEADS = f"base_heads{SUFFIX}"
 _VERSION = 1
 
 
-def write_adapter_file(path: Path, run: Run, place: Place) -> dict[str, int]:
-    """Write the stripped `run`, A `[in, r]` and B `[r, out]` with scale 1; returns the ranks."""
-    from onnxruntime import AdapterFormat, OrtValue
+def write_adapter_file(
+    path: Path, run: Run, place: Place, heads: Mapping[str, Array] | None = None
+) -> dict[str, int]:
+    """Write the stripped `run`, A `[in, r]` and B `[r, out]` with scale 1, and the `heads` that it
+    brings, by input name; returns the ranks."""
+    from onnxruntime import OrtValue
 
-    parameters, ranks = {}, {}
+    parameters = {n: OrtValue.ortvalue_from_numpy(array) for n, array in (heads or {}).items()}
+    ranks = {}
     for module in run.updates:
         update = run.updates[module].components()
         assert update is not None
@@ -45,12 +50,25 @@ def write_adapter_file(path: Path, run: Run, place: Place) -> dict[str, int]:
             rows = b[row : row + site.out_features]
             for name, factor in ((name_a, a), (name_b, rows)):
                 parameters[name] = OrtValue.ortvalue_from_numpy(factor.T.contiguous().numpy())
+    _export(path, parameters)
+    return ranks
+
+
+def write_own_heads(path: Path, heads: Mapping[str, Array]) -> None:
+    """Write the heads of the base itself, by input name, as an adapter file."""
+    from onnxruntime import OrtValue
+
+    _export(path, {n: OrtValue.ortvalue_from_numpy(array) for n, array in heads.items()})
+
+
+def _export(path: Path, parameters: Mapping[str, Any]) -> None:
+    from onnxruntime import AdapterFormat
+
     file = AdapterFormat()
     file.set_adapter_version(_VERSION)
     file.set_model_version(_VERSION)
-    file.set_parameters(parameters)
+    file.set_parameters(dict(parameters))
     file.export_adapter(str(path))
-    return ranks
 
 
 def read_adapter_file(path: Path) -> dict[str, Array]:

@@ -107,14 +107,19 @@ def _input(graph: Any, name: str, kind: int, shape: list[int | str]) -> None:
     graph.input.append(helper.make_tensor_value_info(name, kind, shape))
 
 
-def sites_in(graph: Any) -> dict[str, Site]:
-    """The sites of a graph that has its branches already, by name."""
-    shapes = {
-        value.name: [dim.dim_value for dim in value.type.tensor_type.shape.dim]
+def input_shapes(graph: Any) -> dict[str, list[int | str]]:
+    """The axes of every input, a symbol's name where the size is free."""
+    return {
+        value.name: [dim.dim_param or dim.dim_value for dim in value.type.tensor_type.shape.dim]
         for value in graph.input
     }
+
+
+def sites_in(graph: Any) -> dict[str, Site]:
+    """The sites of a graph that has its branches already, by name."""
+    shapes = input_shapes(graph)
     found = {}
     for name in (n.removesuffix(".lora_A") for n in shapes if n.endswith(".lora_A")):
         a, b, _ = names(name)
-        found[name] = Site("", name, shapes[a][0], shapes[b][1])
+        found[name] = Site("", name, int(shapes[a][0]), int(shapes[b][1]))
     return found
