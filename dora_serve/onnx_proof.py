@@ -8,7 +8,7 @@ from pathlib import Path
 from converters.base import BaseModel
 from converters.run import Run
 
-from .engines.onnx_model import OnnxDecoder
+from .engines.onnx_model import open_onnx
 from .live import LiveModel
 from .proof import logits, verification_batch
 
@@ -20,7 +20,7 @@ def prove(
     run, `top1` agreement, and `control`, the live run's difference to the base."""
     runs: dict[str, Run] = {"merged": run} if run is not None else dict(adapters)
     found = {}
-    model = OnnxDecoder(folder)
+    model = open_onnx(folder)
     for name, each in runs.items():
         live = LiveModel(each, base)
         inputs = verification_batch(live.model)

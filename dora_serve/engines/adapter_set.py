@@ -8,9 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from converters.writers.onnx.adapters import read_adapter_file
-from converters.writers.onnx.branches import names
-from converters.writers.onnx.heads import LABELS, head_names, heads_in
+from converters.onnx_files import LABELS, head_names, heads_in, names, read_adapter_file
 
 from .onnxruntime import EngineError
 
@@ -27,7 +25,7 @@ class AdapterSet:
         # An input with a default, as those of the adapters are, counts as an initializer.
         shapes = {value.name: list(value.shape) for value in session.get_overridable_initializers()}
         self._sites = [n.removesuffix(".lora_A") for n in shapes if n.endswith(".lora_A")]
-        self.heads = heads_in(set(shapes))
+        self.heads = heads_in(shapes)
         self.batched = any(name.endswith(".lora_owner") for name in shapes)
         if self.batched:  # a stack of heads: one adapter brings one of them
             stacks = {name for module in self.heads for name in head_names(module)}

@@ -16,10 +16,17 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from converters.errors import MissingError
-from converters.tensors import read_json
-from converters.writers.onnx.adapters import FOLDER, OWN_HEADS, SUFFIX, read_adapter_file
-from converters.writers.onnx.branches import ADAPTER_INDEX, NO_ADAPTER
-from converters.writers.onnx.decoder import BATCHED, MODEL
+from converters.json_files import read_json
+from converters.onnx_files import (
+    ADAPTER_INDEX,
+    BATCHED,
+    FOLDER,
+    MODEL,
+    NO_ADAPTER,
+    OWN_HEADS,
+    SUFFIX,
+    read_adapter_file,
+)
 
 from .adapter_set import AdapterSet
 from .onnxruntime import EngineError

@@ -15,8 +15,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from converters.errors import MissingError
-from converters.tensors import read_json
-from converters.writers.onnx.seq2seq import DECODER, ENCODER, WITH_PAST
+from converters.json_files import read_json
+from converters.onnx_files import DECODER, ENCODER, WITH_PAST
 
 from .beams import Beams, Search, allowed
 from .onnxruntime import Completion, EngineError, Prompt

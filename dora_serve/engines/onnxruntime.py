@@ -16,10 +16,17 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from converters.errors import DoraExportError, MissingError
-from converters.tensors import read_json
-from converters.writers.onnx.adapters import FOLDER, SUFFIX, read_adapter_file
-from converters.writers.onnx.branches import ADAPTER_INDEX, NO_ADAPTER, names
-from converters.writers.onnx.decoder import BATCHED, MODEL
+from converters.json_files import read_json
+from converters.onnx_files import (
+    ADAPTER_INDEX,
+    BATCHED,
+    FOLDER,
+    MODEL,
+    NO_ADAPTER,
+    SUFFIX,
+    names,
+    read_adapter_file,
+)
 
 from .sampling import Sampling, draw, log_softmax
 

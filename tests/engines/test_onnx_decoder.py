@@ -19,8 +19,8 @@ from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from converters.base import open_base
+from converters.onnx_files import read_adapter_file
 from converters.writers.onnx import add_adapters, write_onnx
-from converters.writers.onnx.adapters import read_adapter_file
 from dora_serve import DoraExportError, Run, read_run
 from dora_serve.engines.onnx_model import OnnxDecoder
 from dora_serve.engines.onnxruntime import Decoder

@@ -22,6 +22,7 @@ from converters.writers.onnx import add_adapters, write_onnx
 from converters.writers.onnx.export import shrunk
 from dora_serve.engines.onnx_encoder import Encoder
 from dora_serve.engines.onnxruntime import EngineError
+from dora_serve.onnx_proof import prove
 from tests.conftest import DATA, MODELS
 from tests.engines.encoders import (
     DEBERTA,
@@ -365,6 +366,48 @@ def test_adapters_are_added_later(roberta: Built, tmp_path: Path) -> None:
     add_adapters(folder, {"fixed": run}, base)
     found = Encoder(folder).run(ROWS, "fixed")
     assert largest(found, live_rows(run, base, ROWS)) <= BOUND
+
+
+def test_every_run_is_proven_when_it_is_exported(roberta: Built, sample: Built) -> None:
+    base, runs, out = roberta
+    for name, numbers in prove(out, base, None, runs).items():
+        assert name in runs
+        assert numbers["max_abs"] <= BOUND < numbers["control"]
+        assert numbers["top1"] == 1
+    merged = prove(sample[2], sample[0], sample[1]["merged"], {})["merged"]
+    assert merged["max_abs"] <= BOUND < merged["control"]
+
+
+def test_int4_is_its_own_dequantized_base_and_the_adapters(roberta: Built, tmp_path: Path) -> None:
+    base, runs, _ = roberta
+    out, name = tmp_path / "onnx", "roberta-bin"
+    write_onnx(base, out, adapters=runs, precision="int4")
+    found = Encoder(out).run(ROWS, name)
+    assert largest(Encoder(out).run(ROWS, [name, None, "roberta", name])[::3], found[::3]) <= MIXED
+    for file in ("model.onnx", "batched.onnx"):
+        model = onnx.load(out / file)
+        dequantize(model)
+        onnx.save(model, out / file)
+    full = Encoder(out).run(ROWS, name)
+    assert largest(found, full) <= BOUND
+    assert largest(found, Encoder(roberta[2]).run(ROWS, name)) > BOUND  # the base was rounded
+
+
+def dequantize(model: onnx.ModelProto) -> None:
+    """MatMulNBits as MatMul of the weights it stands for: blocks of 32 along the inputs, two to a
+    byte, the lower half first, 8 standing for zero."""
+    values = {t.name: onnx.numpy_helper.to_array(t) for t in model.graph.initializer}
+    for node in model.graph.node:
+        if node.op_type == "MatMulNBits":
+            sizes = {a.name: a.i for a in node.attribute}
+            packed, scales = values[node.input[1]], values[node.input[2]]
+            codes = np.stack([packed & 15, packed >> 4], axis=-1).astype(np.float32) - 8
+            rows = codes.reshape(sizes["N"], -1, 32) * scales.reshape(sizes["N"], -1, 1)
+            weight = rows.reshape(sizes["N"], -1)[:, : sizes["K"]].T.copy()
+            name = f"{node.name}/dequantized"
+            model.graph.initializer.append(onnx.numpy_helper.from_array(weight, name))
+            plain = onnx.helper.make_node("MatMul", [node.input[0], name], node.output, node.name)
+            node.CopyFrom(plain)
 
 
 def test_the_engine_needs_no_torch(sample: Built) -> None:

@@ -22,6 +22,7 @@ from dora_serve.engines.beams import Search
 from dora_serve.engines.onnx_seq2seq import Seq2Seq
 from dora_serve.engines.onnxruntime import EngineError
 from dora_serve.live import LiveModel
+from dora_serve.onnx_proof import prove
 from tests.conftest import DATA, randomize
 
 BOUND = 1e-4
@@ -181,6 +182,12 @@ def test_search_is_that_of_transformers(
     found = [done.tokens for done in model.generate(ROWS, search)]
     ends = model.eos
     assert found == [[t for t in row if t not in ends] for row in wanted]
+
+
+def test_the_run_is_proven_when_it_is_exported(t5: Built) -> None:
+    base, run, out = t5
+    numbers = prove(out, base, run, {})["merged"]
+    assert numbers["max_abs"] <= BOUND < numbers["control"]
 
 
 def test_the_graphs_share_their_weights(t5: Built) -> None:

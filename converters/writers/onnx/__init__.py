@@ -21,16 +21,17 @@ import torch
 from ...base import BaseModel
 from ...certificate import FILE, certificate, tool, write_json
 from ...errors import TargetError
+from ...onnx_files import BATCHED, FOLDER, MODEL, SUFFIX, heads_in
 from ...output import check_output, output_folder
 from ...plan import changed, check_frozen, target_architecture
 from ...run import HEADS, LazyUpdates, Run
 from ...tensors import read_json
 from ..merged import write_merged
-from .adapters import FOLDER, SUFFIX, write_adapter_file
+from .adapters import write_adapter_file
 from .branches import add_branches, input_shapes, sites_in
-from .decoder import BATCHED, MODEL, PRECISIONS, build_decoder, decoder_sites, place
+from .decoder import PRECISIONS, build_decoder, decoder_sites, place
 from .encoder import ENCODER_TASKS, build_adaptable_encoder, build_encoder
-from .heads import head_tensors, heads_in
+from .heads import head_tensors
 from .seq2seq import SEQ2SEQ_TASK, build_seq2seq
 
 _NAME = re.compile(r"[\w][\w.-]*")
@@ -178,7 +179,7 @@ def _write_adapters(
     (folder / FOLDER).mkdir(exist_ok=True)
     ranks = {}
     for name, run in adapters.items():
-        heads = heads_in(set(shapes))
+        heads = heads_in(shapes)
         own = {f"{module}.{part}" for module in heads for part in ("weight", "bias")}
         _refuse(run, sorted(changed(run, base).keys() - own))
         updates = {m: partial(run.updates.__getitem__, m) for m in run.updates if m not in heads}

@@ -10,9 +10,9 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ...errors import TensorFileError
+from ...onnx_files import names
 from ...run import Run
-from .branches import Site, names
+from .branches import Site
 
 if TYPE_CHECKING:
     import numpy as np
@@ -23,8 +23,6 @@ if TYPE_CHECKING:
 # The sites of an update of that module and shape, each with the update's first row there.
 Place = Callable[[str, tuple[int, int]], list[tuple[Site, int]]]
 
-FOLDER, SUFFIX = "adapters", ".onnx_adapter"
-OWN_HEADS = f"base_heads{SUFFIX}"
 _VERSION = 1
 
 
@@ -69,19 +67,3 @@ def _export(path: Path, parameters: Mapping[str, Any]) -> None:
     file.set_model_version(_VERSION)
     file.set_parameters(dict(parameters))
     file.export_adapter(str(path))
-
-
-def read_adapter_file(path: Path) -> dict[str, Array]:
-    """Input name → array. Raises `TensorFileError` when ONNX Runtime cannot read the file."""
-    from onnxruntime import AdapterFormat
-
-    try:
-        parameters = AdapterFormat.read_adapter(str(path)).get_parameters()
-        return {name: value.numpy().copy() for name, value in parameters.items()}
-    except Exception as error:
-        raise TensorFileError(
-            "not an ONNX Runtime adapter",
-            file=path,
-            found=str(error)[:200],
-            remedy="the file is damaged: add the adapter again",
-        ) from None

@@ -14,8 +14,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
-ADAPTER_INDEX = "adapter_index"
-NO_ADAPTER = -1
+from ...onnx_files import ADAPTER_INDEX, names
 
 
 @dataclass(frozen=True)
@@ -27,11 +26,6 @@ class Site:
     name: str
     in_features: int
     out_features: int
-
-
-def names(site: str) -> tuple[str, str, str]:
-    """The graph inputs of one site: A `[in, r]`, B `[r, out]`, and the owner of each rank."""
-    return f"{site}.lora_A", f"{site}.lora_B", f"{site}.lora_owner"
 
 
 def add_branches(model: Any, sites: Iterable[Site], batched: bool) -> None:

@@ -15,9 +15,9 @@ from pathlib import Path
 from typing import Any
 
 from ...errors import TargetError
+from ...onnx_files import MODEL
 from .branches import Site
 
-MODEL, BATCHED = "model.onnx", "batched.onnx"
 PRECISIONS = ("fp32", "fp16", "int8", "int4")
 _NODE = re.compile(r"/(?:model/layers\.(\d+)/(attn|mlp)|(lm_head))(?:/(\w+))?/MatMul(?:_Q[48])?")
 

@@ -17,14 +17,14 @@ import torch
 
 from ...base import BaseModel
 from ...errors import BaseError, TargetError
+from ...onnx_files import BATCHED, LABELS, MODEL, OWN_HEADS
 from ...plan import target_architecture
 from ...run import Run
 from ..merged import copy_companions
-from .adapters import OWN_HEADS, write_own_heads
+from .adapters import write_own_heads
 from .branches import Site, add_branches
-from .decoder import BATCHED, MODEL
 from .export import DATA, SCOPES, check_graph, export_graph, fused, save_all, shrunk
-from .heads import LABELS, Head, free_heads
+from .heads import Head, free_heads
 
 OUTPUTS: dict[str, dict[str, list[str | int | None]]] = {
     "sequence-classification": {"logits": ["batch_size", None]},

@@ -14,17 +14,14 @@ from typing import TYPE_CHECKING, Any
 
 from ...base import BaseModel
 from ...errors import TargetError
+from ...onnx_files import ADAPTER_INDEX, LABELS, head_names, heads_in
 from ...run import Run
-from .branches import ADAPTER_INDEX
 
 if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
     Array = NDArray[np.float32]
-
-_WEIGHT, _BIAS = ".head_weight", ".head_bias"
-LABELS = "labels"
 
 
 @dataclass(frozen=True)
@@ -46,16 +43,6 @@ class Head:
         return found if self.bias is None else {**found, bias: self.bias}
 
 
-def head_names(module: str) -> tuple[str, str]:
-    """The graph inputs of one head: weight `[in, out]` and bias `[out]`."""
-    return f"{module}{_WEIGHT}", f"{module}{_BIAS}"
-
-
-def heads_in(names: set[str]) -> list[str]:
-    """The modules of the heads among the names of a graph's inputs."""
-    return sorted(name.removesuffix(_WEIGHT) for name in names if name.endswith(_WEIGHT))
-
-
 def free_heads(model: Any, heads: Mapping[str, Head], batched: bool) -> None:
     """Make the weight and bias of every head an input with a default; in place.
 
@@ -75,7 +62,7 @@ def free_heads(model: Any, heads: Mapping[str, Head], batched: bool) -> None:
         if head is None:
             continue
         for name, value in head.inputs().items():
-            user = node if name.endswith(_WEIGHT) else adds[node.output[0]]
+            user = node if name == head_names(head.name)[0] else adds[node.output[0]]
             last = f"{head.name}.{LABELS}" if head.labels else value.shape[-1]
             shape = [*value.shape[:-1], last]
             taken = name
@@ -113,7 +100,7 @@ def head_tensors(
     `shapes`: the graph's inputs. Raises `TargetError` for a head of another shape.
     """
     found: dict[str, Array] = {}
-    for module in heads_in(set(shapes)):
+    for module in heads_in(shapes):
         for suffix, own in zip(("weight", "bias"), head_names(module), strict=True):
             name = f"{module}.{suffix}"
             tensor = run.replaced.get(name) or (run.embedded_base or {}).get(name)

@@ -15,15 +15,11 @@ from typing import Any
 import torch
 
 from ...errors import BaseError, TargetError
+from ...onnx_files import DECODER, ENCODER, WITH_PAST
 from .encoder import load_model, write_config
 from .export import DATA, check_graph, export_graph, fused, save_all, shrunk
 
 SEQ2SEQ_TASK = "seq2seq-lm"
-ENCODER, DECODER, WITH_PAST = (
-    "encoder_model.onnx",
-    "decoder_model.onnx",
-    "decoder_with_past_model.onnx",
-)
 _ROWS, _SOURCE, _TOKENS = "batch_size", "encoder_sequence_length", "decoder_sequence_length"
 _PAST = "past_decoder_sequence_length"
 
