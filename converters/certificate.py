@@ -14,6 +14,10 @@ from .run import Run
 FILE = "dora_export.json"
 
 
+def tool() -> str:
+    return f"dora-serve {version('dora-serve')}"
+
+
 def sha256(path: Path) -> str:
     with path.open("rb") as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()
@@ -28,7 +32,7 @@ def certificate(
 ) -> dict[str, object]:
     """The certificate of one artifact: tool, inputs with hashes, base fingerprint, modules."""
     return {
-        "tool": f"dora-serve {version('dora-serve')}",
+        "tool": tool(),
         "kind": kind,
         "run": {
             "path": run.path.name,

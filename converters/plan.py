@@ -264,7 +264,7 @@ def _config(
             config["vocab_size"] = embedding.shape[0]
     if architecture is not None:
         config["architectures"] = [architecture]
-    if run.task == "sequence-classification" and run.num_labels is not None:
+    if str(run.task).endswith("classification") and run.num_labels is not None:
         labels = config.get("id2label")
         if not isinstance(labels, dict) or len(labels) != run.num_labels:
             names = [f"LABEL_{i}" for i in range(run.num_labels)]

@@ -19,6 +19,8 @@ from typing import Protocol
 import torch
 
 from .errors import MissingError, TensorFileError
+from .json_files import read_json as read_json
+from .json_files import unique_keys
 
 # https://github.com/huggingface/safetensors#format
 SAFETENSORS_DTYPES: dict[str, torch.dtype] = {
@@ -138,30 +140,6 @@ class TorchTensor:
             buffer.copy_(data.reshape(-1)[start : start + buffer.numel()])
 
 
-def _unique_keys(pairs: list[tuple[str, object]]) -> dict[str, object]:
-    result = dict(pairs)
-    if len(result) != len(pairs):
-        raise ValueError("a key appears twice")
-    return result
-
-
-def read_json(path: Path) -> dict[str, object]:
-    """The JSON object in `path`; raises `TensorFileError` naming the file when it is not one."""
-    try:
-        value = json.loads(path.read_bytes(), object_pairs_hook=_unique_keys)
-    except FileNotFoundError:
-        raise MissingError("file not found", file=path) from None
-    except OSError as error:
-        raise TensorFileError(f"cannot be read: {error.strerror}", file=path) from None
-    except (ValueError, RecursionError) as error:
-        raise TensorFileError(f"not valid JSON: {error}", file=path) from None
-    if not isinstance(value, dict):
-        raise TensorFileError(
-            "not a JSON object", file=path, found=type(value).__name__, expected="an object"
-        )
-    return value
-
-
 def open_safetensors(path: Path) -> dict[str, LazyTensor]:
     """The tensors of a safetensors file in file order, after its header was checked whole.
 
@@ -196,7 +174,7 @@ def open_safetensors(path: Path) -> dict[str, LazyTensor]:
     except OSError as error:
         raise TensorFileError(f"cannot be read: {error.strerror}", file=path) from None
     try:
-        header = json.loads(raw, object_pairs_hook=_unique_keys)
+        header = json.loads(raw, object_pairs_hook=unique_keys)
         if not isinstance(header, dict):
             raise ValueError("not an object")
     except (ValueError, RecursionError) as error:

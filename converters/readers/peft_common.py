@@ -61,7 +61,7 @@ def origin(config: dict[str, object], replaced: dict[str, LazyTensor]) -> Origin
     return {
         "base": str(base) if base else None,
         "task": task,
-        "num_labels": _num_labels(replaced) if task == "sequence-classification" else None,
+        "num_labels": _num_labels(replaced) if str(task).endswith("classification") else None,
     }
 
 

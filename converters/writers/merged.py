@@ -60,7 +60,7 @@ def write_merged(
         rounding = write_shards(folder, plan.shards, plan.run, advance)
         _write_index(folder, plan)
         write_json(folder / "config.json", plan.config)
-        _copy_companions(base.path, folder)
+        copy_companions(base.path, folder)
         warnings = (*run.warnings, *_loss_warnings(rounding))
         write_json(folder / FILE, _certificate(plan.run, base, plan, rounding, dtype))
     return MergeResult(target, plan, rounding, warnings)
@@ -76,7 +76,7 @@ def _write_index(folder: Path, plan: MergePlan) -> None:
         write_json(folder / _INDEX, {"metadata": {"total_size": plan.nbytes}, "weight_map": files})
 
 
-def _copy_companions(source: Path, folder: Path) -> None:
+def copy_companions(source: Path, folder: Path) -> None:
     """Tokenizer, generation configuration and the like; weights and code stay behind."""
     for path in source.iterdir():
         known = path.suffix in _COPIED or path.name.upper().startswith(("LICENSE", "NOTICE"))

@@ -14,6 +14,7 @@ _EXPORT_VERBS = {
     "adapter": "Repack a run as a compact LoRA adapter, another rank per module.",
     "extract": "Write what a tuned model changed of its base as an adapter.",
     "diff": "Compare the updates of two runs, adapters or models.",
+    "onnx": "Export for ONNX Runtime: merged, or one graph with many adapters.",
     "verify": "Compare an artifact with the live, unmerged run.",
     "lint": "Tell whether engines compute with a LoRA adapter what PEFT computes.",
 }

@@ -24,8 +24,8 @@ DTYPES = ("float32", "float16", "bfloat16")
 FOLDER = click.Path(path_type=Path)
 
 
-def run_argument(function: F) -> F:
-    """The RUN argument and the options for what a run may leave out."""
+def run_options(function: F) -> F:
+    """The options for what a run may leave out."""
     for decorate in (
         click.option("--part", "parts", type=FOLDER, multiple=True, help="A further part of RUN."),
         click.option("--gate", metavar="NAME", help="Gate vector beside lora_A and lora_B."),
@@ -34,10 +34,14 @@ def run_argument(function: F) -> F:
         click.option("--task-info", type=FOLDER, help="task_info.json, if not beside the run."),
         click.option("--start-rank", type=click.IntRange(1), help="The run's initial rank."),
         click.option("--lora-alpha", type=float, help="The run's lora_alpha, if it holds none."),
-        click.argument("run", type=FOLDER),
     ):
         function = decorate(function)
     return function
+
+
+def run_argument(function: F) -> F:
+    """The RUN argument and the options for what a run may leave out."""
+    return click.argument("run", type=FOLDER)(run_options(function))
 
 
 base_option = click.option(

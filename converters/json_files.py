@@ -1,0 +1,32 @@
+"""JSON files, read with errors that name the file. Imports nothing heavy."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from .errors import MissingError, TensorFileError
+
+
+def read_json(path: Path) -> dict[str, object]:
+    """The JSON object in `path`; raises `TensorFileError` naming the file when it is not one."""
+    try:
+        value = json.loads(path.read_bytes(), object_pairs_hook=unique_keys)
+    except FileNotFoundError:
+        raise MissingError("file not found", file=path) from None
+    except OSError as error:
+        raise TensorFileError(f"cannot be read: {error.strerror}", file=path) from None
+    except (ValueError, RecursionError) as error:
+        raise TensorFileError(f"not valid JSON: {error}", file=path) from None
+    if not isinstance(value, dict):
+        raise TensorFileError(
+            "not a JSON object", file=path, found=type(value).__name__, expected="an object"
+        )
+    return value
+
+
+def unique_keys(pairs: list[tuple[str, object]]) -> dict[str, object]:
+    result = dict(pairs)
+    if len(result) != len(pairs):
+        raise ValueError("a key appears twice")
+    return result

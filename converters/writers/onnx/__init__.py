@@ -1,0 +1,292 @@
+"""ONNX graphs for ONNX Runtime: a merged model, or the base with many adapters beside it.
+
+With adapters the folder holds two graphs over the same weights: `model.onnx` runs with one adapter
+at a time (`onnxruntime.LoraAdapter`, `onnxruntime_genai.Adapters`), `batched.onnx` with another
+adapter in every row of a batch. Without an adapter both are the base.
+"""
+
+from __future__ import annotations
+
+import re
+import shutil
+import tempfile
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ...base import BaseModel
+from ...certificate import FILE, certificate, tool, write_json
+from ...errors import TargetError
+from ...onnx_files import BATCHED, FOLDER, MODEL, SUFFIX, heads_in
+from ...output import check_output, output_folder
+from ...plan import changed, check_frozen, target_architecture
+from ...run import HEADS, LazyUpdates, Run
+from ...tensors import read_json
+from ..merged import write_merged
+from .adapters import write_adapter_file
+from .branches import add_branches, input_shapes, sites_in
+from .decoder import PRECISIONS, build_decoder, decoder_sites, place
+from .encoder import ENCODER_TASKS, build_adaptable_encoder, build_encoder
+from .heads import head_tensors
+from .seq2seq import SEQ2SEQ_TASK, build_seq2seq
+
+_NAME = re.compile(r"[\w][\w.-]*")
+Prove = Callable[[Path], Mapping[str, object]]
+
+
+@dataclass(frozen=True)
+class OnnxResult:
+    """What was written. `ranks`: adapter → module → rank."""
+
+    path: Path
+    precision: str
+    ranks: dict[str, dict[str, int]] = field(default_factory=dict)
+    accuracy: Mapping[str, object] = field(default_factory=dict)
+    warnings: tuple[str, ...] = ()
+
+
+def write_onnx(
+    base: BaseModel,
+    target: Path,
+    *,
+    run: Run | None = None,
+    adapters: Mapping[str, Run] | None = None,
+    precision: str = "fp32",
+    force: bool = False,
+    prove: Prove | None = None,
+) -> OnnxResult:
+    """Write `run` merged into `base`, or `base` with `adapters` (name → run), as ONNX.
+
+    `prove` is given the folder before it appears, and what it returns goes into the certificate.
+    Raises `DoraExportError`, with nothing written, when the graph cannot carry the runs.
+    """
+    adapters = dict(adapters or {})
+    runs = [*([run] if run is not None else []), *adapters.values()]
+    check_output(target, force, [base.path, *(each.path for each in runs)])
+    if precision not in PRECISIONS:
+        raise TargetError("unknown precision", found=precision, expected=", ".join(PRECISIONS))
+    stripped = {name: each.strip() for name, each in adapters.items()}
+    task = _task(base, runs)
+    if task not in {"causal-lm", SEQ2SEQ_TASK, *ENCODER_TASKS}:
+        raise TargetError("no ONNX export for this task", found=task)
+    _check_adapters(stripped, base, heads=task in ENCODER_TASKS)
+    ranks: dict[str, dict[str, int]] = {}
+    accuracy: Mapping[str, object] = {}
+    with output_folder(target) as folder:
+        if run is None:
+            _build_adaptable(base, stripped, folder, task, precision)
+        else:
+            merged = folder / ".merged"
+            # float32, so that a quantized graph is rounded once from what was trained.
+            write_merged(run, base, merged, dtype=torch.float32)
+            _build(merged, folder, task, precision)
+            shutil.rmtree(merged)
+        if adapters:
+            ranks = _write_adapters(folder, stripped, base)
+        if prove is not None:
+            accuracy = prove(folder)
+        details = {"precision": precision, "accuracy": dict(accuracy)}
+        write_json(folder / FILE, _certificate(run, adapters, base, ranks, details))
+    warnings = tuple(text for each in runs for text in each.warnings)
+    return OnnxResult(target, precision, ranks, accuracy, warnings)
+
+
+def _build(model: Path, folder: Path, task: str, precision: str) -> None:
+    """The graphs of a Hugging Face folder, without adapters."""
+    if task in ENCODER_TASKS:
+        build_encoder(model, folder, task, precision)
+    elif task == SEQ2SEQ_TASK:
+        build_seq2seq(model, folder, precision)
+    else:
+        build_decoder(model, folder, precision, adaptable=False)
+
+
+def _build_adaptable(
+    base: BaseModel, adapters: Mapping[str, Run], folder: Path, task: str, precision: str
+) -> None:
+    """The graphs of the base, able to carry adapters where there are some."""
+    if not adapters:
+        _build(base.path, folder, task, precision)
+    elif task in ENCODER_TASKS:
+        build_adaptable_encoder(base, adapters, folder, task, precision)
+    elif task == SEQ2SEQ_TASK:
+        raise TargetError(
+            "encoder-decoders are exported merged",
+            found=", ".join(adapters),
+            remedy="export every run by itself: dora-export onnx RUN OUT",
+        )
+    else:
+        build_decoder(base.path, folder, precision, adaptable=True)
+        _add_branches(folder)
+
+
+def _task(base: BaseModel, runs: list[Run]) -> str | None:
+    """The task of the runs, or the one that the base's own architecture is for."""
+    tasks = {run.task for run in runs if run.task is not None}
+    if len(tasks) > 1:
+        raise TargetError("the runs are for different tasks", found=", ".join(sorted(tasks)))
+    if tasks:
+        return tasks.pop()
+    known = base.config.get("architectures")
+    current = str(known[0]) if isinstance(known, list) and known else ""
+    return next((task for task, (suffix, _) in HEADS.items() if current.endswith(suffix)), None)
+
+
+def _check_adapters(adapters: Mapping[str, Run], base: BaseModel, *, heads: bool) -> None:
+    """Raise an error for an adapter that is of another base, or that a graph cannot carry.
+
+    `heads`: whether the graph has inputs for heads trained whole, which are then checked later.
+    """
+    for name, run in adapters.items():
+        if not _NAME.fullmatch(name):
+            raise TargetError("not a name for an adapter", found=name, expected="letters, - _ .")
+        check_frozen(run, base)
+        target_architecture(run, base)
+        whole = [] if heads else sorted(changed(run, base))
+        _refuse(run, [*whole, *sorted(run.embeddings)])
+        for module, update in run.updates.items():
+            if update.components() is None:
+                raise TargetError(
+                    "this module's update is not low-rank",
+                    file=run.path,
+                    tensor=module,
+                    remedy="export it merged: dora-export onnx RUN OUT",
+                )
+            base.is_transposed(module, update.shape)
+
+
+def _add_branches(folder: Path) -> None:
+    """Both forms of the graph in `folder`, over the same weights, able to carry adapters."""
+    import onnx
+
+    for file, batched in ((BATCHED, True), (MODEL, False)):
+        model = onnx.load(folder / MODEL, load_external_data=False)
+        add_branches(model, decoder_sites(model.graph).values(), batched)
+        onnx.save(model, folder / file)
+
+
+def _write_adapters(
+    folder: Path, adapters: Mapping[str, Run], base: BaseModel
+) -> dict[str, dict[str, int]]:
+    import onnx
+
+    graph = onnx.load(folder / MODEL, load_external_data=False).graph
+    sites, shapes = sites_in(graph), input_shapes(graph)
+    (folder / FOLDER).mkdir(exist_ok=True)
+    ranks = {}
+    for name, run in adapters.items():
+        heads = heads_in(shapes)
+        own = {f"{module}.{part}" for module in heads for part in ("weight", "bias")}
+        _refuse(run, sorted(changed(run, base).keys() - own))
+        updates = {m: partial(run.updates.__getitem__, m) for m in run.updates if m not in heads}
+        ranks[name] = write_adapter_file(
+            folder / FOLDER / f"{name}{SUFFIX}",
+            replace(run, updates=LazyUpdates(updates)),
+            lambda m, s: place(m, s, sites),
+            head_tensors(run, base, shapes),
+        )
+    return ranks
+
+
+def _refuse(run: Run, tensors: list[str]) -> None:
+    if tensors:
+        raise TargetError(
+            "the run trained tensors that an adapter in an ONNX graph cannot carry",
+            file=run.path,
+            found=", ".join(tensors),
+            remedy="export it merged: dora-export onnx RUN OUT",
+        )
+
+
+def _certificate(
+    run: Run | None,
+    adapters: Mapping[str, Run],
+    base: BaseModel,
+    ranks: Mapping[str, Mapping[str, int]],
+    details: Mapping[str, Any],
+) -> dict[str, object]:
+    if run is not None:
+        stripped = run.strip()
+        modules = {
+            module: {"start_rank": run.start_rank.get(module), "rank": stripped.rank(module)}
+            for module in run.updates
+        }
+        return certificate("onnx", run, base, modules, **details)
+    weights = [n.removesuffix(".weight") for n, t in base.tensors.items() if len(t.shape) == 2]
+    return {
+        "tool": tool(),
+        "kind": "onnx",
+        "base": {"name": base.name, "fingerprint": base.fingerprint(weights)},
+        **details,
+        "adapters": _adapter_certificates(adapters, base, ranks),
+    }
+
+
+def _adapter_certificates(
+    adapters: Mapping[str, Run], base: BaseModel, ranks: Mapping[str, Mapping[str, int]]
+) -> dict[str, object]:
+    return {
+        name: certificate(
+            "onnx adapter", run, base, {m: {"rank": rank} for m, rank in ranks[name].items()}
+        )
+        for name, run in adapters.items()
+    }
+
+
+def add_adapters(
+    folder: Path, adapters: Mapping[str, Run], base: BaseModel, *, force: bool = False
+) -> dict[str, dict[str, int]]:
+    """Add adapters to a folder that was written with some; the graphs stay as they are.
+
+    Each file appears whole. Raises `TargetError` for another base, a name that is taken (without
+    `force`), or a folder that carries no adapters.
+    """
+    proof = read_json(folder / FILE)
+    known = proof.get("adapters")
+    if not isinstance(known, dict):
+        raise TargetError(
+            "this folder carries no adapters",
+            file=folder,
+            remedy="write it with dora-export onnx --base BASE OUT --adapter RUN",
+        )
+    taken = sorted(adapters.keys() & known.keys())
+    if taken and not force:
+        raise TargetError(
+            "an adapter of this name is there already",
+            file=folder,
+            found=", ".join(taken),
+            remedy="choose another name, or pass --force to replace it",
+        )
+    stripped = {name: run.strip() for name, run in adapters.items()}
+    _check_adapters(stripped, base, heads=_task(base, list(stripped.values())) in ENCODER_TASKS)
+    _check_base(proof, stripped, base, folder)
+    with tempfile.TemporaryDirectory(dir=folder, prefix=".adding") as temporary:
+        shutil.copyfile(folder / MODEL, Path(temporary) / MODEL)
+        ranks = _write_adapters(Path(temporary), stripped, base)
+        certificates = _adapter_certificates(adapters, base, ranks)
+        write_json(Path(temporary) / FILE, {**proof, "adapters": {**known, **certificates}})
+        for name in adapters:
+            file = Path(FOLDER, f"{name}{SUFFIX}")
+            (Path(temporary) / file).replace(folder / file)
+        (Path(temporary) / FILE).replace(folder / FILE)
+    return ranks
+
+
+def _check_base(
+    proof: Mapping[str, object], adapters: Mapping[str, Run], base: BaseModel, folder: Path
+) -> None:
+    of_graph = proof.get("base")
+    known = of_graph.get("fingerprint") if isinstance(of_graph, dict) else None
+    modules = {module for run in adapters.values() for module in run.updates}
+    for name, value in base.fingerprint(sorted(modules)).items():
+        if not isinstance(known, dict) or known.get(name) != value:
+            raise TargetError(
+                "the graph was made from another base",
+                file=folder / FILE,
+                tensor=name,
+                remedy="pass the base that it was made from with --base",
+            )

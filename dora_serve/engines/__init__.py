@@ -1,0 +1,1 @@
+"""The engines that serve what dora-export made."""

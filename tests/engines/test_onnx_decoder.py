@@ -1,0 +1,378 @@
+"""Decoders in ONNX Runtime against the live runs: one adapter, many in a batch, every precision."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import onnxruntime
+import pytest
+import torch
+import transformers
+from onnx import numpy_helper
+from peft import LoraConfig, get_peft_model
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from converters.base import open_base
+from converters.onnx_files import read_adapter_file
+from converters.writers.onnx import add_adapters, write_onnx
+from dora_serve import DoraExportError, Run, read_run
+from dora_serve.engines.onnx_model import OnnxDecoder
+from dora_serve.engines.onnxruntime import Decoder
+from dora_serve.engines.sampling import Sampling
+from dora_serve.live import LiveModel
+from dora_serve.proof import logits, verification_batch
+from tests.conftest import MODELS, randomize
+
+BASE = MODELS / "tiny-llama-base"
+SAMPLES = {
+    name: MODELS / f"runs/Checkpoint/Tiny_Llama/Lora_Rank=8/{name}/Tiny_Llama--{name}--1"
+    for name in ("Count_Down", "Every_Second")
+}
+NAMES = {"down": "Count_Down", "second": "Every_Second"}
+PROMPTS = ("count : nine", "copy : cat moon river =", "count : twenty-one", "count : five")
+BOUND = 1e-4
+
+SHAPE: dict[str, Any] = {
+    "hidden_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "intermediate_size": 96,
+    "vocab_size": 84,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "max_position_embeddings": 64,
+}
+FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
+    "qwen2": ("Qwen2Config", {}),
+    "qwen3": ("Qwen3Config", {"head_dim": 16}),
+    "mistral": ("MistralConfig", {"sliding_window": None}),
+    "gemma": ("GemmaConfig", {"head_dim": 16}),
+    "gemma2": ("Gemma2Config", {"head_dim": 16, "sliding_window": 32}),
+    "phi3": ("Phi3Config", {"original_max_position_embeddings": 64}),
+}
+
+
+@dataclass
+class Case:
+    """An exported folder, its base, and the runs whose adapters it holds."""
+
+    folder: Path
+    base: Path
+    runs: dict[str, Run]
+
+
+def sample(name: str) -> Run:
+    return read_run(SAMPLES[NAMES[name]])
+
+
+@pytest.fixture(scope="session")
+def llama(tmp_path_factory: pytest.TempPathFactory) -> Case:
+    folder = tmp_path_factory.mktemp("onnx") / "llama"
+    runs = {name: sample(name) for name in NAMES}
+    write_onnx(open_base(BASE), folder, adapters=runs)
+    return Case(folder, BASE, runs)
+
+
+def family(name: str, root: Path) -> Case:
+    """A tiny random model of the family with two adapters of mixed ranks."""
+    config, changes = FAMILIES[name]
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(getattr(transformers, config)(**{**SHAPE, **changes}))
+    model.save_pretrained(root / "base")
+    AutoTokenizer.from_pretrained(BASE).save_pretrained(root / "base")
+    runs = {}
+    for adapter, ranks in (("one", {"q_proj": 2, "down_proj": 5}), ("two", {"o_proj": 1})):
+        lora = LoraConfig(
+            r=3,
+            lora_alpha=5,
+            rank_pattern=ranks,
+            target_modules="all-linear",
+            task_type="CAUSAL_LM",
+        )
+        peft = get_peft_model(AutoModelForCausalLM.from_pretrained(root / "base"), lora)
+        randomize(peft)
+        peft.save_pretrained(root / adapter)
+        runs[adapter] = read_run(root / adapter)
+    write_onnx(open_base(root / "base"), root / "onnx", adapters=runs)
+    return Case(root / "onnx", root / "base", runs)
+
+
+def greedy(model: Any, row: Sequence[int], steps: int) -> list[int]:
+    """The next `steps` tokens of a torch model without cache, one row, no padding."""
+    ids = list(row)
+    with torch.inference_mode():
+        for _ in range(steps):
+            ids.append(int(model(input_ids=torch.tensor([ids])).logits[0, -1].argmax()))
+    return ids[len(row) :]
+
+
+def truths(case: Case) -> dict[str | None, Any]:
+    """A live model for every adapter and for none; each a model of its own."""
+    base = open_base(case.base)
+    models: dict[str | None, Any] = {n: LiveModel(r, base).model for n, r in case.runs.items()}
+    bare = LiveModel(next(iter(case.runs.values())), base)
+    bare.detach()
+    return {**models, None: bare.model}
+
+
+def check(case: Case, steps: int) -> None:
+    """Logits and greedy tokens of every adapter, alone and in a mixed, padded batch."""
+    models = truths(case)
+    deployed = OnnxDecoder(case.folder)
+    inputs = verification_batch(models[None])
+    expected = {name: logits(model, inputs) for name, model in models.items()}
+    for name, truth in expected.items():
+        deployed.adapters = name
+        found = logits(deployed, inputs)
+        assert float((found - truth).abs().max()) <= BOUND
+        assert torch.equal(found.argmax(-1), truth.argmax(-1))
+        if name is not None:
+            assert float((truth - expected[None]).abs().max()) > 1e-2  # the control
+    names = list(models)
+    for order in (names, names[::-1]):
+        wanted = [order[i % len(order)] for i in range(len(inputs["input_ids"]))]
+        deployed.adapters = wanted
+        mixed = logits(deployed, inputs)
+        for row, name in enumerate(wanted):
+            deployed.adapters = name
+            alone = logits(deployed, inputs)[row]
+            assert float((mixed[row] - alone).abs().max()) <= 1e-5
+    decoder = Decoder(case.folder, threads=2)
+    rows = [decoder.encode(prompt) for prompt in PROMPTS]
+    wanted = [names[i % len(names)] for i in range(len(rows))]
+    done = decoder.generate(rows, wanted, Sampling(max_tokens=steps, ignore_eos=True))
+    for row, name, completion in zip(rows, wanted, done, strict=True):
+        assert completion.tokens == greedy(models[name], row, steps)
+
+
+@pytest.mark.supports(method="dora", family="llama", targets=("onnx",))
+def test_sample_runs_one_by_one_and_mixed(llama: Case) -> None:
+    check(llama, 32)
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(
+            name, marks=pytest.mark.supports(method="peft_lora", family=name, targets=("onnx",))
+        )
+        for name in FAMILIES
+    ],
+)
+def test_families(name: str, tmp_path: Path) -> None:
+    check(family(name, tmp_path), 32)
+
+
+def test_merged_graph_equals_the_live_run(tmp_path: Path) -> None:
+    run, base = sample("down"), open_base(BASE)
+    write_onnx(base, tmp_path / "out", run=run)
+    live = LiveModel(run, base)
+    inputs = verification_batch(live.model)
+    found = logits(OnnxDecoder(tmp_path / "out"), inputs)
+    assert float((found - logits(live.model, inputs)).abs().max()) <= BOUND
+    live.detach()
+    assert float((found - logits(live.model, inputs)).abs().max()) > 1
+    done = Decoder(tmp_path / "out").generate(["count : nine"])
+    assert done[0].text == "eight seven six five four three"
+    assert done[0].reason == "stop"
+
+
+def onnxruntime_logits(case: Case, adapter: str, ids: list[int]) -> Any:
+    """Plain ONNX Runtime with its own LoraAdapter on the single-adapter graph."""
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 3
+    session = onnxruntime.InferenceSession(case.folder / "model.onnx", options)
+    lora, run_options = onnxruntime.LoraAdapter(), onnxruntime.RunOptions()
+    lora.Load(str(case.folder / "adapters" / f"{adapter}.onnx_adapter"))
+    run_options.add_active_adapter(lora)
+    empty = {
+        value.name: np.zeros((1, value.shape[1], 0, value.shape[3]), np.float32)
+        for value in session.get_inputs()
+        if value.name.startswith("past")
+    }
+    row = np.array([ids])
+    feeds = {"input_ids": row, "attention_mask": np.ones_like(row), **empty}
+    return session.run(["logits"], feeds, run_options)[0]
+
+
+def test_plain_onnxruntime_and_genai_use_our_files(llama: Case) -> None:
+    import onnxruntime_genai as og
+
+    decoder = Decoder(llama.folder)
+    ids = decoder.encode("count : nine")
+    plain = onnxruntime_logits(llama, "down", ids)
+    ours = decoder.batch([ids], ["down"]).prefill_all()
+    assert float(np.abs(plain - ours).max()) <= 1e-5
+
+    model = og.Model(str(llama.folder))
+    adapters = og.Adapters(model)
+    adapters.load(str(llama.folder / "adapters" / "down.onnx_adapter"), "down")
+    parameters = og.GeneratorParams(model)
+    parameters.set_search_options(max_length=len(ids) + 6, do_sample=False)
+    generator = og.Generator(model, parameters)
+    generator.set_active_adapter(adapters, "down")
+    generator.append_tokens([ids])
+    while not generator.is_done():
+        generator.generate_next_token()
+    words = decoder.tokenizer.decode(list(generator.get_sequence(0))[len(ids) :])
+    assert words == "eight seven six five four three"
+
+
+def test_adapters_come_and_go_without_a_new_session(llama: Case) -> None:
+    decoder = Decoder(llama.folder)
+    session = decoder._session
+    decoder.remove_adapter("down")
+    with pytest.raises(DoraExportError, match="no such adapter"):
+        decoder.generate(["count : nine"], "down")
+    decoder.add_adapter("again", llama.folder / "adapters" / "down.onnx_adapter")
+    done = decoder.generate(["count : nine"] * 2, ["again", "second"])
+    assert [row.text.split()[0] for row in done] == ["eight", "eleven"]
+    assert decoder._session is session
+
+
+def test_adding_an_adapter_to_a_folder(tmp_path: Path) -> None:
+    base = open_base(BASE)
+    write_onnx(base, tmp_path / "out", adapters={"down": sample("down")})
+    graphs = {f: (tmp_path / "out" / f).read_bytes() for f in ("model.onnx", "batched.onnx")}
+    with pytest.raises(DoraExportError, match="there already"):
+        add_adapters(tmp_path / "out", {"down": sample("down")}, base)
+    add_adapters(tmp_path / "out", {"second": sample("second")}, base)
+    assert all((tmp_path / "out" / f).read_bytes() == data for f, data in graphs.items())
+    assert (
+        Decoder(tmp_path / "out")
+        .generate(["count : nine"], "second")[0]
+        .text.startswith("eleven thirteen")
+    )
+    proof = json.loads((tmp_path / "out" / "dora_export.json").read_text())
+    assert set(proof["adapters"]) == {"down", "second"}
+    assert not list((tmp_path / "out").glob(".adding*"))
+
+
+def dequantized(folder: Path) -> dict[str, torch.Tensor]:
+    """Module → float32 weight `[out, in]` of every 4-bit MatMul: (q − 8)·scale in blocks of 32."""
+    graph = onnx.load(folder / "model.onnx").graph
+    stored = {tensor.name: numpy_helper.to_array(tensor) for tensor in graph.initializer}
+    weights = {}
+    for node in graph.node:
+        if node.op_type != "MatMulNBits":
+            continue
+        size = {a.name: a.i for a in node.attribute}
+        packed, scales = stored[node.input[1]], stored[node.input[2]]
+        values = np.stack([packed & 15, packed >> 4], axis=-1).reshape(size["N"], -1, 32)
+        dense = (values.astype(np.float32) - 8) * scales.reshape(size["N"], -1, 1)
+        name = node.name.split("/MatMul")[0].strip("/").replace("/", ".")
+        name = name.replace(".attn.", ".self_attn.")
+        weights[name] = torch.from_numpy(dense.reshape(size["N"], -1)[:, : size["K"]])
+    return weights
+
+
+def test_int4_equals_its_own_dequantized_base_with_the_adapter(tmp_path: Path) -> None:
+    runs = {"down": sample("down")}
+    write_onnx(open_base(BASE), tmp_path / "out", adapters=runs, precision="int4")
+    live = LiveModel(runs["down"], open_base(BASE))
+    weights = dequantized(tmp_path / "out")
+    assert len(weights) == 29
+    for name, weight in weights.items():
+        live.model.get_submodule(name).weight = torch.nn.Parameter(weight)
+    inputs = verification_batch(live.model)
+    found = logits(OnnxDecoder(tmp_path / "out", "down"), inputs)
+    assert float((found - logits(live.model, inputs)).abs().max()) <= 1e-4
+    live.detach()
+    assert float((found - logits(live.model, inputs)).abs().max()) > 1
+
+
+@pytest.mark.parametrize(("precision", "bound"), [("fp16", 0.1), ("int8", 2.0)])
+def test_narrow_graphs_generate(tmp_path: Path, precision: str, bound: float) -> None:
+    runs = {name: sample(name) for name in NAMES}
+    write_onnx(open_base(BASE), tmp_path / "out", adapters=runs, precision=precision)
+    live = LiveModel(runs["down"], open_base(BASE))
+    inputs = verification_batch(live.model)
+    found = logits(OnnxDecoder(tmp_path / "out", "down"), inputs)
+    assert float((found - logits(live.model, inputs)).abs().max()) <= bound
+    prompts = ["count : nine", "copy : cat moon river =", "count : nine"]
+    done = Decoder(tmp_path / "out").generate(prompts, ["down", "second", None])
+    assert [row.text.split()[0] for row in done] == ["eight", "cat", "ten"]
+
+
+def test_sampling_is_repeatable_and_independent_of_neighbours(llama: Case) -> None:
+    decoder = Decoder(llama.folder)
+    hot = Sampling(max_tokens=12, temperature=3.0, top_p=0.95, seed=7, ignore_eos=True)
+    alone = decoder.generate(["count : nine"], "down", hot)[0].tokens
+    mixed = decoder.generate(["count : five", "count : nine"], ["second", "down"], hot)
+    assert mixed[1].tokens == alone
+    other = Sampling(max_tokens=12, temperature=3.0, top_p=0.95, seed=8, ignore_eos=True)
+    assert decoder.generate(["count : nine"], "down", other)[0].tokens != alone
+
+
+def test_stop_and_logprobs(llama: Case) -> None:
+    decoder = Decoder(llama.folder)
+    done = decoder.generate(["count : nine"], None, Sampling(stop=("thirteen",), logprobs=3))[0]
+    assert done.text == "ten eleven twelve "
+    assert done.reason == "stop"
+    live = truths(llama)[None]
+    ids = [*done.prompt_tokens, *done.tokens]
+    with torch.inference_mode():
+        expected = live(input_ids=torch.tensor([ids])).logits[0].log_softmax(-1)
+    for i, (logprob, best) in enumerate(done.logprobs):
+        at = expected[len(done.prompt_tokens) - 1 + i]
+        assert logprob == pytest.approx(float(at[done.tokens[i]]), abs=1e-4)
+        assert list(best) == at.topk(3).indices.tolist()
+
+
+def test_bad_requests(llama: Case, tmp_path: Path) -> None:
+    decoder = Decoder(llama.folder, max_rows=2)
+    for prompts, wanted, says in (
+        ([[1] * 64], None, "too long"),
+        ([[]], None, "empty"),
+        ([[1]] * 3, None, "more rows"),
+        ([[1]], "nobody", "no such adapter"),
+    ):
+        with pytest.raises(DoraExportError, match=says):
+            decoder.generate(prompts, wanted)
+    broken = tmp_path / "broken.onnx_adapter"
+    broken.write_bytes((llama.folder / "adapters" / "down.onnx_adapter").read_bytes()[:100])
+    with pytest.raises(DoraExportError, match="not an ONNX Runtime adapter"):
+        decoder.add_adapter("broken", broken)
+    good = read_adapter_file(llama.folder / "adapters" / "down.onnx_adapter")
+    site = "model.layers.0.self_attn.q_proj.lora_A"
+    for change, says in (
+        ({site: good[site].T}, "does not fit"),
+        ({site: good[site][:, :1]}, "different rank"),
+        ({"elsewhere.lora_A": good[site]}, "does not fit"),
+    ):
+        file = onnxruntime.AdapterFormat()
+        values = {**good, **change}
+        file.set_parameters(
+            {
+                n: onnxruntime.OrtValue.ortvalue_from_numpy(np.ascontiguousarray(v))
+                for n, v in values.items()
+            }
+        )
+        file.export_adapter(str(tmp_path / "wrong.onnx_adapter"))
+        with pytest.raises(DoraExportError, match=says):
+            decoder.add_adapter("wrong", tmp_path / "wrong.onnx_adapter")
+    assert decoder.adapters == ("down", "second")
+
+
+def test_what_a_graph_cannot_carry_is_refused(tmp_path: Path, llama_base: Path) -> None:
+    reference = Path(__file__).parent.parent / "data" / "reference"
+    entry = next(
+        e for e in json.loads((reference / "index.json").read_text()) if e["task"] == "causal-lm"
+    )
+    run = read_run(reference / entry["checkpoint"])
+    base = open_base(reference / entry["base"])
+    with pytest.raises(DoraExportError, match=r"cannot carry(.|\n)*lm_head"):
+        write_onnx(base, tmp_path / "out", adapters={"run": run})
+    with pytest.raises(DoraExportError):
+        write_onnx(open_base(llama_base), tmp_path / "out", adapters={"down": sample("down")})
+    with pytest.raises(DoraExportError, match="not a name"):
+        write_onnx(open_base(BASE), tmp_path / "out", adapters={"../up": sample("down")})
+    assert list(tmp_path.iterdir()) == []
