@@ -201,12 +201,25 @@ def check_frozen(run: Run, base: BaseModel) -> None:
 
 
 def changed(
-    run: Run, base: BaseModel, find: Callable[[str], str | None] | None = None
+    run: Run, base: BaseModel | None, find: Callable[[str], str | None] | None = None
 ) -> dict[str, LazyTensor]:
     """The replaced tensors that differ from the base; a tied head equal to its embedding does not.
 
-    `find` gives a tensor's name in the base where it is not `BaseModel.find`.
+    `find` gives a tensor's name in the base where it is not `BaseModel.find`. Without a base all
+    replaced tensors count as changed; `TargetError` where these are all the checkpoint holds
+    outside of adapted modules, so that only the base can tell which were trained.
     """
+    if base is None:
+        adapted = {f"{module}.{kind}" for module in run.updates for kind in ("weight", "bias")}
+        if run.embedded_base is not None and not (
+            run.embedded_base.keys() - run.replaced.keys() - adapted
+        ):
+            raise TargetError(
+                "the checkpoint does not tell which of its tensors were trained",
+                file=run.path,
+                remedy="pass the base model with --base",
+            )
+        return dict(run.replaced)
     find = find or base.find
     result = {}
     for name, tensor in run.replaced.items():

@@ -19,7 +19,7 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 PAGE = ROOT / "docs" / "support-matrix.md"
-TARGETS = ("merged", "peft", "vllm", "sglang", "lorax", "gguf")
+TARGETS = ("merged", "peft", "vllm", "sglang", "lorax", "gguf", "onnx")
 
 Cells = dict[tuple[str, str], dict[str, set[str]]]
 

@@ -104,12 +104,11 @@ def _plan(run: Run, base: BaseModel | None, profile: Profile, dtype: torch.dtype
             found=", ".join(list(run.replaced)[:3]) + " …",
             remedy="merge it: dora-export merge",
         )
-    whole = dict(run.replaced)
     transposed: set[str] = set()
     if base is not None:
         transposed = transposed_modules(run, base, profile)
         check_frozen(run, base)
-        whole = changed(run, base)
+    whole = changed(run, base)
     ranks: dict[str, tuple[int | None, int]] = {}
     shapes: dict[str, tuple[int, int]] = {}
     for module, update in run.updates.items():

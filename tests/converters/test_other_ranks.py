@@ -13,9 +13,9 @@ import torch
 from torch import nn
 from transformers import LlamaForCausalLM, RobertaForSequenceClassification
 
-from converters.errors import BaseError, RunError
+from converters.errors import BaseError, RunError, TargetError
 from converters.readers import ReadOptions
-from dora_serve import merge, read_run
+from dora_serve import merge, read_run, write_adapter
 from dora_serve.proof import verification_batch
 from tests.conftest import DATA
 from tests.converters.proving import Inputs, change_bin, expected, logits, prove
@@ -67,6 +67,12 @@ def test_a_checkpoint_knows_its_base(tmp_path: Path) -> None:
     change_bin(tmp_path / "base", damage)
     with pytest.raises(BaseError, match="not the base the run was trained on"):
         merge(read_run(INCRELORA / "run"), tmp_path / "out", base=tmp_path / "base")
+
+
+def test_an_adapter_of_a_whole_checkpoint_needs_the_base(tmp_path: Path) -> None:
+    with pytest.raises(TargetError, match=r"which of its tensors were trained(.|\n)*--base"):
+        write_adapter(read_run(INCRELORA / "run"), tmp_path / "out")
+    assert not (tmp_path / "out").exists()
 
 
 def _drop(state: dict[str, torch.Tensor], name: str) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,7 +22,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from converters.base import open_base
 from converters.onnx_files import read_adapter_file
 from converters.writers.onnx import add_adapters, write_onnx
-from dora_serve import DoraExportError, Run, read_run
+from dora_serve import DoraExportError, Run, read_run, verify
 from dora_serve.engines.onnx_model import OnnxDecoder
 from dora_serve.engines.onnxruntime import Decoder
 from dora_serve.engines.sampling import Sampling
@@ -146,11 +147,11 @@ def check(case: Case, steps: int) -> None:
             alone = logits(deployed, inputs)[row]
             assert float((mixed[row] - alone).abs().max()) <= 1e-5
     decoder = Decoder(case.folder, threads=2)
-    rows = [decoder.encode(prompt) for prompt in PROMPTS]
-    wanted = [names[i % len(names)] for i in range(len(rows))]
-    done = decoder.generate(rows, wanted, Sampling(max_tokens=steps, ignore_eos=True))
-    for row, name, completion in zip(rows, wanted, done, strict=True):
-        assert completion.tokens == greedy(models[name], row, steps)
+    prompts = [decoder.encode(prompt) for prompt in PROMPTS]
+    wanted = [names[i % len(names)] for i in range(len(prompts))]
+    done = decoder.generate(prompts, wanted, Sampling(max_tokens=steps, ignore_eos=True))
+    for prompt, name, completion in zip(prompts, wanted, done, strict=True):
+        assert completion.tokens == greedy(models[name], prompt, steps)
 
 
 @pytest.mark.supports(method="dora", family="llama", targets=("onnx",))
@@ -171,9 +172,29 @@ def test_families(name: str, tmp_path: Path) -> None:
     check(family(name, tmp_path), 32)
 
 
+def test_verify_finds_the_run_among_the_adapters_and_a_wrong_one(
+    llama: Case, tmp_path: Path
+) -> None:
+    for name in NAMES:
+        result = verify(sample(name), llama.folder, BASE)
+        assert result.engine == "onnxruntime"
+        assert result.passed
+        assert result.control_fails
+    folder = Path(shutil.copytree(llama.folder, tmp_path / "swapped"))
+    other = folder / "adapters" / "second.onnx_adapter"
+    shutil.copyfile(other, folder / "adapters" / "down.onnx_adapter")
+    assert not verify(sample("down"), folder, BASE).passed
+    roberta = read_run(next(MODELS.glob("runs/Checkpoint/Tiny_Roberta/*/*/*")))
+    with pytest.raises(DoraExportError, match="not among the folder's adapters"):
+        verify(roberta, folder, BASE)
+    with pytest.raises(DoraExportError, match="engine peft does not load"):
+        verify(sample("down"), folder, BASE, engine="peft")
+
+
 def test_merged_graph_equals_the_live_run(tmp_path: Path) -> None:
     run, base = sample("down"), open_base(BASE)
     write_onnx(base, tmp_path / "out", run=run)
+    assert verify(run, tmp_path / "out", base).passed
     live = LiveModel(run, base)
     inputs = verification_batch(live.model)
     found = logits(OnnxDecoder(tmp_path / "out"), inputs)
