@@ -126,7 +126,7 @@ def orientation(adapter: Adapter) -> Iterator[Finding]:
             yield Finding(
                 "conv1d", "error", targets, module,
                 "llama.cpp's converter transposes the update of a Conv1D layer", "a Conv1D layer",
-                "linear layers", f"dora-export lint --target {targets[0]} --fix",
+                "linear layers", f"dora-export lint --target {targets[0]} --fix OUT",
             )  # fmt: skip
         if said != conv1d:
             wrong.append(module)
@@ -135,7 +135,7 @@ def orientation(adapter: Adapter) -> Iterator[Finding]:
             "fan_in_fan_out", "warning", adapter.all, wrong[0],
             "fan_in_fan_out does not fit the layer; a tool that trusts it transposes wrongly",
             str(said).lower(), str(not said).lower(),
-            "dora-export lint --base … --fix sets it by the layers of the base",
+            "dora-export lint --base … --fix OUT sets it by the layers of the base",
         )  # fmt: skip
 
 
