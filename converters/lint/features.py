@@ -6,7 +6,7 @@ import re
 from collections.abc import Iterator
 
 from ..base import CONV1D_FAMILIES, CONV1D_LAYERS
-from ..readers.peft_lora import _BASE_CHANGING
+from ..readers.peft_lora import BASE_CHANGING
 from ..writers.adapter import CONFIG
 from .finding import PEFTS_OWN, Adapter, Finding
 
@@ -103,7 +103,7 @@ def embeddings(adapter: Adapter) -> Iterator[Finding]:
 
 def initialisation(adapter: Adapter) -> Iterator[Finding]:
     name = adapter.config.get("init_lora_weights")
-    if str(name).lower().startswith(_BASE_CHANGING):
+    if str(name).lower().startswith(BASE_CHANGING):
         yield Finding(
             "init", "error", adapter.all, f"{CONFIG}: init_lora_weights",
             "this initialisation changed the base weights: the adapter is right on those only",
