@@ -6,7 +6,7 @@ import re
 from collections.abc import Iterator
 
 from ..base import CONV1D_FAMILIES, CONV1D_LAYERS
-from ..readers.peft_lora import _BASE_CHANGING
+from ..readers.peft_lora import BASE_CHANGING
 from ..writers.adapter import CONFIG
 from .finding import PEFTS_OWN, Adapter, Finding
 
@@ -103,7 +103,7 @@ def embeddings(adapter: Adapter) -> Iterator[Finding]:
 
 def initialisation(adapter: Adapter) -> Iterator[Finding]:
     name = adapter.config.get("init_lora_weights")
-    if str(name).lower().startswith(_BASE_CHANGING):
+    if str(name).lower().startswith(BASE_CHANGING):
         yield Finding(
             "init", "error", adapter.all, f"{CONFIG}: init_lora_weights",
             "this initialisation changed the base weights: the adapter is right on those only",
@@ -126,7 +126,7 @@ def orientation(adapter: Adapter) -> Iterator[Finding]:
             yield Finding(
                 "conv1d", "error", targets, module,
                 "llama.cpp's converter transposes the update of a Conv1D layer", "a Conv1D layer",
-                "linear layers", f"dora-export lint --target {targets[0]} --fix",
+                "linear layers", f"dora-export lint --target {targets[0]} --fix OUT",
             )  # fmt: skip
         if said != conv1d:
             wrong.append(module)
@@ -135,7 +135,7 @@ def orientation(adapter: Adapter) -> Iterator[Finding]:
             "fan_in_fan_out", "warning", adapter.all, wrong[0],
             "fan_in_fan_out does not fit the layer; a tool that trusts it transposes wrongly",
             str(said).lower(), str(not said).lower(),
-            "dora-export lint --base … --fix sets it by the layers of the base",
+            "dora-export lint --base … --fix OUT sets it by the layers of the base",
         )  # fmt: skip
 
 

@@ -12,7 +12,7 @@ from ..writers.profiles import Profile
 from .finding import PEFTS_OWN, PREFIX, Adapter, Finding
 
 _LAYER = re.compile(r"(.*?)\.(\d+)\.(?:(.+)\.)?([^.]+)")
-_REWRITE = "dora-export lint --fix writes the names PEFT knows"
+_REWRITE = "dora-export lint --fix OUT writes the names PEFT knows"
 
 
 def prefix(adapter: Adapter) -> Iterator[Finding]:
@@ -117,7 +117,7 @@ def targeted(adapter: Adapter) -> Iterator[Finding]:
                 "no module is named, so PEFT adapts none",
                 str(targets),
                 ", ".join(sorted({module.split(".")[-1] for module in adapter.pairs})),
-                "dora-export lint --fix names the modules that are stored",
+                "dora-export lint --fix OUT names the modules that are stored",
             )
         return
     for module in (*adapter.pairs, *adapter.embeddings):
@@ -130,7 +130,7 @@ def targeted(adapter: Adapter) -> Iterator[Finding]:
                 "the module is stored but not among target_modules, so PEFT leaves it out",
                 str(targets)[:80],
                 module,
-                "dora-export lint --fix names the modules that are stored",
+                "dora-export lint --fix OUT names the modules that are stored",
             )
 
 
@@ -172,7 +172,7 @@ def gaps(adapter: Adapter) -> Iterator[Finding]:
         if match := _LAYER.fullmatch(module):
             stems.setdefault((match[1], match[3] or "", match[4]), set()).add(int(match[2]))
     for engine in (engine for engine in adapter.engines if engine.uniform):
-        fix = f"dora-export lint --target {engine.name} --fix stores zeros there"
+        fix = f"dora-export lint --target {engine.name} --fix OUT stores zeros there"
         for (head, stem, kind), present in stems.items():
             absent = sorted(_layers(adapter, head, stem, kind) - present)
             if absent:

@@ -102,7 +102,7 @@ def uniform(adapter: Adapter) -> Iterator[Finding]:
                     "the engine holds one rank for all modules",
                     f"rank {rank}",
                     f"rank {default}, the configuration's r",
-                    f"dora-export lint --target {engine.name} --fix pads to the largest rank",
+                    f"dora-export lint --target {engine.name} --fix OUT pads to the largest rank",
                 )
 
 
@@ -155,7 +155,7 @@ def fused(adapter: Adapter) -> Iterator[Finding]:
 
 
 def _fold(engine: str) -> str:
-    return f"dora-export lint --target {engine} --fix folds every scale into the weights"
+    return f"dora-export lint --target {engine} --fix OUT folds every scale into the weights"
 
 
 def _truth(adapter: Adapter) -> dict[str, float]:

@@ -35,7 +35,7 @@ _BIAS = ".lora_B.bias"
 _LORA = re.compile(r"(.+)\.(?:lora_(A|B)\.weight|lora_embedding_(A|B))")
 
 # Initialisations that change the base weights: the adapter is right on the changed base only.
-_BASE_CHANGING = ("pissa", "olora", "corda", "loftq", "lora_ga")
+BASE_CHANGING = ("pissa", "olora", "corda", "loftq", "lora_ga")
 _OTHERS = ("use_dora", "use_mora")  # readers of their own
 _UNREAD = {
     "layer_replication": "replicated layers",
@@ -120,7 +120,7 @@ def _refuse_unread(config: dict[str, object], path: Path) -> None:
                 remedy="merging it as plain LoRA would compute something else",
             )
     init = str(config.get("init_lora_weights", "")).lower()
-    if init.startswith(_BASE_CHANGING):
+    if init.startswith(BASE_CHANGING):
         raise RunError(
             "the adapter's initialisation changed the base weights, so it is not an update "
             "of the original base",
