@@ -86,6 +86,7 @@ class Decoder:
         defaults = self._session.get_overridable_initializers()
         self._shapes = {value.name: value.shape for value in defaults}
         self._sites = {n.removesuffix(".lora_A") for n in self._shapes if n.endswith(".lora_A")}
+        self._windowed = "sliding_window" in config["decoder"]
         self._needs_positions = "position_ids" in inputs
         self._in_place: bool = settings["search"]["past_present_share_buffer"]
         self._cache_type = _TYPES[inputs["past_key_values.0.key"].type]
@@ -295,7 +296,7 @@ class Batch:
                 expected=f"1 to {decoder.max_length - 1}, room for one more",
             )
         self._decoder, self._session = decoder, decoder._session
-        self._prompts = prompts
+        self._prompts, self._index, self._adapters = prompts, index, adapters
         self.lengths = np.array([len(prompt) for prompt in prompts], np.int64)
         self._rows = np.arange(len(prompts))
         self._mask = np.zeros((len(prompts), 0), np.int64)
@@ -303,8 +304,9 @@ class Batch:
         shape = (len(prompts), decoder._heads, length, decoder._head_size)
         self._binding = self._session.io_binding()
         self._binding.bind_output("logits")
-        for name in decoder._cache:
-            value = OrtValue.ortvalue_from_numpy(np.zeros(shape, decoder._cache_type))
+        self._arrays = [np.zeros(shape, decoder._cache_type) for _ in decoder._cache]
+        for name, array in zip(decoder._cache, self._arrays, strict=True):
+            value = OrtValue.ortvalue_from_numpy(array)  # over the same memory
             self._binding.bind_ortvalue_input(f"past_key_values.{name}", value)
             if decoder._in_place:
                 self._binding.bind_ortvalue_output(f"present.{name}", value)
@@ -320,12 +322,30 @@ class Batch:
 
     def prefill_all(self) -> Logits:
         """Run all prompts; the logits `[rows, longest, vocab]`, meaningless beyond a row's end."""
+        if self._decoder._windowed and len(set(self.lengths)) > 1:
+            return self._prefill_in_turn()
         positions = np.arange(self.lengths.max())
         ids = np.zeros((len(self._prompts), len(positions)), np.int64)
         for row, prompt in zip(ids, self._prompts, strict=True):
             row[: len(prompt)] = prompt
         self._mask = (positions < self.lengths[:, None]).astype(np.int64)
         return self._run(ids, np.tile(positions, (len(ids), 1)))
+
+    def _prefill_in_turn(self) -> Logits:
+        """As `prefill_all`, row by row: a windowed cache takes no padded prompts."""
+        result: Logits | None = None
+        for row, prompt in enumerate(self._prompts):
+            alone = Batch(self._decoder, [prompt], self._index[row : row + 1], self._adapters)
+            logits = alone.prefill_all()[0]
+            if result is None:
+                result = np.zeros(
+                    (len(self._rows), self.lengths.max(), logits.shape[1]), np.float32
+                )
+            result[row, : len(prompt)] = logits
+            for array, own in zip(self._arrays, alone._arrays, strict=True):
+                array[row] = own[0]
+        assert result is not None
+        return result
 
     def step(self, tokens: NDArray[np.int64]) -> Logits:
         """Add one token to every row; the logits `[rows, vocab]` after it."""
