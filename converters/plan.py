@@ -309,18 +309,22 @@ def _untie(
     head_changed = HEAD in replaced or HEAD in targets
     if not head_changed and not embedding_changed:
         return None
-    if base.find(HEAD) is not None:
-        config["tie_word_embeddings"] = False
-        return None
-    if not causal and not head_changed:
+    if base.find(HEAD) is None and not causal and not head_changed:
+        from .skeleton import ties
+
+        if not ties(_architecture(config), config):
+            return None
         raise TargetError(
             "the run changed an embedding that this architecture ties to other tensors",
             file=base.path,
             tensor=base.embedding,
             remedy="deploy it as an adapter: dora-export adapter",
         )
+    if str(config.get("model_type")).endswith("t5"):
+        # There tie_word_embeddings also says whether the decoder's output is scaled.
+        config.setdefault("scale_decoder_outputs", config.get("tie_word_embeddings") is not False)
     config["tie_word_embeddings"] = False
-    if HEAD in replaced:
+    if HEAD in replaced or base.find(HEAD) is not None:
         return None
     return whole if whole is not None and HEAD in run.replaced else old
 

@@ -60,5 +60,13 @@ def tensor_names(
 ) -> list[str]:
     """The tensor names of the class, tied aliases and non-persistent buffers left out."""
     model = empty_model(architecture, config, num_labels)
-    tied = getattr(model, "all_tied_weights_keys", None) or {}
-    return [name for name in model.state_dict() if name not in tied]
+    return [name for name in model.state_dict() if name not in _tied(model)]
+
+
+def ties(architecture: str, config: Mapping[str, object]) -> bool:
+    """Whether the class has tensors that are others under a second name."""
+    return bool(_tied(empty_model(architecture, config)))
+
+
+def _tied(model: Any) -> Mapping[str, str]:
+    return getattr(model, "all_tied_weights_keys", None) or {}

@@ -11,6 +11,8 @@ from typing import Protocol
 
 import torch
 
+from .errors import TargetError
+
 
 class Update(Protocol):
     """A function from the base weight `[out, in]` to the deployed weight."""
@@ -185,6 +187,27 @@ def cut(u: torch.Tensor, s: torch.Tensor, vh: torch.Tensor, rank: int) -> RankOn
     return RankOneSum(
         vh[:rank].float().contiguous(), s[:rank].float(), u[:, :rank].float().contiguous()
     )
+
+
+def stored_error(update: RankOneSum, a: torch.Tensor, b: torch.Tensor) -> float:
+    """‖stored ΔW − ΔW‖/‖ΔW‖ by the norm of the rank-2r difference, never of `[out, in]`.
+
+    Raises `TargetError` where the stored factors overflowed their dtype.
+    """
+    if not bool(a.isfinite().all() and b.isfinite().all()):
+        raise TargetError(
+            "an update is beyond the range of the adapter's dtype",
+            found=f"‖ΔW‖ = {update.norm():.3g}",
+            expected=f"within {a.dtype}",
+            remedy="use --dtype float32",
+        )
+    difference = RankOneSum(
+        torch.cat([a.float(), update.a]),
+        torch.cat([torch.ones(len(a)), -update.c]),
+        torch.cat([b.float(), update.b], dim=1),
+    )
+    norm = update.norm()
+    return difference.norm() / norm if norm else 0.0
 
 
 @dataclass(frozen=True)

@@ -25,7 +25,7 @@ from ..output import check_output, output_folder
 from ..plan import changed, check_frozen
 from ..run import HEADS, Run
 from ..tensors import LazyTensor, load_finite
-from ..update import RankOneSum
+from ..update import RankOneSum, stored_error
 from .card import model_card
 from .experts import padded, stacked, transposed_modules
 from .padding import absent_modules
@@ -378,17 +378,6 @@ def _named(
         f"{_PREFIX}{module}.lora_A.weight": a.contiguous(),
         f"{_PREFIX}{module}.lora_B.weight": b.contiguous(),
     }
-
-
-def stored_error(update: RankOneSum, a: torch.Tensor, b: torch.Tensor) -> float:
-    """‖stored ΔW − ΔW‖/‖ΔW‖ by the norm of the rank-2r difference, never of `[out, in]`."""
-    difference = RankOneSum(
-        torch.cat([a.float(), update.a]),
-        torch.cat([torch.ones(len(a)), -update.c]),
-        torch.cat([b.float(), update.b], dim=1),
-    )
-    norm = update.norm()
-    return difference.norm() / norm if norm else 0.0
 
 
 def _loss_warnings(errors: Mapping[str, float], dtype: torch.dtype) -> list[str]:

@@ -19,8 +19,8 @@ from ..base import HEAD, BaseModel
 from ..errors import BaseError, TargetError
 from ..fit import FitReport
 from ..run import Run
-from ..update import RankOneSum
-from .adapter import AdapterPlan, LoraFolder, stored_error
+from ..update import RankOneSum, stored_error
+from .adapter import AdapterPlan, LoraFolder
 from .card import model_card
 from .profiles import Profile
 

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from peft import LoHaConfig, LoraConfig, get_peft_model
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from transformers import (
     CLIPVisionConfig,
     GPTNeoXConfig,
@@ -19,6 +20,8 @@ from transformers import (
     LlavaForConditionalGeneration,
     RobertaForMaskedLM,
     RobertaForSequenceClassification,
+    T5Config,
+    T5ForConditionalGeneration,
 )
 
 from converters.base import open_base
@@ -152,3 +155,53 @@ def test_a_causal_adapter_on_a_model_that_sees_images(tmp_path: Path) -> None:
         assert (merged(input_ids=ids).logits - live).abs().max() < 1e-4
         with tuned.disable_adapter():
             assert (tuned(input_ids=ids).logits - live).abs().max() > 1e-3
+
+
+def test_an_untied_head_keeps_the_scale_of_t5(tmp_path: Path) -> None:
+    config = T5Config(
+        vocab_size=80,
+        d_model=32,
+        d_kv=8,
+        d_ff=48,
+        num_layers=1,
+        num_heads=4,
+        decoder_start_token_id=0,
+    )
+    torch.manual_seed(0)
+    model = T5ForConditionalGeneration(config).eval()
+    model.save_pretrained(tmp_path / "base")
+    path = tmp_path / "base" / "config.json"
+    old = json.loads(path.read_text())
+    del old["scale_decoder_outputs"], old["tie_word_embeddings"]  # as in T5's own folders
+    path.write_text(json.dumps(old))
+    lora = LoraConfig(r=2, target_modules=["lm_head"], task_type="SEQ_2_SEQ_LM")
+    tuned = adapter(model, tmp_path / "lora", lora)
+    merge(tmp_path / "lora", tmp_path / "out", base=tmp_path / "base")
+    merged = T5ForConditionalGeneration.from_pretrained(tmp_path / "out").eval()
+    ids = torch.arange(1, 9).view(1, -1)
+    with torch.no_grad():
+        live = tuned(input_ids=ids, decoder_input_ids=ids).logits
+        assert (merged(input_ids=ids, decoder_input_ids=ids).logits - live).abs().max() < 1e-4
+
+
+def test_an_embedding_that_nothing_is_tied_to_is_merged(roberta_base: Path, tmp_path: Path) -> None:
+    model = RobertaForSequenceClassification.from_pretrained(roberta_base, num_labels=3)
+    lora = LoraConfig(r=2, target_modules=["word_embeddings"], task_type="SEQ_CLS")
+    tuned = adapter(model, tmp_path / "lora", lora)
+    merge(tmp_path / "lora", tmp_path / "out", base=roberta_base)
+    merged = RobertaForSequenceClassification.from_pretrained(tmp_path / "out").eval()
+    ids = torch.arange(2, 9).view(1, -1)
+    with torch.no_grad():
+        live = tuned(ids).logits
+        assert (merged(ids).logits - live).abs().max() < 1e-4
+        with tuned.disable_adapter():
+            assert (tuned(ids).logits - live).abs().max() > 1e-3
+
+
+def test_an_update_beyond_float16_is_refused(llama_base: Path, tmp_path: Path) -> None:
+    model = LlamaForCausalLM.from_pretrained(llama_base)
+    adapter(model, tmp_path / "lora", LoraConfig(r=2, target_modules=["q_proj"]))
+    path = tmp_path / "lora" / "adapter_model.safetensors"
+    save_file({name: tensor * 1e7 for name, tensor in load_file(path).items()}, path)
+    with pytest.raises(DoraExportError, match="float16"):
+        write_adapter(tmp_path / "lora", tmp_path / "out", base=llama_base, dtype=torch.float16)
