@@ -61,7 +61,9 @@ class AfloraReader:
             alpha, nonlin = None, _nonlin(config, path)
             function, chosen = _FUNCTIONS[nonlin], {"nonlin": nonlin}
         updates = {
-            module: partial(_load, parts, function, 1.0 if alpha is None else alpha / ranks[module])
+            module: partial(
+                _load, parts, function, 1.0 if alpha is None else alpha / max(1, ranks[module])
+            )
             for module, parts in modules.items()
         }
         return adapter_run(folder, self.name, modules, updates, ranks, chosen)

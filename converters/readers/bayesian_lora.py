@@ -65,7 +65,7 @@ class BayesianLoraReader:
                     expected=f"r: {config['r']}",
                 )
             _check_gates(module, parts, rank, file)
-            updates[module] = _loader(module, parts, alpha / rank)
+            updates[module] = _loader(module, parts, alpha / max(1, rank))
         run = adapter_run(folder, self.name, modules, updates, start_rank, {"lora_alpha": alpha})
         for name in run.replaced:
             if "lora_" in name or "_quantizer." in name:

@@ -10,6 +10,7 @@ from typing import TypedDict
 
 from ..base import CONV1D_FAMILIES, CONV1D_LAYERS, BaseModel, open_base
 from ..errors import BaseError, MissingError, RunError
+from ..patterns import PatternError, matches
 from ..run import HEADS
 from ..tensors import LazyTensor, open_file, read_json
 from . import ReadOptions
@@ -148,12 +149,10 @@ class Scaling:
     def _lookup(self, pattern: dict[str, float], module: str, key: str) -> float:
         for name, value in pattern.items():
             try:
-                if re.match(rf"(.*\.)?({name})$", module):
+                if matches(name, module):
                     return value
-            except (re.error, OverflowError, RecursionError):
-                raise RunError(
-                    "a pattern is not a regular expression", file=self._path, found=name
-                ) from None
+            except PatternError as error:
+                raise RunError(str(error), file=self._path, found=name) from None
         default = self._config.get(key)
         if not is_number(default):
             raise RunError(

@@ -30,6 +30,7 @@ from .card import model_card
 from .experts import padded, stacked, transposed_modules
 from .padding import absent_modules
 from .profiles import PROFILES, Profile
+from .whole import whole_modules
 
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
 _PREFIX = "base_model.model."
@@ -115,7 +116,7 @@ def _plan(run: Run, base: BaseModel | None, profile: Profile, dtype: torch.dtype
         components = _components(module, update.components())
         ranks[module] = (run.start_rank.get(module), components.rank)
         shapes[module] = components.shape
-    _check_target(run, profile, whole, ranks)
+    _check_target(run, base, profile, whole, ranks)
     stored = padded(_stored(ranks, shapes | absent_modules(run, base, profile), profile))
     alive = {module: rank for module, (rank, _, _) in stored.items() if rank}
     config = _config(run, base, whole, alive, profile, bool(transposed & alive.keys()))
@@ -156,11 +157,12 @@ def _components(module: str, components: RankOneSum | None) -> RankOneSum:
 
 def _check_target(
     run: Run,
+    base: BaseModel | None,
     profile: Profile,
     whole: Mapping[str, LazyTensor],
     ranks: Mapping[str, tuple[int | None, int]],
 ) -> None:
-    modules, biases = _whole_modules(run, whole)
+    modules, biases = whole_modules(run, base, whole)
     cannot = []
     if profile.kinds is not None:
         cannot += [name for name in ranks if name.split(".")[-1] not in profile.kinds]
@@ -195,28 +197,6 @@ def _check_target(
         )
 
 
-def _whole_modules(run: Run, whole: Mapping[str, LazyTensor]) -> tuple[list[str], list[str]]:
-    """Modules to save whole, and biases trained beside frozen weights.
-
-    A head is named by its outermost module (`classifier`), as PEFT and vLLM do; a module inside
-    the adapted body by its own name.
-    """
-    bodies = {module.split(".", 1)[0] for module in run.updates}
-    modules: dict[str, None] = {}
-    biases = []
-    for name in whole:
-        module, _, kind = name.rpartition(".")
-        if kind == "weight" and module in run.updates:
-            continue  # resized and adapted: stored as the module's base layer
-        if name.split(".", 1)[0] not in bodies:
-            modules[name.split(".", 1)[0]] = None
-        elif kind == "bias" and f"{module}.weight" not in whole:
-            biases.append(name)
-        else:
-            modules[module] = None
-    return list(modules), biases
-
-
 def _config(
     run: Run,
     base: BaseModel | None,
@@ -225,7 +205,7 @@ def _config(
     profile: Profile,
     fan_in_fan_out: bool,
 ) -> dict[str, object]:
-    modules, biases = _whole_modules(run, whole)
+    modules, biases = whole_modules(run, base, whole)
     parameters = {split_slice(name)[0] for name in alive if is_parameter(name)}
     alive = {split_slice(name)[0]: rank for name, rank in alive.items()}
     default = max(alive.values())

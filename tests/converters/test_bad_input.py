@@ -236,6 +236,7 @@ def test_adapter_refuses(damage: Damage, dora_run: Path, base: Path) -> None:
         ({"lora_alpha": math.nan}, "lora_alpha"),
         ({"lora_alpha": 10**400}, "lora_alpha"),
         ({"alpha_pattern": {"q_proj": math.inf}}, "alpha_pattern"),
+        ({"rank_pattern": {r"(.|..|...)+[!?]": 4}}, "takes longer than"),
         ({"rank_pattern": {"q{99999999999}": 4}}, "not a regular expression"),
         ({"rank_pattern": {"(" * 5000 + "q" + ")" * 5000: 4}}, "not a regular expression"),
         ({"peft_type": ["LORA"]}, "no run found"),

@@ -14,6 +14,8 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import (
     AutoModelForSequenceClassification,
+    BertConfig,
+    BertModel,
     GPT2Config,
     GPT2LMHeadModel,
     LlamaForCausalLM,
@@ -186,3 +188,26 @@ def test_verify_finds_a_wrong_artifact(
     factor = {"left out": 0 * delta, "halved": delta / 2, "transposed": delta.T}[damage]
     save_file({**merged, name: (base[name] + factor).contiguous()}, path, {"format": "pt"})
     assert not verify(read_run(llama_lora), tmp_path / "out", llama_base).passed
+
+
+def test_a_norm_beside_frozen_embeddings_is_saved_under_its_own_name(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    config = BertConfig(
+        hidden_size=32,
+        num_hidden_layers=1,
+        num_attention_heads=4,
+        intermediate_size=48,
+        vocab_size=80,
+    )
+    base = tmp_path / "base"
+    BertModel(config).save_pretrained(base)
+    lora = LoraConfig(r=2, target_modules=["query"], modules_to_save=["embeddings.LayerNorm"])
+    peft = get_peft_model(BertModel.from_pretrained(base), lora)
+    randomize(peft, ("lora_", "LayerNorm.modules_to_save"))
+    peft.save_pretrained(tmp_path / "lora")
+    inputs = verification_batch(peft)
+    truth = logits(peft.eval(), inputs)
+    write_adapter(tmp_path / "lora", tmp_path / "adapter", base=base)
+    live = PeftModel.from_pretrained(BertModel.from_pretrained(base), str(tmp_path / "adapter"))
+    assert float((logits(live.eval(), inputs) - truth).abs().max()) <= 1e-4
+    assert float((logits(BertModel.from_pretrained(base), inputs) - truth).abs().max()) > 1e-2
