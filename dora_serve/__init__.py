@@ -4,6 +4,7 @@
     >>> run = read_run("run/")                      # any supported training run
     >>> merge(run, "out/", base="base/")            # a Hugging Face model folder
     >>> write_adapter(run, "adapter/", base="base/")  # a LoRA adapter, rank per module
+    >>> write_onnx("base/", "onnx/", adapters={"name": run})  # one graph, many adapters
     >>> verify(run, "out/", base="base/").passed
     True
 
@@ -19,7 +20,7 @@ if TYPE_CHECKING:
     from converters.readers import ReadOptions, read_run
     from converters.run import Run
 
-    from .api import diff, extract, merge, write_adapter
+    from .api import diff, extract, merge, write_adapter, write_onnx
     from .proof import Verification, verify
 
 __all__ = [
@@ -33,6 +34,7 @@ __all__ = [
     "read_run",
     "verify",
     "write_adapter",
+    "write_onnx",
 ]
 
 _HOMES = {
@@ -46,6 +48,7 @@ _HOMES = {
     "read_run": "converters.readers",
     "verify": "dora_serve.proof",
     "write_adapter": "dora_serve.api",
+    "write_onnx": "dora_serve.api",
 }
 
 

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -18,6 +19,9 @@ from converters.run import Run
 from converters.writers.adapter import AdapterResult
 from converters.writers.merged import MergeResult
 from converters.writers.stream import Progress
+
+if TYPE_CHECKING:
+    from converters.writers.onnx import OnnxResult
 
 
 def find_base(run: Run, base: str | Path | None) -> BaseModel:
@@ -92,6 +96,37 @@ def write_adapter(
         max_rank=max_rank,
         energy=energy,
         budget=budget,
+    )
+
+
+def write_onnx(
+    base: str | Path | BaseModel,
+    output: str | Path,
+    *,
+    run: Run | None = None,
+    adapters: Mapping[str, Run] | None = None,
+    precision: str = "fp32",
+    force: bool = False,
+) -> OnnxResult:
+    """Write `run` merged into `base`, or `base` with `adapters` (name → run), for ONNX Runtime.
+
+    `precision` is fp32, fp16, int8 or int4. The logits are compared with the live runs before the
+    folder appears. Raises `DoraExportError` with nothing written.
+    """
+    from converters.writers import onnx
+
+    from .onnx_proof import prove
+
+    model = base if isinstance(base, BaseModel) else open_base(base)
+    beside = dict(adapters or {})
+    return onnx.write_onnx(
+        model,
+        Path(output),
+        run=run,
+        adapters=beside,
+        precision=precision,
+        force=force,
+        prove=lambda folder: prove(folder, model, run, beside),
     )
 
 

@@ -55,9 +55,8 @@ def command(
     dora-export onnx --base BASE OUT --adapter RUN …  BASE, and every RUN as an adapter beside it
     dora-export onnx --add OUT --base BASE --adapter RUN
     """
-    from converters.writers.onnx import add_adapters, write_onnx
-    from dora_serve.api import find_base
-    from dora_serve.onnx_proof import prove
+    from converters.writers.onnx import add_adapters
+    from dora_serve.api import find_base, write_onnx
 
     if len(paths) != (1 if adapter_runs else 2):
         raise click.UsageError("give RUN and OUT, or OUT with --adapter RUN")
@@ -71,13 +70,7 @@ def command(
         warnings = tuple(w for each in adapters.values() for w in each.warnings)
     else:
         result = write_onnx(
-            model,
-            out,
-            run=run,
-            adapters=adapters,
-            precision=precision,
-            force=force,
-            prove=lambda folder: prove(folder, model, run, adapters),
+            model, out, run=run, adapters=adapters, precision=precision, force=force
         )
         ranks, accuracy, warnings = result.ranks, result.accuracy, result.warnings
     if as_json:
