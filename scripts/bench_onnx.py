@@ -33,7 +33,7 @@ LLAMA = {
     "pad_token_id": 0,
 }
 ADAPTERS = 8
-PROMPT, NEW = 128, 32
+PROMPT, NEW = 64, 32
 
 
 def tokenizer(folder: Path) -> None:
@@ -274,7 +274,9 @@ def table(group: str, folder: Path, threads: int, runs: int) -> None:
     steps = group != "encoder"
     columns = "prefill ms | × | decode ms a step | ×" if steps else "ms | ×"
     for count in COUNTS[group]:
-        print(f"\n{group}, batch {count} × {PROMPT} tokens, {threads} threads, median of {runs}\n")
+        print(
+            f"\n{group}, batch {count} × {128 if group == 'encoder' else PROMPT} tokens, {threads} threads, median of {runs}\n"
+        )
         print(f"| variant | {columns} |\n|---|{'---:|' * (4 if steps else 2)}")
         first = None
         for name in VARIANTS[group]:

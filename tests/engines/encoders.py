@@ -7,15 +7,19 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx
 import torch
 import transformers
 from peft import LoraConfig, get_peft_model
 
 from converters.base import BaseModel
 from converters.run import Run
+from dora_serve.engines.onnx_encoder import Encoder
 from dora_serve.live import LiveModel
 from tests.conftest import randomize
 
+BOUND, MIXED = 1e-4, 1e-5
+Built = tuple[BaseModel, dict[str, Run], Path]
 SIZES = {
     "hidden_size": 32,
     "num_hidden_layers": 2,
@@ -111,3 +115,38 @@ def largest(left: Sequence[dict[str, Any]], right: Sequence[dict[str, Any]]) -> 
     pairs = [(a[k], b[k]) for a, b in zip(left, right, strict=True) for k in a]
     assert all(a.shape == b.shape for a, b in pairs)
     return max(float(np.abs(a - b).max()) for a, b in pairs)
+
+
+def dequantize(model: onnx.ModelProto) -> None:
+    """MatMulNBits as MatMul of the weights it stands for: blocks of 32 along the inputs, two to a
+    byte, the lower half first, 8 standing for zero."""
+    values = {t.name: onnx.numpy_helper.to_array(t) for t in model.graph.initializer}
+    for node in model.graph.node:
+        if node.op_type == "MatMulNBits":
+            sizes = {a.name: a.i for a in node.attribute}
+            packed, scales = values[node.input[1]], values[node.input[2]]
+            codes = np.stack([packed & 15, packed >> 4], axis=-1).astype(np.float32) - 8
+            rows = codes.reshape(sizes["N"], -1, 32) * scales.reshape(sizes["N"], -1, 1)
+            weight = rows.reshape(sizes["N"], -1)[:, : sizes["K"]].T.copy()
+            name = f"{node.name}/dequantized"
+            model.graph.initializer.append(onnx.numpy_helper.from_array(weight, name))
+            plain = onnx.helper.make_node("MatMul", [node.input[0], name], node.output, node.name)
+            node.CopyFrom(plain)
+
+
+def check_adapters(built: Built) -> None:
+    """Each adapter alone against its live run and its control; all of them mixed, in any order."""
+    base, runs, out = built
+    encoder = Encoder(out)
+    single = {}
+    for name, run in runs.items():
+        single[name] = encoder.run(ROWS, name)
+        assert largest(single[name], live_rows(run, base, ROWS)) <= BOUND
+        assert largest(single[name], live_rows(run, base, ROWS, attached=False)) > 1e-3
+    single[None] = encoder.run(ROWS)  # type: ignore[index]
+    names = [*runs, None]
+    for shift in range(2):
+        mixed = [names[(i + shift) % len(names)] for i in range(len(ROWS))]
+        found = encoder.run(ROWS, mixed)
+        wanted = [single[name][i] for i, name in enumerate(mixed)]  # type: ignore[index]
+        assert largest(found, wanted) <= MIXED

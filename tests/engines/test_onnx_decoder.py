@@ -10,12 +10,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import onnx
 import onnxruntime
 import pytest
 import torch
 import transformers
-from onnx import numpy_helper
 from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -29,6 +27,7 @@ from dora_serve.engines.sampling import Sampling
 from dora_serve.live import LiveModel
 from dora_serve.proof import logits, verification_batch
 from tests.conftest import MODELS, randomize
+from tests.engines.decoders import dequantized
 
 BASE = MODELS / "tiny-llama-base"
 SAMPLES = {
@@ -279,24 +278,6 @@ def test_adding_an_adapter_to_a_folder(tmp_path: Path) -> None:
     proof = json.loads((tmp_path / "out" / "dora_export.json").read_text())
     assert set(proof["adapters"]) == {"down", "second"}
     assert not list((tmp_path / "out").glob(".adding*"))
-
-
-def dequantized(folder: Path) -> dict[str, torch.Tensor]:
-    """Module → float32 weight `[out, in]` of every 4-bit MatMul: (q − 8)·scale in blocks of 32."""
-    graph = onnx.load(folder / "model.onnx").graph
-    stored = {tensor.name: numpy_helper.to_array(tensor) for tensor in graph.initializer}
-    weights = {}
-    for node in graph.node:
-        if node.op_type != "MatMulNBits":
-            continue
-        size = {a.name: a.i for a in node.attribute}
-        packed, scales = stored[node.input[1]], stored[node.input[2]]
-        values = np.stack([packed & 15, packed >> 4], axis=-1).reshape(size["N"], -1, 32)
-        dense = (values.astype(np.float32) - 8) * scales.reshape(size["N"], -1, 1)
-        name = node.name.split("/MatMul")[0].strip("/").replace("/", ".")
-        name = name.replace(".attn.", ".self_attn.")
-        weights[name] = torch.from_numpy(dense.reshape(size["N"], -1)[:, : size["K"]])
-    return weights
 
 
 def test_int4_equals_its_own_dequantized_base_with_the_adapter(tmp_path: Path) -> None:

@@ -14,7 +14,7 @@ import onnxruntime
 import pytest
 from safetensors.torch import load_file
 
-from converters.base import BaseModel, open_base
+from converters.base import open_base
 from converters.errors import DoraExportError, TargetError, TensorFileError
 from converters.readers import read_run
 from converters.run import Run
@@ -25,22 +25,24 @@ from dora_serve.engines.onnxruntime import EngineError
 from dora_serve.onnx_proof import prove
 from tests.conftest import DATA, MODELS
 from tests.engines.encoders import (
+    BOUND,
     DEBERTA,
     DISTILBERT,
+    MIXED,
     ROWS,
     SIZES,
+    Built,
+    check_adapters,
+    dequantize,
     largest,
     live_rows,
     tiny_base,
     tiny_lora,
 )
 
-BOUND, MIXED = 1e-4, 1e-5
 REFERENCE = DATA / "reference"
 INDEX: list[dict[str, Any]] = json.loads((REFERENCE / "index.json").read_text())
 SAMPLE = next(MODELS.glob("runs/Checkpoint/Tiny_Roberta/*/*/*--1"))
-
-Built = tuple[BaseModel, dict[str, Run], Path]
 
 
 def supports(method: str, family: str) -> pytest.MarkDecorator:
@@ -197,24 +199,6 @@ def test_reference_runs_equal_their_recorded_logits(roberta: Built, name: str) -
     found = np.stack([row["logits"] for row in Encoder(roberta[2]).run(rows, name)])
     assert np.abs(found - expected["logits"].numpy()).max() <= BOUND
     assert np.abs(found - expected["base_logits"].numpy()).max() > 1e-2
-
-
-def check_adapters(built: Built) -> None:
-    """Each adapter alone against its live run and its control; all of them mixed, in any order."""
-    base, runs, out = built
-    encoder = Encoder(out)
-    single = {}
-    for name, run in runs.items():
-        single[name] = encoder.run(ROWS, name)
-        assert largest(single[name], live_rows(run, base, ROWS)) <= BOUND
-        assert largest(single[name], live_rows(run, base, ROWS, attached=False)) > 1e-3
-    single[None] = encoder.run(ROWS)  # type: ignore[index]
-    names = [*runs, None]
-    for shift in range(2):
-        mixed = [names[(i + shift) % len(names)] for i in range(len(ROWS))]
-        found = encoder.run(ROWS, mixed)
-        wanted = [single[name][i] for i, name in enumerate(mixed)]  # type: ignore[index]
-        assert largest(found, wanted) <= MIXED
 
 
 @supports("dora", "roberta")
@@ -391,23 +375,6 @@ def test_int4_is_its_own_dequantized_base_and_the_adapters(roberta: Built, tmp_p
     full = Encoder(out).run(ROWS, name)
     assert largest(found, full) <= BOUND
     assert largest(found, Encoder(roberta[2]).run(ROWS, name)) > BOUND  # the base was rounded
-
-
-def dequantize(model: onnx.ModelProto) -> None:
-    """MatMulNBits as MatMul of the weights it stands for: blocks of 32 along the inputs, two to a
-    byte, the lower half first, 8 standing for zero."""
-    values = {t.name: onnx.numpy_helper.to_array(t) for t in model.graph.initializer}
-    for node in model.graph.node:
-        if node.op_type == "MatMulNBits":
-            sizes = {a.name: a.i for a in node.attribute}
-            packed, scales = values[node.input[1]], values[node.input[2]]
-            codes = np.stack([packed & 15, packed >> 4], axis=-1).astype(np.float32) - 8
-            rows = codes.reshape(sizes["N"], -1, 32) * scales.reshape(sizes["N"], -1, 1)
-            weight = rows.reshape(sizes["N"], -1)[:, : sizes["K"]].T.copy()
-            name = f"{node.name}/dequantized"
-            model.graph.initializer.append(onnx.numpy_helper.from_array(weight, name))
-            plain = onnx.helper.make_node("MatMul", [node.input[0], name], node.output, node.name)
-            node.CopyFrom(plain)
 
 
 def test_the_engine_needs_no_torch(sample: Built) -> None:
