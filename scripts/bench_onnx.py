@@ -273,10 +273,9 @@ def measure(group: str, name: str, count: int, folder: Path, threads: int, runs:
 def table(group: str, folder: Path, threads: int, runs: int) -> None:
     steps = group != "encoder"
     columns = "prefill ms | × | decode ms a step | ×" if steps else "ms | ×"
+    length = PROMPT if steps else 128
     for count in COUNTS[group]:
-        print(
-            f"\n{group}, batch {count} × {128 if group == 'encoder' else PROMPT} tokens, {threads} threads, median of {runs}\n"
-        )
+        print(f"\n{group}, batch {count} × {length} tokens, {threads} threads, median of {runs}\n")
         print(f"| variant | {columns} |\n|---|{'---:|' * (4 if steps else 2)}")
         first = None
         for name in VARIANTS[group]:
