@@ -103,7 +103,7 @@ def write_shards(
     """Write the safetensors files of `shards`; returns the rounding of each updated module.
 
     As many files are in work as there are cores, because the kernel lets one writer into a file
-    at a time.
+    at a time. Those that are done go to the disk while the next are computed.
     """
     reports: dict[str, Rounding] = {}
     cores = max(1, len(os.sched_getaffinity(0)))
@@ -111,14 +111,21 @@ def write_shards(
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # the pool has the cores; a block is too small to split further
     try:
-        with ThreadPoolExecutor(cores) as pool:
+        with ExitStack() as files, ThreadPoolExecutor(cores) as pool, ThreadPoolExecutor(1) as disk:
+            flushes = []
             for start in range(0, len(names), cores):
-                with ExitStack() as files:
-                    jobs = []
-                    for name in names[start : start + cores]:
-                        stream = files.enter_context((folder / name).open("wb", buffering=0))
-                        jobs.append(_shard_jobs(stream, shards[name], run, reports, progress))
-                    _run_jobs(pool, [j for row in zip_longest(*jobs) for j in row if j is not None])
+                streams = [
+                    files.enter_context((folder / name).open("wb", buffering=0))
+                    for name in names[start : start + cores]
+                ]
+                jobs = [
+                    _shard_jobs(stream, shards[name], run, reports, progress)
+                    for stream, name in zip(streams, names[start:], strict=False)
+                ]
+                _run_jobs(pool, [j for row in zip_longest(*jobs) for j in row if j is not None])
+                flushes += [disk.submit(os.fsync, stream.fileno()) for stream in streams]
+            for flush in flushes:
+                flush.result()
     finally:
         torch.set_num_threads(threads)
     return reports
