@@ -25,8 +25,9 @@ _GATE = "print('ready', flush=True); sys.stdin.readline()"
 _OURS = f"""
 import sys, torch
 {_GATE}
-from dora_serve.commands import dora_export
-dora_export(["merge", *sys.argv[1:], "--json"])
+from dora_serve.commands import run_export
+sys.argv = ["dora-export", "merge", *sys.argv[1:], "--json"]
+run_export()
 """
 _PEFT = f"""
 import sys, torch

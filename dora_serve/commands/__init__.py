@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import os
+import sys
 from importlib import import_module
 from importlib.metadata import version
-from typing import Any
+from typing import Any, NoReturn
 
 import click
 
@@ -68,3 +70,15 @@ def dora_export() -> None:
 def dora_serve() -> None:
     """Serve what dora-export made. This version has no verb of its own yet: adapters made with
     `--target vllm` load in `vllm serve BASE --enable-lora --lora-modules NAME=FOLDER`."""
+
+
+def run_export() -> NoReturn:
+    """The console script `dora-export`: ends the process without taking torch down piece by piece,
+    which would cost a third of a second."""
+    try:
+        dora_export()
+    except SystemExit as done:
+        code = done.code
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code if isinstance(code, int) else int(code is not None))
