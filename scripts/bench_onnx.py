@@ -2,7 +2,7 @@
 
     python scripts/bench_onnx.py [encoder] [decoder] [adapters] [--threads 2] [--runs 5]
 
-Models are random, of the size of RoBERTa-base and of a Llama of 0.35 billion parameters. Every
+Models are random, of the size of RoBERTa-base and of a Llama of 0.3 billion parameters. Every
 variant runs in a process of its own (ONNX Runtime beside torch reads several times slower), and the
 table gives its median and its ratio to the first variant.
 """
