@@ -14,22 +14,10 @@ class DenseUpdate:
 
     shape: tuple[int, int]
     rows: Callable[[int, int], torch.Tensor]
-
-    @classmethod
-    def of(cls, delta: torch.Tensor) -> DenseUpdate:
-        """The update of a matrix ΔW `[out, in]`, float32."""
-        out, inn = delta.shape
-        return cls((out, inn), lambda start, stop: delta[start:stop])
-
-    @property
-    def whole(self) -> bool:
-        return False
+    whole: bool = False
 
     def components(self) -> None:
         return None
-
-    def transposed(self) -> DenseUpdate:
-        return DenseUpdate.of(self.rows(0, self.shape[0]).T)
 
     def merge(self, rows: torch.Tensor, start: int) -> torch.Tensor:
         return rows.add_(self.rows(start, start + rows.shape[0]))

@@ -27,23 +27,17 @@ class Replacement:
     """W' = another weight `[out, in]`, float32, whatever the base's is."""
 
     weight: torch.Tensor
+    whole: bool = False
 
     @property
     def shape(self) -> tuple[int, int]:
         return self.weight.shape[0], self.weight.shape[1]
-
-    @property
-    def whole(self) -> bool:
-        return False
 
     def merge(self, rows: torch.Tensor, start: int) -> torch.Tensor:
         return rows.copy_(self.weight[start : start + rows.shape[0]])
 
     def components(self) -> None:
         return None
-
-    def transposed(self) -> Replacement:
-        return Replacement(self.weight.T.contiguous())
 
 
 def difference(tuned: BaseModel, base: BaseModel) -> Run:

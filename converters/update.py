@@ -32,9 +32,6 @@ class Update(Protocol):
     def components(self) -> RankOneSum | None:
         """The update as a sum of rank-1 components, None where it is not one."""
 
-    def transposed(self) -> Update:
-        """The same update for a weight stored as `[in, out]`."""
-
 
 @dataclass(frozen=True)
 class RankOneSum:
@@ -71,6 +68,7 @@ class RankOneSum:
         return self
 
     def transposed(self) -> RankOneSum:
+        """The same update for a weight stored as `[in, out]`."""
         return RankOneSum(self.b.T.contiguous(), self.c, self.a.T.contiguous())
 
     def norms(self) -> torch.Tensor:
@@ -230,5 +228,26 @@ class Stacked:
     def components(self) -> None:
         return None
 
-    def transposed(self) -> Update:
-        raise NotImplementedError("a stacked tensor is updated as it is stored")
+
+@dataclass(frozen=True)
+class _Transposed:
+    """`update` for a weight stored the other way round."""
+
+    update: Update
+    whole: bool = True
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        return self.update.shape[1], self.update.shape[0]
+
+    def merge(self, rows: torch.Tensor, start: int) -> torch.Tensor:
+        return rows.copy_(self.update.merge(rows.T.contiguous(), start).T)
+
+    def components(self) -> None:
+        return None
+
+
+def transposed(update: Update) -> Update:
+    """The same update for a weight stored as `[in, out]`."""
+    components = update.components()
+    return _Transposed(update) if components is None else components.transposed()

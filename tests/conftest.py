@@ -11,6 +11,7 @@ import torch
 from peft import LoraConfig, get_peft_model
 from transformers import LlamaConfig, LlamaForCausalLM, RobertaConfig, RobertaForMaskedLM
 
+from converters.dense import DenseUpdate
 from tests.reference_layout import state_dict, write_run
 
 DATA = Path(__file__).parent / "data"
@@ -26,6 +27,12 @@ def randomize(model: Any, words: tuple[str, ...] = ("lora_",)) -> None:
         for name, parameter in model.named_parameters():
             if any(word in name for word in words):
                 parameter.add_(torch.randn(parameter.shape, generator=generator) * 0.1)
+
+
+def dense(delta: torch.Tensor) -> DenseUpdate:
+    """The update of a matrix ΔW `[out, in]`."""
+    out, inn = delta.shape
+    return DenseUpdate((out, inn), lambda start, stop: delta[start:stop])
 
 
 def tiny_llama(**changes: Any) -> LlamaForCausalLM:

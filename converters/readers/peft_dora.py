@@ -15,7 +15,7 @@ from ..errors import RunError
 from ..magnitude import MagnitudeUpdate
 from ..run import LazyUpdates, Run
 from ..tensors import LazyTensor, load_finite
-from ..update import Update
+from ..update import Update, transposed
 from . import ReadOptions
 from .peft_common import CONFIG_FILE, WEIGHT_FILES, open_weights, read_config
 from .peft_lora import PeftLoraReader
@@ -87,12 +87,11 @@ def _plain(run: Run, module: str) -> Callable[[], Update]:
 
 
 def _loader(run: Run, module: str, magnitude: LazyTensor) -> Callable[[], Update]:
-    # The update of an embedding is of the stored [vocab, dim], where `in` is the first axis.
-    axis = 0 if module in run.embeddings else 1
-
     def load() -> Update:
         delta = run.updates[module].components()
         assert delta is not None
-        return MagnitudeUpdate(load_finite(magnitude), delta, axis)
+        if module in run.embeddings:  # stored as [vocab, dim]: `in` is the first axis
+            return transposed(MagnitudeUpdate(load_finite(magnitude), delta.transposed()))
+        return MagnitudeUpdate(load_finite(magnitude), delta)
 
     return load

@@ -117,9 +117,6 @@ class ReplacedRows:
     def components(self) -> None:
         return None
 
-    def transposed(self) -> Update:
-        raise NotImplementedError("an embedding is never stored transposed")
-
 
 def token_rows(
     config: dict[str, object],

@@ -118,7 +118,7 @@ class LayerUpdate:
     """W' as `merge` of the PEFT `layer` makes it from W.
 
     `out_in`: the weight's shape `[out, in]`. `flip`: whether the layer holds its weight the other
-    way round than the rows are given.
+    way round, as `[in, out]`.
     """
 
     module: str
@@ -143,9 +143,6 @@ class LayerUpdate:
 
     def components(self) -> None:
         return None
-
-    def transposed(self) -> LayerUpdate:
-        return replace(self, flip=not self.flip)
 
 
 @dataclass(frozen=True)

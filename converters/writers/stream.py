@@ -26,7 +26,7 @@ from ..errors import BaseError
 from ..plan import OutputTensor
 from ..run import Run
 from ..tensors import DTYPE_NAMES, SafetensorsTensor, byte_view, nbytes, rows_and_columns
-from ..update import Update
+from ..update import Update, transposed
 
 BLOCK_ELEMENTS = 512 << 10  # 2 MiB in float32: stays in the cache, and amortizes the calls
 _COPY_BYTES = 64 << 20
@@ -233,7 +233,7 @@ def _merge_job(
         update: Update | None = None
         if tensor.module is not None:
             update = run.updates[tensor.module]
-            update = update.transposed() if tensor.transposed else update
+            update = transposed(update) if tensor.transposed else update
             step = max(1, rows) if update.whole else step
             reports[tensor.module] = Rounding()
         for number, start in enumerate(range(0, rows, step)):

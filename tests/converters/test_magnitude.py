@@ -24,7 +24,7 @@ from transformers import (
 
 from converters.magnitude import MagnitudeUpdate
 from converters.readers import ReadOptions
-from converters.update import RankOneSum
+from converters.update import RankOneSum, transposed
 from dora_serve import DoraExportError, merge, read_run, verify, write_adapter
 from dora_serve.proof import logits, verification_batch
 from tests.conftest import DATA, randomize, tiny_llama
@@ -214,8 +214,8 @@ def test_merge_against_float64(update: MagnitudeUpdate) -> None:
     expected = update.magnitude.unsqueeze(1) * moved / moved.norm(dim=1, keepdim=True)
     for merged in (
         update.merge(weight.clone(), 0),
-        update.transposed().merge(weight.T.clone(), 0).T,
-        update.transposed().transposed().merge(weight.clone(), 0),
+        transposed(update).merge(weight.T.contiguous(), 0).T,
+        transposed(transposed(update)).merge(weight.clone(), 0),
     ):
         error = (merged.double() - expected).abs() / expected.norm(dim=1, keepdim=True)
         assert float(error.max()) <= 1e-6
@@ -227,8 +227,8 @@ def test_blocks_of_rows_equal_the_whole(update: MagnitudeUpdate) -> None:
     parts = [update.merge(weight[i : i + 7].clone(), i) for i in range(0, 24, 7)]
     assert not update.whole
     torch.testing.assert_close(torch.cat(parts), whole, rtol=1e-6, atol=1e-7)
-    assert update.transposed().whole
-    assert update.transposed().shape == (40, 24)
+    assert transposed(update).whole
+    assert transposed(update).shape == (40, 24)
 
 
 def test_magnitude_alone_sets_the_length_of_rows() -> None:
