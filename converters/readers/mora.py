@@ -34,6 +34,7 @@ from .peft_common import (
     WEIGHT_FILES,
     Scaling,
     check_pair,
+    grouped,
     linear_shape,
     need_base,
     open_weights,
@@ -66,14 +67,8 @@ class MoraReader:
                 expected=f"mora_type {', '.join(map(str, _TYPES))}, without use_dora",
             )
         file, tensors = open_weights(folder)
-        modules: dict[str, dict[str, LazyTensor]] = {}
-        replaced = {}
-        for name, tensor in tensors.items():
-            if match := _PART.fullmatch(name):
-                modules.setdefault(match[1], {})[match[2]] = tensor
-            else:
-                replaced[name.replace(".base_layer.", ".")] = tensor
-
+        modules, rest = grouped(tensors, _PART)
+        replaced = {name.replace(".base_layer.", "."): tensor for name, tensor in rest.items()}
         refuse_unread(replaced, file)
         base = need_base(options, "MoRA", file)
         scaling = Scaling(config, config_path, options)

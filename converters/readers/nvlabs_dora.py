@@ -23,6 +23,7 @@ from .peft_common import (
     WEIGHT_FILES,
     Scaling,
     check_pair,
+    grouped,
     linear_shape,
     need_base,
     open_weights,
@@ -46,14 +47,7 @@ class NvlabsDoraReader:
     def read(self, folder: Path, options: ReadOptions) -> Run:
         config, config_path = read_config(folder), folder / CONFIG_FILE
         file, tensors = open_weights(folder)
-        modules: dict[str, dict[str, LazyTensor]] = {}
-        replaced = {}
-        for name, tensor in tensors.items():
-            if match := _PART.fullmatch(name):
-                modules.setdefault(match[1], {})[match[2] or match[3]] = tensor
-            else:
-                replaced[name] = tensor
-
+        modules, replaced = grouped(tensors, _PART)
         refuse_unread(replaced, file)
         scaling = Scaling(config, config_path, options)
         updates: dict[str, Callable[[], Update]] = {}

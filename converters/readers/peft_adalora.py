@@ -16,7 +16,7 @@ from ..errors import RunError
 from ..run import Run
 from . import ReadOptions
 from .checkpoint import Parts, adapter_run, check_size, number, weighted
-from .peft_common import CONFIG_FILE, WEIGHT_FILES, check_pair, open_weights, read_config
+from .peft_common import CONFIG_FILE, WEIGHT_FILES, check_pair, grouped, open_weights, read_config
 
 _UNALLOCATED = (
     "the run stopped before AdaLoRA allocated ranks: all components are taken as they stand"
@@ -38,10 +38,7 @@ class PeftAdaloraReader:
         alpha = number(config, config_path, ("lora_alpha",), options.lora_alpha, "--lora-alpha")
         init_r = number(config, config_path, ("init_r",), options.start_rank, "--start-rank")
         kept = _kept(config, config_path)
-        modules: dict[str, Parts] = {}
-        for name, tensor in open_weights(folder)[1].items():
-            if match := _LORA.fullmatch(name):
-                modules.setdefault(match[1], {})[match[2]] = tensor
+        modules, _ = grouped(open_weights(folder)[1], _LORA)
         for module, parts in modules.items():
             _check(module, parts, int(init_r), kept)
         run = adapter_run(

@@ -12,7 +12,7 @@ from ..base import CONV1D_FAMILIES, CONV1D_LAYERS, BaseModel, open_base
 from ..errors import BaseError, MissingError, RunError
 from ..patterns import PatternError, matches
 from ..run import HEADS
-from ..tensors import LazyTensor, open_file, read_json
+from ..tensors import LazyTensor, LazyTensors, open_file, read_json
 from . import ReadOptions
 from . import is_number as is_number
 from .dora import HEAD_WEIGHTS
@@ -186,6 +186,21 @@ class Scaling:
         if not rank:
             return 0.0
         return alpha / (math.sqrt(rank) if self._config.get("use_rslora") else rank)
+
+
+def grouped(
+    tensors: LazyTensors, pattern: re.Pattern[str]
+) -> tuple[dict[str, dict[str, LazyTensor]], dict[str, LazyTensor]]:
+    """Module → part → tensor, for the names that match `pattern`, whose first group is the module
+    and whose only other group that matched is the part; and the tensors whose names do not."""
+    modules: dict[str, dict[str, LazyTensor]] = {}
+    rest = {}
+    for name, tensor in tensors.items():
+        if match := pattern.fullmatch(name):
+            modules.setdefault(match[1], {})[match[match.lastindex or 0]] = tensor
+        else:
+            rest[name] = tensor
+    return modules, rest
 
 
 def _num_labels(replaced: dict[str, LazyTensor]) -> int | None:

@@ -110,16 +110,22 @@ def _plan(run: Run, base: BaseModel | None, profile: Profile, dtype: torch.dtype
         transposed = transposed_modules(run, base, profile)
         check_frozen(run, base)
     whole = changed(run, base)
+    modules, biases = whole_modules(run, base, whole)
     ranks: dict[str, tuple[int | None, int]] = {}
     shapes: dict[str, tuple[int, int]] = {}
     for module, update in run.updates.items():
         components = _components(module, update.components())
         ranks[module] = (run.start_rank.get(module), components.rank)
         shapes[module] = components.shape
-    _check_target(run, base, profile, whole, ranks)
+    _check_target(run, profile, whole, ranks, modules, biases)
     stored = padded(_stored(ranks, shapes | absent_modules(run, base, profile), profile))
     alive = {module: rank for module, (rank, _, _) in stored.items() if rank}
-    config = _config(run, base, whole, alive, profile, bool(transposed & alive.keys()))
+    config = {
+        **_config(run, base, alive, profile),
+        "modules_to_save": modules or None,
+        "bias": "all" if biases else "none",
+        "fan_in_fan_out": bool(transposed & alive.keys()),
+    }
     elements = sum(_numel(tensor) for tensor in whole.values())
     elements += sum(rank * (out + inn) for rank, out, inn in stored.values())
     return AdapterPlan(config, ranks, whole, elements * dtype.itemsize, stored)
@@ -157,12 +163,12 @@ def _components(module: str, components: RankOneSum | None) -> RankOneSum:
 
 def _check_target(
     run: Run,
-    base: BaseModel | None,
     profile: Profile,
     whole: Mapping[str, LazyTensor],
     ranks: Mapping[str, tuple[int | None, int]],
+    modules: list[str],
+    biases: list[str],
 ) -> None:
-    modules, biases = whole_modules(run, base, whole)
     cannot = []
     if profile.kinds is not None:
         cannot += [name for name in ranks if name.split(".")[-1] not in profile.kinds]
@@ -198,14 +204,8 @@ def _check_target(
 
 
 def _config(
-    run: Run,
-    base: BaseModel | None,
-    whole: Mapping[str, LazyTensor],
-    alive: Mapping[str, int],
-    profile: Profile,
-    fan_in_fan_out: bool,
+    run: Run, base: BaseModel | None, alive: Mapping[str, int], profile: Profile
 ) -> dict[str, object]:
-    modules, biases = whole_modules(run, base, whole)
     parameters = {split_slice(name)[0] for name in alive if is_parameter(name)}
     alive = {split_slice(name)[0]: rank for name, rank in alive.items()}
     default = max(alive.values())
@@ -224,9 +224,6 @@ def _config(
         "rank_pattern": patterns,
         "alpha_pattern": patterns,
         "target_modules": sorted(targets),
-        "modules_to_save": modules or None,
-        "bias": "all" if biases else "none",
-        "fan_in_fan_out": fan_in_fan_out,
         "lora_dropout": 0.0,
         "init_lora_weights": True,
         "use_rslora": False,

@@ -52,7 +52,7 @@ tags:
 
 # LoRA adapter of different rank per module
 
-Made by `dora-export adapter` from a `{run.method}` run. {about}
+Written by `dora-export`; method: `{run.method}`. {about}
 Every scale is folded into the weights.
 
 {usage}

@@ -8,9 +8,17 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from converters.onnx_files import LABELS, head_names, heads_in, names, read_adapter_file
+from converters.onnx_files import (
+    FOLDER,
+    LABELS,
+    SUFFIX,
+    head_names,
+    heads_in,
+    names,
+    read_adapter_file,
+)
 
-from .onnxruntime import EngineError
+from .session import EngineError
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -21,7 +29,7 @@ if TYPE_CHECKING:
 class AdapterSet:
     """Adapters by name. `session`: of either form of the graph. `own`: the base's heads."""
 
-    def __init__(self, session: Any, own: Mapping[str, Array]) -> None:
+    def __init__(self, session: Any, own: Mapping[str, Array] | None = None) -> None:
         # An input with a default, as those of the adapters are, counts as an initializer.
         shapes = {value.name: list(value.shape) for value in session.get_overridable_initializers()}
         self._sites = [n.removesuffix(".lora_A") for n in shapes if n.endswith(".lora_A")]
@@ -31,13 +39,18 @@ class AdapterSet:
             stacks = {name for module in self.heads for name in head_names(module)}
             shapes = {n: shape[1:] if n in stacks else shape for n, shape in shapes.items()}
         self._shapes = {n: s for n, s in shapes.items() if not n.endswith(".lora_owner")}
-        self._own = dict(own)
+        self._own = dict(own or {})
         self._loaded: dict[str, dict[str, Array]] = {}
         self._stacked: tuple[tuple[str, ...], dict[str, Array]] | None = None
 
     @property
     def names(self) -> tuple[str, ...]:
         return tuple(self._loaded)
+
+    def add_all(self, folder: Path) -> None:
+        """Load every adapter that lies beside the graph."""
+        for path in sorted((folder / FOLDER).glob(f"*{SUFFIX}")):
+            self.add(path.name.removesuffix(SUFFIX), path)
 
     def add(self, name: str, path: Path) -> None:
         """Load an `.onnx_adapter` file under `name`, in place of an earlier one of that name.

@@ -15,23 +15,17 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from converters.errors import MissingError
 from converters.json_files import read_json
 from converters.onnx_files import (
     ADAPTER_INDEX,
-    BATCHED,
-    FOLDER,
-    MODEL,
     NO_ADAPTER,
     OWN_HEADS,
-    SUFFIX,
     read_adapter_file,
 )
 
 from .adapter_set import AdapterSet
-from .onnxruntime import EngineError
 from .sampling import log_softmax
-from .session import open_graph
+from .session import EngineError, OnnxFolder, open_adaptable
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -62,34 +56,21 @@ class Answer:
     logprob: float
 
 
-class Encoder:
+class Encoder(OnnxFolder):
     """An encoder folder as `dora-export onnx` writes it, with its adapters.
 
     `threads` None is one per core.
     """
 
     def __init__(self, folder: str | Path, threads: int | None = None) -> None:
-        self.folder = Path(folder)
-        batched = self.folder / BATCHED
-        self._session = open_graph(batched if batched.exists() else self.folder / MODEL, threads)
+        super().__init__(folder)
+        self._session = open_adaptable(self.folder, threads)
         self._config: Any = read_json(self.folder / "config.json")
         self._takes = {value.name for value in self._session.get_inputs()}
         self._outputs = [value.name for value in self._session.get_outputs()]
         own = self.folder / OWN_HEADS
         self._set = AdapterSet(self._session, read_adapter_file(own) if own.exists() else {})
-        for path in sorted((self.folder / FOLDER).glob(f"*{SUFFIX}")):
-            self.add_adapter(path.name.removesuffix(SUFFIX), path)
-
-    @property
-    def tokenizer(self) -> Any:
-        from tokenizers import Tokenizer
-
-        if not hasattr(self, "_tokenizer"):
-            path = self.folder / "tokenizer.json"
-            if not path.exists():
-                raise MissingError("no tokenizer here", file=path, remedy="give token ids")
-            self._tokenizer = Tokenizer.from_file(str(path))
-        return self._tokenizer
+        self._set.add_all(self.folder)
 
     @property
     def adapters(self) -> tuple[str, ...]:

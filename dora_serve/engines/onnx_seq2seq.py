@@ -14,14 +14,13 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from converters.errors import MissingError
 from converters.json_files import read_json
 from converters.onnx_files import DECODER, ENCODER, WITH_PAST
 
 from .beams import Beams, Search, allowed
-from .onnxruntime import Completion, EngineError, Prompt
+from .onnxruntime import Completion, Prompt
 from .sampling import log_softmax
-from .session import open_graph
+from .session import EngineError, OnnxFolder, open_graph
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -29,11 +28,11 @@ if TYPE_CHECKING:
     Array = NDArray[np.float32]
 
 
-class Seq2Seq:
+class Seq2Seq(OnnxFolder):
     """An encoder-decoder folder as `dora-export onnx` writes it. `threads` None is one per core."""
 
     def __init__(self, folder: str | Path, threads: int | None = None) -> None:
-        self.folder = Path(folder)
+        super().__init__(folder)
         self._encoder = open_graph(self.folder / ENCODER, threads)
         self._first = open_graph(self.folder / DECODER, threads)
         self._next = open_graph(self.folder / WITH_PAST, threads)
@@ -41,17 +40,6 @@ class Seq2Seq:
         own = self.folder / "generation_config.json"
         self._config: dict[str, Any] = {**config, **(read_json(own) if own.exists() else {})}
         self._present = [value.name for value in self._first.get_outputs()][1:]
-
-    @property
-    def tokenizer(self) -> Any:
-        from tokenizers import Tokenizer
-
-        if not hasattr(self, "_tokenizer"):
-            path = self.folder / "tokenizer.json"
-            if not path.exists():
-                raise MissingError("no tokenizer here", file=path, remedy="give token ids")
-            self._tokenizer = Tokenizer.from_file(str(path))
-        return self._tokenizer
 
     @property
     def eos(self) -> frozenset[int]:

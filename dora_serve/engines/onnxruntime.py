@@ -15,20 +15,12 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from converters.errors import DoraExportError, MissingError
 from converters.json_files import read_json
-from converters.onnx_files import (
-    ADAPTER_INDEX,
-    BATCHED,
-    FOLDER,
-    MODEL,
-    NO_ADAPTER,
-    SUFFIX,
-    names,
-    read_adapter_file,
-)
+from converters.onnx_files import ADAPTER_INDEX, NO_ADAPTER
 
+from .adapter_set import AdapterSet
 from .sampling import Sampling, draw, log_softmax
+from .session import EngineError, OnnxFolder, open_adaptable
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -37,10 +29,6 @@ if TYPE_CHECKING:
 
 Prompt = str | Sequence[int]
 _TYPES = {"tensor(float)": np.float32, "tensor(float16)": np.float16}
-
-
-class EngineError(DoraExportError, ValueError):
-    """The engine cannot do what was asked of it."""
 
 
 @dataclass
@@ -55,7 +43,7 @@ class Completion:
     logprobs: list[tuple[float, dict[int, float]]] = field(default_factory=list)
 
 
-class Decoder:
+class Decoder(OnnxFolder):
     """A decoder folder as `dora-export onnx` writes it, with its adapters.
 
     `threads` None is one per core; `max_rows` bounds a batch and `max_length` (default: the
@@ -69,7 +57,7 @@ class Decoder:
         max_rows: int = 64,
         max_length: int | None = None,
     ) -> None:
-        self.folder = Path(folder)
+        super().__init__(folder)
         settings: Any = read_json(self.folder / "genai_config.json")
         config = settings["model"]
         layers = config["decoder"]["num_hidden_layers"]
@@ -80,118 +68,26 @@ class Decoder:
         self.eos: frozenset[int] = frozenset(ends if isinstance(ends, list) else [ends])
         self.max_length: int = max_length or config["context_length"]
         self.max_rows = max_rows
-        self._session = self._open(threads)
+        self._session = open_adaptable(self.folder, threads)
         inputs = {value.name: value for value in self._session.get_inputs()}
-        # An input with a default, as those of the adapters are, counts as an initializer.
-        defaults = self._session.get_overridable_initializers()
-        self._shapes = {value.name: value.shape for value in defaults}
-        self._sites = {n.removesuffix(".lora_A") for n in self._shapes if n.endswith(".lora_A")}
         self._windowed = "sliding_window" in config["decoder"]
         self._needs_positions = "position_ids" in inputs
         self._in_place: bool = settings["search"]["past_present_share_buffer"]
         self._cache_type = _TYPES[inputs["past_key_values.0.key"].type]
-        self._adapters: dict[str, dict[str, Any]] = {}
-        self._stacked: tuple[tuple[str, ...], dict[str, Any]] = ((), {})
-        for path in sorted((self.folder / FOLDER).glob(f"*{SUFFIX}")):
-            self.add_adapter(path.name.removesuffix(SUFFIX), path)
-
-    def _open(self, threads: int | None) -> Any:
-        import onnxruntime
-
-        path = self.folder / BATCHED
-        path = path if path.exists() else self.folder / MODEL
-        if not path.exists():
-            raise MissingError("no ONNX decoder here", file=path, remedy="dora-export onnx")
-        options = onnxruntime.SessionOptions()
-        options.log_severity_level = 3
-        options.intra_op_num_threads = threads or 0
-        try:
-            return onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
-        except Exception as error:
-            raise EngineError(
-                "ONNX Runtime cannot load this graph",
-                file=path,
-                found=str(error)[:300],
-                remedy="export it again",
-            ) from None
-
-    @property
-    def tokenizer(self) -> Any:
-        from tokenizers import Tokenizer
-
-        if not hasattr(self, "_tokenizer"):
-            self._tokenizer = Tokenizer.from_file(str(self.folder / "tokenizer.json"))
-        return self._tokenizer
+        self._set = AdapterSet(self._session)
+        self._set.add_all(self.folder)
 
     @property
     def adapters(self) -> tuple[str, ...]:
-        return tuple(self._adapters)
+        return self._set.names
 
     def add_adapter(self, name: str, path: str | Path) -> None:
         """Load an `.onnx_adapter` file under `name`, in place of an earlier one of that name."""
-        parameters = read_adapter_file(Path(path))
-        for parameter, array in parameters.items():
-            axis = 0 if parameter.endswith(".lora_A") else 1
-            shape = self._shapes.get(parameter)
-            if shape is None or array.ndim != 2 or array.shape[axis] != shape[axis]:
-                raise EngineError(
-                    "the adapter does not fit this graph",
-                    file=path,
-                    tensor=parameter,
-                    found=list(array.shape),
-                    expected=shape or "no such input",
-                    remedy="was it made for another base? add it with dora-export onnx --add",
-                )
-        self._check_pairs(Path(path), parameters)
-        self._adapters[name] = parameters
-        self._stacked = ((), {})
-
-    def _check_pairs(self, path: Path, parameters: Mapping[str, Any]) -> None:
-        for site in self._sites:
-            a, b, _ = names(site)
-            pair = [
-                parameters[name].shape[1 - i] for i, name in enumerate((a, b)) if name in parameters
-            ]
-            if len(pair) == 1 or len(set(pair)) > 1:
-                raise EngineError(
-                    "A and B of the adapter are of different rank",
-                    file=path,
-                    tensor=site,
-                    found=pair,
-                    expected="the same rank in lora_A and lora_B",
-                )
+        self._set.add(name, Path(path))
 
     def remove_adapter(self, name: str) -> None:
         """Forget an adapter; the graph and the session stay as they are."""
-        if name not in self._adapters:
-            raise self._unknown(name)
-        del self._adapters[name]
-        self._stacked = ((), {})
-
-    def _unknown(self, name: str) -> EngineError:
-        known = ", ".join(self._adapters) or "none"
-        return EngineError("no such adapter", found=name, expected=known)
-
-    def _stack(self, used: tuple[str, ...]) -> dict[str, Any]:
-        """The factors of the adapters in use, their ranks side by side, as graph inputs."""
-        from onnxruntime import OrtValue
-
-        if self._stacked[0] != used:
-            feeds: dict[str, Any] = {}
-            for site in self._sites if used else ():
-                a, b, owner = names(site)
-                present = [
-                    (i, self._adapters[n]) for i, n in enumerate(used) if a in self._adapters[n]
-                ]
-                if present:
-                    feeds[a] = np.concatenate([part[a] for _, part in present], axis=1)
-                    feeds[b] = np.concatenate([part[b] for _, part in present], axis=0)
-                    feeds[owner] = np.concatenate(
-                        [np.full(part[a].shape[1], i, np.int64) for i, part in present]
-                    )
-            values = {n: OrtValue.ortvalue_from_numpy(array) for n, array in feeds.items()}
-            self._stacked = (used, values)
-        return self._stacked[1]
+        self._set.remove(name)
 
     def batch(self, prompts: Sequence[Sequence[int]], adapters: Iterable[str | None]) -> Batch:
         """Begin a batch of token rows, each with an adapter or with none."""
@@ -200,9 +96,7 @@ class Decoder:
             raise EngineError(
                 "one adapter (or None) per prompt", found=len(wanted), expected=len(prompts)
             )
-        for name in wanted:
-            if name is not None and name not in self._adapters:
-                raise self._unknown(name)
+        self._set.check(wanted)
         if len(prompts) > self.max_rows:
             raise EngineError(
                 "more rows than the cache holds",
@@ -211,7 +105,7 @@ class Decoder:
             )
         used = tuple(dict.fromkeys(name for name in wanted if name is not None))
         index = [NO_ADAPTER if name is None else used.index(name) for name in wanted]
-        return Batch(self, prompts, np.array(index, np.int64), self._stack(used))
+        return Batch(self, prompts, np.array(index, np.int64), self._set.stacked(used))
 
     def encode(self, prompt: Prompt) -> list[int]:
         """Token ids of a text, special tokens included; ids stay as they are."""
@@ -296,6 +190,7 @@ class Batch:
                 expected=f"1 to {decoder.max_length - 1}, room for one more",
             )
         self._decoder, self._session = decoder, decoder._session
+        # The binding reads the memory of these arrays, so they live as long as the batch.
         self._prompts, self._index, self._adapters = prompts, index, adapters
         self.lengths = np.array([len(prompt) for prompt in prompts], np.int64)
         self._rows = np.arange(len(prompts))
@@ -310,10 +205,10 @@ class Batch:
             self._binding.bind_ortvalue_input(f"past_key_values.{name}", value)
             if decoder._in_place:
                 self._binding.bind_ortvalue_output(f"present.{name}", value)
-        if decoder._sites:
+        if decoder._set.batched:
             self._binding.bind_cpu_input(ADAPTER_INDEX, index)
-        for name, value in adapters.items():
-            self._binding.bind_ortvalue_input(name, value)
+        for name, array in adapters.items():
+            self._binding.bind_ortvalue_input(name, OrtValue.ortvalue_from_numpy(array))
 
     def prefill(self) -> Logits:
         """Run all prompts; the logits `[rows, vocab]` after the last token of each."""

@@ -1,13 +1,17 @@
-"""ONNX Runtime sessions on the CPU."""
+"""ONNX Runtime sessions on the CPU, and the tokenizer beside them."""
 
 from __future__ import annotations
 
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from converters.errors import MissingError
+from converters.errors import DoraExportError, MissingError
+from converters.onnx_files import BATCHED, MODEL
 
-from .onnxruntime import EngineError
+
+class EngineError(DoraExportError, ValueError):
+    """The engine cannot do what was asked of it."""
 
 
 def open_graph(path: Path, threads: int | None = None) -> Any:
@@ -31,3 +35,25 @@ def open_graph(path: Path, threads: int | None = None) -> Any:
             found=str(error)[:300],
             remedy="export it again",
         ) from None
+
+
+def open_adaptable(folder: Path, threads: int | None = None) -> Any:
+    """The graph of `folder` that takes another adapter in every row, else the one there is."""
+    batched = folder / BATCHED
+    return open_graph(batched if batched.exists() else folder / MODEL, threads)
+
+
+class OnnxFolder:
+    """A folder as `dora-export onnx` writes it."""
+
+    def __init__(self, folder: str | Path) -> None:
+        self.folder = Path(folder)
+
+    @cached_property
+    def tokenizer(self) -> Any:
+        from tokenizers import Tokenizer
+
+        path = self.folder / "tokenizer.json"
+        if not path.exists():
+            raise MissingError("no tokenizer here", file=path, remedy="give token ids")
+        return Tokenizer.from_file(str(path))

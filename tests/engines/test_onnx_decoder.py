@@ -352,7 +352,7 @@ def test_bad_requests(llama: Case, tmp_path: Path) -> None:
     site = "model.layers.0.self_attn.q_proj.lora_A"
     for change, says in (
         ({site: good[site].T}, "does not fit"),
-        ({site: good[site][:, :1]}, "different rank"),
+        ({site: good[site][:, :1]}, "different size"),
         ({"elsewhere.lora_A": good[site]}, "does not fit"),
     ):
         file = onnxruntime.AdapterFormat()

@@ -21,7 +21,7 @@ from converters.run import Run
 from converters.writers.onnx import add_adapters, write_onnx
 from converters.writers.onnx.export import shrunk
 from dora_serve.engines.onnx_encoder import Encoder
-from dora_serve.engines.onnxruntime import EngineError
+from dora_serve.engines.session import EngineError
 from dora_serve.onnx_proof import prove
 from tests.conftest import DATA, MODELS
 from tests.engines.encoders import (

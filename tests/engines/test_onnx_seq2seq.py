@@ -20,7 +20,7 @@ from converters.run import Run
 from converters.writers.onnx import write_onnx
 from dora_serve.engines.beams import Search
 from dora_serve.engines.onnx_seq2seq import Seq2Seq
-from dora_serve.engines.onnxruntime import EngineError
+from dora_serve.engines.session import EngineError
 from dora_serve.live import LiveModel
 from dora_serve.onnx_proof import prove
 from tests.conftest import DATA, randomize
