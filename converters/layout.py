@@ -23,6 +23,10 @@ from .run import LazyUpdates, Run
 from .tensors import rows_and_columns
 from .update import RankOneSum, Stacked, Update
 
+# The parameters of fused experts in the order in which their module registers them: PEFT's wrappers
+# nest by it, the first innermost.
+FUSED = ("gate_up_proj", "down_proj")
+
 _SLICE = re.compile(r"(.+)\[(\d+)\]")
 
 

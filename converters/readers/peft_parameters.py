@@ -14,15 +14,13 @@ from pathlib import Path
 import torch
 
 from ..errors import RunError
+from ..layout import FUSED
 from ..tensors import LazyTensor, LazyTensors, load_finite
 from ..update import RankOneSum, Update
 from . import ReadOptions
 from .peft_common import Scaling, need_base
 
 TOKENS = ".token_adapter.trainable_tokens_delta"
-
-# Wrappers nest in the order in which the module registers its parameters, the first innermost.
-ORDER = ("gate_up_proj", "down_proj")
 
 
 def parameters(config: dict[str, object], stored: Iterable[str], file: Path) -> dict[str, str]:
@@ -42,15 +40,15 @@ def parameters(config: dict[str, object], stored: Iterable[str], file: Path) -> 
         found = {str(t).rpartition(".")[2] for t in targets if _applies(str(t), module)}
         if not found:
             continue
-        if len(found) != len(names) or (len(found) > 1 and found != set(ORDER)):
+        if len(found) != len(names) or (len(found) > 1 and found != set(FUSED)):
             raise RunError(
                 "which parameters this adapter is for cannot be told",
                 file=file,
                 tensor=module,
                 found=f"{len(names)} pairs for {sorted(found)}",
-                expected="one pair per parameter; several only as " + " and ".join(ORDER),
+                expected="one pair per parameter; several only as " + " and ".join(FUSED),
             )
-        ordered = sorted(found, key=ORDER.index) if len(found) > 1 else list(found)
+        ordered = sorted(found, key=FUSED.index) if len(found) > 1 else list(found)
         for name, parameter in zip(sorted(names, key=len, reverse=True), ordered, strict=True):
             result[name] = f"{module}.{parameter}"
     return result

@@ -13,9 +13,8 @@ import torch
 
 from ..base import BaseModel
 from ..errors import TargetError
-from ..layout import Layout, split_slice
+from ..layout import FUSED, Layout, split_slice
 from ..plan import is_transposed, target_architecture
-from ..readers.peft_parameters import ORDER
 from ..run import Run
 from .profiles import Profile
 
@@ -50,8 +49,8 @@ def stacked(
     result = {}
     for parameter, pairs in parts.items():
         module, _, own = parameter.rpartition(".")
-        outer = [other for other in ORDER if f"{module}.{other}" in parts and other != own]
-        inner = own == ORDER[0] and bool(outer)
+        outer = [other for other in FUSED if f"{module}.{other}" in parts and other != own]
+        inner = own == FUSED[0] and bool(outer)
         a = torch.cat([a for a, _ in pairs])
         b = torch.stack([b for _, b in pairs], dim=2).flatten(1)
         result[f"{module}.base_layer" if inner else module] = (a, b)
