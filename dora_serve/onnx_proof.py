@@ -16,7 +16,7 @@ import torch
 from converters.base import BaseModel
 from converters.certificate import FILE as CERTIFICATE
 from converters.certificate import sha256
-from converters.errors import RunError
+from converters.errors import MissingError, RunError
 from converters.json_files import read_json
 from converters.run import Run
 
@@ -39,6 +39,12 @@ _TOP1 = {"int8": 0.9, "int4": 0.9}
 def verify_onnx(run: Run, path: Path, base: BaseModel) -> Verification:
     """Compare the live `run` with an ONNX folder: merged, or with the run as one of its adapters,
     which is found by its files' hashes and tried alone and beside the others in a batch."""
+    if not (path / CERTIFICATE).exists():
+        raise MissingError(
+            "this ONNX folder has no certificate, so what it should compute is not known",
+            file=path / CERTIFICATE,
+            remedy="make it with dora-export onnx",
+        )
     certificate = read_json(path / CERTIFICATE)
     precision = str(certificate.get("precision"))
     name, others = _adapter(run, path, certificate)

@@ -212,7 +212,7 @@ def _artifact_dtype(path: Path, adapter: bool) -> torch.dtype:
     files = [path / ADAPTER_WEIGHTS] if adapter else sorted(path.glob("*.safetensors"))
     if not files:
         raise MissingError(
-            "no artifact here", file=path, expected="a merged model or an adapter folder"
+            "no artifact here", file=path, expected="a merged model, an adapter or an ONNX folder"
         )
     dtypes = {t.dtype for file in files for t in open_safetensors(file).values()}
     floating = [dtype for dtype in dtypes if dtype.is_floating_point]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -64,6 +65,8 @@ def command(
     adapters = dict(_named(text, base, options) for text in adapter_runs)
     run = None if adapters else common.load_run(paths[0], base, **options)
     model = find_base(run or next(iter(adapters.values())), base)
+    if sys.stderr.isatty():
+        click.echo("building the graph and comparing it with the live run …", err=True)
     if add:
         ranks = add_adapters(out, adapters, model, force=force)
         accuracy: Any = {}
@@ -74,10 +77,13 @@ def command(
         )
         ranks, accuracy, warnings = result.ranks, result.accuracy, result.warnings
     if as_json:
-        info = {"output": str(out), "precision": precision, "adapters": ranks}
-        common.print_json({**info, "accuracy": accuracy, "warnings": list(warnings)})
+        info = {"output": str(out), "adapters": ranks, "warnings": list(warnings)}
+        made = {} if add else {"precision": precision, "accuracy": accuracy}
+        common.print_json({**info, **made})
     else:
-        click.echo(f"{out}: {'adapters added' if add else f'ONNX, {precision}'}")
+        size = common.size(sum(p.stat().st_size for p in out.rglob("*") if p.is_file()))
+        done = "adapters added" if add else f"ONNX graph, {precision}"
+        click.echo(f"{out}: {done}, {size}")
         for name, numbers in (accuracy or {}).items():
             click.echo(
                 f"  {name}: logits within {numbers['max_abs']:.1e} of the live run, "

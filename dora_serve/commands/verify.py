@@ -44,16 +44,16 @@ def command(
     if as_json:
         common.print_json({**asdict(result), "passed": result.passed})
     else:
-        click.echo(f"engine            {result.engine} ({result.dtype})")
-        click.echo(f"max abs difference {result.max_abs:.2e}   (at most {result.tolerance:.0e})")
-        click.echo(f"top-1 agreement   {result.top1:.2%}")
+        click.echo(f"engine              {result.engine} ({result.dtype})")
+        click.echo(f"max abs difference  {result.max_abs:.2e}   (at most {result.tolerance:.0e})")
+        click.echo(f"top-1 agreement     {result.top1:.2%}")
         control = "fails, as it must" if result.control_fails else "does not fail"
-        click.echo(f"update left out   {result.control:.2e}   ({control})")
+        click.echo(f"update left out     {result.control:.2e}   ({control})")
         if result.fit is not None:
             limit = ", ".join(f"{name} {value}" for name, value in result.fit.items())
-            click.echo(f"fitted            {limit}: the truth above is the live run so fitted")
+            click.echo(f"fitted              {limit}: the truth above is the live run so fitted")
             click.echo(
-                f"to the whole run  {result.unfitted:.2e}   (what the fit changed; no bound)"
+                f"to the whole run    {result.unfitted:.2e}   (what the fit changed; no bound)"
             )
         verdict = "PASSED" if result.passed else "FAILED"
         click.secho(verdict, fg="green" if result.passed else "red", bold=True)

@@ -1,0 +1,50 @@
+"""`dora-export onnx` as a script meets it."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from click.testing import CliRunner
+
+from dora_serve.commands import dora_export
+from dora_serve.engines.onnxruntime import Decoder
+from tests.conftest import MODELS
+
+BASE = MODELS / "tiny-llama-base"
+RUNS = MODELS / "runs/Checkpoint/Tiny_Llama/Lora_Rank=8"
+DOWN, SECOND = (RUNS / name / f"Tiny_Llama--{name}--1" for name in ("Count_Down", "Every_Second"))
+
+
+def export(*arguments: object) -> Any:
+    return CliRunner().invoke(dora_export, ["onnx", *map(str, arguments)])
+
+
+def test_adapters_are_written_named_and_added(tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    made = export(out, "--base", BASE, "--adapter", f"down={DOWN}", "--precision", "int4", "--json")
+    assert made.exit_code == 0, made.output
+    info = json.loads(made.stdout)
+    assert info["precision"] == "int4"
+    assert info["adapters"].keys() == info["accuracy"].keys() == {"down"}
+    assert max(info["adapters"]["down"].values()) == 12
+    assert json.loads((out / "dora_export.json").read_text())["accuracy"] == info["accuracy"]
+
+    added = export("--add", out, "--base", BASE, "--adapter", SECOND, "--json")
+    assert added.exit_code == 0, added.output
+    info = json.loads(added.stdout)
+    assert info["adapters"].keys() == {SECOND.name}  # named by its folder
+    assert "precision" not in info  # it is the folder's, which this call does not choose
+    done = Decoder(out).generate(["count : nine"] * 2, ["down", SECOND.name])
+    assert [row.text.split()[0] for row in done] == ["eight", "eleven"]
+
+    again = export("--add", out, "--base", BASE, "--adapter", SECOND)
+    assert again.exit_code == 1
+    assert "there already" in again.output
+
+
+def test_what_cannot_be_meant_is_a_usage_error(tmp_path: Path) -> None:
+    for arguments in ([tmp_path], [DOWN, tmp_path, "--adapter", SECOND], []):
+        assert export(*arguments, "--base", BASE).exit_code == 2
+    assert list(tmp_path.iterdir()) == []
