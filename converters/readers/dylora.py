@@ -1,9 +1,10 @@
-"""DyLoRA checkpoints (huawei-noah/KD-NLP, `DyLoRA/loralib/`; Valipour et al. 2022,
+"""DyLoRA checkpoints (huawei-noah/Efficient-NLP, `DyLoRA/loralib/`; Valipour et al. 2022,
 arXiv 2210.07558), and plain LoRA of loralib, which is the same file.
 
 The components are nested: any first b of the r stored ones are a model. In use are
 ΔW = (lora_alpha / b) · B[:, :b]·A[:b], as √(r/b) enters A and B beside lora_alpha / r. Which b
-was meant is not stored. With b = r this is plain LoRA.
+was meant is not stored: after the authors' `set_rank(i)` it is i + 1. With b = r this is plain
+LoRA.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""IncreLoRA and AFLoRA by runs of their own code (`tests/data/methods/`), DyLoRA as published."""
+"""IncreLoRA, AFLoRA and DyLoRA by runs of their own code, see `tests/data/methods/`."""
 
 from __future__ import annotations
 
@@ -10,8 +10,9 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch import nn
-from transformers import LlamaForCausalLM, RobertaForSequenceClassification
+from transformers import LlamaForCausalLM
 
 from converters.errors import BaseError, RunError, TargetError
 from converters.readers import ReadOptions
@@ -21,7 +22,9 @@ from tests.conftest import DATA
 from tests.converters.proving import Inputs, change_bin, expected, logits, prove
 
 METHODS, BASES = DATA / "methods", DATA / "reference" / "bases"
-INCRELORA, GSM8K, GLUE = (METHODS / n for n in ("increlora", "aflora_gsm8k", "aflora_glue"))
+INCRELORA, GSM8K, GLUE, DYLORA = (
+    METHODS / n for n in ("increlora", "aflora_gsm8k", "aflora_glue", "dylora")
+)
 RANK, ALPHA = 6, 9
 
 
@@ -123,9 +126,8 @@ def dylora_logits(model: Any, layers: list[DyLinear], rank: int, inputs: Inputs)
     return logits(model, inputs)
 
 
-@pytest.mark.supports(method="dylora", family="llama", targets=("merged", "peft", "vllm"))
 @pytest.mark.parametrize("rank", [2, RANK])
-def test_dylora_on_llama(tmp_path: Path, llama_base: Path, rank: int) -> None:
+def test_dylora_as_published_on_llama(tmp_path: Path, llama_base: Path, rank: int) -> None:
     model = LlamaForCausalLM.from_pretrained(llama_base)
     layers = dylora_run(model, tmp_path / "run", ("q_proj", "up_proj"))
     inputs = verification_batch(model)
@@ -137,15 +139,13 @@ def test_dylora_on_llama(tmp_path: Path, llama_base: Path, rank: int) -> None:
 
 
 @pytest.mark.supports(method="dylora", family="roberta", targets=("merged", "peft", "vllm"))
-def test_dylora_classifier(tmp_path: Path) -> None:
-    base = BASES / "roberta"
-    torch.manual_seed(5)
-    model = RobertaForSequenceClassification.from_pretrained(base, num_labels=3)
-    layers = dylora_run(model, tmp_path / "run", ("query", "output.dense"))
-    inputs = verification_batch(model)
-    truth, control = (dylora_logits(model, layers, n, inputs) for n in (2, 0))
-    run = read_run(tmp_path / "run", ReadOptions(rank=2))
-    prove(run, base, inputs, truth, control, tmp_path)
+@pytest.mark.parametrize("rank", [1, 2, RANK])
+def test_dylora_of_its_authors(tmp_path: Path, rank: int) -> None:
+    stored = load_file(DYLORA / "expected.safetensors")
+    inputs = {name: stored[name] for name in ("input_ids", "attention_mask")}
+    run = read_run(DYLORA / "run", ReadOptions(rank=rank))
+    truth, control = stored[f"logits.{rank}"], stored["base_logits"]
+    prove(run, BASES / "roberta", inputs, truth, control, tmp_path)
 
 
 @pytest.mark.parametrize("rank", [None, 0, RANK + 1])
