@@ -105,8 +105,6 @@ def one_thread() -> Iterator[None]:
 
 def cases(family: str, configs: dict[str, dict[str, Any]]) -> list[Any]:
     def marks(case: str) -> list[pytest.MarkDecorator]:
-        if case.startswith("Adamss"):  # proves nothing where scikit-learn is not installed
-            return []
         method = "peft_" + case.split()[0].removesuffix("Config").lower()
         return [pytest.mark.supports(method=method, family=family, targets=("merged",))]
 
@@ -115,8 +113,6 @@ def cases(family: str, configs: dict[str, dict[str, Any]]) -> list[Any]:
 
 def train(model: Any, out: Path, case: str, **config: Any) -> Path:
     """An adapter of `model` with every trainable parameter moved from where it starts."""
-    if case.startswith("Adamss"):
-        pytest.importorskip("sklearn", reason="PEFT's AdaMSS needs scikit-learn")
     tuned = get_peft_model(model, getattr(peft, case.split()[0])(**config))
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
