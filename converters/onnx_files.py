@@ -31,6 +31,11 @@ LABELS = "labels"  # the axis of a head whose size an adapter may change
 _WEIGHT, _BIAS = ".head_weight", ".head_bias"
 
 
+def is_onnx_folder(path: Path) -> bool:
+    """Whether `path` is a folder as `dora-export onnx` writes it."""
+    return (path / MODEL).is_file() or (path / ENCODER).is_file()
+
+
 def names(site: str) -> tuple[str, str, str]:
     """The graph inputs of one site: A `[in, r]`, B `[r, out]`, and the owner of each rank."""
     return f"{site}.lora_A", f"{site}.lora_B", f"{site}.lora_owner"

@@ -13,7 +13,7 @@ from converters.base import BaseModel, open_base
 from converters.certificate import FILE as CERTIFICATE
 from converters.errors import MissingError, RunError
 from converters.fit import fit_run
-from converters.onnx_files import ENCODER
+from converters.onnx_files import is_onnx_folder
 from converters.run import Run
 from converters.tensors import open_safetensors, read_json
 from converters.writers.adapter import CONFIG as ADAPTER_CONFIG
@@ -134,7 +134,7 @@ def verify(
     """
     path = Path(artifact)
     base = base if isinstance(base, BaseModel) else open_base(base)
-    if (path / "model.onnx").is_file() or (path / ENCODER).is_file():
+    if is_onnx_folder(path):
         from .onnx_proof import verify_onnx
 
         _check_engine(path, engine, "onnxruntime", "an ONNX folder")
