@@ -97,7 +97,31 @@ def logits(model: Any, inputs: Inputs) -> torch.Tensor:
     return flat
 
 
-def _transformers(artifact: Path, _run: Run, _base: BaseModel) -> Any:
+@dataclass(frozen=True)
+class Reading:
+    """What an engine computed, and how the same is asked of a transformers model.
+
+    `values`: the artifact's, any shape. `measure(model)`: those of a transformers model.
+    `top1(model, values)`: the share of its choices, with its `values`, that the engine made too.
+    """
+
+    values: torch.Tensor
+    measure: Callable[[Any], torch.Tensor]
+    top1: Callable[[Any, torch.Tensor], float]
+
+
+def read_logits(model: Any) -> Reading:
+    """The logits of a model that is called like a transformers model."""
+    inputs = verification_batch(model)
+    found = logits(model, inputs)
+
+    def top1(_model: Any, values: torch.Tensor) -> float:
+        return float((found.argmax(-1) == values.argmax(-1)).double().mean())
+
+    return Reading(found, lambda other: logits(other, inputs), top1)
+
+
+def _transformers(artifact: Path, _run: Run, _base: BaseModel) -> Reading:
     import transformers
 
     known = read_json(artifact / "config.json").get("architectures")
@@ -105,19 +129,26 @@ def _transformers(artifact: Path, _run: Run, _base: BaseModel) -> Any:
         raise RunError("unknown architecture", file=artifact / "config.json", found=known)
     transformers.logging.disable_progress_bar()
     cls = getattr(transformers, str(known[0]))
-    return cls.from_pretrained(artifact, dtype=torch.float32).eval()
+    return read_logits(cls.from_pretrained(artifact, dtype=torch.float32).eval())
 
 
-def _peft(artifact: Path, run: Run, base: BaseModel) -> Any:
+def _peft(artifact: Path, run: Run, base: BaseModel) -> Reading:
     from peft import PeftModel
 
     model = PeftModel.from_pretrained(load_base(run, base), str(artifact))
-    return model.float().eval()
+    return read_logits(model.float().eval())
 
 
-ENGINES: dict[str, Callable[[Path, Run, BaseModel], Any]] = {
+def _vllm(artifact: Path, run: Run, base: BaseModel) -> Reading:
+    from .vllm_proof import read_vllm
+
+    return read_vllm(artifact, run, base)
+
+
+ENGINES: dict[str, Callable[[Path, Run, BaseModel], Reading]] = {
     "transformers": _transformers,
     "peft": _peft,
+    "vllm": _vllm,
 }
 
 
@@ -129,47 +160,46 @@ def verify(
     A float32 artifact must equal the live model within 1e-4 on every logit. A merged model of a
     narrower dtype must equal, within the same bound, the live model whose merged weights are
     rounded once; an adapter of a narrower dtype may differ by 5 % of the update's own effect. A
-    fitted adapter is compared with the live run fitted to the limit its certificate names. For
-    ONNX folders see `onnx_proof`.
+    fitted adapter is compared with the live run fitted to the limit its certificate names. vLLM
+    is asked for log-probabilities and tokens, see `vllm_proof`; for ONNX folders see `onnx_proof`.
     """
     path = Path(artifact)
     base = base if isinstance(base, BaseModel) else open_base(base)
     if is_onnx_folder(path):
         from .onnx_proof import verify_onnx
 
-        _check_engine(path, engine, "onnxruntime", "an ONNX folder")
+        _check_engine(path, engine, ("onnxruntime",), "an ONNX folder")
         return verify_onnx(run, path, base)
     adapter = (path / ADAPTER_CONFIG).is_file()
-    fits = "peft" if adapter else "transformers"
+    fits = ("peft", "vllm") if adapter else ("transformers", "vllm")
     engine = _check_engine(path, engine, fits, "an adapter" if adapter else "a model folder")
     dtype = _artifact_dtype(path, adapter)
-    model = ENGINES[engine](path, run, base)
-    inputs = verification_batch(model)
-    deployed = logits(model, inputs)
-    del model
+    reading = ENGINES[engine](path, run, base)
 
     fit = _fit_limit(path) if adapter else None
     unfitted = None
     if fit is not None:
-        whole = logits(LiveModel(run, base).model, inputs)
-        unfitted = float((deployed - whole).abs().max())
+        whole = reading.measure(LiveModel(run, base).model)
+        unfitted = float((reading.values - whole).abs().max())
         run, _ = fit_run(run.strip(), base, **fit)  # type: ignore[arg-type]
     live = LiveModel(run, base)
-    truth = logits(live.model, inputs)
+    truth = reading.measure(live.model)
+    top1 = reading.top1(live.model, truth)
     live.detach()
-    without = logits(live.model, inputs)
+    without = reading.measure(live.model)
     tolerance = TOLERANCE
     if dtype != torch.float32 and adapter:
         tolerance = max(TOLERANCE, REDUCED_SHARE * float((without - truth).abs().max()))
     elif dtype != torch.float32:
         live.fold_rounded(dtype)
-        truth = logits(live.model, inputs)
+        truth = reading.measure(live.model)
+        top1 = reading.top1(live.model, truth)
     return Verification(
         engine=engine,
         dtype=str(dtype).removeprefix("torch."),
         tolerance=tolerance,
-        max_abs=float((deployed - truth).abs().max()),
-        top1=float((deployed.argmax(-1) == truth.argmax(-1)).double().mean()),
+        max_abs=float((reading.values - truth).abs().max()),
+        top1=top1,
         control=float((without - truth).abs().max()),
         has_update=has_update(run),
         fit=fit,
@@ -177,15 +207,15 @@ def verify(
     )
 
 
-def _check_engine(path: Path, wanted: str | None, fits: str, kind: str) -> str:
-    if wanted not in (None, fits):
+def _check_engine(path: Path, wanted: str | None, fits: tuple[str, ...], kind: str) -> str:
+    if wanted is not None and wanted not in fits:
         raise RunError(
             f"the engine {wanted} does not load this artifact",
             file=path,
             found=kind,
-            expected=fits,
+            expected=" or ".join(fits),
         )
-    return fits
+    return wanted or fits[0]
 
 
 def has_update(run: Run) -> bool:

@@ -18,7 +18,7 @@ from . import common
 @common.base_option
 @click.option(
     "--engine",
-    type=click.Choice(["transformers", "peft", "onnxruntime"]),
+    type=click.Choice(["transformers", "peft", "onnxruntime", "vllm"]),
     help="Engine that loads the artifact; default: the one that fits.",
 )
 @common.json_option

@@ -1,0 +1,125 @@
+"""vLLM inside this process, for the proof: loader, kernels and LoRA code are its server's."""
+
+from __future__ import annotations
+
+import gc
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from converters.errors import DoraExportError, MissingError
+
+TOP = 20  # the likeliest tokens of each position, whose log-probabilities are told
+
+
+class VllmError(DoraExportError, ValueError):
+    """vLLM refused the model or the adapter."""
+
+
+@dataclass(frozen=True)
+class Answer:
+    """`logprobs`: after every prompt token, token id → log-probability of the likeliest to come.
+    `tokens`: what follows the prompt, greedily."""
+
+    logprobs: list[dict[int, float]]
+    tokens: list[int]
+
+
+class Vllm:
+    """A model folder in vLLM, float32. `lora`: its settings for adapters, None for none.
+    `labels`: of a classifier.
+
+    Raises `MissingError` when vLLM is not installed beside this package, `VllmError` when it does
+    not take the model.
+    """
+
+    def __init__(
+        self, model: Path, length: int, lora: dict[str, Any] | None = None, labels: int = 0
+    ) -> None:
+        os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
+        os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
+        os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
+        os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
+        try:
+            from vllm import LLM
+        except ImportError:
+            raise MissingError(
+                "vLLM is not installed in this environment",
+                expected="vllm",
+                remedy="install dora-serve beside vLLM and verify there (see docs/vllm.md)",
+            ) from None
+        settings = {} if lora is None else {"enable_lora": True, **lora}
+        if labels:
+            settings |= {"runner": "pooling", "convert": "classify"}
+        try:
+            self._llm = LLM(
+                str(model),
+                dtype="float32",
+                max_model_len=length,
+                max_logprobs=TOP,
+                enforce_eager=True,
+                disable_log_stats=True,
+                distributed_executor_backend="uni",
+                enable_prefix_caching=False,
+                skip_tokenizer_init=True,
+                **settings,
+            )
+        except Exception as error:
+            raise VllmError("vLLM does not load this model", file=model, found=error) from error
+
+    def complete(
+        self, rows: Sequence[Sequence[int]], tokens: int, adapter: Path | None
+    ) -> list[Answer]:
+        """Answer every row of token ids with `tokens` further ones, by the adapter."""
+        from vllm import SamplingParams
+
+        # Every prefix is a prompt of its own: the log-probabilities of whole prompts that vLLM
+        # offers fail on the CPU when the head has room for an adapter.
+        ends = [(row, end) for row in rows for end in range(1, len(row) + 1)]
+        asked = [
+            SamplingParams(
+                temperature=0,
+                max_tokens=tokens if end == len(row) else 1,
+                ignore_eos=True,
+                logprobs=TOP,
+                detokenize=False,
+            )
+            for row, end in ends
+        ]
+        prefixes = [row[:end] for row, end in ends]
+        done = iter(self._run(self._llm.generate, prefixes, adapter, sampling_params=asked))
+        answers = []
+        for row in rows:
+            outputs = [next(done).outputs[0] for _ in row]
+            likeliest = [{i: p.logprob for i, p in o.logprobs[0].items()} for o in outputs]
+            answers.append(Answer(likeliest, list(outputs[-1].token_ids)))
+        return answers
+
+    def classify(self, rows: Sequence[Sequence[int]], adapter: Path | None) -> list[list[float]]:
+        """The logits of a classification model for every row of token ids."""
+        from vllm import PoolingParams
+
+        asked = PoolingParams(task="classify", use_activation=False)
+        done = self._run(self._llm.classify, rows, adapter, pooling_params=asked)
+        return [list(each.outputs.probs) for each in done]
+
+    def _run(self, verb: Any, rows: Any, adapter: Path | None, **settings: Any) -> Any:
+        from vllm import TokensPrompt
+        from vllm.lora.request import LoRARequest
+
+        request = None if adapter is None else LoRARequest("adapter", 1, str(adapter.resolve()))
+        prompts = [TokensPrompt(prompt_token_ids=list(row)) for row in rows]
+        try:
+            return verb(prompts, lora_request=request, use_tqdm=False, **settings)
+        except ValueError as error:
+            raise VllmError("vLLM refuses the adapter", file=adapter, found=error) from error
+
+    def close(self) -> None:
+        """Give the memory back, so that another model may be loaded in this process."""
+        from vllm.distributed.parallel_state import cleanup_dist_env_and_memory
+
+        del self._llm
+        gc.collect()
+        cleanup_dist_env_and_memory()
