@@ -15,12 +15,12 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from converters.json_files import read_json
 from converters.onnx_files import ADAPTER_INDEX, NO_ADAPTER
 
-from .adapter_set import AdapterSet
-from .sampling import Sampling, draw, log_softmax
-from .session import EngineError, OnnxFolder, open_adaptable
+from .decoder_graph import DecoderGraph
+from .generation import Generation, Logprobs
+from .sampling import Sampling
+from .session import EngineError
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -28,7 +28,6 @@ if TYPE_CHECKING:
     Logits = NDArray[np.float32]
 
 Prompt = str | Sequence[int]
-_TYPES = {"tensor(float)": np.float32, "tensor(float16)": np.float16}
 
 
 @dataclass
@@ -40,10 +39,10 @@ class Completion:
     tokens: list[int] = field(default_factory=list)
     text: str = ""
     reason: str = "length"
-    logprobs: list[tuple[float, dict[int, float]]] = field(default_factory=list)
+    logprobs: list[Logprobs] = field(default_factory=list)
 
 
-class Decoder(OnnxFolder):
+class Decoder(DecoderGraph):
     """A decoder folder as `dora-export onnx` writes it, with its adapters.
 
     `threads` None is one per core; `max_rows` bounds a batch and `max_length` (default: the
@@ -57,37 +56,9 @@ class Decoder(OnnxFolder):
         max_rows: int = 64,
         max_length: int | None = None,
     ) -> None:
-        super().__init__(folder)
-        settings: Any = read_json(self.folder / "genai_config.json")
-        config = settings["model"]
-        layers = config["decoder"]["num_hidden_layers"]
-        self._cache = [f"{layer}.{kind}" for layer in range(layers) for kind in ("key", "value")]
-        self._heads: int = config["decoder"]["num_key_value_heads"]
-        self._head_size: int = config["decoder"]["head_size"]
-        ends = config["eos_token_id"]
-        self.eos: frozenset[int] = frozenset(ends if isinstance(ends, list) else [ends])
-        self.max_length: int = max_length or config["context_length"]
+        super().__init__(folder, threads, max_length)
         self.max_rows = max_rows
-        self._session = open_adaptable(self.folder, threads)
-        inputs = {value.name: value for value in self._session.get_inputs()}
-        self._windowed = "sliding_window" in config["decoder"]
-        self._needs_positions = "position_ids" in inputs
-        self._in_place: bool = settings["search"]["past_present_share_buffer"]
-        self._cache_type = _TYPES[inputs["past_key_values.0.key"].type]
-        self._set = AdapterSet(self._session)
-        self._set.add_all(self.folder)
-
-    @property
-    def adapters(self) -> tuple[str, ...]:
-        return self._set.names
-
-    def add_adapter(self, name: str, path: str | Path) -> None:
-        """Load an `.onnx_adapter` file under `name`, in place of an earlier one of that name."""
-        self._set.add(name, Path(path))
-
-    def remove_adapter(self, name: str) -> None:
-        """Forget an adapter; the graph and the session stay as they are."""
-        self._set.remove(name)
+        self.adapter_set.add_all(self.folder)
 
     def batch(self, prompts: Sequence[Sequence[int]], adapters: Iterable[str | None]) -> Batch:
         """Begin a batch of token rows, each with an adapter or with none."""
@@ -96,7 +67,7 @@ class Decoder(OnnxFolder):
             raise EngineError(
                 "one adapter (or None) per prompt", found=len(wanted), expected=len(prompts)
             )
-        self._set.check(wanted)
+        self.adapter_set.check(wanted)
         if len(prompts) > self.max_rows:
             raise EngineError(
                 "more rows than the cache holds",
@@ -105,11 +76,7 @@ class Decoder(OnnxFolder):
             )
         used = tuple(dict.fromkeys(name for name in wanted if name is not None))
         index = [NO_ADAPTER if name is None else used.index(name) for name in wanted]
-        return Batch(self, prompts, np.array(index, np.int64), self._set.stacked(used))
-
-    def encode(self, prompt: Prompt) -> list[int]:
-        """Token ids of a text, special tokens included; ids stay as they are."""
-        return list(self.tokenizer.encode(prompt).ids) if isinstance(prompt, str) else list(prompt)
+        return Batch(self, prompts, np.array(index, np.int64), self.adapter_set.stacked(used))
 
     def generate(
         self,
@@ -127,43 +94,28 @@ class Decoder(OnnxFolder):
             [adapters] * len(rows) if isinstance(adapters, str) or adapters is None else adapters
         )
         batch = self.batch(rows, wanted)
-        done = [Completion(row) for row in rows]
-        # Every row has a generator of its own, so that its draws do not depend on its neighbours.
-        generators = [np.random.default_rng(sampling.seed) for _ in rows]
-        running = set(range(len(rows)))
+        room = self.max_length - max(map(len, rows))
+        running = dict(
+            enumerate(Generation(row, sampling, self.eos, self.tokenizer, room) for row in rows)
+        )
+        done = list(running.values())
         logits = batch.prefill()
-        for _ in range(min(sampling.max_tokens, self.max_length - max(map(len, rows)))):
-            tokens = np.zeros(len(rows), np.int64)
-            for row in sorted(running):
-                tokens[row] = draw(logits[row], sampling, generators[row])
-                if self._take(done[row], int(tokens[row]), logits[row], sampling):
-                    running.discard(row)
+        while True:
+            for row, generation in list(running.items()):
+                generation.take(logits[row])
+                if generation.reason is not None:
+                    del running[row]
             if not running:
-                break
+                return [_completion(generation) for generation in done]
+            tokens = np.zeros(len(rows), np.int64)
+            for row, generation in running.items():
+                tokens[row] = generation.tokens[-1]
             logits = batch.step(tokens)
-        for row in running:
-            done[row].text = self.tokenizer.decode(done[row].tokens)
-        return done
 
-    def _take(self, row: Completion, token: int, logits: Logits, sampling: Sampling) -> bool:
-        """Add `token` to the row; whether that ends it."""
-        if token in self.eos and not sampling.ignore_eos:
-            row.reason, row.text = "stop", self.tokenizer.decode(row.tokens)
-            return True
-        row.tokens.append(token)
-        if sampling.logprobs is not None:
-            logprobs = log_softmax(logits)
-            best = np.argsort(-logprobs, kind="stable")[: sampling.logprobs]
-            row.logprobs.append(
-                (float(logprobs[token]), {int(i): float(logprobs[i]) for i in best})
-            )
-        if sampling.stop:
-            text = self.tokenizer.decode(row.tokens)
-            ends = [at for stop in sampling.stop if (at := text.find(stop)) >= 0]
-            if ends:
-                row.reason, row.text = "stop", text[: min(ends)]
-                return True
-        return False
+
+def _completion(done: Generation) -> Completion:
+    assert done.reason is not None
+    return Completion(done.prompt, done.tokens, done.text, done.reason, done.logprobs)
 
 
 class Batch:
@@ -189,23 +141,23 @@ class Batch:
                 found=f"{min(map(len, prompts))} to {longest} tokens",
                 expected=f"1 to {decoder.max_length - 1}, room for one more",
             )
-        self._decoder, self._session = decoder, decoder._session
+        self._decoder, self._session = decoder, decoder.session
         # The binding reads the memory of these arrays, so they live as long as the batch.
         self._prompts, self._index, self._adapters = prompts, index, adapters
         self.lengths = np.array([len(prompt) for prompt in prompts], np.int64)
         self._rows = np.arange(len(prompts))
         self._mask = np.zeros((len(prompts), 0), np.int64)
-        length = decoder.max_length if decoder._in_place else 0
-        shape = (len(prompts), decoder._heads, length, decoder._head_size)
+        length = decoder.max_length if decoder.in_place else 0
+        shape = (len(prompts), decoder.heads, length, decoder.head_size)
         self._binding = self._session.io_binding()
         self._binding.bind_output("logits")
-        self._arrays = [np.zeros(shape, decoder._cache_type) for _ in decoder._cache]
-        for name, array in zip(decoder._cache, self._arrays, strict=True):
+        self._arrays = [np.zeros(shape, decoder.cache_type) for _ in decoder.cache]
+        for name, array in zip(decoder.cache, self._arrays, strict=True):
             value = OrtValue.ortvalue_from_numpy(array)  # over the same memory
             self._binding.bind_ortvalue_input(f"past_key_values.{name}", value)
-            if decoder._in_place:
+            if decoder.in_place:
                 self._binding.bind_ortvalue_output(f"present.{name}", value)
-        if decoder._set.batched:
+        if decoder.adapter_set.batched:
             self._binding.bind_cpu_input(ADAPTER_INDEX, index)
         for name, array in adapters.items():
             self._binding.bind_ortvalue_input(name, OrtValue.ortvalue_from_numpy(array))
@@ -217,7 +169,7 @@ class Batch:
 
     def prefill_all(self) -> Logits:
         """Run all prompts; the logits `[rows, longest, vocab]`, meaningless beyond a row's end."""
-        if self._decoder._windowed and len(set(self.lengths)) > 1:
+        if self._decoder.windowed and len(set(self.lengths)) > 1:
             return self._prefill_in_turn()
         positions = np.arange(self.lengths.max())
         ids = np.zeros((len(self._prompts), len(positions)), np.int64)
@@ -245,7 +197,7 @@ class Batch:
     def step(self, tokens: NDArray[np.int64]) -> Logits:
         """Add one token to every row; the logits `[rows, vocab]` after it."""
         self.lengths = self.lengths + 1
-        if self._decoder._in_place:  # the token lies right behind its row's last
+        if self._decoder.in_place:  # the token lies right behind its row's last
             self._mask = (np.arange(self.lengths.max()) < self.lengths[:, None]).astype(np.int64)
         else:  # the token lies behind the longest row's
             self._mask = np.pad(self._mask, ((0, 0), (0, 1)), constant_values=1)
@@ -255,11 +207,11 @@ class Batch:
         binding = self._binding
         binding.bind_cpu_input("input_ids", ids)
         binding.bind_cpu_input("attention_mask", self._mask)
-        if self._decoder._needs_positions:
+        if self._decoder.needs_positions:
             binding.bind_cpu_input("position_ids", positions)
         # Anew before every run, because their shapes are others than in the last.
         binding.bind_output("logits")
-        growing = [] if self._decoder._in_place else self._decoder._cache
+        growing = [] if self._decoder.in_place else self._decoder.cache
         for name in growing:
             binding.bind_output(f"present.{name}")
         self._session.run_with_iobinding(binding)

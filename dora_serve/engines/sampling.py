@@ -12,22 +12,27 @@ if TYPE_CHECKING:
 
     Logits = NDArray[np.float32]
 
+_NUCLEUS = 1024  # tokens; few draws need more, and sorting a whole vocabulary costs milliseconds
+
 
 @dataclass(frozen=True)
 class Sampling:
     """How a completion is drawn. `temperature` 0 is greedy; `seed` makes a draw repeatable.
 
     `stop`: texts that end a completion and are cut off. `logprobs`: how many of the likeliest
-    tokens to tell at every step, None for no log-probabilities. `ignore_eos`: go on to
+    tokens to tell at every step, None for no log-probabilities. `top_k` 0 is no bound.
+    `min_tokens`: before so many, nothing but `max_tokens` ends it. `ignore_eos`: go on to
     `max_tokens`.
     """
 
     max_tokens: int = 128
     temperature: float = 0.0
     top_p: float = 1.0
+    top_k: int = 0
     seed: int | None = None
     stop: tuple[str, ...] = ()
     logprobs: int | None = None
+    min_tokens: int = 0
     ignore_eos: bool = False
 
 
@@ -38,15 +43,30 @@ def log_softmax(logits: Logits) -> Logits:
     return result
 
 
+def likeliest(scores: NDArray[np.floating], count: int) -> NDArray[np.intp]:
+    """The indices of the `count` largest of `scores [vocab]`, largest first, ties by index."""
+    if count >= len(scores):
+        return np.argsort(-scores, kind="stable")
+    smallest = np.partition(scores, len(scores) - count)[len(scores) - count] if count else np.inf
+    candidates = np.flatnonzero(scores >= smallest)
+    return candidates[np.argsort(-scores[candidates], kind="stable")][:count]
+
+
 def draw(logits: Logits, sampling: Sampling, generator: np.random.Generator) -> int:
     """One token of `logits [vocab]`: the largest, or a draw from the smallest set of tokens whose
-    probabilities sum to `top_p`."""
+    probabilities sum to `top_p`, among the `top_k` likeliest."""
     if sampling.temperature == 0:
         return int(logits.argmax())
     scores = logits.astype(np.float64) / sampling.temperature
     probabilities = np.exp(scores - scores.max())
     probabilities /= probabilities.sum()
-    order = np.argsort(-probabilities, kind="stable")
-    before = np.cumsum(probabilities[order]) - probabilities[order]
-    kept = order[before < sampling.top_p]
-    return int(generator.choice(kept, p=probabilities[kept] / probabilities[kept].sum()))
+    if sampling.top_p == 1 and not sampling.top_k:
+        return int(generator.choice(len(probabilities), p=probabilities))
+    order = likeliest(probabilities, sampling.top_k or _NUCLEUS)
+    if not sampling.top_k and probabilities[order].sum() < sampling.top_p:
+        order = likeliest(probabilities, len(probabilities))
+    probabilities = probabilities[order] / (probabilities[order].sum() if sampling.top_k else 1)
+    before = np.cumsum(probabilities) - probabilities
+    kept = before < sampling.top_p
+    chosen = probabilities[kept] / probabilities[kept].sum()
+    return int(generator.choice(order[kept], p=chosen))

@@ -252,14 +252,14 @@ def test_plain_onnxruntime_and_genai_use_our_files(llama: Case) -> None:
 
 def test_adapters_come_and_go_without_a_new_session(llama: Case) -> None:
     decoder = Decoder(llama.folder)
-    session = decoder._session
+    session = decoder.session
     decoder.remove_adapter("down")
     with pytest.raises(DoraExportError, match="no such adapter"):
         decoder.generate(["count : nine"], "down")
     decoder.add_adapter("again", llama.folder / "adapters" / "down.onnx_adapter")
     done = decoder.generate(["count : nine"] * 2, ["again", "second"])
     assert [row.text.split()[0] for row in done] == ["eight", "eleven"]
-    assert decoder._session is session
+    assert decoder.session is session
 
 
 def test_adding_an_adapter_to_a_folder(tmp_path: Path) -> None:
