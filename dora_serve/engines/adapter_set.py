@@ -41,7 +41,7 @@ class AdapterSet:
         self._shapes = {n: s for n, s in shapes.items() if not n.endswith(".lora_owner")}
         self._own = dict(own or {})
         self._loaded: dict[str, dict[str, Array]] = {}
-        self._stacked: tuple[tuple[str, ...], dict[str, Array]] | None = None
+        self._stacks: dict[tuple[str, ...], dict[str, Array]] = {}
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -70,6 +70,13 @@ class AdapterSet:
                     expected=shape or "no such input",
                     remedy="was it made for another base? add it with dora-export onnx --add",
                 )
+            if not np.isfinite(array).all():  # a row's zero times infinity would reach the others
+                raise EngineError(
+                    "the adapter holds numbers that are not finite",
+                    file=path,
+                    tensor=parameter,
+                    remedy="the run diverged or the file is damaged: add another",
+                )
             for size, symbol in zip(array.shape, shape, strict=True):
                 if isinstance(symbol, str):
                     sizes.setdefault(symbol, set()).add(size)
@@ -88,13 +95,13 @@ class AdapterSet:
                     remedy="the file is damaged: add the adapter again",
                 )
         self._loaded[name] = parameters
-        self._stacked = None
+        self._stacks.clear()
 
     def remove(self, name: str) -> None:
         """Forget an adapter; the graph and the session stay as they are."""
         self.check([name])
         del self._loaded[name]
-        self._stacked = None
+        self._stacks.clear()
 
     def check(self, wanted: Sequence[str | None]) -> None:
         """Raise `EngineError` for a name that is not loaded."""
@@ -120,10 +127,18 @@ class AdapterSet:
         return {} if name is None else self._loaded[name]
 
     def stacked(self, used: tuple[str, ...]) -> dict[str, Array]:
-        """The inputs of the batched form: an adapter's index is its place in `used`."""
-        if self._stacked is None or self._stacked[0] != used:
-            self._stacked = (used, {**self._branches(used), **self._heads(used)})
-        return self._stacked[1]
+        """The inputs of the batched form: an adapter's index is its place in `used`.
+
+        The same object as before as long as neither `used` nor what is loaded changes.
+        """
+        found = self._stacks.get(used)
+        if found is None:
+            found = {**self._branches(used), **self._heads(used)}
+            if len(used) > 1:  # a copy of its adapters, so that only one such stack is kept
+                for other in [stack for stack in self._stacks if len(stack) > 1]:
+                    self._stacks.pop(other, None)
+            self._stacks[used] = found
+        return found
 
     def _branches(self, used: tuple[str, ...]) -> dict[str, Array]:
         feeds: dict[str, Array] = {}
@@ -132,8 +147,8 @@ class AdapterSet:
             present = [(i, self._loaded[n]) for i, n in enumerate(used) if a in self._loaded[n]]
             if present:
                 ranks = [np.full(part[a].shape[1], i, np.int64) for i, part in present]
-                feeds[a] = np.concatenate([part[a] for _, part in present], axis=1)
-                feeds[b] = np.concatenate([part[b] for _, part in present], axis=0)
+                feeds[a] = _joined([part[a] for _, part in present], axis=1)
+                feeds[b] = _joined([part[b] for _, part in present], axis=0)
                 feeds[owner] = np.concatenate(ranks)
         return feeds
 
@@ -155,6 +170,10 @@ class AdapterSet:
                 ]
             )
         return feeds
+
+
+def _joined(parts: Sequence[Array], axis: int) -> Array:
+    return parts[0] if len(parts) == 1 else np.concatenate(parts, axis=axis)
 
 
 def _fits(array: Array, shape: Sequence[int | str]) -> bool:

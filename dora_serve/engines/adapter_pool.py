@@ -1,0 +1,87 @@
+"""Adapters in memory: loaded when a request needs one, the least used forgotten within a bound."""
+
+from __future__ import annotations
+
+import threading
+from collections import Counter, OrderedDict
+from pathlib import Path
+from typing import Protocol
+
+from converters.errors import MissingError
+
+from .session import EngineError
+
+
+class Loads(Protocol):
+    """An engine that adapters can be loaded into."""
+
+    def add_adapter(self, name: str, path: str | Path) -> None: ...
+    def remove_adapter(self, name: str) -> None: ...
+
+
+class AdapterPool:
+    """The adapters loaded into `engine`, by their file's path; at most `max_bytes` of files."""
+
+    def __init__(self, engine: Loads, max_bytes: int) -> None:
+        self._engine, self._max_bytes = engine, max_bytes
+        self._sizes: OrderedDict[str, int] = OrderedDict()  # least recently used first
+        self._users: Counter[str] = Counter()
+        self._lock = threading.Lock()
+
+    @property
+    def bytes(self) -> int:
+        return sum(self._sizes.values())
+
+    def __contains__(self, path: str) -> bool:
+        return path in self._sizes
+
+    def acquire(self, path: str | None) -> bool:
+        """Load the adapter at `path` unless it is there, and keep it until `release`; False when
+        those in use leave no room for it now.
+
+        Raises `DoraExportError` when it cannot be loaded or does not fit the graph.
+        """
+        if path is None:
+            return True
+        with self._lock:
+            if path not in self._sizes:
+                try:
+                    size = Path(path).stat().st_size
+                except OSError:
+                    raise MissingError("the adapter's file is gone", file=path) from None
+                if size > self._max_bytes:
+                    raise EngineError(
+                        "the adapter is larger than the memory for adapters",
+                        file=path,
+                        found=f"{size} bytes",
+                        expected=f"at most {self._max_bytes}",
+                    )
+                if not self._make_room(size):
+                    return False
+                self._engine.add_adapter(path, path)
+                self._sizes[path] = size
+            self._sizes.move_to_end(path)
+            self._users[path] += 1
+        return True
+
+    def release(self, path: str | None) -> None:
+        """One user less."""
+        if path is not None:
+            with self._lock:
+                self._users[path] -= 1
+
+    def forget(self, path: str) -> None:
+        """Drop the adapter now unless it is in use; then it goes when room is needed."""
+        with self._lock:
+            if path in self._sizes and not self._users[path]:
+                self._drop(path)
+
+    def _make_room(self, size: int) -> bool:
+        idle = [path for path in self._sizes if not self._users[path]]
+        while idle and self.bytes + size > self._max_bytes:
+            self._drop(idle.pop(0))
+        return self.bytes + size <= self._max_bytes
+
+    def _drop(self, path: str) -> None:
+        self._engine.remove_adapter(path)
+        del self._sizes[path], self._users[path]

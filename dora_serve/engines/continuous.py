@@ -1,0 +1,310 @@
+"""Continuous batching: requests join and leave a running batch between two steps.
+
+One thread owns the graph. Every round it runs one piece of one new prompt, then one token of every
+row, whatever their adapters: GroupQueryAttention takes a prompt by itself or single tokens of many
+rows, and a piece bounds how long a prompt keeps the others waiting. A row's tokens do not depend
+on its neighbours.
+"""
+
+from __future__ import annotations
+
+import itertools
+import logging
+import threading
+from collections import deque
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from .adapter_pool import AdapterPool
+from .decoder_graph import DecoderGraph
+from .generation import Generation, Logprobs
+from .runner import Runner
+from .sampling import Sampling
+from .session import EngineError
+from .slots import Slots
+
+if TYPE_CHECKING:
+    from .sampling import Logits
+
+_log = logging.getLogger(__name__)
+_numbers = itertools.count()
+_ALONE = 512  # tokens of a prompt at once when no row waits for it
+
+
+class QueueFull(EngineError):
+    """More requests wait than are allowed to."""
+
+
+@dataclass(frozen=True)
+class Limits:
+    """`max_rows` at once, `max_waiting` behind them, bytes of keys and values, bytes of adapters,
+    and `piece`: tokens of a prompt between two steps."""
+
+    max_rows: int = 32
+    max_waiting: int = 256
+    cache_bytes: int = 1 << 30
+    adapter_bytes: int = 1 << 30
+    piece: int = 64
+
+
+@dataclass(frozen=True)
+class Update:
+    """What a step added to a request. `reason`: set with the last one; `error`: it failed."""
+
+    text: str = ""
+    tokens: tuple[int, ...] = ()
+    logprobs: tuple[Logprobs, ...] = ()
+    reason: str | None = None
+    error: Exception | None = None
+
+
+Tell = Callable[[Update], None]
+
+
+class Request:
+    """A completion asked for. `filled`: how many of its tokens the cache holds."""
+
+    def __init__(self, generation: Generation, adapter: str | None, tell: Tell) -> None:
+        self.generation, self.adapter, self.tell = generation, adapter, tell
+        self.number = next(_numbers)
+        self.filled = 0
+        self.cancelled = False
+        self._told_text = self._told_tokens = 0
+
+    @property
+    def length(self) -> int:
+        return len(self.generation.prompt) + len(self.generation.tokens)
+
+    def tell_news(self) -> None:
+        """Tell what the generation has grown by since the last time."""
+        done = self.generation
+        text, tokens = done.text[self._told_text :], done.tokens[self._told_tokens :]
+        logprobs = done.logprobs[self._told_tokens :]
+        self._told_text, self._told_tokens = len(done.text), len(done.tokens)
+        self.tell(Update(text, tuple(tokens), tuple(logprobs), done.reason))
+
+
+class ContinuousDecoder:
+    """A decoder that many threads may ask at once; adapters are named by the path of their file.
+
+    Raises `EngineError` for a graph whose cache is not written in place.
+    """
+
+    def __init__(self, graph: DecoderGraph, limits: Limits | None = None) -> None:
+        if not graph.in_place:
+            raise EngineError(
+                "this graph's cache cannot be shared by rows that come and go",
+                file=graph.folder,
+                found="keys and values that are handed back",
+                remedy="export it with --precision fp32, int8 or int4",
+            )
+        self.graph, self.limits = graph, limits or Limits()
+        self.pool = AdapterPool(graph, self.limits.adapter_bytes)
+        self.slots = Slots(
+            len(graph.cache),
+            graph.heads,
+            graph.head_size,
+            graph.cache_type,
+            self.limits.max_rows,
+            graph.max_length,
+            self.limits.cache_bytes,
+        )
+        self.max_length = self.slots.max_length
+        self.preemptions = 0
+        self._runner = Runner(graph, self.slots)
+        self._waiting: deque[Request] = deque()
+        self._rows: list[Request] = []  # by slot; each has one token that is not in the cache yet
+        self._filling: Request | None = None  # in the slot behind them
+        self._changed = threading.Condition()
+        self._closing = False
+        self._thread = threading.Thread(target=self._loop, name="decoder", daemon=True)
+        self._thread.start()
+
+    @property
+    def running(self) -> int:
+        return len(self._rows) + (self._filling is not None)
+
+    @property
+    def waiting(self) -> int:
+        return len(self._waiting)
+
+    @property
+    def cache_usage(self) -> float:
+        """The share of the cache's bytes that rows have filled."""
+        filled = sum(row.filled for row in [*self._rows, self._filling] if row is not None)
+        return filled * self.slots.token_bytes / self.slots.max_bytes
+
+    def submit(
+        self,
+        prompt: Sequence[int],
+        adapter: str | None,
+        samplings: Sequence[Sampling],
+        tells: Sequence[Tell],
+    ) -> list[Request]:
+        """Queue one completion of `prompt` per sampling; each is told what becomes of it, from
+        the decoder's thread.
+
+        Raises `EngineError` for a prompt that is empty or too long, `QueueFull` when they would be
+        too many, and then queues none.
+        """
+        room = self.max_length - len(prompt)
+        if not prompt or room < 1:
+            raise EngineError(
+                "the prompt is empty or too long",
+                found=f"{len(prompt)} tokens",
+                expected=f"1 to {self.max_length - 1}, room for one more",
+            )
+        eos, tokenizer = self.graph.eos, self.graph.tokenizer
+        requests = [
+            Request(Generation(prompt, sampling, eos, tokenizer, room), adapter, tell)
+            for sampling, tell in zip(samplings, tells, strict=True)
+        ]
+        with self._changed:
+            if self._closing or len(self._waiting) + len(requests) > self.limits.max_waiting:
+                raise QueueFull(
+                    "too many requests are waiting",
+                    found=len(self._waiting),
+                    expected=f"at most {self.limits.max_waiting}",
+                    remedy="try again later",
+                )
+            self._waiting.extend(requests)
+            self._changed.notify()
+        return requests
+
+    def close(self) -> None:
+        """Finish what was submitted, then end the thread."""
+        with self._changed:
+            self._closing = True
+            self._changed.notify()
+        self._thread.join()
+
+    def _loop(self) -> None:
+        while True:
+            with self._changed:
+                self._changed.wait_for(lambda: self._waiting or self.running or self._closing)
+                if not self._waiting and not self.running:
+                    return
+            try:
+                self._round()
+            except Exception as error:  # whoever waits must be told, and the next be served
+                self._fail(error)
+
+    def _round(self) -> None:
+        self._drop_cancelled()
+        if self._filling is None:
+            self._admit()
+        if self._filling is not None:
+            self._fill(self._filling)
+        if self._rows:
+            self._step()
+
+    def _drop_cancelled(self) -> None:
+        if self._filling is not None and self._filling.cancelled:
+            self._leave_filling()
+        for slot in reversed(range(len(self._rows))):
+            if self._rows[slot].cancelled:
+                self._leave(slot)
+
+    def _admit(self) -> None:
+        """Let the request that waits longest begin, as soon as the cache has room for it."""
+        while self._waiting:
+            request = self._waiting[0]
+            longest = max(request.length, *(row.length for row in self._rows), 0)
+            room = self.slots.fits(len(self._rows) + 1, min(longest + 1, self.max_length))
+            if not room and not request.cancelled:
+                return
+            try:
+                if not request.cancelled and not self.pool.acquire(request.adapter):
+                    return
+            except Exception as error:
+                request.tell(Update(error=error))
+                request.cancelled = True
+            with self._changed:
+                self._waiting.popleft()
+            if not request.cancelled:
+                self._filling = request
+                return
+
+    def _fill(self, request: Request) -> None:
+        """Run the next piece of a prompt; with the last one it becomes a row."""
+        tokens = [*request.generation.prompt, *request.generation.tokens]
+        size = self.limits.piece if self._rows else _ALONE
+        piece = tokens[request.filled : request.filled + size]
+        if not self._reserve(request.filled + len(piece)):
+            self._preempt()
+            return
+        logits = self._runner.prefill(len(self._rows), piece, request.filled, request.adapter)
+        request.filled += len(piece)
+        if request.filled == len(tokens):
+            self._rows.append(request)
+            self._filling = None
+            self._take(len(self._rows) - 1, logits)
+
+    def _step(self) -> None:
+        while not self._reserve(max(row.filled for row in self._rows) + 1):
+            self._preempt()
+        logits = self._runner.step(
+            [row.generation.tokens[-1] for row in self._rows],
+            [row.filled for row in self._rows],
+            [row.adapter for row in self._rows],
+        )
+        # From the last slot on, since a row that leaves is replaced by the last.
+        for slot in reversed(range(len(self._rows))):
+            self._rows[slot].filled += 1
+            self._take(slot, logits[slot])
+
+    def _take(self, slot: int, logits: Logits) -> None:
+        request = self._rows[slot]
+        request.generation.take(logits)
+        request.tell_news()
+        if request.generation.reason is not None:
+            self._leave(slot)
+
+    def _leave(self, slot: int) -> None:
+        """Take a row out; the last one moves into its slot, and the one being filled behind it."""
+        self.pool.release(self._rows[slot].adapter)
+        last = len(self._rows) - 1
+        if slot != last:
+            self._rows[slot] = self._rows[last]
+            self.slots.move(last, slot, self._rows[slot].filled)
+        self._rows.pop()
+        if self._filling is not None:
+            self.slots.move(last + 1, last, self._filling.filled)
+
+    def _leave_filling(self) -> None:
+        if self._filling is not None:
+            self.pool.release(self._filling.adapter)
+            self._filling = None
+
+    def _reserve(self, length: int) -> bool:
+        rows = [*self._rows, *([self._filling] if self._filling is not None else [])]
+        used = max(row.filled for row in rows)
+        return self.slots.reserve(len(rows), max(length, used), used)
+
+    def _preempt(self) -> None:
+        """Let the youngest row wait for room: it begins again with the tokens it has."""
+        request = self._filling
+        if request is not None:
+            self._leave_filling()
+        else:
+            slot = max(range(len(self._rows)), key=lambda i: self._rows[i].number)
+            request = self._rows[slot]
+            self._leave(slot)
+        request.filled = 0
+        self.preemptions += 1
+        with self._changed:
+            self._waiting.appendleft(request)
+
+    def _fail(self, error: Exception) -> None:
+        """Tell every row that it failed; with no row, whoever waits longest."""
+        _log.exception("a step failed")
+        failed = [*self._rows, *([self._filling] if self._filling is not None else [])]
+        for request in failed:
+            self.pool.release(request.adapter)
+        self._rows, self._filling = [], None
+        with self._changed:
+            if not failed and self._waiting:
+                failed.append(self._waiting.popleft())
+        for request in failed:
+            request.tell(Update(error=error))
