@@ -11,10 +11,14 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 
+import torch
+
 from converters.base import BaseModel
 from converters.errors import DoraExportError
 from converters.fit import fit_run
+from converters.plan import stored_name
 from converters.tensors import nbytes
+from converters.writers.adapter import plan_adapter
 from converters.writers.profiles import PROFILES
 
 from .discover import Found, Member
@@ -68,7 +72,6 @@ class Pool:
     memory: int | None = None
     labels: int | None = None
     forced: Sequence[Forced] = ()
-    too_large: Sequence[str] = ()
 
     @cached_property
     def max_lora_rank(self) -> int:
@@ -144,9 +147,6 @@ class Pool:
     @property
     def advice(self) -> str:
         """Whether to merge or to serve adapters, and why."""
-        if self.too_large:
-            names = ", ".join(self.too_large)
-            return f"merge {names}: no step of --max-lora-rank holds them"
         if len(self.ranks) == 1:
             (name,) = self.ranks
             return f"merge {name}: alone on its base, it pays for slots nobody shares"
@@ -200,24 +200,16 @@ def plan_fleet(found: Found, memory: int | None = None) -> Fleet:
 
 
 def ranks_of(member: Member) -> dict[str, int]:
-    """Module → rank of what is left after stripping; pruned modules are left out.
+    """Module, as the base calls it, → rank of what is left of it; pruned modules are left out.
 
-    Raises `DoraExportError` when an update has no rank.
+    Raises `TargetError` when vLLM cannot serve the run as an adapter.
     """
-    run = member.run.strip()
-    ranks = {}
-    for module in run.updates:
-        rank = run.rank(module)
-        if rank is None:
-            raise DoraExportError(
-                "this run's update has no rank, so it cannot be an adapter as it is",
-                file=member.path,
-                tensor=module,
-                remedy="merge it, or write an adapter with --max-rank or --energy",
-            )
-        if rank:
-            ranks[module] = rank
-    return ranks
+    plan = plan_adapter(member.run.strip(), member.base, PROFILES["vllm"], torch.float32)
+    return {
+        stored_name(module, member.base).removesuffix(".weight"): rank
+        for module, (_, rank) in plan.ranks.items()
+        if rank
+    }
 
 
 def _pool(
@@ -238,7 +230,6 @@ def _pool(
         memory=memory,
         labels=max(labels) if labels else None,
         forced=_forced(members, largest),
-        too_large=[name for name, rank in largest.items() if rank > STEPS[-1]],
     )
 
 

@@ -21,6 +21,11 @@ _EXPORT_VERBS = {
     "verify": "Compare an artifact with the live, unmerged run.",
     "lint": "Tell whether engines compute with a LoRA adapter what PEFT computes.",
 }
+_SERVE_VERBS = {
+    "up": "Serve everything in a folder.",
+    "plan": "Say how vLLM should serve a folder: ranks, memory, command line.",
+    "watch": "Keep the adapters of running vLLM servers equal to a folder.",
+}
 
 
 class _LazyGroup(click.Group):
@@ -66,11 +71,15 @@ def dora_export() -> None:
     """Take a finished dynamic-rank (DoRA) fine-tune to production, exactly."""
 
 
-@click.group(context_settings={"help_option_names": ["-h", "--help"]})
+@click.group(
+    cls=_LazyGroup,
+    verbs=_SERVE_VERBS,
+    context_settings={"help_option_names": ["-h", "--help"]},
+    epilog="DIR holds base models, runs and adapters, at any depth.",
+)
 @click.version_option(version("dora-serve"), prog_name="dora-serve")
 def dora_serve() -> None:
-    """Serve what dora-export made. This version has no verb of its own yet: adapters made with
-    `--target vllm` load in `vllm serve BASE --enable-lora --lora-modules NAME=FOLDER`."""
+    """Serve training runs and adapters."""
 
 
 def run_export() -> NoReturn:

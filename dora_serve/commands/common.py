@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import json
+import re
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -22,6 +23,22 @@ F = TypeVar("F", bound=Callable[..., Any])
 
 DTYPES = ("float32", "float16", "bfloat16")
 FOLDER = click.Path(path_type=Path)
+
+
+class Size(click.ParamType[int]):
+    """Bytes, written as 80GB or 24GiB."""
+
+    name = "size"
+
+    def convert(
+        self, value: object, param: click.Parameter | None, ctx: click.Context | None
+    ) -> int:
+        match = re.fullmatch(r"(\d+(?:\.\d+)?) ?([KMGT]?)(i?)B?", str(value), re.IGNORECASE)
+        if match is None:
+            self.fail(f"{value!r} is not a size such as 80GB or 24GiB", param, ctx)
+        number, unit, binary = match.groups()
+        power = "KMGT".index(unit.upper()) + 1 if unit else 0
+        return int(float(number) * (1024 if binary else 1000) ** power)
 
 
 def run_options(function: F) -> F:

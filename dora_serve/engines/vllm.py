@@ -12,6 +12,7 @@ from typing import Any
 from converters.errors import DoraExportError, MissingError
 
 TOP = 20  # the likeliest tokens of each position, whose log-probabilities are told
+_CACHE = 1 << 30  # bytes of keys and values: some short prompts, on any device beside other work
 
 
 class VllmError(DoraExportError, ValueError):
@@ -40,7 +41,6 @@ class Vllm:
     ) -> None:
         os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
         os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
-        os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
         os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
         try:
             from vllm import LLM
@@ -60,6 +60,7 @@ class Vllm:
                 max_model_len=length,
                 max_logprobs=TOP,
                 enforce_eager=True,
+                kv_cache_memory_bytes=_CACHE,
                 disable_log_stats=True,
                 distributed_executor_backend="uni",
                 enable_prefix_caching=False,

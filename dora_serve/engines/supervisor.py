@@ -1,0 +1,153 @@
+"""A server program that is kept running: started, waited for, brought back, and ended whole."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import signal
+import subprocess
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from types import FrameType
+from urllib.request import urlopen
+
+from converters.errors import DoraExportError
+
+_POLL = 0.5
+_GRACE = 60.0  # between asking a server to end and killing it
+_STEADY = 60.0  # a crash after so long counts as the first one
+_FAILURES = 5  # starts in a row that did not become ready
+_LONGEST = 60.0  # between two starts
+_PR_SET_PDEATHSIG = 1
+
+
+class ServerError(DoraExportError, RuntimeError):
+    """The server does not start."""
+
+
+@dataclass
+class Supervisor:
+    """Runs `command` until it is told to stop.
+
+    `health`: the URL that answers 200 when the server is ready. `log`: the file that takes what
+    the server prints. `report(event, seconds)` hears of "starting" twice a second, "ready",
+    "crashed" (with the pause until the next start) and "stopping".
+    """
+
+    command: Sequence[str]
+    environment: Mapping[str, str]
+    health: str
+    log: Path
+    report: Callable[[str, float], None]
+
+    def run(self) -> None:
+        """Keep the server running until SIGINT or SIGTERM; a second one ends it at once.
+
+        Raises `ServerError` when the first start fails, or five in a row. Nothing that the server
+        started outlives this call.
+        """
+        was_ready, failures, pause = False, 0, 0.5
+        with _signals() as signals:
+            while True:
+                began = time.monotonic()
+                ready, code = self._once(signals)
+                if signals:
+                    return
+                was_ready |= ready
+                failures = 0 if ready else failures + 1
+                if not was_ready or failures == _FAILURES:
+                    raise self._error(code)
+                pause = 1.0 if time.monotonic() - began > _STEADY else min(2 * pause, _LONGEST)
+                self.report("crashed", pause)
+                _sleep(pause, signals)
+
+    def _once(self, signals: list[int]) -> tuple[bool, int | None]:
+        """Run the server once: whether it became ready, and its exit code."""
+        self.log.parent.mkdir(parents=True, exist_ok=True)
+        with self.log.open("ab") as log:
+            process = subprocess.Popen(
+                self.command,
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                env={**os.environ, **self.environment},
+                start_new_session=True,  # a group of its own, which Ctrl-C does not reach
+                preexec_fn=_end_with_parent,
+            )
+        ready, began = False, time.monotonic()
+        try:
+            while process.poll() is None and not signals:
+                seconds = time.monotonic() - began
+                if not ready and self._answers():
+                    ready = True
+                    self.report("ready", seconds)
+                elif not ready:
+                    self.report("starting", seconds)
+                _sleep(_POLL, signals)
+            if process.poll() is None:
+                self.report("stopping", 0)
+        finally:
+            _end(process, signals)
+        return ready, process.returncode
+
+    def _answers(self) -> bool:
+        with suppress(OSError), urlopen(self.health, timeout=5) as answer:
+            return bool(answer.status == 200)
+        return False
+
+    def _error(self, code: int | None) -> ServerError:
+        lines = self.log.read_text(encoding="utf-8", errors="replace").splitlines()
+        telling = [line for line in lines[-200:] if "Error" in line or "error" in line]
+        return ServerError(
+            "the server ended before it was ready",
+            file=self.log,
+            found=f"exit code {code}; " + "\n    ".join((telling or lines)[-4:]),
+            remedy="read the log",
+        )
+
+
+def _end(process: subprocess.Popen[bytes], signals: list[int]) -> None:
+    """End the server and all that it started."""
+    if process.poll() is None:
+        _signal_group(process, signal.SIGTERM)
+        began = time.monotonic()
+        while process.poll() is None and len(signals) < 2 and time.monotonic() - began < _GRACE:
+            time.sleep(0.1)
+    _signal_group(process, signal.SIGKILL)
+    process.wait()
+
+
+def _signal_group(process: subprocess.Popen[bytes], number: int) -> None:
+    with suppress(ProcessLookupError):
+        os.killpg(process.pid, number)
+
+
+def _end_with_parent() -> None:
+    """In the child: SIGTERM when this process dies of whatever cause (Linux)."""
+    with suppress(AttributeError, OSError):
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
+
+
+def _sleep(seconds: float, signals: list[int]) -> None:
+    end = time.monotonic() + seconds
+    while not signals and time.monotonic() < end:
+        time.sleep(min(0.1, seconds))
+
+
+@contextmanager
+def _signals() -> Iterator[list[int]]:
+    """The signals to stop that have come so far."""
+    came: list[int] = []
+
+    def note(number: int, _frame: FrameType | None) -> None:
+        came.append(number)
+
+    previous = {n: signal.signal(n, note) for n in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield came
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
