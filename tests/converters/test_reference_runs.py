@@ -28,7 +28,7 @@ BOUND = 1e-4
 def proves(entry: dict[str, Any]) -> pytest.MarkDecorator:
     """The row of the support matrix that the comparison with the live model stands for."""
     method = "dora (fixed rank)" if entry["finetune_type"] == "Fixed_Lora" else "dora"
-    family = Path(entry["base"]).name
+    family = json.loads((ROOT / entry["base"] / "config.json").read_text())["model_type"]
     return pytest.mark.supports(method=method, family=family, targets=("merged", "peft"))
 
 
