@@ -94,6 +94,24 @@ def read_member(
     return Member(name, path, run, base)
 
 
+def find_run(root: Path, name: str) -> Path | None:
+    """The folder of the run below `root` that is called `name`: by its path, or by its own name
+    where no other has it. None when there is none; nothing outside of `root` is found."""
+    top = root.resolve()
+    known = readers()
+    try:
+        path = (top / name).resolve()
+        inside = path != top and path.is_relative_to(top) and path.is_dir()
+    except (OSError, ValueError):  # no name of a file
+        return None
+    if inside:
+        below = sorted(p.name for p in path.iterdir())
+        return path if _kind(path, below, known) == "run" else None
+    folders = [path for path, kind in _walk(top, known) if kind == "run"]
+    names = {own: path for path, own in _names(top, folders).items()}
+    return names.get(name)
+
+
 def base_of(run: Run, bases: Sequence[BaseModel]) -> BaseModel:
     """The one of `bases` that `run` was trained on: the one whose weights its checkpoint carries,
     the one it names, or the only one whose matrices have the shapes of its updates.
