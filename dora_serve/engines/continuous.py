@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING
 from .adapter_pool import AdapterPool
 from .decoder_graph import DecoderGraph
 from .generation import Generation, Logprobs
+from .limits import Limits, QueueFull, check_vocabulary
 from .runner import Runner
 from .sampling import Sampling
 from .session import EngineError
@@ -30,22 +31,6 @@ if TYPE_CHECKING:
 _log = logging.getLogger(__name__)
 _numbers = itertools.count()
 _ALONE = 512  # tokens of a prompt at once when no row waits for it
-
-
-class QueueFull(EngineError):
-    """More requests wait than are allowed to."""
-
-
-@dataclass(frozen=True)
-class Limits:
-    """`max_rows` at once, `max_waiting` behind them, bytes of keys and values, bytes of adapters,
-    and `piece`: tokens of a prompt between two steps."""
-
-    max_rows: int = 32
-    max_waiting: int = 256
-    cache_bytes: int = 1 << 30
-    adapter_bytes: int = 1 << 30
-    piece: int = 64
 
 
 @dataclass(frozen=True)
@@ -155,6 +140,7 @@ class ContinuousDecoder:
                 found=f"{len(prompt)} tokens",
                 expected=f"1 to {self.max_length - 1}, room for one more",
             )
+        check_vocabulary(prompt, self.graph.vocabulary)
         eos, tokenizer = self.graph.eos, self.graph.tokenizer
         requests = [
             Request(Generation(prompt, sampling, eos, tokenizer, room), adapter, tell)
@@ -234,7 +220,13 @@ class ContinuousDecoder:
         if not self._reserve(request.filled + len(piece)):
             self._preempt()
             return
-        logits = self._runner.prefill(len(self._rows), piece, request.filled, request.adapter)
+        try:
+            logits = self._runner.prefill(len(self._rows), piece, request.filled, request.adapter)
+        except Exception as error:  # the rows beside it are not touched
+            _log.exception("a prompt failed")
+            self._leave_filling()
+            request.tell(Update(error=error))
+            return
         request.filled += len(piece)
         if request.filled == len(tokens):
             self._rows.append(request)

@@ -32,6 +32,11 @@ if TYPE_CHECKING:
 
     Array = NDArray[np.float32]
 
+# Families whose positions begin behind the padding's id, so that a row is that much shorter.
+_POSITIONS_AFTER_PADDING = frozenset(
+    "camembert data2vec-text ibert longformer luke mpnet roberta roberta-prelayernorm xlm-roberta "
+    "xlm-roberta-xl xmod".split()
+)
 Adapters = Sequence[str | None] | str | None
 Ids = Sequence[int]
 
@@ -67,10 +72,21 @@ class Encoder(OnnxFolder):
         self._session = open_adaptable(self.folder, threads)
         self._config: Any = read_json(self.folder / "config.json")
         self._takes = {value.name for value in self._session.get_inputs()}
-        self._outputs = [value.name for value in self._session.get_outputs()]
+        self.outputs = [value.name for value in self._session.get_outputs()]
         own = self.folder / OWN_HEADS
         self._set = AdapterSet(self._session, read_adapter_file(own) if own.exists() else {})
         self._set.add_all(self.folder)
+
+    @property
+    def max_length(self) -> int:
+        """How many tokens a row may have; a million for a model that tells no bound."""
+        longest = int(self._config.get("max_position_embeddings") or 1_000_000)
+        after_padding = self._config.get("model_type") in _POSITIONS_AFTER_PADDING
+        return longest - (1 + (self._config.get("pad_token_id") or 0) if after_padding else 0)
+
+    @property
+    def vocabulary(self) -> int:
+        return int(self._config["vocab_size"])
 
     @property
     def adapters(self) -> tuple[str, ...]:
@@ -116,13 +132,12 @@ class Encoder(OnnxFolder):
                 "one adapter (or None) per row", found=len(wanted), expected=len(rows) or "1 row"
             )
         self._set.check(wanted)
-        longest = self._config.get("max_position_embeddings") or max(map(len, rows))
         lengths = sorted(len(row) for row in rows)
-        if not lengths[0] or lengths[-1] > longest:
+        if not lengths[0] or lengths[-1] > self.max_length:
             raise EngineError(
                 "a row is empty or too long",
                 found=f"{lengths[0]} to {lengths[-1]} tokens",
-                expected=f"1 to {longest}",
+                expected=f"1 to {self.max_length}",
             )
 
     def _feeds(self, rows: Sequence[Ids], wanted: Sequence[str | None]) -> dict[str, Any]:
@@ -144,7 +159,7 @@ class Encoder(OnnxFolder):
         wanted: Sequence[str | None],
     ) -> list[dict[str, Array]]:
         try:
-            arrays = self._session.run(self._outputs, feeds)
+            arrays = self._session.run(self.outputs, feeds)
         except Exception as error:
             raise EngineError(
                 "ONNX Runtime cannot run these rows", file=self.folder, found=str(error)[:300]
@@ -153,7 +168,7 @@ class Encoder(OnnxFolder):
         found = []
         for place, i in enumerate(group):
             outputs = {}
-            for name, array in zip(self._outputs, arrays, strict=True):
+            for name, array in zip(self.outputs, arrays, strict=True):
                 row = array[place]
                 if name != "logits" or row.ndim == 2:  # per token
                     assert row.shape[0] == longest
@@ -178,11 +193,11 @@ class Encoder(OnnxFolder):
         return encoded, self.run([each.ids for each in encoded], adapters, types)
 
     def _needs(self, output: str) -> None:
-        if output not in self._outputs:
+        if output not in self.outputs:
             raise EngineError(
                 "the graph is for another task",
                 file=self.folder,
-                found=f"outputs {', '.join(self._outputs)}",
+                found=f"outputs {', '.join(self.outputs)}",
                 expected=output,
             )
 
@@ -192,7 +207,7 @@ class Encoder(OnnxFolder):
         """The class of every text, or pair of texts."""
         self._needs("logits")
         _, outputs = self._run_texts(texts, adapters)
-        return [self._classification(each["logits"]) for each in outputs]
+        return [self.classification(each["logits"]) for each in outputs]
 
     def classify_tokens(
         self, texts: Sequence[str], adapters: Adapters = None
@@ -202,7 +217,7 @@ class Encoder(OnnxFolder):
         encoded, outputs = self._run_texts(texts, adapters)
         return [
             [
-                (text[start:end], self._classification(row))
+                (text[start:end], self.classification(row))
                 for row, (start, end), special in zip(
                     each["logits"], codes.offsets, codes.special_tokens_mask, strict=True
                 )
@@ -211,7 +226,8 @@ class Encoder(OnnxFolder):
             for text, codes, each in zip(texts, encoded, outputs, strict=True)
         ]
 
-    def _classification(self, logits: Array) -> Classification:
+    def classification(self, logits: Array) -> Classification:
+        """What `logits [labels]` say."""
         values = tuple(float(value) for value in logits)
         regression = len(values) == 1
         scores = values if regression else tuple(np.exp(log_softmax(logits)).tolist())

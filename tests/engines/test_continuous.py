@@ -15,14 +15,19 @@ import numpy as np
 import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
+from converters.base import open_base
+from converters.writers.onnx import write_onnx
 from dora_serve import DoraExportError
-from dora_serve.engines.continuous import ContinuousDecoder, Limits, QueueFull, Update
+from dora_serve.engines.continuous import ContinuousDecoder, Update
 from dora_serve.engines.decoder_graph import DecoderGraph
 from dora_serve.engines.generation import Detokenizer, StoppedText
+from dora_serve.engines.limits import Limits, QueueFull
 from dora_serve.engines.onnxruntime import Decoder
 from dora_serve.engines.sampling import Sampling, draw
 from dora_serve.engines.slots import Slots
-from tests.engines.test_onnx_decoder import Case, family, llama
+from tests.engines.decoders import Case
+from tests.engines.test_onnx_decoder import llama
+from tests.engines.test_onnx_families import lora, tiny
 
 __all__ = ["llama"]
 WORDS = "one two three four five six seven eight nine ten eleven cat moon river count copy".split()
@@ -111,17 +116,21 @@ def test_tokens_under_any_interleaving(llama: Case, seed: int) -> None:
     assert engine.running == engine.waiting == 0
 
 
-@pytest.mark.parametrize("name", ["gemma2", "phi3"])
-def test_windowed_and_packed_families(name: str, tmp_path: Path) -> None:
-    case = family(name, tmp_path)
+@pytest.mark.parametrize("name", ["gemma3", "qwen3"])
+def test_windows_and_other_graphs(name: str, tmp_path: Path) -> None:
+    cls = tiny(name, tmp_path)
+    runs = {run: lora(cls, tmp_path, run, target_modules="all-linear") for run in ("one", "two")}
+    write_onnx(open_base(tmp_path / "base"), tmp_path / "onnx", adapters=runs)
+    case = Case(tmp_path / "onnx", tmp_path / "base", runs)
     with running(case, max_rows=4, piece=5) as engine:
         check(case, engine, wishes(case, 20, seed=3))
 
 
 def test_rows_that_find_no_room_begin_again(llama: Case, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("dora_serve.engines.slots._STEP", 8)
-    with running(llama, cache_bytes=150 << 10, piece=4) as engine:
-        assert engine.slots.token_bytes == 1 << 10
+    with running(llama) as engine:
+        token_bytes = engine.slots.token_bytes
+    with running(llama, cache_bytes=150 * token_bytes, piece=4) as engine:
         check(llama, engine, wishes(llama, 40, seed=4))
         assert engine.preemptions > 0
         assert engine.slots.rows * engine.slots.length <= 150

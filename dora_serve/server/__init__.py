@@ -1,0 +1,1 @@
+"""The embedded server: vLLM's HTTP API over ONNX Runtime, in one process, without torch."""

@@ -1,0 +1,73 @@
+"""ONNX folders that `dora-export onnx` wrote, as graphs and models to serve."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+from pathlib import Path
+from typing import Any
+
+from converters.errors import TargetError
+from converters.json_files import read_json
+from converters.onnx_files import ENCODER, FOLDER, SUFFIX, read_adapter_file
+from converters.run import HEADS
+
+from .plan import DECODES, Graph, Model, Module
+
+SERVED = (DECODES, "sequence-classification", "feature-extraction")
+
+
+def own_task(config: Mapping[str, object]) -> str | None:
+    """The task that a model's own architecture is for."""
+    known = config.get("architectures")
+    current = str(known[0]) if isinstance(known, list) and known else ""
+    if current.endswith("LMHeadModel"):
+        return DECODES
+    return next((task for task, (suffix, _) in HEADS.items() if current.endswith(suffix)), None)
+
+
+def read_onnx_folder(name: str, path: Path, taken: Collection[str]) -> tuple[Graph, list[Model]]:
+    """The graph at `path`, called `name`, and its adapters, called as they are unless that name is
+    `taken`. Raises `DoraExportError` for what is not served."""
+    certificate: Mapping[str, Any] = read_json(path / "dora_export.json")
+    decodes = (path / "genai_config.json").exists()
+    task = DECODES if decodes else own_task(read_json(path / "config.json"))
+    if (path / ENCODER).exists() or task not in SERVED:
+        raise TargetError("this task is not served", file=path, found=task or "an unknown task")
+    graph = Graph(folder=str(path), task=task, base=name, path=None)
+    run = certificate.get("run") or {}
+    merged = Model(
+        name=name,
+        kind="merged" if run else "base",
+        method=run.get("method"),
+        folder=str(path),
+        base=None,
+        adapter=None,
+        modules=_modules(certificate),
+        parameters=0,
+        bytes=sum(file.stat().st_size for file in path.glob("model.onnx*")),
+    )
+    models = [merged]
+    for adapter, proof in (certificate.get("adapters") or {}).items():
+        file = path / FOLDER / f"{adapter}{SUFFIX}"
+        models.append(
+            Model(
+                name=f"{name}/{adapter}" if adapter in {*taken, name} else adapter,
+                kind="adapter",
+                method=proof["run"]["method"],
+                folder=str(path),
+                base=name,
+                adapter=str(file),
+                modules=_modules(proof),
+                parameters=sum(array.size for array in read_adapter_file(file).values()),
+                bytes=file.stat().st_size,
+            )
+        )
+    return graph, models
+
+
+def _modules(certificate: Mapping[str, Any]) -> dict[str, Module]:
+    return {
+        module: Module(start=ranks.get("start_rank"), rank=ranks["rank"], norm=None)
+        for module, ranks in (certificate.get("modules") or {}).items()
+        if ranks.get("rank") is not None
+    }

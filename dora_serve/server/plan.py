@@ -1,0 +1,70 @@
+"""What is served: graphs, and the names that requests give. Told by one process to another."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict
+
+DECODES = "causal-lm"  # the task of decoders; every other is an encoder's
+
+
+class _Fixed(BaseModel):
+    model_config = ConfigDict(frozen=True)
+
+
+class Module(_Fixed):
+    """One adapted matrix: the rank that training began with and what it left, and ‖ΔW‖ (None where
+    an artifact does not tell)."""
+
+    start: int | None
+    rank: int
+    norm: float | None
+
+
+class Graph(_Fixed):
+    """An ONNX folder and the base it was made from. `path`: the base's folder, None for an ONNX
+    folder that was found as such."""
+
+    folder: str
+    task: str
+    base: str
+    path: str | None
+
+
+class Model(_Fixed):
+    """What a request may name. `adapter`: the file of an adapter to `folder`'s graph, None for the
+    graph as it is."""
+
+    name: str
+    kind: Literal["base", "merged", "run", "adapter"]
+    method: str | None
+    folder: str
+    base: str | None
+    adapter: str | None
+    modules: dict[str, Module]
+    parameters: int
+    bytes: int
+
+
+class Plan(_Fixed):
+    """All of it. `problems`: what lies in the folder and cannot be served, with the reason."""
+
+    graphs: list[Graph]
+    models: list[Model]
+    problems: dict[str, str]
+
+
+class Addition(_Fixed):
+    """A run or adapter below the served folder `root` to add: its path, name, and graph."""
+
+    root: str
+    path: str
+    name: str
+    graphs: list[Graph]
+
+
+class Failure(_Fixed):
+    """Why there is no plan or no model."""
+
+    error: str
