@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 
 # Decoders and encoders: the graph for one adapter at a time, and for another in every row.
 MODEL, BATCHED = "model.onnx", "batched.onnx"
+GENAI = "genai_config.json"  # beside a decoder, as onnxruntime-genai reads it
 # Encoder-decoders, with Optimum's names.
 ENCODER = "encoder_model.onnx"
 DECODER, WITH_PAST = "decoder_model.onnx", "decoder_with_past_model.onnx"

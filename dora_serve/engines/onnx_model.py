@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from converters.onnx_files import ENCODER
+from converters.onnx_files import ENCODER, GENAI
 
 from .onnx_encoder import Encoder
 from .onnx_seq2seq import Seq2Seq
@@ -87,5 +87,5 @@ def open_onnx(folder: Path) -> Any:
     """The model in an ONNX folder, by the files it has. `adapters` of it may be set."""
     if (folder / ENCODER).exists():
         return OnnxSeq2Seq(folder)
-    decoder = (folder / "genai_config.json").exists()
+    decoder = (folder / GENAI).exists()
     return OnnxDecoder(folder) if decoder else OnnxEncoder(folder)

@@ -78,8 +78,7 @@ class Seq2Seq(OnnxFolder):
             if tokens and tokens[-1] in eos:
                 completion.reason, tokens = "stop", tokens[:-1]
             completion.tokens = tokens
-            if (self.folder / "tokenizer.json").exists():
-                completion.text = self.tokenizer.decode(tokens)
+            completion.text = self.tokenizer.decode(tokens)
         return done
 
     def _scores(self, logits: Array, written: Sequence[Sequence[int]], search: Search) -> Array:

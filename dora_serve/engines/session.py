@@ -51,9 +51,21 @@ class OnnxFolder:
 
     @cached_property
     def tokenizer(self) -> Any:
+        """Of the folder. Without one, token ids can be given, and every text is empty."""
         from tokenizers import Tokenizer
 
         path = self.folder / "tokenizer.json"
         if not path.exists():
-            raise MissingError("no tokenizer here", file=path, remedy="give token ids")
+            return _NoTokenizer(path)
         return Tokenizer.from_file(str(path))
+
+
+class _NoTokenizer:
+    def __init__(self, path: Path) -> None:
+        self._path = path
+
+    def encode(self, *_: str) -> Any:
+        raise MissingError("no tokenizer here", file=self._path, remedy="give token ids")
+
+    def decode(self, _: object) -> str:
+        return ""

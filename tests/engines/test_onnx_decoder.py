@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +11,6 @@ import numpy as np
 import onnxruntime
 import pytest
 import torch
-import transformers
-from peft import LoraConfig, get_peft_model
-from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from converters.base import open_base
 from converters.onnx_files import read_adapter_file
@@ -26,8 +21,8 @@ from dora_serve.engines.onnxruntime import Decoder
 from dora_serve.engines.sampling import Sampling
 from dora_serve.live import LiveModel
 from dora_serve.proof import logits, verification_batch
-from tests.conftest import MODELS, randomize
-from tests.engines.decoders import dequantized
+from tests.conftest import MODELS
+from tests.engines.decoders import BOUND, Case, check, dequantized, truths
 
 BASE = MODELS / "tiny-llama-base"
 SAMPLES = {
@@ -36,37 +31,6 @@ SAMPLES = {
 }
 NAMES = {"down": "Count_Down", "second": "Every_Second"}
 PROMPTS = ("count : nine", "copy : cat moon river =", "count : twenty-one", "count : five")
-BOUND = 1e-4
-
-SHAPE: dict[str, Any] = {
-    "hidden_size": 64,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "intermediate_size": 96,
-    "vocab_size": 84,
-    "pad_token_id": 0,
-    "bos_token_id": 1,
-    "eos_token_id": 2,
-    "max_position_embeddings": 64,
-}
-FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
-    "qwen2": ("Qwen2Config", {}),
-    "qwen3": ("Qwen3Config", {"head_dim": 16}),
-    "mistral": ("MistralConfig", {"sliding_window": None}),
-    "gemma": ("GemmaConfig", {"head_dim": 16}),
-    "gemma2": ("Gemma2Config", {"head_dim": 16, "sliding_window": 32}),
-    "phi3": ("Phi3Config", {"original_max_position_embeddings": 64}),
-}
-
-
-@dataclass
-class Case:
-    """An exported folder, its base, and the runs whose adapters it holds."""
-
-    folder: Path
-    base: Path
-    runs: dict[str, Run]
 
 
 def sample(name: str) -> Run:
@@ -81,94 +45,9 @@ def llama(tmp_path_factory: pytest.TempPathFactory) -> Case:
     return Case(folder, BASE, runs)
 
 
-def family(name: str, root: Path) -> Case:
-    """A tiny random model of the family with two adapters of mixed ranks."""
-    config, changes = FAMILIES[name]
-    torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(getattr(transformers, config)(**{**SHAPE, **changes}))
-    model.save_pretrained(root / "base")
-    AutoTokenizer.from_pretrained(BASE).save_pretrained(root / "base")
-    runs = {}
-    for adapter, ranks in (("one", {"q_proj": 2, "down_proj": 5}), ("two", {"o_proj": 1})):
-        lora = LoraConfig(
-            r=3,
-            lora_alpha=5,
-            rank_pattern=ranks,
-            target_modules="all-linear",
-            task_type="CAUSAL_LM",
-        )
-        peft = get_peft_model(AutoModelForCausalLM.from_pretrained(root / "base"), lora)
-        randomize(peft)
-        peft.save_pretrained(root / adapter)
-        runs[adapter] = read_run(root / adapter)
-    write_onnx(open_base(root / "base"), root / "onnx", adapters=runs)
-    return Case(root / "onnx", root / "base", runs)
-
-
-def greedy(model: Any, row: Sequence[int], steps: int) -> list[int]:
-    """The next `steps` tokens of a torch model without cache, one row, no padding."""
-    ids = list(row)
-    with torch.inference_mode():
-        for _ in range(steps):
-            ids.append(int(model(input_ids=torch.tensor([ids])).logits[0, -1].argmax()))
-    return ids[len(row) :]
-
-
-def truths(case: Case) -> dict[str | None, Any]:
-    """A live model for every adapter and for none; each a model of its own."""
-    base = open_base(case.base)
-    models: dict[str | None, Any] = {n: LiveModel(r, base).model for n, r in case.runs.items()}
-    bare = LiveModel(next(iter(case.runs.values())), base)
-    bare.detach()
-    return {**models, None: bare.model}
-
-
-def check(case: Case, steps: int) -> None:
-    """Logits and greedy tokens of every adapter, alone and in a mixed, padded batch."""
-    models = truths(case)
-    deployed = OnnxDecoder(case.folder)
-    inputs = verification_batch(models[None])
-    expected = {name: logits(model, inputs) for name, model in models.items()}
-    for name, truth in expected.items():
-        deployed.adapters = name
-        found = logits(deployed, inputs)
-        assert float((found - truth).abs().max()) <= BOUND
-        assert torch.equal(found.argmax(-1), truth.argmax(-1))
-        if name is not None:
-            assert float((truth - expected[None]).abs().max()) > 1e-2  # the control
-    names = list(models)
-    for order in (names, names[::-1]):
-        wanted = [order[i % len(order)] for i in range(len(inputs["input_ids"]))]
-        deployed.adapters = wanted
-        mixed = logits(deployed, inputs)
-        for row, name in enumerate(wanted):
-            deployed.adapters = name
-            alone = logits(deployed, inputs)[row]
-            assert float((mixed[row] - alone).abs().max()) <= 1e-5
-    decoder = Decoder(case.folder, threads=2)
-    prompts = [decoder.encode(prompt) for prompt in PROMPTS]
-    wanted = [names[i % len(names)] for i in range(len(prompts))]
-    done = decoder.generate(prompts, wanted, Sampling(max_tokens=steps, ignore_eos=True))
-    for prompt, name, completion in zip(prompts, wanted, done, strict=True):
-        assert completion.tokens == greedy(models[name], prompt, steps)
-
-
 @pytest.mark.supports(method="dora", family="llama", targets=("onnx",))
 def test_sample_runs_one_by_one_and_mixed(llama: Case) -> None:
     check(llama, 32)
-
-
-@pytest.mark.parametrize(
-    "name",
-    [
-        pytest.param(
-            name, marks=pytest.mark.supports(method="peft_lora", family=name, targets=("onnx",))
-        )
-        for name in FAMILIES
-    ],
-)
-def test_families(name: str, tmp_path: Path) -> None:
-    check(family(name, tmp_path), 32)
 
 
 def test_verify_finds_the_run_among_the_adapters_and_a_wrong_one(

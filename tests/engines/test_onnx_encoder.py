@@ -15,7 +15,7 @@ import pytest
 from safetensors.torch import load_file
 
 from converters.base import open_base
-from converters.errors import DoraExportError, TargetError, TensorFileError
+from converters.errors import DoraExportError, TensorFileError
 from converters.readers import read_run
 from converters.run import Run
 from converters.writers.onnx import add_adapters, write_onnx
@@ -334,9 +334,6 @@ def test_bad_exports_leave_nothing(bert_base: Path, tmp_path: Path) -> None:
     for call in calls:
         with pytest.raises(DoraExportError):
             write_onnx(base, tmp_path / "out", **call)
-    roberta = open_base(REFERENCE / "bases/roberta")
-    with pytest.raises(TargetError, match="precision"):
-        write_onnx(roberta, tmp_path / "out", adapters={"a": run}, precision="fp16")
     assert not list(tmp_path.iterdir())
 
 
@@ -375,6 +372,17 @@ def test_int4_is_its_own_dequantized_base_and_the_adapters(roberta: Built, tmp_p
     full = Encoder(out).run(ROWS, name)
     assert largest(found, full) <= BOUND
     assert largest(found, Encoder(roberta[2]).run(ROWS, name)) > BOUND  # the base was rounded
+
+
+def test_float16_with_adapters(roberta: Built, tmp_path: Path) -> None:
+    base, runs, out = roberta
+    write_onnx(base, tmp_path / "onnx", adapters=runs, precision="fp16")
+    full, half = Encoder(out), Encoder(tmp_path / "onnx")
+    names = [*runs, None]
+    assert 0 < largest(half.run(ROWS, names), full.run(ROWS, names)) <= 5e-3
+    assert largest(half.run(ROWS, names), full.run(ROWS, names[::-1])) > 5e-2
+    for name in names:
+        assert largest(half.run(ROWS, name), full.run(ROWS, name)) <= 5e-3
 
 
 def test_the_engine_needs_no_torch(sample: Built) -> None:

@@ -21,19 +21,20 @@ import torch
 from ...base import BaseModel
 from ...certificate import FILE, certificate, tool, write_json
 from ...errors import TargetError
-from ...onnx_files import BATCHED, FOLDER, MODEL, SUFFIX, heads_in
+from ...onnx_files import FOLDER, MODEL, SUFFIX, heads_in
 from ...output import check_output, output_folder
 from ...plan import changed, check_frozen, target_architecture
 from ...run import HEADS, LazyUpdates, Run
 from ...tensors import read_json
 from ..merged import write_merged
 from .adapters import write_adapter_file
-from .branches import add_branches, input_shapes, sites_in
-from .decoder import PRECISIONS, build_decoder, decoder_sites, place
+from .branches import input_shapes, sites_in
+from .decoder import PRECISIONS, build_decoder, place
 from .encoder import ENCODER_TASKS, build_adaptable_encoder, build_encoder
 from .heads import head_tensors
 from .seq2seq import SEQ2SEQ_TASK, build_seq2seq
 
+_MERGED = "export it merged: dora-export onnx RUN OUT"
 _NAME = re.compile(r"[\w][\w.-]*")
 Prove = Callable[[Path], Mapping[str, object]]
 
@@ -121,7 +122,6 @@ def _build_adaptable(
         )
     else:
         build_decoder(base.path, folder, precision, adaptable=True)
-        _add_branches(folder)
 
 
 def _task(base: BaseModel, runs: list[Run]) -> str | None:
@@ -133,6 +133,8 @@ def _task(base: BaseModel, runs: list[Run]) -> str | None:
         return tasks.pop()
     known = base.config.get("architectures")
     current = str(known[0]) if isinstance(known, list) and known else ""
+    if current.endswith("LMHeadModel"):
+        return "causal-lm"
     return next((task for task, (suffix, _) in HEADS.items() if current.endswith(suffix)), None)
 
 
@@ -154,19 +156,16 @@ def _check_adapters(adapters: Mapping[str, Run], base: BaseModel, *, heads: bool
                     "this module's update is not low-rank",
                     file=run.path,
                     tensor=module,
-                    remedy="export it merged: dora-export onnx RUN OUT",
+                    remedy=_MERGED,
+                )
+            if module.endswith("]"):  # a block of a parameter
+                raise TargetError(
+                    "an ONNX graph has no branch for experts",
+                    file=run.path,
+                    tensor=module,
+                    remedy=_MERGED,
                 )
             base.is_transposed(module, update.shape)
-
-
-def _add_branches(folder: Path) -> None:
-    """Both forms of the graph in `folder`, over the same weights, able to carry adapters."""
-    import onnx
-
-    for file, batched in ((BATCHED, True), (MODEL, False)):
-        model = onnx.load(folder / MODEL, load_external_data=False)
-        add_branches(model, decoder_sites(model.graph).values(), batched)
-        onnx.save(model, folder / file)
 
 
 def _write_adapters(
@@ -198,7 +197,7 @@ def _refuse(run: Run, tensors: list[str]) -> None:
             "the run trained tensors that an adapter in an ONNX graph cannot carry",
             file=run.path,
             found=", ".join(tensors),
-            remedy="export it merged: dora-export onnx RUN OUT",
+            remedy=_MERGED,
         )
 
 

@@ -1,4 +1,5 @@
-"""Decoders (causal language models) as ONNX, by onnxruntime-genai's model builder.
+"""Decoders (causal language models) as ONNX, by onnxruntime-genai's model builder where it knows
+them, else by torch (`causal.py`).
 
 The builder runs in a process of its own: its memory goes when it ends, and what it prints is shown
 only when it fails.
@@ -15,10 +16,18 @@ from pathlib import Path
 from typing import Any
 
 from ...errors import TargetError
-from ...onnx_files import MODEL
-from .branches import Site
+from ...json_files import read_json
+from ...onnx_files import BATCHED, MODEL
+from .branches import Site, add_branches
+from .causal import build_causal
 
 PRECISIONS = ("fp32", "fp16", "int8", "int4")
+# What the builder makes and the tests cover.
+_BUILT = {
+    f"{family}ForCausalLM"
+    for family in "Gemma Gemma2 Granite Llama Mistral Phi3 Qwen2 Qwen3 SmolLM3".split()
+}
+_TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json")
 _NODE = re.compile(r"/(?:model/layers\.(\d+)/(attn|mlp)|(lm_head))(?:/(\w+))?/MatMul(?:_Q[48])?")
 
 # Modules that the builder takes apart: Hugging Face name → the builder's parts, in row order.
@@ -28,9 +37,22 @@ _PACKED = {
 }
 
 
-def build_decoder(model: Path, out: Path, precision: str, adaptable: bool) -> None:
-    """Build the graph of the Hugging Face folder `model` into `out`, configuration and tokenizer
-    beside it. `adaptable` keeps q, k and v apart, so that each can have a branch of its own."""
+def build_decoder(model: Path, out: Path, precision: str, *, adaptable: bool) -> None:
+    """Write the graph of the Hugging Face folder `model` into `out`, configuration and tokenizer
+    beside it; `adaptable`: both forms of it, with a branch behind every linear layer."""
+    architectures = read_json(model / "config.json").get("architectures")
+    known = isinstance(architectures, list) and bool(_BUILT.intersection(architectures))
+    # The builder wants a tokenizer.
+    if not known or not any((model / name).exists() for name in _TOKENIZERS):
+        build_causal(model, out, precision, adaptable=adaptable)
+        return
+    _build(model, out, precision, adaptable)
+    if adaptable:
+        _add_branches(out)
+
+
+def _build(model: Path, out: Path, precision: str, adaptable: bool) -> None:
+    """Run the builder; `adaptable` keeps q, k and v apart, so that each can have a branch."""
     with tempfile.TemporaryDirectory() as cache:
         command = [sys.executable, "-m", "onnxruntime_genai.models.builder"]
         command += ["-m", model.name, "-i", str(model), "-o", str(out), "-c", cache]
@@ -61,6 +83,16 @@ def _mend(path: Path) -> None:
                 attribute.i = 1
     del model.graph.value_info[:]
     onnx.save(model, path)
+
+
+def _add_branches(folder: Path) -> None:
+    """Both forms of the graph in `folder`, over the same weights, able to carry adapters."""
+    import onnx
+
+    for file, batched in ((BATCHED, True), (MODEL, False)):
+        model = onnx.load(folder / MODEL, load_external_data=False)
+        add_branches(model, decoder_sites(model.graph).values(), batched)
+        onnx.save(model, folder / file)
 
 
 def decoder_sites(graph: Any) -> dict[str, Site]:

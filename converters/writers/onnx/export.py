@@ -7,7 +7,7 @@ import hashlib
 import logging
 import tempfile
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -104,12 +104,13 @@ def fused(model: Any) -> Any:
     return model
 
 
-def shrunk(model: Any, precision: str) -> Any:
-    """The graph in `precision`; LoRA branches, and what adapters bring, stay float32.
+def shrunk(model: Any, precision: str, *, weights_only: bool = False) -> Any:
+    """The graph in `precision`; what adapters bring stays float32.
 
+    fp16: caches too, other inputs and outputs stay float32.
     int8: weights in 7 bits per output channel (products of two 8-bit numbers overflow where the
-    processor has no VNNI), activations in 8, their range found anew in every run. int4: weights in
-    blocks of 32, computed in float32.
+    processor has no VNNI), activations in 8, their range found anew in every run. int4, and int8
+    with `weights_only`: weights in blocks of 32, computed in float32.
     """
     if precision == "fp32":
         return model
@@ -117,14 +118,18 @@ def shrunk(model: Any, precision: str) -> Any:
     kept = [n.name for n in model.graph.node if n.op_type == "MatMul" and given & set(n.input)]
     if precision == "fp16":
         return _float16(model)
-    return _int8(model, kept) if precision == "int8" else _int4(model, kept)
+    if precision == "int8" and not weights_only:
+        return _int8(model, kept)
+    return _blocks(model, kept, int(precision.removeprefix("int")))
 
 
 def _float16(model: Any) -> Any:
     from onnxruntime.transformers.float16 import convert_float_to_float16
 
+    io = [value.name for value in (*model.graph.input, *model.graph.output)]
+    kept = [name for name in io if not name.startswith(("past_key_values.", "present."))]
     with _quiet():
-        return convert_float_to_float16(model, keep_io_types=True)
+        return convert_float_to_float16(model, keep_io_types=kept)
 
 
 def _int8(model: Any, kept: Sequence[str]) -> Any:
@@ -145,12 +150,17 @@ def _int8(model: Any, kept: Sequence[str]) -> Any:
         return onnx.load(path)
 
 
-def _int4(model: Any, kept: Sequence[str]) -> Any:
+def _blocks(model: Any, kept: Sequence[str], bits: int) -> Any:
     from onnxruntime.quantization.matmul_nbits_quantizer import MatMulNBitsQuantizer
 
     with _quiet():
         quantizer = MatMulNBitsQuantizer(
-            model, block_size=_BLOCK, is_symmetric=True, accuracy_level=1, nodes_to_exclude=kept
+            model,
+            bits=bits,
+            block_size=_BLOCK,
+            is_symmetric=True,
+            accuracy_level=1,
+            nodes_to_exclude=kept,
         )
         quantizer.process()
     return quantizer.model.model
@@ -194,13 +204,17 @@ def _move(tensor: Any, stream: BinaryIO, places: dict[bytes, tuple[int, int]]) -
         tensor.external_data.add(key=key, value=str(value))
 
 
-def check_graph(model: Any, module: torch.nn.Module, inputs: Mapping[str, Any]) -> None:
-    """Raise `TargetError` when the graph computes something else than `module` on `inputs`."""
+def expected(module: Callable[..., Any], inputs: Mapping[str, Any]) -> tuple[torch.Tensor, ...]:
+    """What `module` computes for `inputs`."""
+    with torch.inference_mode():
+        found = module(**inputs)
+    return found if isinstance(found, tuple) else (found,)
+
+
+def check_graph(model: Any, truth: Sequence[torch.Tensor], inputs: Mapping[str, Any]) -> None:
+    """Raise `TargetError` when the graph's first outputs for `inputs` are others than `truth`."""
     import onnxruntime
 
-    with torch.inference_mode():
-        expected = module(**inputs)
-    expected = expected if isinstance(expected, tuple) else (expected,)
     tensors = [t for v in inputs.values() for t in (v if isinstance(v, list) else [v])]
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 3
@@ -211,12 +225,20 @@ def check_graph(model: Any, module: torch.nn.Module, inputs: Mapping[str, Any]) 
             expected=f"at most {_LARGEST / 1e9:.1f} GB in a graph",
             remedy="deploy the merged model instead: dora-export merge",
         )
-    session = onnxruntime.InferenceSession(model.SerializeToString(), options)
-    names = [value.name for value in session.get_inputs()]
-    found = session.run(None, {n: t.numpy() for n, t in zip(names, tensors, strict=True)})
-    for truth, array in zip(expected, found, strict=True):
-        error = float((torch.from_numpy(array) - truth).abs().max())
-        if not error <= TOLERANCE * max(1.0, float(truth.abs().max())):
+    try:
+        session = onnxruntime.InferenceSession(model.SerializeToString(), options)
+        names = [value.name for value in session.get_inputs()]
+        outputs = [value.name for value in session.get_outputs()][: len(truth)]
+        found = session.run(outputs, {n: t.numpy() for n, t in zip(names, tensors, strict=True)})
+    except Exception as error:
+        raise TargetError(
+            "ONNX Runtime cannot run the exported graph",
+            found=str(error)[:300],
+            remedy="deploy the merged model instead: dora-export merge",
+        ) from None
+    for tensor, array in zip(truth, found, strict=True):
+        error = float((torch.from_numpy(array) - tensor).abs().max())
+        if not error <= TOLERANCE * max(1.0, float(tensor.abs().max())):
             raise TargetError(
                 "the exported graph does not compute what the model computes",
                 found=f"a difference of {error:.1e}",

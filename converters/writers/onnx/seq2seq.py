@@ -16,8 +16,8 @@ import torch
 
 from ...errors import BaseError, TargetError
 from ...onnx_files import DECODER, ENCODER, WITH_PAST
-from .encoder import load_model, write_config
-from .export import DATA, check_graph, export_graph, fused, save_all, shrunk
+from .export import DATA, check_graph, expected, export_graph, fused, save_all, shrunk
+from .loaded import load_model, write_config
 
 SEQ2SEQ_TASK = "seq2seq-lm"
 _ROWS, _SOURCE, _TOKENS = "batch_size", "encoder_sequence_length", "decoder_sequence_length"
@@ -117,7 +117,8 @@ def build_seq2seq(model: Path, out: Path, precision: str) -> None:
         graph = fused(
             export_graph(part.module, part.example(2), part.axes, part.outputs, part.names)
         )
-        check_graph(graph, part.module, part.example(3))
+        inputs = part.example(3)
+        check_graph(graph, expected(part.module, inputs), inputs)
         graphs[name] = shrunk(graph, precision)
     save_all(graphs, out, DATA)
     write_config(loaded, out, model)

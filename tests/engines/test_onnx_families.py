@@ -1,0 +1,193 @@
+"""Decoders of every family in ONNX Runtime: one adapter, many in a batch, merged experts."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import onnxruntime_genai as og
+import pytest
+import torch
+import transformers
+from peft import LoraConfig, get_peft_model
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from converters.base import open_base
+from converters.errors import DoraExportError
+from converters.writers.onnx import write_onnx
+from dora_serve import Run, read_run, verify
+from dora_serve.engines.onnxruntime import Decoder
+from dora_serve.engines.sampling import Sampling
+from tests.conftest import DATA, MODELS, randomize
+from tests.engines.decoders import PROMPTS, Case, check
+
+REFERENCE = DATA / "reference"
+LLAMAS = [
+    entry
+    for entry in json.loads((REFERENCE / "index.json").read_text())
+    if entry["task"] == "causal-lm"
+]
+SHAPE: dict[str, Any] = {
+    "hidden_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "intermediate_size": 96,
+    "vocab_size": 84,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "max_position_embeddings": 64,
+}
+EXPERTS = {"moe_intermediate_size": 24, "num_experts": 4, "num_experts_per_tok": 2}
+# The live model's attention (sdpa) leaves soft caps out; the graph's does not.
+GEMMA2 = {"head_dim": 16, "sliding_window": 32, "attn_logit_softcapping": None}
+GPT2 = {"n_embd": 64, "n_layer": 2, "n_head": 4, "n_positions": 64}
+OPT = {"ffn_dim": 96, "word_embed_proj_dim": 64}
+FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
+    "gemma": ("GemmaConfig", {"head_dim": 16}),
+    "gemma2": ("Gemma2Config", GEMMA2),
+    "granite": ("GraniteConfig", {}),
+    "llama": ("LlamaConfig", {}),
+    "mistral": ("MistralConfig", {"sliding_window": None}),
+    "phi3": ("Phi3Config", {"original_max_position_embeddings": 64}),
+    "qwen2": ("Qwen2Config", {}),
+    "qwen3": ("Qwen3Config", {"head_dim": 16}),
+    "smollm3": ("SmolLM3Config", {}),
+    # From here on by torch.
+    "gemma3": ("Gemma3TextConfig", {"head_dim": 16, "sliding_window": 8}),
+    "gpt2": ("GPT2Config", GPT2),
+    "mixtral": ("MixtralConfig", {"num_local_experts": 4, "sliding_window": 8}),
+    "olmo2": ("Olmo2Config", {}),
+    "opt": ("OPTConfig", OPT),
+    "phi": ("PhiConfig", {}),
+    "qwen2-moe": ("Qwen2MoeConfig", {**EXPERTS, "shared_expert_intermediate_size": 16}),
+    "qwen3-moe": ("Qwen3MoeConfig", {**EXPERTS, "head_dim": 16}),
+    "starcoder2": ("Starcoder2Config", {}),
+}
+ATTENTION = ["q_proj", "k_proj", "v_proj", "o_proj"]
+MOE = {"mixtral", "qwen2-moe", "qwen3-moe"}
+
+
+def tiny(name: str, root: Path) -> Any:
+    """A random model of the family, saved; its class."""
+    config, changes = FAMILIES[name]
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(getattr(transformers, config)(**{**SHAPE, **changes}))
+    with torch.no_grad():  # zero biases and unit norms would hide what is not computed
+        for tensor in model.parameters():
+            tensor.add_(torch.randn(tensor.shape) * 0.2)
+    model.save_pretrained(root / "base")
+    AutoTokenizer.from_pretrained(MODELS / "tiny-llama-base").save_pretrained(root / "base")
+    return type(model)
+
+
+def lora(cls: Any, root: Path, name: str, **options: Any) -> Run:
+    config = LoraConfig(**{"r": 3, "lora_alpha": 5, "task_type": "CAUSAL_LM", **options})
+    peft = get_peft_model(cls.from_pretrained(root / "base"), config)
+    randomize(peft)
+    peft.save_pretrained(root / name)
+    return read_run(root / name)
+
+
+def supported(names: Any) -> list[Any]:
+    mark = pytest.mark.supports
+    return [
+        pytest.param(n, marks=mark(method="peft_lora", family=n, targets=("onnx",))) for n in names
+    ]
+
+
+@pytest.mark.parametrize("name", supported(FAMILIES))
+def test_adapters(name: str, tmp_path: Path) -> None:
+    cls = tiny(name, tmp_path)
+    # PEFT takes the experts of some for linear layers.
+    targets = ATTENTION if name in ("mixtral", "qwen3-moe") else "all-linear"
+    options = {"target_modules": targets, "fan_in_fan_out": name == "gpt2"}
+    runs = {
+        "one": lora(cls, tmp_path, "one", rank_pattern={r".*\.0\..*": 2}, **options),
+        "two": lora(cls, tmp_path, "two", rank_pattern={r".*\.1\..*": 5}, **options),
+    }
+    base = open_base(tmp_path / "base")
+    write_onnx(base, tmp_path / "onnx", adapters=runs)
+    check(Case(tmp_path / "onnx", base.path, runs), 32)
+    written = Decoder(tmp_path / "onnx").generate(PROMPTS, "one", Sampling(32, ignore_eos=True))
+    assert len({token for row in written for token in row.tokens}) > 3  # it says different things
+
+
+@pytest.mark.parametrize("name", sorted(MOE))
+def test_experts_are_exported_merged(name: str, tmp_path: Path) -> None:
+    cls = tiny(name, tmp_path)
+    run = lora(
+        cls,
+        tmp_path,
+        "experts",
+        target_modules=["q_proj"],
+        target_parameters=["mlp.experts.gate_up_proj", "mlp.experts.down_proj"],
+    )
+    base = open_base(tmp_path / "base")
+    with pytest.raises(DoraExportError, match="export it merged"):
+        write_onnx(base, tmp_path / "out", adapters={"a": run})
+    write_onnx(base, tmp_path / "out", run=run)
+    result = verify(run, tmp_path / "out", base)
+    assert result.passed
+    assert result.control_fails
+
+
+@pytest.fixture(scope="module")
+def gpt2(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Run]:
+    root = tmp_path_factory.mktemp("gpt2")
+    run = lora(tiny("gpt2", root), root, "one", target_modules="all-linear", fan_in_fan_out=True)
+    return root, run
+
+
+@pytest.mark.parametrize(("precision", "bound"), [("fp16", 0.005), ("int8", 0.05), ("int4", 0.5)])
+def test_precisions(gpt2: tuple[Path, Run], tmp_path: Path, precision: str, bound: float) -> None:
+    """The error is within a share of the update's effect; steps agree with a run of all tokens."""
+    (root, run), out = gpt2, tmp_path / "out"
+    base = open_base(root / "base")
+    write_onnx(base, out, adapters={"one": run}, precision=precision)
+    result = verify(run, out, base)
+    assert 1e-4 < result.max_abs <= bound * result.control
+    decoder = Decoder(out)
+    prompt = decoder.encode(PROMPTS[0])
+    done = decoder.generate([prompt], "one", Sampling(16, ignore_eos=True))[0]
+    logits = decoder.batch([prompt + done.tokens[:-1]], ["one"]).prefill_all()[0]
+    assert logits[len(prompt) - 1 :].argmax(-1).tolist() == done.tokens
+
+
+def test_genai_runs_what_torch_exported(gpt2: tuple[Path, Run], tmp_path: Path) -> None:
+    (root, run), out = gpt2, tmp_path / "out"
+    write_onnx(open_base(root / "base"), out, adapters={"one": run})
+    decoder = Decoder(out)
+    prompt = decoder.encode(PROMPTS[0])
+    model = og.Model(str(out))
+    adapters = og.Adapters(model)
+    adapters.load(str(out / "adapters" / "one.onnx_adapter"), "one")
+    parameters = og.GeneratorParams(model)
+    length = len(prompt) + 8
+    parameters.set_search_options(max_length=length, min_length=length, do_sample=False)
+    generator = og.Generator(model, parameters)
+    generator.set_active_adapter(adapters, "one")
+    generator.append_tokens([prompt])
+    while not generator.is_done():
+        generator.generate_next_token()
+    found = [int(token) for token in generator.get_sequence(0)][len(prompt) :]
+    wanted = decoder.generate([prompt, prompt], ["one", None], Sampling(8, ignore_eos=True))
+    assert found == wanted[0].tokens != wanted[1].tokens
+
+
+@pytest.mark.supports(method="dora", family="llama", targets=("onnx",))
+@pytest.mark.parametrize("entry", LLAMAS, ids=[entry["name"] for entry in LLAMAS])
+def test_reference_runs_whose_base_has_no_tokenizer(entry: dict[str, Any], tmp_path: Path) -> None:
+    run, base = read_run(REFERENCE / entry["checkpoint"]), open_base(REFERENCE / entry["base"])
+    write_onnx(base, tmp_path / "out", run=run)
+    result = verify(run, tmp_path / "out", base)
+    assert result.passed
+    assert result.control_fails
+    decoder = Decoder(tmp_path / "out")
+    done = decoder.generate([[5, 6, 7]], sampling=Sampling(4, ignore_eos=True))[0]
+    assert len(done.tokens) == 4
+    assert done.text == ""
+    with pytest.raises(DoraExportError, match="give token ids"):
+        decoder.generate(["a text"])
