@@ -44,6 +44,7 @@ class EncoderQueue:
         for name in encoder.adapters:  # those beside the graph are loaded when they are asked for
             encoder.remove_adapter(name)
         self.pool = AdapterPool(encoder, self.limits.adapter_bytes)
+        self.max_length = encoder.max_length
         self.running = 0
         self._waiting: list[_Job] = []
         self._changed = threading.Condition()
@@ -68,11 +69,11 @@ class EncoderQueue:
         """
         for ids, _ in rows:
             check_vocabulary(ids, self.encoder.vocabulary)
-            if not 0 < len(ids) <= self.encoder.max_length:
+            if not 0 < len(ids) <= self.max_length:
                 raise EngineError(
                     "a text is empty or too long",
                     found=f"{len(ids)} tokens",
-                    expected=f"1 to {self.encoder.max_length}",
+                    expected=f"1 to {self.max_length}",
                 )
         jobs = [_Job(ids, types, adapter) for ids, types in rows]
         with self._changed:

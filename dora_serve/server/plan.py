@@ -40,6 +40,7 @@ class Model(_Fixed):
     kind: Literal["base", "merged", "run", "adapter"]
     method: str | None
     folder: str
+    task: str
     base: str | None
     adapter: str | None
     modules: dict[str, Module]

@@ -110,7 +110,7 @@ def _graph(
     first = members[0].run if members else None
     head = [target_architecture(first, base)[0], first.num_labels] if first else []
     asked = [task, *(head if task != plan.DECODES else []), bool(members)]
-    folder = Path()
+    folder = Path(f"{base.path} {task}")
     if not dry:
 
         def make(target: Path) -> None:
@@ -135,6 +135,7 @@ def _base(name: str, base: BaseModel, graph: plan.Graph) -> plan.Model:
         kind="base",
         method=None,
         folder=graph.folder,
+        task=graph.task,
         base=None,
         adapter=None,
         modules={},
@@ -165,6 +166,7 @@ def _member(member: Member, graph: plan.Graph, dry: bool, say: Say) -> plan.Mode
         kind="run",
         method=run.method,
         folder=graph.folder,
+        task=graph.task,
         base=graph.base,
         adapter=None if file is None else str(file),
         modules=modules,

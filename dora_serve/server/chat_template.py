@@ -1,0 +1,79 @@
+"""The chat template beside a tokenizer, rendered as transformers renders it."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from datetime import datetime
+from functools import cached_property
+from pathlib import Path
+from typing import Any, NoReturn
+
+from jinja2.exceptions import TemplateError
+from jinja2.ext import loopcontrols
+from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+from converters.json_files import read_json
+
+from .errors import ApiError
+
+
+class ChatTemplate:
+    """Of the model in `folder`. A template may neither call what it likes nor change anything."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+
+    @cached_property
+    def _config(self) -> dict[str, Any]:
+        path = self._folder / "tokenizer_config.json"
+        return dict(read_json(path)) if path.exists() else {}
+
+    @cached_property
+    def _template(self) -> Any:
+        file = self._folder / "chat_template.jinja"
+        text: Any = self._config.get("chat_template")
+        if file.exists():
+            text = file.read_text(encoding="utf-8")
+        if isinstance(text, list):  # several by name
+            text = {each["name"]: each["template"] for each in text}.get("default")
+        if not text:
+            return None
+        environment = ImmutableSandboxedEnvironment(
+            trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols]
+        )
+        environment.filters["tojson"] = _to_json
+        environment.globals["raise_exception"] = _refuse
+        environment.globals["strftime_now"] = lambda form: datetime.now().strftime(form)
+        return environment.from_string(text)
+
+    def render(self, messages: Sequence[Mapping[str, Any]], generation: bool) -> str:
+        """The prompt for `messages`, with `generation` up to where the answer begins.
+
+        Raises `ApiError` when there is no template, or it refuses the messages.
+        """
+        try:
+            if self._template is None:
+                raise ApiError(
+                    "This model's tokenizer has no chat template: use /v1/completions.",
+                    code="no_chat_template",
+                )
+            special = {name: self._special(name) for name in ("bos_token", "eos_token")}
+            text: str = self._template.render(
+                messages=messages, add_generation_prompt=generation, **special
+            )
+        except (TemplateError, TypeError, ValueError) as error:
+            raise ApiError(f"the chat template: {error}", param="messages") from None
+        return text
+
+    def _special(self, name: str) -> str:
+        token = self._config.get(name)
+        return str(token["content"] if isinstance(token, dict) else token or "")
+
+
+def _refuse(message: str) -> NoReturn:
+    raise TemplateError(message)
+
+
+def _to_json(value: object, **options: Any) -> str:
+    return json.dumps(value, **{"ensure_ascii": False, **options})

@@ -1,0 +1,117 @@
+"""The names that requests give, and the engines behind them."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from dora_serve.engines.continuous import ContinuousDecoder
+from dora_serve.engines.decoder_graph import DecoderGraph
+from dora_serve.engines.encoder_queue import EncoderQueue
+from dora_serve.engines.onnx_encoder import Encoder
+
+from .chat_template import ChatTemplate
+from .errors import ApiError
+from .options import ServerOptions
+from .plan import DECODES, Graph, Model, Plan
+
+Engine = ContinuousDecoder | EncoderQueue
+
+
+@dataclass(eq=False)
+class Served:
+    """A model and the engine that runs it. `requests`: how many named it so far."""
+
+    model: Model
+    engine: Engine
+    template: ChatTemplate
+    created: int = field(default_factory=lambda: int(time.time()))
+    requests: int = 0
+
+
+class Registry:
+    """Opens every graph of `plan`; adapters are loaded when a request names them."""
+
+    def __init__(self, plan: Plan, options: ServerOptions) -> None:
+        self.graphs = {graph.folder: graph for graph in plan.graphs}
+        self._engines = {graph.folder: _open(graph, options) for graph in plan.graphs}
+        self._templates = {folder: ChatTemplate(Path(folder)) for folder in self.graphs}
+        self._models: dict[str, Served] = {}
+        for model in plan.models:
+            self.add(model)
+
+    def add(self, model: Model) -> None:
+        """Serve `model`, in place of an earlier one of that name."""
+        folder = model.folder
+        self._models[model.name] = Served(model, self._engines[folder], self._templates[folder])
+
+    def remove(self, name: str) -> None:
+        """Serve it no longer; requests that are running go on."""
+        served = self._models.pop(name)
+        if served.model.adapter is not None and served.model.adapter not in self._files():
+            served.engine.pool.forget(served.model.adapter)
+
+    def _files(self) -> set[str | None]:
+        return {served.model.adapter for served in self}
+
+    def __iter__(self) -> Iterator[Served]:
+        return iter(list(self._models.values()))
+
+    def __contains__(self, name: str) -> bool:
+        return name in self._models
+
+    def find(self, name: str) -> Served:
+        """The model of that name; raises `ApiError` 404."""
+        try:
+            return self._models[name]
+        except KeyError:
+            message = f"The model `{name[:200]}` does not exist."
+            raise ApiError(message, 404, "model", "model_not_found") from None
+
+    def decoder(self, name: str) -> tuple[Served, ContinuousDecoder]:
+        """As `find`, for a model that writes text."""
+        served = self.find(name)
+        if not isinstance(served.engine, ContinuousDecoder):
+            raise _other_task(served, DECODES)
+        return served, served.engine
+
+    def encoder(self, name: str, output: str, task: str) -> tuple[Served, EncoderQueue]:
+        """As `find`, for a model with that output, which is for that task."""
+        served = self.find(name)
+        engine = served.engine
+        if not isinstance(engine, EncoderQueue) or output not in engine.encoder.outputs:
+            raise _other_task(served, task)
+        return served, engine
+
+    def own(self) -> list[Graph]:
+        """The graphs that runs can be added to: those whose base is at hand."""
+        return [graph for graph in self.graphs.values() if graph.path is not None]
+
+    def engines(self) -> Iterator[tuple[str, Engine]]:
+        """The engines, each by its base and task."""
+        names = [graph.base for graph in self.graphs.values()]
+        for folder, graph in self.graphs.items():
+            once = names.count(graph.base) == 1
+            yield graph.base if once else f"{graph.base} {graph.task}", self._engines[folder]
+
+    def close(self) -> None:
+        """Finish what was submitted, then end the engines."""
+        for engine in self._engines.values():
+            engine.close()
+
+
+def _open(graph: Graph, options: ServerOptions) -> Engine:
+    if graph.task == DECODES:
+        decoder = DecoderGraph(graph.folder, options.threads, options.max_length)
+        return ContinuousDecoder(decoder, options.limits)
+    return EncoderQueue(Encoder(graph.folder, options.threads), options.limits, options.workers)
+
+
+def _other_task(served: Served, task: str) -> ApiError:
+    return ApiError(
+        f"The model `{served.model.name}` is for {served.model.task}, not for {task}.",
+        param="model",
+        code="other_task",
+    )

@@ -1,0 +1,89 @@
+"""`dora-serve up` with ONNX Runtime: prepare a folder, say what is served where, serve it."""
+
+from __future__ import annotations
+
+import json
+import logging
+import shlex
+import sys
+from pathlib import Path
+
+from converters.errors import MissingError
+
+from .options import ServerOptions
+from .plan import DECODES, Plan
+
+_PATHS = {
+    DECODES: "/v1/completions",
+    "sequence-classification": "/classify",
+    "feature-extraction": "/v1/embeddings",
+}
+_EXAMPLES: dict[str, dict[str, object]] = {
+    DECODES: {"prompt": "count : nine", "max_tokens": 16, "temperature": 0},
+    "sequence-classification": {"input": "a good film"},
+    "feature-extraction": {"input": "a good film"},
+}
+
+
+def up(
+    root: Path,
+    base: str | None,
+    host: str,
+    port: int,
+    api_key: str | None,
+    dry_run: bool,
+    options: ServerOptions | None = None,
+) -> int:
+    """Serve everything in `root` until SIGTERM or SIGINT; what was accepted by then is answered.
+
+    With `dry_run`, only say what would be. Returns the exit code; raises `DoraExportError` when
+    there is nothing to serve.
+    """
+    import uvicorn
+
+    from .app import is_loopback, make_app
+    from .child import make_plan
+    from .registry import Registry
+    from .state import State
+
+    options = options or ServerOptions()
+    root = root.resolve()
+    plan = make_plan(root, base, dry_run)
+    for name, problem in plan.problems.items():
+        print(f"not served: {name}\n  {problem}".replace("\n", "\n  "), file=sys.stderr)
+    if not plan.models:
+        raise MissingError(
+            "nothing here can be served",
+            file=root,
+            remedy="put a base model into the folder, and runs or adapters beside it",
+        )
+    url = f"http://{f'[{host}]' if ':' in host else host}:{port}"
+    print(table(plan, url, api_key is not None), flush=True)
+    if dry_run:
+        return 0
+    if api_key is None and not is_loopback(host):
+        print("Whoever reaches this port may ask: --api-key sets a key.", file=sys.stderr)
+    logging.basicConfig(format="%(message)s", stream=sys.stderr, level=logging.INFO)
+    state = State(root, Registry(plan, options), options)
+    app = make_app(state, host, api_key)
+    config = uvicorn.Config(
+        app, host=host, port=port, log_config=None, access_log=False, server_header=False
+    )
+    server = uvicorn.Server(config)
+    server.run()
+    return 0 if server.started else 1
+
+
+def table(plan: Plan, url: str, key: bool) -> str:
+    """What is served where, for a person, and a command to try it."""
+    width = max(len(model.name) for model in plan.models)
+    lines = [f"{url}  (names and details: /v1/models, /dora/models; API: /openapi.json)", ""]
+    for model in plan.models:
+        method = "" if model.method is None else f", {model.method}"
+        of = "" if model.base is None else f" of {model.base}"
+        lines.append(f"  {model.name:<{width}}  {_PATHS[model.task]:<15}  {model.kind}{of}{method}")
+    last = plan.models[-1]
+    header = ' -H "Authorization: Bearer $DORA_SERVE_API_KEY"' if key else ""
+    body = json.dumps({"model": last.name, **_EXAMPLES[last.task]})
+    command = f"curl {url}{_PATHS[last.task]}{header} -H 'Content-Type: application/json' -d "
+    return "\n".join([*lines, "", command + shlex.quote(body), ""])
