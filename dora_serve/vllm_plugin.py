@@ -10,16 +10,22 @@ _ALLOW = "VLLM_ALLOW_RUNTIME_LORA_UPDATING"
 
 
 def register() -> None:
-    """Register the resolver for the runs below `$DORA_SERVE_RUNS`; does nothing without it."""
+    """Mend vLLM's LoRA operators for CPUs, and register the resolver for the runs below
+    `$DORA_SERVE_RUNS`, where that is set."""
+    from vllm.logger import init_logger
+
+    from .vllm_cpu import skip_rows_without_adapter
+
+    logger = init_logger("vllm.dora_serve")
+    if skip_rows_without_adapter():
+        logger.info_once("rows without an adapter are kept free of other rows' adapters")
     root = os.environ.get(RUNS)
     if not root:
         return
-    from vllm.logger import init_logger
     from vllm.lora.resolver import LoRAResolverRegistry
 
     from .vllm_resolver import RunResolver, tell_models
 
-    logger = init_logger("vllm.dora_serve")
     if not Path(root).is_dir():
         logger.error("%s=%s is not a folder: no training run is served", RUNS, root)
         return

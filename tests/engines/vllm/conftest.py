@@ -1,0 +1,75 @@
+"""One real vLLM server for the session, started by `dora-serve up`."""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from dora_serve.vllm_proof import greedy
+from tests.conftest import MODELS
+from tests.converters.test_adalora import train
+from tests.engines.vllm.servers import (
+    BASE,
+    DORA_SERVE,
+    KEY,
+    SMALL,
+    TOLD,
+    free_port,
+    live_tokens,
+    runs,
+    server,
+)
+
+
+@pytest.fixture(scope="session")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A base, two DoRA runs and an AdaLoRA run, as training left them."""
+    root = tmp_path_factory.mktemp("served")
+    shutil.copytree(MODELS / BASE, root / BASE)
+    others = shutil.ignore_patterns("Tiny_Roberta")
+    shutil.copytree(MODELS / "runs", root / "runs", ignore=others)
+    base = AutoModelForCausalLM.from_pretrained(root / BASE)
+    train(base, root / "ada", True, task_type="CAUSAL_LM", target_modules=["q_proj", "down_proj"])
+    return root
+
+
+@pytest.fixture(scope="session")
+def url() -> str:
+    return f"http://127.0.0.1:{free_port()}"
+
+
+@pytest.fixture(scope="session")
+def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("cache")
+
+
+@pytest.fixture(scope="session")
+def up(
+    folder: Path, url: str, cache: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[subprocess.Popen[bytes]]:
+    out = tmp_path_factory.mktemp("log")
+    port = url.rsplit(":", 1)[1]
+    words = [DORA_SERVE, "up", folder, "--engine", "vllm", "--live"]
+    words += ["--port", port, "--", *SMALL]
+    env = {"DORA_SERVE_CACHE": str(cache), "DORA_SERVE_API_KEY": KEY}
+    with server(words, url, out / "up.log", **env) as process:
+        yield process
+
+
+@pytest.fixture(scope="session")
+def expected(folder: Path) -> dict[tuple[str, str], list[int]]:
+    """(model, prompt) → the tokens of the live run, or of the base."""
+    words = AutoTokenizer.from_pretrained(folder / BASE)
+    base = AutoModelForCausalLM.from_pretrained(folder / BASE).eval()
+    found = {}
+    for prompt, count in TOLD.items():
+        ids = words(prompt)["input_ids"]
+        found[BASE, prompt] = greedy(base, ids, count)
+        for name, run in runs(folder).items():
+            found[name, prompt] = live_tokens(run, folder / BASE, ids, count)
+    return found

@@ -1,0 +1,109 @@
+"""`dora-serve up --engine vllm`: one server, the base and its runs, through crash and Ctrl-C."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import threading
+import time
+from pathlib import Path
+
+import openai
+import pytest
+
+from tests.engines.vllm.servers import (
+    BASE,
+    DORA_SERVE,
+    ask,
+    client,
+    everyone_is_right,
+    ready,
+    wait_until,
+)
+
+pytest.importorskip("vllm")
+
+
+@pytest.mark.usefixtures("up")
+def test_each_name_gives_its_own_live_runs_tokens(
+    url: str, expected: dict[tuple[str, str], list[int]]
+) -> None:
+    names = {BASE, *(name for name, _ in expected)}
+    assert names <= {model.id for model in client(url).models.list()}
+    # The control: had one name been served with another's weights, its tokens would tell.
+    told = [tuple(expected[name, "count : nine"]) for name in sorted(names)]
+    assert len(set(told)) == len(told)
+    everyone_is_right(url, expected)
+
+
+@pytest.mark.usefixtures("up")
+def test_the_key_is_asked_for(url: str) -> None:
+    with pytest.raises(openai.AuthenticationError):
+        openai.OpenAI(base_url=f"{url}/v1", api_key="wrong", max_retries=0).models.list()
+
+
+def test_a_killed_vllm_comes_back_with_the_same_adapters(
+    up: subprocess.Popen[bytes], url: str, expected: dict[tuple[str, str], list[int]]
+) -> None:
+    stop, failed, right = threading.Event(), [0], [0]
+
+    def traffic() -> None:
+        while not stop.is_set():
+            for pair, tokens in expected.items():
+                try:
+                    assert ask(url, *pair) == tokens
+                    right[0] += 1
+                except openai.APIError:
+                    failed[0] += 1
+                    time.sleep(0.2)
+
+    asking = threading.Thread(target=traffic)
+    asking.start()
+    before = children(up.pid)
+    os.kill(before[0], signal.SIGKILL)
+    wait_until(lambda: not ready(url))
+    wait_until(lambda: ready(url))
+    count = right[0]
+    wait_until(lambda: right[0] > count + len(expected))
+    stop.set()
+    asking.join()
+    assert failed[0] > 0, "the traffic never met the crash"
+    assert not any(alive(pid) for pid in before), "processes of the killed server are left"
+    everyone_is_right(url, expected)
+
+
+def test_ctrl_c_leaves_nothing_behind(up: subprocess.Popen[bytes], url: str) -> None:
+    below = children(up.pid)
+    assert len(below) > 1
+    up.send_signal(signal.SIGINT)
+    assert up.wait(timeout=60) == 0
+    assert not any(alive(pid) for pid in below)
+    assert not ready(url)
+
+
+def children(pid: int) -> list[int]:
+    """All processes below `pid`, its own children first."""
+    import psutil
+
+    process = psutil.Process(pid)
+    direct = [child.pid for child in process.children()]
+    return direct + [c.pid for c in process.children(recursive=True) if c.pid not in direct]
+
+
+def alive(pid: int) -> bool:
+    import psutil
+
+    try:
+        return bool(psutil.Process(pid).status() != psutil.STATUS_ZOMBIE)
+    except psutil.NoSuchProcess:
+        return False
+
+
+def test_a_server_that_cannot_start_says_why(folder: Path) -> None:
+    words = [DORA_SERVE, "up", folder, "--engine", "vllm", "--", "--max-model-len", "100000"]
+    done = subprocess.run(words, capture_output=True, text=True, timeout=180)
+    assert done.returncode == 1
+    assert "the server ended before it was ready" in done.stderr
+    assert "max_model_len" in done.stderr
+    assert "Traceback" not in done.stderr
