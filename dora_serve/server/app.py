@@ -49,6 +49,7 @@ def make_app(state: State, host: str, api_key: str | None) -> FastAPI:
         max_body=state.options.max_body,
         local=api_key is None and is_loopback(host),
         page=page,
+        metrics=state.metrics,
     )
     return app
 

@@ -7,11 +7,13 @@ import hmac
 import json
 import logging
 import time
+from datetime import UTC, datetime
 from typing import Any
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from .errors import ApiError
+from .metrics import Metrics
 from .state import NOTES
 
 _log = logging.getLogger("dora_serve.requests")
@@ -34,10 +36,12 @@ class Guard:
         max_body: int,
         local: bool,
         page: frozenset[str],
+        metrics: Metrics,
     ) -> None:
         self._app, self._max_body, self._local = app, max_body, local
         self._key = None if api_key is None else f"Bearer {api_key}".encode()
         self._open = _OPEN | page
+        self._metrics = metrics
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -59,6 +63,9 @@ class Guard:
         finally:
             route = scope.get("route")  # its pattern: a path may hold what nobody should read
             notes["path"] = getattr(route, "path", None)
+            if notes["status"] >= 400:
+                self._metrics.refused.labels(notes["status"]).inc()
+            notes["time"] = datetime.now(UTC).isoformat(timespec="milliseconds")
             notes["ms"] = round(1e3 * (time.monotonic() - begin), 1)
             _log.info(json.dumps(notes))
 

@@ -27,7 +27,9 @@ class Metrics:
         self.success = self._counter(
             "vllm:request_success", "Requests that were answered.", "finished_reason"
         )
-        self.refused = self._counter("dora:request_refused", "Requests with no answer.", "status")
+        self.refused = Counter(
+            "dora:request_refused", "Requests with an error.", ["status"], registry=self.registry
+        )
         self.adapter_requests = self._counter("dora:adapter_requests", "Requests to an adapter.")
         self.adapter_tokens = self._counter(
             "dora:adapter_generation_tokens", "Tokens generated with an adapter."

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import shlex
+import signal
 import sys
 from pathlib import Path
 
@@ -70,6 +71,8 @@ def up(
         app, host=host, port=port, log_config=None, access_log=False, server_header=False
     )
     server = uvicorn.Server(config)
+    for number in (signal.SIGINT, signal.SIGTERM):  # uvicorn raises them again once it has ended
+        signal.signal(number, signal.SIG_IGN)
     server.run()
     return 0 if server.started else 1
 

@@ -1,0 +1,145 @@
+"""One server for all tests, in a process of its own, on a copy of the sample models."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import httpx
+import pytest
+import torch
+from openai import OpenAI
+from transformers import AutoTokenizer, RobertaConfig, RobertaModel
+
+from dora_serve.engines.limits import Limits
+from dora_serve.server.options import ServerOptions
+from tests.conftest import MODELS
+
+DOWN, SECOND = "Tiny_Llama--Count_Down--1", "Tiny_Llama--Every_Second--1"
+BASE, SENTIMENT, EMBEDS = "tiny-llama-base", "Tiny_Roberta--Sentiment--1", "tiny-embedder"
+TEMPLATE = (
+    "{{ bos_token }}{% for message in messages %}{% if message.role == 'system' %}"
+    "{{ raise_exception('no system') }}{% endif %}{{ message.content }}{% endfor %}"
+)
+_START = """
+import json, sys
+from pathlib import Path
+from dora_serve.engines.limits import Limits
+from dora_serve.server.options import ServerOptions
+from dora_serve.server.up import up
+root, port, key, options = json.loads(sys.argv[1])
+limits = Limits(**options.pop("limits"))
+options = ServerOptions(**options, limits=limits)
+raise SystemExit(up(Path(root), None, "127.0.0.1", port, key, False, options))
+"""
+
+
+@dataclass
+class Server:
+    """A running server. `log`: what it prints."""
+
+    url: str
+    root: Path
+    process: subprocess.Popen[bytes]
+    log: Path
+    key: str | None
+
+    @property
+    def http(self) -> httpx.Client:
+        headers = {} if self.key is None else {"Authorization": f"Bearer {self.key}"}
+        return httpx.Client(base_url=self.url, headers=headers, timeout=60)
+
+    @property
+    def openai(self) -> OpenAI:
+        return OpenAI(base_url=f"{self.url}/v1", api_key=self.key or "none", max_retries=0)
+
+    def rss(self) -> int:
+        """Bytes of memory it has."""
+        pages = Path(f"/proc/{self.process.pid}/statm").read_text().split()[1]
+        return int(pages) * os.sysconf("SC_PAGE_SIZE")
+
+
+def free_port() -> int:
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return int(listener.getsockname()[1])
+
+
+@contextmanager
+def started(
+    root: Path, folder: Path, key: str | None = None, options: ServerOptions | None = None
+) -> Iterator[Server]:
+    """A server of `root`; cache and log lie in `folder`."""
+    options = options or ServerOptions(threads=2)
+    port = free_port()
+    log = folder / f"log-{port}"
+    arguments = json.dumps([str(root), port, key, asdict(options)])
+    with log.open("wb") as stream:
+        process = subprocess.Popen(
+            [sys.executable, "-c", _START, arguments],
+            stdout=stream,
+            stderr=stream,
+            env={**os.environ, "DORA_SERVE_CACHE": str(folder / "cache")},
+        )
+    server = Server(f"http://127.0.0.1:{port}", root, process, log, key)
+    try:
+        _wait(server)
+        yield server
+    finally:
+        process.send_signal(signal.SIGTERM)
+        try:
+            process.wait(30)
+        finally:
+            process.kill()
+
+
+def _wait(server: Server) -> None:
+    for _ in range(1800):
+        assert server.process.poll() is None, server.log.read_text()
+        try:
+            if httpx.get(f"{server.url}/ready").status_code == 200:
+                return
+        except httpx.TransportError:
+            time.sleep(0.1)
+    raise AssertionError(server.log.read_text())
+
+
+@pytest.fixture(scope="session")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder whose `models` are the samples with a chat template, and an embedder."""
+    folder = tmp_path_factory.mktemp("server")
+    root = folder / "models"
+    shutil.copytree(MODELS, root)
+    (root / BASE / "chat_template.jinja").write_text(TEMPLATE)
+    torch.manual_seed(0)
+    shape = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
+    config = RobertaConfig(**shape, vocab_size=36, intermediate_size=48, max_position_embeddings=34)
+    RobertaModel(config).save_pretrained(root / EMBEDS)
+    AutoTokenizer.from_pretrained(MODELS / "tiny-roberta-base").save_pretrained(root / EMBEDS)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def server(place: Path) -> Iterator[Server]:
+    with started(place / "models", place) as running:
+        yield running
+
+
+@pytest.fixture(scope="session")
+def narrow(place: Path, server: Server) -> Iterator[Server]:
+    """A server with room for little, and a key."""
+    limits = Limits(max_rows=2, max_waiting=4, piece=8)
+    options = ServerOptions(threads=1, max_body=64 << 10, timeout=20, limits=limits)
+    assert server.process.poll() is None  # what it converted is in the cache
+    with started(place / "models", place, "secret", options) as running:
+        yield running
