@@ -37,6 +37,11 @@ def is_onnx_folder(path: Path) -> bool:
     return (path / MODEL).is_file() or (path / ENCODER).is_file()
 
 
+def graphs_in(folder: Path) -> list[Path]:
+    """The graphs that together run with one adapter: one, or the parts of an encoder-decoder."""
+    return [file for n in (MODEL, ENCODER, DECODER, WITH_PAST) if (file := folder / n).is_file()]
+
+
 def names(site: str) -> tuple[str, str, str]:
     """The graph inputs of one site: A `[in, r]`, B `[r, out]`, and the owner of each rank."""
     return f"{site}.lora_A", f"{site}.lora_B", f"{site}.lora_owner"

@@ -58,11 +58,11 @@ class OnnxEncoder:
 
 
 class OnnxSeq2Seq:
-    """Logits `[rows, length, vocab]` of an encoder-decoder folder."""
+    """Logits `[rows, length, vocab]` of an encoder-decoder folder, each row with its adapter."""
 
     def __init__(self, folder: Path) -> None:
         self._model = Seq2Seq(folder)
-        self.adapters: str | None = None
+        self.adapters: Sequence[str | None] | str | None = None
 
     def __call__(
         self,
@@ -73,7 +73,7 @@ class OnnxSeq2Seq:
         from transformers.modeling_outputs import Seq2SeqLMOutput
 
         rows = _rows(input_ids, attention_mask)
-        logits = self._model.logits(rows, decoder_input_ids.tolist())
+        logits = self._model.logits(rows, decoder_input_ids.tolist(), self.adapters)
         return Seq2SeqLMOutput(logits=torch.from_numpy(logits))
 
 

@@ -2,7 +2,7 @@
 
 >>> from dora_serve.engines.onnx_seq2seq import Search, Seq2Seq
 >>> model = Seq2Seq("onnx/")
->>> for done in model.generate(["a long text"], Search(max_tokens=60, beams=4)):
+>>> for done in model.generate(["a long text"], Search(max_tokens=60, beams=4), ["news"]):
 ...     print(done.text)
 """
 
@@ -15,8 +15,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from converters.json_files import read_json
-from converters.onnx_files import DECODER, ENCODER, WITH_PAST
+from converters.onnx_files import ADAPTER_INDEX, DECODER, ENCODER, NO_ADAPTER, WITH_PAST
 
+from .adapter_set import AdapterSet
 from .beams import Beams, Search, allowed
 from .onnxruntime import Completion, Prompt
 from .sampling import log_softmax
@@ -28,8 +29,14 @@ if TYPE_CHECKING:
     Array = NDArray[np.float32]
 
 
+Adapters = Sequence[str | None] | str | None
+
+
 class Seq2Seq(OnnxFolder):
-    """An encoder-decoder folder as `dora-export onnx` writes it. `threads` None is one per core."""
+    """An encoder-decoder folder as `dora-export onnx` writes it, with its adapters.
+
+    `threads` None is one per core.
+    """
 
     def __init__(self, folder: str | Path, threads: int | None = None) -> None:
         super().__init__(folder)
@@ -40,6 +47,20 @@ class Seq2Seq(OnnxFolder):
         own = self.folder / "generation_config.json"
         self._config: dict[str, Any] = {**config, **(read_json(own) if own.exists() else {})}
         self._present = [value.name for value in self._first.get_outputs()][1:]
+        self._set = AdapterSet(_Graphs(self._encoder, self._first, self._next))
+        self._set.add_all(self.folder)
+
+    @property
+    def adapters(self) -> tuple[str, ...]:
+        return self._set.names
+
+    def add_adapter(self, name: str, path: str | Path) -> None:
+        """Load an `.onnx_adapter` file under `name`, in place of an earlier one of that name."""
+        self._set.add(name, Path(path))
+
+    def remove_adapter(self, name: str) -> None:
+        """Forget an adapter; the graphs and the sessions stay as they are."""
+        self._set.remove(name)
 
     @property
     def eos(self) -> frozenset[int]:
@@ -58,19 +79,30 @@ class Seq2Seq(OnnxFolder):
         """Token ids of a text, special tokens included; ids stay as they are."""
         return list(self.tokenizer.encode(prompt).ids) if isinstance(prompt, str) else list(prompt)
 
-    def logits(self, rows: Sequence[Sequence[int]], targets: Sequence[Sequence[int]]) -> Array:
+    def logits(
+        self,
+        rows: Sequence[Sequence[int]],
+        targets: Sequence[Sequence[int]],
+        adapters: Adapters = None,
+    ) -> Array:
         """The logits `[rows, tokens, vocab]` after every decoder token, `targets` of one length."""
-        batch = _Batch(self, rows)
+        batch = _Batch(self, rows, adapters)
         return batch.begin(np.array(targets, np.int64))
 
-    def generate(self, prompts: Sequence[Prompt], search: Search | None = None) -> list[Completion]:
-        """What the model writes for every prompt.
+    def generate(
+        self,
+        prompts: Sequence[Prompt],
+        search: Search | None = None,
+        adapters: Adapters = None,
+    ) -> list[Completion]:
+        """What the model writes for every prompt with its adapter (one name for all, or one per
+        prompt).
 
-        Raises `EngineError` for an empty prompt or one that is too long.
+        Raises `EngineError` for an unknown adapter, an empty prompt, or one that is too long.
         """
         search = search or Search()
         rows = [self.encode(prompt) for prompt in prompts]
-        batch = _Batch(self, rows)
+        batch = _Batch(self, rows, adapters)
         eos = frozenset() if search.ignore_eos else self.eos
         find = self._greedy if search.beams == 1 else self._beams
         done = [Completion(row) for row in rows]
@@ -127,10 +159,23 @@ def _until(tokens: list[int], ends: frozenset[int]) -> list[int]:
     return next((tokens[: i + 1] for i, token in enumerate(tokens) if token in ends), tokens)
 
 
+class _Graphs:
+    """Several sessions as one, for what can be given to any of them."""
+
+    def __init__(self, *sessions: Any) -> None:
+        self._sessions = sessions
+
+    def get_overridable_initializers(self) -> list[Any]:
+        values = [v for each in self._sessions for v in each.get_overridable_initializers()]
+        return list({value.name: value for value in values}.values())
+
+
 class _Batch:
     """Rows that are decoded together, with their caches."""
 
-    def __init__(self, model: Seq2Seq, rows: Sequence[Sequence[int]]) -> None:
+    def __init__(
+        self, model: Seq2Seq, rows: Sequence[Sequence[int]], adapters: Adapters = None
+    ) -> None:
         self._model = model
         self.rows = rows
         lengths = [len(row) for row in rows]
@@ -148,11 +193,29 @@ class _Batch:
         for i, row in enumerate(rows):
             ids[i, : len(row)] = row
             self._mask[i, : len(row)] = 1
+        self._adapters = self._chosen(adapters)
         feeds = {"input_ids": ids, "attention_mask": self._mask}
         (self._states,) = self._run(model._encoder, None, feeds)
         self._past: dict[str, Any] = {}
 
+    def _chosen(self, adapters: Adapters) -> dict[str, Any]:
+        """What the graphs are given for the rows' adapters."""
+        one = isinstance(adapters, str) or adapters is None
+        wanted: list[str | None] = [adapters] * len(self.rows) if one else list(adapters)  # type: ignore
+        if len(wanted) != len(self.rows):
+            raise EngineError(
+                "one adapter (or None) per row", found=len(wanted), expected=len(self.rows)
+            )
+        self._model._set.check(wanted)
+        used = tuple(dict.fromkeys(name for name in wanted if name is not None))
+        if not used:
+            return {}
+        index = [NO_ADAPTER if name is None else used.index(name) for name in wanted]
+        return {**self._model._set.stacked(used), ADAPTER_INDEX: np.array(index, np.int64)}
+
     def _run(self, session: Any, outputs: list[str] | None, feeds: dict[str, Any]) -> list[Any]:
+        takes = {value.name for value in session.get_overridable_initializers()}
+        feeds = feeds | {n: array for n, array in self._adapters.items() if n in takes}
         try:
             found: list[Any] = session.run(outputs, feeds)
             return found
@@ -192,6 +255,9 @@ class _Batch:
     def widen(self, width: int) -> None:
         """Have every row `width` times, side by side."""
         self._mask = np.repeat(self._mask, width, axis=0)
+        if ADAPTER_INDEX in self._adapters:
+            index = np.repeat(self._adapters[ADAPTER_INDEX], width)
+            self._adapters = {**self._adapters, ADAPTER_INDEX: index}
         self._past = {name: np.repeat(c, width, axis=0) for name, c in self._past.items()}
 
     def reorder(self, parents: NDArray[np.int64]) -> None:

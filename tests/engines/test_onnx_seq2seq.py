@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from transformers import T5Config, T5ForConditionalGeneration
 
 from converters.base import BaseModel, open_base
-from converters.errors import DoraExportError, TargetError
+from converters.errors import DoraExportError
 from converters.readers import read_run
 from converters.run import Run
 from converters.writers.onnx import write_onnx
@@ -194,13 +194,6 @@ def test_the_graphs_share_their_weights(t5: Built) -> None:
     files = {path.name: path.stat().st_size for path in t5[2].iterdir()}
     whole = sum(p.stat().st_size for p in t5[0].path.glob("*.safetensors"))
     assert files["model.onnx.data"] < 1.3 * whole
-
-
-def test_adapters_are_refused_and_nothing_is_left(t5: Built, tmp_path: Path) -> None:
-    base, run, _ = t5
-    with pytest.raises(TargetError, match="exported merged"):
-        write_onnx(base, tmp_path / "out", adapters={"a": run})
-    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize("rows", [[], [[]], [[7] * 1000]])

@@ -21,14 +21,14 @@ import torch
 from ...base import BaseModel
 from ...certificate import FILE, certificate, tool, write_json
 from ...errors import TargetError
-from ...onnx_files import FOLDER, MODEL, SUFFIX, heads_in
+from ...onnx_files import FOLDER, SUFFIX, graphs_in, heads_in
 from ...output import check_output, output_folder
 from ...plan import changed, check_frozen, target_architecture
 from ...run import HEADS, LazyUpdates, Run
 from ...tensors import read_json
 from ..merged import write_merged
 from .adapters import write_adapter_file
-from .branches import input_shapes, sites_in
+from .branches import Site, input_shapes, sites_in
 from .decoder import PRECISIONS, build_decoder, place
 from .encoder import ENCODER_TASKS, build_adaptable_encoder, build_encoder
 from .heads import head_tensors
@@ -101,7 +101,7 @@ def _build(model: Path, folder: Path, task: str, precision: str) -> None:
     if task in ENCODER_TASKS:
         build_encoder(model, folder, task, precision)
     elif task == SEQ2SEQ_TASK:
-        build_seq2seq(model, folder, precision)
+        build_seq2seq(model, folder, precision, adaptable=False)
     else:
         build_decoder(model, folder, precision, adaptable=False)
 
@@ -115,11 +115,7 @@ def _build_adaptable(
     elif task in ENCODER_TASKS:
         build_adaptable_encoder(base, adapters, folder, task, precision)
     elif task == SEQ2SEQ_TASK:
-        raise TargetError(
-            "encoder-decoders are exported merged",
-            found=", ".join(adapters),
-            remedy="export every run by itself: dora-export onnx RUN OUT",
-        )
+        build_seq2seq(base.path, folder, precision, adaptable=True)
     else:
         build_decoder(base.path, folder, precision, adaptable=True)
 
@@ -173,8 +169,12 @@ def _write_adapters(
 ) -> dict[str, dict[str, int]]:
     import onnx
 
-    graph = onnx.load(folder / MODEL, load_external_data=False).graph
-    sites, shapes = sites_in(graph), input_shapes(graph)
+    sites: dict[str, Site] = {}
+    shapes: dict[str, list[int | str]] = {}
+    for file in graphs_in(folder):
+        graph = onnx.load(file, load_external_data=False).graph
+        sites |= sites_in(graph)
+        shapes |= input_shapes(graph)
     (folder / FOLDER).mkdir(exist_ok=True)
     ranks = {}
     for name, run in adapters.items():
@@ -264,13 +264,14 @@ def add_adapters(
     _check_adapters(stripped, base, heads=_task(base, list(stripped.values())) in ENCODER_TASKS)
     _check_base(proof, stripped, base, folder)
     with tempfile.TemporaryDirectory(dir=folder, prefix=".adding") as temporary:
-        shutil.copyfile(folder / MODEL, Path(temporary) / MODEL)
+        for file in graphs_in(folder):
+            shutil.copyfile(file, Path(temporary) / file.name)
         ranks = _write_adapters(Path(temporary), stripped, base)
         certificates = _adapter_certificates(adapters, base, ranks)
         write_json(Path(temporary) / FILE, {**proof, "adapters": {**known, **certificates}})
         for name in adapters:
-            file = Path(FOLDER, f"{name}{SUFFIX}")
-            (Path(temporary) / file).replace(folder / file)
+            added = Path(FOLDER, f"{name}{SUFFIX}")
+            (Path(temporary) / added).replace(folder / added)
         (Path(temporary) / FILE).replace(folder / FILE)
     return ranks
 

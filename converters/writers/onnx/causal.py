@@ -187,11 +187,14 @@ def _cached(loaded: Any, ids: torch.Tensor) -> tuple[torch.Tensor, _Sizes]:
             remedy="deploy the merged model instead: dora-export merge",
         )
     _, heads, _, size = shapes.pop()
-    return found.logits, (len(layers), heads, size)
+    logits: torch.Tensor = found["logits"]
+    return logits, (len(layers), heads, size)
 
 
 def _ids(config: Any, *, rows: int, tokens: int) -> torch.Tensor:
-    return torch.arange(rows * tokens).view(rows, tokens) * 7 % (config.vocab_size - 3) + 3
+    numbers = torch.arange(rows * tokens).view(rows, tokens)
+    ids: torch.Tensor = numbers * 7 % (config.vocab_size - 3) + 3
+    return ids
 
 
 def _inputs(config: Any, sizes: _Sizes, *, rows: int, tokens: int, past: int) -> dict[str, Any]:

@@ -237,11 +237,11 @@ def check_graph(model: Any, truth: Sequence[torch.Tensor], inputs: Mapping[str, 
             remedy="deploy the merged model instead: dora-export merge",
         ) from None
     for tensor, array in zip(truth, found, strict=True):
-        error = float((torch.from_numpy(array) - tensor).abs().max())
-        if not error <= TOLERANCE * max(1.0, float(tensor.abs().max())):
+        off = float((torch.from_numpy(array) - tensor).abs().max())
+        if not off <= TOLERANCE * max(1.0, float(tensor.abs().max())):
             raise TargetError(
                 "the exported graph does not compute what the model computes",
-                found=f"a difference of {error:.1e}",
+                found=f"a difference of {off:.1e}",
                 expected=f"at most {TOLERANCE:.0e}",
                 remedy="deploy the merged model instead: dora-export merge",
             )

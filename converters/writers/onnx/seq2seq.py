@@ -15,8 +15,9 @@ from typing import Any
 import torch
 
 from ...errors import BaseError, TargetError
-from ...onnx_files import DECODER, ENCODER, WITH_PAST
+from ...onnx_files import ADAPTER_INDEX, DECODER, ENCODER, NO_ADAPTER, WITH_PAST
 from .export import DATA, check_graph, expected, export_graph, fused, save_all, shrunk
+from .linear import branches_behind, linear_sites, prune, three_axes
 from .loaded import load_model, write_config
 
 SEQ2SEQ_TASK = "seq2seq-lm"
@@ -27,10 +28,10 @@ _PAST = "past_decoder_sequence_length"
 class _Encoder(torch.nn.Module):
     def __init__(self, model: Any) -> None:
         super().__init__()
-        self.encoder = model.get_encoder()
+        self.model = model
 
     def forward(self, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:
-        output = self.encoder(input_ids=input_ids, attention_mask=attention_mask)
+        output = self.model.get_encoder()(input_ids=input_ids, attention_mask=attention_mask)
         states: torch.Tensor = output.last_hidden_state
         return states
 
@@ -104,9 +105,12 @@ def _decode(
     return logits
 
 
-def build_seq2seq(model: Path, out: Path, precision: str) -> None:
+def build_seq2seq(model: Path, out: Path, precision: str, *, adaptable: bool) -> None:
     """Write the graphs of the Hugging Face folder `model` into `out`, configuration and tokenizer
-    beside them. Raises `TargetError` when one would not compute what the model computes."""
+    beside it; `adaptable`: another adapter, or none, in every row of a batch.
+
+    Raises `TargetError` when a graph would not compute what the model computes.
+    """
     loaded, missing = load_model(model, None, None)
     if missing:
         raise BaseError("the model lacks tensors", file=model, found=", ".join(missing[:8]))
@@ -114,14 +118,28 @@ def build_seq2seq(model: Path, out: Path, precision: str) -> None:
         raise TargetError("no ONNX export for this architecture", found=type(loaded).__name__)
     graphs = {}
     for name, part in _parts(loaded).items():
-        graph = fused(
-            export_graph(part.module, part.example(2), part.axes, part.outputs, part.names)
-        )
+        graph = export_graph(part.module, part.example(2), part.axes, part.outputs, part.names)
+        if adaptable:
+            _adaptable(graph, loaded)
+        graph = fused(graph)
         inputs = part.example(3)
         check_graph(graph, expected(part.module, inputs), inputs)
         graphs[name] = shrunk(graph, precision)
     save_all(graphs, out, DATA)
     write_config(loaded, out, model)
+
+
+def _adaptable(graph: Any, loaded: Any) -> None:
+    """A branch behind every linear layer; rows have no adapter where none are told."""
+    import numpy as np
+    from onnx import numpy_helper
+
+    sites = linear_sites(graph, loaded)
+    three_axes(graph, sites, loaded)
+    branches_behind(graph, sites, batched=True)
+    none = numpy_helper.from_array(np.array([NO_ADAPTER]), ADAPTER_INDEX)
+    graph.graph.initializer.append(none)
+    prune(graph.graph)
 
 
 @dataclass(frozen=True)
