@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
@@ -16,6 +17,13 @@ Count = Annotated[int, Field(ge=1, le=2**31 - 1)]
 
 class _Request(BaseModel):
     model_config = ConfigDict(extra="forbid", allow_inf_nan=False)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _is_unicode(cls, value: Any) -> Any:
+        if isinstance(value, dict):
+            json.dumps(value, ensure_ascii=False).encode()  # half a surrogate pair is no text
+        return value
 
 
 class StreamOptions(_Request):

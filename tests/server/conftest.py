@@ -79,7 +79,7 @@ def free_port() -> int:
 def started(
     root: Path, folder: Path, key: str | None = None, options: ServerOptions | None = None
 ) -> Iterator[Server]:
-    """A server of `root`; cache and log lie in `folder`."""
+    """A server of `root`; `folder` is for its log, and its cache unless the environment has one."""
     options = options or ServerOptions(threads=2)
     port = free_port()
     log = folder / f"log-{port}"
@@ -89,7 +89,7 @@ def started(
             [sys.executable, "-c", _START, arguments],
             stdout=stream,
             stderr=stream,
-            env={**os.environ, "DORA_SERVE_CACHE": str(folder / "cache")},
+            env={"DORA_SERVE_CACHE": str(folder / "cache"), **os.environ},
         )
     server = Server(f"http://127.0.0.1:{port}", root, process, log, key)
     try:

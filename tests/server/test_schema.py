@@ -1,0 +1,70 @@
+"""Whatever the OpenAPI description allows, and what it does not, the server answers without 5xx."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import schemathesis
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from schemathesis import GenerationMode
+from schemathesis.checks import not_a_server_error
+from schemathesis.specs.openapi.checks import response_schema_conformance
+
+from tests.server.conftest import BASE, DOWN, EMBEDS, SENTIMENT, Server
+
+CHECKS = [not_a_server_error, response_schema_conformance]
+NAMES = [BASE, DOWN, SENTIMENT, EMBEDS]
+ROUTES = {
+    "/v1/completions": 60,
+    "/v1/chat/completions": 60,
+    "/v1/embeddings": 30,
+    "/v1/load_lora_adapter": 20,
+    "/v1/unload_lora_adapter": 20,
+    "/v1/models": 2,
+    "/v1/models/{name}": 20,
+    "/dora/models": 2,
+    "/classify": 30,
+    "/tokenize": 30,
+    "/detokenize": 30,
+    "/health": 2,
+    "/ready": 2,
+    "/metrics": 2,
+}
+
+
+def operations(server: Server) -> dict[str, Any]:
+    schema = schemathesis.openapi.from_url(f"{server.url}/openapi.json")
+    found: list[Any] = [result.ok() for result in schema.get_all_operations()]  # type: ignore[union-attr]
+    return {operation.path: operation for operation in found}
+
+
+def test_all_routes_are_described(server: Server) -> None:
+    assert set(operations(server)) == set(ROUTES)
+
+
+@pytest.mark.parametrize("mode", [GenerationMode.POSITIVE, GenerationMode.NEGATIVE])
+@pytest.mark.parametrize("path", ROUTES)
+def test_no_server_error(server: Server, path: str, mode: GenerationMode) -> None:
+    operation = operations(server)[path]
+    if mode is GenerationMode.NEGATIVE and not operation.body:
+        pytest.skip("it takes nothing that could be wrong")
+    statuses = set()
+
+    @settings(
+        max_examples=ROUTES[path],
+        deadline=None,
+        derandomize=True,
+        database=None,
+        suppress_health_check=list(HealthCheck),
+    )
+    @given(case=operation.as_strategy(generation_mode=mode), name=st.sampled_from(NAMES))
+    def ask(case: Any, name: str) -> None:
+        if isinstance(case.body, dict) and isinstance(case.body.get("model"), str):
+            case.body["model"] = name
+        statuses.add(case.call_and_validate(checks=CHECKS, timeout=60).status_code)
+
+    ask()
+    if mode is GenerationMode.POSITIVE and "adapter" not in path and "{" not in path:
+        assert 200 in statuses  # it got as far as an answer
