@@ -82,13 +82,13 @@ def read_member(
     """
     try:
         run = read_run(path, ReadOptions(base=None if given is None else given.path))
-        base = given or base_of(run, bases)
     except DoraExportError:
         if given is not None or len(bases) != 1:
             raise
         # Some methods can only be read beside their base.
-        base = bases[0]
-        run = read_run(path, ReadOptions(base=base.path))
+        given = bases[0]
+        run = read_run(path, ReadOptions(base=given.path))
+    base = given or base_of(run, bases)
     if given is not None or run.embedded_base is None:
         check_fits(run, base)
     return Member(name, path, run, base)

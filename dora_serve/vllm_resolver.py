@@ -65,7 +65,7 @@ class RunResolver(LoRAResolver):  # type: ignore[misc]
             made = await asyncio.to_thread(self._make, base_model_name, lora_name, path)
         except DoraExportError as error:
             logger.warning("run %s cannot be served: %s", lora_name, error)
-            raise VLLMValidationError(self._message(error), parameter="model") from None
+            raise VLLMValidationError(_message(error), parameter="model") from None
         self._served[lora_name] = made
         if self._watching is None:
             self._watching = asyncio.create_task(self._watch())
@@ -102,12 +102,6 @@ class RunResolver(LoRAResolver):  # type: ignore[misc]
                 expected=", ".join(sorted(served)),
             )
 
-    def _message(self, error: DoraExportError) -> str:
-        """The error as a client may read it: in one line, without where the runs lie."""
-        lines = [line.strip() for line in str(error).splitlines()]
-        told = [line for line in lines if not line.startswith("file:")]
-        return "; ".join(told).replace(str(self.root), "")
-
     async def _watch(self) -> None:
         """Let go of runs that changed or went, so that the next request resolves them anew."""
         while True:
@@ -131,6 +125,14 @@ class RunResolver(LoRAResolver):  # type: ignore[misc]
                 if self.models is not None:
                     self.models.lora_requests.pop(name, None)
                 logger.info("run %s changed", name)
+
+
+def _message(error: DoraExportError) -> str:
+    """The error as a client may read it: in one line, without where the files lie."""
+    lines = [line.strip() for line in str(error).splitlines()]
+    return "; ".join(
+        f"file: {Path(line).name}" if line.startswith("file: ") else line for line in lines
+    )
 
 
 def _state(member: Member) -> State:

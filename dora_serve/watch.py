@@ -6,6 +6,7 @@ import json
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 from urllib.error import HTTPError
@@ -32,7 +33,7 @@ class Change:
 
 def desired(root: Path, base: str | None) -> tuple[dict[str, Path], dict[str, str]]:
     """Name → adapter folder of everything in `root`, converted where it was not; and what cannot
-    be an adapter, with the reason.
+    be an adapter, with the reason. The folders are links in `links(root)`.
 
     Raises `RunError` when the runs are of several bases.
     """
@@ -48,10 +49,24 @@ def desired(root: Path, base: str | None) -> tuple[dict[str, Path], dict[str, st
     adapters, problems = {}, dict(found.problems)
     for name, member in found.members.items():
         try:
-            adapters[name] = vllm_adapter(member)
+            adapters[name] = _link(links(root), vllm_adapter(member))
         except DoraExportError as error:
             problems[name] = str(error)
     return adapters, problems
+
+
+def links(root: Path) -> Path:
+    """Where the adapters of `root` are linked to: what a server loaded from there is ours to
+    unload, also after a restart, and nothing else is."""
+    return cache_folder().resolve() / "watched" / sha256(bytes(root.resolve())).hexdigest()[:16]
+
+
+def _link(folder: Path, adapter: Path) -> Path:
+    link = folder / adapter.name
+    if not link.is_symlink():
+        folder.mkdir(parents=True, exist_ok=True)
+        link.symlink_to(adapter)
+    return link
 
 
 class Server:
@@ -82,11 +97,9 @@ class Server:
         return Request(self.url + path, data=data, headers=self._headers)
 
 
-def reconcile(
-    server: Server, wanted: Mapping[str, Path], ours: Callable[[Path], bool]
-) -> Iterator[Change]:
-    """Make the adapters of `server` equal to `wanted`. `ours(path)`: whether an adapter that is
-    loaded and not wanted may be unloaded; others are left alone.
+def reconcile(server: Server, wanted: Mapping[str, Path], ours: Path) -> Iterator[Change]:
+    """Make the adapters of `server` equal to `wanted`. What is loaded from the folder `ours` and
+    not wanted is unloaded; others are left alone.
 
     Raises `OSError` when the server does not answer.
     """
@@ -98,7 +111,7 @@ def reconcile(
             load = partial(server.load, name, path, inplace=True)
             yield _try(server, name, "reloaded", load)
     for name, path in loaded.items():
-        if name not in wanted and ours(path):
+        if name not in wanted and path.parent == ours:
             yield _try(server, name, "unloaded", partial(server.unload, name))
 
 
@@ -108,13 +121,3 @@ def _try(server: Server, name: str, done: str, action: Callable[[], Any]) -> Cha
     except HTTPError as error:  # the server is there, and refuses
         return Change(server.url, name, "failed", error.read().decode(errors="replace")[:500])
     return Change(server.url, name, done)
-
-
-def made_here(root: Path) -> Callable[[Path], bool]:
-    """Whether an adapter folder lies in `root` or in the cache."""
-    places = (root.resolve(), cache_folder().resolve())
-
-    def ours(path: Path) -> bool:
-        return any(path.resolve().is_relative_to(place) for place in places)
-
-    return ours

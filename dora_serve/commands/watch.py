@@ -34,7 +34,7 @@ def command(
     on every server given; a server that restarts gets all of them again. The servers must have
     been started with VLLM_ALLOW_RUNTIME_LORA_UPDATING=1 (`dora-serve up --live` does).
     """
-    from dora_serve.watch import Server, desired, made_here, reconcile
+    from dora_serve.watch import Server, desired, links, reconcile
 
     servers = [Server(url, api_key) for url in urls]
     told: set[str] = set()
@@ -44,7 +44,7 @@ def command(
         failed = False
         for server in servers:
             try:
-                for change in reconcile(server, wanted, made_here(folder)):
+                for change in reconcile(server, wanted, links(folder)):
                     failed |= change.done == "failed"
                     line = f"{change.server} {change.done} {change.name} {change.error}".strip()
                     if change.done == "failed":

@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 import subprocess
 import threading
+import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -60,6 +61,7 @@ def traffic(url: str, *models: str) -> Iterator[list[tuple[str, list[int]]]]:
     def asking(model: str) -> None:
         while not stop.is_set():
             answers.append((model, ask(url, model, PROMPT)))
+            time.sleep(0.05)  # the server shares its processors with whoever else is tested
 
     with ThreadPoolExecutor(len(models)) as pool:
         waiting = [pool.submit(asking, model) for model in models]
@@ -117,7 +119,7 @@ def test_what_cannot_be_served_is_refused_with_the_reason(folder: Path, url: str
     weights = broken / "adapter_model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-100])
     told = refused(url, "later/broken", openai.BadRequestError)
-    assert "adapter_model.safetensors" in told or "data" in told
+    assert "file: adapter_model.safetensors" in told
     assert str(folder) not in told
 
 
@@ -136,12 +138,12 @@ def test_a_changed_run_is_picked_up_and_no_request_is_lost(folder: Path, url: st
     assert ask(url, name, PROMPT) == old
     with traffic(url, name, name, BASE) as answers:
         exchange(run, second)
-        wait_until(lambda: (name, new) in answers, 30)
+        wait_until(lambda: (name, new) in answers)
     told = Counter((model, tuple(tokens)) for model, tokens in answers)
     assert set(told) <= {(name, tuple(old)), (name, tuple(new)), (BASE, tuple(base_said(url)))}
     assert ask(url, name, PROMPT) == new
     shutil.rmtree(run)
-    wait_until(lambda: name not in names(url), 30)
+    wait_until(lambda: name not in names(url))
     refused(url, name, openai.NotFoundError)
 
 
@@ -165,17 +167,20 @@ def test_watch_makes_the_server_follow_a_folder(
     env = {"DORA_SERVE_CACHE": str(cache), "DORA_SERVE_API_KEY": KEY, "PATH": "/usr/bin:/bin"}
     kept = names(url)
     watching = subprocess.Popen(
-        [*map(str, words), "--interval", "0.3"], env=env, stdout=subprocess.PIPE, text=True
+        [*map(str, words), "--interval", "0.3"],
+        env=env,
+        stdout=subprocess.PIPE,
+        text=True,
     )
     try:
         with traffic(url, BASE, BASE) as answers:
             shutil.copytree(first, wanted / "watched")
-            wait_until(lambda: "watched" in names(url), 30)
+            wait_until(lambda: "watched" in names(url))
             assert ask(url, "watched", PROMPT) == old
             exchange(wanted / "watched", second)
-            wait_until(lambda: ask(url, "watched", PROMPT) == new, 30)
+            wait_until(lambda: ask(url, "watched", PROMPT) == new)
             shutil.rmtree(wanted / "watched")
-            wait_until(lambda: "watched" not in names(url), 30)
+            wait_until(lambda: "watched" not in names(url))
     finally:
         watching.terminate()
     assert {tuple(tokens) for _, tokens in answers} == {tuple(base_said(url))}

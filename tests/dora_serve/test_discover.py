@@ -1,0 +1,135 @@
+"""What a folder holds, by name and base; and artifacts that are made once."""
+
+from __future__ import annotations
+
+import shutil
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+
+from converters.base import open_base
+from converters.errors import BaseError, MissingError
+from dora_serve import read_run
+from dora_serve.cache import cached, content_key
+from dora_serve.discover import discover, find_run, read_member
+from tests.conftest import MODELS, tiny_llama
+
+
+def test_everything_in_models_has_its_base() -> None:
+    found = discover(MODELS)
+    assert set(found.bases) == {"tiny-llama-base", "tiny-roberta-base"}
+    bases = {name: member.base.path.name for name, member in found.members.items()}
+    assert bases == {
+        "Tiny_Llama--Count_Down--1": "tiny-llama-base",
+        "Tiny_Llama--Every_Second--1": "tiny-llama-base",
+        "Tiny_Roberta--Sentiment--1": "tiny-roberta-base",
+        "Tiny_Roberta--Sentiment--1--accelerate=0.22": "tiny-roberta-base",
+    }
+    assert not found.problems
+    assert not found.onnx
+    own = {member.name for member in found.of(found.bases["tiny-llama-base"])}
+    assert own == {"Tiny_Llama--Count_Down--1", "Tiny_Llama--Every_Second--1"}
+
+
+def test_a_name_that_two_folders_have_is_their_path(
+    llama_base: Path, llama_lora: Path, tmp_path: Path
+) -> None:
+    shutil.copytree(llama_base, tmp_path / "base")
+    for experiment in ("one", "two"):
+        shutil.copytree(llama_lora, tmp_path / experiment / "checkpoint-9")
+    shutil.copytree(llama_lora, tmp_path / "alone")
+    found = discover(tmp_path)
+    assert set(found.members) == {"one/checkpoint-9", "two/checkpoint-9", "alone"}
+    assert find_run(tmp_path, "alone") == tmp_path / "alone"
+    assert find_run(tmp_path, "one/checkpoint-9") == tmp_path / "one" / "checkpoint-9"
+    assert find_run(tmp_path, "checkpoint-9") is None
+    assert find_run(tmp_path, "base") is None
+
+
+def test_nothing_outside_is_found(llama_lora: Path, tmp_path: Path) -> None:
+    root = tmp_path / "root"
+    root.mkdir()
+    shutil.copytree(llama_lora, tmp_path / "outside")
+    (root / "link").symlink_to(tmp_path / "outside")
+    assert not discover(root).members
+    for name in ("link", "../outside", str(tmp_path / "outside"), ".", "", "a\0b", "x" * 9999):
+        assert find_run(root, name) is None, name
+
+
+def test_two_bases_that_fit_are_told_apart_by_name_or_not_at_all(
+    llama_base: Path, llama_lora: Path, tmp_path: Path
+) -> None:
+    """The adapter names no base that is here; twins of its base both fit."""
+    shutil.copytree(llama_lora, tmp_path / "lora")
+    for name in ("a", "b"):
+        shutil.copytree(llama_base, tmp_path / name)
+    found = discover(tmp_path)
+    assert "the run's base is not known" in found.problems["lora"]
+    assert "2 bases that fit" in found.problems["lora"]
+    assert discover(tmp_path, llama_base).members["lora"].base.path == llama_base
+    shutil.move(tmp_path / "b", tmp_path / "base")  # the name in adapter_config.json
+    assert discover(tmp_path).members["lora"].base.path == tmp_path / "base"
+
+
+def test_a_checkpoint_belongs_to_the_base_whose_weights_it_carries(
+    dora_run: Path, llama_base: Path, tmp_path: Path
+) -> None:
+    other = tmp_path / "other"
+    tiny_llama(initializer_range=0.1).save_pretrained(other)
+    bases = [open_base(other), open_base(llama_base)]
+    assert read_member("run", dora_run, bases).base.path == llama_base
+    with pytest.raises(BaseError, match="not known"):
+        read_member("run", dora_run, [open_base(other)])
+
+
+def test_a_broken_run_is_a_problem_and_the_rest_is_served(
+    llama_base: Path, llama_lora: Path, tmp_path: Path
+) -> None:
+    shutil.copytree(llama_base, tmp_path / "base")
+    shutil.copytree(llama_lora, tmp_path / "good")
+    broken = Path(shutil.copytree(llama_lora, tmp_path / "broken"))
+    (broken / "adapter_model.safetensors").write_bytes(b"nothing")
+    found = discover(tmp_path)
+    assert set(found.members) == {"good"}
+    assert "adapter_model.safetensors" in found.problems["broken"]
+    with pytest.raises(MissingError):
+        discover(tmp_path / "nowhere")
+
+
+def test_the_key_follows_content_base_and_options(
+    llama_base: Path, llama_lora: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("DORA_SERVE_CACHE", str(tmp_path / "cache"))
+    base = open_base(llama_base)
+    copy = Path(shutil.copytree(llama_lora, tmp_path / "copy"))
+    key = content_key(read_run(llama_lora), base, target="vllm")
+    assert content_key(read_run(copy), base, target="vllm") == key
+    assert content_key(read_run(copy), base, target="peft") != key
+    tiny_llama(initializer_range=0.1).save_pretrained(tmp_path / "other")
+    assert content_key(read_run(copy), open_base(tmp_path / "other"), target="vllm") != key
+    weights = copy / "adapter_model.safetensors"
+    content = bytearray(weights.read_bytes())
+    content[-1] ^= 1
+    weights.write_bytes(content)
+    assert content_key(read_run(copy), base, target="vllm") != key
+
+
+def test_what_many_want_is_made_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("DORA_SERVE_CACHE", str(tmp_path))
+    made, ready = [], threading.Barrier(8)
+
+    def make(folder: Path) -> None:
+        made.append(folder)
+        time.sleep(0.1)
+        folder.mkdir()
+
+    def want(_: int) -> Path:
+        ready.wait()
+        return cached("key", make)
+
+    with ThreadPoolExecutor(8) as pool:
+        assert set(pool.map(want, range(8))) == {tmp_path / "key"}
+    assert made == [tmp_path / "key"]

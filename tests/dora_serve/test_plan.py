@@ -1,0 +1,127 @@
+"""`dora-serve plan`: what vLLM must reserve for the adapters of a folder."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from peft import LoraConfig, get_peft_model
+from transformers import LlamaForCausalLM
+
+from dora_serve.discover import discover
+from dora_serve.fleet import plan_fleet, step_for
+from tests.conftest import MODELS, randomize
+
+DORA_SERVE = Path(sys.executable).parent / "dora-serve"
+LLAMA = MODELS / "tiny-llama-base"
+
+
+def serve(*words: object) -> subprocess.CompletedProcess[str]:
+    command = [str(DORA_SERVE), *map(str, words)]
+    return subprocess.run(command, capture_output=True, text=True, check=False)
+
+
+@pytest.fixture(scope="module")
+def fleet_folder(llama_base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Three adapters of rank 4 to 8 and one of rank 20, whose last components are small."""
+    root = tmp_path_factory.mktemp("fleet")
+    for name, rank, targets in (
+        ("low", 4, ["q_proj"]),
+        ("other", 6, ["q_proj", "down_proj"]),
+        ("eight", 8, ["down_proj"]),
+        ("high", 20, ["q_proj"]),
+    ):
+        config = LoraConfig(r=rank, lora_alpha=rank, target_modules=targets, task_type="CAUSAL_LM")
+        model = get_peft_model(LlamaForCausalLM.from_pretrained(llama_base), config)
+        randomize(model)
+        if name == "high":
+            with torch.no_grad():
+                for key, parameter in model.named_parameters():
+                    if "lora_B" in key:
+                        parameter[:, 16:] *= 1e-3
+        model.save_pretrained(root / name)
+    return root
+
+
+def test_the_smallest_slots(fleet_folder: Path, llama_base: Path) -> None:
+    (pool,) = plan_fleet(discover(fleet_folder, llama_base)).pools
+    assert pool.largest == {"low": 4, "other": 6, "eight": 8, "high": 20}
+    assert pool.max_lora_rank == 32
+    assert pool.target_modules == ["down_proj", "q_proj"]
+    assert (pool.max_loras, pool.max_cpu_loras) == (4, 4)
+    # q_proj [32, 32] and down_proj [32, 48] in two layers, float32
+    assert pool.slot == 2 * 32 * ((32 + 32) + (32 + 48)) * 4
+    assert pool.used["other"] == 2 * 6 * ((32 + 32) + (32 + 48)) * 4
+    assert pool.used["low"] == 2 * 4 * (32 + 32) * 4
+    assert pool.padding == 1 - sum(pool.used.values()) / (4 * pool.slot)
+    assert pool.naive_slot > pool.slot
+    (forced,) = pool.forced
+    assert (forced.name, forced.rank, forced.step) == ("high", 20, 16)
+    assert 0 < forced.error < 1e-2
+
+
+def test_memory_bounds_the_slots(fleet_folder: Path, llama_base: Path) -> None:
+    found = discover(fleet_folder, llama_base)
+    (whole,) = plan_fleet(found).pools
+    tight = int((whole.base_bytes + 2.5 * whole.slot / 0.25) / 0.9)
+    (pool,) = plan_fleet(found, tight).pools
+    assert pool.max_loras == 2
+    assert pool.fits
+    (pool,) = plan_fleet(found, whole.base_bytes // 2).pools
+    assert not pool.fits
+
+
+def test_steps() -> None:
+    assert [step_for(rank) for rank in (1, 2, 8, 9, 300, 512)] == [1, 8, 8, 16, 320, 512]
+
+
+def test_the_command_line(fleet_folder: Path, llama_base: Path, tmp_path: Path) -> None:
+    found, png = tmp_path / "plan.yaml", tmp_path / "plan.png"
+    words = ["plan", fleet_folder, "--base", llama_base, "--gpu-memory", "24GiB"]
+    done = serve(*words, "--yaml", found, "--png", png)
+    assert done.returncode == 0, done.stderr
+    assert "--max-lora-rank 32" in done.stdout
+    assert "fitted to 16" in done.stdout
+    options: dict[str, Any] = yaml.safe_load(found.read_text())
+    assert options["max-lora-rank"] == 32
+    assert options["lora-target-modules"] == ["down_proj", "q_proj"]
+    assert len(options["lora-modules"]) == 4
+    assert png.read_bytes().startswith(b"\x89PNG")
+    plan = json.loads(serve(*words, "--json").stdout)
+    (pool,) = plan["pools"]
+    assert pool["adapters"]["high"]["largest_rank"] == 20
+    (command,) = plan["commands"]
+    assert command[:2] == ["vllm", "serve"]
+    assert command[command.index("--max-lora-rank") + 1] == "32"
+    bad = serve(*words[:-1], "much")
+    assert bad.returncode == 2
+    assert "not a size" in bad.stderr
+
+
+def test_pools_by_base_and_what_cannot_be_an_adapter() -> None:
+    done = serve("plan", MODELS, "--json")
+    plan = json.loads(done.stdout)
+    (pool,) = (p for p in plan["pools"] if p["base"].endswith("tiny-llama-base"))
+    assert set(pool["adapters"]) == {"Tiny_Llama--Count_Down--1", "Tiny_Llama--Every_Second--1"}
+    assert pool["max_lora_rank"] == 16
+
+
+def test_up_dry_run_prints_what_it_would_start(tmp_path: Path) -> None:
+    words = ["up", MODELS, "--engine", "vllm", "--base", LLAMA, "--dry-run", "--port", "8123"]
+    done = serve(*words, "--", "--tensor-parallel-size", "2")
+    assert done.returncode == 0, done.stderr
+    command = done.stdout.replace("\\\n", "").split()
+    assert command[:2] == ["vllm", "serve"]
+    assert command[-2:] == ["--tensor-parallel-size", "2"]
+    assert command[command.index("--dtype") + 1] == "float32"
+    both = serve("up", MODELS, "--engine", "vllm", "--dry-run")
+    assert both.returncode == 1 or "tiny-roberta" not in both.stdout
+    nothing = serve("up", tmp_path, "--engine", "vllm", "--dry-run")
+    assert nothing.returncode == 1
+    assert "one vLLM serves one base" in nothing.stderr
