@@ -142,10 +142,16 @@ def load_base(run: Run, base: BaseModel) -> Any:
         config.num_labels = run.num_labels
     cls = getattr(transformers, architecture) if architecture else transformers.AutoModel
     level = transformers.logging.get_verbosity()
-    transformers.logging.set_verbosity_error()  # a head that the run brings is missing in the base
+    # The base lacks a head that the run brings, or has one of another size.
+    transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     try:
-        model = cls.from_pretrained(base.path, config=config, dtype=torch.float32).eval()
+        model = cls.from_pretrained(
+            base.path,
+            config=config,
+            dtype=torch.float32,
+            ignore_mismatched_sizes=run.num_labels is not None,
+        ).eval()
     finally:
         transformers.logging.set_verbosity(level)
     if run.replaced:

@@ -49,7 +49,8 @@ def read_vllm(artifact: Path, run: Run, base: BaseModel) -> Reading:
     adapter = artifact if (artifact / ADAPTER_CONFIG).is_file() else None
     model = artifact if adapter is None else base.path
     labels = run.num_labels or 0 if task == _CLASSIFIER else 0
-    engine = Vllm(model, length, None if adapter is None else _lora_settings(adapter), labels)
+    lora = None if adapter is None else _lora_settings(adapter, labels)
+    engine = Vllm(model, length, lora, labels)
     try:
         if task == _CLASSIFIER:
             return _classified(torch.tensor(engine.classify(rows, adapter)), rows)
@@ -58,12 +59,13 @@ def read_vllm(artifact: Path, run: Run, base: BaseModel) -> Reading:
         engine.close()
 
 
-def _lora_settings(adapter: Path) -> dict[str, Any]:
-    """What vLLM must reserve for this adapter alone."""
+def _lora_settings(adapter: Path, labels: int) -> dict[str, Any]:
+    """What vLLM must reserve for this adapter alone, whose head has `labels` rows."""
     config: Any = read_json(adapter / ADAPTER_CONFIG)
     return {
         "max_lora_rank": step_for(max([config["r"], *(config.get("rank_pattern") or {}).values()])),
         "max_loras": 1,
+        "max_lora_cls_labels": labels or None,
         "lora_target_modules": sorted({m.rsplit(".", 1)[-1] for m in config["target_modules"]}),
     }
 

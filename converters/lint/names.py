@@ -150,8 +150,20 @@ def _matches(config: object, module: str) -> bool:
 
 
 def kinds(adapter: Adapter) -> Iterator[Finding]:
+    family = None if adapter.base is None else adapter.base.config.get("model_type")
     for engine in adapter.engines:
         for module in adapter.pairs:
+            if not engine.adapts(module, family):
+                yield Finding(
+                    "family",
+                    "error",
+                    (engine.name,),
+                    module,
+                    f"{engine.name} does not adapt this module of such a model",
+                    str(family),
+                    "another engine",
+                    "deploy the merged model: dora-export merge",
+                )
             if engine.kinds is not None and module.split(".")[-1] not in engine.kinds:
                 yield Finding(
                     "kind",

@@ -118,6 +118,8 @@ def _plan(run: Run, base: BaseModel | None, profile: Profile, dtype: torch.dtype
         ranks[module] = (run.start_rank.get(module), components.rank)
         shapes[module] = components.shape
     _check_target(run, profile, whole, ranks, modules, biases)
+    if base is not None:
+        _check_family(run, base, profile)
     stored = padded(_stored(ranks, shapes | absent_modules(run, base, profile), profile))
     alive = {module: rank for module, (rank, _, _) in stored.items() if rank}
     config = {
@@ -200,6 +202,18 @@ def _check_target(
             found=largest,
             expected=f"at most {profile.max_rank}",
             remedy="deploy the merged model, or cut the ranks with --max-rank",
+        )
+
+
+def _check_family(run: Run, base: BaseModel, profile: Profile) -> None:
+    family = base.config.get("model_type")
+    found = [name for name in run.updates if not profile.adapts(name, family)]
+    if found:
+        raise TargetError(
+            f"{profile.name} does not adapt these modules of a model of the type {family}",
+            file=run.path,
+            found=", ".join(found[:3]) + (" …" if len(found) > 3 else ""),
+            remedy="deploy the merged model: dora-export merge",
         )
 
 

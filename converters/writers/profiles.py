@@ -33,8 +33,9 @@ class Profile:
 
     `biases`, `embeddings`: whether it loads trained biases and adapters on embeddings.
     `features`: further fields of the configuration that it understands.
-    `kinds`: last names of the modules it can adapt, None for any. `together`: kinds that it loads
-    only all or none. `uniform`: it stores every kind of module in every layer at one rank, so
+    `kinds`: last names of the modules it can adapt, None for any. `unadapted`: model type → those
+    that it cannot adapt there, `ALL` for every one. `together`: kinds that it loads only all or
+    none. `uniform`: it stores every kind of module in every layer at one rank, so
     that what the run lacks is written as zeros; `drops`: it leaves out a kind that one layer
     lacks. `prefix`: it knows a tensor only by PEFT's prefix. `conv1d`: it reads PEFT's adapters
     on Conv1D layers.
@@ -49,6 +50,7 @@ class Profile:
     embeddings: bool
     features: frozenset[str] = frozenset()
     kinds: frozenset[str] | None = None
+    unadapted: Mapping[str, frozenset[str]] = field(default_factory=dict)
     together: tuple[tuple[str, ...], ...] = ()
     uniform: bool = False
     drops: bool = False
@@ -59,7 +61,13 @@ class Profile:
     older: Mapping[str, Reading] = field(default_factory=dict)
     writer: str = "adapter"
 
+    def adapts(self, module: str, model_type: object) -> bool:
+        """Whether it adapts `module` of a base of this type, as far as the type is known."""
+        lacks = self.unadapted.get(str(model_type), _NOTHING)
+        return not lacks & {ALL, module.rsplit(".", 1)[-1]}
 
+
+ALL = "*"
 _NOTHING: frozenset[str] = frozenset()
 _LLAMA_KINDS = frozenset("q_proj k_proj v_proj o_proj gate_proj up_proj down_proj".split())
 _SGLANG_KINDS = _LLAMA_KINDS | {"qkv_proj", "gate_up_proj"}
@@ -67,6 +75,21 @@ _LORAX_KINDS = _LLAMA_KINDS | set(
     "lm_head qkv_proj gate_up_proj dense fc1 fc2 c_attn c_proj c_fc w1 w2 w3 Wqkv out_proj "
     "query_key_value dense_h_to_4h dense_4h_to_h".split()
 )
+# vLLM 0.32, `vllm/model_executor/models/`: classes without `SupportsLoRA`, or not there at all.
+# RoBERTa's have it, but load no head of two layers, and do not start with --lora-target-modules.
+_VLLM_WITHOUT = (
+    "albert bart bert bloom deberta deberta-v2 distilbert electra falcon gpt2 gptj mamba mamba2 "
+    "mbart modernbert mt5 roberta stablelm t5 vit xlm-roberta"
+).split()
+# Classes whose `embedding_modules` lack the head.
+_VLLM_WITHOUT_HEAD = (
+    "cohere cohere2 gemma gemma2 gemma3_text glm glm4 gpt_bigcode gpt_neox mistral olmo olmo2 "
+    "olmoe opt phi qwen2 qwen2_moe smollm3 starcoder2"
+).split()
+_VLLM_UNADAPTED = {
+    **dict.fromkeys(_VLLM_WITHOUT, frozenset({ALL})),
+    **dict.fromkeys(_VLLM_WITHOUT_HEAD, frozenset({"lm_head", "embed_out"})),
+}
 _PEFT_FEATURES = frozenset(
     "use_dora lora_bias target_parameters trainable_token_indices layer_replication "
     "alora_invocation_tokens".split()
@@ -91,6 +114,7 @@ PROFILES = {
             512,
             biases=False,
             embeddings=False,
+            unadapted=_VLLM_UNADAPTED,
             slots=(1, 8, 16, 32, 64, 128, 256, 320, 512),
             reading=Reading(patterns=True, rslora=True),
             older={"vLLM up to 0.30": Reading(rslora=True)},

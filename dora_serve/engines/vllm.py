@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -39,6 +38,7 @@ class Vllm:
     def __init__(
         self, model: Path, length: int, lora: dict[str, Any] | None = None, labels: int = 0
     ) -> None:
+        self._model = model
         os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
         os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
         os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
@@ -114,13 +114,12 @@ class Vllm:
         prompts = [TokensPrompt(prompt_token_ids=list(row)) for row in rows]
         try:
             return verb(prompts, lora_request=request, use_tqdm=False, **settings)
-        except ValueError as error:
-            raise VllmError("vLLM refuses the adapter", file=adapter, found=error) from error
+        except Exception as error:
+            message = "vLLM does not answer" if adapter is None else "vLLM refuses the adapter"
+            raise VllmError(message, file=adapter or self._model, found=repr(error)) from error
 
     def close(self) -> None:
         """Give the memory back, so that another model may be loaded in this process."""
-        from vllm.distributed.parallel_state import cleanup_dist_env_and_memory
-
+        # Now, not when the last reference goes: it would take the next model's groups along.
+        self._llm.llm_engine.engine_core.shutdown()
         del self._llm
-        gc.collect()
-        cleanup_dist_env_and_memory()

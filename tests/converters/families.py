@@ -132,12 +132,12 @@ TASKS = {
 }
 
 
-def save_base(family: str, folder: Path, tied: bool | None = None) -> Any:
+def save_base(family: str, folder: Path, tied: bool | None = None, **changes: Any) -> Any:
     """A random model of the family, saved to `folder`; returns its class."""
     name, head, values, _ = FAMILIES[family]
     extra = {} if tied is None else {"tie_word_embeddings": tied}
     torch.manual_seed(0)
-    config = getattr(transformers, f"{name}Config")(**{**values, **extra})
+    config = getattr(transformers, f"{name}Config")(**{**values, **extra, **changes})
     cls = getattr(transformers, head if head.startswith("Gemma3") else name + head)
     cls(config).save_pretrained(folder)
     return cls

@@ -28,10 +28,10 @@ INCRELORA, GSM8K, GLUE, DYLORA = (
 RANK, ALPHA = 6, 9
 
 
-@pytest.mark.supports(method="increlora", family="roberta", targets=("merged", "peft", "vllm"))
+@pytest.mark.supports(method="increlora", family="roberta", targets=("merged", "peft"))
 def test_increlora(tmp_path: Path) -> None:
     run = read_run(INCRELORA / "run")
-    prove(run, BASES / "roberta", *expected(INCRELORA), tmp_path)
+    prove(run, BASES / "roberta", *expected(INCRELORA), tmp_path, ("peft",))
     stripped = run.strip()
     ranks = {module: stripped.rank(module) for module in run.updates}
     # The reserve of each module is stored too, with E = 0.
@@ -138,14 +138,14 @@ def test_dylora_as_published_on_llama(tmp_path: Path, llama_base: Path, rank: in
     assert set(run.start_rank.values()) == {RANK}
 
 
-@pytest.mark.supports(method="dylora", family="roberta", targets=("merged", "peft", "vllm"))
+@pytest.mark.supports(method="dylora", family="roberta", targets=("merged", "peft"))
 @pytest.mark.parametrize("rank", [1, 2, RANK])
 def test_dylora_of_its_authors(tmp_path: Path, rank: int) -> None:
     stored = load_file(DYLORA / "expected.safetensors")
     inputs = {name: stored[name] for name in ("input_ids", "attention_mask")}
     run = read_run(DYLORA / "run", ReadOptions(rank=rank))
     truth, control = stored[f"logits.{rank}"], stored["base_logits"]
-    prove(run, BASES / "roberta", inputs, truth, control, tmp_path)
+    prove(run, BASES / "roberta", inputs, truth, control, tmp_path, ("peft",))
 
 
 @pytest.mark.parametrize("rank", [None, 0, RANK + 1])
@@ -173,10 +173,10 @@ def test_aflora_of_the_gsm8k_fork(tmp_path: Path) -> None:
     prove(read_run(GSM8K / "run"), BASES / "llama", *expected(GSM8K), tmp_path)
 
 
-@pytest.mark.supports(method="aflora (GLUE)", family="roberta", targets=("merged", "peft", "vllm"))
+@pytest.mark.supports(method="aflora (GLUE)", family="roberta", targets=("merged", "peft"))
 def test_aflora_of_the_glue_fork(tmp_path: Path) -> None:
     run = read_run(GLUE / "run")
-    prove(run, BASES / "roberta", *expected(GLUE), tmp_path)
+    prove(run, BASES / "roberta", *expected(GLUE), tmp_path, ("peft",))
     assert run.options == {"nonlin": 5}
 
 

@@ -74,8 +74,7 @@ def test_ranks_are_those_of_the_mask(run: Path) -> None:
 @pytest.mark.parametrize("run", RUNS, ids=IDS)
 def test_adapter_is_compact_and_says_scale_one(run: Path, tmp_path: Path) -> None:
     loaded = read_run(run)
-    target = "vllm"
-    write_adapter(loaded, tmp_path / "adapter", base=base_of(run), target=target)
+    write_adapter(loaded, tmp_path / "adapter", base=base_of(run))
     config = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())
     assert config["rank_pattern"] == config["alpha_pattern"]
     assert config["r"] == config["lora_alpha"]

@@ -200,9 +200,20 @@ def test_a_sound_adapter_of_ours(
 
 
 def test_a_sound_classifier_and_conv1d(tmp_path: Path, roberta_base: Path) -> None:
-    quiet(classifier(tmp_path / "roberta", roberta_base), roberta_base, ("peft", "vllm"))
+    quiet(classifier(tmp_path / "roberta", roberta_base), roberta_base, ("peft",))
     base, lora = gpt2(tmp_path / "gpt2")
-    quiet(lora, base, ("peft", "transformers", "vllm"))
+    quiet(lora, base, ("peft", "transformers"))
+
+
+def test_families_that_vllm_does_not_adapt(tmp_path: Path, roberta_base: Path) -> None:
+    base, lora = gpt2(tmp_path / "gpt2")
+    for adapter, on in (
+        (lora, base),
+        (classifier(tmp_path / "roberta", roberta_base), roberta_base),
+    ):
+        found = [f for f in lint(adapter, open_base(on), ["peft", "vllm"]) if f.check == "family"]
+        assert found
+        assert {f.targets for f in found} == {("vllm",)}
 
 
 @pytest.mark.parametrize(
