@@ -199,6 +199,19 @@ def plan_fleet(found: Found, memory: int | None = None) -> Fleet:
     return Fleet(pools, problems)
 
 
+def alone(base: BaseModel) -> Pool:
+    """A base, or a merged model, without adapters."""
+    return Pool(
+        base=base,
+        task=None,
+        ranks={},
+        shapes=matrices(base),
+        itemsize=base.dtype().itemsize,
+        base_bytes=sum(nbytes(tensor) for tensor in base.tensors.values()),
+        start_rank=1,
+    )
+
+
 def ranks_of(member: Member) -> dict[str, int]:
     """Module, as the base calls it, → rank of what is left of it; pruned modules are left out.
 

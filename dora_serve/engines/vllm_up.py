@@ -13,7 +13,7 @@ from converters.errors import RunError
 from ..cache import cache_folder
 from ..convert import vllm_adapter, vllm_adapter_path
 from ..discover import Found, discover
-from ..fleet import Pool, plan_fleet
+from ..fleet import Pool, alone, plan_fleet
 from .supervisor import Supervisor
 from .vllm_command import command_line, find_vllm, serve_options, shell
 
@@ -50,6 +50,8 @@ def up(
         adapters[name] = place(found.members[name])
     name = next((n for n, b in found.bases.items() if b.path == pool.base.path), pool.base.name)
     options = serve_options(pool, adapters, name)
+    if live:
+        options["enable-lora"] = True
     where = ["--host", host, "--port", str(port)]
     words = command_line(options, program, [*where, *more])
     environment = dict(_QUIET)
@@ -72,10 +74,13 @@ def _pool(root: Path, found: Found, memory: int | None) -> Pool:
         click.secho(f"left out: {name}: {problem.splitlines()[0]}", fg="yellow", err=True)
     if len(fleet.pools) == 1:
         return fleet.pools[0]
+    if not fleet.pools and len(found.bases) == 1:
+        return alone(*found.bases.values())
     raise RunError(
         "one vLLM serves one base",
         file=root,
-        found=", ".join(f"{pool.base.path} ({pool.task})" for pool in fleet.pools) or "no run",
+        found=", ".join(f"{pool.base.path} ({pool.task})" for pool in fleet.pools)
+        or f"{len(found.bases)} bases, no run",
         remedy="choose with --base" if fleet.pools else "see dora-serve plan",
     )
 

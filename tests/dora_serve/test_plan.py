@@ -120,8 +120,12 @@ def test_up_dry_run_prints_what_it_would_start(tmp_path: Path) -> None:
     assert command[:2] == ["vllm", "serve"]
     assert command[-2:] == ["--tensor-parallel-size", "2"]
     assert command[command.index("--dtype") + 1] == "float32"
-    both = serve("up", MODELS, "--engine", "vllm", "--dry-run")
-    assert both.returncode == 1 or "tiny-roberta" not in both.stdout
+    without = serve("up", MODELS, "--engine", "vllm", "--dry-run")
+    assert "--model models" in without.stdout.replace(str(MODELS), "models")
+    assert "left out: Tiny_Roberta--Sentiment--1" in without.stderr
+    alone = serve("up", LLAMA, "--engine", "vllm", "--dry-run")
+    assert alone.returncode == 0
+    assert "--enable-lora" not in alone.stdout
     nothing = serve("up", tmp_path, "--engine", "vllm", "--dry-run")
     assert nothing.returncode == 1
     assert "one vLLM serves one base" in nothing.stderr
