@@ -109,6 +109,7 @@ def write_onnx(
     force: bool = False,
 ) -> OnnxResult:
     """Write `run` merged into `base`, or `base` with `adapters` (name → run), for ONNX Runtime.
+    `{}` makes graphs of a decoder that adapters can be added to later.
 
     `precision` is fp32, fp16, int8 or int4. The logits are compared with the live runs before the
     folder appears. Raises `DoraExportError` with nothing written.
@@ -123,7 +124,7 @@ def write_onnx(
         model,
         Path(output),
         run=run,
-        adapters=beside,
+        adapters=None if adapters is None else beside,
         precision=precision,
         force=force,
         prove=lambda folder: prove(folder, model, run, beside),

@@ -109,13 +109,13 @@ def _graph(
         raise TargetError("this task is not served", found=task, expected=", ".join(SERVED))
     first = members[0].run if members else None
     head = [target_architecture(first, base)[0], first.num_labels] if first else []
-    asked = [task, *(head if task != plan.DECODES else []), bool(members)]
+    asked = [task] if task == plan.DECODES else [task, *head, bool(members)]
     folder = Path(f"{base.path} {task}")
     if not dry:
 
         def make(target: Path) -> None:
             say(f"{name}: making its ONNX graph, once …")
-            write_onnx(base, target, adapters={"first": first} if first else None)
+            write_onnx(base, target, adapters={"first": first} if first else {})
 
         folder = cached(_base_key(base, asked), make)
     return plan.Graph(folder=str(folder), task=task, base=name, path=str(base.path))
@@ -179,7 +179,6 @@ def _write(run: Run, base: BaseModel, graph: Path, target: Path) -> None:
     with output_folder(target) as folder:
         for name in (MODEL, FILE):
             shutil.copyfile(graph / name, folder / name)
-        (folder / FOLDER).mkdir()
         ranks = add_adapters(folder, {_NAME: run}, base)[_NAME]
         (folder / MODEL).unlink()
         numbers = dict(_modules(run, ranks))

@@ -60,11 +60,13 @@ def write_onnx(
     force: bool = False,
     prove: Prove | None = None,
 ) -> OnnxResult:
-    """Write `run` merged into `base`, or `base` with `adapters` (name → run), as ONNX.
+    """Write `run` merged into `base`, or `base` with `adapters` (name → run), as ONNX. No adapters,
+    `{}`, makes graphs of a decoder that some can be added to later; None makes plain ones.
 
     `prove` is given the folder before it appears, and what it returns goes into the certificate.
     Raises `DoraExportError`, with nothing written, when the graph cannot carry the runs.
     """
+    adaptable = adapters is not None
     adapters = dict(adapters or {})
     runs = [*([run] if run is not None else []), *adapters.values()]
     check_output(target, force, [base.path, *(each.path for each in runs)])
@@ -79,7 +81,7 @@ def write_onnx(
     accuracy: Mapping[str, object] = {}
     with output_folder(target) as folder:
         if run is None:
-            _build_adaptable(base, stripped, folder, task, precision)
+            _build_base(base, stripped if adaptable else None, folder, task, precision)
         else:
             merged = folder / ".merged"
             # float32, so that a quantized graph is rounded once from what was trained.
@@ -106,11 +108,12 @@ def _build(model: Path, folder: Path, task: str, precision: str) -> None:
         build_decoder(model, folder, precision, adaptable=False)
 
 
-def _build_adaptable(
-    base: BaseModel, adapters: Mapping[str, Run], folder: Path, task: str, precision: str
+def _build_base(
+    base: BaseModel, adapters: Mapping[str, Run] | None, folder: Path, task: str, precision: str
 ) -> None:
-    """The graphs of the base, able to carry adapters where there are some."""
-    if not adapters:
+    """The graphs of the base, able to carry adapters unless None are asked for; those of an encoder
+    only where there are some, since they say what its head is."""
+    if adapters is None or (not adapters and task in ENCODER_TASKS):
         _build(base.path, folder, task, precision)
     elif task in ENCODER_TASKS:
         build_adaptable_encoder(base, adapters, folder, task, precision)
@@ -269,6 +272,7 @@ def add_adapters(
         ranks = _write_adapters(Path(temporary), stripped, base)
         certificates = _adapter_certificates(adapters, base, ranks)
         write_json(Path(temporary) / FILE, {**proof, "adapters": {**known, **certificates}})
+        (folder / FOLDER).mkdir(exist_ok=True)
         for name in adapters:
             added = Path(FOLDER, f"{name}{SUFFIX}")
             (Path(temporary) / added).replace(folder / added)

@@ -1,0 +1,88 @@
+"""What `up` finds, prepares and prints."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import sys
+from pathlib import Path
+from subprocess import run
+
+import pytest
+
+from converters.errors import DoraExportError
+from dora_serve import read_run, write_onnx
+from dora_serve.server.child import make_plan
+from dora_serve.server.up import up
+from tests.conftest import MODELS
+from tests.server.conftest import BASE, DOWN, SECOND, started
+
+LLAMA = "Checkpoint/Tiny_Llama/Lora_Rank=8"
+DOWN_PATH = f"{LLAMA}/Count_Down/{DOWN}"
+
+
+def test_dry_run_says_what_would_be_served_and_makes_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("DORA_SERVE_CACHE", str(tmp_path / "cache"))
+    assert up(MODELS, None, "127.0.0.1", 8000, "key", dry_run=True) == 0
+    told = capsys.readouterr().out
+    assert f"{DOWN}" in told
+    assert "run of tiny-llama-base, dora" in told
+    assert 'curl http://127.0.0.1:8000/classify -H "Authorization' in told
+    assert not list((tmp_path / "cache").rglob("*.onnx"))
+
+
+def test_nothing_to_serve(tmp_path: Path) -> None:
+    (tmp_path / "broken").mkdir()
+    (tmp_path / "broken" / "config.json").write_text("{}")
+    with pytest.raises(DoraExportError, match="nothing here can be served"):
+        up(tmp_path, None, "127.0.0.1", 8000, None, dry_run=True)
+    with pytest.raises(DoraExportError, match="no such folder"):
+        up(tmp_path / "none", None, "127.0.0.1", 8000, None, dry_run=True)
+
+
+def test_what_cannot_be_served_does_not_hinder_the_rest(tmp_path: Path) -> None:
+    for name in (BASE, "runs"):
+        shutil.copytree(MODELS / name, tmp_path / name)
+    weights = tmp_path / "runs" / DOWN_PATH / "checkpoint" / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:1000])
+    plan = make_plan(tmp_path, None, dry=True)
+    assert [model.name for model in plan.models] == [BASE, SECOND]
+    assert str(weights) in plan.problems[DOWN]
+
+
+def test_a_base_alone_takes_runs_later_and_onnx_folders_are_served_as_they_are(
+    tmp_path: Path,
+) -> None:
+    root = tmp_path / "models"
+    shutil.copytree(MODELS / BASE, root / BASE)
+    shutil.copytree(MODELS / "runs", root / ".later")
+    second = read_run(MODELS / "runs" / LLAMA / "Every_Second" / SECOND)
+    write_onnx(MODELS / BASE, root / "merged", run=second)
+    asked = {"prompt": "count : nine", "temperature": 0}
+    with started(root, tmp_path) as server, server.http as http:
+
+        def text(model: str) -> str:
+            answer = http.post("/v1/completions", json={"model": model, **asked})
+            return str(answer.json()["choices"][0]["text"])
+
+        kinds = {each["id"]: each["kind"] for each in http.get("/dora/models").json()["data"]}
+        assert kinds == {BASE: "base", "merged": "merged"}
+        assert text("merged").startswith("eleven thirteen")
+        assert text(BASE).startswith("ten eleven")
+        body = {"lora_name": "later", "lora_path": f".later/{DOWN_PATH}"}
+        loaded = http.post("/v1/load_lora_adapter", json=body)
+        assert loaded.status_code == 200, loaded.text
+        assert text("later").startswith("eight seven")
+        assert text(BASE).startswith("ten eleven")
+
+
+def test_the_server_imports_no_torch() -> None:
+    """Beside torch, ONNX Runtime reads several times slower."""
+    code = (
+        "import json, sys, dora_serve.server.up, dora_serve.server.app, dora_serve.server.child;"
+        "print(json.dumps([name in sys.modules for name in ('torch', 'onnx', 'transformers')]))"
+    )
+    done = run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert json.loads(done.stdout) == [False, False, False]
