@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 
 import click
@@ -21,6 +22,14 @@ from . import common
 @click.option(
     "--api-key", envvar="DORA_SERVE_API_KEY", help="Key clients must send [$DORA_SERVE_API_KEY]."
 )
+@click.option("--threads", type=click.IntRange(1), help="ONNX Runtime: threads of each model.")
+@click.option(
+    "--workers",
+    type=click.IntRange(1),
+    default=1,
+    show_default=True,
+    help="ONNX Runtime: batches of an encoder at once.",
+)
 @click.option("--gpu-memory", type=common.Size(), help="vLLM: memory of the device, as 80GB.")
 @click.option("--vllm", metavar="PROGRAM", help="vLLM: its program or its Python, if elsewhere.")
 @click.option("--live", is_flag=True, help="vLLM: serve runs too that appear or change later.")
@@ -34,6 +43,8 @@ def command(
     host: str,
     port: int,
     api_key: str | None,
+    threads: int | None,
+    workers: int,
     gpu_memory: int | None,
     vllm: str | None,
     live: bool,
@@ -59,3 +70,11 @@ def command(
             dry_run=dry_run,
             more=more,
         )
+        return
+    if more:
+        raise click.UsageError("arguments after -- are for --engine vllm")
+    from dora_serve.server.options import ServerOptions
+    from dora_serve.server.up import up
+
+    options = ServerOptions(threads=threads, workers=workers)
+    sys.exit(up(folder, base, host, port, api_key, dry_run, options))
