@@ -1,0 +1,133 @@
+"""A server that is kept running, with a small real one: crash, refusal, signals, orphans."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from urllib.request import urlopen
+
+import pytest
+
+# Serves 200 on any path after a child of its own has started; refuses to start when told so.
+SERVER = """
+import http.server, pathlib, subprocess, sys
+port, folder = int(sys.argv[1]), pathlib.Path(sys.argv[2])
+if (folder / "refuse").exists():
+    sys.exit("Error: told to refuse")
+with (folder / "starts").open("a") as starts:
+    starts.write("x")
+child = subprocess.Popen(["sleep", "600"])
+(folder / "child").write_text(str(child.pid))
+class Ok(http.server.BaseHTTPRequestHandler):
+    def do_GET(self):
+        self.send_response(200); self.end_headers()
+        if self.path == "/exit":
+            import os; os._exit(3)
+http.server.ThreadingHTTPServer(("127.0.0.1", port), Ok).serve_forever()
+"""
+SUPERVISE = """
+import sys
+from pathlib import Path
+from converters.errors import DoraExportError
+from dora_serve.engines.supervisor import Supervisor
+port, folder, server = sys.argv[1], Path(sys.argv[2]), sys.argv[3]
+said = (folder / "events").open("a", buffering=1)
+try:
+    Supervisor(
+        [sys.executable, "-c", server, port, str(folder)], {}, f"http://127.0.0.1:{port}/health",
+        folder / "log", lambda event, seconds: event != "starting" and print(event, file=said),
+    ).run()
+except DoraExportError as error:
+    sys.exit(str(error))
+"""
+
+
+class Supervised:
+    def __init__(self, folder: Path) -> None:
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            self.port = free.getsockname()[1]
+        self.folder = folder
+        words = [sys.executable, "-c", SUPERVISE, str(self.port), str(folder), SERVER]
+        self.process = subprocess.Popen(words, stderr=subprocess.PIPE, text=True)
+
+    def events(self) -> list[str]:
+        path = self.folder / "events"
+        return path.read_text().split() if path.exists() else []
+
+    def ask(self, path: str) -> None:
+        try:
+            urlopen(f"http://127.0.0.1:{self.port}{path}", timeout=5).close()
+        except OSError:
+            assert path == "/exit"
+
+    def child(self) -> int:
+        return int((self.folder / "child").read_text())
+
+
+@pytest.fixture
+def supervised(tmp_path: Path) -> Supervised:
+    return Supervised(tmp_path)
+
+
+def until(true: Callable[[], object]) -> None:
+    end = time.monotonic() + 60
+    while not true():
+        assert time.monotonic() < end, "waited in vain"
+        time.sleep(0.05)
+
+
+def alive(pid: int) -> bool:
+    """Whether the process runs; one that has ended and is not waited for does not."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] != "Z"
+    except FileNotFoundError:
+        return False
+
+
+def test_a_crash_is_mended_and_ctrl_c_ends_all(supervised: Supervised) -> None:
+    until(lambda: supervised.events() == ["ready"])
+    first = supervised.child()
+    supervised.ask("/exit")
+    until(lambda: supervised.events() == ["ready", "crashed", "ready"])
+    assert not alive(first), "what the crashed server had started is left"
+    supervised.ask("/health")
+    second = supervised.child()
+    supervised.process.send_signal(signal.SIGINT)
+    assert supervised.process.wait(timeout=30) == 0
+    assert not alive(second)
+    assert supervised.events()[-1] == "stopping"
+    assert (supervised.folder / "starts").read_text() == "xx"
+
+
+def test_a_first_start_that_fails_is_an_error_with_the_servers_words(tmp_path: Path) -> None:
+    (tmp_path / "refuse").touch()
+    supervised = Supervised(tmp_path)
+    assert supervised.process.wait(timeout=30) == 1
+    assert supervised.process.stderr is not None
+    told = supervised.process.stderr.read()
+    assert "the server ended before it was ready" in told
+    assert "told to refuse" in told
+    assert "Traceback" not in told
+
+
+def test_a_supervisor_that_is_killed_takes_the_server_along(supervised: Supervised) -> None:
+    until(lambda: supervised.events() == ["ready"])
+    supervised.process.kill()
+    supervised.process.wait()
+
+    def gone() -> bool:
+        try:
+            urlopen(f"http://127.0.0.1:{supervised.port}/health", timeout=1).close()
+        except OSError:
+            return True
+        return False
+
+    until(gone)
+    os.kill(supervised.child(), signal.SIGKILL)  # of a server that does not end its own children
