@@ -29,10 +29,10 @@ Which training method, on which model family, reaches which target. Every dot is
 compares what the target computes with the method's own live model (of ALoRA, whose code is not
 public, with the published formula); the last column names it.
 
-Where it is computed: merged in transformers, peft in PEFT, onnx in ONNX Runtime. vllm: the folder
-for vLLM, computed in PEFT, since every scale is folded in and both read the same. sglang and lorax:
-in loaders written after those engines' own. gguf: ΔW as the `gguf` package reads it back; logits
-in llama.cpp itself are told in [Targets](targets.md).
+Where it is computed: merged in transformers, peft in PEFT, onnx in ONNX Runtime. vllm: in vLLM
+itself (`tests/engines/vllm/`), or the folder for vLLM computed in PEFT, since every scale is folded
+in and both read the same. sglang and lorax: in loaders written after those engines' own. gguf: ΔW
+as the `gguf` package reads it back; logits in llama.cpp itself are told in [Targets](targets.md).
 
 Made by `python scripts/support_matrix.py` from the tests' `supports` markers; continuous
 integration checks that it is current.
