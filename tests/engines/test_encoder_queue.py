@@ -1,0 +1,92 @@
+"""Encoder requests in batches: every row's outputs are its own, whatever it lies beside."""
+
+from __future__ import annotations
+
+import random
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from dora_serve import DoraExportError, read_run, write_onnx
+from dora_serve.engines.encoder_queue import EncoderQueue
+from dora_serve.engines.limits import Limits, QueueFull
+from dora_serve.engines.onnx_encoder import Encoder
+from tests.conftest import MODELS
+
+SENTIMENT = next(MODELS.glob("runs/Checkpoint/Tiny_Roberta/*/*/Tiny_Roberta--Sentiment--1"))
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    target = tmp_path_factory.mktemp("encoder") / "onnx"
+    write_onnx(MODELS / "tiny-roberta-base", target, adapters={"one": read_run(SENTIMENT)})
+    for name in ("two", "three"):
+        shutil.copyfile(path(target, "one"), path(target, name))
+    return target
+
+
+def path(folder: Path, name: str) -> str:
+    return str(folder / "adapters" / f"{name}.onnx_adapter")
+
+
+@contextmanager
+def running(folder: Path, workers: int = 1, **limits: int) -> Iterator[EncoderQueue]:
+    queue = EncoderQueue(Encoder(folder, threads=1), Limits(**limits), workers)
+    try:
+        yield queue
+    finally:
+        queue.close()
+
+
+@pytest.mark.parametrize("workers", [1, 3])
+def test_rows_are_their_own(folder: Path, workers: int) -> None:
+    encoder = Encoder(folder, threads=1)
+    choose = random.Random(0)
+    size = Path(path(folder, "one")).stat().st_size
+    asked = []
+    for _ in range(120):
+        ids = [0, *(choose.randint(4, 35) for _ in range(choose.randint(1, 29))), 2]
+        asked.append((ids, choose.choice((None, "one", "two", "three"))))
+    alone = [
+        encoder.run([ids], None if name is None else "one")[0]["logits"] for ids, name in asked
+    ]
+    with running(folder, workers, max_rows=7, adapter_bytes=2 * size) as queue:
+        futures = [
+            queue.submit([(ids, [0] * len(ids))], None if name is None else path(folder, name))[0]
+            for ids, name in asked
+        ]
+        for (ids, name), future, expected in zip(asked, futures, alone, strict=True):
+            found = future.result(60)["logits"]
+            assert float(np.abs(found - expected).max()) <= 1e-5, (ids, name)
+        assert queue.pool.bytes <= 2 * size
+    bare = np.array([encoder.run([ids], None)[0]["logits"] for ids, _ in asked])
+    assert float(np.abs(bare - np.array(alone)).max()) > 1e-2  # the control: adapters tell
+    assert queue.running == queue.waiting == 0
+
+
+def test_only_the_one_at_fault_fails(folder: Path, tmp_path: Path) -> None:
+    broken = tmp_path / "broken.onnx_adapter"
+    broken.write_bytes(Path(path(folder, "one")).read_bytes()[:300])
+    with running(folder, max_waiting=50) as queue:
+        row = ([0, 5, 2], [0, 0, 0])
+        good = [queue.submit([row], path(folder, "one"))[0] for _ in range(5)]
+        bad = queue.submit([row], str(broken))[0]
+        more = queue.submit([row] * 5, None)
+        with pytest.raises(DoraExportError, match="not an ONNX Runtime adapter"):
+            bad.result(60)
+        assert len({float(each.result(60)["logits"][0]) for each in good}) == 1
+        assert all(each.result(60)["logits"].shape == (2,) for each in more)
+
+
+def test_bounds(folder: Path) -> None:
+    with running(folder, max_waiting=3) as queue:
+        for ids, says in (([], "too long"), ([5] * 33, "too long"), ([99], "no such token")):
+            with pytest.raises(DoraExportError, match=says):
+                queue.submit([(ids, [0] * len(ids))], None)
+        assert queue.submit([([5] * 32, [0] * 32)], None)[0].result(60)
+        with pytest.raises(QueueFull):
+            queue.submit([([5], [0])] * 4, None)
