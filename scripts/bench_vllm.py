@@ -153,7 +153,6 @@ async def load(url: str, models: list[str], clients: int, requests: int) -> dict
     """`requests` requests by `clients` clients, the models in turn."""
     import openai
 
-    client = openai.AsyncOpenAI(base_url=f"{url}/v1", api_key="none", timeout=600)
     rng = random.Random(1)
     firsts: list[float] = []
     steps: list[float] = []
@@ -178,12 +177,13 @@ async def load(url: str, models: list[str], clients: int, requests: int) -> dict
         while waiting:
             await one(waiting.pop())
 
-    await asyncio.gather(*(one(i) for i in range(len(models))))  # loads, compiles
-    firsts.clear()
-    steps.clear()
-    began = time.perf_counter()
-    await asyncio.gather(*(asking() for _ in range(clients)))
-    seconds = time.perf_counter() - began
+    async with openai.AsyncOpenAI(base_url=f"{url}/v1", api_key="none", timeout=600) as client:
+        await asyncio.gather(*(one(i) for i in range(len(models))))  # loads, compiles
+        firsts.clear()
+        steps.clear()
+        began = time.perf_counter()
+        await asyncio.gather(*(asking() for _ in range(clients)))
+        seconds = time.perf_counter() - began
     return {
         "req/s": requests / seconds,
         "first token ms": 1000 * statistics.median(firsts),
