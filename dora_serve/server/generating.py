@@ -10,8 +10,7 @@ from typing import Any
 from fastapi import APIRouter, Request
 from fastapi.responses import JSONResponse, Response
 
-from dora_serve.engines.continuous import ContinuousDecoder
-from dora_serve.engines.generation import Logprobs
+from dora_serve.engines.continuous import ContinuousDecoder, Update
 
 from . import answers, pieces
 from .asking import Asking
@@ -24,8 +23,8 @@ from .state import note, state_of
 router = APIRouter()
 _LONG = 20_000  # characters that are not tokenized in the event loop
 
-# The JSON of one choice: its index, text, tokens, log-probabilities, characters before, and reason.
-Write = Callable[[int, str, Sequence[int], Sequence[Logprobs], int, str | None], Json]
+# The JSON of a choice by its index, whole or what it grew by.
+Write = Callable[[int, Choice | Update], Json]
 
 
 @router.post("/v1/completions", response_model=answers.Completion)
@@ -37,25 +36,21 @@ async def completions(body: CompletionRequest, request: Request) -> Response:
     for prompt in prompts:
         _check_length(engine, prompt, body.max_tokens)
     most = engine.max_length if body.max_tokens is None else body.max_tokens
-    draws = [[body.sampling(i, most, body.logprobs) for i in range(body.n)] for _ in body.prompts]
+    draws = [[body.sampling(i, most, body.logprobs) for i in range(body.n)] for _ in prompts]
     decode = _decoder(engine)
+    offsets = [0] * (len(prompts) * body.n)
 
-    def write(
-        index: int,
-        text: str,
-        tokens: Sequence[int],
-        logprobs: Sequence[Logprobs],
-        offset: int,
-        reason: str | None,
-    ) -> Json:
+    def write(index: int, grown: Choice | Update) -> Json:
         told = None
         if body.logprobs is not None:
-            told = pieces.completion_logprobs(tokens, logprobs, decode, offset)
+            told = pieces.completion_logprobs(grown, decode, offsets[index])
+            offsets[index] += sum(map(len, told["tokens"]))
+        text, reason = grown.text, grown.reason
         return {"index": index, "text": text, "logprobs": told, "finish_reason": reason}
 
     asking = Asking(served, engine, prompts, draws, state.metrics, state.options.timeout)
     head = pieces.envelope("cmpl", "text_completion", served.model.name)
-    return await _answer(body, request, asking, head, head, write, write)
+    return await _answer(body, request, asking, head, write)
 
 
 @router.post("/v1/chat/completions", response_model=answers.ChatCompletion)
@@ -72,47 +67,21 @@ async def chat(body: ChatRequest, request: Request) -> Response:
     most = engine.max_length if wanted is None else wanted
     draws = [[body.sampling(i, most, top) for i in range(body.n)]]
     decode = _decoder(engine)
-
-    def told(tokens: Sequence[int], logprobs: Sequence[Logprobs]) -> Json | None:
-        return None if top is None else pieces.chat_logprobs(tokens, logprobs, decode)
-
-    def whole(
-        index: int,
-        text: str,
-        tokens: Sequence[int],
-        logprobs: Sequence[Logprobs],
-        _: int,
-        reason: str | None,
-    ) -> Json:
-        message = {"role": "assistant", "content": text, "refusal": None}
-        probable = told(tokens, logprobs)
-        return {
-            "index": index,
-            "message": message,
-            "logprobs": probable,
-            "finish_reason": reason,
-        }
-
     begun: set[int] = set()
 
-    def piece(
-        index: int,
-        text: str,
-        tokens: Sequence[int],
-        logprobs: Sequence[Logprobs],
-        _: int,
-        reason: str | None,
-    ) -> Json:
-        delta = {"content": text} if index in begun else {"role": "assistant", "content": text}
-        begun.add(index)
-        probable = told(tokens, logprobs)
-        return {"index": index, "delta": delta, "logprobs": probable, "finish_reason": reason}
+    def write(index: int, grown: Choice | Update) -> Json:
+        told = None if top is None else pieces.chat_logprobs(grown, decode)
+        message = {"content": grown.text}
+        if index not in begun:
+            message = {"role": "assistant", **message}
+            begun.add(index)
+        part = "delta" if body.stream else "message"
+        return {"index": index, part: message, "logprobs": told, "finish_reason": grown.reason}
 
     asking = Asking(served, engine, [prompt], draws, state.metrics, state.options.timeout)
-    head = pieces.envelope("chatcmpl", "chat.completion", served.model.name)
-    return await _answer(
-        body, request, asking, head, {**head, "object": "chat.completion.chunk"}, whole, piece
-    )
+    kind = "chat.completion.chunk" if body.stream else "chat.completion"
+    head = pieces.envelope("chatcmpl", kind, served.model.name)
+    return await _answer(body, request, asking, head, write)
 
 
 async def encode(
@@ -148,51 +117,35 @@ async def _answer(
     request: Request,
     asking: Asking,
     head: Json,
-    piece_head: Json,
-    whole: Write,
-    piece: Write,
+    write: Write,
 ) -> Response:
     note(request, model=head["model"], prompt_tokens=asking.prompt_tokens, id=head["id"])
     if body.stream:
         with_usage = body.stream_options is not None and body.stream_options.include_usage
-        events = _events(request, asking, piece_head, piece, with_usage)
+        events = _events(request, asking, head, write, with_usage)
         return EventStream(events, state_of(request).options.timeout)
-    content = await while_there(request, _whole(request, asking, head, whole))
-    return JSONResponse(content)
+    return JSONResponse(await while_there(request, _whole(request, asking, head, write)))
 
 
 async def _whole(request: Request, asking: Asking, head: Json, write: Write) -> Json:
-    choices = {index: Choice() for index in range(asking.count)}
+    choices = [Choice() for _ in range(asking.count)]
     async with aclosing(asking.news()) as news:
         async for index, update in news:
             choices[index].add(update)
     note(request, completion_tokens=asking.tokens, reason=choices[0].reason)
-    written = [
-        write(i, each.text, each.tokens, each.logprobs, 0, each.reason)
-        for i, each in choices.items()
-    ]
+    written = [write(i, choice) for i, choice in enumerate(choices)]
     return {**head, "choices": written, "usage": pieces.usage(asking.prompt_tokens, asking.tokens)}
 
 
 async def _events(
     request: Request, asking: Asking, head: Json, write: Write, with_usage: bool
 ) -> AsyncGenerator[bytes, None]:
-    offsets = [0] * asking.count
     more: dict[str, Any] = {"usage": None} if with_usage else {}
     async with aclosing(asking.news()) as news:
         async for index, update in news:
-            if update.text or update.logprobs or update.reason:
-                choice = write(
-                    index,
-                    update.text,
-                    update.tokens,
-                    update.logprobs,
-                    offsets[index],
-                    update.reason,
-                )
-                offsets[index] += sum(map(len, (choice["logprobs"] or {}).get("tokens", ())))
-                yield pieces.as_event({**head, "choices": [choice], **more})
             note(request, completion_tokens=asking.tokens, reason=update.reason)
+            if update.text or update.logprobs or update.reason:
+                yield pieces.as_event({**head, "choices": [write(index, update)], **more})
     if with_usage:
         used = pieces.usage(asking.prompt_tokens, asking.tokens)
         yield pieces.as_event({**head, "choices": [], "usage": used})

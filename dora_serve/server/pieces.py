@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import time
 import uuid
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -55,31 +55,29 @@ class Choice:
         self.reason = update.reason
 
 
-def completion_logprobs(
-    tokens: Sequence[int], logprobs: Sequence[Logprobs], decode: Decode, offset: int
-) -> Json:
-    """In the form of `/v1/completions`; `offset`: characters of the completion before."""
-    texts = [decode(token) for token in tokens]
+def completion_logprobs(grown: Choice | Update, decode: Decode, offset: int) -> Json:
+    """In the form of `/v1/completions`; `offset`: characters of the tokens before."""
+    texts = [decode(token) for token in grown.tokens]
     offsets = []
     for text in texts:
         offsets.append(offset)
         offset += len(text)
     top = [
         {**{decode(i): _finite(value) for i, value in best.items()}, text: _finite(own)}
-        for text, (own, best) in zip(texts, logprobs, strict=True)
+        for text, (own, best) in zip(texts, grown.logprobs, strict=True)
     ]
-    own = [_finite(own) for own, _ in logprobs]
+    own = [_finite(own) for own, _ in grown.logprobs]
     return {"text_offset": offsets, "token_logprobs": own, "tokens": texts, "top_logprobs": top}
 
 
-def chat_logprobs(tokens: Sequence[int], logprobs: Sequence[Logprobs], decode: Decode) -> Json:
+def chat_logprobs(grown: Choice | Update, decode: Decode) -> Json:
     """In the form of `/v1/chat/completions`."""
     content = [
         {
             **_entry(decode(token), own),
             "top_logprobs": [_entry(decode(i), value) for i, value in best.items()],
         }
-        for token, (own, best) in zip(tokens, logprobs, strict=True)
+        for token, (own, best) in zip(grown.tokens, grown.logprobs, strict=True)
     ]
     return {"content": content, "refusal": None}
 

@@ -287,10 +287,15 @@ def complete_fails(client: openai.OpenAI, model: str, **more: Any) -> int:
         ("/classify", {"model": SENTIMENT, "input": "good " * 40}, 400, "too long"),
         ("/v1/embeddings", {"model": SENTIMENT, "input": "a"}, 400, "not for embeddings"),
         ("/v1/embeddings", {"model": EMBEDS, "input": [99]}, 400, "no such token"),
-        ("/nothing", {}, 404, "Not Found"),
     ],
 )
 def test_refusals(server: Server, path: str, body: Any, status: int, says: str) -> None:
     answer = httpx.post(server.url + path, json=body)
     assert answer.status_code == status
     assert says in answer.json()["error"]["message"]
+
+
+def test_paths_that_are_not_there(server: Server) -> None:
+    answer = httpx.get(f"{server.url}/nothing")
+    assert answer.status_code == 404
+    assert answer.json()["error"]["message"] == "Not Found"
