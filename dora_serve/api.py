@@ -151,16 +151,8 @@ def extract(
     if max_rank is None and budget is None and energy is None:
         energy = ENERGY
     model = open_base(base)
-    run = difference(open_base(tuned), model)
-    if not run.updates:
-        raise RunError(
-            "no linear layer differs between the two models",
-            file=run.path,
-            found=f"{len(run.replaced)} other tensors differ" if run.replaced else "equal weights",
-            expected=f"a model tuned from {base}",
-        )
     return writers.adapter.write_adapter(
-        run,
+        tuned_run(tuned, model),
         Path(output),
         base=model,
         profile=target,
@@ -170,6 +162,20 @@ def extract(
         energy=energy,
         budget=budget,
     )
+
+
+def tuned_run(tuned: str | Path, base: BaseModel) -> Run:
+    """What the model `tuned` changed of `base`, as a run. Raises `RunError` when no linear layer
+    differs."""
+    run = difference(open_base(tuned), base)
+    if not run.updates:
+        raise RunError(
+            "no linear layer differs between the two models",
+            file=run.path,
+            found=f"{len(run.replaced)} other tensors differ" if run.replaced else "equal weights",
+            expected=f"a model tuned from {base.name}",
+        )
+    return run
 
 
 def diff(

@@ -4,11 +4,15 @@ from __future__ import annotations
 
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from . import common
+
+if TYPE_CHECKING:
+    from converters.fit import FitReport
+    from converters.writers.adapter import AdapterPlan
 
 
 @click.command("extract")
@@ -16,11 +20,18 @@ from . import common
 @click.argument("out", type=common.FOLDER)
 @click.option("--base", metavar="DIR_OR_ID", required=True, help="The model TUNED was made from.")
 @common.fit_options
+@common.dry_run_option
 @common.force_option
 @common.json_option
 @common.reports_errors
 def command(
-    tuned: str, out: Path, base: str, limit: dict[str, Any], force: bool, as_json: bool
+    tuned: str,
+    out: Path,
+    base: str,
+    limit: dict[str, Any],
+    dry_run: bool,
+    force: bool,
+    as_json: bool,
 ) -> None:
     """Write what the model TUNED changed of BASE as a LoRA adapter folder OUT.
 
@@ -30,21 +41,48 @@ def command(
     from converters.extract import ENERGY
     from dora_serve.api import extract
 
-    result = extract(tuned, out, base=base, force=force, **(limit or {"energy": ENERGY}))
-    assert result.fit is not None
+    limit = limit or {"energy": ENERGY}
+    if dry_run:
+        plan, fit, warnings = _plan(tuned, out, base, limit, force)
+    else:
+        result = extract(tuned, out, base=base, force=force, **limit)
+        plan, fit, warnings = result.plan, result.fit, result.warnings
+    assert fit is not None
     if as_json:
         common.print_json(
             {
                 "output": str(out),
-                "bytes": result.plan.nbytes,
-                "ranks": result.fit.ranks,
-                "whole": sorted(result.plan.whole),
-                "fit": asdict(result.fit),
-                "warnings": list(result.warnings),
+                "written": not dry_run,
+                "bytes": plan.nbytes,
+                "ranks": fit.ranks,
+                "whole": sorted(plan.whole),
+                "fit": asdict(fit),
+                "warnings": list(warnings),
             }
         )
     else:
-        whole = ", ".join(sorted(result.plan.whole)) or "nothing"
-        click.echo(f"{out}: LoRA adapter, {common.size(result.plan.nbytes)}; whole: {whole}")
-        common.show_fit(result.fit)
-    common.warn(result.warnings)
+        whole = ", ".join(sorted(plan.whole)) or "nothing"
+        would = "would write " if dry_run else ""
+        click.echo(f"{would}{out}: LoRA adapter, {common.size(plan.nbytes)}; whole: {whole}")
+        common.show_fit(fit)
+    common.warn(warnings)
+
+
+def _plan(
+    tuned: str, out: Path, base: str, limit: dict[str, Any], force: bool
+) -> tuple[AdapterPlan, FitReport | None, tuple[str, ...]]:
+    import torch
+
+    from converters.base import open_base
+    from converters.output import check_output
+    from converters.writers.adapter import plan_adapter, prepare
+    from converters.writers.profiles import PROFILES
+    from dora_serve.api import tuned_run
+
+    model = open_base(base)
+    run = tuned_run(tuned, model)
+    fitted, fit = prepare(run, model, **limit)
+    plan = plan_adapter(fitted, model, PROFILES["peft"], torch.float32)
+    check_output(out, force, [run.path, model.path], plan.nbytes)
+    more = () if fit is None or fit.warning is None else (fit.warning,)
+    return plan, fit, (*run.warnings, *more)

@@ -12,6 +12,7 @@ import click
 from . import common
 
 if TYPE_CHECKING:
+    from converters.base import BaseModel
     from converters.run import Run
 
 _NAMED = re.compile(r"([\w][\w.-]*)=(.+)")
@@ -36,6 +37,7 @@ _NAMED = re.compile(r"([\w][\w.-]*)=(.+)")
     show_default=True,
     help="Of the base's weights; adapters stay float32.",
 )
+@common.dry_run_option
 @common.force_option
 @common.json_option
 @common.reports_errors
@@ -45,11 +47,14 @@ def command(
     adapter_runs: tuple[str, ...],
     add: bool,
     precision: str,
+    dry_run: bool,
     force: bool,
     as_json: bool,
     **options: Any,
 ) -> None:
     """Export ONNX graphs for ONNX Runtime into the folder OUT.
+
+    With --dry-run the runs and the base are checked, and no graph is built.
 
     \b
     dora-export onnx RUN OUT                          RUN merged into its base
@@ -65,6 +70,9 @@ def command(
     adapters = dict(_named(text, base, options) for text in adapter_runs)
     run = None if adapters else common.load_run(paths[0], base, **options)
     model = find_base(run or next(iter(adapters.values())), base)
+    if dry_run:
+        _show_plan(out, model, run, adapters, precision, add=add, force=force, as_json=as_json)
+        return
     if sys.stderr.isatty():
         click.echo("building the graph and comparing it with the live run …", err=True)
     if add:
@@ -77,7 +85,7 @@ def command(
         )
         ranks, accuracy, warnings = result.ranks, result.accuracy, result.warnings
     if as_json:
-        info = {"output": str(out), "adapters": ranks, "warnings": list(warnings)}
+        info = {"output": str(out), "written": True, "adapters": ranks, "warnings": list(warnings)}
         made = {} if add else {"precision": precision, "accuracy": accuracy}
         common.print_json({**info, **made})
     else:
@@ -91,6 +99,41 @@ def command(
             )
         for name, modules in ranks.items():
             click.echo(f"  adapter {name}: ranks up to {max(modules.values(), default=0)}")
+    common.warn(warnings)
+
+
+def _show_plan(
+    out: Path,
+    base: BaseModel,
+    run: Run | None,
+    adapters: dict[str, Run],
+    precision: str,
+    *,
+    add: bool,
+    force: bool,
+    as_json: bool,
+) -> None:
+    from converters.writers.onnx.plan import plan_added, plan_onnx
+
+    graphs: tuple[str, ...] = ()
+    if add:
+        stripped = plan_added(out, adapters, base, force=force)
+    else:
+        plan = plan_onnx(base, out, run=run, adapters=adapters, precision=precision, force=force)
+        graphs, stripped = plan.graphs, plan.adapters or {}
+    ranks = {n: {m: each.rank(m) or 0 for m in each.updates} for n, each in stripped.items()}
+    warnings = tuple(w for each in (run, *adapters.values()) if each for w in each.warnings)
+    if as_json:
+        info = {"output": str(out), "written": False, "graphs": graphs, "adapters": ranks}
+        common.print_json({**info, "warnings": list(warnings)})
+    else:
+        if graphs:
+            click.echo(f"would write {out}: {', '.join(graphs)}, {precision}")
+        for name, modules in ranks.items():
+            verb = "would add to" if add else "would write"
+            click.echo(
+                f"{verb} {out}: adapter {name}, ranks up to {max(modules.values(), default=0)}"
+            )
     common.warn(warnings)
 
 

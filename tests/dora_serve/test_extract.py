@@ -69,19 +69,15 @@ def test_a_merged_run_comes_back(run: Path, tmp_path: Path) -> None:
 def test_ranks_are_found_and_unchanged_modules_have_none(llama_base: Path, tmp_path: Path) -> None:
     model = LlamaForCausalLM.from_pretrained(llama_base)
     tuned(model, ("0.self_attn.q_proj", "1.mlp.down_proj", "norm")).save_pretrained(tmp_path / "m")
-    told = CliRunner().invoke(
-        dora_export,
-        [
-            "extract",
-            str(tmp_path / "m"),
-            str(tmp_path / "out"),
-            "--base",
-            str(llama_base),
-            "--json",
-        ],
-    )
+    arguments = ["extract", str(tmp_path / "m"), str(tmp_path / "out"), "--json"]
+    arguments += ["--base", str(llama_base)]
+    planned = CliRunner().invoke(dora_export, [*arguments, "--dry-run"])
+    assert planned.exit_code == 0, planned.output
+    assert not (tmp_path / "out").exists()
+    told = CliRunner().invoke(dora_export, arguments)
     assert told.exit_code == 0, told.output
     found = json.loads(told.stdout)
+    assert json.loads(planned.stdout) == {**found, "written": False}
     assert found["ranks"] == {
         "model.layers.0.self_attn.q_proj": 2,
         "model.layers.1.mlp.down_proj": 2,

@@ -48,3 +48,18 @@ def test_what_cannot_be_meant_is_a_usage_error(tmp_path: Path) -> None:
     for arguments in ([tmp_path], [DOWN, tmp_path, "--adapter", SECOND], []):
         assert export(*arguments, "--base", BASE).exit_code == 2
     assert list(tmp_path.iterdir()) == []
+
+
+def test_dry_run_checks_and_writes_nothing(tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    planned = export(out, "--base", BASE, "--adapter", f"down={DOWN}", "--dry-run", "--json")
+    assert planned.exit_code == 0, planned.output
+    info = json.loads(planned.stdout)
+    assert info["graphs"] == ["model.onnx", "batched.onnx"]
+    assert max(info["adapters"]["down"].values()) == 12
+    merged = export(DOWN, out, "--base", BASE, "--dry-run", "--precision", "int8")
+    assert merged.stdout == f"would write {out}: model.onnx, int8\n"
+    other = MODELS / "tiny-roberta-base"
+    for arguments in ([DOWN, out], ["--adapter", DOWN, out], ["--add", "--adapter", DOWN, out]):
+        assert export(*arguments, "--base", other, "--dry-run").exit_code == 1
+    assert list(tmp_path.iterdir()) == []

@@ -7,7 +7,6 @@ adapter in every row of a batch. Without an adapter both are the base.
 
 from __future__ import annotations
 
-import re
 import shutil
 import tempfile
 from collections.abc import Callable, Mapping
@@ -20,22 +19,20 @@ import torch
 
 from ...base import BaseModel
 from ...certificate import FILE, certificate, tool, write_json
-from ...errors import TargetError
 from ...onnx_files import FOLDER, SUFFIX, graphs_in, heads_in
-from ...output import check_output, output_folder
-from ...plan import changed, check_frozen, target_architecture
-from ...run import HEADS, LazyUpdates, Run
+from ...output import output_folder
+from ...plan import changed
+from ...run import LazyUpdates, Run
 from ...tensors import read_json
 from ..merged import write_merged
 from .adapters import write_adapter_file
 from .branches import Site, input_shapes, sites_in
-from .decoder import PRECISIONS, build_decoder, place
+from .decoder import build_decoder, place
 from .encoder import ENCODER_TASKS, build_adaptable_encoder, build_encoder
 from .heads import head_tensors
+from .plan import plan_added, plan_onnx, refuse
 from .seq2seq import SEQ2SEQ_TASK, build_seq2seq
 
-_MERGED = "export it merged: dora-export onnx RUN OUT"
-_NAME = re.compile(r"[\w][\w.-]*")
 Prove = Callable[[Path], Mapping[str, object]]
 
 
@@ -66,36 +63,26 @@ def write_onnx(
     `prove` is given the folder before it appears, and what it returns goes into the certificate.
     Raises `DoraExportError`, with nothing written, when the graph cannot carry the runs.
     """
-    adaptable = adapters is not None
-    adapters = dict(adapters or {})
-    runs = [*([run] if run is not None else []), *adapters.values()]
-    check_output(target, force, [base.path, *(each.path for each in runs)])
-    if precision not in PRECISIONS:
-        raise TargetError("unknown precision", found=precision, expected=", ".join(PRECISIONS))
-    stripped = {name: each.strip() for name, each in adapters.items()}
-    task = _task(base, runs)
-    if task not in {"causal-lm", SEQ2SEQ_TASK, *ENCODER_TASKS}:
-        raise TargetError("no ONNX export for this task", found=task)
-    _check_adapters(stripped, base, heads=task in ENCODER_TASKS)
+    plan = plan_onnx(base, target, run=run, adapters=adapters, precision=precision, force=force)
+    runs = dict(adapters or {})
     ranks: dict[str, dict[str, int]] = {}
     accuracy: Mapping[str, object] = {}
     with output_folder(target) as folder:
         if run is None:
-            _build_base(base, stripped if adaptable else None, folder, task, precision)
+            _build_base(base, plan.adapters, folder, plan.task, precision)
         else:
             merged = folder / ".merged"
             # float32, so that a quantized graph is rounded once from what was trained.
             write_merged(run, base, merged, dtype=torch.float32)
-            _build(merged, folder, task, precision)
+            _build(merged, folder, plan.task, precision)
             shutil.rmtree(merged)
-        if adapters:
-            ranks = _write_adapters(folder, stripped, base)
+        if plan.adapters:
+            ranks = _write_adapters(folder, plan.adapters, base)
         if prove is not None:
             accuracy = prove(folder)
         details = {"precision": precision, "accuracy": dict(accuracy)}
-        write_json(folder / FILE, _certificate(run, adapters, base, ranks, details))
-    warnings = tuple(text for each in runs for text in each.warnings)
-    return OnnxResult(target, precision, ranks, accuracy, warnings)
+        write_json(folder / FILE, _certificate(run, runs, base, ranks, details))
+    return OnnxResult(target, precision, ranks, accuracy, plan.warnings)
 
 
 def _build(model: Path, folder: Path, task: str, precision: str) -> None:
@@ -123,50 +110,6 @@ def _build_base(
         build_decoder(base.path, folder, precision, adaptable=True)
 
 
-def _task(base: BaseModel, runs: list[Run]) -> str | None:
-    """The task of the runs, or the one that the base's own architecture is for."""
-    tasks = {run.task for run in runs if run.task is not None}
-    if len(tasks) > 1:
-        raise TargetError("the runs are for different tasks", found=", ".join(sorted(tasks)))
-    if tasks:
-        return tasks.pop()
-    known = base.config.get("architectures")
-    current = str(known[0]) if isinstance(known, list) and known else ""
-    if current.endswith("LMHeadModel"):
-        return "causal-lm"
-    return next((task for task, (suffix, _) in HEADS.items() if current.endswith(suffix)), None)
-
-
-def _check_adapters(adapters: Mapping[str, Run], base: BaseModel, *, heads: bool) -> None:
-    """Raise an error for an adapter that is of another base, or that a graph cannot carry.
-
-    `heads`: whether the graph has inputs for heads trained whole, which are then checked later.
-    """
-    for name, run in adapters.items():
-        if not _NAME.fullmatch(name):
-            raise TargetError("not a name for an adapter", found=name, expected="letters, - _ .")
-        check_frozen(run, base)
-        target_architecture(run, base)
-        whole = [] if heads else sorted(changed(run, base))
-        _refuse(run, [*whole, *sorted(run.embeddings)])
-        for module, update in run.updates.items():
-            if update.components() is None:
-                raise TargetError(
-                    "this module's update is not low-rank",
-                    file=run.path,
-                    tensor=module,
-                    remedy=_MERGED,
-                )
-            if module.endswith("]"):  # a block of a parameter
-                raise TargetError(
-                    "an ONNX graph has no branch for experts",
-                    file=run.path,
-                    tensor=module,
-                    remedy=_MERGED,
-                )
-            base.is_transposed(module, update.shape)
-
-
 def _write_adapters(
     folder: Path, adapters: Mapping[str, Run], base: BaseModel
 ) -> dict[str, dict[str, int]]:
@@ -183,7 +126,7 @@ def _write_adapters(
     for name, run in adapters.items():
         heads = heads_in(shapes)
         own = {f"{module}.{part}" for module in heads for part in ("weight", "bias")}
-        _refuse(run, sorted(changed(run, base).keys() - own))
+        refuse(run, sorted(changed(run, base).keys() - own))
         updates = {m: partial(run.updates.__getitem__, m) for m in run.updates if m not in heads}
         ranks[name] = write_adapter_file(
             folder / FOLDER / f"{name}{SUFFIX}",
@@ -192,16 +135,6 @@ def _write_adapters(
             head_tensors(run, base, shapes),
         )
     return ranks
-
-
-def _refuse(run: Run, tensors: list[str]) -> None:
-    if tensors:
-        raise TargetError(
-            "the run trained tensors that an adapter in an ONNX graph cannot carry",
-            file=run.path,
-            found=", ".join(tensors),
-            remedy=_MERGED,
-        )
 
 
 def _certificate(
@@ -247,30 +180,14 @@ def add_adapters(
     Each file appears whole. Raises `TargetError` for another base, a name that is taken (without
     `force`), or a folder that carries no adapters.
     """
+    stripped = plan_added(folder, adapters, base, force=force)
     proof = read_json(folder / FILE)
-    known = proof.get("adapters")
-    if not isinstance(known, dict):
-        raise TargetError(
-            "this folder carries no adapters",
-            file=folder,
-            remedy="write it with dora-export onnx --base BASE OUT --adapter RUN",
-        )
-    taken = sorted(adapters.keys() & known.keys())
-    if taken and not force:
-        raise TargetError(
-            "an adapter of this name is there already",
-            file=folder,
-            found=", ".join(taken),
-            remedy="choose another name, or pass --force to replace it",
-        )
-    stripped = {name: run.strip() for name, run in adapters.items()}
-    _check_adapters(stripped, base, heads=_task(base, list(stripped.values())) in ENCODER_TASKS)
-    _check_base(proof, stripped, base, folder)
     with tempfile.TemporaryDirectory(dir=folder, prefix=".adding") as temporary:
         for file in graphs_in(folder):
             shutil.copyfile(file, Path(temporary) / file.name)
         ranks = _write_adapters(Path(temporary), stripped, base)
         certificates = _adapter_certificates(adapters, base, ranks)
+        known: Any = proof["adapters"]
         write_json(Path(temporary) / FILE, {**proof, "adapters": {**known, **certificates}})
         (folder / FOLDER).mkdir(exist_ok=True)
         for name in adapters:
@@ -278,19 +195,3 @@ def add_adapters(
             (Path(temporary) / added).replace(folder / added)
         (Path(temporary) / FILE).replace(folder / FILE)
     return ranks
-
-
-def _check_base(
-    proof: Mapping[str, object], adapters: Mapping[str, Run], base: BaseModel, folder: Path
-) -> None:
-    of_graph = proof.get("base")
-    known = of_graph.get("fingerprint") if isinstance(of_graph, dict) else None
-    modules = {module for run in adapters.values() for module in run.updates}
-    for name, value in base.fingerprint(sorted(modules)).items():
-        if not isinstance(known, dict) or known.get(name) != value:
-            raise TargetError(
-                "the graph was made from another base",
-                file=folder / FILE,
-                tensor=name,
-                remedy="pass the base that it was made from with --base",
-            )
