@@ -102,7 +102,7 @@ def alive(pid: int) -> bool:
 
 def test_a_server_that_cannot_start_says_why(folder: Path) -> None:
     words = [DORA_SERVE, "up", folder, "--engine", "vllm", "--", "--max-model-len", "100000"]
-    done = subprocess.run(words, capture_output=True, text=True, timeout=180)
+    done = subprocess.run([*map(str, words)], capture_output=True, text=True, timeout=180)
     assert done.returncode == 1
     assert "the server ended before it was ready" in done.stderr
     assert "max_model_len" in done.stderr
