@@ -12,6 +12,8 @@ from .base import BaseModel
 from .run import Run
 
 FILE = "dora_export.json"
+_PIECES, _PIECE = 16, 1 << 20
+_LARGE = 4 * _PIECES * _PIECE
 
 
 def tool() -> str:
@@ -57,6 +59,45 @@ def certificate(
         "warnings": list(run.warnings),
         "modules": dict(modules),
     }
+
+
+def pieces_sha256(path: Path) -> str:
+    """SHA-256 of 16 evenly spaced pieces of a large file, one MiB each, both ends included."""
+    digest = hashlib.sha256()
+    last = path.stat().st_size - _PIECE
+    with path.open("rb") as stream:
+        for number in range(_PIECES):
+            stream.seek(max(0, last) * number // (_PIECES - 1))
+            digest.update(stream.read(_PIECE))
+    return digest.hexdigest()
+
+
+def file_record(path: Path, pieces: bool = False) -> dict[str, object]:
+    """Size and hash of a file: of the whole, or where `pieces` will do, of parts if it is large."""
+    size = path.stat().st_size
+    if pieces and size > _LARGE:
+        return {"bytes": size, "pieces": pieces_sha256(path)}
+    return {"bytes": size, "sha256": sha256(path)}
+
+
+def artifact_files(folder: Path) -> dict[str, Path]:
+    """The files of an artifact by their paths in it, without the certificate and hidden ones."""
+    names = {path.relative_to(folder): path for path in sorted(folder.rglob("*"))}
+    return {
+        name.as_posix(): path
+        for name, path in names.items()
+        if name.as_posix() != FILE and not path.is_dir() and not _hidden(name)
+    }
+
+
+def _hidden(name: Path) -> bool:
+    return any(part.startswith(".") for part in name.parts)
+
+
+def write_certificate(folder: Path, proof: dict[str, object], pieces: bool = False) -> None:
+    """Write `proof` with the sizes and hashes of all files now in `folder`, see `file_record`."""
+    files = {name: file_record(path, pieces) for name, path in artifact_files(folder).items()}
+    write_json(folder / FILE, {**proof, "files": files})
 
 
 def write_json(path: Path, value: object) -> None:

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import errno
 import fcntl
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -18,6 +20,7 @@ from types import FrameType
 from .errors import OutputError
 
 _SUFFIX = ".dora-tmp"
+_AT_FDCWD, _RENAME_EXCHANGE = -100, 2  # <fcntl.h>, <linux/fs.h>
 _WRITE_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS)
 
 
@@ -63,34 +66,69 @@ def output_folder(target: Path) -> Iterator[Path]:
     It lies beside `target` under a hidden name. SIGTERM counts as an error. A process that is
     killed is outlived by its janitor, which removes the folder; should that be killed too (or the
     machine stop), the lock on the folder is free and the next command with this target removes it.
+    Raises `OutputError` when writing fails, or another command wrote `target` meanwhile.
     """
     target = target.resolve()
+    empty = _is_empty(target)
     made = [p for p in (target.parent, *target.parent.parents) if not p.exists()]
     target.parent.mkdir(parents=True, exist_ok=True)
     _remove_stale(target)
-    folder = Path(tempfile.mkdtemp(prefix=f".{target.name}.", suffix=_SUFFIX, dir=target.parent))
-    lock = os.open(folder, os.O_RDONLY)
-    fcntl.flock(lock, fcntl.LOCK_EX)
+    folder, lock = _locked_folder(target.parent, f".{target.name}.")
     try:
-        with _terminate_as_exit(), _janitor(folder):
+        with _write_errors(target), _terminate_as_exit(), _janitor(folder):
             folder.chmod(0o777 & ~_umask())
             yield folder
             _sync_tree(folder)
+            if empty and not _is_empty(target):
+                raise OutputError(
+                    "another command wrote the output meanwhile",
+                    file=target,
+                    remedy="choose another, or pass --force to replace it",
+                )
             _swap(folder, target)
-    except BaseException as error:
+    except BaseException:
         shutil.rmtree(folder, ignore_errors=True)
         for parent in made:
             with contextlib.suppress(OSError):
                 parent.rmdir()
-        if isinstance(error, OSError) and error.errno in _WRITE_ERRORS:
-            raise OutputError(
-                f"writing failed: {os.strerror(error.errno)}",
-                file=target,
-                remedy="nothing was left behind; free some space and run again",
-            ) from error
         raise
     finally:
         os.close(lock)
+
+
+@contextlib.contextmanager
+def addition(target: Path) -> Iterator[Path]:
+    """A folder in the output folder `target` to make additions in; it disappears on leaving.
+
+    One command at a time has one, others wait. What a killed one left is removed by the next.
+    """
+    try:
+        lock = os.open(target, os.O_RDONLY)
+    except OSError as error:
+        raise OutputError(f"cannot be opened: {error.strerror}", file=target) from None
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        for left in target.glob(f".adding.*{_SUFFIX}"):
+            shutil.rmtree(left, ignore_errors=True)
+        made = tempfile.TemporaryDirectory(prefix=".adding.", suffix=_SUFFIX, dir=target)
+        with _write_errors(target), _terminate_as_exit(), made as folder:
+            yield Path(folder)
+    finally:
+        os.close(lock)
+
+
+@contextlib.contextmanager
+def _write_errors(target: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in _WRITE_ERRORS:
+            raise
+        raise OutputError(
+            f"reading or writing failed: {os.strerror(error.errno)}",
+            file=target,
+            remedy="nothing was left behind; look after the disk and run again",
+        ) from error
 
 
 def _umask() -> int:
@@ -99,8 +137,28 @@ def _umask() -> int:
     return mask
 
 
+def _is_empty(target: Path) -> bool:
+    return not target.exists() or not any(target.iterdir())
+
+
+def _locked_folder(parent: Path, prefix: str) -> tuple[Path, int]:
+    """A new hidden folder in `parent`, and the descriptor whose lock says that it is in use."""
+    while True:
+        folder = Path(tempfile.mkdtemp(prefix=prefix, suffix=_SUFFIX, dir=parent))
+        with contextlib.suppress(FileNotFoundError):
+            lock = os.open(folder, os.O_RDONLY)
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            # Until it was locked, another command could take it for a leftover.
+            if folder.exists():
+                return folder, lock
+            os.close(lock)
+
+
 def _swap(folder: Path, target: Path) -> None:
-    if target.is_dir():
+    """Put `folder` in the place of `target`, in one step where the file system has one."""
+    if target.is_dir() and _exchange(folder, target):
+        shutil.rmtree(folder)
+    elif target.is_dir():
         old = Path(tempfile.mkdtemp(prefix=f".{target.name}.", suffix=_SUFFIX, dir=target.parent))
         target.rename(old / "old")
         try:
@@ -112,6 +170,15 @@ def _swap(folder: Path, target: Path) -> None:
     else:
         folder.rename(target)
     _fsync(target.parent)
+
+
+def _exchange(one: Path, other: Path) -> bool:
+    """Exchange two folders' names (renameat2); False where the system cannot."""
+    rename = getattr(ctypes.CDLL(None), "renameat2", None)
+    if rename is None:
+        return False
+    at = _AT_FDCWD, os.fsencode(one), _AT_FDCWD, os.fsencode(other)
+    return bool(rename(*at, _RENAME_EXCHANGE) == 0)
 
 
 def _fsync(path: Path) -> None:
@@ -128,7 +195,10 @@ def _sync_tree(folder: Path) -> None:
 
 
 def _remove_stale(target: Path) -> None:
-    for path in target.parent.glob(f".{target.name}.*{_SUFFIX}"):
+    ours = re.compile(rf"\.{re.escape(target.name)}\.\w{{8}}{re.escape(_SUFFIX)}")
+    for path in target.parent.iterdir():
+        if not ours.fullmatch(path.name):
+            continue
         try:
             fd = os.open(path, os.O_RDONLY)
         except OSError:

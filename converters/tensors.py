@@ -12,6 +12,7 @@ import os
 import pickle
 import zipfile
 from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
@@ -79,15 +80,48 @@ def byte_view(buffer: torch.Tensor) -> memoryview:
     return buffer.view(torch.uint8).numpy().data
 
 
+State = tuple[int, int, int, int]
+
+
+def state_of(stat: os.stat_result) -> State:
+    """What tells whether a file is still the same: device, inode, size, time of change."""
+    return stat.st_dev, stat.st_ino, stat.st_size, stat.st_mtime_ns
+
+
+@contextmanager
+def opened(path: Path, state: State, tensor: str | None = None) -> Iterator[int]:
+    """The descriptor of a file to read from. Raises `TensorFileError` when it cannot be opened, or
+    on leaving is not in `state`: what was read may then be of two files."""
+    try:
+        fd = os.open(path, os.O_RDONLY)
+    except OSError as error:
+        raise TensorFileError(
+            f"cannot be opened: {error.strerror}", file=path, tensor=tensor
+        ) from None
+    try:
+        yield fd
+        same = state_of(os.fstat(fd)) == state
+    finally:
+        os.close(fd)
+    if not same:
+        raise TensorFileError(
+            "the file was changed while it was read",
+            file=path,
+            tensor=tensor,
+            remedy="run again when nothing writes to it",
+        )
+
+
 @dataclass(frozen=True)
 class SafetensorsTensor:
-    """One tensor of a safetensors file; `offset` is its first byte in the file."""
+    """One tensor of a safetensors file that was in `state`; `offset` is its first byte there."""
 
     name: str
     path: Path
     dtype: torch.dtype
     shape: tuple[int, ...]
     offset: int
+    state: State
 
     def load(self) -> torch.Tensor:
         flat = torch.empty(numel(self), dtype=self.dtype)
@@ -97,10 +131,14 @@ class SafetensorsTensor:
     def read_into(self, buffer: torch.Tensor, start: int) -> None:
         position = self.offset + start * self.dtype.itemsize
         view = byte_view(buffer)
-        fd = os.open(self.path, os.O_RDONLY)
-        try:
+        with opened(self.path, self.state, self.name) as fd:
             while view:
-                count = os.preadv(fd, [view], position)
+                try:
+                    count = os.preadv(fd, [view], position)
+                except OSError as error:
+                    raise TensorFileError(
+                        f"cannot be read: {error.strerror}", file=self.path, tensor=self.name
+                    ) from None
                 if not count:
                     raise TensorFileError(
                         "the file ended while it was read",
@@ -109,17 +147,16 @@ class SafetensorsTensor:
                         remedy="was it changed by another process? copy it again",
                     )
                 view, position = view[count:], position + count
-        finally:
-            os.close(fd)
 
 
 @dataclass(frozen=True)
 class TorchTensor:
-    """One tensor of a torch file, memory-mapped by torch."""
+    """One tensor of a torch file that was in `state`, memory-mapped by torch."""
 
     name: str
     path: Path
     data: torch.Tensor
+    state: State
 
     @property
     def dtype(self) -> torch.dtype:
@@ -130,14 +167,14 @@ class TorchTensor:
         return tuple(self.data.shape)
 
     def load(self) -> torch.Tensor:
-        return self.data.clone(memory_format=torch.contiguous_format)
+        with opened(self.path, self.state, self.name):
+            return self.data.clone(memory_format=torch.contiguous_format)
 
     def read_into(self, buffer: torch.Tensor, start: int) -> None:
         data = self.data
-        if data.is_contiguous():
-            buffer.copy_(data.view(-1)[start : start + buffer.numel()])
-        else:
-            buffer.copy_(data.reshape(-1)[start : start + buffer.numel()])
+        flat = data.view(-1) if data.is_contiguous() else data.reshape(-1)
+        with opened(self.path, self.state, self.name):
+            buffer.copy_(flat[start : start + buffer.numel()])
 
 
 def open_safetensors(path: Path) -> dict[str, LazyTensor]:
@@ -159,8 +196,9 @@ def open_safetensors(path: Path) -> dict[str, LazyTensor]:
         )
 
     try:
-        size = path.stat().st_size
         with path.open("rb") as stream:
+            stat = os.fstat(stream.fileno())
+            size = stat.st_size
             length = int.from_bytes(stream.read(8), "little")
             if size < 8 or length > min(size - 8, _MAX_HEADER):
                 raise bad(
@@ -205,7 +243,9 @@ def open_safetensors(path: Path) -> dict[str, LazyTensor]:
                 found=f"{end - begin} bytes",
                 expected=f"{math.prod(shape) * dtype.itemsize} bytes for {list(shape)}",
             )
-        entries.append(SafetensorsTensor(name, path, dtype, shape, 8 + length + begin))
+        entries.append(
+            SafetensorsTensor(name, path, dtype, shape, 8 + length + begin, state_of(stat))
+        )
         spans.append((begin, end, name))
 
     position = 0
@@ -259,14 +299,15 @@ def load_torch(path: Path) -> object:
 
 def open_torch(path: Path) -> dict[str, LazyTensor]:
     """The tensors of a torch state dict (`.bin`, `.pt`), in its own order."""
-    state = load_torch(path)
-    if isinstance(state, dict) and isinstance(state.get("state_dict"), dict):
-        state = state["state_dict"]
-    if not isinstance(state, dict) or not state:
+    saved = load_torch(path)
+    state = state_of(path.stat())
+    if isinstance(saved, dict) and isinstance(saved.get("state_dict"), dict):
+        saved = saved["state_dict"]
+    if not isinstance(saved, dict) or not saved:
         raise TensorFileError(
-            "not a state dict", file=path, found=type(state).__name__, expected="a dict of tensors"
+            "not a state dict", file=path, found=type(saved).__name__, expected="a dict of tensors"
         )
-    for name, value in state.items():
+    for name, value in saved.items():
         if not isinstance(name, str) or not isinstance(value, torch.Tensor):
             raise TensorFileError(
                 "state dict entry is not a tensor",
@@ -275,7 +316,7 @@ def open_torch(path: Path) -> dict[str, LazyTensor]:
                 found=type(value).__name__,
                 expected="a tensor",
             )
-    return {name: TorchTensor(name, path, value.detach()) for name, value in state.items()}
+    return {name: TorchTensor(name, path, value.detach(), state) for name, value in saved.items()}
 
 
 def open_file(path: Path) -> dict[str, LazyTensor]:

@@ -17,7 +17,7 @@ from typing import Protocol
 import torch
 
 from ..base import BaseModel
-from ..certificate import FILE, certificate, write_json
+from ..certificate import certificate, write_certificate, write_json
 from ..errors import TargetError
 from ..fit import FitReport, fit_run
 from ..layout import is_parameter, split_slice
@@ -304,7 +304,7 @@ def write_adapter(
             replaced=sorted(plan.whole),
             fit=None if fit is None else asdict(fit),
         )
-        write_json(folder / FILE, proof)
+        write_certificate(folder, proof)
     return AdapterResult(target, plan, errors, warnings, fit)
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 
 from ..base import BaseModel
-from ..certificate import FILE, certificate, write_json
+from ..certificate import FILE, certificate, write_certificate, write_json
 from ..output import check_output, output_folder
 from ..plan import MergePlan, plan_merge
 from ..run import Run
@@ -62,7 +62,9 @@ def write_merged(
         write_json(folder / "config.json", plan.config)
         copy_companions(base.path, folder)
         warnings = (*run.warnings, *_loss_warnings(rounding))
-        write_json(folder / FILE, _certificate(plan.run, base, plan, rounding, dtype))
+        proof = _certificate(plan.run, base, plan, rounding, dtype)
+        # Hashing every byte would cost half as much again as the merge.
+        write_certificate(folder, proof, pieces=True)
     return MergeResult(target, plan, rounding, warnings)
 
 

@@ -25,7 +25,14 @@ import torch
 from ..errors import BaseError
 from ..plan import OutputTensor
 from ..run import Run
-from ..tensors import DTYPE_NAMES, SafetensorsTensor, byte_view, nbytes, rows_and_columns
+from ..tensors import (
+    DTYPE_NAMES,
+    SafetensorsTensor,
+    byte_view,
+    nbytes,
+    opened,
+    rows_and_columns,
+)
 from ..update import Update, transposed
 
 BLOCK_ELEMENTS = 512 << 10  # 2 MiB in float32: stays in the cache, and amortizes the calls
@@ -172,7 +179,7 @@ def _copy_jobs(tensor: OutputTensor, fd: int, offset: int, progress: Progress) -
     def job(start: int) -> Job:
         def copy() -> None:
             count = min(_COPY_BYTES, total - start)
-            _copy_range(source.path, source.offset + start, fd, offset + start, count)
+            _copy_range(source, source.offset + start, fd, offset + start, count)
             progress(count)
 
         return copy
@@ -180,21 +187,30 @@ def _copy_jobs(tensor: OutputTensor, fd: int, offset: int, progress: Progress) -
     return [job(start) for start in range(0, total, _COPY_BYTES)]
 
 
-def _copy_range(source: Path, begin: int, fd: int, offset: int, count: int) -> None:
-    with source.open("rb", buffering=0) as stream:
+def _ended(source: SafetensorsTensor) -> BaseError:
+    return BaseError(
+        "the file ended while it was read",
+        file=source.path,
+        tensor=source.name,
+        remedy="was it changed by another process? copy it again",
+    )
+
+
+def _copy_range(source: SafetensorsTensor, begin: int, fd: int, offset: int, count: int) -> None:
+    with opened(source.path, source.state, source.name) as own:
         try:
             while count:
-                done = os.copy_file_range(stream.fileno(), fd, count, begin, offset)
+                done = os.copy_file_range(own, fd, count, begin, offset)
                 if not done:
-                    raise BaseError("the base shard ended while it was read", file=source)
+                    raise _ended(source)
                 begin, offset, count = begin + done, offset + done, count - done
         except OSError as error:
             if error.errno not in _NO_KERNEL_COPY:
                 raise
             while count:
-                data = os.pread(stream.fileno(), min(count, 1 << 20), begin)
+                data = os.pread(own, min(count, 1 << 20), begin)
                 if not data:
-                    raise BaseError("the base shard ended while it was read", file=source) from None
+                    raise _ended(source) from None
                 _write_all(fd, memoryview(data), offset)
                 begin, offset, count = begin + len(data), offset + len(data), count - len(data)
 

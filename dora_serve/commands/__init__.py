@@ -19,6 +19,7 @@ _EXPORT_VERBS = {
     "diff": "Compare the updates of two runs, adapters or models.",
     "onnx": "Export for ONNX Runtime: merged, or one graph with many adapters.",
     "verify": "Compare an artifact with the live, unmerged run.",
+    "check": "Tell whether an artifact still is what its certificate says.",
     "lint": "Tell whether engines compute with a LoRA adapter what PEFT computes.",
 }
 _SERVE_VERBS = {

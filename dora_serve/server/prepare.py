@@ -15,8 +15,9 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 
 from converters.base import BaseModel, open_base
-from converters.certificate import FILE, sha256, tool
+from converters.certificate import FILE, sha256, tool, write_certificate
 from converters.errors import DoraExportError, TargetError
+from converters.json_files import read_json
 from converters.onnx_files import FOLDER, MODEL, SUFFIX, read_adapter_file
 from converters.output import output_folder
 from converters.plan import target_architecture
@@ -183,6 +184,7 @@ def _write(run: Run, base: BaseModel, graph: Path, target: Path) -> None:
         (folder / MODEL).unlink()
         numbers = dict(_modules(run, ranks))
         (folder / _MAP).write_text(json.dumps(numbers), encoding="utf-8")
+        write_certificate(folder, read_json(folder / FILE))
 
 
 def _modules(run: Run, ranks: Mapping[str, int]) -> Iterable[tuple[str, dict[str, object]]]:

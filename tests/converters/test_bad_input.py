@@ -309,7 +309,7 @@ def test_a_failing_write_leaves_nothing(dora_run: Path, base: Path) -> None:
         [sys.executable, "-c", LIMITED, str(dora_run), str(base)], capture_output=True, text=True
     )
     assert done.returncode == 1
-    assert "error: writing failed: File too large" in done.stderr
+    assert "error: reading or writing failed: File too large" in done.stderr
     assert "Traceback" not in done.stderr
 
 

@@ -8,7 +8,6 @@ adapter in every row of a batch. Without an adapter both are the base.
 from __future__ import annotations
 
 import shutil
-import tempfile
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -18,9 +17,9 @@ from typing import Any
 import torch
 
 from ...base import BaseModel
-from ...certificate import FILE, certificate, tool, write_json
+from ...certificate import FILE, certificate, file_record, tool, write_certificate, write_json
 from ...onnx_files import FOLDER, SUFFIX, graphs_in, heads_in
-from ...output import output_folder
+from ...output import addition, output_folder
 from ...plan import changed
 from ...run import LazyUpdates, Run
 from ...tensors import read_json
@@ -81,7 +80,7 @@ def write_onnx(
         if prove is not None:
             accuracy = prove(folder)
         details = {"precision": precision, "accuracy": dict(accuracy)}
-        write_json(folder / FILE, _certificate(run, runs, base, ranks, details))
+        write_certificate(folder, _certificate(run, runs, base, ranks, details))
     return OnnxResult(target, precision, ranks, accuracy, plan.warnings)
 
 
@@ -180,18 +179,18 @@ def add_adapters(
     Each file appears whole. Raises `TargetError` for another base, a name that is taken (without
     `force`), or a folder that carries no adapters.
     """
-    stripped = plan_added(folder, adapters, base, force=force)
-    proof = read_json(folder / FILE)
-    with tempfile.TemporaryDirectory(dir=folder, prefix=".adding") as temporary:
+    with addition(folder) as temporary:
+        stripped = plan_added(folder, adapters, base, force=force)
+        proof: dict[str, Any] = read_json(folder / FILE)
         for file in graphs_in(folder):
-            shutil.copyfile(file, Path(temporary) / file.name)
-        ranks = _write_adapters(Path(temporary), stripped, base)
-        certificates = _adapter_certificates(adapters, base, ranks)
-        known: Any = proof["adapters"]
-        write_json(Path(temporary) / FILE, {**proof, "adapters": {**known, **certificates}})
+            shutil.copyfile(file, temporary / file.name)
+        ranks = _write_adapters(temporary, stripped, base)
+        proof["adapters"] |= _adapter_certificates(adapters, base, ranks)
+        added = [Path(FOLDER, f"{name}{SUFFIX}") for name in adapters]
+        records = {file.as_posix(): file_record(temporary / file) for file in added}
+        proof["files"] = {**proof.get("files", {}), **records}
+        write_json(temporary / FILE, proof)
         (folder / FOLDER).mkdir(exist_ok=True)
-        for name in adapters:
-            added = Path(FOLDER, f"{name}{SUFFIX}")
-            (Path(temporary) / added).replace(folder / added)
-        (Path(temporary) / FILE).replace(folder / FILE)
+        for file in (*added, Path(FILE)):
+            (temporary / file).replace(folder / file)
     return ranks

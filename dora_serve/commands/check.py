@@ -1,0 +1,48 @@
+"""`dora-export check ARTIFACT`."""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import asdict
+from pathlib import Path
+
+import click
+
+from . import common
+
+
+@click.command("check")
+@click.argument("artifact", type=common.FOLDER)
+@common.base_option
+@click.option(
+    "--record",
+    "recording",
+    is_flag=True,
+    help="Then put the hash of every byte into the certificate.",
+)
+@common.json_option
+@common.reports_errors
+def command(artifact: Path, base: str | None, recording: bool, as_json: bool) -> None:
+    """Compare the files of ARTIFACT with its certificate: names, sizes, hashes.
+
+    With --base also the base with the one it was made from. Exit code 1 when anything differs.
+    """
+    from dora_serve.check import check, record
+
+    result = check(artifact, base)
+    if recording and result.passed:
+        record(artifact)
+        result = check(artifact, base)
+    if as_json:
+        common.print_json({**asdict(result), "passed": result.passed})
+    else:
+        for difference in result.differences:
+            click.echo(f"{difference.where}: {difference.found}; expected {difference.expected}")
+        pieces = result.files - result.whole
+        click.echo(
+            f"{artifact}: {result.kind}, {result.files} files"
+            + (f", {pieces} of them compared in pieces (--record for every byte)" if pieces else "")
+            + ("" if result.weights is None else f", {result.weights} base weights")
+            + (": unchanged" if result.passed else f": CHANGED in {len(result.differences)} places")
+        )
+    sys.exit(0 if result.passed else 1)
