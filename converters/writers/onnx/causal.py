@@ -153,7 +153,7 @@ def build_causal(model: Path, out: Path, precision: str, *, adaptable: bool) -> 
         raise BaseError("the model lacks tensors", file=model, found=", ".join(missing[:8]))
     truth, sizes = _cached(loaded, _ids(loaded.config, rows=3, tokens=5))
     _plain_linears(loaded)
-    exported = _export(loaded, sizes)
+    exported = _export(loaded, sizes, out)
     sites = linear_sites(exported, loaded)
     three_axes(exported, sites, loaded)
     graphs = {}
@@ -166,7 +166,7 @@ def build_causal(model: Path, out: Path, precision: str, *, adaptable: bool) -> 
         graph = fused(graph)
         if not batched:
             check = _inputs(loaded.config, sizes, rows=3, tokens=5, past=0)
-            check_graph(graph, [truth], check)
+            check_graph(graph, [truth], check, out)
         graphs[name] = shrunk(graph, precision, weights_only=True)
     save_all(graphs, out, DATA)
     write_config(loaded, out, model)
@@ -208,7 +208,7 @@ def _inputs(config: Any, sizes: _Sizes, *, rows: int, tokens: int, past: int) ->
     }
 
 
-def _export(loaded: Any, sizes: _Sizes) -> Any:
+def _export(loaded: Any, sizes: _Sizes, out: Path) -> Any:
     layers = sizes[0]
     kinds = [f"{layer}.{kind}" for layer in range(layers) for kind in ("key", "value")]
     inputs = _inputs(loaded.config, sizes, rows=2, tokens=4, past=3)
@@ -222,7 +222,7 @@ def _export(loaded: Any, sizes: _Sizes) -> Any:
     outputs: dict[str, list[str | int | None]] = {"logits": [_ROWS, _TOKENS, None]}
     outputs |= {f"present.{kind}": [_ROWS, None, _TOTAL, None] for kind in kinds}
     names = [*list(inputs)[:3], *(f"past_key_values.{kind}" for kind in kinds)]
-    return export_graph(_Decoder(loaded), inputs, axes, outputs, names)
+    return export_graph(_Decoder(loaded), inputs, axes, outputs, out, names)
 
 
 def _genai(loaded: Any, sizes: _Sizes) -> dict[str, Any]:

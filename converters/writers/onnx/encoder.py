@@ -63,21 +63,21 @@ def build_encoder(model: Path, out: Path, task: str, precision: str) -> None:
     if missing:
         raise BaseError("the model lacks tensors", file=model, found=", ".join(missing[:8]))
     module = _Encoder(loaded, task)
-    graph = fused(_export(module, task))
-    _check(graph, module)
+    graph = fused(_export(module, task, out))
+    _check(graph, module, out)
     save_all({MODEL: shrunk(graph, precision)}, out, None)
     write_config(loaded, out, model)
 
 
-def _check(graph: Any, module: _Encoder) -> None:
+def _check(graph: Any, module: _Encoder, out: Path) -> None:
     inputs = _inputs(module.model, 3, 5)
-    check_graph(graph, expected(module, inputs), inputs)
+    check_graph(graph, expected(module, inputs), inputs, out)
 
 
-def _export(module: _Encoder, task: str) -> Any:
+def _export(module: _Encoder, task: str, out: Path) -> Any:
     inputs = _inputs(module.model, 2, 8)
     axes = {name: {0: "batch_size", 1: "sequence_length"} for name in inputs}
-    return export_graph(module, inputs, axes, OUTPUTS[task])
+    return export_graph(module, inputs, axes, OUTPUTS[task], out)
 
 
 def build_adaptable_encoder(
@@ -93,7 +93,7 @@ def build_adaptable_encoder(
         for name in missing:
             loaded.get_parameter(name).zero_()
     module = _Encoder(loaded, task)
-    exported = _export(module, task)
+    exported = _export(module, task, out)
     sites = linear_sites(exported, loaded)
     shared = any(site.node in _shared(exported) for site in sites)
     weights = {name: _head(loaded, name, labels) for name, labels in heads.items()}
@@ -112,7 +112,7 @@ def build_adaptable_encoder(
         graph = fused(graph)
         prune(graph.graph)
         if not batched:
-            _check(graph, module)
+            _check(graph, module, out)
         graphs[name] = shrunk(graph, precision)
     save_all(graphs, out, DATA)
     write_config(loaded, out, base.path)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import logging
+import shutil
 import tempfile
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -21,7 +22,11 @@ _BLOCK = 32
 DATA = "model.onnx.data"
 SCOPES = "pkg.torch.onnx.name_scopes"  # the exporter's note of the modules a node comes from
 _DATA_FROM, _ALIGNED = 1024, 64  # bytes; smaller tensors stay inside the graph
-_LARGEST = 2_000_000_000
+# Bytes of weights from which on they are not held in the graph, which ends at 2 GB, but beside it
+# while it is made: of some there are two forms (a matrix and its transpose).
+LARGE = 900_000_000
+_OUTSIDE_FROM = 65536  # bytes; the smaller ones are what fusions look at
+_BESIDE = ".exported"
 
 
 def export_graph(
@@ -29,9 +34,11 @@ def export_graph(
     inputs: Mapping[str, Any],
     axes: Mapping[str, Any],
     outputs: Mapping[str, Sequence[str | int | None]],
+    out: Path,
     names: Sequence[str] | None = None,
 ) -> Any:
     """The `ModelProto` of `module` called with `inputs`: argument → tensor, or list of tensors.
+    Weights that are too large for it lie below `out` until `save_all`.
 
     `axes` has the same form, with the free axes of each tensor: axis → name. `outputs`: name → its
     axes' names, None for those of fixed size. `names`: of all input tensors in order, by default
@@ -58,7 +65,8 @@ def export_graph(
             remedy="deploy the merged model instead: dora-export merge",
         ) from None
     assert program is not None
-    model = program.model_proto
+    large = sum(p.nbytes for p in module.parameters()) > LARGE
+    model = _saved(program, out / _BESIDE) if large else program.model_proto
     for value in model.graph.output:
         for dim, name in zip(value.type.tensor_type.shape.dim, outputs[value.name], strict=True):
             if isinstance(name, str):
@@ -69,6 +77,33 @@ def export_graph(
         del node.metadata_props[:]
         node.metadata_props.extend(kept)
     return model
+
+
+def _saved(program: Any, folder: Path) -> Any:
+    """The program's graph, its large weights in a file of `folder`."""
+    import onnx
+    from onnx.external_data_helper import load_external_data_for_tensor
+
+    folder.mkdir(exist_ok=True)
+    path = folder / f"{len(list(folder.glob('*.onnx')))}.onnx"
+    program.save(path, external_data=True)
+    model = onnx.load(path, load_external_data=False)
+    for tensor in model.graph.initializer:
+        if _outside(tensor) and _length(tensor) < _OUTSIDE_FROM:
+            load_external_data_for_tensor(tensor, str(folder))
+            tensor.data_location = onnx.TensorProto.DEFAULT
+            del tensor.external_data[:]
+    return model
+
+
+def _outside(tensor: Any) -> bool:
+    from onnx import TensorProto
+
+    return bool(tensor.data_location == TensorProto.EXTERNAL)
+
+
+def _length(tensor: Any) -> int:
+    return int({entry.key: entry.value for entry in tensor.external_data}["length"])
 
 
 def _dims(axes: Any, known: dict[str, Any]) -> Any:
@@ -95,10 +130,14 @@ def _quiet() -> Iterator[None]:
 def fused(model: Any) -> Any:
     """The graph with BiasGelu and SkipLayerNormalization in place of what they stand for."""
     from onnx import helper
+    from onnxruntime.transformers.fusion_options import FusionOptions
     from onnxruntime.transformers.optimizer import optimize_by_fusion
 
+    options = FusionOptions("bert")
+    if any(_outside(tensor) for tensor in model.graph.initializer):
+        options.enable_embed_layer_norm = False  # it reads the embeddings
     with _quiet():
-        model = optimize_by_fusion(model, "bert").model
+        model = optimize_by_fusion(model, "bert", optimization_options=options).model
     if not any(each.domain == "com.microsoft" for each in model.opset_import):
         model.opset_import.append(helper.make_opsetid("com.microsoft", 1))
     return model
@@ -114,6 +153,12 @@ def shrunk(model: Any, precision: str, *, weights_only: bool = False) -> Any:
     """
     if precision == "fp32":
         return model
+    if any(_outside(tensor) for tensor in model.graph.initializer):
+        raise TargetError(
+            "the model is too large for this precision",
+            found=precision,
+            expected=f"fp32, or at most {LARGE / 1e9:.1f} GB of weights",
+        )
     given = {value.name for value in model.graph.input}
     kept = [n.name for n in model.graph.node if n.op_type == "MatMul" and given & set(n.input)]
     if precision == "fp16":
@@ -168,25 +213,35 @@ def _blocks(model: Any, kept: Sequence[str], bits: int) -> Any:
 
 def save_all(graphs: Mapping[str, Any], folder: Path, data: str | None) -> None:
     """Write graphs by file name. With `data`, their weights lie in that file, equal ones once;
-    else in the graphs. The graphs are no longer whole afterwards."""
+    else in the graphs, unless they are too large. The graphs are no longer whole afterwards."""
     import onnx
 
     places: dict[bytes, tuple[int, int]] = {}
+    beside = folder / _BESIDE
+    data = DATA if beside.exists() else data
     with contextlib.ExitStack() as stack:
         stream = None if data is None else stack.enter_context((folder / data).open("wb"))
         for name, model in graphs.items():
             for node in model.graph.node:
                 del node.metadata_props[:]
             for tensor in model.graph.initializer:
-                if stream is not None and len(tensor.raw_data) >= _DATA_FROM:
-                    _move(tensor, stream, places)
+                if stream is not None and (_outside(tensor) or len(tensor.raw_data) >= _DATA_FROM):
+                    _move(tensor, beside, stream, places)
             onnx.save(model, folder / name)
+    if beside.exists():
+        shutil.rmtree(beside)
 
 
-def _move(tensor: Any, stream: BinaryIO, places: dict[bytes, tuple[int, int]]) -> None:
+def _move(
+    tensor: Any, beside: Path, stream: BinaryIO, places: dict[bytes, tuple[int, int]]
+) -> None:
     """Move the data of an initializer into `stream`, unless the same bytes are there already."""
     from onnx import TensorProto
+    from onnx.external_data_helper import load_external_data_for_tensor
 
+    if _outside(tensor):
+        load_external_data_for_tensor(tensor, str(beside))
+        del tensor.external_data[:]
     raw = tensor.raw_data
     digest = hashlib.sha256(raw).digest()
     if digest not in places:
@@ -211,22 +266,24 @@ def expected(module: Callable[..., Any], inputs: Mapping[str, Any]) -> tuple[tor
     return found if isinstance(found, tuple) else (found,)
 
 
-def check_graph(model: Any, truth: Sequence[torch.Tensor], inputs: Mapping[str, Any]) -> None:
+def check_graph(
+    model: Any, truth: Sequence[torch.Tensor], inputs: Mapping[str, Any], out: Path
+) -> None:
     """Raise `TargetError` when the graph's first outputs for `inputs` are others than `truth`."""
+    import onnx
     import onnxruntime
 
     tensors = [t for v in inputs.values() for t in (v if isinstance(v, list) else [v])]
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 3
-    if model.ByteSize() > _LARGEST:
-        raise TargetError(
-            "the model is too large for this export",
-            found=f"{model.ByteSize() / 1e9:.1f} GB",
-            expected=f"at most {_LARGEST / 1e9:.1f} GB in a graph",
-            remedy="deploy the merged model instead: dora-export merge",
-        )
+    graph: Any
+    if any(_outside(tensor) for tensor in model.graph.initializer):
+        graph = out / _BESIDE / "check.onnx"  # with its weights beside it
+        onnx.save(model, graph)
+    else:
+        graph = model.SerializeToString()
     try:
-        session = onnxruntime.InferenceSession(model.SerializeToString(), options)
+        session = onnxruntime.InferenceSession(graph, options)
         names = [value.name for value in session.get_inputs()]
         outputs = [value.name for value in session.get_outputs()][: len(truth)]
         found = session.run(outputs, {n: t.numpy() for n, t in zip(names, tensors, strict=True)})

@@ -118,12 +118,12 @@ def build_seq2seq(model: Path, out: Path, precision: str, *, adaptable: bool) ->
         raise TargetError("no ONNX export for this architecture", found=type(loaded).__name__)
     graphs = {}
     for name, part in _parts(loaded).items():
-        graph = export_graph(part.module, part.example(2), part.axes, part.outputs, part.names)
+        graph = export_graph(part.module, part.example(2), part.axes, part.outputs, out, part.names)
         if adaptable:
             _adaptable(graph, loaded)
         graph = fused(graph)
         inputs = part.example(3)
-        check_graph(graph, expected(part.module, inputs), inputs)
+        check_graph(graph, expected(part.module, inputs), inputs, out)
         graphs[name] = shrunk(graph, precision)
     save_all(graphs, out, DATA)
     write_config(loaded, out, model)
