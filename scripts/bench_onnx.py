@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import resource
 import statistics
 import subprocess
 import sys
@@ -60,20 +61,18 @@ def make_encoder(folder: Path) -> None:
         write_onnx(open_base(folder / "base"), folder / precision, precision=precision)
 
 
-def make_decoder(folder: Path) -> None:
+def make_decoder(folder: Path, threads: int) -> None:
     import torch
     from peft import LoraConfig, get_peft_model
     from transformers import LlamaConfig, LlamaForCausalLM
 
     from converters.base import open_base
-    from converters.readers import read_run
     from converters.writers.onnx import write_onnx
 
     torch.manual_seed(0)
     LlamaForCausalLM(LlamaConfig(**LLAMA)).save_pretrained(folder / "base")
     tokenizer(folder / "base")
     kinds = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
-    runs = {}
     for number in range(ADAPTERS):
         ranks = {kind: 1 + (3 * number + 5 * i) % 16 for i, kind in enumerate(kinds)}
         lora = LoraConfig(
@@ -84,26 +83,37 @@ def make_decoder(folder: Path) -> None:
             for name, parameter in model.named_parameters():
                 if "lora_" in name:
                     parameter.normal_(0, 0.02)
-        path = folder / f"a{number}"
-        model.save_pretrained(path)
-        runs[path.name] = read_run(path)
-    base = open_base(folder / "base")
-    begin = time.perf_counter()
-    write_onnx(base, folder / "onnx", adapters=runs)
-    ours = time.perf_counter() - begin
-    begin = time.perf_counter()
-    build(folder / "base", folder / "plain", "fp32")
-    alone = time.perf_counter() - begin
-    print(f"export with {ADAPTERS} adapters {ours:.0f} s, the builder alone {alone:.0f} s")
+        model.save_pretrained(folder / f"a{number}")
+    del model
+    for name in ("adapters", "builder alone"):
+        seconds, peak = measure("export", name, 0, folder, threads, 1)
+        print(f"export, {name}: {seconds:.0f} s, peak memory {peak:.1f} GB")
+    base, runs = open_base(folder / "base"), decoder_runs(folder)
     write_onnx(base, folder / "merged", run=runs["a0"])
     write_onnx(base, folder / "int4", adapters=runs, precision="int4")
 
 
-def build(model: Path, out: Path, precision: str) -> None:
+def decoder_runs(folder: Path) -> dict[str, Any]:
+    from converters.readers import read_run
+
+    return {f"a{number}": read_run(folder / f"a{number}") for number in range(ADAPTERS)}
+
+
+def export(name: str, folder: Path) -> tuple[float, float]:
+    """Seconds, and GB of memory at most: this process's peak and that of the builder's, added."""
+    from converters.base import open_base
+    from converters.writers.onnx import write_onnx
     from converters.writers.onnx.decoder import build_decoder
 
-    out.mkdir()
-    build_decoder(model, out, precision, adaptable=False)
+    begin = time.perf_counter()
+    if name == "adapters":
+        write_onnx(open_base(folder / "base"), folder / "onnx", adapters=decoder_runs(folder))
+    else:
+        (folder / "plain").mkdir()
+        build_decoder(folder / "base", folder / "plain", "fp32", adaptable=False)
+    seconds = time.perf_counter() - begin
+    who = (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)
+    return seconds, sum(resource.getrusage(each).ru_maxrss for each in who) * 1024 / 1e9
 
 
 def repeat(work: Callable[[], Any], runs: int) -> float:
@@ -237,6 +247,8 @@ def adapter_variant(name: str, folder: Path, threads: int, runs: int) -> Any:
 
 
 def run_variant(group: str, name: str, count: int, folder: Path, threads: int, runs: int) -> Any:
+    if group == "export":
+        return export(name, folder)
     if group == "encoder" and name.startswith("transformers"):
         return encoder_torch(folder, count, threads, runs, "compile" in name)
     if group == "encoder":
@@ -308,7 +320,7 @@ def main() -> None:
             table("encoder", encoder, options.threads, options.runs)
         if {"decoder", "adapters"} & set(wanted):
             (decoder := Path(root, "decoder")).mkdir()
-            make_decoder(decoder)
+            make_decoder(decoder, options.threads)
             for group in ("decoder", "adapters"):
                 if group in wanted:
                     table(group, decoder, options.threads, options.runs)

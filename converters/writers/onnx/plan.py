@@ -55,8 +55,8 @@ def plan_onnx(
     task = _task(base, runs)
     if task is None or task not in {"causal-lm", SEQ2SEQ_TASK, *ENCODER_TASKS}:
         raise TargetError("no ONNX export for this task", found=task)
+    _check_adapters(adapters or {}, base, heads=task in ENCODER_TASKS)
     stripped = None if adapters is None else {n: each.strip() for n, each in adapters.items()}
-    _check_adapters(stripped or {}, base, heads=task in ENCODER_TASKS)
     if run is not None:
         plan_merge(run.strip(), base, torch.float32)
     free = stripped is not None and task not in ENCODER_TASKS
@@ -88,10 +88,9 @@ def plan_added(
             found=", ".join(taken),
             remedy="choose another name, or pass --force to replace it",
         )
-    stripped = {name: run.strip() for name, run in adapters.items()}
-    _check_adapters(stripped, base, heads=_task(base, list(stripped.values())) in ENCODER_TASKS)
-    _check_base(proof, stripped, base, folder)
-    return stripped
+    _check_adapters(adapters, base, heads=_task(base, list(adapters.values())) in ENCODER_TASKS)
+    _check_base(proof, adapters, base, folder)
+    return {name: run.strip() for name, run in adapters.items()}
 
 
 def _task(base: BaseModel, runs: list[Run]) -> str | None:
