@@ -1,6 +1,6 @@
 """Servers under load on one machine: ours, `transformers serve` and vLLM, with the same prompts.
 
-    python scripts/bench_server.py [--clients 1 8 32] [--vllm .venv-vllm/bin/vllm] [--tiny]
+    python scripts/bench_server.py [--clients 1 8 32] [--vllm .venv-vllm/bin/python] [--tiny]
 
 The model is a random Llama of 0.3 billion parameters in float32; its merged form is one of eight
 adapters of mixed ranks folded in. Every client sends one streamed chat after the other, of 64
@@ -28,6 +28,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+
+from dora_serve.engines.vllm_command import find_vllm
 
 ADAPTERS = [f"a{number}" for number in range(8)]
 PROMPT, NEW = 64, 32
@@ -248,10 +250,19 @@ def variants(folder: Path, vllm: Path | None, threads: int) -> dict[str, tuple[A
         "transformers serve, continuous": (([*peer, "--continuous-batching"], few), [merged]),
     }
     if vllm is not None:
-        quiet = {**few, "VLLM_CPU_KVCACHE_SPACE": "2", "VLLM_NO_USAGE_STATS": "1"}
-        common = ["--dtype", "float32", "--max-model-len", "1024", *port]
-        plain = [str(vllm), "serve", merged, *common]
-        many = [str(vllm), "serve", str(folder / "all" / "base"), *common, "--enable-lora"]
+        quiet = {**few, "VLLM_NO_USAGE_STATS": "1"}
+        common = [
+            "--dtype",
+            "float32",
+            "--max-model-len",
+            "1024",
+            "--kv-cache-memory-bytes",
+            "2000000000",
+            *port,
+        ]
+        program = find_vllm(str(vllm))
+        plain = [*program, "--model", merged, *common]
+        many = [*program, "--model", str(folder / "all" / "base"), *common, "--enable-lora"]
         many += ["--max-loras", "8", "--max-lora-rank", "16", "--lora-modules"]
         many += [f"{name}={folder / 'all' / name}" for name in ADAPTERS]
         found["vLLM, merged"] = ((plain, quiet), [merged])
@@ -284,7 +295,9 @@ def main() -> None:
     parser.add_argument("--clients", type=int, nargs="+", default=[1, 8, 32])
     parser.add_argument("--each", type=int, default=4, help="requests of a client")
     parser.add_argument("--threads", type=int, default=os.cpu_count() or 1)
-    parser.add_argument("--vllm", type=Path, help="its program, to be measured as well")
+    parser.add_argument(
+        "--vllm", type=Path, help="its program or its Python, to be measured as well"
+    )
     parser.add_argument("--only", help="variants whose name begins so")
     parser.add_argument("--folder", type=Path, help="where the models are made, and kept")
     parser.add_argument("--tiny", action="store_true", help="a model of no use, to try the script")

@@ -5,16 +5,13 @@ from __future__ import annotations
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from ipaddress import ip_address
-from pathlib import Path
 
 from fastapi import FastAPI
-from fastapi.staticfiles import StaticFiles
 
 from . import adapters, encoding, errors, generating, operation, tokens
+from .front import front
 from .guard import Guard
 from .state import State
-
-_PAGE = Path(__file__).parent / "page"
 
 
 def make_app(state: State, host: str, api_key: str | None) -> FastAPI:
@@ -39,16 +36,14 @@ def make_app(state: State, host: str, api_key: str | None) -> FastAPI:
     errors.install(app)
     for module in (operation, generating, encoding, tokens, adapters):
         app.include_router(module.router)
-    page: frozenset[str] = frozenset()
-    if (_PAGE / "index.html").exists():
-        page = frozenset(["/", *(f"/{p.relative_to(_PAGE).as_posix()}" for p in _PAGE.rglob("*"))])
-        app.mount("/", StaticFiles(directory=_PAGE, html=True))
+    page, paths = front()
+    app.include_router(page)
     app.add_middleware(
         Guard,
         api_key=api_key,
         max_body=state.options.max_body,
         local=api_key is None and is_loopback(host),
-        page=page,
+        page=paths,
         metrics=state.metrics,
     )
     return app

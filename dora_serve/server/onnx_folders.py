@@ -43,7 +43,7 @@ def read_onnx_folder(name: str, path: Path, taken: Collection[str]) -> tuple[Gra
         task=task,
         base=None,
         adapter=None,
-        modules=_modules(certificate),
+        modules=certified_modules(certificate),
         parameters=0,
         bytes=sum(file.stat().st_size for file in path.glob("model.onnx*")),
     )
@@ -59,7 +59,7 @@ def read_onnx_folder(name: str, path: Path, taken: Collection[str]) -> tuple[Gra
                 task=task,
                 base=name,
                 adapter=str(file),
-                modules=_modules(proof),
+                modules=certified_modules(proof),
                 parameters=sum(array.size for array in read_adapter_file(file).values()),
                 bytes=file.stat().st_size,
             )
@@ -67,9 +67,15 @@ def read_onnx_folder(name: str, path: Path, taken: Collection[str]) -> tuple[Gra
     return graph, models
 
 
-def _modules(certificate: Mapping[str, Any]) -> dict[str, Module]:
+def certified_modules(certificate: Mapping[str, Any]) -> dict[str, Module]:
+    """What a certificate tells of every adapted matrix."""
     return {
-        module: Module(start=ranks.get("start_rank"), rank=ranks["rank"], norm=None)
-        for module, ranks in (certificate.get("modules") or {}).items()
-        if ranks.get("rank") is not None
+        module: Module(
+            start=told.get("start_rank"),
+            rank=told["rank"],
+            relative=told.get("relative_update"),
+            lost=(told.get("rounding") or {}).get("lost"),
+        )
+        for module, told in (certificate.get("modules") or {}).items()
+        if told.get("rank") is not None
     }

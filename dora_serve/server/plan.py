@@ -14,12 +14,15 @@ class _Fixed(BaseModel):
 
 
 class Module(_Fixed):
-    """One adapted matrix: the rank that training began with and what it left, and ‖ΔW‖ (None where
-    an artifact does not tell)."""
+    """One adapted matrix: the rank that training began with and what it left, ‖ΔW‖, ‖ΔW‖/‖W‖, and
+    the share of ΔW that rounding to the stored dtype took. None is what an artifact does not tell.
+    """
 
     start: int | None
     rank: int
-    norm: float | None
+    norm: float | None = None
+    relative: float | None = None
+    lost: float | None = None
 
 
 class Graph(_Fixed):

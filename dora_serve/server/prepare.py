@@ -13,6 +13,7 @@ import shutil
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from converters.base import BaseModel, open_base
 from converters.certificate import FILE, sha256, tool, write_certificate
@@ -28,7 +29,7 @@ from dora_serve.api import write_onnx
 from dora_serve.cache import cached, content_key
 from dora_serve.discover import Found, Member, discover, read_member
 from dora_serve.server import plan
-from dora_serve.server.onnx_folders import SERVED, own_task, read_onnx_folder
+from dora_serve.server.onnx_folders import SERVED, certified_modules, own_task, read_onnx_folder
 
 _NAME = "adapter"  # of the one in an adapter's own folder
 _MAP = "modules.json"
@@ -53,12 +54,12 @@ def make_plan(root: Path, base: str | None, dry: bool, say: Say) -> plan.Plan:
             runs = [member for member in members if (member.run.task or own) == task]
             try:
                 graph = _graph(name, model, task, runs, dry, say)
+                bare = [_base(name, model, graph)] if task == own else []
             except DoraExportError as error:
                 problems |= {n: str(error) for n in [name, *(m.name for m in runs)]}
                 continue
             graphs.append(graph)
-            if task == own:
-                models.append(_base(name, model, graph))
+            models += bare
             for member in runs:
                 try:
                     models.append(_member(member, graph, dry, say))
@@ -131,15 +132,18 @@ def _base_key(base: BaseModel, asked: Sequence[object]) -> str:
 
 
 def _base(name: str, base: BaseModel, graph: plan.Graph) -> plan.Model:
+    file = base.path / FILE
+    proof: dict[str, Any] = read_json(file) if file.exists() else {}
+    merged = proof.get("kind") == "merged"
     return plan.Model(
         name=name,
-        kind="base",
-        method=None,
+        kind="merged" if merged else "base",
+        method=proof["run"]["method"] if merged else None,
         folder=graph.folder,
         task=graph.task,
         base=None,
         adapter=None,
-        modules={},
+        modules=certified_modules(proof) if merged else {},
         parameters=sum(numel(tensor) for tensor in base.tensors.values()),
         bytes=sum(nbytes(tensor) for tensor in base.tensors.values()),
     )
@@ -178,13 +182,17 @@ def _member(member: Member, graph: plan.Graph, dry: bool, say: Say) -> plan.Mode
 
 def _write(run: Run, base: BaseModel, graph: Path, target: Path) -> None:
     with output_folder(target) as folder:
+        copy = folder / "graph"  # of its own, since the output folder is locked
+        copy.mkdir()
         for name in (MODEL, FILE):
-            shutil.copyfile(graph / name, folder / name)
-        ranks = add_adapters(folder, {_NAME: run}, base)[_NAME]
-        (folder / MODEL).unlink()
+            shutil.copyfile(graph / name, copy / name)
+        ranks = add_adapters(copy, {_NAME: run}, base)[_NAME]
+        (copy / FOLDER).rename(folder / FOLDER)
+        certificate = read_json(copy / FILE)
+        shutil.rmtree(copy)
         numbers = dict(_modules(run, ranks))
         (folder / _MAP).write_text(json.dumps(numbers), encoding="utf-8")
-        write_certificate(folder, read_json(folder / FILE))
+        write_certificate(folder, certificate)
 
 
 def _modules(run: Run, ranks: Mapping[str, int]) -> Iterable[tuple[str, dict[str, object]]]:

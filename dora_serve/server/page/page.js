@@ -1,0 +1,132 @@
+// The table of models, the one that is chosen, and the key.
+
+import { base, call, key } from "./api.js";
+import { offer } from "./playground.js";
+import { element, rankMap } from "./rankmap.js";
+import { snippets } from "./snippets.js";
+
+const field = (id) => document.getElementById(id);
+let chosen = null; // the name of a model
+let shown = null; // what the part below the table was made from
+let locked = false; // whether the server wants a key
+
+field("address").textContent = `${base}/v1`;
+
+async function refresh() {
+  let models;
+  try {
+    models = (await (await call("/dora/models")).json()).data;
+  } catch (error) {
+    fail(error);
+    return;
+  }
+  locked ||= key.get() !== null;
+  field("trouble").textContent = "";
+  field("key-form").hidden = true;
+  field("forget").hidden = !locked;
+  field("all").hidden = false;
+  offer(models, refresh);
+  list(models);
+  const adapted = ({ modules }) => Object.keys(modules).length;
+  show(models.find(({ id }) => id === chosen) ?? models.find(adapted) ?? models[0]);
+}
+
+function fail(error) {
+  const wrong = error.status === 401;
+  if (wrong) {
+    locked = true;
+    field("all").hidden = true;
+    field("key-form").hidden = false;
+    field("key").focus();
+  }
+  const refused = wrong && key.get() !== null;
+  field("trouble").textContent = refused ? "The server does not take this key." : wrong ? "" : error.message;
+}
+
+field("key-form").addEventListener("submit", (event) => {
+  event.preventDefault();
+  key.set(field("key").value);
+  field("key").value = "";
+  refresh();
+});
+
+field("forget").addEventListener("click", () => {
+  key.forget();
+  refresh();
+});
+
+field("refresh").addEventListener("click", refresh);
+
+function list(models) {
+  const columns = [
+    ["Kind", ({ kind, method }) => (method ? `${kind}, ${method}` : kind)],
+    ["Base", (model) => model.base ?? ""],
+    ["Task", (model) => model.task],
+    ["Ranks", ranks],
+    ["Size", (model) => size(model.bytes), "number"],
+    ["Requests", (model) => String(model.requests), "number"],
+    ["In memory", (model) => (model.loaded ? "yes" : "no")],
+  ];
+  const heads = columns.map(([title, , kind]) =>
+    element("th", { scope: "col", role: "columnheader", class: kind ?? null }, title),
+  );
+  const rows = models.map((model) =>
+    element(
+      "tr",
+      { role: "row" },
+      element(
+        "th",
+        { scope: "row", role: "rowheader" },
+        element("button", { "data-name": model.id, onclick: () => show(model) }, model.id),
+      ),
+      ...columns.map(([title, write, kind]) =>
+        element("td", { role: "cell", "data-label": title, class: kind ?? null }, write(model)),
+      ),
+    ),
+  );
+  const first = element("th", { scope: "col", role: "columnheader" }, "Model");
+  // Said outright: as a list on a narrow screen it would be no table any more.
+  field("models").replaceChildren(
+    element(
+      "table",
+      { role: "table", "aria-labelledby": "models-title" },
+      element("thead", { role: "rowgroup" }, element("tr", { role: "row" }, first, ...heads)),
+      element("tbody", { role: "rowgroup" }, ...rows),
+    ),
+  );
+}
+
+/** "2–12 of 12" */
+function ranks({ modules }) {
+  const all = Object.values(modules);
+  if (!all.length) return "";
+  const range = (values) => {
+    const [least, most] = [Math.min(...values), Math.max(...values)];
+    return least === most ? String(most) : `${least}–${most}`;
+  };
+  const kept = range(all.map(({ rank }) => rank));
+  const starts = all.map(({ start }) => start);
+  return starts.includes(null) ? kept : `${kept} of ${range(starts)}`;
+}
+
+function size(bytes) {
+  const units = ["B", "KB", "MB", "GB", "TB"];
+  const power = Math.min(units.length - 1, Math.floor(Math.log10(Math.max(1, bytes)) / 3));
+  return `${Number((bytes / 1000 ** power).toPrecision(3))} ${units[power]}`;
+}
+
+function show(model) {
+  chosen = model.id;
+  for (const button of field("models").querySelectorAll("button")) {
+    button.setAttribute("aria-pressed", String(button.dataset.name === chosen));
+  }
+  const now = JSON.stringify([chosen, model.modules, locked]);
+  if (shown === now) return;
+  shown = now;
+  field("chosen-title").textContent = chosen;
+  const none = element("p", { class: "note" }, "No updates of its own, so no rank map.");
+  field("map").replaceChildren(Object.keys(model.modules).length ? rankMap(model.modules) : none);
+  field("snippets").replaceChildren(...snippets(model, locked));
+}
+
+refresh();

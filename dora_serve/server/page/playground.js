@@ -1,0 +1,132 @@
+// One prompt to several models side by side.
+
+import { call, events } from "./api.js";
+import { element } from "./rankmap.js";
+
+const field = (id) => document.getElementById(id);
+const names = field("names");
+const stop = field("stop");
+const progress = field("progress");
+const ASKS = { "causal-lm": generate, "sequence-classification": classify };
+
+let models = [];
+let running = null;
+
+/** Offer these models; what was chosen stays chosen. `done` is called after every round. */
+export function offer(found, done) {
+  const before = new Map(boxes().map((box) => [box.value, box.checked]));
+  models = found.filter((model) => model.task in ASKS);
+  const first = models.find((model) => model.kind === "run" || model.kind === "adapter");
+  const family = models.filter((model) => [model.id, model.base].includes(first?.base));
+  const chosen = new Set((family.length ? family : models).slice(0, 3).map((model) => model.id));
+  names.replaceChildren(
+    ...models.map(({ id }) => {
+      const checked = before.size ? (before.get(id) ?? false) : chosen.has(id);
+      const box = element("input", { type: "checkbox", value: id });
+      box.checked = checked;
+      return element("label", {}, box, ` ${id}`);
+    }),
+  );
+  field("playground").onsubmit = (event) => {
+    event.preventDefault();
+    send().then(done);
+  };
+}
+
+function boxes() {
+  return [...names.querySelectorAll("input")];
+}
+
+field("prompt").addEventListener("keydown", (event) => {
+  if (event.key === "Enter" && (event.ctrlKey || event.metaKey)) {
+    event.preventDefault();
+    field("playground").requestSubmit();
+  }
+});
+
+stop.addEventListener("click", () => running?.abort());
+
+async function send() {
+  const wanted = new Set(boxes().flatMap((box) => (box.checked ? [box.value] : [])));
+  const asked = models.filter((model) => wanted.has(model.id));
+  running?.abort();
+  if (!asked.length) {
+    progress.textContent = "Choose whom to ask.";
+    return;
+  }
+  const round = (running = new AbortController());
+  stop.disabled = false;
+  progress.textContent = "Asking…";
+  const columns = asked.map((model) => column(model));
+  field("answers").replaceChildren(...columns.map(({ article }) => article));
+  const ends = await Promise.all(columns.map((each) => fill(each, round.signal)));
+  if (running !== round) return;
+  running = null;
+  if (document.activeElement === stop) field("playground").querySelector("button").focus();
+  stop.disabled = true;
+  const count = (end) => ends.filter((each) => each === end).length;
+  const parts = ["answered", "stopped", "failed"].filter(count).map((end) => `${count(end)} ${end}`);
+  progress.textContent = `${parts.join(", ")}.`;
+}
+
+function column(model) {
+  const text = element("p", { class: "answer" });
+  const note = element("p", { class: "note" });
+  const title = element("h3", {}, model.id);
+  const article = element("article", { "aria-label": model.id, "aria-busy": "true" }, title, text, note);
+  return { model, article, text, note };
+}
+
+/** How it ended: "answered", "stopped" or "failed"; the column says the rest. */
+async function fill({ model, article, text, note }, signal) {
+  const begin = performance.now();
+  try {
+    const told = await ASKS[model.task](model, text, signal);
+    const seconds = (performance.now() - begin) / 1000;
+    note.textContent = `${told}, ${seconds.toFixed(2)} s`;
+    return "answered";
+  } catch (error) {
+    if (error.name === "AbortError") {
+      note.textContent = "stopped";
+      return "stopped";
+    }
+    note.textContent = error.message;
+    note.className = "wrong";
+    return "failed";
+  } finally {
+    article.setAttribute("aria-busy", "false");
+  }
+}
+
+async function generate(model, text, signal) {
+  const prompt = field("prompt").value;
+  const body = {
+    model: model.id,
+    max_tokens: field("length").valueAsNumber,
+    temperature: field("temperature").valueAsNumber,
+    stream: true,
+    stream_options: { include_usage: true },
+  };
+  const chat = field("form").value === "chat";
+  const answer = chat
+    ? await call("/v1/chat/completions", { ...body, messages: [{ role: "user", content: prompt }] }, signal)
+    : await call("/v1/completions", { ...body, prompt }, signal);
+  let tokens = 0;
+  let reason = null;
+  for await (const { choices, usage } of events(answer)) {
+    for (const choice of choices) {
+      text.append(choice.text ?? choice.delta.content ?? "");
+      reason = choice.finish_reason ?? reason;
+    }
+    tokens = usage?.completion_tokens ?? tokens;
+  }
+  return `${tokens} tokens${reason === "length" ? ", cut at the most" : ""}`;
+}
+
+async function classify(model, text, signal) {
+  const body = { model: model.id, input: field("prompt").value };
+  const answer = await (await call("/classify", body, signal)).json();
+  const [{ label, probs, index }] = answer.data;
+  text.textContent = label ?? String(index);
+  return probs.map((value, i) => `class ${i}: ${value.toFixed(3)}`).join(", ");
+}
