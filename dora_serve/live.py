@@ -151,12 +151,19 @@ def load_base(run: Run, base: BaseModel) -> Any:
             config=config,
             dtype=torch.float32,
             ignore_mismatched_sizes=run.num_labels is not None,
+            attn_implementation=attention(config),
         ).eval()
     finally:
         transformers.logging.set_verbosity(level)
     if run.replaced:
         _resize(model, run)
     return model
+
+
+def attention(config: Any) -> str | None:
+    """The implementation of attention that computes what the configuration says; None for
+    transformers' default, which leaves the soft cap of Gemma 2 out."""
+    return "eager" if getattr(config, "attn_logit_softcapping", None) else None
 
 
 def _resize(model: Any, run: Run) -> None:

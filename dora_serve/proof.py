@@ -19,7 +19,7 @@ from converters.tensors import open_safetensors, read_json
 from converters.writers.adapter import CONFIG as ADAPTER_CONFIG
 from converters.writers.adapter import WEIGHTS as ADAPTER_WEIGHTS
 
-from .live import LiveModel, load_base
+from .live import LiveModel, attention, load_base
 
 TOLERANCE = 1e-4  # float32 logits, max abs; DESIGN bound for float32 engines
 REDUCED_SHARE = 0.05  # a float16/bfloat16 adapter: share of the update's own effect on the logits
@@ -130,7 +130,11 @@ def _transformers(artifact: Path, _run: Run, _base: BaseModel) -> Reading:
         raise RunError("unknown architecture", file=artifact / "config.json", found=known)
     transformers.logging.disable_progress_bar()
     cls = getattr(transformers, str(known[0]))
-    return read_logits(cls.from_pretrained(artifact, dtype=torch.float32).eval())
+    config = transformers.AutoConfig.from_pretrained(artifact)
+    model = cls.from_pretrained(
+        artifact, dtype=torch.float32, attn_implementation=attention(config)
+    )
+    return read_logits(model.eval())
 
 
 def _peft(artifact: Path, run: Run, base: BaseModel) -> Reading:

@@ -41,8 +41,7 @@ SHAPE: dict[str, Any] = {
     "max_position_embeddings": 64,
 }
 EXPERTS = {"moe_intermediate_size": 24, "num_experts": 4, "num_experts_per_tok": 2}
-# The live model's attention (sdpa) leaves soft caps out; the graph's does not.
-GEMMA2 = {"head_dim": 16, "sliding_window": 32, "attn_logit_softcapping": None}
+GEMMA2 = {"head_dim": 16, "sliding_window": 32, "attn_logit_softcapping": 2.0}
 GPT2 = {"n_embd": 64, "n_layer": 2, "n_head": 4, "n_positions": 64}
 OPT = {"ffn_dim": 96, "word_embed_proj_dim": 64}
 FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
