@@ -5,15 +5,18 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from .errors import MissingError, TensorFileError
+from .errors import TensorFileError
+from .files import check_file
+
+_LARGEST = 100_000_000
 
 
 def read_json(path: Path) -> dict[str, object]:
     """The JSON object in `path`; raises `TensorFileError` naming the file when it is not one."""
+    if check_file(path) > _LARGEST:
+        raise TensorFileError("too large for a JSON file", file=path, expected="at most 100 MB")
     try:
         value = json.loads(path.read_bytes(), object_pairs_hook=unique_keys)
-    except FileNotFoundError:
-        raise MissingError("file not found", file=path) from None
     except OSError as error:
         raise TensorFileError(f"cannot be read: {error.strerror}", file=path) from None
     except (ValueError, RecursionError) as error:

@@ -16,8 +16,12 @@ import threading
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from types import FrameType
+from typing import TYPE_CHECKING
 
 from .errors import OutputError
+
+if TYPE_CHECKING:
+    import torch
 
 _SUFFIX = ".dora-tmp"
 _AT_FDCWD, _RENAME_EXCHANGE = -100, 2  # <fcntl.h>, <linux/fs.h>
@@ -71,9 +75,10 @@ def output_folder(target: Path) -> Iterator[Path]:
     target = target.resolve()
     empty = _is_empty(target)
     made = [p for p in (target.parent, *target.parent.parents) if not p.exists()]
-    target.parent.mkdir(parents=True, exist_ok=True)
-    _remove_stale(target)
-    folder, lock = _locked_folder(target.parent, f".{target.name}.")
+    with _write_errors(target):
+        target.parent.mkdir(parents=True, exist_ok=True)
+        _remove_stale(target)
+        folder, lock = _locked_folder(target.parent, f".{target.name}.")
     try:
         with _write_errors(target), _terminate_as_exit(), _janitor(folder):
             folder.chmod(0o777 & ~_umask())
@@ -129,6 +134,19 @@ def _write_errors(target: Path) -> Iterator[None]:
             file=target,
             remedy="nothing was left behind; look after the disk and run again",
         ) from error
+
+
+def save_tensors(tensors: dict[str, torch.Tensor], path: Path) -> None:
+    """Write a safetensors file. Raises `OutputError` when it cannot be written."""
+    from safetensors import SafetensorError
+    from safetensors.torch import save_file
+
+    try:
+        save_file(tensors, path, metadata={"format": "pt"})
+    except SafetensorError as error:
+        raise OutputError(
+            str(error), file=path, remedy="look after the disk and run again"
+        ) from None
 
 
 def _umask() -> int:

@@ -2,26 +2,48 @@
 
 from __future__ import annotations
 
+import time
+
 import regex
 
 from .errors import RunError
 
-SECONDS = 2.0
+SECONDS, SECONDS_IN_ALL = 1.0, 30.0
 
 
 class PatternError(RunError):
     """Not a regular expression, or one that takes too long."""
 
 
-def matches(pattern: str, module: str) -> bool:
-    """Whether PEFT's `rank_pattern` or `alpha_pattern` key `pattern` means `module`.
+class Patterns:
+    """The patterns of one configuration, which share one allowance of time.
 
-    `regex` has the syntax of `re`, which PEFT uses, and can be bounded in time. Raises
-    `PatternError`.
+    `regex` has the syntax of `re`, which PEFT uses, and can be bounded in time.
     """
-    try:
-        return regex.match(rf"(.*\.)?({pattern})$", module, timeout=SECONDS) is not None
-    except TimeoutError:
-        raise PatternError(f"the pattern takes longer than {SECONDS:.0f} s to match") from None
-    except (regex.error, OverflowError, RecursionError):
-        raise PatternError("the pattern is not a regular expression") from None
+
+    def __init__(self) -> None:
+        self._left = SECONDS_IN_ALL
+
+    def suffix(self, pattern: str, module: str) -> bool:
+        """Whether a key of PEFT's `rank_pattern` or `alpha_pattern` means `module`. Raises
+        `PatternError`."""
+        return self._match(rf"(.*\.)?({pattern})$", module)
+
+    def whole(self, pattern: str, module: str) -> bool:
+        """Whether PEFT's `target_modules`, where it is one string, means `module`. Raises
+        `PatternError`."""
+        return self._match(rf"({pattern})\Z", module)
+
+    def _match(self, pattern: str, module: str) -> bool:
+        if len(pattern) > 100_000:
+            raise PatternError("the pattern is longer than 100 000 characters")
+        begin = time.monotonic()
+        seconds = max(0.001, min(SECONDS, self._left))
+        try:
+            return regex.match(pattern, module, timeout=seconds) is not None
+        except TimeoutError:
+            raise PatternError(f"the pattern takes longer than {seconds:.0f} s to match") from None
+        except (regex.error, OverflowError, RecursionError, MemoryError):
+            raise PatternError("the pattern is not a regular expression") from None
+        finally:
+            self._left -= time.monotonic() - begin

@@ -154,6 +154,15 @@ def _targets(
                 tensor=name,
                 found=f"{targets[name][0]} and {module}",
             )
+        stored = replaced.get(name) or base.tensors.get(name)
+        if stored is not None and not stored.dtype.is_floating_point:
+            raise BaseError(
+                "a base weight of whole numbers cannot take an update",
+                file=stored.path,
+                tensor=name,
+                found=str(stored.dtype),
+                remedy="merge into the base before it was quantized",
+            )
         targets[name] = (module, transposed)
         components = update.components()
         ranks[module] = None if components is None else components.rank

@@ -12,14 +12,14 @@ import os
 import pickle
 import zipfile
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
 import torch
 
-from .errors import MissingError, TensorFileError
+from .errors import TensorFileError
+from .files import State, check_file, opened, state_of
 from .json_files import read_json as read_json
 from .json_files import unique_keys
 
@@ -78,38 +78,6 @@ def nbytes(tensor: LazyTensor) -> int:
 def byte_view(buffer: torch.Tensor) -> memoryview:
     """The bytes of a contiguous tensor, without a copy."""
     return buffer.view(torch.uint8).numpy().data
-
-
-State = tuple[int, int, int, int]
-
-
-def state_of(stat: os.stat_result) -> State:
-    """What tells whether a file is still the same: device, inode, size, time of change."""
-    return stat.st_dev, stat.st_ino, stat.st_size, stat.st_mtime_ns
-
-
-@contextmanager
-def opened(path: Path, state: State, tensor: str | None = None) -> Iterator[int]:
-    """The descriptor of a file to read from. Raises `TensorFileError` when it cannot be opened, or
-    on leaving is not in `state`: what was read may then be of two files."""
-    try:
-        fd = os.open(path, os.O_RDONLY)
-    except OSError as error:
-        raise TensorFileError(
-            f"cannot be opened: {error.strerror}", file=path, tensor=tensor
-        ) from None
-    try:
-        yield fd
-        same = state_of(os.fstat(fd)) == state
-    finally:
-        os.close(fd)
-    if not same:
-        raise TensorFileError(
-            "the file was changed while it was read",
-            file=path,
-            tensor=tensor,
-            remedy="run again when nothing writes to it",
-        )
 
 
 @dataclass(frozen=True)
@@ -195,6 +163,7 @@ def open_safetensors(path: Path) -> dict[str, LazyTensor]:
             remedy=remedy,
         )
 
+    check_file(path)
     try:
         with path.open("rb") as stream:
             stat = os.fstat(stream.fileno())
@@ -207,8 +176,6 @@ def open_safetensors(path: Path) -> dict[str, LazyTensor]:
                     expected=f"at most {max(0, size - 8)}",
                 )
             raw = stream.read(length)
-    except FileNotFoundError:
-        raise MissingError("file not found", file=path) from None
     except OSError as error:
         raise TensorFileError(f"cannot be read: {error.strerror}", file=path) from None
     try:
@@ -227,7 +194,9 @@ def open_safetensors(path: Path) -> dict[str, LazyTensor]:
             dtype = SAFETENSORS_DTYPES[entry["dtype"]]
             shape = tuple(entry["shape"])
             begin, end = entry["data_offsets"]
-            if not all(type(n) is int and n >= 0 for n in (*shape, begin, end)):
+            if not all(type(n) is int and 0 <= n <= size for n in shape):
+                raise ValueError  # an empty tensor may not claim more rows than the file has bytes
+            if not all(type(n) is int and n >= 0 for n in (begin, end)):
                 raise ValueError
         except (KeyError, TypeError, ValueError):
             raise bad(
@@ -273,8 +242,7 @@ def load_torch(path: Path) -> object:
 
     Raises `TensorFileError` when the file holds anything but tensors and plain containers.
     """
-    if not path.exists():
-        raise MissingError("file not found", file=path)
+    check_file(path)
     try:
         return torch.load(
             path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path)
@@ -308,15 +276,34 @@ def open_torch(path: Path) -> dict[str, LazyTensor]:
             "not a state dict", file=path, found=type(saved).__name__, expected="a dict of tensors"
         )
     for name, value in saved.items():
-        if not isinstance(name, str) or not isinstance(value, torch.Tensor):
+        if not isinstance(name, str) or not _is_plain(value, state[2]):
             raise TensorFileError(
-                "state dict entry is not a tensor",
+                "state dict entry is not a plain tensor of the file's size",
                 file=path,
-                tensor=str(name),
-                found=type(value).__name__,
-                expected="a tensor",
+                tensor=str(name)[:200],
+                found=_kind(value),
+                expected="a dense tensor on the CPU",
             )
     return {name: TorchTensor(name, path, value.detach(), state) for name, value in saved.items()}
+
+
+def _is_plain(value: object, size: int) -> bool:
+    """Whether it is a dense tensor that is no larger than the file it came from."""
+    return (
+        isinstance(value, torch.Tensor)
+        and value.layout == torch.strided
+        and value.device.type == "cpu"
+        and value.dtype in DTYPE_NAMES
+        and not value.is_nested
+        and value.numel() * value.itemsize <= size
+        and all(n <= size for n in value.shape)
+    )
+
+
+def _kind(value: object) -> str:
+    if not isinstance(value, torch.Tensor) or value.is_nested:
+        return type(value).__name__
+    return f"{value.dtype} {list(value.shape)}, {value.layout}, on {value.device}"
 
 
 def open_file(path: Path) -> dict[str, LazyTensor]:

@@ -72,15 +72,22 @@ class RankOneSum:
         return RankOneSum(self.b.T.contiguous(), self.c, self.a.T.contiguous())
 
     def norms(self) -> torch.Tensor:
-        """|cᵢ|·‖aᵢ‖·‖bᵢ‖, the Frobenius norm of each component, `[r]`."""
-        a, b = self.a.norm(dim=1), self.b.norm(dim=0)
-        # |c|·‖a‖ first: the product stays in range when one factor is tiny and another huge.
-        norms: torch.Tensor = (self.c.abs() * a) * b
+        """|cᵢ|·‖aᵢ‖·‖bᵢ‖, the Frobenius norm of each component, `[r]`, float64."""
+        norms: torch.Tensor = self.c.abs().double() * self._a_norms() * self._b_norms()
+        return norms
+
+    # In float64: squares leave the range of float32 long before the values do.
+    def _a_norms(self) -> torch.Tensor:
+        norms: torch.Tensor = self.a.double().norm(dim=1)
+        return norms
+
+    def _b_norms(self) -> torch.Tensor:
+        norms: torch.Tensor = self.b.double().norm(dim=0)
         return norms
 
     def norm(self) -> float:
         """‖ΔW‖ in the Frobenius norm, from the Gram matrices `[r, r]`, never from `[out, in]`."""
-        a, b = self.a.double(), (self.b * self.c).double()
+        a, b = self.a.double(), self.b.double() * self.c.double()
         return float((a @ a.T).mul_(b.T @ b).sum().clamp_(min=0).sqrt())
 
     def dense(self) -> torch.Tensor:
@@ -109,7 +116,7 @@ class RankOneSum:
         if _independent(self.a) and _independent(self.b.T):
             return self
         u, s, vh = self.svd()
-        size = float(self.norms().double().sum())
+        size = float(self.norms().sum())
         rank = int((s > max(self.shape) * torch.finfo(s.dtype).eps * size).sum())
         return self if rank == self.rank else cut(u, s, vh, rank)
 
@@ -145,7 +152,7 @@ class RankOneSum:
 
         Equal norms keep both factors within the range of float16. Needs a stripped sum.
         """
-        a_norm, b_norm = self.a.norm(dim=1).double(), self.b.norm(dim=0).double()
+        a_norm, b_norm = self._a_norms(), self._b_norms()
         size = (self.c.abs().double() * a_norm * b_norm).sqrt()
         a = self.a * (size / a_norm).unsqueeze(1)
         b = self.b * (self.c.sign() * size / b_norm)

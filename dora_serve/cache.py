@@ -7,12 +7,13 @@ import hashlib
 import json
 import os
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from importlib.metadata import version
 from pathlib import Path
 
 from converters.base import BaseModel
 from converters.certificate import sha256
+from converters.errors import OutputError
 from converters.run import Run
 
 
@@ -52,8 +53,15 @@ def cached(key: str, make: Callable[[Path], object]) -> Path:
 @contextmanager
 def _lock(name: str) -> Iterator[None]:
     folder = cache_folder() / "locks"
-    folder.mkdir(parents=True, exist_ok=True)
-    descriptor = os.open(folder / name, os.O_CREAT | os.O_RDWR, 0o600)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        descriptor = os.open(folder / name, os.O_CREAT | os.O_RDWR, 0o600)
+    except OSError as error:
+        raise OutputError(
+            f"the cache cannot be written: {error.strerror}",
+            file=cache_folder(),
+            remedy="set DORA_SERVE_CACHE to a folder that can be",
+        ) from None
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX)
         yield
@@ -66,11 +74,12 @@ def _known_sha256(path: Path) -> str:
     stat = path.stat()
     state = f"{path.resolve()} {stat.st_size} {stat.st_mtime_ns} {stat.st_ctime_ns} {stat.st_ino}"
     memory = cache_folder() / "hashes" / hashlib.sha256(state.encode()).hexdigest()[:32]
-    if memory.is_file():
-        return memory.read_text(encoding="ascii")
+    with suppress(OSError):
+        value = memory.read_text(encoding="ascii")
+        if len(value) == 2 * hashlib.sha256().digest_size:  # else its writer was killed
+            return value
     value = sha256(path)
-    memory.parent.mkdir(parents=True, exist_ok=True)
-    fresh = memory.with_suffix(f".{os.getpid()}")
-    fresh.write_text(value, encoding="ascii")
-    fresh.replace(memory)
+    with suppress(OSError):  # it is only remembered to save time
+        memory.parent.mkdir(parents=True, exist_ok=True)
+        memory.write_text(value, encoding="ascii")
     return value

@@ -11,6 +11,7 @@ from typing import Literal
 
 from ..base import BaseModel
 from ..errors import MissingError, RunError
+from ..patterns import Patterns
 from ..readers.peft_common import CONFIG_FILE, WEIGHT_FILES
 from ..tensors import LazyTensor, LazyTensors, open_file, read_json
 from ..writers.profiles import PROFILES, Profile
@@ -70,6 +71,10 @@ class Adapter:
     tensors: LazyTensors
     base: BaseModel | None
     engines: tuple[Profile, ...]
+
+    @cached_property
+    def patterns(self) -> Patterns:
+        return Patterns()
 
     @cached_property
     def factors(self) -> list[Factor]:

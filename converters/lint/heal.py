@@ -7,6 +7,7 @@ import tempfile
 from pathlib import Path
 
 from ..base import BaseModel
+from ..output import save_tensors
 from ..readers import ReadOptions, read_run
 from ..readers.peft_common import CONFIG_FILE
 from ..writers.adapter import WEIGHTS, AdapterResult, write_adapter
@@ -37,8 +38,6 @@ def _misnamed(adapter: Adapter) -> bool:
 
 
 def _renamed(adapter: Adapter, folder: Path) -> Path:
-    from safetensors.torch import save_file
-
     shutil.copyfile(adapter.path / CONFIG_FILE, folder / CONFIG_FILE)
     names = {
         factor.key: f"{PREFIX}{factor.module}.lora_embedding_{factor.letter}"
@@ -47,5 +46,5 @@ def _renamed(adapter: Adapter, folder: Path) -> Path:
         for factor in adapter.factors
     }
     tensors = {names.get(key, key): tensor.load() for key, tensor in adapter.tensors.items()}
-    save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
+    save_tensors(tensors, folder / WEIGHTS)
     return folder

@@ -121,7 +121,7 @@ def targeted(adapter: Adapter) -> Iterator[Finding]:
             )
         return
     for module in (*adapter.pairs, *adapter.embeddings):
-        if ".experts" not in module and not _matches(adapter.config, module):
+        if ".experts" not in module and not _matches(adapter, module):
             yield Finding(
                 "not-targeted",
                 "error",
@@ -134,19 +134,21 @@ def targeted(adapter: Adapter) -> Iterator[Finding]:
             )
 
 
-def _matches(config: object, module: str) -> bool:
+def _matches(adapter: Adapter, module: str) -> bool:
     """PEFT's rule, `peft.tuners.tuners_utils.check_target_module_exists`."""
-    assert isinstance(config, dict)
+    config = adapter.config
     targets = config["target_modules"]
     if isinstance(targets, str):
-        return targets == "all-linear" or re.fullmatch(targets, module) is not None
-    if not any(module == name or module.endswith(f".{name}") for name in targets):
+        return targets == "all-linear" or adapter.patterns.whole(targets, module)
+    names = targets if isinstance(targets, list) else []
+    if not any(module == name or module.endswith(f".{name}") for name in names):
         return False
     layers = config.get("layers_to_transform")
     if layers is None:
         return True
     match = _LAYER.fullmatch(module)
-    return match is not None and int(match[2]) in ([layers] if isinstance(layers, int) else layers)
+    named = layers if isinstance(layers, list) else [layers]
+    return match is not None and int(match[2]) in named
 
 
 def kinds(adapter: Adapter) -> Iterator[Finding]:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 
-from ..patterns import matches
 from ..readers.peft_common import is_number
 from ..writers.adapter import CONFIG
 from ..writers.profiles import Profile, Reading
@@ -184,7 +183,7 @@ def _scale(adapter: Adapter, module: str, reading: Reading) -> float | None:
 def _pattern(adapter: Adapter, key: str, module: str, default: str) -> float | None:
     patterns = adapter.config.get(key)
     for name, value in (patterns if isinstance(patterns, dict) else {}).items():
-        if matches(name, module) and is_number(value):
+        if adapter.patterns.suffix(name, module) and is_number(value):
             return value
     value = adapter.config.get(default)
     return value if is_number(value) else None

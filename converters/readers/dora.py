@@ -115,15 +115,15 @@ def _weight_file(folder: Path) -> Path | None:
 
 def _without_wrapper(tensors: dict[str, LazyTensor], file: Path) -> dict[str, LazyTensor]:
     """Tensor names without `model.` of the wrapper and `module.` of DistributedDataParallel."""
-    for prefix in ("module.model.", "model."):
-        if all(name.startswith(prefix) for name in tensors):
-            return {name[len(prefix) :]: tensor for name, tensor in tensors.items()}
-    stray = next(name for name in tensors if not name.startswith(("model.", "module.model.")))
+    prefix = "module.model." if next(iter(tensors)).startswith("module.") else "model."
+    stray = next((name for name in tensors if not name.startswith(prefix)), None)
+    if stray is None:
+        return {name[len(prefix) :]: tensor for name, tensor in tensors.items()}
     raise RunError(
         "a tensor lies outside the training wrapper",
         file=file,
         tensor=stray,
-        expected="every name to begin with model. (or module.model.)",
+        expected=f"every name to begin with {prefix}",
     )
 
 
@@ -166,7 +166,7 @@ def _check_shapes(module: str, parts: dict[str, LazyTensor]) -> int:
             file=b.path,
             tensor=f"{module}.{_B}",
             found=list(b.shape),
-            expected=f"[out, {a.shape[0]}] beside A {list(a.shape)}",
+            expected=f"[out, r] beside A [r, in] {list(a.shape)}",
         )
     c = parts.get(_C)
     if c is not None and c.shape != (a.shape[0],):

@@ -10,7 +10,7 @@ from typing import TypedDict
 
 from ..base import CONV1D_FAMILIES, CONV1D_LAYERS, BaseModel, open_base
 from ..errors import BaseError, MissingError, RunError
-from ..patterns import PatternError, matches
+from ..patterns import PatternError, Patterns
 from ..run import HEADS
 from ..tensors import LazyTensor, LazyTensors, open_file, read_json
 from . import ReadOptions
@@ -125,7 +125,7 @@ def check_pair(module: str, parts: dict[str, LazyTensor], file: Path) -> int:
             file=file,
             tensor=f"{module}.lora_B",
             found=list(b.shape),
-            expected=f"[out, {a.shape[0]}] beside lora_A {list(a.shape)}",
+            expected=f"[out, r] beside lora_A [r, in] {list(a.shape)}",
         )
     return a.shape[0]
 
@@ -137,6 +137,7 @@ class Scaling:
         self._path = path
         self._config = config
         self._alpha = options.lora_alpha
+        self._patterns_in = Patterns()
         self._rank_pattern = self._patterns("rank_pattern")
         self._alpha_pattern = self._patterns("alpha_pattern")
 
@@ -149,7 +150,7 @@ class Scaling:
     def _lookup(self, pattern: dict[str, float], module: str, key: str) -> float:
         for name, value in pattern.items():
             try:
-                if matches(name, module):
+                if self._patterns_in.suffix(name, module):
                     return value
             except PatternError as error:
                 raise RunError(str(error), file=self._path, found=name) from None

@@ -19,6 +19,7 @@ import torch
 
 from ..base import BaseModel, open_base
 from ..errors import BaseError, MissingError, RunError
+from ..patterns import PatternError, Patterns
 from ..run import Run
 from ..tensors import LazyTensor, load_finite
 from ..update import Update
@@ -80,6 +81,7 @@ class PeftTunerReader:
         model = _empty(run, base)
         needed = _needed(tensors, base) if kind in _FROM_BASE else {}
         _give_memory(model, whole, needed)
+        _check_patterns(config, [name for name, _ in model.named_modules()], config_path)
         layers = _load(model, folder, file)
         absent = [module for module in layers if f"{module}.weight" not in needed]
         if kind in _FROM_BASE and absent:
@@ -258,6 +260,18 @@ def _check_shape(tensor: LazyTensor, data: torch.Tensor, parameter: torch.Tensor
             found=list(data.shape),
             expected=list(parameter.shape),
         )
+
+
+def _check_patterns(config: dict[str, object], names: list[str], path: Path) -> None:
+    """Raise `RunError` for regular expressions that PEFT would not come back from."""
+    patterns = Patterns()
+    try:
+        for key in ("target_modules", "exclude_modules"):
+            if isinstance(config.get(key), str):
+                for name in names:
+                    patterns.whole(str(config[key]), name)
+    except PatternError as error:
+        raise RunError(str(error), file=path, found=config[key]) from None
 
 
 def _load(model: Any, folder: Path, file: Path) -> dict[str, Any]:

@@ -21,7 +21,7 @@ from ..certificate import certificate, write_certificate, write_json
 from ..errors import TargetError
 from ..fit import FitReport, fit_run
 from ..layout import is_parameter, split_slice
-from ..output import check_output, output_folder
+from ..output import check_output, output_folder, save_tensors
 from ..plan import changed, check_frozen
 from ..run import HEADS, Run
 from ..tensors import LazyTensor, load_finite
@@ -325,8 +325,6 @@ class LoraFolder:
         dtype: torch.dtype,
         fit: FitReport | None,
     ) -> dict[str, float]:
-        from safetensors.torch import save_file
-
         tensors: dict[str, torch.Tensor] = {}
         errors: dict[str, float] = {}
         blocks: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}
@@ -351,7 +349,7 @@ class LoraFolder:
             adapted = plan.stored.get(module, (0,))[0] > 0 and not inside
             key = f"{module}.base_layer.{kind}" if adapted else name
             tensors[_PREFIX + key] = load_finite(tensor).to(dtype)
-        save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
+        save_tensors(tensors, folder / WEIGHTS)
         write_json(folder / CONFIG, plan.config)
         (folder / "README.md").write_text(model_card(run, plan.config, plan.ranks, fit))
         return errors

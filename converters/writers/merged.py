@@ -12,6 +12,7 @@ import torch
 
 from ..base import BaseModel
 from ..certificate import FILE, certificate, write_certificate, write_json
+from ..errors import BaseError
 from ..output import check_output, output_folder
 from ..plan import MergePlan, plan_merge
 from ..run import Run
@@ -84,7 +85,25 @@ def copy_companions(source: Path, folder: Path) -> None:
         known = path.suffix in _COPIED or path.name.upper().startswith(("LICENSE", "NOTICE"))
         left = path.name in _OWN_FILES or path.name.endswith(".index.json")
         if path.is_file() and known and not left:
+            _check_inside(path, source)
             shutil.copyfile(path, folder / path.name)
+
+
+def _check_inside(path: Path, source: Path) -> None:
+    """Raise `BaseError` for a link out of the base, whose content nobody meant to pass on; the
+    links of a hub cache's snapshot lead to its blobs."""
+    own = source.resolve()
+    blobs = own.parent.parent / "blobs"
+    real = path.resolve()
+    if not real.is_relative_to(own) and not (
+        own.parent.name == "snapshots" and blobs in real.parents
+    ):
+        raise BaseError(
+            "a file of the base is a link out of its folder",
+            file=path,
+            found=real,
+            remedy="copy the file into the folder, if it is meant",
+        )
 
 
 def _loss_warnings(rounding: dict[str, Rounding]) -> list[str]:

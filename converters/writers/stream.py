@@ -23,6 +23,7 @@ from pathlib import Path
 import torch
 
 from ..errors import BaseError
+from ..files import opened
 from ..plan import OutputTensor
 from ..run import Run
 from ..tensors import (
@@ -30,7 +31,6 @@ from ..tensors import (
     SafetensorsTensor,
     byte_view,
     nbytes,
-    opened,
     rows_and_columns,
 )
 from ..update import Update, transposed

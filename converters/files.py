@@ -1,0 +1,56 @@
+"""Files that are read in pieces: which kind they are, and whether they stay the same."""
+
+from __future__ import annotations
+
+import os
+import stat
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from .errors import MissingError, TensorFileError
+
+State = tuple[int, int, int, int]
+
+
+def state_of(found: os.stat_result) -> State:
+    """What tells whether a file is still the same: device, inode, size, time of change."""
+    return found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns
+
+
+def check_file(path: Path) -> int:
+    """The size of the file `path`. Raises `MissingError` where there is none, `TensorFileError` for
+    what is no file: reading a pipe or device might never end."""
+    try:
+        found = path.stat()
+    except FileNotFoundError:
+        raise MissingError("file not found", file=path) from None
+    except OSError as error:
+        raise TensorFileError(f"cannot be read: {error.strerror}", file=path) from None
+    if not stat.S_ISREG(found.st_mode):
+        raise TensorFileError("cannot be read: not a file", file=path)
+    return found.st_size
+
+
+@contextmanager
+def opened(path: Path, state: State, tensor: str | None = None) -> Iterator[int]:
+    """The descriptor of a file to read from. Raises `TensorFileError` when it cannot be opened, or
+    on leaving is not in `state`: what was read may then be of two files."""
+    try:
+        fd = os.open(path, os.O_RDONLY)
+    except OSError as error:
+        raise TensorFileError(
+            f"cannot be opened: {error.strerror}", file=path, tensor=tensor
+        ) from None
+    try:
+        yield fd
+        same = state_of(os.fstat(fd)) == state
+    finally:
+        os.close(fd)
+    if not same:
+        raise TensorFileError(
+            "the file was changed while it was read",
+            file=path,
+            tensor=tensor,
+            remedy="run again when nothing writes to it",
+        )

@@ -1,0 +1,449 @@
+"""Commands that write, stopped and disturbed in every way: is anything lost?
+
+    python scripts/faults.py [--short] [--seed 0] [--onnx]
+
+After every round the old output must be there whole or the new one, the inputs as they were, the
+message one error without traceback; then the command runs undisturbed, and no temporary file may be
+left. Prints a table; exit code 1 when anything was lost. Needs root for the rows with a small disk
+and with other rights, and a C compiler for the rows in which system calls fail.
+"""
+
+from __future__ import annotations
+
+import argparse
+import errno
+import os
+import random
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+
+from fault_world import (
+    MODELS,
+    NAMES,
+    NOBODY,
+    READS,
+    RUNS,
+    WRITES,
+    Arm,
+    Process,
+    World,
+    empty,
+    export,
+    identity,
+)
+
+SHIM = "DORA_FAULT_SHIM"
+ONNX_RUNS = {"old": RUNS / "Count_Down/Tiny_Llama--Count_Down--1",
+             "new": RUNS / "Every_Second/Tiny_Llama--Every_Second--1"}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Command:
+    """`work(place, run, base)` makes the artifact of the run in a folder; `seconds` it takes, and
+    the identities of what it makes of both runs are measured once."""
+
+    name: str
+    work: Callable[[Path, str, Path], None]
+    base: Path
+    made: dict[str, str] = field(default_factory=dict)
+    seconds: list[float] = field(default_factory=list)
+
+
+@dataclass
+class Row:
+    tried: int = 0
+    stopped: int = 0
+    done: int = 0
+    lost: list[str] = field(default_factory=list)
+
+
+def outputs(place: Path) -> list[Path]:
+    """The artifacts in a place: the folder `out`, or what lies in the cache."""
+    own = (place / "out", *(place / "cache").glob("[!.]*"))
+    return [path for path in own if path.is_dir() and path.name not in ("locks", "hashes")]
+
+
+def commands(world: World, onnx: bool) -> list[Command]:
+    inputs = world.inputs
+
+    def merge(place: Path, run: str, base: Path) -> None:
+        export("merge", inputs / run, place / "out", "--base", base, "--force")
+
+    def adapter(place: Path, run: str, base: Path) -> None:
+        export("adapter", inputs / run, place / "out", "--base", base, "--force")
+
+    def cache(place: Path, run: str, base: Path) -> None:
+        from converters.base import open_base
+        from converters.errors import DoraExportError
+        from dora_serve.convert import vllm_adapter
+        from dora_serve.discover import read_member
+
+        os.environ["DORA_SERVE_CACHE"] = str(place / "cache")
+        try:
+            vllm_adapter(read_member(run, inputs / run, [], open_base(base)))
+        except DoraExportError as error:
+            sys.exit(print(f"error: {error}") or 1)
+
+    def graph(place: Path, run: str, base: Path) -> None:
+        export("onnx", ONNX_RUNS[run], place / "out", "--base", base, "--force")
+
+    base = inputs / "base"
+    if onnx:
+        return [Command("onnx", graph, MODELS / "tiny-llama-base")]
+    named = (("merge", merge), ("adapter", adapter), ("cache", cache))
+    return [Command(name, work, base) for name, work in named]
+
+
+class Rounds:
+    """The rounds of all faults with their rows."""
+
+    def __init__(self, world: World, seed: int) -> None:
+        self.world = world
+        self.random = random.Random(seed)
+        self.rows: dict[tuple[str, str], Row] = {}
+
+    def run(self, command: Command, run: str, place: Path | None = None) -> Process:
+        place = place or self.world.place
+        process = self.world.start(partial(command.work, place, run, command.base))
+        process.wait()
+        return process
+
+    def learn(self, command: Command) -> None:
+        """What the command makes of both runs, and how long it takes."""
+        for run in ("old", "new"):
+            empty(self.world.place)
+            begin = time.monotonic()
+            process = self.run(command, run)
+            command.seconds[:] = [time.monotonic() - begin]
+            (made,) = outputs(self.world.place) or [self.world.place]
+            name = identity(made)
+            if process.code or name is None:
+                raise SystemExit(f"{command.name} fails undisturbed: {process.said}")
+            command.made[run] = name
+        if command.made["old"] == command.made["new"]:
+            raise SystemExit("both runs make the same artifact: nothing can be told from it")
+
+    @contextmanager
+    def round(
+        self,
+        fault: str,
+        command: Command,
+        *,
+        old: bool,
+        place: Path | None = None,
+        allowed: tuple[str, ...] = (),
+        after: Callable[[], object] = lambda: None,
+    ) -> Iterator[list[Process]]:
+        """One round: within, the caller starts and disturbs processes and lists them. `old`: there
+        is an artifact already; `allowed`: what else may come out; `after` ends the disturbance."""
+        row = self.rows.setdefault((fault, command.name), Row())
+        place = place or self.world.place
+        empty(place)
+        if old:
+            self.run(command, "old", place)
+        processes: list[Process] = []
+        yield processes
+        codes = [process.wait() for process in processes]
+        after()
+        problems = []
+        for process, code in zip(processes, codes, strict=True):
+            if "Traceback" in process.said or (code > 0 and "error: " not in process.said):
+                problems.append(f"no clear error, exit code {code}: {process.said[-1500:]}")
+        found = [identity(path) for path in outputs(place)]
+        if old and not found:
+            problems.append("the old output is gone")
+        if not {*found} <= {*command.made.values(), *allowed}:
+            problems.append(f"an output that is neither old nor new; codes {codes}")
+        new = any(name != command.made["old"] for name in found)
+        if codes == [0] and not new:
+            problems.append("exit code 0 without the new output")
+        if self.world.inputs_changed():
+            problems.append("the inputs changed")
+        again = self.run(command, "new", place)
+        if again.code or command.made["new"] not in map(identity, outputs(place)):
+            problems.append(f"the next command fails: {again.said[-1500:]}")
+        if left := self.world.litter(place):
+            problems.append(f"litter: {left}")
+        row.tried += 1
+        row.done += new
+        row.stopped += not new
+        row.lost += [f"{fault}, {command.name}: {problem}" for problem in problems]
+
+    def start(
+        self, command: Command, run: str = "new", arm: Arm | None = None, **more: int
+    ) -> Process:
+        work = partial(command.work, self.world.place, run, command.base)
+        return self.world.start(work, arm, **more)
+
+    def skip(self, fault: str, why: str) -> None:
+        self.rows[fault, why] = Row()
+
+    def table(self) -> str:
+        lines = [
+            "| fault | command | tried | old whole, or none | new whole | lost |",
+            "|---|---|---:|---:|---:|---:|",
+        ]
+        for (fault, name), row in self.rows.items():
+            numbers = [row.tried, row.stopped, row.done, len(row.lost)]
+            lines.append(f"| {fault} | {name} | " + " | ".join(map(str, numbers)) + " |")
+        return "\n".join(lines)
+
+
+def kills(rounds: Rounds, command: Command, times: int) -> None:
+    """SIGKILL at random moments."""
+    for number in range(times):
+        with rounds.round("kill -9, random moment", command, old=number % 2 == 0) as processes:
+            process = rounds.start(command)
+            processes.append(process)
+            time.sleep(rounds.random.uniform(0, 1.1 * command.seconds[0]))
+            process.kill()
+
+
+def at_calls(
+    rounds: Rounds, command: Command, fault: str, kinds: int, code: int, times: int, below: Path
+) -> None:
+    """The error `code`, or SIGKILL for 0, at `times` system calls spread over all of a command."""
+    count = rounds.world.folder / "count"
+    empty(rounds.world.place)
+    rounds.run(command, "old")
+    rounds.start(command, arm=Arm(kinds, 0, 0, below, count)).wait()
+    total = int(count.read_text())
+    if not total:
+        raise SystemExit(f"{fault}: {command.name} makes no such calls")
+    for nth in sorted({1 + i * (total - 1) // max(1, times - 1) for i in range(times)}):
+        with rounds.round(fault, command, old=nth % 2 == 0) as processes:
+            processes.append(rounds.start(command, arm=Arm(kinds, nth, code, below)))
+
+
+def two_at_once(rounds: Rounds, command: Command, times: int) -> None:
+    for number in range(times):
+        with rounds.round("two on one output at once", command, old=number % 2 == 0) as processes:
+            processes.append(rounds.start(command, "new"))
+            time.sleep(rounds.random.uniform(0, 0.3 * command.seconds[0]))
+            processes.append(rounds.start(command, "new" if command.name == "cache" else "old"))
+            processes[0].wait()
+            processes[1].wait()
+
+
+def changing_base(rounds: Rounds, command: Command, times: int) -> None:
+    """A shard of the base is truncated, rewritten, replaced or removed while it is read."""
+    original = command.base
+    copy = rounds.world.folder / "copy"
+    other = rounds.world.folder / "other"
+    for folder in (copy, other):
+        shutil.copytree(original, folder)
+    shard = sorted(original.glob("*.safetensors"))[-1].name
+    size = (other / shard).stat().st_size
+    with (other / shard).open("r+b") as stream:
+        stream.seek(size // 2)
+        stream.write(bytes(size // 4))
+    disturbed = Command(command.name, command.work, copy, command.made, command.seconds)
+    of_other = Command(command.name, command.work, other)
+    rounds.run(of_other, "new")
+    changed = identity(outputs(rounds.world.place)[0])
+    assert changed is not None
+
+    def rewrite() -> None:
+        (copy / shard).write_bytes((other / shard).read_bytes())
+
+    def replace() -> None:
+        shutil.copyfile(other / shard, copy / "fresh")
+        (copy / "fresh").replace(copy / shard)
+
+    def restore() -> None:
+        shutil.copyfile(original / shard, copy / "fresh")
+        (copy / "fresh").replace(copy / shard)
+
+    ways: dict[str, Callable[[], object]] = {
+        "truncated": lambda: os.truncate(copy / shard, size // 2),
+        "rewritten": rewrite,
+        "replaced": replace,
+        "removed": lambda: (copy / shard).unlink(),
+    }
+    for number in range(times):
+        for way, disturb in ways.items():
+            with rounds.round(
+                f"base shard {way} while it is read",
+                disturbed,
+                old=number % 2 == 0,
+                allowed=(changed,),
+                after=restore,
+            ) as processes:
+                process = rounds.start(disturbed)
+                processes.append(process)
+                _wait_for_writing(rounds.world.place, process)
+                time.sleep(rounds.random.uniform(0, 0.5 * command.seconds[0]))
+                disturb()
+    for folder in (copy, other):
+        shutil.rmtree(folder)
+
+
+def _wait_for_writing(place: Path, process: Process) -> None:
+    end = time.monotonic() + 60
+    while not any(place.rglob("*.dora-tmp")) and time.monotonic() < end:
+        if os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT):
+            return
+        time.sleep(0.001)
+
+
+def full_disk(rounds: Rounds, command: Command, times: int) -> None:
+    """The output's disk fills up while the command writes; also, one too small from the start."""
+    place = rounds.world.folder / "disk"
+    place.mkdir(exist_ok=True)
+    mount = ["mount", "-t", "tmpfs", "-o", "size=100m", "tmpfs", str(place)]
+    if os.geteuid() or subprocess.run(mount, capture_output=True).returncode:
+        rounds.skip("disk full (tmpfs)", "skipped: needs root")
+        return
+    work = partial(command.work, place, "new", command.base)
+    filler = place / "filler"
+    try:
+        for number in range(times):
+            early = number % 3 == 0
+            with rounds.round(
+                "disk full (tmpfs)",
+                command,
+                old=number % 2 == 0,
+                place=place,
+                after=partial(filler.unlink, missing_ok=True),
+            ) as processes:
+                if early:
+                    _fill(filler)
+                processes.append(rounds.world.start(work))
+                if not early:
+                    _wait_for_writing(place, processes[0])
+                    _fill(filler)
+        with rounds.round(
+            "disk read-only (tmpfs)",
+            command,
+            old=True,
+            place=place,
+            after=lambda: subprocess.run(["mount", "-o", "remount,rw", str(place)], check=True),
+        ) as processes:
+            subprocess.run(["mount", "-o", "remount,ro", str(place)], check=True)
+            processes.append(rounds.world.start(work))
+            processes[0].wait()
+    finally:
+        subprocess.run(["umount", str(place)], check=True)
+
+
+def _fill(filler: Path) -> None:
+    with filler.open("wb", buffering=0) as stream:
+        try:
+            while True:
+                stream.write(bytes(1 << 16))
+        except OSError as error:
+            if error.errno != errno.ENOSPC:
+                raise
+
+
+def no_rights(rounds: Rounds, command: Command) -> None:
+    if os.geteuid():
+        rounds.skip("no rights to write", "skipped: needs root")
+        return
+    place = rounds.world.place
+    with rounds.round("no rights to write", command, old=True) as processes:
+        processes.append(rounds.start(command, user=NOBODY))
+        processes[0].wait()
+    assert place.stat().st_uid == 0
+
+
+def clock(rounds: Rounds, command: Command) -> None:
+    """Inputs, the old output and what a killed command left are dated far ahead, or long ago."""
+    for when in (4102444800, 1):  # 2100 and 1970
+        with rounds.round("clock far ahead or behind", command, old=True) as processes:
+            if command.name != "cache":
+                (rounds.world.place / ".out.abcdefgh.dora-tmp").mkdir()
+            for path in (*rounds.world.inputs.rglob("*"), *rounds.world.place.rglob("*")):
+                os.utime(path, (when, when))
+            processes.append(rounds.start(command))
+            processes[0].wait()
+
+
+def run_all(world: World, short: bool, seed: int, onnx: bool) -> Rounds:
+    rounds = Rounds(world, seed)
+    for command in commands(world, onnx=False):
+        rounds.learn(command)
+        kills(rounds, command, 2 if short else 50)
+        place, inputs = world.place, world.inputs
+        faults = (
+            ("kill -9, at a system call", WRITES | NAMES, 0, place),
+            ("ENOSPC, at a system call", WRITES | NAMES, errno.ENOSPC, place),
+            ("EIO while writing", WRITES, errno.EIO, place),
+            ("EIO while reading", READS, errno.EIO, inputs),
+        )
+        for fault, kinds, code, below in faults:
+            if world.shim:
+                times = 2 if short else 60 if code == 0 else 20
+                at_calls(rounds, command, fault, kinds, code, times, below)
+            else:
+                rounds.skip(fault, "skipped: no C compiler")
+        two_at_once(rounds, command, 2 if short else 20)
+        if short and command.name != "merge":
+            continue
+        full_disk(rounds, command, 1 if short else 9)
+        no_rights(rounds, command)
+        clock(rounds, command)
+        if command.name == "merge":
+            changing_base(rounds, command, 1 if short else 15)
+    for command in commands(world, onnx=True) if onnx else ():
+        rounds.learn(command)
+        kills(rounds, command, 8)
+        full_disk(rounds, command, 3)
+        two_at_once(rounds, command, 1)
+    return rounds
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+    )
+    parser.add_argument("--short", action="store_true", help="a few rounds of each")
+    parser.add_argument("--onnx", action="store_true", help="dora-export onnx too: slow")
+    parser.add_argument("--seed", type=int, default=0)
+    options = parser.parse_args()
+    library = os.environ.get(SHIM)
+    if library is None:
+        _preload()
+    elif library:
+        del os.environ["LD_PRELOAD"]  # loaded; not into what the commands start
+        shutil.rmtree(Path(library).parent)
+    with tempfile.TemporaryDirectory(prefix="dora-faults.") as folder:
+        Path(folder).chmod(0o755)
+        begin = time.monotonic()
+        rounds = run_all(
+            World(Path(folder), bool(library)), options.short, options.seed, options.onnx
+        )
+        seconds = time.monotonic() - begin
+    lost = [problem for row in rounds.rows.values() for problem in row.lost]
+    tried = sum(row.tried for row in rounds.rows.values())
+    print(rounds.table())
+    print(f"\n{tried} rounds in {seconds:.0f} s, seed {options.seed}: {len(lost)} lost")
+    print("\n".join(lost), file=sys.stderr)
+    sys.exit(1 if lost else 0)
+
+
+def _preload() -> None:
+    """Begin this program anew with the library that makes calls fail, where it can be compiled."""
+    compiler = shutil.which("cc")
+    source = Path(__file__).with_name("fault_shim.c")
+    # One thread: on a busy machine those of a small product wait for each other.
+    environment = {**os.environ, SHIM: "", "OMP_NUM_THREADS": "1"}
+    if compiler:
+        library = Path(tempfile.mkdtemp(prefix="dora-shim.")) / "shim.so"
+        library.parent.chmod(0o755)
+        command = [compiler, "-shared", "-fPIC", "-O1", "-o", str(library), str(source), "-ldl"]
+        subprocess.run(command, check=True)
+        environment |= {SHIM: str(library), "LD_PRELOAD": str(library)}
+    os.execve(sys.executable, [sys.executable, *sys.argv], environment)
+
+
+if __name__ == "__main__":
+    main()
