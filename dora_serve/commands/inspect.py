@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
 @common.run_argument
 @common.base_option
 @click.option("--png", type=common.FOLDER, help="Write the rank map as a PNG file.")
+@click.option("--html", type=common.FOLDER, help="Write it as one HTML file, to point at.")
 @click.option("--curve", is_flag=True, help="Show what an adapter of less size would lose.")
 @click.option("--curve-png", type=common.FOLDER, help="Write that curve as a PNG file.")
 @common.json_option
@@ -26,6 +28,7 @@ def command(
     run: Path,
     base: str | None,
     png: Path | None,
+    html: Path | None,
     curve: bool,
     curve_png: Path | None,
     as_json: bool,
@@ -38,6 +41,7 @@ def command(
     from converters import fit
     from converters.base import open_base
     from dora_serve.rankmap import save_curve, save_png, terminal_map
+    from dora_serve.rankmap_html import save_html
 
     loaded = common.load_run(run, base, **options)
     model = None if base is None else open_base(base)
@@ -45,6 +49,9 @@ def command(
     largest = max(loaded.start_rank.values(), default=0)
     if png is not None:
         save_png(info["ranks"], largest, png, f"{loaded.path.parent.name}: ranks")
+    facts = _facts(info)
+    if html is not None:
+        save_html(_modules(loaded, info["ranks"]), facts, html, f"{loaded.path.parent.name}: ranks")
     points = fit.curve(loaded.strip(), model) if curve or curve_png is not None else []
     if curve_png is not None:
         save_curve(points, curve_png, f"{loaded.path.parent.name}: size and error")
@@ -53,20 +60,8 @@ def command(
     if as_json:
         common.print_json(info)
         return
-    state = "finished" if loaded.finished else "NOT finished"
-    click.echo(f"method      {loaded.method}, {state}")
-    click.echo(f"task        {loaded.task or 'unknown'}")
-    parts = info["components"]
-    click.echo(
-        f"components  {parts['kept']} of {parts['start']} kept, "
-        f"mean rank {info['mean_rank']:.2f}, ranks {info['min_rank']} to {info['max_rank']}"
-    )
-    numbers = info["parameters"]
-    click.echo(f"parameters  {numbers['start']:,} trained, {numbers['kept']:,} kept")
-    whole = info["trained_whole"]
-    click.echo(f"whole       {', '.join(whole) if whole else 'none'}")
-    for target, verdict in info["targets"].items():
-        click.echo(f"{target:<11} {verdict}")
+    for name, value in {**facts, **info["targets"]}.items():
+        click.echo(f"{name:<11} {value}")
     click.echo()
     click.echo(terminal_map(info["ranks"], largest))
     if curve:
@@ -79,6 +74,29 @@ def command(
                 f"{fit.percent(point.error):>9}"
             )
     common.warn(loaded.warnings)
+
+
+def _facts(info: Mapping[str, Any]) -> dict[str, str]:
+    parts, numbers = info["components"], info["parameters"]
+    return {
+        "method": f"{info['method']}, {'finished' if info['finished'] else 'NOT finished'}",
+        "task": info["task"] or "unknown",
+        "components": f"{parts['kept']} of {parts['start']} kept, mean rank "
+        f"{info['mean_rank']:.2f}, ranks {info['min_rank']} to {info['max_rank']}",
+        "parameters": f"{numbers['start']:,} trained, {numbers['kept']:,} kept",
+        "whole": ", ".join(info["trained_whole"]) or "none",
+    }
+
+
+def _modules(run: Run, ranks: Mapping[str, int]) -> dict[str, dict[str, float | None]]:
+    """What the rank map tells of every module; no update of a run is rounded yet."""
+    told: dict[str, dict[str, float | None]] = {}
+    for module, rank in ranks.items():
+        components = run.updates[module].components()
+        norm = None if components is None else components.norm()
+        start = run.start_rank.get(module)
+        told[module] = {"start": start, "rank": rank, "norm": norm, "relative": None, "lost": None}
+    return told
 
 
 def _describe(run: Run, base: Any) -> dict[str, Any]:

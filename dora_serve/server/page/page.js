@@ -2,7 +2,7 @@
 
 import { base, call, key } from "./api.js";
 import { offer } from "./playground.js";
-import { element, rankMap } from "./rankmap.js";
+import { element, rankMap, summary } from "./rankmap.js";
 import { snippets } from "./snippets.js";
 
 const field = (id) => document.getElementById(id);
@@ -39,8 +39,8 @@ function fail(error) {
     field("key-form").hidden = false;
     field("key").focus();
   }
-  const refused = wrong && key.get() !== null;
-  field("trouble").textContent = refused ? "The server does not take this key." : wrong ? "" : error.message;
+  const asked = wrong && key.get() === null; // the form says what is wanted
+  field("trouble").textContent = asked ? "" : error.message;
 }
 
 field("key-form").addEventListener("submit", (event) => {
@@ -59,13 +59,13 @@ field("refresh").addEventListener("click", refresh);
 
 function list(models) {
   const columns = [
-    ["Kind", ({ kind, method }) => (method ? `${kind}, ${method}` : kind)],
+    ["Kind", ({ kind, method }) => (method ? `${kind}, ${method}` : kind), "short"],
     ["Base", (model) => model.base ?? ""],
     ["Task", (model) => model.task],
-    ["Ranks", ranks],
+    ["Ranks", ranks, "short"],
     ["Size", (model) => size(model.bytes), "number"],
     ["Requests", (model) => String(model.requests), "number"],
-    ["In memory", (model) => (model.loaded ? "yes" : "no")],
+    ["In memory", (model) => (model.loaded ? "yes" : "no"), "short"],
   ];
   const heads = columns.map(([title, , kind]) =>
     element("th", { scope: "col", role: "columnheader", class: kind ?? null }, title),
@@ -124,8 +124,8 @@ function show(model) {
   if (shown === now) return;
   shown = now;
   field("chosen-title").textContent = chosen;
-  const none = element("p", { class: "note" }, "No updates of its own, so no rank map.");
-  field("map").replaceChildren(Object.keys(model.modules).length ? rankMap(model.modules) : none);
+  const told = Object.keys(model.modules).length ? `${summary(model.modules)}.` : "";
+  field("map").replaceChildren(element("p", {}, told), rankMap(model.modules));
   field("snippets").replaceChildren(...snippets(model, locked));
 }
 

@@ -73,7 +73,8 @@ function column(model) {
   const text = element("p", { class: "answer" });
   const note = element("p", { class: "note" });
   const title = element("h3", {}, model.id);
-  const article = element("article", { "aria-label": model.id, "aria-busy": "true" }, title, text, note);
+  const attributes = { "aria-label": model.id, "aria-busy": "true" };
+  const article = element("article", attributes, title, text, note);
   return { model, article, text, note };
 }
 
@@ -107,10 +108,11 @@ async function generate(model, text, signal) {
     stream: true,
     stream_options: { include_usage: true },
   };
-  const chat = field("form").value === "chat";
-  const answer = chat
-    ? await call("/v1/chat/completions", { ...body, messages: [{ role: "user", content: prompt }] }, signal)
-    : await call("/v1/completions", { ...body, prompt }, signal);
+  const [path, asked] =
+    field("form").value === "chat"
+      ? ["/v1/chat/completions", { messages: [{ role: "user", content: prompt }] }]
+      : ["/v1/completions", { prompt }];
+  const answer = await call(path, { ...body, ...asked }, signal);
   let tokens = 0;
   let reason = null;
   for await (const { choices, usage } of events(answer)) {
@@ -120,7 +122,7 @@ async function generate(model, text, signal) {
     }
     tokens = usage?.completion_tokens ?? tokens;
   }
-  return `${tokens} tokens${reason === "length" ? ", cut at the most" : ""}`;
+  return `${tokens} tokens${reason === "length" ? ", stopped at max tokens" : ""}`;
 }
 
 async function classify(model, text, signal) {

@@ -18,10 +18,14 @@ export function summary(modules) {
   const ranks = all.map((module) => module.rank);
   const range = `ranks ${Math.min(...ranks)} to ${Math.max(...ranks)}`;
   const mean = sum(ranks) / ranks.length;
-  return `${kept(all)} components kept, ${range}, ${mean.toFixed(1)} on average`;
+  const kept = known(all) ? `${sum(ranks)} of ${sum(starts(all))}` : sum(ranks);
+  return `${kept} components kept, ${range}, ${mean.toFixed(1)} on average`;
 }
 
 export function rankMap(modules) {
+  if (!Object.keys(modules).length) {
+    return element("p", { class: "note" }, "No matrix has an update, so there is no rank map.");
+  }
   const about = element("p", { class: "about note" });
   about.append("Point at a matrix, or go through them with the arrow keys.");
   const show = (name) =>
@@ -34,7 +38,6 @@ export function rankMap(modules) {
   return element(
     "div",
     { class: "rank-map" },
-    element("p", {}, summary(modules), "."),
     ...tables,
     legend(modules),
     about,
@@ -46,10 +49,19 @@ function sum(numbers) {
   return numbers.reduce((total, number) => total + number, 0);
 }
 
+function starts(all) {
+  return all.map((module) => module.start);
+}
+
+function known(all) {
+  return !starts(all).includes(null);
+}
+
+/** The share that was kept, or where that is not known the sum of the ranks. */
 function kept(all) {
   const ranks = sum(all.map((module) => module.rank));
-  const known = all.every((module) => module.start !== null);
-  return known ? `${ranks} of ${sum(all.map((module) => module.start))}` : String(ranks);
+  const whole = known(all) && sum(starts(all));
+  return whole ? `${Math.round((100 * ranks) / whole)} %` : String(ranks);
 }
 
 /** By module, how dark it is: what was kept of its own start, or else of the largest rank. */
@@ -99,21 +111,19 @@ function grid(stack, kinds, modules, share, show) {
     cells.push(line);
     return element("tr", {}, head("row", kind), ...line, total([...row.values()]));
   });
+  const every = [...kinds.values()].flatMap((row) => [...row]);
   const foot = layers.map((layer) =>
-    total([...kinds.values()].flatMap((row) => row.get(layer) ?? [])),
+    total(every.filter(([own]) => own === layer).map(([, name]) => name)),
   );
+  const all = total(every.map(([, name]) => name));
+  const heads = ["layer", ...layers.map(String), "kept"].map((text) => head("col", text));
   const table = element(
     "table",
     { class: "map", role: "grid", "aria-label": `Ranks by module and layer, ${stack || "other"}` },
     element("caption", {}, stack || "outside of layers"),
-    element(
-      "thead",
-      {},
-      element("tr", {}, head("col", "layer"), ...layers.map((n) => head("col", String(n))),
-        head("col", "kept")),
-    ),
+    element("thead", {}, element("tr", {}, ...heads)),
     element("tbody", {}, ...rows),
-    element("tfoot", {}, element("tr", {}, head("row", "kept"), ...foot, total([...kinds.values()].flatMap((row) => [...row.values()])))),
+    element("tfoot", {}, element("tr", {}, head("row", "kept"), ...foot, all)),
   );
   movable(table, cells);
   return table;
@@ -158,7 +168,6 @@ function movable(table, cells) {
         column += right;
         next = cells[row]?.[column];
       } while (next && !next.dataset.module);
-      event.preventDefault();
     }
     if (!next) return;
     event.preventDefault();
@@ -167,13 +176,15 @@ function movable(table, cells) {
 }
 
 function legend(modules) {
-  const known = Object.values(modules).every((module) => module.start !== null);
+  const [none, all] = known(Object.values(modules))
+    ? ["pruned", "kept whole"]
+    : ["rank 0", "largest rank"];
   return element(
     "p",
     { class: "legend note" },
-    known ? "pruned" : "rank 0",
+    none,
     element("i", { "aria-hidden": "true" }),
-    known ? "kept whole" : "largest rank",
+    all,
   );
 }
 

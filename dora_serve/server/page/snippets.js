@@ -31,7 +31,7 @@ export function snippets(model, locked) {
 function curl(url, body, locked) {
   const lines = [`curl ${quoted(url)}`];
   if (locked) lines.push('-H "Authorization: Bearer $DORA_SERVE_API_KEY"');
-  lines.push("-H 'Content-Type: application/json'", `-d ${quoted(JSON.stringify(body))}`);
+  lines.push("-H 'Content-Type: application/json'", `-d ${quoted(json(body, "  "))}`);
   return lines.join(" \\\n  ");
 }
 
@@ -45,14 +45,19 @@ function plain(url, body, locked) {
   const header = locked
     ? '    headers={"Authorization": "Bearer " + os.environ["DORA_SERVE_API_KEY"]},\n'
     : "";
-  const call = `httpx.post(\n    ${JSON.stringify(url)},\n${header}    json=${JSON.stringify(body)},\n)`;
-  return `${locked ? "import os\n\n" : ""}import httpx\n\nanswer = ${call}\nprint(answer.json()["data"])`;
+  const call = `httpx.post(\n    ${JSON.stringify(url)},\n${header}    json=${json(body, "    ")},\n)`;
+  const imports = `${locked ? "import os\n\n" : ""}import httpx`;
+  return `${imports}\n\nanswer = ${call}\nprint(answer.json()["data"])`;
 }
 
 /** Keyword arguments of Python; what JSON writes of texts and numbers, Python reads the same. */
 function named(body) {
   const lines = Object.entries(body).map(([name, value]) => `    ${name}=${JSON.stringify(value)},\n`);
   return lines.join("");
+}
+
+function json(body, indent) {
+  return JSON.stringify(body, null, indent).replaceAll("\n", `\n${indent}`);
 }
 
 /** One word of a shell. */
