@@ -169,7 +169,7 @@ def drive_engine(folder: Path, clients: int, each: int, threads: int) -> Load:
     from dora_serve.engines.decoder_graph import DecoderGraph
     from dora_serve.engines.sampling import Sampling
 
-    engine, load = ContinuousDecoder(DecoderGraph(folder, threads)), Load()
+    engine, load = ContinuousDecoder(DecoderGraph(folder, threads, spin=False)), Load()
     sampling = Sampling(max_tokens=NEW, ignore_eos=True)
 
     def client(number: int) -> None:

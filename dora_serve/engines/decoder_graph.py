@@ -19,12 +19,17 @@ _TYPES = {"tensor(float)": np.float32, "tensor(float16)": np.float16}
 class DecoderGraph(OnnxFolder):
     """The graph in a decoder folder as `dora-export onnx` writes it, no adapter loaded.
 
-    `threads` None is one per core; `max_length` (default: the model's context) bounds the tokens
-    of a row. `in_place`: whether keys and values are written into the cache they are read from.
+    `threads` and `spin`: as `open_graph` takes them. `max_length` (default: the model's context)
+    bounds the tokens of a row. `in_place`: whether keys and values are written into the cache they
+    are read from.
     """
 
     def __init__(
-        self, folder: str | Path, threads: int | None = None, max_length: int | None = None
+        self,
+        folder: str | Path,
+        threads: int | None = None,
+        max_length: int | None = None,
+        spin: bool = True,
     ) -> None:
         super().__init__(folder)
         settings: Any = read_json(self.folder / "genai_config.json")
@@ -37,7 +42,7 @@ class DecoderGraph(OnnxFolder):
         self.eos: frozenset[int] = frozenset(ends if isinstance(ends, list) else [ends])
         self.context: int = config["context_length"]
         self.max_length: int = min(max_length or self.context, self.context)
-        self.session = open_adaptable(self.folder, threads)
+        self.session = open_adaptable(self.folder, threads, spin)
         inputs = {value.name: value for value in self.session.get_inputs()}
         self.vocabulary: int = config["vocab_size"]
         self.windowed = "sliding_window" in config["decoder"]

@@ -64,12 +64,12 @@ class Answer:
 class Encoder(OnnxFolder):
     """An encoder folder as `dora-export onnx` writes it, with its adapters.
 
-    `threads` None is one per core.
+    `threads` and `spin`: as `open_graph` takes them.
     """
 
-    def __init__(self, folder: str | Path, threads: int | None = None) -> None:
+    def __init__(self, folder: str | Path, threads: int | None = None, spin: bool = True) -> None:
         super().__init__(folder)
-        self._session = open_adaptable(self.folder, threads)
+        self._session = open_adaptable(self.folder, threads, spin)
         self._config: Any = read_json(self.folder / "config.json")
         self._takes = {value.name for value in self._session.get_inputs()}
         self.outputs = [value.name for value in self._session.get_outputs()]

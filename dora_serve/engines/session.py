@@ -14,8 +14,9 @@ class EngineError(DoraExportError, ValueError):
     """The engine cannot do what was asked of it."""
 
 
-def open_graph(path: Path, threads: int | None = None) -> Any:
-    """A session of the graph at `path`; `threads` None is one per core.
+def open_graph(path: Path, threads: int | None = None, spin: bool = True) -> Any:
+    """A session of the graph at `path`; `threads` None is one per core. `spin`: threads that have
+    nothing to do keep their core for a while, which is faster where nobody else wants it.
 
     Raises `MissingError` when there is no graph, `EngineError` when it cannot be loaded.
     """
@@ -26,6 +27,7 @@ def open_graph(path: Path, threads: int | None = None) -> Any:
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 3
     options.intra_op_num_threads = threads or 0
+    options.add_session_config_entry("session.intra_op.allow_spinning", str(int(spin)))
     try:
         return onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
     except Exception as error:
@@ -37,10 +39,10 @@ def open_graph(path: Path, threads: int | None = None) -> Any:
         ) from None
 
 
-def open_adaptable(folder: Path, threads: int | None = None) -> Any:
+def open_adaptable(folder: Path, threads: int | None = None, spin: bool = True) -> Any:
     """The graph of `folder` that takes another adapter in every row, else the one there is."""
     batched = folder / BATCHED
-    return open_graph(batched if batched.exists() else folder / MODEL, threads)
+    return open_graph(batched if batched.exists() else folder / MODEL, threads, spin)
 
 
 class OnnxFolder:

@@ -103,10 +103,12 @@ class Registry:
 
 
 def _open(graph: Graph, options: ServerOptions) -> Engine:
+    # No spinning: it would keep the cores from the HTTP side and from the other engines.
     if graph.task == DECODES:
-        decoder = DecoderGraph(graph.folder, options.threads, options.max_length)
+        decoder = DecoderGraph(graph.folder, options.threads, options.max_length, spin=False)
         return ContinuousDecoder(decoder, options.limits)
-    return EncoderQueue(Encoder(graph.folder, options.threads), options.limits, options.workers)
+    encoder = Encoder(graph.folder, options.threads, spin=False)
+    return EncoderQueue(encoder, options.limits, options.workers)
 
 
 def _other_task(served: Served, task: str) -> ApiError:
