@@ -186,6 +186,9 @@ class ContinuousDecoder:
             self._step()
 
     def _drop_cancelled(self) -> None:
+        with self._changed:
+            if any(request.cancelled for request in self._waiting):
+                self._waiting = deque(each for each in self._waiting if not each.cancelled)
         if self._filling is not None and self._filling.cancelled:
             self._leave_filling()
         for slot in reversed(range(len(self._rows))):
@@ -197,19 +200,17 @@ class ContinuousDecoder:
         while self._waiting:
             request = self._waiting[0]
             longest = max(request.length, *(row.length for row in self._rows), 0)
-            room = self.slots.fits(len(self._rows) + 1, min(longest + 1, self.max_length))
-            if not room and not request.cancelled:
+            if not self.slots.fits(len(self._rows) + 1, min(longest + 1, self.max_length)):
                 return
             try:
-                if not request.cancelled and not self.pool.acquire(request.adapter):
+                if not self.pool.acquire(request.adapter):
                     return
+                self._filling = request
             except Exception as error:
                 request.tell(Update(error=error))
-                request.cancelled = True
             with self._changed:
                 self._waiting.popleft()
-            if not request.cancelled:
-                self._filling = request
+            if self._filling is not None:
                 return
 
     def _fill(self, request: Request) -> None:
@@ -248,7 +249,13 @@ class ContinuousDecoder:
 
     def _take(self, slot: int, logits: Logits) -> None:
         request = self._rows[slot]
-        request.generation.take(logits)
+        try:
+            request.generation.take(logits)
+        except Exception as error:  # as when its logits are not finite; the others' are
+            _log.exception("a token could not be drawn")
+            request.tell(Update(error=error))
+            self._leave(slot)
+            return
         request.tell_news()
         if request.generation.reason is not None:
             self._leave(slot)

@@ -66,8 +66,8 @@ class _NoTokenizer:
     def __init__(self, path: Path) -> None:
         self._path = path
 
-    def encode(self, *_: str) -> Any:
+    def encode(self, *_: str, **__: bool) -> Any:
         raise MissingError("no tokenizer here", file=self._path, remedy="give token ids")
 
-    def decode(self, _: object) -> str:
+    def decode(self, _: object, **__: bool) -> str:
         return ""

@@ -14,7 +14,7 @@ from .child import add_model
 from .errors import ApiError
 from .plan import Addition
 from .requests import LoadRequest, UnloadRequest
-from .state import state_of
+from .state import State, state_of
 
 router = APIRouter()
 
@@ -23,6 +23,12 @@ router = APIRouter()
 async def load(body: LoadRequest, request: Request) -> str:
     """Serve one more run or adapter from the served folder, converting it where need be."""
     state = state_of(request)
+    async with state.adding:
+        await _add(state, body)
+    return f"Success: LoRA adapter '{body.lora_name}' added successfully."
+
+
+async def _add(state: State, body: LoadRequest) -> None:
     name = body.lora_name
     known = state.models.find(name) if name in state.models else None
     if known is not None and (known.model.adapter is None or not body.load_inplace):
@@ -33,14 +39,13 @@ async def load(body: LoadRequest, request: Request) -> str:
         model = await asyncio.to_thread(add_model, wanted)
     except DoraExportError as error:
         raise ApiError(str(error), param="lora_path", code="not_possible") from None
-    if known is not None:
+    if name in state.models:
         state.models.remove(name)
     state.models.add(model)
-    return f"Success: LoRA adapter '{name}' added successfully."
 
 
 @router.post("/v1/unload_lora_adapter", response_class=PlainTextResponse)
-def unload(body: UnloadRequest, request: Request) -> str:
+async def unload(body: UnloadRequest, request: Request) -> str:
     """Serve a run or adapter no longer; what is running with it goes on."""
     models = state_of(request).models
     if models.find(body.lora_name).model.adapter is None:

@@ -33,6 +33,12 @@ def read_onnx_folder(name: str, path: Path, taken: Collection[str]) -> tuple[Gra
     task = DECODES if decodes else own_task(read_json(path / "config.json"))
     if (path / ENCODER).exists() or task not in SERVED:
         raise TargetError("this task is not served", file=path, found=task or "an unknown task")
+    if decodes and not _in_place(path):
+        raise TargetError(
+            "this decoder's cache cannot be shared by requests that come and go",
+            file=path,
+            remedy="export it with --precision fp32, int8 or int4",
+        )
     graph = Graph(folder=str(path), task=task, base=name, path=None)
     run = certificate.get("run") or {}
     merged = Model(
@@ -79,3 +85,8 @@ def certified_modules(certificate: Mapping[str, Any]) -> dict[str, Module]:
         for module, told in (certificate.get("modules") or {}).items()
         if told.get("rank") is not None
     }
+
+
+def _in_place(path: Path) -> bool:
+    settings: Mapping[str, Any] = read_json(path / "genai_config.json")
+    return bool(settings["search"]["past_present_share_buffer"])

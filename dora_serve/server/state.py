@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -17,13 +18,14 @@ NOTES = "dora_serve"  # in a request's scope: what the log tells of it
 
 @dataclass
 class State:
-    """`root`: the folder that is served."""
+    """`root`: the folder that is served. `adding`: held while a run is converted, one at a time."""
 
     root: Path
     models: Registry
     options: ServerOptions
     metrics: Metrics = field(default_factory=Metrics)
     ready: bool = False
+    adding: asyncio.Lock = field(default_factory=asyncio.Lock)
 
 
 def state_of(request: Request) -> State:

@@ -188,6 +188,39 @@ def test_bounds(llama: Case) -> None:
         assert len({tuple(answer.wait()[0]) for answer in accepted}) == 1
 
 
+def test_cancelled_requests_make_room_for_others(llama: Case) -> None:
+    with running(llama, max_rows=1, max_waiting=4) as engine:
+        first = Answer()
+        engine.submit([5], None, [Sampling(max_tokens=60, ignore_eos=True)], [first.updates.put])
+        first.updates.get(timeout=60)
+        for _ in range(40):  # each time as many as may wait
+            ghosts = engine.submit([5], None, [Sampling()] * 3, [print] * 3)
+            for ghost in ghosts:
+                ghost.cancelled = True
+            while engine.waiting:
+                time.sleep(0.001)
+        last = Answer()
+        engine.submit([5], None, [Sampling(max_tokens=2)], [last.updates.put])
+        assert last.wait()
+        assert first.wait()
+
+
+def test_a_row_that_cannot_be_drawn_fails_alone(llama: Case) -> None:
+    asked = wishes(llama, 10, seed=5)
+    decoder = Decoder(llama.folder, threads=1)
+    with running(llama) as engine:
+        answers = [Answer() for _ in asked]
+        broken = Answer()
+        bad = Sampling(temperature=float("nan"))
+        for (ids, name, sampling), answer in zip(asked, answers, strict=True):
+            engine.submit(ids, file(llama, name), [sampling], [answer.updates.put])
+            engine.submit(ids, None, [bad], [broken.updates.put])
+        for (ids, name, sampling), answer in zip(asked, answers, strict=True):
+            assert answer.wait()[0] == decoder.generate([ids], name, sampling)[0].tokens
+        with pytest.raises(ValueError, match="NaN"):
+            broken.wait()
+
+
 def test_pieces_of_text_are_the_whole_text() -> None:
     letters = sorted(pre_tokenizers.ByteLevel.alphabet())
     tokenizer = Tokenizer(models.BPE({letter: i for i, letter in enumerate(letters)}, []))

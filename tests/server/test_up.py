@@ -52,6 +52,17 @@ def test_what_cannot_be_served_does_not_hinder_the_rest(tmp_path: Path) -> None:
     assert str(weights) in plan.problems[DOWN]
 
 
+def test_a_cache_that_does_not_stay_in_place_is_not_served(tmp_path: Path) -> None:
+    folder = tmp_path / "half"
+    folder.mkdir()
+    (folder / "model.onnx").touch()
+    (folder / "dora_export.json").write_text("{}")
+    (folder / "genai_config.json").write_text('{"search": {"past_present_share_buffer": false}}')
+    plan = make_plan(tmp_path, None, dry=True)
+    assert plan.models == []
+    assert "cannot be shared" in plan.problems["half"]
+
+
 def test_a_base_alone_takes_runs_later_and_onnx_folders_are_served_as_they_are(
     tmp_path: Path,
 ) -> None:
