@@ -1,0 +1,383 @@
+"""The page at `/` of a running server, as people with a mouse, a keyboard or a phone meet it."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+import torch
+from playwright.sync_api import Browser, Page, expect
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+
+from converters.json_files import read_json
+from converters.run import Run
+from dora_serve import merge, read_run
+from tests.browser import chromium, quiet, screenshot, violations, watched
+from tests.conftest import MODELS
+from tests.server.conftest import BASE, DOWN, EMBEDS, SECOND, SENTIMENT, Server, started
+from tests.server.test_faults import gauge, wait_idle
+
+SAMPLES = MODELS / "runs/Checkpoint"
+PROMPT = "count : nine"
+_PLACES = """cells => cells.map(cell => {
+    const table = cell.closest("table"), head = table.rows[0].cells[cell.cellIndex];
+    const texts = [cell, table.caption, cell.parentElement.cells[0], head];
+    return [cell.dataset.module, ...texts.map(each => each.textContent)];
+})"""
+SHELL, PYTHON = ["bash", "-c"], [sys.executable, "-c"]
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Browser]:
+    with chromium() as found:
+        yield found
+
+
+@pytest.fixture
+def page(browser: Browser, server: Server) -> Iterator[Page]:
+    with quiet(browser, server.url) as found:
+        expect(found.locator(".rank-map .about")).to_be_visible()
+        yield found
+
+
+def run_of(name: str) -> Run:
+    return read_run(next(SAMPLES.glob(f"*/*/*/{name}"))).strip()
+
+
+def details(server: Server) -> dict[str, dict[str, Any]]:
+    with server.http as http:
+        return {each["id"]: each for each in http.get("/dora/models").json()["data"]}
+
+
+def choose(page: Page, name: str) -> None:
+    page.get_by_role("button", name=name, exact=True).click()
+    expect(page.locator("#chosen-title")).to_have_text(name)
+
+
+def ask(page: Page, *names: str, prompt: str = PROMPT) -> None:
+    """Send `prompt` to these models and to no other."""
+    for box in page.get_by_role("checkbox").all():
+        box.set_checked(box.get_attribute("value") in names)
+    page.get_by_label("Prompt").fill(prompt)
+    page.get_by_role("button", name="Send").click()
+
+
+def answers(page: Page) -> dict[str, str]:
+    expect(page.locator("article[aria-busy=true]")).to_have_count(0)
+    return {
+        str(each.get_attribute("aria-label")): str(each.locator(".answer").text_content())
+        for each in page.get_by_role("article").all()
+    }
+
+
+def told(server: Server, model: str, prompt: str = PROMPT, tokens: int = 32) -> str:
+    body = {"model": model, "prompt": prompt, "max_tokens": tokens, "temperature": 0}
+    with server.http as http:
+        return str(http.post("/v1/completions", json=body).json()["choices"][0]["text"])
+
+
+def test_models_and_what_they_are(page: Page, server: Server) -> None:
+    rows = page.locator("#models tbody tr").all_inner_texts()
+    table = {name: rest for name, *rest in (row.split("\t") for row in rows)}
+    known = details(server)
+    assert list(table) == list(known)
+    for name, cells in table.items():
+        run = run_of(name) if known[name]["kind"] == "run" else None
+        every = [run.rank(module) or 0 for module in run.updates] if run else []
+        assert cells[1:4] == [
+            known[name]["base"] or "",
+            known[name]["task"],
+            f"{min(every)}–{max(every)} of 12" if every else "",
+        ]
+        assert cells[0] == ("run, dora" if every else "base")
+        number, unit = cells[4].split()
+        size = float(number) * 1000 ** ["B", "KB", "MB"].index(unit)
+        assert size == pytest.approx(known[name]["bytes"], rel=0.005)
+        assert int(cells[5]) == known[name]["requests"]
+    assert {BASE, DOWN, SECOND, SENTIMENT, EMBEDS} <= set(table)
+
+
+def test_the_map_is_that_of_the_run(page: Page) -> None:
+    maps = {}
+    for name in (DOWN, SECOND, SENTIMENT):
+        choose(page, name)
+        run = run_of(name)
+        cells = page.locator("td[data-module]").evaluate_all(_PLACES)
+        maps[name] = {module: int(rank) for module, rank, *_ in cells}
+        assert maps[name] == {module: run.rank(module) for module in run.updates}
+        for module, _, stack, kind, layer in cells:
+            assert module == (kind if stack == "outside of layers" else f"{stack}.{layer}.{kind}")
+    assert maps[DOWN] != maps[SECOND]
+    choose(page, BASE)
+    expect(page.locator("#map")).to_contain_text("No matrix has an update")
+
+
+def test_a_cell_tells_of_its_matrix(page: Page) -> None:
+    choose(page, SECOND)
+    run = run_of(SECOND)
+    module = "model.layers.2.self_attn.k_proj"
+    components = run.updates[module].components()
+    assert components is not None
+    facts = f"rank {run.rank(module)} of 12 · ‖ΔW‖ {components.norm():.3g}"
+    about = page.locator(".about")
+    page.locator(f"[data-module='{module}']").hover()
+    expect(about).to_have_text(module + facts)
+    page.locator("[data-module='model.layers.2.mlp.up_proj']").focus()
+    expect(about).not_to_contain_text(module)
+    page.keyboard.press("ArrowDown")  # the rows are in the order of names
+    expect(about).to_have_text(module + facts)
+    expect(page.locator("td:focus")).to_have_attribute(
+        "aria-label", f"{module}: {facts.replace(' · ', ', ')}"
+    )
+
+
+def test_a_prompt_side_by_side(page: Page, server: Server, tmp_path: Path) -> None:
+    before = details(server)
+    streamed: list[str | None] = []
+    page.on("response", lambda got: streamed.append(got.headers.get("content-type")))
+    ask(page, BASE, DOWN, SECOND)
+    found = answers(page)
+    assert streamed.count("text/event-stream; charset=utf-8") == 3
+    expect(page.locator("#progress")).to_have_text("3 answered.")
+    for name in (BASE, DOWN, SECOND):
+        cell = page.locator("tr", has_text=name).locator("td[data-label=Requests]").first
+        expect(cell).to_have_text(str(before[name]["requests"] + 1))
+    screenshot(page, "playground", tmp_path)
+    assert found == {name: told(server, name) for name in (BASE, DOWN, SECOND)}
+    assert len(set(found.values())) == 3
+
+
+def test_chat_and_classification(page: Page, server: Server) -> None:
+    page.get_by_label("Send as").select_option("chat")
+    page.get_by_label("Max tokens").fill("3")
+    ask(page, DOWN)
+    assert answers(page) == {DOWN: "eight seven six"}
+    expect(page.get_by_role("article")).to_contain_text("3 tokens, stopped at max tokens")
+    texts = ["a great film", "a bad film"]
+    labels = []
+    for text in texts:
+        ask(page, SENTIMENT, prompt=text)
+        labels.append(answers(page)[SENTIMENT])
+    with server.http as http:
+        data = http.post("/classify", json={"model": SENTIMENT, "input": texts}).json()["data"]
+    assert labels == [each["label"] for each in data]
+    expect(page.get_by_role("article")).to_contain_text(f"class 0: {data[1]['probs'][0]:.3f}")
+
+
+def test_errors_are_the_servers_own_words(browser: Browser, server: Server) -> None:
+    body = {"model": DOWN, "prompt": PROMPT, "max_tokens": 500}
+    with server.http as http:
+        reason = http.post("/v1/completions", json=body).json()["error"]["message"]
+    with watched(browser) as (page, seen):
+        page.goto(server.url)
+        page.get_by_label("Max tokens").fill("500")
+        ask(page, DOWN, SENTIMENT)
+        expect(page.locator("article .wrong")).to_have_text(reason)
+        expect(page.locator("#progress")).to_have_text("1 answered, 1 failed.")
+        ask(page)
+        expect(page.locator("#progress")).to_have_text("Choose whom to ask.")
+        page.context.set_offline(True)
+        ask(page, SENTIMENT)
+        expect(page.locator("article .wrong")).to_have_text("The server does not answer.")
+        expect(page.get_by_role("alert")).to_have_text("The server does not answer.")
+        assert all(each.startswith("Failed to load resource") for each in seen.troubles)
+
+
+@pytest.mark.parametrize("name", [BASE, DOWN, SENTIMENT, EMBEDS])
+def test_snippets_run_as_they_are(browser: Browser, server: Server, name: str) -> None:
+    allowed = ["clipboard-read", "clipboard-write"]
+    with quiet(browser, server.url, permissions=allowed) as page:
+        choose(page, name)
+        for title, command in (("curl", SHELL), ("Python", PYTHON)):
+            page.get_by_role("button", name=f"Copy the {title} snippet").click()
+            expect(
+                page.locator(".snippet", has_text=title).get_by_role("status").first
+            ).to_have_text("copied")
+            text = page.evaluate("navigator.clipboard.readText()")
+            assert text == page.get_by_role("region", name=f"{title} snippet").inner_text()
+            before = details(server)[name]["requests"]
+            done = subprocess.run([*command, text], capture_output=True, text=True)
+            assert done.returncode == 0, done.stderr
+            assert details(server)[name]["requests"] == before + 1, done.stdout
+
+
+def test_by_keyboard_alone(page: Page, server: Server) -> None:
+    stops = []
+    label = "e => e.ariaLabel ?? e.labels?.[0]?.innerText.trim() ?? e.innerText.trim()"
+    for _ in range(40):
+        page.keyboard.press("Tab")
+        focus = page.locator(":focus")
+        if focus.count() == 0:
+            break
+        outline = focus.evaluate("e => getComputedStyle(e).outlineStyle")
+        assert outline != "none", focus.evaluate("e => e.outerHTML")
+        stops.append(focus.evaluate(label))
+    known = details(server)
+    names = list(known)
+    first = next(name for name in names if known[name]["modules"])
+    module = next(iter(known[first]["modules"]))
+    boxes = [name for name in names if known[name]["task"] != "feature-extraction"]
+    at = len(names) + 1
+    assert stops[:at] == ["Refresh", *names]
+    assert stops[at].startswith(f"{module}: rank ")
+    assert stops[at + 1 :] == [
+        "As a table",
+        "Copy the curl snippet",
+        "curl snippet",
+        "Copy the Python snippet",
+        "Python snippet",
+        "Prompt",
+        *boxes,
+        "Send as",
+        "Max tokens",
+        "Temperature",
+        "Send",
+    ]
+    page.get_by_role("button", name=names[0], exact=True).focus()
+    while page.locator(":focus").evaluate(label) != SECOND:
+        page.keyboard.press("Tab")
+    page.keyboard.press("Enter")
+    expect(page.locator("#chosen-title")).to_have_text(SECOND)
+    while page.locator(":focus").evaluate(label) != "Prompt":
+        page.keyboard.press("Tab")
+    page.keyboard.type(PROMPT)
+    for name in boxes:
+        page.keyboard.press("Tab")
+        if page.locator(":focus").is_checked() != (name in (DOWN, SECOND)):
+            page.keyboard.press("Space")
+    page.keyboard.press("Shift+Tab")
+    for _ in boxes[1:]:
+        page.keyboard.press("Shift+Tab")
+    page.keyboard.press("Control+Enter")
+    assert answers(page) == {name: told(server, name) for name in (DOWN, SECOND)}
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+@pytest.mark.parametrize("width", [360, 800, 1600])
+def test_narrow_and_wide_light_and_dark(
+    browser: Browser, server: Server, width: int, scheme: Any, tmp_path: Path
+) -> None:
+    with quiet(browser, server.url, width, color_scheme=scheme) as page:
+        ask(page, BASE, DOWN, SECOND)
+        answers(page)
+        assert page.evaluate("document.documentElement.scrollWidth") == width
+        for control in page.locator("button, input, select, textarea, summary").all():
+            box = control.bounding_box()
+            if box is not None:
+                assert box["x"] >= 0
+                assert box["x"] + box["width"] <= width
+        paint = page.locator("body").evaluate("e => getComputedStyle(e).backgroundColor")
+        red = int(paint.removeprefix("rgb(").split(",")[0])
+        assert red > 200 if scheme == "light" else red < 60
+        assert violations(page) == []
+        screenshot(page, f"page-{width}-{scheme}", tmp_path)
+        page.get_by_label("Prompt").evaluate("e => e.labels[0].remove()")
+        assert any(each.startswith("label") for each in violations(page))
+
+
+@pytest.fixture(scope="module")
+def locked(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    """A server with a key, of a merged model and one whose answers are long."""
+    folder = tmp_path_factory.mktemp("locked")
+    root = folder / "models"
+    merge(run_of(DOWN), root / "merged", base=MODELS / BASE, dtype=torch.bfloat16)
+    config = AutoConfig.from_pretrained(MODELS / BASE, max_position_embeddings=8192)
+    torch.manual_seed(0)
+    AutoModelForCausalLM.from_config(config).save_pretrained(root / "endless")
+    AutoTokenizer.from_pretrained(MODELS / BASE).save_pretrained(root / "endless")
+    with started(root, folder, "secret") as running:
+        yield running
+
+
+def unlock(page: Page, key: str) -> None:
+    expect(page.get_by_label("API key")).to_be_focused()
+    expect(page.locator("#models")).to_be_hidden()
+    page.keyboard.type(key)
+    page.keyboard.press("Enter")
+
+
+def test_the_key(browser: Browser, locked: Server) -> None:
+    with watched(browser) as (page, seen):
+        page.goto(locked.url)
+        unlock(page, "wrong")
+        expect(page.get_by_role("alert")).to_have_text("This server needs an API key.")
+        assert violations(page) == []
+        unlock(page, "secret")
+        expect(page.locator("#models tbody tr")).to_have_count(2)
+        expect(page.get_by_role("alert")).to_be_empty()
+        page.reload()
+        choose(page, "merged")
+        ask(page, "merged")
+        assert answers(page) == {"merged": told(locked, "merged")}
+        assert "secret" not in page.content()
+        snippets = page.locator("pre").all_inner_texts()
+        assert len(snippets) == 2
+        for text, command in zip(snippets, (SHELL, PYTHON), strict=True):
+            for key, fails in (("secret", False), ("wrong", True)):
+                env = {"PATH": os.environ["PATH"], "DORA_SERVE_API_KEY": key}
+                done = subprocess.run([*command, text], env=env, capture_output=True, text=True)
+                assert ("API key" in done.stdout + done.stderr) == fails
+        page.get_by_role("button", name="Forget the key").click()
+        expect(page.get_by_label("API key")).to_be_visible()
+        assert page.evaluate("[sessionStorage.length, localStorage.length]") == [0, 0]
+        assert seen.troubles
+        assert all("401" in each for each in seen.troubles)
+
+
+def test_what_rounding_takes(browser: Browser, locked: Server) -> None:
+    proof: Any = read_json(locked.root / "merged" / "dora_export.json")["modules"]
+    with watched(browser) as (page, _):
+        page.goto(locked.url)
+        unlock(page, "secret")
+        choose(page, "merged")
+        expect(page.locator("td.module")).to_have_count(len(proof))
+        for cell in page.locator("td.module").all():
+            certified = proof[cell.get_attribute("data-module")]
+            lost = f"{100 * certified['rounding']['lost']:.3g}"
+            size = f"{certified['relative_update']:.3g}"
+            facts = f"rank {certified['rank']} of 12, ‖ΔW‖/‖W‖ {size}, rounding loses {lost} %"
+            assert str(cell.get_attribute("aria-label")).endswith(facts)
+
+
+def test_stop(browser: Browser, locked: Server) -> None:
+    with watched(browser) as (page, _):
+        page.goto(locked.url)
+        unlock(page, "secret")
+        page.get_by_label("Max tokens").fill("4000")
+        ask(page, "endless")
+        stop = page.get_by_role("button", name="Stop")
+        expect(page.locator(".answer").first).not_to_be_empty()
+        stop.focus()
+        page.keyboard.press("Enter")
+        expect(page.get_by_role("article", name="endless")).to_contain_text("stopped")
+        expect(stop).to_be_disabled()
+        expect(page.get_by_role("button", name="Send")).to_be_focused()
+        part = answers(page)["endless"]
+        assert part
+        with locked.http as http:
+            wait_idle(http)
+            made = gauge(http, "vllm:generation_tokens_total")
+        assert 0 < made < 4000  # the engine stopped as well
+        assert told(locked, "endless", tokens=int(made)).startswith(part)
+
+
+def test_nothing_from_elsewhere(browser: Browser, server: Server) -> None:
+    with watched(browser) as (page, seen):
+        page.goto(server.url)
+        page.evaluate("fetch('http://127.0.0.2:1/').catch(() => 0)")
+        assert any("Content Security Policy" in each for each in seen.troubles)
+        page.goto("about:blank")
+        page.evaluate("fetch('http://127.0.0.2:1/').catch(() => 0)")
+        assert seen.urls[-1] == "http://127.0.0.2:1/"  # what other tests find none of
+
+
+def test_the_page_is_small(server: Server) -> None:
+    folder = Path(__file__).parents[2] / "dora_serve" / "server" / "page"
+    sizes = [len(httpx.get(f"{server.url}/{file.name}").content) for file in folder.iterdir()]
+    assert sum(sizes) < 40_000
