@@ -74,4 +74,5 @@ def violations(page: Page) -> list[str]:
 def screenshot(page: Page, name: str, folder: Path) -> None:
     """Keep the page as `name`.png in $DORA_SCREENSHOTS, else in `folder`."""
     kept = Path(os.environ.get("DORA_SCREENSHOTS") or folder)
+    kept.mkdir(parents=True, exist_ok=True)
     page.screenshot(path=kept / f"{name}.png", full_page=True)

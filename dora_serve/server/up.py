@@ -80,7 +80,7 @@ def up(
 def table(plan: Plan, url: str, key: bool) -> str:
     """What is served where, for a person, and a command to try it."""
     width = max(len(model.name) for model in plan.models)
-    lines = [f"{url}  (names and details: /v1/models, /dora/models; API: /openapi.json)", ""]
+    lines = [f"{url}  (a page to look and try; details: /dora/models; API: /openapi.json)", ""]
     for model in plan.models:
         method = "" if model.method is None else f", {model.method}"
         of = "" if model.base is None else f" of {model.base}"
