@@ -258,6 +258,22 @@ def test_by_keyboard_alone(page: Page, server: Server) -> None:
     assert answers(page) == {name: told(server, name) for name in (DOWN, SECOND)}
 
 
+def test_the_focus_stays_where_it_is(page: Page, server: Server) -> None:
+    requests = page.locator("tr", has_text=DOWN).locator("td[data-label=Requests]")
+    places = (
+        page.get_by_role("button", name=SECOND, exact=True),
+        page.get_by_role("checkbox", name=SECOND),
+        page.locator("td.module").first,
+    )
+    for place in places:
+        before = int(requests.inner_text())
+        place.focus()
+        told(server, DOWN)
+        page.locator("#refresh").evaluate("button => button.click()")
+        expect(requests).to_have_text(str(before + 1))
+        expect(place).to_be_focused()
+
+
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 @pytest.mark.parametrize("width", [360, 800, 1600])
 def test_narrow_and_wide_light_and_dark(
@@ -277,7 +293,7 @@ def test_narrow_and_wide_light_and_dark(
         assert red > 200 if scheme == "light" else red < 60
         assert violations(page) == []
         screenshot(page, f"page-{width}-{scheme}", tmp_path)
-        page.get_by_label("Prompt").evaluate("e => e.labels[0].remove()")
+        page.get_by_label("Max tokens").evaluate("e => e.labels[0].remove()")
         assert any(each.startswith("label") for each in violations(page))
 
 

@@ -85,6 +85,7 @@ function list(models) {
     ),
   );
   const first = element("th", { scope: "col", role: "columnheader" }, "Model");
+  const focused = document.activeElement.dataset.name;
   // Said outright: as a list on a narrow screen it would be no table any more.
   field("models").replaceChildren(
     element(
@@ -94,6 +95,11 @@ function list(models) {
       element("tbody", { role: "rowgroup" }, ...rows),
     ),
   );
+  buttons().find((button) => button.dataset.name === focused)?.focus();
+}
+
+function buttons() {
+  return [...field("models").querySelectorAll("button")];
 }
 
 /** "2–12 of 12" */
@@ -116,8 +122,10 @@ function size(bytes) {
 }
 
 function show(model) {
+  field("chosen").hidden = !model;
+  if (!model) return;
   chosen = model.id;
-  for (const button of field("models").querySelectorAll("button")) {
+  for (const button of buttons()) {
     button.setAttribute("aria-pressed", String(button.dataset.name === chosen));
   }
   const now = JSON.stringify([chosen, model.modules, locked]);

@@ -14,8 +14,13 @@ let running = null;
 
 /** Offer these models; what was chosen stays chosen. `done` is called after every round. */
 export function offer(found, done) {
-  const before = new Map(boxes().map((box) => [box.value, box.checked]));
+  field("playground").onsubmit = (event) => {
+    event.preventDefault();
+    send().then(done);
+  };
   models = found.filter((model) => model.task in ASKS);
+  const before = new Map(boxes().map((box) => [box.value, box.checked]));
+  if (models.length === before.size && models.every(({ id }) => before.has(id))) return;
   const first = models.find((model) => model.kind === "run" || model.kind === "adapter");
   const family = models.filter((model) => [model.id, model.base].includes(first?.base));
   const chosen = new Set((family.length ? family : models).slice(0, 3).map((model) => model.id));
@@ -27,10 +32,6 @@ export function offer(found, done) {
       return element("label", {}, box, ` ${id}`);
     }),
   );
-  field("playground").onsubmit = (event) => {
-    event.preventDefault();
-    send().then(done);
-  };
 }
 
 function boxes() {
@@ -49,11 +50,11 @@ stop.addEventListener("click", () => running?.abort());
 async function send() {
   const wanted = new Set(boxes().flatMap((box) => (box.checked ? [box.value] : [])));
   const asked = models.filter((model) => wanted.has(model.id));
-  running?.abort();
   if (!asked.length) {
     progress.textContent = "Choose whom to ask.";
     return;
   }
+  running?.abort();
   const round = (running = new AbortController());
   stop.disabled = false;
   progress.textContent = "Asking…";

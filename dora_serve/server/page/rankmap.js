@@ -5,8 +5,7 @@ export function element(tag, attributes = {}, ...children) {
   const made = document.createElement(tag);
   for (const [name, value] of Object.entries(attributes)) {
     if (name.startsWith("on")) made.addEventListener(name.slice(2), value);
-    else if (value === true) made.setAttribute(name, "");
-    else if (value !== null && value !== false) made.setAttribute(name, value);
+    else if (value !== null) made.setAttribute(name, value);
   }
   made.append(...children);
   return made;
@@ -26,8 +25,8 @@ export function rankMap(modules) {
   if (!Object.keys(modules).length) {
     return element("p", { class: "note" }, "No matrix has an update, so there is no rank map.");
   }
-  const about = element("p", { class: "about note" });
-  about.append("Point at a matrix, or go through them with the arrow keys.");
+  const hint = "Point at a matrix, or go through them with the arrow keys.";
+  const about = element("p", { class: "about note" }, hint);
   const show = (name) =>
     about.replaceChildren(element("code", {}, name), facts(modules[name]).join(" · "));
   const share = shares(modules);
@@ -35,14 +34,7 @@ export function rankMap(modules) {
     const table = grid(stack, kinds, modules, share, show);
     return element("div", { class: "scroll" }, table);
   });
-  return element(
-    "div",
-    { class: "rank-map" },
-    ...tables,
-    legend(modules),
-    about,
-    list(modules),
-  );
+  return element("div", { class: "rank-map" }, ...tables, legend(modules), about, list(modules));
 }
 
 function sum(numbers) {
@@ -179,13 +171,8 @@ function legend(modules) {
   const [none, all] = known(Object.values(modules))
     ? ["pruned", "kept whole"]
     : ["rank 0", "largest rank"];
-  return element(
-    "p",
-    { class: "legend note" },
-    none,
-    element("i", { "aria-hidden": "true" }),
-    all,
-  );
+  const colours = element("i", { "aria-hidden": "true" });
+  return element("p", { class: "legend note" }, none, colours, all);
 }
 
 /** All of it as a plain table, with the columns that any module has. */
@@ -209,16 +196,12 @@ function list(modules) {
   );
   const heads = ["module", ...columns.map(([title]) => title)];
   const head = element("tr", {}, ...heads.map((title) => element("th", { scope: "col" }, title)));
-  const table = element(
-    "table",
-    { class: "list" },
-    element("thead", {}, head),
-    element("tbody", {}, ...rows),
-  );
+  const parts = [element("thead", {}, head), element("tbody", {}, ...rows)];
+  const box = { class: "scroll", tabindex: 0, role: "region", "aria-label": "Ranks" };
   return element(
     "details",
     {},
     element("summary", {}, "As a table"),
-    element("div", { class: "scroll", tabindex: 0, role: "region", "aria-label": "Ranks" }, table),
+    element("div", box, element("table", { class: "list" }, ...parts)),
   );
 }
