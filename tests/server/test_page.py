@@ -111,6 +111,8 @@ def test_the_map_is_that_of_the_run(page: Page) -> None:
         cells = page.locator("td[data-module]").evaluate_all(_PLACES)
         maps[name] = {module: int(rank) for module, rank, *_ in cells}
         assert maps[name] == {module: run.rank(module) for module in run.updates}
+        _, *layers, _ = page.locator("table.map thead th").all_inner_texts()
+        assert layers == [str(layer) for layer in range(3 if name == SENTIMENT else 4)]
         for module, _, stack, kind, layer in cells:
             assert module == (kind if stack == "outside of layers" else f"{stack}.{layer}.{kind}")
     assert maps[DOWN] != maps[SECOND]
@@ -339,9 +341,11 @@ def test_the_key(browser: Browser, locked: Server) -> None:
                 env = {"PATH": os.environ["PATH"], "DORA_SERVE_API_KEY": key}
                 done = subprocess.run([*command, text], env=env, capture_output=True, text=True)
                 assert ("API key" in done.stdout + done.stderr) == fails
+        stores = "[sessionStorage.length, localStorage.length]"
+        assert page.evaluate(stores) == [1, 0]
         page.get_by_role("button", name="Forget the key").click()
         expect(page.get_by_label("API key")).to_be_visible()
-        assert page.evaluate("[sessionStorage.length, localStorage.length]") == [0, 0]
+        assert page.evaluate(stores) == [0, 0]
         assert seen.troubles
         assert all("401" in each for each in seen.troubles)
 
