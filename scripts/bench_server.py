@@ -103,10 +103,13 @@ def _tokenizer(folder: Path) -> None:
     from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
-    words = Tokenizer(models.WordLevel({f"w{i}": i for i in range(32000)}, unk_token="w3"))
+    special = {"pad": "<pad>", "bos": "<s>", "eos": "</s>", "unk": "<unk>"}
+    vocabulary = [*special.values(), *(f"w{i}" for i in range(4, 32000))]
+    ids = {word: i for i, word in enumerate(vocabulary)}
+    words = Tokenizer(models.WordLevel(ids, unk_token="<unk>"))
     words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    special = {"pad_token": "w0", "bos_token": "w1", "eos_token": "w2", "unk_token": "w3"}
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, **special)
+    named = {f"{name}_token": word for name, word in special.items()}
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, **named)
     tokenizer.chat_template = "{% for message in messages %}{{ message.content }}{% endfor %}"
     tokenizer.save_pretrained(folder)
 
