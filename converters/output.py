@@ -23,13 +23,21 @@ from .errors import OutputError
 if TYPE_CHECKING:
     import torch
 
+# In a temporary folder: this file says which parts of the output are whole. It is never published.
+JOURNAL = ".journal.jsonl"
+
 _SUFFIX = ".dora-tmp"
 _AT_FDCWD, _RENAME_EXCHANGE = -100, 2  # <fcntl.h>, <linux/fs.h>
 _WRITE_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS)
 
 
-def check_output(target: Path, force: bool, inputs: Iterable[Path], size: int = 0) -> None:
-    """Raise `OutputError` when `target` may not or cannot be written, before anything is."""
+def check_output(
+    target: Path, force: bool, inputs: Iterable[Path], size: int = 0, resume: bool = False
+) -> None:
+    """Raise `OutputError` when `target` may not or cannot be written, before anything is.
+
+    With `resume`, the space that a killed command's folder takes counts as free.
+    """
     resolved = target.resolve()
     for source in (path.resolve() for path in inputs):
         if resolved == source or source in resolved.parents or resolved in source.parents:
@@ -52,7 +60,7 @@ def check_output(target: Path, force: bool, inputs: Iterable[Path], size: int = 
         parent = parent.parent
     if not os.access(parent, os.W_OK):
         raise OutputError("no permission to write here", file=parent)
-    free = shutil.disk_usage(parent).free
+    free = shutil.disk_usage(parent).free + (_kept_bytes(resolved) if resume else 0)
     if size > free:
         raise OutputError(
             "not enough space for the output",
@@ -64,12 +72,14 @@ def check_output(target: Path, force: bool, inputs: Iterable[Path], size: int = 
 
 
 @contextlib.contextmanager
-def output_folder(target: Path) -> Iterator[Path]:
+def output_folder(target: Path, resume: bool = False) -> Iterator[Path]:
     """A folder to write into; on leaving it becomes `target`, on any error it disappears.
 
     It lies beside `target` under a hidden name. SIGTERM counts as an error. A process that is
     killed is outlived by its janitor, which removes the folder; should that be killed too (or the
     machine stop), the lock on the folder is free and the next command with this target removes it.
+    With `resume`, the folder of a killed or interrupted process stays, and the next with `resume`
+    is given it when there is a `JOURNAL` in it; any other command removes it.
     Raises `OutputError` when writing fails, or another command wrote `target` meanwhile.
     """
     target = target.resolve()
@@ -77,10 +87,12 @@ def output_folder(target: Path) -> Iterator[Path]:
     made = [p for p in (target.parent, *target.parent.parents) if not p.exists()]
     with _write_errors(target):
         target.parent.mkdir(parents=True, exist_ok=True)
+        kept = _kept_folder(target) if resume else None
         _remove_stale(target)
-        folder, lock = _locked_folder(target.parent, f".{target.name}.")
+        folder, lock = kept or _locked_folder(target.parent, f".{target.name}.")
+    janitor = contextlib.nullcontext() if resume else _janitor(folder)
     try:
-        with _write_errors(target), _terminate_as_exit(), _janitor(folder):
+        with _write_errors(target), _terminate_as_exit(), janitor:
             folder.chmod(0o777 & ~_umask())
             yield folder
             _sync_tree(folder)
@@ -90,8 +102,11 @@ def output_folder(target: Path) -> Iterator[Path]:
                     file=target,
                     remedy="choose another, or pass --force to replace it",
                 )
+            (folder / JOURNAL).unlink(missing_ok=True)
             _swap(folder, target)
-    except BaseException:
+    except BaseException as error:
+        if resume and isinstance(error, (SystemExit, KeyboardInterrupt)):
+            raise
         shutil.rmtree(folder, ignore_errors=True)
         for parent in made:
             with contextlib.suppress(OSError):
@@ -212,24 +227,60 @@ def _sync_tree(folder: Path) -> None:
         _fsync(path)
 
 
-def _remove_stale(target: Path) -> None:
+def _leftovers(target: Path) -> list[Path]:
+    """The temporary folders of commands with this target, whether they run or were killed."""
     ours = re.compile(rf"\.{re.escape(target.name)}\.\w{{8}}{re.escape(_SUFFIX)}")
-    for path in target.parent.iterdir():
-        if not ours.fullmatch(path.name):
+    if not target.parent.is_dir():
+        return []
+    return [path for path in target.parent.iterdir() if ours.fullmatch(path.name)]
+
+
+def _claim(folder: Path) -> int | None:
+    """The descriptor by which we lock a leftover; None where a command is still at it."""
+    try:
+        fd = os.open(folder, os.O_RDONLY | os.O_NOFOLLOW)
+    except OSError:
+        return None
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        os.close(fd)
+        return None
+    return fd
+
+
+def _kept_folder(target: Path) -> tuple[Path, int] | None:
+    """A killed command's folder with a journal, and the descriptor by which we lock it."""
+    for path in _leftovers(target):
+        lock = _claim(path)
+        if lock is None:
+            continue
+        # Whoever may write beside the target could put a folder here: ours alone is believed.
+        if (path / JOURNAL).is_file() and os.fstat(lock).st_uid == os.geteuid():
+            return path, lock
+        os.close(lock)
+    return None
+
+
+def _kept_bytes(target: Path) -> int:
+    """The space that killed commands' folders with a journal take."""
+    kept = [path for path in _leftovers(target) if (path / JOURNAL).is_file()]
+    return sum(file.lstat().st_blocks * 512 for path in kept for file in path.rglob("*"))
+
+
+def _remove_stale(target: Path) -> None:
+    for path in _leftovers(target):
+        lock = _claim(path)
+        if lock is None:
             continue
         try:
-            fd = os.open(path, os.O_RDONLY)
-        except OSError:
-            continue
-        try:
-            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
             if (path / "old").is_dir() and not target.exists():
                 (path / "old").rename(target)
             shutil.rmtree(path, ignore_errors=True)
         except OSError:
             pass
         finally:
-            os.close(fd)
+            os.close(lock)
 
 
 @contextlib.contextmanager

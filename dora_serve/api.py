@@ -55,15 +55,23 @@ def merge(
     base: str | Path | None = None,
     dtype: torch.dtype | None = None,
     force: bool = False,
+    resume: bool = False,
     progress: Callable[[int], AbstractContextManager[Progress]] | None = None,
 ) -> MergeResult:
     """Merge a run into its base: a folder that `AutoModel*.from_pretrained` loads.
 
-    `dtype` None keeps the base's. Raises `DoraExportError` with nothing written.
+    `dtype` None keeps the base's. `resume` continues a merge that was killed, and lets the next
+    continue this one. Raises `DoraExportError` with nothing written.
     """
     run = run if isinstance(run, Run) else read_run(run, ReadOptions(base=base))
     return writers.merged.write_merged(
-        run, find_base(run, base), Path(output), dtype=dtype, force=force, progress=progress
+        run,
+        find_base(run, base),
+        Path(output),
+        dtype=dtype,
+        force=force,
+        resume=resume,
+        progress=progress,
     )
 
 

@@ -16,6 +16,7 @@ from ..errors import BaseError
 from ..output import check_output, output_folder
 from ..plan import MergePlan, plan_merge
 from ..run import Run
+from .journal import Journal
 from .stream import Progress, Rounding, write_shards
 
 _COPIED = {".json", ".txt", ".model", ".jinja", ".tiktoken", ".spm", ".vocab", ".bpe"}
@@ -28,12 +29,14 @@ LOSS_WARNING = 0.05
 
 @dataclass(frozen=True)
 class MergeResult:
-    """What was written. `rounding`: per module, what survived the output dtype."""
+    """What was written. `rounding`: per module, what survived the output dtype. `resumed`: the
+    shards that a killed merge had finished."""
 
     path: Path
     plan: MergePlan
     rounding: dict[str, Rounding]
     warnings: tuple[str, ...]
+    resumed: tuple[str, ...] = ()
 
 
 def write_merged(
@@ -43,22 +46,25 @@ def write_merged(
     *,
     dtype: torch.dtype | None = None,
     force: bool = False,
+    resume: bool = False,
     progress: Callable[[int], AbstractContextManager[Progress]] | None = None,
 ) -> MergeResult:
     """Merge `run` into `base` and write the result to the folder `target`.
 
     Memory: one block of rows per thread and the components of one module, never a whole matrix.
-    `dtype` None keeps each tensor's dtype; `progress` opens a bar for a number of bytes. Raises
-    `DoraExportError`, with nothing written, when the run does not fit the base or the output
-    cannot be written.
+    `dtype` None keeps each tensor's dtype; `progress` opens a bar for a number of bytes. With
+    `resume`, a merge that is killed leaves its finished shards for the next with `resume`, which
+    checks every byte of them by hash. Raises `DoraExportError`, with nothing written, when the run
+    does not fit the base or the output cannot be written.
     """
     check_output(target, force, [run.path, base.path])
     stripped = run.strip()
     plan = plan_merge(stripped, base, dtype)
-    check_output(target, force, [run.path, base.path], plan.nbytes)
+    check_output(target, force, [run.path, base.path], plan.nbytes, resume)
     bar = progress(plan.nbytes) if progress is not None else nullcontext(_no_progress)
-    with output_folder(target) as folder, bar as advance:
-        rounding = write_shards(folder, plan.shards, plan.run, advance)
+    with output_folder(target, resume) as folder, bar as advance:
+        journal = Journal(folder, plan) if resume else None
+        rounding = _write_shards(folder, plan, advance, journal)
         _write_index(folder, plan)
         write_json(folder / "config.json", plan.config)
         copy_companions(base.path, folder)
@@ -66,7 +72,22 @@ def write_merged(
         proof = _certificate(plan.run, base, plan, rounding, dtype)
         # Hashing every byte would cost half as much again as the merge.
         write_certificate(folder, proof, pieces=True)
-    return MergeResult(target, plan, rounding, warnings)
+    if journal is None:
+        return MergeResult(target, plan, rounding, warnings)
+    return MergeResult(target, plan, rounding, (*warnings, *journal.notes), tuple(journal.finished))
+
+
+def _write_shards(
+    folder: Path, plan: MergePlan, advance: Progress, journal: Journal | None
+) -> dict[str, Rounding]:
+    """Write the shards, but those that the journal knows to be whole."""
+    if journal is None:
+        return write_shards(folder, plan.shards, plan.run, advance)
+    done = journal.finished
+    advance(sum(t.nbytes for name in done for t in plan.shards[name]))
+    left = {name: tensors for name, tensors in plan.shards.items() if name not in done}
+    rounding = write_shards(folder, left, plan.run, advance, journal.add)
+    return {**rounding, **{m: report for shard in done.values() for m, report in shard.items()}}
 
 
 def _no_progress(_bytes: int) -> None:

@@ -18,6 +18,11 @@ from . import common
 @click.option(
     "--dtype", type=click.Choice(common.DTYPES), help="Output dtype; default: the base's."
 )
+@click.option(
+    "--resume",
+    is_flag=True,
+    help="Continue a merge that was killed; if this one is, keep what it finished.",
+)
 @common.dry_run_option
 @common.force_option
 @common.json_option
@@ -27,6 +32,7 @@ def command(
     out: Path,
     base: str | None,
     dtype: str | None,
+    resume: bool,
     dry_run: bool,
     force: bool,
     as_json: bool,
@@ -35,7 +41,9 @@ def command(
     """Merge RUN into its base model and write the Hugging Face folder OUT.
 
     OUT has the base's shards, dtype, configuration and tokenizer, loads with
-    AutoModel…from_pretrained, and appears whole or not at all.
+    AutoModel…from_pretrained, and appears whole or not at all. With --resume, the finished shards
+    of a merge that was killed stay in a hidden folder beside OUT; the same command again checks
+    them by hash, makes the others, and OUT is as if nothing had happened.
     """
     from converters.output import check_output
     from converters.plan import plan_merge
@@ -47,7 +55,7 @@ def command(
     torch_dtype = common.torch_dtype(dtype)
     if dry_run:
         plan = plan_merge(loaded.strip(), model, torch_dtype)
-        check_output(out, force, [loaded.path, model.path], plan.nbytes)
+        check_output(out, force, [loaded.path, model.path], plan.nbytes, resume)
         merged = [t.name for t in plan.tensors if t.module]
         summary = {
             "output": str(out),
@@ -72,6 +80,7 @@ def command(
         out,
         dtype=torch_dtype,
         force=force,
+        resume=resume,
         progress=partial(common.progress_bar, text="merging"),
     )
     ranks = result.plan.ranks
@@ -88,6 +97,7 @@ def command(
                 "modules": len(ranks),
                 "components": {"start": started, "kept": kept},
                 "lost_to_rounding": {m: r.lost for m, r in result.rounding.items()},
+                "resumed": list(result.resumed),
                 "warnings": list(result.warnings),
             }
         )
@@ -96,6 +106,10 @@ def command(
             f"{out}: merged {len(ranks)} modules ({kept} of {started} components "
             f"survived training), {common.size(result.plan.nbytes)}"
         )
+        if result.resumed:
+            click.echo(
+                f"  {len(result.resumed)} of {len(result.plan.shards)} shards are of a killed merge"
+            )
         if result.rounding:
             worst = max(result.rounding.values(), key=lambda report: report.lost)
             click.echo(f"  rounding took at most {worst.lost:.2%} of a module's update")
