@@ -18,6 +18,7 @@ _EXPORT_VERBS = {
     "extract": "Write what a tuned model changed of its base as an adapter.",
     "diff": "Compare the updates of two runs, adapters or models.",
     "onnx": "Export for ONNX Runtime: merged, or one graph with many adapters.",
+    "batch": "Convert many runs: a manifest's, or all in a folder.",
     "verify": "Compare an artifact with the live, unmerged run.",
     "check": "Tell whether an artifact still is what its certificate says.",
     "lint": "Tell whether engines compute with a LoRA adapter what PEFT computes.",

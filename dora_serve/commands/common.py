@@ -152,14 +152,14 @@ def print_json(value: object) -> None:
 
 
 @contextmanager
-def progress_bar(total: int, text: str) -> Iterator[Callable[[int], None]]:
-    """A bar with bytes and time left; nothing where stderr is no terminal."""
+def progress_bar(total: int, text: str, unit: str = "B") -> Iterator[Callable[[int], None]]:
+    """A bar with bytes (or runs, …) and time left; nothing where stderr is no terminal."""
     if not sys.stderr.isatty():
-        yield lambda _bytes: None
+        yield lambda _count: None
         return
     from tqdm import tqdm
 
-    with tqdm(total=total, desc=text, unit="B", unit_scale=True, leave=False) as bar:
+    with tqdm(total=total, desc=text, unit=unit, unit_scale=unit == "B", leave=False) as bar:
 
         def update(count: int) -> None:
             bar.update(count)

@@ -1,0 +1,80 @@
+"""What a worker does: convert one run, whatever comes of it."""
+
+from __future__ import annotations
+
+import os
+import socket
+import time
+from pathlib import Path
+
+from converters.base import BaseModel, open_base
+from converters.certificate import file_record
+from converters.errors import DoraExportError
+from converters.readers import ReadOptions, read_run
+from converters.writers.adapter import write_adapter
+from converters.writers.merged import write_merged
+from dora_serve.api import find_base
+from dora_serve.cache import content_key
+from dora_serve.check import check
+
+from .job import Job, Record
+
+
+def convert(job: Job) -> Record | None:
+    """Convert the run of `job`; None when its output is there, made from the same.
+
+    An error, a bug's too, is a failed record: it is this run's alone.
+    """
+    began = time.monotonic()
+    key = None
+    warnings: tuple[str, ...] = ()
+    try:
+        run = read_run(job.run, ReadOptions(base=job.base))
+        warnings = run.warnings
+        if job.to == "merged":
+            base = find_base(run, job.base)
+            key = content_key(run, base, to=job.to, base_files=_files(base))
+            if _is_done(job, key):
+                return None
+            warnings = write_merged(run, base, job.output, force=True).warnings
+        else:
+            known = None if job.base is None else open_base(job.base)
+            key = content_key(run, known, to=job.to, target=job.target)
+            if _is_done(job, key):
+                return None
+            result = write_adapter(run, job.output, base=known, profile=job.target, force=True)
+            warnings = result.warnings
+        error = None
+    except DoraExportError as problem:
+        error = str(problem)
+    except Exception as problem:
+        error = f"{type(problem).__name__}: {problem}"
+    return Record(
+        "done" if error is None else "failed",
+        str(job.output),
+        key,
+        round(time.monotonic() - began, 3),
+        error,
+        warnings,
+        f"{socket.gethostname()}:{os.getpid()}",
+    )
+
+
+def _files(base: BaseModel) -> dict[str, object]:
+    """What a merged model holds of its base beside the adapted weights."""
+    return {
+        path.name: file_record(path, pieces=True)
+        for path in sorted(base.path.iterdir())
+        if path.is_file()
+    }
+
+
+def _is_done(job: Job, key: str) -> bool:
+    return key == job.done and _is_whole(job.output)
+
+
+def _is_whole(folder: Path) -> bool:
+    try:
+        return check(folder).passed
+    except DoraExportError:
+        return False

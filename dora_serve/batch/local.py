@@ -1,0 +1,115 @@
+"""Runs converted by processes of this machine."""
+
+from __future__ import annotations
+
+import contextlib
+import multiprocessing
+import os
+import signal
+from collections import deque
+from collections.abc import Generator, Sequence
+from multiprocessing.connection import Connection, wait
+from multiprocessing.context import ForkServerContext
+
+from .job import Job, Record
+
+_PATIENCE = 10.0  # seconds for a worker that was told to stop
+
+
+def cores() -> list[int]:
+    return sorted(os.sched_getaffinity(0))
+
+
+def on_processes(
+    jobs: Sequence[Job], workers: int
+) -> Generator[tuple[Job, Record | None], None, None]:
+    """Convert `jobs` with `workers` processes, each on its share of the cores; yields each job as
+    it ends, with what `convert` returned.
+
+    A run whose process dies is tried once more, after the others.
+    """
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["dora_serve.batch.convert"])
+    shares = [
+        cores()[number::workers] or [cores()[number % len(cores())]] for number in range(workers)
+    ]
+    waiting, again = deque(jobs), set[str]()
+    idle: list[_Worker] = []
+    busy: dict[Connection, tuple[_Worker, Job]] = {}
+    try:
+        while waiting or busy:
+            while waiting and len(busy) < workers:
+                worker = idle.pop() if idle else _Worker(context, shares.pop())
+                if worker.take(waiting[0]):
+                    busy[worker.pipe] = worker, waiting.popleft()
+                else:
+                    shares.append(worker.stop())
+            for pipe in wait(list(busy)):
+                assert isinstance(pipe, Connection)
+                worker, job = busy.pop(pipe)
+                try:
+                    record = pipe.recv()
+                except (EOFError, OSError):
+                    shares.append(worker.stop())
+                    if job.name not in again:
+                        again.add(job.name)
+                        waiting.append(job)
+                        continue
+                    record = _lost(job, worker.process.exitcode)
+                else:
+                    idle.append(worker)
+                yield job, record
+    finally:
+        for worker in [*idle, *(worker for worker, _ in busy.values())]:
+            worker.process.terminate()
+        for worker in [*idle, *(worker for worker, _ in busy.values())]:
+            worker.stop()
+
+
+class _Worker:
+    def __init__(self, context: ForkServerContext, share: list[int]) -> None:
+        self.share = share
+        self.pipe, theirs = context.Pipe()
+        self.process = context.Process(target=_serve, args=(theirs, share), daemon=True)
+        self.process.start()
+        theirs.close()
+
+    def take(self, job: Job) -> bool:
+        """Give it a job; False when it is dead."""
+        try:
+            self.pipe.send(job)
+        except OSError:
+            return False
+        return True
+
+    def stop(self) -> list[int]:
+        """Wait for its end; returns its share of the cores."""
+        self.pipe.close()
+        self.process.join(_PATIENCE)
+        if self.process.exitcode is None:
+            self.process.kill()
+            self.process.join()
+        return self.share
+
+
+def _serve(pipe: Connection, share: list[int]) -> None:
+    """A worker's life: until the other end of the pipe is closed, by whatever cause."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches all; the command ends them
+    os.sched_setaffinity(0, share)  # what a merge takes for the number of its threads
+    import torch
+
+    from .convert import convert
+
+    torch.set_num_threads(len(share))
+    with contextlib.suppress(EOFError, BrokenPipeError):
+        while True:
+            pipe.send(convert(pipe.recv()))
+
+
+def _lost(job: Job, code: int | None) -> Record:
+    how = f"ended with {code}" if code is None or code >= 0 else signal.Signals(-code).name
+    error = (
+        f"its worker process was killed twice\n  found: {how}\n"
+        "  to do: look whether memory ran out (dmesg), and run again with fewer --workers"
+    )
+    return Record("failed", str(job.output), error=error)

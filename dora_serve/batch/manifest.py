@@ -1,0 +1,142 @@
+"""Which runs are to be converted: read from a manifest, or found in a folder."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+
+from converters.files import check_file
+from converters.json_files import unique_keys
+
+from .errors import ManifestError
+
+FORMS = ("adapter", "merged")
+_KEYS = {"run", "base", "name", "to"}
+_LARGEST = 100_000_000
+_LONGEST = 200  # bytes of a folder's name; the hidden one it is written in has some more
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A run, by folder or hub id, and how its output is called. None: not said."""
+
+    run: str
+    name: str
+    base: str | None = None
+    to: str | None = None
+
+
+def read_manifest(path: Path) -> list[Entry]:
+    """The entries of a manifest: JSON lines or one JSON list of `{run, base, name, to}`.
+
+    A path in it is relative to the current folder, as on the command line. Raises `ManifestError`
+    with the line or the number of the entry.
+    """
+    entries = [_entry(path, where, value) for where, value in _values(path)]
+    if not entries:
+        raise ManifestError("the manifest names no run", file=path)
+    check_names([entry.name for entry in entries], path)
+    return entries
+
+
+def check_names(names: Sequence[str], source: Path) -> None:
+    """Raise `ManifestError` unless every name is a folder of its own below the output."""
+    for name in names:
+        if not all(_is_part(part) for part in name.split("/")) or name == "batch.json":
+            raise ManifestError(
+                "a run's name must be a path below the output folder",
+                file=source,
+                found=repr(name),
+                expected=f"printable, at most {_LONGEST} bytes, no part empty or with a dot first",
+                remedy='give another "name"',
+            )
+    known = Counter(names)
+    for name, count in known.items():
+        above = [str(p) for p in PurePosixPath(name).parents if str(p) in known]
+        if count > 1 or above:
+            raise ManifestError(
+                "two runs would be written to one place",
+                file=source,
+                found=" and ".join([*above, *[name] * count]),
+                remedy='give each entry another "name"',
+            )
+
+
+def absolute(folder_or_id: str) -> str:
+    """The same folder seen from any process; a hub id as it is."""
+    path = Path(folder_or_id)
+    return str(path.absolute()) if path.exists() else folder_or_id
+
+
+def _is_part(part: str) -> bool:
+    plain = part.isprintable() and "\\" not in part and not part.startswith(".")
+    return bool(part) and plain and len(part.encode()) <= _LONGEST
+
+
+def _values(path: Path) -> Iterator[tuple[str, object]]:
+    if check_file(path) > _LARGEST:
+        raise ManifestError("too large for a manifest", file=path, expected="at most 100 MB")
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+    except OSError as error:
+        raise ManifestError(f"cannot be read: {error.strerror}", file=path) from None
+    except UnicodeDecodeError as error:
+        raise ManifestError(f"not UTF-8: {error}", file=path) from None
+    if text.lstrip().startswith("["):
+        values = _parse(text, path, "the list")
+        assert isinstance(values, list)
+        return ((f"entry {number}", value) for number, value in enumerate(values, 1))
+    return _lines(text.split("\n"), path)
+
+
+def _lines(lines: Iterable[str], path: Path) -> Iterator[tuple[str, object]]:
+    for number, line in enumerate(lines, 1):
+        if line.strip():
+            yield f"line {number}", _parse(line, path, f"line {number}")
+
+
+def _parse(text: str, path: Path, where: str) -> object:
+    try:
+        return json.loads(text, object_pairs_hook=unique_keys)
+    except (ValueError, RecursionError) as error:
+        raise ManifestError(
+            f"{where} is not valid JSON: {error}",
+            file=path,
+            expected='an object such as {"run": "runs/a", "base": "base"} on each line, or one '
+            "list of them",
+        ) from None
+
+
+def _entry(path: Path, where: str, value: object) -> Entry:
+    if not isinstance(value, dict):
+        raise ManifestError(f"{where} is not an object", file=path, found=_short(value))
+    if unknown := value.keys() - _KEYS:
+        raise ManifestError(
+            f"{where} has keys that mean nothing",
+            file=path,
+            found=", ".join(sorted(unknown)),
+            expected=", ".join(sorted(_KEYS)),
+        )
+    said = {key: said for key, said in value.items() if said is not None}
+    for key, text in said.items():
+        if not isinstance(text, str) or not text or "\0" in text:
+            raise ManifestError(f"{where}: {key} is not a name", file=path, found=_short(text))
+    if "run" not in said:
+        raise ManifestError(f"{where} names no run", file=path, found=_short(value))
+    if said.get("to", FORMS[0]) not in FORMS:
+        raise ManifestError(
+            f"{where}: no such form", file=path, found=said["to"], expected=" or ".join(FORMS)
+        )
+    name = said.get("name", Path(os.path.abspath(said["run"])).name)  # noqa: PTH100 keeps links
+    base = said.get("base")
+    return Entry(
+        absolute(said["run"]), name, None if base is None else absolute(base), said.get("to")
+    )
+
+
+def _short(value: object) -> str:
+    return repr(value)[:200]

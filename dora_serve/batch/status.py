@@ -1,0 +1,100 @@
+"""`batch.json`: the state of every run of a batch, at any moment whole."""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import json
+import os
+import time
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict
+from pathlib import Path
+
+from converters.certificate import tool
+from converters.errors import OutputError
+from converters.json_files import read_json
+
+from .errors import ManifestError
+from .job import Record
+
+FILE = "batch.json"
+_STATES = ("done", "failed", "pending")
+_EVERY = 1.0  # seconds: a file of ten thousand runs is not written ten thousand times
+
+
+class Status:
+    """The records of a batch by name, kept in `OUT/batch.json`."""
+
+    def __init__(self, out: Path) -> None:
+        self._path = out / FILE
+        self._saved = time.monotonic()
+        self.records: dict[str, Record] = {}
+        if self._path.exists():
+            self.records = _records(self._path)
+
+    def put(self, name: str, record: Record) -> None:
+        self.records[name] = record
+        if time.monotonic() - self._saved >= _EVERY:
+            self.save()
+
+    def save(self) -> None:
+        """Write the file in one step. Raises `OutputError` when that fails."""
+        runs = {name: asdict(record) for name, record in sorted(self.records.items())}
+        text = json.dumps({"tool": tool(), "runs": runs}, indent=2, ensure_ascii=False)
+        fresh = self._path.with_name(f".{FILE}")
+        try:
+            with fresh.open("w", encoding="utf-8") as stream:
+                stream.write(text + "\n")
+                stream.flush()
+                os.fsync(stream.fileno())
+            fresh.replace(self._path)
+        except OSError as error:
+            raise OutputError(
+                f"the status cannot be written: {error.strerror}",
+                file=self._path,
+                remedy="look after the disk and run the same command again",
+            ) from None
+        self._saved = time.monotonic()
+
+
+@contextlib.contextmanager
+def locked(out: Path) -> Iterator[None]:
+    """Make the folder `out` and keep other batches from it."""
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        lock = os.open(out, os.O_RDONLY)
+    except OSError as error:
+        raise OutputError(f"cannot be written: {error.strerror}", file=out) from None
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(lock)
+        raise OutputError(
+            "another batch is at work here", file=out, remedy="wait for it, or choose another"
+        ) from None
+    try:
+        yield
+    finally:
+        os.close(lock)
+
+
+def _records(path: Path) -> dict[str, Record]:
+    runs = read_json(path).get("runs")
+    try:
+        if not isinstance(runs, dict):
+            raise TypeError
+        return {name: _record(value) for name, value in runs.items()}
+    except TypeError:
+        raise ManifestError(
+            "not the status of a batch",
+            file=path,
+            remedy="choose another output folder, or remove the file to begin anew",
+        ) from None
+
+
+def _record(value: Mapping[str, object]) -> Record:
+    record = Record(**value)  # type: ignore[arg-type]
+    if record.state not in _STATES or not isinstance(record.input, str | None):
+        raise TypeError
+    return record

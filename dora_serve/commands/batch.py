@@ -1,0 +1,100 @@
+"""`dora-export batch MANIFEST|DIR OUT`."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Mapping
+from functools import partial
+from pathlib import Path
+
+import click
+
+from . import common
+
+
+@click.command("batch")
+@click.argument("source", type=common.FOLDER, metavar="MANIFEST|DIR")
+@click.argument("out", type=common.FOLDER)
+@common.base_option
+@click.option(
+    "--to",
+    type=click.Choice(["adapter", "merged"]),
+    default="adapter",
+    show_default=True,
+    help="What to make of the runs that say nothing.",
+)
+@click.option(
+    "--target",
+    type=click.Choice(["peft", "vllm", "sglang", "lorax", "gguf"]),
+    default="peft",
+    show_default=True,
+    help="The engine that will load the adapters.",
+)
+@click.option("--workers", type=click.IntRange(1), help="Processes; default: one for each core.")
+@common.dry_run_option
+@click.option("--force", is_flag=True, help="Convert what is done too; replace other folders.")
+@common.json_option
+@common.reports_errors
+def command(
+    source: Path,
+    out: Path,
+    base: str | None,
+    to: str,
+    target: str,
+    workers: int | None,
+    dry_run: bool,
+    force: bool,
+    as_json: bool,
+) -> None:
+    """Convert many runs: those of a manifest, or all that a folder holds.
+
+    Each becomes OUT/NAME, whole or not at all, and OUT/batch.json says how each ended. The same
+    command goes on where an earlier one was stopped: it leaves out what is done and unchanged.
+    """
+    from dora_serve.batch import FILE, plan_batch, run_batch
+    from dora_serve.batch.local import cores, on_processes
+
+    batch = plan_batch(source, out, base=base, to=to, target=target, force=force)
+    if dry_run:
+        jobs = [
+            {"name": j.name, "run": j.run, "base": j.base, "to": j.to, "done": j.done is not None}
+            for j in batch.jobs
+        ]
+        if as_json:
+            common.print_json({"output": str(out), "runs": jobs, "failed": dict(batch.problems)})
+            return
+        for job in jobs:
+            click.echo(f"{job['name']}  {job['to']} of {job['run']}{'  done' * bool(job['done'])}")
+        _show_failed(batch.problems)
+        return
+    engine = partial(on_processes, workers=workers or len(cores()))
+    with common.progress_bar(len(batch.jobs), "converting", unit="run") as advance:
+        summary = run_batch(batch, engine, advance)
+    if as_json:
+        common.print_json(
+            {
+                "output": str(out),
+                "status": str(out / FILE),
+                "done": summary.done,
+                "skipped": summary.skipped,
+                "failed": dict(summary.failed),
+                "pending": summary.pending,
+                "seconds": summary.seconds,
+            }
+        )
+    else:
+        _show_failed(summary.failed)
+        click.echo(
+            f"{out}: {summary.done} done ({summary.skipped} of them before), "
+            f"{len(summary.failed)} failed, {summary.pending} left, {summary.seconds:.1f} s"
+        )
+    if summary.pending:
+        click.secho("stopped; the same command goes on", fg="yellow", err=True)
+        sys.exit(130)
+    if summary.failed:
+        sys.exit(1)
+
+
+def _show_failed(failed: Mapping[str, str]) -> None:
+    for name, error in failed.items():
+        click.secho(f"failed: {name}: {error}", fg="red", err=True)
