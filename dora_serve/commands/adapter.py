@@ -13,7 +13,7 @@ from . import common
 
 @click.command("adapter")
 @common.run_argument
-@click.argument("out", type=common.FOLDER)
+@click.argument("out", type=common.OUTPUT)
 @common.base_option
 @click.option(
     "--target",

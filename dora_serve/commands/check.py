@@ -12,7 +12,7 @@ from . import common
 
 
 @click.command("check")
-@click.argument("artifact", type=common.FOLDER)
+@click.argument("artifact", type=common.INPUT)
 @common.base_option
 @click.option(
     "--record",
@@ -28,7 +28,10 @@ def command(artifact: Path, base: str | None, recording: bool, as_json: bool) ->
     With --base also the base with the one it was made from. Exit code 1 when anything differs.
     """
     from dora_serve.check import check, record
+    from dora_serve.remote import needs_local
 
+    if recording:
+        needs_local(artifact, "--record")
     result = check(artifact, base)
     if recording and result.passed:
         record(artifact)

@@ -8,10 +8,13 @@ import re
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 import click
+
+from ..remote import Remote, is_url, local_values
 
 if TYPE_CHECKING:
     import torch
@@ -22,7 +25,52 @@ if TYPE_CHECKING:
 F = TypeVar("F", bound=Callable[..., Any])
 
 DTYPES = ("float32", "float16", "bfloat16")
-FOLDER = click.Path(path_type=Path)
+
+
+class Place(click.Path):
+    """A path; where `role` is one, also a URL, which `reports_errors` makes a local path of."""
+
+    def __init__(self, role: Literal["input", "output"] | None = None) -> None:
+        super().__init__(path_type=Path)
+        self.role = role
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        if not is_url(value):
+            return super().convert(value, param, ctx)
+        if self.role is None:
+            self.fail("a local path is needed here, not a URL", param, ctx)
+        return Remote(value, output=self.role == "output")
+
+
+class Source(click.ParamType[Any]):
+    """Text that names a folder or a hub id, `NAME=` before it or not; a URL becomes a folder."""
+
+    name = "text"
+
+    def convert(
+        self,
+        value: object,
+        param: click.Parameter | None,  # noqa: ARG002
+        ctx: click.Context | None,  # noqa: ARG002
+    ) -> object:
+        before, equals, url = str(value).rpartition("=")
+        if is_url(value):
+            return Remote(str(value), make=str)
+        if equals and is_url(url):
+            return Remote(url, make=lambda path: f"{before}={path}")
+        return value
+
+
+FOLDER, INPUT, OUTPUT = Place(), Place("input"), Place("output")
+SOURCE = Source()
+
+
+def last_is_output(
+    _ctx: click.Context, _param: click.Parameter, value: tuple[Path | Remote, ...]
+) -> tuple[Path | Remote, ...]:
+    """For an argument of several paths, the last of which is written."""
+    *inputs, out = value
+    return (*inputs, replace(out, output=True) if isinstance(out, Remote) else out)
 
 
 class Size(click.ParamType[int]):
@@ -44,11 +92,11 @@ class Size(click.ParamType[int]):
 def run_options(function: F) -> F:
     """The options for what a run may leave out."""
     for decorate in (
-        click.option("--part", "parts", type=FOLDER, multiple=True, help="A further part of RUN."),
+        click.option("--part", "parts", type=INPUT, multiple=True, help="A further part of RUN."),
         click.option("--gate", metavar="NAME", help="Gate vector beside lora_A and lora_B."),
         click.option("--rank", type=click.IntRange(1), help="Components to use (DyLoRA)."),
         click.option("--method", help="The run's method, where several fit."),
-        click.option("--task-info", type=FOLDER, help="task_info.json, if not beside the run."),
+        click.option("--task-info", type=INPUT, help="task_info.json, if not beside the run."),
         click.option("--start-rank", type=click.IntRange(1), help="The run's initial rank."),
         click.option("--lora-alpha", type=float, help="The run's lora_alpha, if it holds none."),
     ):
@@ -58,11 +106,14 @@ def run_options(function: F) -> F:
 
 def run_argument(function: F) -> F:
     """The RUN argument and the options for what a run may leave out."""
-    return click.argument("run", type=FOLDER)(run_options(function))
+    return click.argument("run", type=INPUT)(run_options(function))
 
 
 base_option = click.option(
-    "--base", metavar="DIR_OR_ID", help="Base model: a folder, or a hub id in the local cache."
+    "--base",
+    metavar="DIR_OR_ID",
+    type=SOURCE,
+    help="Base model: a folder, a URL, or a hub id in the local cache.",
 )
 json_option = click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 force_option = click.option("--force", is_flag=True, help="Replace an existing output.")
@@ -123,12 +174,16 @@ def torch_dtype(name: str | None) -> torch.dtype | None:
 
 
 def reports_errors(function: F) -> F:
-    """Turn a `DoraExportError` into a red message on stderr (or JSON) and exit code 1."""
+    """Turn a `DoraExportError` into a red message on stderr (or JSON) and exit code 1.
+
+    Places given as URLs are local paths for the function.
+    """
 
     @functools.wraps(function)
     def wrapped(*args: Any, **kwargs: Any) -> Any:
         try:
-            return function(*args, **kwargs)
+            with local_values(kwargs, kwargs.get("force", False), progress_bar) as values:
+                return function(*args, **values)
         except Exception as error:
             from converters.errors import DoraExportError
 

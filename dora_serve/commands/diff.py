@@ -13,10 +13,15 @@ if TYPE_CHECKING:
 
 
 @click.command("diff")
-@click.argument("a")
-@click.argument("b")
+@click.argument("a", type=common.SOURCE)
+@click.argument("b", type=common.SOURCE)
 @common.base_option
-@click.option("--base-b", metavar="DIR_OR_ID", help="The base of B, where it is another.")
+@click.option(
+    "--base-b",
+    metavar="DIR_OR_ID",
+    type=common.SOURCE,
+    help="The base of B, where it is another.",
+)
 @common.json_option
 @common.reports_errors
 def command(a: str, b: str, base: str | None, base_b: str | None, as_json: bool) -> None:

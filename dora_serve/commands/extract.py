@@ -16,9 +16,15 @@ if TYPE_CHECKING:
 
 
 @click.command("extract")
-@click.argument("tuned", metavar="TUNED")
-@click.argument("out", type=common.FOLDER)
-@click.option("--base", metavar="DIR_OR_ID", required=True, help="The model TUNED was made from.")
+@click.argument("tuned", metavar="TUNED", type=common.SOURCE)
+@click.argument("out", type=common.OUTPUT)
+@click.option(
+    "--base",
+    metavar="DIR_OR_ID",
+    type=common.SOURCE,
+    required=True,
+    help="The model TUNED was made from.",
+)
 @common.fit_options
 @common.dry_run_option
 @common.force_option

@@ -21,7 +21,7 @@ _SHOWN = 5
 
 
 @click.command("lint")
-@click.argument("adapter", type=common.FOLDER)
+@click.argument("adapter", type=common.INPUT)
 @common.base_option
 @click.option(
     "--target",
@@ -30,7 +30,7 @@ _SHOWN = 5
     multiple=True,
     help="An engine it is for; default: all.",
 )
-@click.option("--fix", "out", type=common.FOLDER, help="Write it anew, for the one --target.")
+@click.option("--fix", "out", type=common.OUTPUT, help="Write it anew, for the one --target.")
 @common.force_option
 @common.json_option
 @common.reports_errors

@@ -13,7 +13,7 @@ from . import common
 
 @click.command("merge")
 @common.run_argument
-@click.argument("out", type=common.FOLDER)
+@click.argument("out", type=common.OUTPUT)
 @common.base_option
 @click.option(
     "--dtype", type=click.Choice(common.DTYPES), help="Output dtype; default: the base's."

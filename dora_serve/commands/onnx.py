@@ -20,12 +20,20 @@ _NAMED = re.compile(r"([\w][\w.-]*)=(.+)")
 
 @click.command("onnx")
 @common.run_options
-@click.argument("paths", metavar="[RUN] OUT", type=common.FOLDER, nargs=-1, required=True)
+@click.argument(
+    "paths",
+    metavar="[RUN] OUT",
+    type=common.INPUT,
+    nargs=-1,
+    required=True,
+    callback=common.last_is_output,
+)
 @common.base_option
 @click.option(
     "--adapter",
     "adapter_runs",
     metavar="[NAME=]RUN",
+    type=common.SOURCE,
     multiple=True,
     help="A run to put beside the base as an adapter; may be given again.",
 )
@@ -63,10 +71,13 @@ def command(
     """
     from converters.writers.onnx import add_adapters
     from dora_serve.api import find_base, write_onnx
+    from dora_serve.remote import needs_local
 
     if len(paths) != (1 if adapter_runs else 2):
         raise click.UsageError("give RUN and OUT, or OUT with --adapter RUN")
     out = paths[-1]
+    if add:
+        needs_local(out, "--add")
     adapters = dict(_named(text, base, options) for text in adapter_runs)
     run = None if adapters else common.load_run(paths[0], base, **options)
     model = find_base(run or next(iter(adapters.values())), base)

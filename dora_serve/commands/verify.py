@@ -14,7 +14,7 @@ from . import common
 
 @click.command("verify")
 @common.run_argument
-@click.argument("artifact", type=common.FOLDER)
+@click.argument("artifact", type=common.INPUT)
 @common.base_option
 @click.option(
     "--engine",

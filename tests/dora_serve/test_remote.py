@@ -1,0 +1,313 @@
+"""Inputs and outputs at URLs, against a real S3 server over HTTP."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from click.testing import CliRunner, Result
+from safetensors.torch import load_file, save_file
+
+from converters.certificate import FILE
+from dora_serve.commands import dora_export
+
+from .s3_server import S3Server
+
+EXPORT = Path(sys.executable).parent / "dora-export"
+SECRET = "the-secret-that-is-never-printed"
+CONFIG = "adapter_config.json"
+
+
+@pytest.fixture(scope="module")
+def server() -> Iterator[S3Server]:
+    with S3Server().running() as running:
+        yield running
+
+
+@pytest.fixture
+def s3(
+    server: S3Server,
+    llama_base: Path,
+    llama_lora: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> Iterator[S3Server]:
+    """The server with a base and a run in a bucket `models`, and `out` empty."""
+    from s3fs import S3FileSystem
+
+    S3FileSystem.clear_instance_cache()
+    monkeypatch.setenv("AWS_ENDPOINT_URL", server.url)
+    monkeypatch.setenv("AWS_ACCESS_KEY_ID", "someone")
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", SECRET)
+    monkeypatch.setenv("AWS_DEFAULT_REGION", "us-east-1")
+    monkeypatch.setenv("DORA_SERVE_CACHE", str(tmp_path / "cache"))
+    client = server.client()
+    for bucket in ("models", "out"):
+        client.create_bucket(Bucket=bucket)
+    for name, folder in (("base", llama_base), ("lora", llama_lora)):
+        for path in folder.iterdir():
+            client.upload_file(str(path), "models", f"{name}/{path.name}")
+    server.requests.clear()
+    yield server
+    server.denied = server.held = lambda _method, _path: False
+    for bucket in ("models", "out"):
+        for key in server.keys(bucket):
+            client.delete_object(Bucket=bucket, Key=key)
+
+
+def export(*arguments: object) -> Result:
+    result = CliRunner().invoke(dora_export, [str(argument) for argument in arguments])
+    assert result.exception is None or isinstance(result.exception, SystemExit), result.exception
+    assert SECRET not in result.output
+    return result
+
+
+def good(*arguments: object) -> str:
+    result = export(*arguments)
+    assert result.exit_code == 0, result.output
+    return result.output
+
+
+def bad(*arguments: object) -> str:
+    result = export(*arguments)
+    assert result.exit_code == 1, result.output
+    assert "Traceback" not in result.output
+    return result.output
+
+
+def test_a_merge_from_s3_to_s3_equals_the_local_one(
+    s3: S3Server, llama_base: Path, llama_lora: Path, tmp_path: Path
+) -> None:
+    local = tmp_path / "merged"
+    good("merge", llama_lora, local, "--base", llama_base)
+    said = good("merge", "s3://models/lora", "s3://out/to/merged", "--base", "s3://models/base")
+    names = {path.name for path in local.iterdir()}
+    assert s3.keys("out") == sorted(f"to/merged/{name}" for name in names)
+    for name in names:
+        assert s3.read("out", f"to/merged/{name}") == (local / name).read_bytes(), name
+    assert "dora-export verify s3://models/lora s3://out/to/merged --base s3://models/base" in said
+    assert "cache" not in said
+    places = ("s3://models/lora", "s3://out/to/merged", "--base", "s3://models/base")
+    assert "PASSED" in good("verify", *places)
+    checked = good("check", "s3://out/to/merged", "--base", "s3://models/base")
+    assert checked.startswith("s3://out/to/merged: merged") and "unchanged" in checked
+    assert not list((tmp_path / "cache").glob("upload-*/*"))
+
+
+def test_an_adapter_from_s3_to_s3_equals_the_local_one(
+    s3: S3Server, llama_base: Path, llama_lora: Path, tmp_path: Path
+) -> None:
+    local, url = tmp_path / "adapter", "s3://out/adapter"
+    good("adapter", llama_lora, local, "--base", llama_base)
+    printed = good("adapter", "s3://models/lora/", url, "--base", "s3://models/base", "--json")
+    assert json.loads(printed)["output"] == url
+    weights = "adapter_model.safetensors"
+    assert s3.read("out", f"adapter/{weights}") == (local / weights).read_bytes()
+    proof = json.loads(s3.read("out", f"adapter/{FILE}"))
+    known = json.loads((local / FILE).read_text())
+    for name in (CONFIG, "README.md"):  # they name the base
+        named = (local / name).read_text().replace(str(llama_base), "s3://models/base")
+        assert s3.read("out", f"adapter/{name}").decode() == named
+        assert proof["files"].pop(name) != known["files"].pop(name)
+    assert proof == known
+    assert "unchanged" in good("check", url)
+    assert "vllm         ok" in good("lint", url, "--base", "s3://models/base", "--target", "vllm")
+    modules = json.loads(good("diff", "s3://models/lora", url, "--json"))["modules"]
+    assert len(modules) == 6
+    assert all(module["relative"] < 1e-6 for module in modules.values())
+
+
+def test_a_tuned_model_at_a_url_is_extracted(s3: S3Server) -> None:
+    base = ("--base", "s3://models/base")
+    good("merge", "s3://models/lora", "s3://out/merged", *base)
+    said = good("extract", "s3://out/merged", "s3://out/extracted", *base, "--max-rank", "4")
+    assert "s3://out/extracted: LoRA adapter" in said
+    assert f"extracted/{FILE}" in s3.keys("out")
+
+
+def test_what_is_unchanged_is_fetched_once_and_what_changed_anew(
+    s3: S3Server, llama_lora: Path, tmp_path: Path
+) -> None:
+    weights = "adapter_model.safetensors"
+    get = ("GET", f"/models/lora/{weights}")
+    first = good("inspect", "s3://models/lora", "--json")
+    assert json.loads(first)["path"] == "s3://models/lora"
+    assert get in s3.requests
+    s3.requests.clear()
+    assert good("inspect", "s3://models/lora", "--json") == first
+    assert get not in s3.requests
+
+    tensors = load_file(llama_lora / weights)
+    for name in tensors:
+        if "q_proj" in name:
+            tensors[name].zero_()
+    save_file(tensors, tmp_path / weights)
+    s3.client().upload_file(str(tmp_path / weights), "models", f"lora/{weights}")
+    ranks = json.loads(good("inspect", "s3://models/lora", "--json"))["ranks"]
+    assert {rank for name, rank in ranks.items() if "q_proj" in name} == {0}
+    assert get in s3.requests
+
+
+def test_what_is_not_there(s3: S3Server) -> None:
+    out = ("s3://out/x", "--base", "s3://models/base")
+    for url in ("s3://models/nothing", "s3://no-such-bucket/run"):
+        said = bad("merge", url, *out)
+        assert said.startswith("error: nothing at this URL")
+        assert f"file: {url}" in said
+    said = bad("merge", "s3://models/lora", "s3://no-such-bucket/x", *out[1:])
+    assert "s3://no-such-bucket/x" in said
+    assert "no-such-bucket" not in {b["Name"] for b in s3.client().list_buckets()["Buckets"]}
+    assert s3.keys("out") == []
+
+
+def test_an_error_of_the_run_names_its_url(s3: S3Server) -> None:
+    s3.client().put_object(Bucket="models", Key=f"lora/{CONFIG}", Body=b"{")
+    said = bad("adapter", "s3://models/lora", "s3://out/x")
+    assert f"s3://models/lora/{CONFIG}" in said
+    assert "cache" not in said
+
+
+def test_credentials_that_are_wrong_or_not_allowed(
+    s3: S3Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from s3fs import S3FileSystem
+
+    iam = s3.client("iam")
+    iam.create_user(UserName="stranger")
+    key = iam.create_access_key(UserName="stranger")["AccessKey"]
+    s3.check_credentials(True)
+    try:
+        wrong = bad("inspect", "s3://models/lora")
+        monkeypatch.setenv("AWS_ACCESS_KEY_ID", key["AccessKeyId"])
+        monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", key["SecretAccessKey"])
+        S3FileSystem.clear_instance_cache()
+        denied = bad("inspect", "s3://models/lora")
+    finally:
+        s3.check_credentials(False)
+    for said in (wrong, denied):
+        assert said.startswith("error: access denied")
+        assert "s3://models/lora" in said
+        assert key["SecretAccessKey"] not in said
+
+
+def test_what_is_there_is_replaced_with_force_only(s3: S3Server) -> None:
+    client = s3.client()
+    client.put_object(Bucket="out", Key="adapter/old/file", Body=b"old")
+    client.put_object(Bucket="out", Key="adapter-2/other", Body=b"other")
+    said = bad("adapter", "s3://models/lora", "s3://out/adapter")
+    assert "--force" in said and "s3://out/adapter" in said
+    assert bad("adapter", "s3://models/lora", "s3://out/adapter", "--dry-run") == said
+    assert s3.read("out", "adapter/old/file") == b"old"
+    good("adapter", "s3://models/lora", "s3://out/adapter", "--force", "--dry-run")
+    assert s3.read("out", "adapter/old/file") == b"old"
+    good("adapter", "s3://models/lora", "s3://out/adapter", "--force")
+    assert "adapter/old/file" not in s3.keys("out")
+    assert s3.read("out", "adapter-2/other") == b"other"
+    assert "unchanged" in good("check", "s3://out/adapter")
+    assert "names no folder" in bad("adapter", "s3://models/lora", "s3://out", "--force")
+
+
+@pytest.mark.parametrize("failing", ["model.safetensors", "config.json", FILE])
+def test_a_failed_upload_leaves_nothing(s3: S3Server, failing: str, tmp_path: Path) -> None:
+    s3.denied = lambda method, path: method == "PUT" and path == f"/out/merged/{failing}"
+    said = bad("merge", "s3://models/lora", "s3://out/merged", "--base", "s3://models/base")
+    assert said.startswith("error: access denied")
+    assert s3.keys("out") == []
+    put = [path.rsplit("/", 1)[-1] for method, path in s3.requests if method == "PUT"]
+    order = ["model.safetensors", "config.json", FILE]
+    assert [name for name in order if name in put] == order[: order.index(failing) + 1]
+    assert put[-1] == failing or failing == "model.safetensors"
+    assert not list((tmp_path / "cache").glob("upload-*/*"))
+
+
+def test_a_killed_upload_does_not_look_whole(s3: S3Server) -> None:
+    s3.held = lambda method, path: method == "PUT" and path == f"/out/merged/{FILE}"
+    words = ["merge", "s3://models/lora", "s3://out/merged", "--base", "s3://models/base"]
+    with subprocess.Popen([EXPORT, *words], stdout=subprocess.PIPE, text=True) as process:
+        assert s3.holding.wait(60)
+        process.kill()
+        assert process.stdout is not None
+        assert process.stdout.read() == ""
+    left = s3.keys("out")
+    assert "merged/model.safetensors" in left
+    assert f"merged/{FILE}" not in left
+    assert "no certificate here" in bad("check", "s3://out/merged")
+    s3.held = lambda _method, _path: False
+    good(*words, "--force")
+    assert "unchanged" in good("check", "s3://out/merged")
+
+
+@pytest.mark.parametrize("key", ["lora/../../up", "lora/a/../b", "lora//x", "lora/a\tb"])
+def test_names_that_lead_out_are_refused(s3: S3Server, key: str, tmp_path: Path) -> None:
+    s3.client().put_object(Bucket="models", Key=key, Body=b"out")
+    said = bad("inspect", "s3://models/lora")
+    assert "lead out of the folder" in said
+    assert not list(tmp_path.rglob("remote-*"))
+    assert not list(tmp_path.rglob("up"))
+
+
+def test_a_name_of_a_file_and_a_folder_is_refused(s3: S3Server) -> None:
+    s3.client().put_object(Bucket="models", Key=f"lora/{CONFIG}/x", Body=b"x")
+    assert "of a file and of a folder" in bad("inspect", "s3://models/lora")
+
+
+@pytest.mark.usefixtures("s3")
+def test_what_needs_a_local_folder_says_so() -> None:
+    good("adapter", "s3://models/lora", "s3://out/adapter")
+    assert "in place" in bad("check", "s3://out/adapter", "--record")
+    inside = bad("adapter", "s3://models/lora", "s3://models/lora/out")
+    assert "inside an input" in inside
+    refused = export("inspect", "s3://models/lora", "--png", "s3://out/ranks.png")
+    assert refused.exit_code == 2
+    assert "not a URL" in refused.output
+
+
+def test_other_protocols(
+    llama_base: Path, llama_lora: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import fsspec
+
+    monkeypatch.setenv("DORA_SERVE_CACHE", str(tmp_path / "cache"))
+    memory: Any = fsspec.filesystem("memory")
+    memory.put(str(llama_lora), "/runs/lora", recursive=True)
+    good("adapter", "memory://runs/lora", f"file://{tmp_path}/to/adapter", "--base", llama_base)
+    assert "unchanged" in good("check", tmp_path / "to" / "adapter", "--base", llama_base)
+    good("merge", "memory://runs/lora", "memory://out/merged", "--base", f"file://{llama_base}")
+    assert "unchanged" in good("check", "memory://out/merged", "--base", llama_base)
+    assert "--force" in bad("adapter", "memory://runs/lora", f"file://{tmp_path}/to/adapter")
+    assert "nothing at this URL" in bad("inspect", "memory://runs/nothing")
+    memory.rm("/runs/lora/adapter_config.json")
+    assert "no run found" in bad("inspect", "memory://runs/lora")
+    memory.rm("/", recursive=True)
+
+
+BLOCKED = """
+import sys
+from dora_serve.commands import dora_export
+sys.modules["s3fs"] = None
+def hook(event, arguments):
+    if event in ("socket.connect", "socket.getaddrinfo"):
+        raise SystemExit(f"network: {arguments}")
+sys.addaudithook(hook)
+dora_export(sys.argv[1:])
+"""
+
+
+def run_blocked(*arguments: object) -> subprocess.CompletedProcess[str]:
+    words = [sys.executable, "-c", BLOCKED, *(str(argument) for argument in arguments)]
+    return subprocess.run(words, capture_output=True, text=True)
+
+
+def test_without_a_url_no_network_and_without_s3fs_a_clear_error(
+    llama_base: Path, llama_lora: Path, tmp_path: Path
+) -> None:
+    assert run_blocked("merge", llama_lora, tmp_path / "o", "--base", llama_base).returncode == 0
+    done = run_blocked("inspect", "s3://models/lora")
+    assert done.returncode == 1
+    assert "pip install dora-serve[remote]" in done.stderr
+    assert "Traceback" not in done.stderr
