@@ -11,6 +11,7 @@ from pathlib import Path
 import torch
 
 from .errors import BaseError, MissingError
+from .files import there
 from .tensors import (
     LazyTensor,
     LazyTensors,
@@ -142,7 +143,7 @@ def open_base(folder_or_id: str | Path) -> BaseModel:
     """
     name = str(folder_or_id)
     folder = Path(name)
-    if not folder.is_dir():
+    if not there(folder) or not folder.is_dir():
         folder = _cached_snapshot(name)
     config_path = folder / "config.json"
     if not config_path.exists():
@@ -193,7 +194,7 @@ def _open_indexed(index: Path) -> dict[Path, LazyTensors]:
         path = index.parent / file
         if Path(file).name != file:
             raise BaseError("a shard lies outside the model folder", file=index, found=file)
-        if not path.exists():
+        if not there(path):
             raise MissingError(
                 "a shard of the base is missing",
                 file=path,

@@ -101,4 +101,6 @@ def write_certificate(folder: Path, proof: dict[str, object], pieces: bool = Fal
 
 
 def write_json(path: Path, value: object) -> None:
-    path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    # A folder's name may be bytes that are no text; they are shown as question marks.
+    text = json.dumps(value, indent=2, ensure_ascii=False) + "\n"
+    path.write_text(text, encoding="utf-8", errors="replace")

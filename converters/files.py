@@ -18,6 +18,14 @@ def state_of(found: os.stat_result) -> State:
     return found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns
 
 
+def there(path: Path) -> bool:
+    """Whether something is at `path`, which may be no possible path at all."""
+    try:
+        return path.exists()
+    except OSError:
+        return False
+
+
 def check_file(path: Path) -> int:
     """The size of the file `path`. Raises `MissingError` where there is none, `TensorFileError` for
     what is no file: reading a pipe or device might never end."""

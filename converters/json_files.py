@@ -16,7 +16,7 @@ def read_json(path: Path) -> dict[str, object]:
     if check_file(path) > _LARGEST:
         raise TensorFileError("too large for a JSON file", file=path, expected="at most 100 MB")
     try:
-        value = json.loads(path.read_bytes(), object_pairs_hook=unique_keys)
+        value = parse_json(path.read_bytes())
     except OSError as error:
         raise TensorFileError(f"cannot be read: {error.strerror}", file=path) from None
     except (ValueError, RecursionError) as error:
@@ -25,6 +25,14 @@ def read_json(path: Path) -> dict[str, object]:
         raise TensorFileError(
             "not a JSON object", file=path, found=type(value).__name__, expected="an object"
         )
+    return value
+
+
+def parse_json(raw: bytes) -> object:
+    """The value of JSON that is text throughout and has every key once; raises `ValueError` or
+    `RecursionError`."""
+    value: object = json.loads(raw, object_pairs_hook=unique_keys)
+    json.dumps(value, ensure_ascii=False).encode()  # half a surrogate pair is no text
     return value
 
 

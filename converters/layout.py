@@ -27,7 +27,7 @@ from .update import RankOneSum, Stacked, Update
 # nest by it, the first innermost.
 FUSED = ("gate_up_proj", "down_proj")
 
-_SLICE = re.compile(r"(.+)\[(\d+)\]")
+_SLICE = re.compile(r"(.+)\[(\d{1,9})\]")
 
 
 def split_slice(name: str) -> tuple[str, int | None]:

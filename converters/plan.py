@@ -235,6 +235,15 @@ def changed(
         own = find(name)
         if own is None and name == HEAD:
             own = base.embedding
+        if own is not None and len(base.tensors[own].shape) != len(tensor.shape):
+            raise BaseError(
+                "a tensor of the run has another number of axes than the base's",
+                file=tensor.path,
+                tensor=name,
+                found=list(tensor.shape),
+                expected=list(base.tensors[own].shape),
+                remedy="is this the base the run was trained on? pass it with --base",
+            )
         if own is None or not is_copy_of(tensor, base.tensors[own]):
             result[name] = tensor
     return result

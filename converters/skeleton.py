@@ -8,6 +8,9 @@ from typing import Any
 
 from .errors import BaseError, TargetError
 
+# What transformers makes a module, or a name, of each of.
+_MOST = {r"n_layers?|\w+_layers|\w*experts": 2_000, "num_labels": 1_000_000}
+
 
 def class_for(config: Mapping[str, object], suffix: str) -> str:
     """The family's class with the head `suffix`, for example `RobertaForSequenceClassification`."""
@@ -43,6 +46,7 @@ def empty_model(
         values.pop("label2id", None)
         values["num_labels"] = num_labels
     try:
+        _check_counts(values)
         kind = transformers.CONFIG_MAPPING[str(values.pop("model_type"))]
         with torch.device("meta"):
             return getattr(transformers, architecture)(kind.from_dict(values))
@@ -53,6 +57,16 @@ def empty_model(
             expected=f"the configuration of a {architecture}",
             remedy="correct config.json, or install the transformers that the base was saved with",
         ) from error
+
+
+def _check_counts(config: Mapping[str, object]) -> None:
+    """Raise `ValueError` where transformers would make modules, or labels, without end."""
+    for key, value in config.items():
+        if isinstance(value, Mapping):
+            _check_counts(value)
+        for counts, most in _MOST.items():
+            if isinstance(value, int) and value > most and re.fullmatch(counts, key):
+                raise ValueError(f"{key} is {value}, over {most}")
 
 
 def tensor_names(

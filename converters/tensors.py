@@ -6,7 +6,6 @@ Nothing is ever unpickled beyond plain tensors (`torch.load(weights_only=True)`)
 
 from __future__ import annotations
 
-import json
 import math
 import os
 import pickle
@@ -20,8 +19,9 @@ import torch
 
 from .errors import TensorFileError
 from .files import State, check_file, opened, state_of
+from .json_files import parse_json
 from .json_files import read_json as read_json
-from .json_files import unique_keys
+from .pickles import refuse_filling
 
 # https://github.com/huggingface/safetensors#format
 SAFETENSORS_DTYPES: dict[str, torch.dtype] = {
@@ -39,6 +39,7 @@ SAFETENSORS_DTYPES: dict[str, torch.dtype] = {
     "BOOL": torch.bool,
 }
 DTYPE_NAMES = {dtype: name for name, dtype in SAFETENSORS_DTYPES.items()}
+_MAX_AXES = 16
 _MAX_HEADER = 100 << 20  # the limit of the safetensors library
 
 
@@ -179,7 +180,7 @@ def open_safetensors(path: Path) -> dict[str, LazyTensor]:
     except OSError as error:
         raise TensorFileError(f"cannot be read: {error.strerror}", file=path) from None
     try:
-        header = json.loads(raw, object_pairs_hook=unique_keys)
+        header = parse_json(raw)
         if not isinstance(header, dict):
             raise ValueError("not an object")
     except (ValueError, RecursionError) as error:
@@ -196,6 +197,8 @@ def open_safetensors(path: Path) -> dict[str, LazyTensor]:
             begin, end = entry["data_offsets"]
             if not all(type(n) is int and 0 <= n <= size for n in shape):
                 raise ValueError  # an empty tensor may not claim more rows than the file has bytes
+            if len(shape) > _MAX_AXES or math.prod(n or 1 for n in shape) >= 1 << 62:
+                raise ValueError  # torch counts in 63 bits
             if not all(type(n) is int and n >= 0 for n in (begin, end)):
                 raise ValueError
         except (KeyError, TypeError, ValueError):
@@ -243,6 +246,7 @@ def load_torch(path: Path) -> object:
     Raises `TensorFileError` when the file holds anything but tensors and plain containers.
     """
     check_file(path)
+    refuse_filling(path)
     try:
         return torch.load(
             path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path)

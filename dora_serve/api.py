@@ -14,6 +14,7 @@ from converters.base import BaseModel, open_base
 from converters.compare import Comparison, compare
 from converters.errors import MissingError, RunError
 from converters.extract import ENERGY, difference
+from converters.files import there
 from converters.readers import ReadOptions, read_run, readers
 from converters.run import Run
 from converters.writers.adapter import AdapterResult
@@ -38,7 +39,7 @@ def find_base(run: Run, base: str | Path | None) -> BaseModel:
             file=run.path,
             remedy=f"pass --base FOLDER_OR_HUB_ID{named}",
         )
-    if Path(run.base).exists():
+    if there(Path(run.base)):
         raise MissingError(
             "the run names a local folder as its base, which is not followed by itself",
             file=run.path,

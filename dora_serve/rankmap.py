@@ -12,7 +12,7 @@ import click
 if TYPE_CHECKING:
     from converters.fit import CurvePoint
 
-_LAYER = re.compile(r"(.*?)\.(\d+)\.(.+)")
+_LAYER = re.compile(r"(.*?)\.(\d{1,9})\.(.+)")
 
 # From dark (pruned) to bright, in the terminal's 256 colours.
 _COLORS = (236, 17, 18, 24, 30, 36, 42, 48, 84, 120, 156, 192, 228)

@@ -11,7 +11,7 @@ from ..writers.adapter import CONFIG
 from ..writers.profiles import Profile
 from .finding import PEFTS_OWN, PREFIX, Adapter, Finding
 
-_LAYER = re.compile(r"(.*?)\.(\d+)\.(?:(.+)\.)?([^.]+)")
+_LAYER = re.compile(r"(.*?)\.(\d{1,9})\.(?:(.+)\.)?([^.]+)")
 _REWRITE = "dora-export lint --fix OUT writes the names PEFT knows"
 
 

@@ -290,4 +290,5 @@ def _task(embedded: dict[str, LazyTensor]) -> str | None:
 
 
 def _num_labels(embedded: dict[str, LazyTensor]) -> int | None:
-    return next((embedded[name].shape[0] for name in HEAD_WEIGHTS if name in embedded), None)
+    heads = (embedded[name] for name in HEAD_WEIGHTS if name in embedded)
+    return next((head.shape[0] for head in heads if head.shape), None)

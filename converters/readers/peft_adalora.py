@@ -82,13 +82,14 @@ def _check(module: str, parts: Parts, init_r: int, kept: dict[str, list[bool]] |
         )
     rank = check_pair(module, parts, file)
     check_size(module, "lora_E", parts["E"], rank)
-    flags = [True] * init_r if kept is None else kept.get(module, [])
-    if len(flags) != init_r or sum(flags) != rank:
+    flags = [] if kept is None else kept.get(module, [])
+    size, alive = (init_r, init_r) if kept is None else (len(flags), sum(flags))
+    if size != init_r or alive != rank:
         raise RunError(
             "the stored rank differs from the configuration's",
             file=file,
             tensor=f"{module}.lora_E",
             found=f"rank {rank}",
-            expected=f"{sum(flags)} of {len(flags)} components kept, of init_r {init_r}",
+            expected=f"{alive} of {size} components kept, of init_r {init_r}",
             remedy="is this the adapter_config.json of another adapter?",
         )

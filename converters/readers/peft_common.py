@@ -206,5 +206,5 @@ def grouped(
 
 def _num_labels(replaced: dict[str, LazyTensor]) -> int | None:
     heads = [t for name, t in replaced.items() if name.endswith(".weight") and len(t.shape) == 2]
-    known = [replaced[name] for name in HEAD_WEIGHTS if name in replaced]
+    known = [replaced[name] for name in HEAD_WEIGHTS if name in replaced and replaced[name].shape]
     return (known or heads[::-1])[0].shape[0] if heads else None

@@ -91,6 +91,13 @@ class PeftLoraReader:
             updates |= loaders
             start_rank |= dict.fromkeys(loaders, rank)
         for module, bias in biases.items():
+            if module not in start_rank:
+                raise RunError(
+                    "a bias without the pair that it belongs to",
+                    file=file,
+                    tensor=bias.name,
+                    expected="lora_A and lora_B beside it",
+                )
             scale = scaling.of(module, start_rank[module])
             updates[f"{module}.bias"] = _bias_loader(bias, scale)
         for module, rows in tokens.items():

@@ -130,7 +130,7 @@ def token_rows(
     """
     weight = resized.get(f"{module}.weight")
     weight = weight or need_base(options, "trainable_token_indices", file).weight(module)
-    vocab = weight.shape[0] if weight is not None else 0
+    vocab = weight.shape[0] if weight is not None and weight.shape else 0
     indices = config.get("trainable_token_indices")
     if isinstance(indices, dict):
         named = [v for k, v in indices.items() if f".{module}".endswith(f".{k}")]

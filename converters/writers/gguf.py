@@ -77,6 +77,13 @@ class GgufAdapter:
         plan = LoraFolder().plan(run, base, profile, dtype)
         architecture, permuted = _family(base)
         layers = _count(base, "n_layer", "num_hidden_layers")
+        if layers > len(base.tensors):  # a table is made of them
+            raise BaseError(
+                "the base's configuration has more layers than the base has tensors",
+                file=base.path / "config.json",
+                found=layers,
+                expected=f"at most {len(base.tensors)}",
+            )
         known = {name: arch for arch, name in gguf.MODEL_ARCH_NAMES.items()}[architecture]
         table = gguf.get_tensor_name_map(known, layers)
         names = {}
@@ -92,7 +99,7 @@ class GgufAdapter:
                 )
             names[module] = name
             if permuted and module.endswith((".q_proj", ".k_proj")):
-                heads[module] = _heads(base, module)
+                heads[module] = _heads(base, module, plan.stored[module][1])
         _check_tied(run, base, names)
         return GgufPlan(**vars(plan), architecture=architecture, names=names, heads=heads)
 
@@ -165,9 +172,18 @@ def _family(base: BaseModel) -> tuple[str, bool]:
     return _FAMILIES[name]
 
 
-def _heads(base: BaseModel, module: str) -> int:
+def _heads(base: BaseModel, module: str, rows: int) -> int:
     names = ("num_key_value_heads", "num_attention_heads")
-    return _count(base, *(names if module.endswith(".k_proj") else names[1:]))
+    heads = _count(base, *(names if module.endswith(".k_proj") else names[1:]))
+    if heads < 1 or rows % (2 * heads):
+        raise BaseError(
+            "the rows of this module cannot be split among the heads",
+            file=base.path / "config.json",
+            tensor=module,
+            found=f"{heads} heads",
+            expected=f"a number of which {rows} rows are an even multiple",
+        )
+    return heads
 
 
 def _count(base: BaseModel, *names: str) -> int:

@@ -11,7 +11,7 @@ from ..tensors import rows_and_columns
 from .profiles import Profile
 
 # prefix of the layers, number, path within the layer, kind
-_LAYER = re.compile(r"(.*?)\.(\d+)\.(?:(.+)\.)?([^.]+)")
+_LAYER = re.compile(r"(.*?)\.(\d{1,9})\.(?:(.+)\.)?([^.]+)")
 
 
 def absent_modules(
