@@ -4,7 +4,7 @@ BIN := $(VENV)/bin
 VLLM := .venv-vllm
 OUT := demo-out
 
-.PHONY: setup demo test setup-vllm test-vllm lint bench matrix matrix-check
+.PHONY: setup demo test setup-vllm test-vllm lint bench matrix matrix-check faults fuzz
 
 setup: $(VENV)/.ready
 
@@ -49,3 +49,11 @@ matrix-check: setup
 
 bench: setup
 	$(BIN)/python scripts/bench_merge.py
+
+# Commands stopped and disturbed in every way, and files of others changed at random: each prints a
+# table of what was tried and lost.
+faults: setup
+	$(BIN)/python scripts/faults.py
+
+fuzz: setup
+	$(BIN)/python scripts/fuzz.py

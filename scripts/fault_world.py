@@ -90,16 +90,6 @@ class Arm:
     count: Path | None = None
 
 
-@dataclass(frozen=True)
-class Job:
-    """A command by what it makes of a run; `place` is the folder it writes into."""
-
-    name: str
-    place: Path
-    make: Callable[[str], None]
-    outputs: Callable[[], list[Path]]
-
-
 @dataclass
 class World:
     """The folder in which everything happens. `shim`: the library that makes calls fail."""
