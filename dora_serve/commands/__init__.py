@@ -26,6 +26,7 @@ _EXPORT_VERBS = {
 _SERVE_VERBS = {
     "up": "Serve everything in a folder.",
     "plan": "Say how vLLM should serve a folder: ranks, memory, command line.",
+    "deploy": "Write the configuration that serves a folder on Ray or Kubernetes.",
     "watch": "Keep the adapters of running vLLM servers equal to a folder.",
 }
 

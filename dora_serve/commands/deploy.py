@@ -1,0 +1,190 @@
+"""`dora-serve deploy DIR`."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path, PurePosixPath
+from typing import TYPE_CHECKING
+
+import click
+
+from . import common
+
+if TYPE_CHECKING:
+    from dora_serve.deploy import Cluster
+    from dora_serve.discover import Found
+    from dora_serve.fleet import Pool
+
+_CLASSIFIES = "sequence-classification"
+
+
+@click.command("deploy")
+@click.argument("folder", metavar="DIR", type=common.FOLDER)
+@click.option("--to", "target", type=click.Choice(["ray", "kubernetes"]), required=True)
+@click.option(
+    "--engine", type=click.Choice(["vllm", "onnxruntime"]), default="vllm", show_default=True
+)
+@common.base_option
+@click.option("--min-replicas", type=click.IntRange(1), default=1, show_default=True)
+@click.option("--max-replicas", type=click.IntRange(1), help="As --min-replicas, unless given.")
+@click.option(
+    "--models-at",
+    metavar="PATH",
+    help="Where the servers see DIR.  [its own path for Ray, /models for Kubernetes]",
+)
+@click.option("--adapters-at", metavar="URL", help="vLLM on Ray: object storage for the adapters.")
+@click.option("--image", help="Kubernetes: image with this package, and vLLM where it is used.")
+@click.option("--gpu-memory", type=common.Size(), help="vLLM: memory of a device, as 80GB.")
+@click.option(
+    "--threads",
+    type=click.IntRange(1),
+    default=2,
+    show_default=True,
+    help="ONNX Runtime: cores of a replica.",
+)
+@click.option(
+    "-o", "--output", type=common.FOLDER, help="Folder to write; else to standard output."
+)
+@common.force_option
+@common.reports_errors
+def command(
+    folder: Path,
+    target: str,
+    engine: str,
+    base: str | None,
+    min_replicas: int,
+    max_replicas: int | None,
+    models_at: str | None,
+    adapters_at: str | None,
+    image: str | None,
+    gpu_memory: int | None,
+    threads: int,
+    output: Path | None,
+    force: bool,
+) -> None:
+    """Write the configuration that serves everything in DIR on a cluster, as `plan` says: with vLLM
+    a server for each base, or the embedded engine.
+
+    Nothing is started: `serve deploy` (Ray) or `kubectl apply` takes what is written.
+    """
+    from dora_serve.deploy import Cluster, kubernetes, ray_config
+
+    if target == "kubernetes" and image is None:
+        raise click.UsageError("--to kubernetes needs --image")
+    if max_replicas is not None and max_replicas < min_replicas:
+        raise click.UsageError("--max-replicas is below --min-replicas")
+    default = str(folder.resolve()) if target == "ray" else "/models"
+    at = PurePosixPath(models_at or default)
+    cluster = Cluster(folder, at, min_replicas, max_replicas or min_replicas)
+    adapters: dict[str, Path] = {}
+    if engine == "onnxruntime":
+        base = _embedded(cluster, base)
+        if target == "ray":
+            documents = [ray_config.embedded_app(cluster, base, threads)]
+        else:
+            documents = list(kubernetes.embedded_server(cluster, base, threads, str(image)))
+    else:
+        found, pools = _pools(folder, base, gpu_memory, target)
+        if target == "ray":
+            documents = [ray_config.vllm_app(cluster, pools, adapters_at)]
+            if output is not None:
+                adapters = _adapters(found, pools)
+        else:
+            documents = list(kubernetes.vllm_servers(cluster, pools, str(image)))
+    text = _yaml(documents)
+    if output is None:
+        click.echo(text, nl=False)
+        return
+    name = "serve.yaml" if target == "ray" else "manifests.yaml"
+    _write(folder, output, {name: text}, adapters, force)
+    click.echo(output / name)
+    if adapters:
+        click.echo(f"{output / 'adapters'}  (copy what is in it to {adapters_at})")
+
+
+def _embedded(cluster: Cluster, base: str | None) -> str | None:
+    """The base as the servers see it; raises `DoraExportError` when there is nothing to serve."""
+    from converters.errors import MissingError
+    from dora_serve.server.child import make_plan
+
+    plan = make_plan(cluster.root.resolve(), base, True)
+    for name, problem in plan.problems.items():
+        _left_out(name, problem)
+    if not plan.models:
+        raise MissingError("nothing here can be served", file=cluster.root)
+    return cluster.there(Path(base)) if base is not None and Path(base).exists() else base
+
+
+def _pools(
+    folder: Path, base: str | None, memory: int | None, target: str
+) -> tuple[Found, list[tuple[str, Pool]]]:
+    """What vLLM serves, by the name that clients call each base."""
+    from converters.errors import RunError
+    from dora_serve.discover import discover
+    from dora_serve.fleet import alone, plan_fleet
+
+    found = discover(folder, base)
+    fleet = plan_fleet(found, memory)
+    for name, problem in fleet.problems.items():
+        _left_out(name, problem)
+    named: list[tuple[str, Pool]] = []
+    pools = fleet.pools or [alone(model) for model in found.bases.values()]
+    for pool in sorted(pools, key=lambda pool: pool.task == _CLASSIFIES):  # a decoder's name first
+        own = (name for name, model in found.bases.items() if model.path == pool.base.path)
+        name = next(own, pool.base.path.name)
+        if target == "ray" and pool.task == _CLASSIFIES:
+            for member in pool.ranks:
+                _left_out(member, "Ray Serve LLM has no /classify; --engine onnxruntime has")
+            continue
+        if any(name == other for other, _ in named):  # the base is there for another task
+            name = f"{name}-{pool.task}"
+        named.append((name, pool))
+    if not named:
+        raise RunError(
+            "nothing here can be served by vLLM", file=folder, remedy="see dora-serve plan"
+        )
+    return found, named
+
+
+def _adapters(found: Found, pools: list[tuple[str, Pool]]) -> dict[str, Path]:
+    """Every adapter's folder, made now if need be, by its place below the storage's root."""
+    from dora_serve.convert import vllm_adapter
+    from dora_serve.deploy.ray_config import adapter_id
+
+    return {
+        f"{adapter_id(base)}/{adapter_id(name)}": vllm_adapter(found.members[name])
+        for base, pool in pools
+        for name in pool.ranks
+    }
+
+
+def _yaml(documents: list[dict[str, object]]) -> str:
+    import yaml
+
+    class Plain(yaml.SafeDumper):  # type: ignore[misc]
+        """Writes what occurs twice twice."""
+
+        def ignore_aliases(self, _data: object) -> bool:
+            return True
+
+    text: str = yaml.dump_all(documents, Dumper=Plain, sort_keys=False)
+    return text
+
+
+def _write(
+    root: Path, output: Path, files: Mapping[str, str], adapters: Mapping[str, Path], force: bool
+) -> None:
+    import shutil
+
+    from converters.output import check_output, output_folder
+
+    check_output(output, force, [root])
+    with output_folder(output) as place:
+        for name, text in files.items():
+            (place / name).write_text(text, encoding="utf-8")
+        for name, source in adapters.items():
+            shutil.copytree(source, place / "adapters" / name)
+
+
+def _left_out(name: str, problem: str) -> None:
+    click.secho(f"left out: {name}: {problem.splitlines()[0]}", fg="yellow", err=True)

@@ -1,0 +1,187 @@
+"""Kubernetes manifests: a Deployment and a Service for each server, on one claim of storage."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+from ..engines.vllm_command import command_line, serve_options
+from ..fleet import Pool
+from ..vllm_plugin import RUNS
+from . import PORT, Cluster
+
+Manifest = dict[str, Any]
+
+_CLAIM, _SECRET = "dora-serve-models", "dora-serve"
+_CACHE = "/cache"
+_LENGTH = 52  # of a name; a Deployment's pods add eleven to it, and 63 are allowed
+_QUIET = {"DO_NOT_TRACK": "1", "HF_HUB_OFFLINE": "1"}  # everything is in the folder
+_WAITING = "vllm_num_requests_waiting"  # as the vLLM production stack's Prometheus adapter calls it
+
+
+def vllm_servers(
+    cluster: Cluster, pools: Sequence[tuple[str, Pool]], image: str
+) -> Iterator[Manifest]:
+    """A vLLM for each pool with the plan's command line. It converts runs when requests name them:
+    `image` has vLLM and this package."""
+    yield _claim(cluster)
+    for name, pool in pools:
+        options = serve_options(pool, dict.fromkeys(pool.ranks, pool.base.path), name)
+        options.pop("lora-modules", None)
+        options["model"] = cluster.there(pool.base.path)
+        environment = dict(_QUIET)
+        if pool.ranks:
+            environment |= {RUNS: str(cluster.at), "VLLM_ALLOW_RUNTIME_LORA_UPDATING": "1"}
+        words = command_line(options, (), ["--host", "0.0.0.0", "--port", str(PORT)])
+        container = _container(cluster, image, ["vllm", "serve"], words, environment)
+        container["env"].append(_key("VLLM_API_KEY"))
+        container["resources"] = {"limits": {"nvidia.com/gpu": 1}}
+        container["volumeMounts"].append({"name": "shm", "mountPath": "/dev/shm"})
+        shm = {"name": "shm", "emptyDir": {"medium": "Memory"}}
+        metric = {
+            "type": "Pods",
+            "pods": {
+                "metric": {"name": _WAITING},
+                "target": {"type": "AverageValue", "averageValue": "4"},
+            },
+        }
+        yield from _server(cluster, _label(name), container, [shm], metric)
+
+
+def embedded_server(
+    cluster: Cluster, base: str | None, threads: int, image: str
+) -> Iterator[Manifest]:
+    """The embedded server of everything in the folder. `threads`: cores of a replica."""
+    yield _claim(cluster)
+    words = [str(cluster.at), "--host", "0.0.0.0", "--port", str(PORT), "--threads", str(threads)]
+    if base is not None:
+        words += ["--base", base]
+    container = _container(cluster, image, ["dora-serve", "up"], words, {})
+    container["env"].append(_key("DORA_SERVE_API_KEY"))
+    container["readinessProbe"] = _probe("/ready", 5, 2)
+    container["resources"] = {"requests": {"cpu": str(threads)}}
+    metric = {
+        "type": "Resource",
+        "resource": {"name": "cpu", "target": {"type": "Utilization", "averageUtilization": 80}},
+    }
+    yield from _server(cluster, "dora-serve", container, [], metric)
+
+
+def _claim(cluster: Cluster) -> Manifest:
+    """Storage for the folder, with a tenth of room."""
+    size = sum(path.stat().st_size for path in cluster.root.rglob("*") if path.is_file())
+    return {
+        "apiVersion": "v1",
+        "kind": "PersistentVolumeClaim",
+        "metadata": {"name": _CLAIM, "labels": _labels()},
+        "spec": {
+            "accessModes": ["ReadWriteMany"],
+            "resources": {"requests": {"storage": f"{math.ceil(1.1 * size / (1 << 30))}Gi"}},
+        },
+    }
+
+
+def _server(
+    cluster: Cluster,
+    name: str,
+    container: Manifest,
+    volumes: Sequence[Manifest],
+    metric: Manifest,
+) -> Iterator[Manifest]:
+    selector = {"app.kubernetes.io/name": "dora-serve", "app.kubernetes.io/instance": name}
+    spec: Manifest = {
+        "selector": {"matchLabels": selector},
+        "template": {
+            "metadata": {"labels": selector},
+            "spec": {
+                "automountServiceAccountToken": False,
+                "enableServiceLinks": False,  # their VLLM_… variables would be taken for options
+                "terminationGracePeriodSeconds": 120,
+                "containers": [container],
+                "volumes": [
+                    {
+                        "name": "models",
+                        "persistentVolumeClaim": {"claimName": _CLAIM, "readOnly": True},
+                    },
+                    {"name": "cache", "emptyDir": {}},
+                    *volumes,
+                ],
+            },
+        },
+    }
+    grows = cluster.most > cluster.least
+    if not grows:  # else the autoscaler's number would be undone whenever this is applied
+        spec["replicas"] = cluster.least
+    meta = {"name": name, "labels": _labels(name)}
+    yield {"apiVersion": "apps/v1", "kind": "Deployment", "metadata": meta, "spec": spec}
+    ports = [{"name": "http", "port": 80, "targetPort": "http"}]
+    service = {"selector": selector, "ports": ports}
+    yield {"apiVersion": "v1", "kind": "Service", "metadata": meta, "spec": service}
+    if grows:
+        yield {
+            "apiVersion": "autoscaling/v2",
+            "kind": "HorizontalPodAutoscaler",
+            "metadata": meta,
+            "spec": {
+                "scaleTargetRef": {"apiVersion": "apps/v1", "kind": "Deployment", "name": name},
+                "minReplicas": cluster.least,
+                "maxReplicas": cluster.most,
+                "metrics": [metric],
+            },
+        }
+
+
+def _container(
+    cluster: Cluster,
+    image: str,
+    command: Sequence[str],
+    words: Sequence[str],
+    environment: Mapping[str, str],
+) -> Manifest:
+    known = {"DORA_SERVE_CACHE": _CACHE, **environment}
+    return {
+        "name": "server",
+        "image": image,
+        "command": list(command),
+        "args": list(words),
+        "env": [{"name": name, "value": value} for name, value in known.items()],
+        "ports": [{"name": "http", "containerPort": PORT}],
+        "startupProbe": _probe("/health", 10, 180),
+        "readinessProbe": _probe("/health", 5, 2),
+        "livenessProbe": _probe("/health", 10, 6),
+        # Time for the Service to send no more here, before the server is told to end.
+        "lifecycle": {"preStop": {"sleep": {"seconds": 5}}},
+        "securityContext": {
+            "allowPrivilegeEscalation": False,
+            "capabilities": {"drop": ["ALL"]},
+            "seccompProfile": {"type": "RuntimeDefault"},
+        },
+        "volumeMounts": [
+            {"name": "models", "mountPath": str(cluster.at), "readOnly": True},
+            {"name": "cache", "mountPath": _CACHE},
+        ],
+    }
+
+
+def _probe(path: str, period: int, failures: int) -> Manifest:
+    get = {"path": path, "port": "http"}
+    return {"httpGet": get, "periodSeconds": period, "failureThreshold": failures}
+
+
+def _key(variable: str) -> Manifest:
+    """The key that clients must send, from a Secret; where that is not made, none."""
+    source = {"name": _SECRET, "key": "api-key", "optional": True}
+    return {"name": variable, "valueFrom": {"secretKeyRef": source}}
+
+
+def _labels(name: str | None = None) -> dict[str, str]:
+    own = {} if name is None else {"app.kubernetes.io/instance": name}
+    return {"app.kubernetes.io/name": "dora-serve", **own}
+
+
+def _label(name: str) -> str:
+    """A name as Kubernetes takes it."""
+    plain = re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
+    return f"vllm-{plain}"[:_LENGTH].rstrip("-")

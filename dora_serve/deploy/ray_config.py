@@ -1,0 +1,92 @@
+"""Ray Serve configurations, for `serve deploy FILE`.
+
+Fields: ray-project/ray `python/ray/serve/schema.py` and, for vLLM, `ray.serve.llm.LLMConfig`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from converters.errors import TargetError
+
+from ..engines.vllm_command import serve_options
+from ..fleet import Pool
+from . import PORT, Cluster
+
+_ELSEWHERE = {"model", "served-model-name", "lora-modules"}  # what LLMConfig says in other words
+
+
+def vllm_app(cluster: Cluster, pools: Sequence[tuple[str, Pool]], adapters: str | None) -> Any:
+    """An OpenAI-compatible application with a vLLM for each pool, named by what clients call its
+    base. `adapters`: where Ray finds the adapters, each in a folder of its name.
+
+    Raises `TargetError` when there are adapters and no such place, or for a base that the servers
+    do not see.
+    """
+    configs = [_llm_config(cluster, name, pool, adapters) for name, pool in pools]
+    return _deploy(
+        {
+            "name": "dora-serve",
+            "route_prefix": "/",
+            "import_path": "ray.serve.llm:build_openai_app",
+            "args": {"llm_configs": configs},
+        }
+    )
+
+
+def embedded_app(cluster: Cluster, base: str | None, threads: int) -> Any:
+    """The embedded server, every replica with everything that the folder holds. `threads`: cores of
+    a replica."""
+    return _deploy(
+        {
+            "name": "dora-serve",
+            "route_prefix": "/",
+            "import_path": "dora_serve.deploy.ray_app:application",
+            "args": {"folder": str(cluster.at), "base": base, "threads": threads},
+            "deployments": [
+                {
+                    "name": "Embedded",
+                    **cluster.scale,
+                    "ray_actor_options": {"num_cpus": threads},
+                }
+            ],
+        }
+    )
+
+
+def adapter_id(name: str) -> str:
+    """What Ray calls an adapter: a folder's name has no slash."""
+    return name.replace("/", "--")
+
+
+def _deploy(application: Mapping[str, object]) -> dict[str, object]:
+    return {
+        "proxy_location": "EveryNode",
+        "http_options": {"host": "0.0.0.0", "port": PORT},
+        "applications": [dict(application)],
+    }
+
+
+def _llm_config(cluster: Cluster, name: str, pool: Pool, adapters: str | None) -> dict[str, object]:
+    options = serve_options(pool, dict.fromkeys(pool.ranks, pool.base.path), name)
+    engine = {n.replace("-", "_"): v for n, v in options.items() if n not in _ELSEWHERE}
+    config: dict[str, object] = {
+        "model_loading_config": {"model_id": name, "model_source": cluster.there(pool.base.path)},
+        "engine_kwargs": engine,
+        "deployment_config": cluster.scale,
+    }
+    if pool.ranks:
+        if adapters is None:
+            raise TargetError(
+                "Ray Serve LLM loads adapters from object storage alone",
+                found=f"{len(pool.ranks)} adapters of {name}",
+                expected="s3://, gs://, abfss:// or azure:// and a folder",
+                remedy="name the place with --adapters-at; with --output the adapters are written "
+                "for it",
+            )
+        config["lora_config"] = {
+            "dynamic_lora_loading_path": f"{adapters.rstrip('/')}/{adapter_id(name)}",
+            "max_num_adapters_per_replica": pool.max_cpu_loras,
+        }
+    return config
