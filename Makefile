@@ -4,7 +4,7 @@ BIN := $(VENV)/bin
 VLLM := .venv-vllm
 OUT := demo-out
 
-.PHONY: setup demo test setup-vllm test-vllm lint bench matrix matrix-check faults fuzz
+.PHONY: setup demo test setup-vllm test-vllm lint bench matrix matrix-check faults fuzz audit
 
 setup: $(VENV)/.ready
 
@@ -57,3 +57,11 @@ faults: setup
 
 fuzz: setup
 	$(BIN)/python scripts/fuzz.py
+
+# Secrets in the repository; then known vulnerabilities of the pinned versions, which needs the
+# network: without it, or where a package is not known there, it fails and says so.
+audit: setup
+	$(BIN)/python -m pytest tests/test_secrets.py
+	$(PYTHON) -m venv .venv-audit
+	.venv-audit/bin/pip install --quiet --disable-pip-version-check pip-audit==2.10.1
+	.venv-audit/bin/pip-audit --strict --no-deps --disable-pip -r constraints.txt -r constraints-vllm.txt

@@ -15,6 +15,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+import converters as _converters  # noqa: F401  # keeps libraries silent, see SECURITY.md
+
 if TYPE_CHECKING:
     from converters.errors import DoraExportError
     from converters.readers import ReadOptions, read_run
