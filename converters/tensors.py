@@ -280,7 +280,7 @@ def open_torch(path: Path) -> dict[str, LazyTensor]:
             "not a state dict", file=path, found=type(saved).__name__, expected="a dict of tensors"
         )
     for name, value in saved.items():
-        if not isinstance(name, str) or not _is_plain(value, state[2]):
+        if not _is_text(name) or not _is_plain(value, state[2]):
             raise TensorFileError(
                 "state dict entry is not a plain tensor of the file's size",
                 file=path,
@@ -289,6 +289,11 @@ def open_torch(path: Path) -> dict[str, LazyTensor]:
                 expected="a dense tensor on the CPU",
             )
     return {name: TorchTensor(name, path, value.detach(), state) for name, value in saved.items()}
+
+
+def _is_text(name: object) -> bool:
+    """Whether it is text that a file can hold: without half a surrogate pair."""
+    return isinstance(name, str) and not any("\ud800" <= sign <= "\udfff" for sign in name)
 
 
 def _is_plain(value: object, size: int) -> bool:

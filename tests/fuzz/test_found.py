@@ -6,9 +6,11 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
 
 from converters.errors import DoraExportError
 from converters.layout import split_slice
+from converters.tensors import open_file
 
 from .mutate import SPLIT
 from .targets import TARGETS
@@ -65,6 +67,12 @@ def test_a_head_of_one_number_is_another_tensor(tmp_path: Path) -> None:
     target.prepare(work)
     header = {"base_model.model.score.weight": entry([], 0, 4)}
     target.read(work, json.dumps(header).encode() + SPLIT + bytes(4))
+
+
+def test_half_a_surrogate_in_a_torch_file(tmp_path: Path) -> None:
+    torch.save({"a\ud800": torch.ones(2)}, tmp_path / "x.bin")
+    with pytest.raises(DoraExportError, match="not a plain tensor"):
+        open_file(tmp_path / "x.bin")
 
 
 def test_an_expert_of_5000_digits_is_no_expert() -> None:
