@@ -31,6 +31,7 @@ from . import common
     help="The engine that will load the adapters.",
 )
 @click.option("--workers", type=click.IntRange(1), help="Processes; default: one for each core.")
+@click.option("--ray", metavar="ADDRESS", help="Convert on this Ray cluster: HOST:PORT.")
 @common.dry_run_option
 @click.option("--force", is_flag=True, help="Convert what is done too; replace other folders.")
 @common.json_option
@@ -42,6 +43,7 @@ def command(
     to: str,
     target: str,
     workers: int | None,
+    ray: str | None,
     dry_run: bool,
     force: bool,
     as_json: bool,
@@ -51,9 +53,12 @@ def command(
     Each becomes OUT/NAME, whole or not at all, and OUT/batch.json says how each ended. The same
     command goes on where an earlier one was stopped: it leaves out what is done and unchanged.
     """
-    from dora_serve.batch import FILE, plan_batch, run_batch
+    from dora_serve.batch import FILE, Engine, plan_batch, run_batch
+    from dora_serve.batch.cluster import on_ray
     from dora_serve.batch.local import cores, on_processes
 
+    if ray is not None and workers is not None:
+        raise click.UsageError("give one of --workers and --ray")
     batch = plan_batch(source, out, base=base, to=to, target=target, force=force)
     if dry_run:
         jobs = [
@@ -67,7 +72,11 @@ def command(
             click.echo(f"{job['name']}  {job['to']} of {job['run']}{'  done' * bool(job['done'])}")
         _show_failed(batch.problems)
         return
-    engine = partial(on_processes, workers=workers or len(cores()))
+    engine: Engine
+    if ray is None:
+        engine = partial(on_processes, workers=workers or len(cores()))
+    else:
+        engine = partial(on_ray, address=ray)
     with common.progress_bar(len(batch.jobs), "converting", unit="run") as advance:
         summary = run_batch(batch, engine, advance)
     if as_json:
