@@ -67,7 +67,8 @@ def local_values(
     printed = _Printed(names, held=any(remote.output for remote in remotes))
     try:
         with _urls_in_errors(names), contextlib.ExitStack() as stack:
-            for remote in sorted(remotes, key=lambda remote: remote.output):
+            # The output first: that it cannot be written should be known before much is fetched.
+            for remote in sorted(remotes, key=lambda remote: not remote.output):
                 if remote.output:
                     to = uploaded(remote.url, names, force, progress)
                     paths[remote] = stack.enter_context(to)
@@ -76,8 +77,9 @@ def local_values(
                 names[str(paths[remote])] = shown(remote.url)
             stack.enter_context(contextlib.redirect_stdout(printed))
             yield {name: _local(value, paths) for name, value in values.items()}
-    except SystemExit:
-        printed.release()
+    except SystemExit as done:
+        if done.code in _VERDICTS:
+            printed.release()
         raise
     printed.release()
 

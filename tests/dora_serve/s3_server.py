@@ -20,13 +20,16 @@ class S3Server:
     that wait for `release`; `holding` is set when one does."""
 
     def __init__(self) -> None:
+        self.reset()
+        self._moto = DomainDispatcherApplication(create_backend_app)
+        self._server = make_server("127.0.0.1", 0, self._answer, threaded=True)
+        self.url = f"http://127.0.0.1:{self._server.port}"
+
+    def reset(self) -> None:
         self.requests: list[tuple[str, str]] = []
         self.denied: Callable[[str, str], bool] = lambda _method, _path: False
         self.held: Callable[[str, str], bool] = lambda _method, _path: False
         self.holding, self.release = threading.Event(), threading.Event()
-        self._moto = DomainDispatcherApplication(create_backend_app)
-        self._server = make_server("127.0.0.1", 0, self._answer, threaded=True)
-        self.url = f"http://127.0.0.1:{self._server.port}"
 
     @contextmanager
     def running(self) -> Iterator[S3Server]:
@@ -65,10 +68,11 @@ class S3Server:
     def _answer(self, environ: dict[str, Any], start: Callable[..., Any]) -> Iterable[bytes]:
         method, path = environ["REQUEST_METHOD"], environ["PATH_INFO"]
         self.requests.append((method, path))
+        denied, release = self.denied(method, path), self.release
         if self.held(method, path):
             self.holding.set()
-            self.release.wait(60)
-        if self.denied(method, path):
+            release.wait(60)
+        if denied:
             environ["wsgi.input"].read(int(environ.get("CONTENT_LENGTH") or 0))
             start("403 Forbidden", [("Content-Type", "application/xml")])
             return [DENIED]

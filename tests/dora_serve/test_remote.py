@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import signal
 import subprocess
 import sys
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -52,9 +54,10 @@ def s3(
     for name, folder in (("base", llama_base), ("lora", llama_lora)):
         for path in folder.iterdir():
             client.upload_file(str(path), "models", f"{name}/{path.name}")
-    server.requests.clear()
+    server.reset()
     yield server
-    server.denied = server.held = lambda _method, _path: False
+    server.release.set()
+    server.reset()
     for bucket in ("models", "out"):
         for key in server.keys(bucket):
             client.delete_object(Bucket=bucket, Key=key)
@@ -225,21 +228,50 @@ def test_a_failed_upload_leaves_nothing(s3: S3Server, failing: str, tmp_path: Pa
     assert not list((tmp_path / "cache").glob("upload-*/*"))
 
 
-def test_a_killed_upload_does_not_look_whole(s3: S3Server) -> None:
-    s3.held = lambda method, path: method == "PUT" and path == f"/out/merged/{FILE}"
+@pytest.mark.parametrize("sent", [signal.SIGKILL, signal.SIGTERM])
+def test_a_stopped_upload_does_not_look_whole(s3: S3Server, sent: signal.Signals) -> None:
+    s3.held = s3.denied = lambda method, path: method == "PUT" and path == f"/out/merged/{FILE}"
     words = ["merge", "s3://models/lora", "s3://out/merged", "--base", "s3://models/base"]
     with subprocess.Popen([EXPORT, *words], stdout=subprocess.PIPE, text=True) as process:
         assert s3.holding.wait(60)
-        process.kill()
+        process.send_signal(sent)
         assert process.stdout is not None
         assert process.stdout.read() == ""
+        assert process.wait(60) != 0
     left = s3.keys("out")
-    assert "merged/model.safetensors" in left
+    assert ("merged/model.safetensors" in left) == (sent == signal.SIGKILL)
     assert f"merged/{FILE}" not in left
-    assert "no certificate here" in bad("check", "s3://out/merged")
-    s3.held = lambda _method, _path: False
-    good(*words, "--force")
-    assert "unchanged" in good("check", "s3://out/merged")
+    s3.release.set()
+    if sent == signal.SIGKILL:
+        assert "no certificate here" in bad("check", "s3://out/merged")
+        s3.held = s3.denied = lambda _method, _path: False
+        good(*words, "--force")
+        assert "unchanged" in good("check", "s3://out/merged")
+
+
+def test_a_run_that_changes_while_it_is_fetched_is_refused(s3: S3Server, tmp_path: Path) -> None:
+    s3.held = lambda method, path: (method, path.rsplit("/", 1)[-1]) == ("GET", "README.md")
+
+    def change() -> None:
+        s3.holding.wait(60)
+        s3.client().put_object(Bucket="models", Key=f"lora/{CONFIG}", Body=b"{}")
+        s3.release.set()
+
+    thread = threading.Thread(target=change)
+    thread.start()
+    said = bad("inspect", "s3://models/lora")
+    thread.join()
+    assert "changed while they were fetched" in said
+    assert not list((tmp_path / "cache").glob("remote-*"))
+
+
+def test_onnx_takes_named_runs_at_urls(s3: S3Server) -> None:
+    words = ("s3://out/graph", "--base", "s3://models/base", "--adapter", "one=s3://models/lora")
+    plan = json.loads(good("onnx", *words, "--adapter", "s3://models/lora", "--dry-run", "--json"))
+    assert plan["output"] == "s3://out/graph"
+    assert list(plan["adapters"]) == ["one", "lora"]
+    assert "in place" in bad("onnx", *words, "--add")
+    assert s3.keys("out") == []
 
 
 @pytest.mark.parametrize("key", ["lora/../../up", "lora/a/../b", "lora//x", "lora/a\tb"])
@@ -292,22 +324,28 @@ from dora_serve.commands import dora_export
 sys.modules["s3fs"] = None
 def hook(event, arguments):
     if event in ("socket.connect", "socket.getaddrinfo"):
-        raise SystemExit(f"network: {arguments}")
+        sys.exit(f"network: {arguments}")
 sys.addaudithook(hook)
-dora_export(sys.argv[1:])
+dora_export(["merge", *sys.argv[1:]], standalone_mode=False)
+print("merged without network")
+dora_export(["inspect", "s3://models/lora"])
 """
-
-
-def run_blocked(*arguments: object) -> subprocess.CompletedProcess[str]:
-    words = [sys.executable, "-c", BLOCKED, *(str(argument) for argument in arguments)]
-    return subprocess.run(words, capture_output=True, text=True)
 
 
 def test_without_a_url_no_network_and_without_s3fs_a_clear_error(
     llama_base: Path, llama_lora: Path, tmp_path: Path
 ) -> None:
-    assert run_blocked("merge", llama_lora, tmp_path / "o", "--base", llama_base).returncode == 0
-    done = run_blocked("inspect", "s3://models/lora")
+    words = [str(llama_lora), str(tmp_path / "merged"), "--base", str(llama_base)]
+    done = subprocess.run(
+        [sys.executable, "-c", BLOCKED, *words], capture_output=True, text=True, check=False
+    )
     assert done.returncode == 1
+    assert "merged without network" in done.stdout
     assert "pip install dora-serve[remote]" in done.stderr
     assert "Traceback" not in done.stderr
+
+
+def test_no_password_or_signature_is_shown(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("DORA_SERVE_CACHE", str(tmp_path))
+    for url in (f"nosuch://me:{SECRET}@host/run", f"https://127.0.0.1:9/run?signature={SECRET}"):
+        assert url.partition(":")[0] in bad("inspect", url)  # `bad` looks for the secret
