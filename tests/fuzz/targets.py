@@ -11,11 +11,10 @@ import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors.torch import save, save_file
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import LlamaForCausalLM
 
 from converters.base import open_base
 from converters.certificate import FILE
@@ -27,6 +26,7 @@ from converters.writers.adapter import write_adapter
 from dora_serve import ReadOptions, merge, read_run
 from dora_serve.api import find_base
 from dora_serve.check import check
+from tests.conftest import tiny_llama
 from tests.fuzz.archives import pickle_in, with_pickle
 from tests.fuzz.methods import packed, prepare_runs, read_one, unpacked
 from tests.fuzz.mutate import SPLIT
@@ -51,18 +51,14 @@ class Target:
             self.read(folder, data)
 
 
-def _model() -> Any:
-    torch.manual_seed(0)
-    config = LlamaConfig(
+def _model() -> LlamaForCausalLM:
+    return tiny_llama(
         hidden_size=16,
         num_hidden_layers=1,
         num_attention_heads=2,
-        num_key_value_heads=2,
         intermediate_size=16,
         vocab_size=16,
-        tie_word_embeddings=False,
     )
-    return LlamaForCausalLM(config)
 
 
 def _base(folder: Path) -> list[bytes]:
