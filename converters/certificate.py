@@ -12,6 +12,7 @@ from .base import BaseModel
 from .run import Run
 
 FILE = "dora_export.json"
+SIGNATURE = "model.sig"  # signs the files and the certificate, so that neither can list it
 _PIECES, _PIECE = 16, 1 << 20
 _LARGE = 4 * _PIECES * _PIECE
 
@@ -81,12 +82,12 @@ def file_record(path: Path, pieces: bool = False) -> dict[str, object]:
 
 
 def artifact_files(folder: Path) -> dict[str, Path]:
-    """The files of an artifact by their paths in it, without the certificate and hidden ones."""
+    """The files of an artifact by their paths in it: no certificate, no signature, none hidden."""
     names = {path.relative_to(folder): path for path in sorted(folder.rglob("*"))}
     return {
         name.as_posix(): path
         for name, path in names.items()
-        if name.as_posix() != FILE and not path.is_dir() and not _hidden(name)
+        if name.as_posix() not in (FILE, SIGNATURE) and not path.is_dir() and not _hidden(name)
     }
 
 

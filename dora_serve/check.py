@@ -9,13 +9,14 @@ from pathlib import Path, PurePosixPath
 from converters.base import BaseModel, fingerprint, open_base
 from converters.certificate import (
     FILE,
+    SIGNATURE,
     artifact_files,
     file_record,
     pieces_sha256,
     sha256,
     write_json,
 )
-from converters.errors import DoraExportError, MissingError, TensorFileError
+from converters.errors import DoraExportError, MissingError, OutputError, TensorFileError
 from converters.json_files import read_json
 from converters.tensors import open_safetensors
 
@@ -74,8 +75,14 @@ def check(artifact: str | Path, base: str | Path | BaseModel | None = None) -> C
 
 def record(artifact: str | Path) -> None:
     """Put the hash of every byte of every file into the certificate of an artifact that was found
-    unchanged, where a merge put those of pieces."""
+    unchanged, where a merge put those of pieces. Raises `OutputError` where it is signed."""
     folder = Path(artifact)
+    if (folder / SIGNATURE).exists():
+        raise OutputError(
+            "the artifact is signed with its certificate, which would change",
+            file=folder / SIGNATURE,
+            remedy="remove the signature, record, and sign again",
+        )
     files = {name: file_record(path) for name, path in artifact_files(folder).items()}
     fresh = folder / f".{FILE}"
     write_json(fresh, {**read_json(folder / FILE), "files": files})

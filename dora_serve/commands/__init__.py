@@ -21,6 +21,7 @@ _EXPORT_VERBS = {
     "batch": "Convert many runs: a manifest's, or all in a folder.",
     "verify": "Compare an artifact with the live, unmerged run.",
     "check": "Tell whether an artifact still is what its certificate says.",
+    "sign": "Sign an artifact with a private key.",
     "lint": "Tell whether engines compute with a LoRA adapter what PEFT computes.",
 }
 _SERVE_VERBS = {

@@ -20,32 +20,48 @@ from . import common
     is_flag=True,
     help="Then put the hash of every byte into the certificate.",
 )
+@click.option(
+    "--public-key",
+    type=common.FOLDER,
+    metavar="FILE",
+    help="Then the artifact must be signed with the private key that belongs to this one.",
+)
 @common.json_option
 @common.reports_errors
-def command(artifact: Path, base: str | None, recording: bool, as_json: bool) -> None:
+def command(
+    artifact: Path, base: str | None, recording: bool, public_key: Path | None, as_json: bool
+) -> None:
     """Compare the files of ARTIFACT with its certificate: names, sizes, hashes.
 
-    With --base also the base with the one it was made from. Exit code 1 when anything differs.
+    With --base also the base with the one it was made from, with --public-key also every byte of
+    every file with its signature. Exit code 1 when anything differs.
     """
     from dora_serve.check import check, record
     from dora_serve.remote import needs_local
 
     if recording:
         needs_local(artifact, "--record")
+    if public_key is not None:
+        from dora_serve.signing import verify_signature
+
+        verify_signature(artifact, public_key)
     result = check(artifact, base)
     if recording and result.passed:
         record(artifact)
         result = check(artifact, base)
     if as_json:
-        common.print_json({**asdict(result), "passed": result.passed})
+        common.print_json(
+            {**asdict(result), "signed": public_key is not None, "passed": result.passed}
+        )
     else:
         for difference in result.differences:
             click.echo(f"{difference.where}: {difference.found}; expected {difference.expected}")
-        pieces = result.files - result.whole
+        pieces = 0 if public_key is not None else result.files - result.whole
         click.echo(
             f"{artifact}: {result.kind}, {result.files} files"
             + (f", {pieces} of them compared in pieces (--record for every byte)" if pieces else "")
             + ("" if result.weights is None else f", {result.weights} base weights")
+            + ("" if public_key is None else ", signed with this key")
             + (": unchanged" if result.passed else f": CHANGED in {len(result.differences)} places")
         )
     sys.exit(0 if result.passed else 1)
