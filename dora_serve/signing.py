@@ -68,8 +68,11 @@ def sign(artifact: str | Path, private_key: str | Path, force: bool = False) -> 
             found=error,
             expected="files and folders, no links",
         ) from None
-    except PermissionError as error:
-        raise OutputError("no permission to sign here", file=error.filename or folder) from None
+    except OSError as error:
+        if isinstance(error, DoraExportError):
+            raise
+        file = error.filename or folder
+        raise OutputError(f"signing failed: {error.strerror}", file=file) from None
     return target
 
 

@@ -218,6 +218,22 @@ def test_a_signature_is_replaced_with_force_only(signed: Path, keys: Path) -> No
     verify_signature(signed, keys / "other.pub")
 
 
+def test_a_signature_is_never_half_there(signed: Path, keys: Path) -> None:
+    """No file may grow beyond 1024 bytes, and a signature is larger."""
+    before = (signed / SIGNATURE).read_bytes()
+    assert len(before) > 1024
+    names = sorted(signed.iterdir())
+    main = "from dora_serve.commands import dora_export; dora_export()"
+    command = f'ulimit -f 1; "$1" -c "{main}" sign "$2" --force --private-key "$3"'
+    words = ["bash", "-c", command, "bash", sys.executable, str(signed), str(keys / "ours")]
+    done = subprocess.run(words, capture_output=True, text=True)
+    assert done.returncode == 1
+    assert "File too large" in done.stderr
+    assert "Traceback" not in done.stderr
+    assert sorted(signed.iterdir()) == names
+    assert (signed / SIGNATURE).read_bytes() == before
+
+
 def test_recording_would_break_the_signature(signed: Path, keys: Path) -> None:
     before = (signed / FILE).read_bytes()
     with pytest.raises(OutputError, match="sign again"):
