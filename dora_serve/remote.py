@@ -7,9 +7,13 @@ uploaded when the command has written it.
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import hashlib
 import io
+import json
+import os
 import re
+import shutil
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
@@ -61,7 +65,7 @@ def local_values(
         return
     from .remote_store import shown
 
-    _check_apart(remotes)
+    _check_apart(remotes, _flat(values.values()))
     paths: dict[Remote, Path] = {}
     names: dict[str, str] = {}
     printed = _Printed(names, held=any(remote.output for remote in remotes))
@@ -73,7 +77,7 @@ def local_values(
                     to = uploaded(remote.url, names, force, progress)
                     paths[remote] = stack.enter_context(to)
                 else:
-                    paths[remote] = fetch(remote.url, progress)
+                    paths[remote] = stack.enter_context(fetched(remote.url, progress))
                 names[str(paths[remote])] = shown(remote.url)
             stack.enter_context(contextlib.redirect_stdout(printed))
             yield {name: _local(value, paths) for name, value in values.items()}
@@ -84,11 +88,13 @@ def local_values(
     printed.release()
 
 
-def fetch(url: str, progress: Progress) -> Path:
-    """The local copy of the folder (or file) at `url`, made unless the cache has it as it is now.
+@contextmanager
+def fetched(url: str, progress: Progress) -> Iterator[Path]:
+    """A local copy of the folder (or file) at `url`, made unless the cache has it as it is now.
 
-    Raises `DoraExportError` when nothing is there, access is denied, a name would lead out of the
-    folder, or it changes meanwhile.
+    A copy that cannot be told from the next version is removed on leaving. Raises
+    `DoraExportError` when nothing is there, access is denied, a name would lead out of the folder,
+    or it changes meanwhile.
     """
     from converters.output import output_folder
 
@@ -98,11 +104,18 @@ def fetch(url: str, progress: Progress) -> Path:
     store = Store(url)
     files = store.files()
     if not files:
-        raise MissingError("nothing at this URL", file=store.name, expected="a folder or a file")
+        raise MissingError(
+            "nothing at this URL",
+            file=store.name,
+            found=store.left_by_stopped(),
+            expected="a folder or a file",
+        )
     versions = _versions(files)
-    # What has no version cannot be told from the next one, so it is not used again.
-    told = uuid4().hex if None in versions.values() else sorted(versions.items())
+    lasting = None not in versions.values()
+    told = sorted(versions.items()) if lasting else uuid4().hex
     digest = _digest(f"{url}\n{told}")
+    key = f"{_FETCHED}{digest}"
+    copy = cache_folder().resolve() / key
 
     def make(folder: Path) -> None:
         total = sum(file.size or 0 for file in files.values())
@@ -116,17 +129,23 @@ def fetch(url: str, progress: Progress) -> Path:
                     remedy="run again when nothing writes there",
                 )
 
-    cached(f"{_FETCHED}{digest}", make)
-    return cache_folder().resolve() / f"{_FETCHED}{digest}" / store.basename
+    if lasting:
+        cached(key, make)
+        yield copy / store.basename
+        return
+    make(copy)
+    try:
+        yield copy / store.basename
+    finally:
+        shutil.rmtree(copy, ignore_errors=True)
 
 
 @contextmanager
 def uploaded(url: str, names: Mapping[str, str], force: bool, progress: Progress) -> Iterator[Path]:
     """A local path to make an output folder at; on leaving, what was made is uploaded to `url`.
 
-    An object store renames nothing: the files that make it whole go last, the certificate at the
-    very end, and on failure all that was uploaded is removed. What was at `url` before is removed
-    first, with `force` only. `names`: URL of each local path that must not stand in the artifact.
+    What is at `url` is replaced with `force` only, as `Store.upload` says. `names`: URL of each
+    local path that must not stand in the artifact.
     """
     from converters.output import addition
 
@@ -143,8 +162,9 @@ def uploaded(url: str, names: Mapping[str, str], force: bool, progress: Progress
             file=scratch,
             remedy="set DORA_SERVE_CACHE to a folder that can be",
         ) from None
+    _remove_leftovers()
     with addition(scratch) as folder:
-        _check_free(store, force)
+        store.check_free(force)
         target = folder / store.basename
         verdict: SystemExit | None = None
         try:
@@ -154,11 +174,10 @@ def uploaded(url: str, names: Mapping[str, str], force: bool, progress: Progress
                 raise
             verdict = done
         if target.exists():
-            _check_free(store, force)
             _write_urls(target, names)
             sizes = [path.stat().st_size for path in target.rglob("*") if path.is_file()]
             with progress(sum(sizes), f"uploading {store.name}") as advance:
-                store.upload(target, advance)
+                store.upload(target, force, advance)
         if verdict is not None:
             raise verdict
 
@@ -193,30 +212,45 @@ def _local(value: Any, paths: Mapping[Remote, Path]) -> Any:
     return value
 
 
-def _check_apart(remotes: Iterable[Remote]) -> None:
-    from .remote_store import shown
+def _check_apart(remotes: Iterable[Remote], values: Iterable[Any]) -> None:
+    """Raise `OutputError` when an output lies in an input, or an input in it: with `--force` it
+    would be replaced."""
+    from .remote_store import Store, shown
 
-    places = [(remote, remote.url.rstrip("/") + "/") for remote in remotes]
-    for output, target in places:
-        for source, other in places:
-            if not output.output or source.output:
-                continue
-            if target.startswith(other) or other.startswith(target):
+    inputs: dict[str, Store | Path] = {
+        shown(remote.url): Store(remote.url) for remote in remotes if not remote.output
+    }
+    # Text is a folder, a hub's id, or either with a name before it.
+    for value in (value for value in values if isinstance(value, str | Path)):
+        for text in (str(value), str(value).partition("=")[2]):
+            with contextlib.suppress(OSError, ValueError):
+                if text and Path(text).exists():
+                    inputs[text] = Path(text)
+    for output in (remote for remote in remotes if remote.output):
+        place = Store(output.url, writing=True)
+        for name, source in inputs.items():
+            if place.overlaps(source):
                 raise OutputError(
                     "the output would lie inside an input, or hold it",
-                    file=shown(output.url),
-                    found=f"input {shown(source.url)}",
+                    file=place.name,
+                    found=f"input {name}",
                     remedy="choose an output URL of its own",
                 )
 
 
-def _check_free(store: Store, force: bool) -> None:
-    if store.files() and not force:
-        raise OutputError(
-            "something is at the output's URL already",
-            file=store.name,
-            remedy="choose another, or pass --force to replace it",
-        )
+def _remove_leftovers() -> None:
+    """Remove what killed commands were to upload."""
+    from .cache import cache_folder
+
+    for scratch in cache_folder().glob(f"{_MADE}*"):
+        with contextlib.suppress(OSError):
+            lock = os.open(scratch, os.O_RDONLY)
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                for left in scratch.iterdir():
+                    shutil.rmtree(left, ignore_errors=True)
+            finally:
+                os.close(lock)
 
 
 def _versions(files: Mapping[str, RemoteFile]) -> dict[str, str | None]:
@@ -253,6 +287,9 @@ def _write_urls(folder: Path, names: Mapping[str, str]) -> None:
 
 def _named(text: str, names: Mapping[str, str]) -> str:
     for path, url in names.items():
+        for ascii_only in (True, False):  # JSON writes some letters otherwise
+            there, here = (json.dumps(each, ensure_ascii=ascii_only)[1:-1] for each in (path, url))
+            text = text.replace(there, here)
         text = text.replace(path, url)
     return text
 

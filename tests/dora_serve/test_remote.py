@@ -2,85 +2,24 @@
 
 from __future__ import annotations
 
+import functools
 import json
-import signal
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
 import pytest
-from click.testing import CliRunner, Result
 from safetensors.torch import load_file, save_file
 
 from converters.certificate import FILE
-from dora_serve.commands import dora_export
 
+from .exporting import SECRET, bad, export, good
 from .s3_server import S3Server
 
-EXPORT = Path(sys.executable).parent / "dora-export"
-SECRET = "the-secret-that-is-never-printed"
 CONFIG = "adapter_config.json"
-
-
-@pytest.fixture(scope="module")
-def server() -> Iterator[S3Server]:
-    with S3Server().running() as running:
-        yield running
-
-
-@pytest.fixture
-def s3(
-    server: S3Server,
-    llama_base: Path,
-    llama_lora: Path,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-) -> Iterator[S3Server]:
-    """The server with a base and a run in a bucket `models`, and `out` empty."""
-    from s3fs import S3FileSystem
-
-    S3FileSystem.clear_instance_cache()
-    monkeypatch.setenv("AWS_ENDPOINT_URL", server.url)
-    monkeypatch.setenv("AWS_ACCESS_KEY_ID", "someone")
-    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", SECRET)
-    monkeypatch.setenv("AWS_DEFAULT_REGION", "us-east-1")
-    monkeypatch.setenv("DORA_SERVE_CACHE", str(tmp_path / "cache"))
-    client = server.client()
-    for bucket in ("models", "out"):
-        client.create_bucket(Bucket=bucket)
-    for name, folder in (("base", llama_base), ("lora", llama_lora)):
-        for path in folder.iterdir():
-            client.upload_file(str(path), "models", f"{name}/{path.name}")
-    server.reset()
-    yield server
-    server.release.set()
-    server.reset()
-    for bucket in ("models", "out"):
-        for key in server.keys(bucket):
-            client.delete_object(Bucket=bucket, Key=key)
-
-
-def export(*arguments: object) -> Result:
-    result = CliRunner().invoke(dora_export, [str(argument) for argument in arguments])
-    assert result.exception is None or isinstance(result.exception, SystemExit), result.exception
-    assert SECRET not in result.output
-    return result
-
-
-def good(*arguments: object) -> str:
-    result = export(*arguments)
-    assert result.exit_code == 0, result.output
-    return result.output
-
-
-def bad(*arguments: object) -> str:
-    result = export(*arguments)
-    assert result.exit_code == 1, result.output
-    assert "Traceback" not in result.output
-    return result.output
 
 
 def test_a_merge_from_s3_to_s3_equals_the_local_one(
@@ -215,40 +154,6 @@ def test_what_is_there_is_replaced_with_force_only(s3: S3Server) -> None:
     assert "names no folder" in bad("adapter", "s3://models/lora", "s3://out", "--force")
 
 
-@pytest.mark.parametrize("failing", ["model.safetensors", "config.json", FILE])
-def test_a_failed_upload_leaves_nothing(s3: S3Server, failing: str, tmp_path: Path) -> None:
-    s3.denied = lambda method, path: method == "PUT" and path == f"/out/merged/{failing}"
-    said = bad("merge", "s3://models/lora", "s3://out/merged", "--base", "s3://models/base")
-    assert said.startswith("error: access denied")
-    assert s3.keys("out") == []
-    put = [path.rsplit("/", 1)[-1] for method, path in s3.requests if method == "PUT"]
-    order = ["model.safetensors", "config.json", FILE]
-    assert [name for name in order if name in put] == order[: order.index(failing) + 1]
-    assert put[-1] == failing or failing == "model.safetensors"
-    assert not list((tmp_path / "cache").glob("upload-*/*"))
-
-
-@pytest.mark.parametrize("sent", [signal.SIGKILL, signal.SIGTERM])
-def test_a_stopped_upload_does_not_look_whole(s3: S3Server, sent: signal.Signals) -> None:
-    s3.held = s3.denied = lambda method, path: method == "PUT" and path == f"/out/merged/{FILE}"
-    words = ["merge", "s3://models/lora", "s3://out/merged", "--base", "s3://models/base"]
-    with subprocess.Popen([EXPORT, *words], stdout=subprocess.PIPE, text=True) as process:
-        assert s3.holding.wait(60)
-        process.send_signal(sent)
-        assert process.stdout is not None
-        assert process.stdout.read() == ""
-        assert process.wait(60) != 0
-    left = s3.keys("out")
-    assert ("merged/model.safetensors" in left) == (sent == signal.SIGKILL)
-    assert f"merged/{FILE}" not in left
-    s3.release.set()
-    if sent == signal.SIGKILL:
-        assert "no certificate here" in bad("check", "s3://out/merged")
-        s3.held = s3.denied = lambda _method, _path: False
-        good(*words, "--force")
-        assert "unchanged" in good("check", "s3://out/merged")
-
-
 def test_a_run_that_changes_while_it_is_fetched_is_refused(s3: S3Server, tmp_path: Path) -> None:
     s3.held = lambda method, path: (method, path.rsplit("/", 1)[-1]) == ("GET", "README.md")
 
@@ -345,7 +250,56 @@ def test_without_a_url_no_network_and_without_s3fs_a_clear_error(
     assert "Traceback" not in done.stderr
 
 
-def test_no_password_or_signature_is_shown(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "url",
+    [
+        f"nosuch://me:{SECRET}@host/run",
+        f"nosuch://me:a/{SECRET}@host/run",
+        f"nosuch://me:a@{SECRET}@host/run",
+        f"https://127.0.0.1:9/run?signature={SECRET}",
+    ],
+)
+def test_no_password_or_signature_is_shown(
+    url: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     monkeypatch.setenv("DORA_SERVE_CACHE", str(tmp_path))
-    for url in (f"nosuch://me:{SECRET}@host/run", f"https://127.0.0.1:9/run?signature={SECRET}"):
-        assert url.partition(":")[0] in bad("inspect", url)  # `bad` looks for the secret
+    assert url.partition(":")[0] in bad("inspect", url)  # `bad` looks for the secret
+
+
+@pytest.mark.parametrize("name", ["..", ".", "x" * 300, "a\tb"])
+def test_a_url_whose_name_no_folder_has(s3: S3Server, name: str, tmp_path: Path) -> None:
+    """With `..` the cache itself was written."""
+    s3.client().put_object(Bucket="models", Key=f"up/{name}/escaped", Body=b"out")
+    assert "names no folder" in bad("inspect", f"s3://models/up/{name}")
+    assert "names no folder" in bad("adapter", "s3://models/lora", f"s3://out/{name}")
+    assert not list(tmp_path.rglob("escaped"))
+
+
+@pytest.mark.usefixtures("s3")
+def test_more_than_a_page_of_names() -> None:
+    from moto.s3.models import s3_backends
+
+    from dora_serve.remote_store import Store
+
+    names = {f"{number:04}" for number in range(1001)}
+    for name in names:
+        s3_backends["123456789012"]["aws"].put_object("models", f"many/{name}", b"")
+    assert set(Store("s3://models/many").files()) == names
+    for name in names:
+        s3_backends["123456789012"]["aws"].delete_object("models", f"many/{name}")
+
+
+def test_a_copy_that_cannot_be_told_from_the_next_version_is_removed(
+    llama_lora: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("DORA_SERVE_CACHE", str(tmp_path / "cache"))
+    handler = functools.partial(SimpleHTTPRequestHandler, directory=str(llama_lora.parent))
+    with ThreadingHTTPServer(("127.0.0.1", 0), handler) as web:
+        thread = threading.Thread(target=web.serve_forever)
+        thread.start()
+        try:
+            assert "peft_lora" in good("inspect", f"http://127.0.0.1:{web.server_port}/lora")
+        finally:
+            web.shutdown()
+            thread.join()
+    assert not list((tmp_path / "cache").rglob("*"))
