@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from .errors import MissingError, TensorFileError
+from .errors import DoraExportError, MissingError, RunError, TensorFileError
 
 State = tuple[int, int, int, int]
 
@@ -38,6 +38,20 @@ def check_file(path: Path) -> int:
     if not stat.S_ISREG(found.st_mode):
         raise TensorFileError("cannot be read: not a file", file=path)
     return found.st_size
+
+
+@contextmanager
+def reading_run(path: Path) -> Iterator[None]:
+    """Turn what the system says while the run at `path` is read into a `RunError`: a folder that
+    may not be read, or one that is being exchanged."""
+    try:
+        yield
+    except DoraExportError:
+        raise
+    except OSError as error:
+        raise RunError(
+            f"the run cannot be read: {error.strerror}", file=error.filename or path
+        ) from None
 
 
 @contextmanager

@@ -13,8 +13,11 @@ from pathlib import Path
 
 from converters.base import BaseModel
 from converters.certificate import sha256
-from converters.errors import OutputError
+from converters.errors import OutputError, RunError
+from converters.files import reading_run
 from converters.run import Run
+
+from .discover import Member
 
 
 def cache_folder() -> Path:
@@ -35,6 +38,20 @@ def content_key(run: Run, base: BaseModel | None, **asked: object) -> str:
     said = [version("dora-serve"), run.method, dict(run.options), weights, asked]
     digest.update(json.dumps(said, sort_keys=True, default=str).encode())
     return digest.hexdigest()[:32]
+
+
+def member_key(member: Member, **asked: object) -> str:
+    """The `content_key` of a run and its base. Raises `RunError` when the run changed since reading
+    it began: what comes out of it would be kept under the name of something else."""
+    with reading_run(member.path):
+        key = content_key(member.run, member.base, **asked)
+    if member.changed():
+        raise RunError(
+            "the run changed while it was read",
+            file=member.path,
+            remedy="run again when nothing writes to it",
+        )
+    return key
 
 
 def cached(key: str, make: Callable[[Path], object]) -> Path:

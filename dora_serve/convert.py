@@ -8,7 +8,7 @@ from converters.certificate import FILE as CERTIFICATE
 from converters.json_files import read_json
 from converters.writers.adapter import CONFIG, write_adapter
 
-from .cache import cache_folder, cached, content_key
+from .cache import cache_folder, cached, member_key
 from .discover import Member
 
 TARGET = "vllm"
@@ -18,7 +18,7 @@ def vllm_adapter(member: Member) -> Path:
     """The folder to give to vLLM: the member's own when it was written for vLLM, else one in the
     cache, made now if it is not there.
 
-    Raises `DoraExportError` when no adapter equals the run.
+    Raises `DoraExportError` when no adapter equals the run, or it changed since reading it began.
     """
     if _is_for_vllm(member.path):
         return member.path.resolve()
@@ -36,7 +36,7 @@ def vllm_adapter_path(member: Member) -> Path:
 
 
 def _key(member: Member) -> str:
-    return content_key(member.run, member.base, target=TARGET)
+    return member_key(member, target=TARGET)
 
 
 def _is_for_vllm(path: Path) -> bool:

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from converters.base import BaseModel, fingerprint, open_base
 from converters.errors import BaseError, DoraExportError, MissingError
+from converters.files import State, reading_run, state_of
 from converters.onnx_files import is_onnx_folder
 from converters.readers import Reader, ReadOptions, read_run, readers
 from converters.run import Run
@@ -24,6 +25,11 @@ class Member:
     path: Path
     run: Run
     base: BaseModel
+    state: Mapping[Path, State | None]  # of the run's files when reading began, None: not there
+
+    def changed(self) -> bool:
+        """Whether a file of the run is another one by now, or was already while it was read."""
+        return any(_state(path) != known for path, known in self.state.items())
 
 
 @dataclass(frozen=True)
@@ -80,6 +86,8 @@ def read_member(
 
     Raises `DoraExportError` when it cannot be read or its base is not known.
     """
+    with reading_run(path):
+        before = {file: _state(file) for file in path.rglob("*")}
     try:
         run = read_run(path, ReadOptions(base=None if given is None else given.path))
     except DoraExportError:
@@ -91,7 +99,18 @@ def read_member(
     base = given or base_of(run, bases)
     if given is not None or run.embedded_base is None:
         check_fits(run, base)
-    return Member(name, path, run, base)
+    # Files above the folder are only known now.
+    state = {
+        file: before.get(file) if file.is_relative_to(path) else _state(file) for file in run.files
+    }
+    return Member(name, path, run, base, state)
+
+
+def _state(path: Path) -> State | None:
+    try:
+        return state_of(path.stat())
+    except OSError:
+        return None
 
 
 def find_run(root: Path, name: str) -> Path | None:
@@ -101,12 +120,11 @@ def find_run(root: Path, name: str) -> Path | None:
     known = readers()
     try:
         path = (top / name).resolve()
-        inside = path != top and path.is_relative_to(top) and path.is_dir()
-    except (OSError, ValueError):  # no name of a file
+        if path != top and path.is_relative_to(top) and path.is_dir():
+            below = [p.name for p in path.iterdir()]
+            return path if _kind(path, below, known) == "run" else None
+    except (OSError, ValueError):  # no name of a file, or gone
         return None
-    if inside:
-        below = sorted(p.name for p in path.iterdir())
-        return path if _kind(path, below, known) == "run" else None
     folders = [path for path, kind in _walk(top, known) if kind == "run"]
     names = {own: path for path, own in _names(top, folders).items()}
     return names.get(name)
@@ -179,15 +197,17 @@ def _walk(root: Path, known: Sequence[Reader]) -> Iterator[tuple[Path, str]]:
 
 
 def _kind(path: Path, files: Sequence[str], known: Sequence[Reader]) -> str | None:
-    if is_onnx_folder(path):
-        return "onnx"
     try:
+        if is_onnx_folder(path):
+            return "onnx"
         if any(reader.detect(path) is not None for reader in known):
             return "run"
-    except DoraExportError:
+        if "config.json" in files and any(next(path.glob(p), None) for p in _WEIGHTS):
+            return "model"
+    except (DoraExportError, PermissionError):
         return "run"  # reading it again says what is wrong with it
-    if "config.json" in files and any(next(path.glob(p), None) for p in _WEIGHTS):
-        return "model"
+    except OSError:  # gone since its folder was listed
+        return None
     return None
 
 

@@ -28,17 +28,15 @@ _TOGETHER = ({"q_proj", "k_proj", "v_proj", "qkv_proj"}, {"gate_proj", "up_proj"
 
 logger = init_logger("vllm.dora_serve")
 
-State = tuple[tuple[str, int, int, int], ...]
-
 
 @dataclass
 class _Served:
-    """A run in use: where it is, which files it had, what was made of it, and why what it became
+    """A run in use: where it is, as what it was read, what was made of it, and why what it became
     since cannot be."""
 
     base: str
     path: Path
-    state: State
+    member: Member
     adapter: Path
     complaint: str = ""
 
@@ -74,9 +72,8 @@ class RunResolver(LoRAResolver):  # type: ignore[misc]
 
     def _make(self, base: str, name: str, path: Path) -> _Served:
         member = read_member(name, path, [], open_base(base))
-        state = _state(member)
         self._check(member)
-        return _Served(base, path, state, vllm_adapter(member))
+        return _Served(base, path, member, vllm_adapter(member))
 
     def _check(self, member: Member) -> None:
         """Raise `TargetError` when the server's slots have no room for the run."""
@@ -107,7 +104,7 @@ class RunResolver(LoRAResolver):  # type: ignore[misc]
         while True:
             await asyncio.sleep(_INTERVAL)
             for name, served in list(self._served.items()):
-                if not _changed(served.state):
+                if not served.member.changed():
                     continue
                 try:
                     if served.path.is_dir():
@@ -133,23 +130,6 @@ def _message(error: DoraExportError) -> str:
     return "; ".join(
         f"file: {Path(line).name}" if line.startswith("file: ") else line for line in lines
     )
-
-
-def _state(member: Member) -> State:
-    """What tells whether the files of a run are still the same."""
-    stats = ((str(path), path.stat()) for path in member.run.files)
-    return tuple((name, stat.st_size, stat.st_mtime_ns, stat.st_ino) for name, stat in stats)
-
-
-def _changed(state: State) -> bool:
-    for name, *known in state:
-        try:
-            stat = Path(name).stat()
-        except OSError:
-            return True
-        if [stat.st_size, stat.st_mtime_ns, stat.st_ino] != known:
-            return True
-    return False
 
 
 def tell_models(resolver: RunResolver) -> None:

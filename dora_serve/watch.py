@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Container, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
 from hashlib import sha256
@@ -97,9 +97,11 @@ class Server:
         return Request(self.url + path, data=data, headers=self._headers)
 
 
-def reconcile(server: Server, wanted: Mapping[str, Path], ours: Path) -> Iterator[Change]:
+def reconcile(
+    server: Server, wanted: Mapping[str, Path], ours: Path, kept: Container[str] = ()
+) -> Iterator[Change]:
     """Make the adapters of `server` equal to `wanted`. What is loaded from the folder `ours` and
-    not wanted is unloaded; others are left alone.
+    neither wanted nor `kept` is unloaded; others are left alone.
 
     Raises `OSError` when the server does not answer.
     """
@@ -111,7 +113,7 @@ def reconcile(server: Server, wanted: Mapping[str, Path], ours: Path) -> Iterato
             load = partial(server.load, name, path, inplace=True)
             yield _try(server, name, "reloaded", load)
     for name, path in loaded.items():
-        if name not in wanted and path.parent == ours:
+        if name not in wanted and name not in kept and path.parent == ours:
             yield _try(server, name, "unloaded", partial(server.unload, name))
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Protocol, TypeGuard
 
 from ..errors import MissingError, RunError
+from ..files import reading_run
 from ..run import Run
 
 
@@ -102,12 +103,13 @@ def read_run(path: str | Path, options: ReadOptions | None = None) -> Run:
     options = options or ReadOptions()
     if options.lora_alpha is not None and not is_number(options.lora_alpha):
         raise RunError("lora_alpha is not a finite number", found=options.lora_alpha)
-    reader, folder = detect(folder, options.method)
-    run = replace(reader.read(folder, options), method=reader.name)
-    if options.parts:
-        from .parts import read_parts
+    with reading_run(folder):
+        reader, folder = detect(folder, options.method)
+        run = replace(reader.read(folder, options), method=reader.name)
+        if options.parts:
+            from .parts import read_parts
 
-        run = read_parts(run, options)
+            run = read_parts(run, options)
     if not run.updates and not run.replaced:
         raise RunError("the run adapted nothing", file=folder)
     return run

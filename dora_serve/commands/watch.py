@@ -38,13 +38,17 @@ def command(
 
     servers = [Server(url, api_key) for url in urls]
     told: set[str] = set()
+    last: set[str] = set()
     while True:
         wanted, problems = desired(folder, base)
+        # A run that is half written, or away between two renames, is still wanted.
+        kept = last | problems.keys()
+        last = set(wanted)
         lines = [f"left out: {name}: {text.splitlines()[0]}" for name, text in problems.items()]
         failed = False
         for server in servers:
             try:
-                for change in reconcile(server, wanted, links(folder)):
+                for change in reconcile(server, wanted, links(folder), kept):
                     failed |= change.done == "failed"
                     line = f"{change.server} {change.done} {change.name} {change.error}".strip()
                     if change.done == "failed":

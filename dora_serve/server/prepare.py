@@ -26,7 +26,7 @@ from converters.run import Run
 from converters.tensors import nbytes, numel
 from converters.writers.onnx import add_adapters
 from dora_serve.api import write_onnx
-from dora_serve.cache import cached, content_key
+from dora_serve.cache import cached, member_key
 from dora_serve.discover import Found, Member, discover, read_member
 from dora_serve.server import plan
 from dora_serve.server.onnx_folders import SERVED, certified_modules, own_task, read_onnx_folder
@@ -159,7 +159,7 @@ def _member(member: Member, graph: plan.Graph, dry: bool, say: Say) -> plan.Mode
             say(f"{member.name}: making its adapter, once …")
             _write(run, base, Path(graph.folder), target)
 
-        key = content_key(run, base, form="onnx adapter", graph=Path(graph.folder).name)
+        key = member_key(member, form="onnx adapter", graph=Path(graph.folder).name)
         folder = cached(key, make)
         file = folder / FOLDER / f"{_NAME}{SUFFIX}"
         size = file.stat().st_size

@@ -11,9 +11,9 @@ from pathlib import Path
 import pytest
 
 from converters.base import open_base
-from converters.errors import BaseError, MissingError
+from converters.errors import BaseError, MissingError, RunError
 from dora_serve import read_run
-from dora_serve.cache import cached, content_key
+from dora_serve.cache import cached, content_key, member_key
 from dora_serve.discover import discover, find_run, read_member
 from tests.conftest import MODELS, tiny_llama
 
@@ -97,6 +97,51 @@ def test_a_broken_run_is_a_problem_and_the_rest_is_served(
     assert "adapter_model.safetensors" in found.problems["broken"]
     with pytest.raises(MissingError):
         discover(tmp_path / "nowhere")
+
+
+def test_a_run_that_is_exchanged_while_it_is_read(
+    llama_base: Path, llama_lora: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An adapter of the one run under the name of the other would be served from then on."""
+    monkeypatch.setenv("DORA_SERVE_CACHE", str(tmp_path / "cache"))
+    run = Path(shutil.copytree(llama_lora, tmp_path / "run"))
+    member = read_member("run", run, [open_base(llama_base)])
+    assert member_key(member) == member_key(member)
+    config = run / "adapter_config.json"
+    config.write_text(config.read_text().replace('"lora_alpha": ', '"lora_alpha": 1'))
+    with pytest.raises(RunError, match="changed while"):
+        member_key(member)
+    shutil.rmtree(run)
+    with pytest.raises(RunError, match="cannot be read: No such file"):
+        member_key(member)
+
+
+def test_folders_that_come_and_go_while_they_are_looked_for(
+    llama_base: Path, llama_lora: Path, tmp_path: Path
+) -> None:
+    root, away = tmp_path / "root", tmp_path / "away"
+    for number in range(4):
+        shutil.copytree(llama_lora, away / str(number))
+    root.mkdir()
+    stop = threading.Event()
+
+    def moving() -> None:
+        while not stop.is_set():
+            for run in sorted(away.iterdir()):
+                run.rename(root / run.name)
+            for run in sorted(root.iterdir()):
+                run.rename(away / run.name)
+
+    with ThreadPoolExecutor(1) as pool:
+        mover = pool.submit(moving)
+        try:
+            for _ in range(100):
+                discover(root, llama_base)
+                find_run(root, "2")
+        finally:
+            stop.set()
+        mover.result()
+    assert set(discover(away, llama_base).members) == {"0", "1", "2", "3"}
 
 
 def test_the_key_follows_content_base_and_options(

@@ -166,12 +166,15 @@ def test_watch_makes_the_server_follow_a_folder(
     words = [DORA_SERVE, "watch", wanted, "--server", url, "--base", folder / BASE]
     env = {"DORA_SERVE_CACHE": str(cache), "DORA_SERVE_API_KEY": KEY, "PATH": "/usr/bin:/bin"}
     kept = names(url)
-    watching = subprocess.Popen(
-        [*map(str, words), "--interval", "0.3"],
-        env=env,
-        stdout=subprocess.PIPE,
-        text=True,
-    )
+    log = tmp_path / "log"
+    with log.open("w") as stderr:
+        watching = subprocess.Popen(
+            [*map(str, words), "--interval", "0.3"],
+            env=env,
+            stdout=subprocess.PIPE,
+            stderr=stderr,
+            text=True,
+        )
     try:
         with traffic(url, BASE, BASE) as answers:
             shutil.copytree(first, wanted / "watched")
@@ -179,6 +182,10 @@ def test_watch_makes_the_server_follow_a_folder(
             assert ask(url, "watched", PROMPT) == old
             exchange(wanted / "watched", second)
             wait_until(lambda: ask(url, "watched", PROMPT) == new)
+            weights = wanted / "watched" / "adapter_model.safetensors"
+            weights.write_bytes(weights.read_bytes()[:-100])  # as while it is written
+            wait_until(lambda: "left out: watched: file size" in log.read_text())
+            assert ask(url, "watched", PROMPT) == new
             shutil.rmtree(wanted / "watched")
             wait_until(lambda: "watched" not in names(url))
     finally:
