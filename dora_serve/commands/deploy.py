@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING
@@ -11,11 +12,14 @@ import click
 from . import common
 
 if TYPE_CHECKING:
+    from converters.base import BaseModel
     from dora_serve.deploy import Cluster
     from dora_serve.discover import Found
     from dora_serve.fleet import Pool
 
 _CLASSIFIES = "sequence-classification"
+# What `kubectl`'s YAML reads as a number or a truth value, and PyYAML does not.
+_QUOTED = re.compile(r"[-+]?[.\d].*|[yYnN]")
 
 
 @click.command("deploy")
@@ -67,14 +71,21 @@ def command(
 
     Nothing is started: `serve deploy` (Ray) or `kubectl apply` takes what is written.
     """
+    from converters.output import check_output
     from dora_serve.deploy import Cluster, kubernetes, ray_config
 
-    if target == "kubernetes" and image is None:
+    if target == "kubernetes" and not image:
         raise click.UsageError("--to kubernetes needs --image")
     if max_replicas is not None and max_replicas < min_replicas:
         raise click.UsageError("--max-replicas is below --min-replicas")
     default = str(folder.resolve()) if target == "ray" else "/models"
     at = PurePosixPath(models_at or default)
+    if not at.is_absolute() or ".." in at.parts:
+        raise click.UsageError("--models-at takes an absolute path")
+    if target == "kubernetes" and (str(at) in kubernetes.TAKEN or ":" in str(at)):
+        raise click.UsageError(f"Kubernetes cannot show the folder at {at}")
+    if output is not None:
+        check_output(output, force, [folder])
     cluster = Cluster(folder, at, min_replicas, max_replicas or min_replicas)
     adapters: dict[str, Path] = {}
     if engine == "onnxruntime":
@@ -96,7 +107,7 @@ def command(
         click.echo(text, nl=False)
         return
     name = "serve.yaml" if target == "ray" else "manifests.yaml"
-    _write(folder, output, {name: text}, adapters, force)
+    _write(output, {name: text}, adapters)
     click.echo(output / name)
     if adapters:
         click.echo(f"{output / 'adapters'}  (copy what is in it to {adapters_at})")
@@ -131,19 +142,24 @@ def _pools(
     pools = fleet.pools or [alone(model) for model in found.bases.values()]
     for pool in sorted(pools, key=lambda pool: pool.task == _CLASSIFIES):  # a decoder's name first
         own = (name for name, model in found.bases.items() if model.path == pool.base.path)
-        name = next(own, pool.base.path.name)
+        name = next(own, _name(pool.base))
         if target == "ray" and pool.task == _CLASSIFIES:
             for member in pool.ranks:
                 _left_out(member, "Ray Serve LLM has no /classify; --engine onnxruntime has")
             continue
         if any(name == other for other, _ in named):  # the base is there for another task
-            name = f"{name}-{pool.task}"
+            name = f"{name}-{pool.task or 'other'}"
         named.append((name, pool))
     if not named:
         raise RunError(
             "nothing here can be served by vLLM", file=folder, remedy="see dora-serve plan"
         )
     return found, named
+
+
+def _name(base: BaseModel) -> str:
+    """Of a base that is not in the folder: its hub id, or its folder's name."""
+    return base.path.resolve().name if Path(base.name) == base.path else base.name
 
 
 def _adapters(found: Found, pools: list[tuple[str, Pool]]) -> dict[str, Path]:
@@ -167,23 +183,28 @@ def _yaml(documents: list[dict[str, object]]) -> str:
         def ignore_aliases(self, _data: object) -> bool:
             return True
 
+        def represent_str(self, data: str) -> yaml.Node:
+            style = '"' if _QUOTED.fullmatch(data) else None
+            return self.represent_scalar("tag:yaml.org,2002:str", data, style=style)
+
+    Plain.add_representer(str, Plain.represent_str)
     text: str = yaml.dump_all(documents, Dumper=Plain, sort_keys=False)
     return text
 
 
-def _write(
-    root: Path, output: Path, files: Mapping[str, str], adapters: Mapping[str, Path], force: bool
-) -> None:
+def _write(output: Path, files: Mapping[str, str], adapters: Mapping[str, Path]) -> None:
     import shutil
 
-    from converters.output import check_output, output_folder
+    from converters.output import output_folder
 
-    check_output(output, force, [root])
     with output_folder(output) as place:
         for name, text in files.items():
             (place / name).write_text(text, encoding="utf-8")
         for name, source in adapters.items():
-            shutil.copytree(source, place / "adapters" / name)
+            for file in filter(Path.is_file, source.rglob("*")):
+                copy = place / "adapters" / name / file.relative_to(source)
+                copy.parent.mkdir(parents=True, exist_ok=True)
+                shutil.copyfile(file, copy)
 
 
 def _left_out(name: str, problem: str) -> None:

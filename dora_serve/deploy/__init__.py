@@ -34,9 +34,10 @@ class Cluster:
             remedy="put it, or a link's target, into the folder",
         )
 
-    @property
-    def scale(self) -> dict[str, object]:
-        """Ray Serve's option for the number of replicas."""
+    def scale(self, requests: int) -> dict[str, object]:
+        """Ray Serve's options for the number of replicas. `requests`: how many at once a replica
+        should have, where it may choose."""
         if self.least == self.most:
             return {"num_replicas": self.least}
-        return {"autoscaling_config": {"min_replicas": self.least, "max_replicas": self.most}}
+        bounds = {"min_replicas": self.least, "max_replicas": self.most}
+        return {"autoscaling_config": {**bounds, "target_ongoing_requests": requests}}

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import math
 import re
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
+from hashlib import sha256
 from typing import Any
 
 from ..engines.vllm_command import command_line, serve_options
@@ -15,10 +17,11 @@ from . import PORT, Cluster
 Manifest = dict[str, Any]
 
 _CLAIM, _SECRET = "dora-serve-models", "dora-serve"
-_CACHE = "/cache"
+_CACHE, _SHARED = "/cache", "/dev/shm"
+TAKEN = ("/", _CACHE, _SHARED)  # the folder cannot be there
 _LENGTH = 52  # of a name; a Deployment's pods add eleven to it, and 63 are allowed
 _QUIET = {"DO_NOT_TRACK": "1", "HF_HUB_OFFLINE": "1"}  # everything is in the folder
-_WAITING = "vllm_num_requests_waiting"  # as the vLLM production stack's Prometheus adapter calls it
+_WAITING = "vllm_num_requests_waiting"
 
 
 def vllm_servers(
@@ -27,18 +30,20 @@ def vllm_servers(
     """A vLLM for each pool with the plan's command line. It converts runs when requests name them:
     `image` has vLLM and this package."""
     yield _claim(cluster)
+    labels = _names([name for name, _ in pools])
     for name, pool in pools:
         options = serve_options(pool, dict.fromkeys(pool.ranks, pool.base.path), name)
         options.pop("lora-modules", None)
-        options["model"] = cluster.there(pool.base.path)
+        del options["model"]  # to `vllm serve` it is an argument, no option
+        model = cluster.there(pool.base.path)
         environment = dict(_QUIET)
         if pool.ranks:
             environment |= {RUNS: str(cluster.at), "VLLM_ALLOW_RUNTIME_LORA_UPDATING": "1"}
-        words = command_line(options, (), ["--host", "0.0.0.0", "--port", str(PORT)])
+        words = command_line(options, [model], ["--host", "0.0.0.0", "--port", str(PORT)])
         container = _container(cluster, image, ["vllm", "serve"], words, environment)
         container["env"].append(_key("VLLM_API_KEY"))
         container["resources"] = {"limits": {"nvidia.com/gpu": 1}}
-        container["volumeMounts"].append({"name": "shm", "mountPath": "/dev/shm"})
+        container["volumeMounts"].append({"name": "shm", "mountPath": _SHARED})
         shm = {"name": "shm", "emptyDir": {"medium": "Memory"}}
         metric = {
             "type": "Pods",
@@ -47,7 +52,7 @@ def vllm_servers(
                 "target": {"type": "AverageValue", "averageValue": "4"},
             },
         }
-        yield from _server(cluster, _label(name), container, [shm], metric)
+        yield from _server(cluster, labels[name], container, [shm], metric)
 
 
 def embedded_server(
@@ -145,8 +150,8 @@ def _container(
         "name": "server",
         "image": image,
         "command": list(command),
-        "args": list(words),
-        "env": [{"name": name, "value": value} for name, value in known.items()],
+        "args": [_literal(word) for word in words],
+        "env": [{"name": name, "value": _literal(value)} for name, value in known.items()],
         "ports": [{"name": "http", "containerPort": PORT}],
         "startupProbe": _probe("/health", 10, 180),
         "readinessProbe": _probe("/health", 5, 2),
@@ -167,7 +172,17 @@ def _container(
 
 def _probe(path: str, period: int, failures: int) -> Manifest:
     get = {"path": path, "port": "http"}
-    return {"httpGet": get, "periodSeconds": period, "failureThreshold": failures}
+    return {
+        "httpGet": get,
+        "periodSeconds": period,
+        "timeoutSeconds": 5,  # one is too little for a server under load
+        "failureThreshold": failures,
+    }
+
+
+def _literal(text: str) -> str:
+    """Text in which Kubernetes puts no variable's value in the place of `$(NAME)`."""
+    return text.replace("$", "$$")
 
 
 def _key(variable: str) -> Manifest:
@@ -181,7 +196,13 @@ def _labels(name: str | None = None) -> dict[str, str]:
     return {"app.kubernetes.io/name": "dora-serve", **own}
 
 
-def _label(name: str) -> str:
-    """A name as Kubernetes takes it."""
-    plain = re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
-    return f"vllm-{plain}"[:_LENGTH].rstrip("-")
+def _names(names: Sequence[str]) -> dict[str, str]:
+    """Names as Kubernetes takes them; a digest tells those apart that would be the same, or cut."""
+    plain = {name: re.sub(r"[^a-z0-9]+", "-", f"vllm {name}".lower()).strip("-") for name in names}
+    count = Counter(plain.values())
+    return {
+        name: label
+        if count[label] == 1 and len(label) <= _LENGTH
+        else f"{label[: _LENGTH - 9].rstrip('-')}-{sha256(name.encode()).hexdigest()[:8]}"
+        for name, label in plain.items()
+    }

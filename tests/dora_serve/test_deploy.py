@@ -3,7 +3,12 @@
 from __future__ import annotations
 
 import json
+import os
+import re
+import resource
 import shutil
+import site
+import subprocess
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -13,12 +18,13 @@ import pytest
 import yaml
 from click.testing import CliRunner, Result
 from peft import LoraConfig, get_peft_model
-from transformers import LlamaForSequenceClassification
+from transformers import LlamaForCausalLM, LlamaForSequenceClassification
 
 from dora_serve.commands import dora_serve
+from dora_serve.engines.limits import Limits
 from tests.conftest import MODELS, randomize
 
-COUNT, EVERY = "Tiny_Llama--Count_Down--1", "Tiny_Llama--Every_Second--1"
+VLLM_PYTHON = MODELS.parent / ".venv-vllm/bin/python"
 BASE = "tiny-llama-base"
 STORE = "s3://bucket/adapters"
 VLLM_ON_RAY = ("--to", "ray", "--adapters-at", STORE)
@@ -39,17 +45,21 @@ def written(*words: object) -> list[Any]:
 
 @pytest.fixture(scope="module")
 def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The sample decoder with its runs, and a classifier of the same base."""
+    """The sample decoder with two adapters, and a classifier of the same base."""
     folder = tmp_path_factory.mktemp("deploy") / "models"
     shutil.copytree(MODELS / BASE, folder / BASE)
-    for part in ("Checkpoint/Tiny_Llama", "Log/Tiny_Llama"):
-        shutil.copytree(MODELS / "runs" / part, folder / "runs" / part)
+    for name, module, rank in (("count", "q_proj", 4), ("every", "v_proj", 12)):
+        model = LlamaForCausalLM.from_pretrained(folder / BASE)
+        save(model, folder / "runs" / name, r=rank, target_modules=[module], task_type="CAUSAL_LM")
     model = LlamaForSequenceClassification.from_pretrained(folder / BASE, num_labels=2)
-    config = LoraConfig(r=4, target_modules=["q_proj"], task_type="SEQ_CLS")
-    adapted = get_peft_model(model, config)
-    randomize(adapted)
-    adapted.save_pretrained(folder / "classifier")
+    save(model, folder / "classifier", r=4, target_modules=["q_proj"], task_type="SEQ_CLS")
     return folder
+
+
+def save(model: Any, folder: Path, **config: Any) -> None:
+    adapted = get_peft_model(model, LoraConfig(**config))
+    randomize(adapted)
+    adapted.save_pretrained(folder)
 
 
 @pytest.fixture(scope="module")
@@ -85,7 +95,8 @@ def test_vllm_on_ray_has_the_values_of_the_plan(root: Path, planned: list[str]) 
     assert llm["lora_config"]["dynamic_lora_loading_path"] == f"{STORE}/{BASE}"
     assert llm["lora_config"]["max_num_adapters_per_replica"] == engine["max_cpu_loras"]
     scale = llm["deployment_config"]["autoscaling_config"]
-    assert scale == {"min_replicas": 2, "max_replicas": 5}
+    # Without the last, Ray Serve LLM keeps the least: its own value is 1e9.
+    assert scale == {"min_replicas": 2, "max_replicas": 5, "target_ongoing_requests": 64}
     (moved,) = written(root, *VLLM_ON_RAY, "--models-at", "/mnt/models")
     (llm,) = moved["applications"][0]["args"]["llm_configs"]
     assert llm["model_loading_config"]["model_source"] == f"/mnt/models/{BASE}"
@@ -93,19 +104,68 @@ def test_vllm_on_ray_has_the_values_of_the_plan(root: Path, planned: list[str]) 
 
 
 def test_vllm_on_ray_needs_object_storage(root: Path, tmp_path: Path) -> None:
-    refused = deploy(root, "--to", "ray")
-    assert refused.exit_code == 1
-    assert "--adapters-at" in refused.stderr
+    for place in ((), ("--adapters-at", "/mnt/adapters"), ("--adapters-at", "s3://")):
+        refused = deploy(root, "--to", "ray", *place)
+        assert refused.exit_code == 1
+        assert "with --adapters-at" in refused.stderr
     done = deploy(root, *VLLM_ON_RAY, "-o", tmp_path / "out")
     assert done.exit_code == 0, done.output
     assert "classifier: Ray Serve LLM has no /classify" in done.stderr
     assert {path.name for path in (tmp_path / "out").iterdir()} == {"serve.yaml", "adapters"}
     adapters = tmp_path / "out/adapters" / BASE
-    assert {path.name for path in adapters.iterdir()} == {COUNT, EVERY}
-    assert (adapters / COUNT / "adapter_model.safetensors").is_file()
-    again = deploy.__wrapped__(root, *VLLM_ON_RAY, "-o", tmp_path / "out")
-    assert again.exit_code == 1
-    assert "not empty" in again.stderr
+    assert {path.name for path in adapters.iterdir()} == {"count", "every"}
+    assert (adapters / "count/adapter_model.safetensors").is_file()
+    assert (adapters / "count/adapter_config.json").is_file()
+
+
+def test_an_output_that_cannot_be_written(root: Path, tmp_path: Path) -> None:
+    nothing, used = tmp_path / "nothing", tmp_path / "used"
+    nothing.mkdir()
+    (used / "old").mkdir(parents=True)
+    refused = deploy(nothing, *VLLM_ON_RAY, "-o", used)  # before anything is looked for
+    assert refused.exit_code == 1
+    assert "not empty" in refused.stderr
+    assert deploy(root, *VLLM_ON_RAY, "-o", tmp_path / "first").exit_code == 0
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    try:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (2000, limits[1]))
+        full = deploy(root, *VLLM_ON_RAY, "-o", tmp_path / "full")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert full.exit_code == 1
+    assert "reading or writing failed: File too large" in full.stderr
+    assert {path.name for path in tmp_path.iterdir()} == {"nothing", "used", "first"}
+
+
+def test_names_that_ray_would_take_for_others(root: Path, tmp_path: Path) -> None:
+    linked(root / BASE, tmp_path / "colon" / "llama:7b")
+    colon = deploy(tmp_path / "colon", *VLLM_ON_RAY)
+    assert colon.exit_code == 1
+    assert "llama:7b" in colon.stderr
+    linked(root / BASE, tmp_path / "same" / BASE)
+    for name in ("a/x", "b/x", "a--x"):
+        linked(root / "runs/count", tmp_path / "same" / name)
+    same = deploy(tmp_path / "same", *VLLM_ON_RAY)
+    assert same.exit_code == 1
+    assert "a--x" in same.stderr
+
+
+def test_a_base_that_is_not_in_the_folder(
+    root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cached = tmp_path / "models--org--tiny"
+    linked(root / BASE, cached / "snapshots" / "abc")
+    (cached / "refs").mkdir()
+    (cached / "refs" / "main").write_text("abc")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    (config,) = written(root / "runs", *VLLM_ON_RAY, "--base", "org/tiny")
+    (llm,) = config["applications"][0]["args"]["llm_configs"]
+    assert llm["model_loading_config"]["model_id"] == "org/tiny"
+    assert llm["lora_config"]["dynamic_lora_loading_path"] == f"{STORE}/org--tiny"
+
+
+def linked(source: Path, target: Path) -> None:
+    shutil.copytree(source, target, copy_function=os.link)
 
 
 @pytest.mark.parametrize("words", [VLLM_ON_RAY, EMBEDDED_ON_RAY])
@@ -119,13 +179,77 @@ def test_ray_takes_it(root: Path, words: tuple[str, ...]) -> None:
         schema.ServeDeploySchema.model_validate(config)
 
 
+def test_ray_serve_llm_takes_it(root: Path) -> None:
+    """The class behind `ray.serve.llm.LLMConfig`, which alone needs no vLLM."""
+    pytest.importorskip("pyarrow", reason="Ray Serve LLM needs it")
+    found = pytest.importorskip("ray.llm._internal.serve.core.configs.llm_config")
+    (config,) = written(root, *VLLM_ON_RAY, "--min-replicas", 2, "--max-replicas", 5)
+    (llm,) = config["applications"][0]["args"]["llm_configs"]
+    read = found.LLMConfig.model_validate(llm)
+    assert (read.model_id, read.lora_config.max_num_adapters_per_replica) == (BASE, 2)
+    wrong = {"dynamic_lora_loading_path": "/mnt/adapters"}
+    with pytest.raises(ValueError, match="Invalid lora_config"):
+        found.LLMConfig.model_validate({**llm, "lora_config": wrong})
+    with pytest.raises(ValueError, match="Invalid deployment config"):
+        found.LLMConfig.model_validate({**llm, "deployment_config": {"num_replicas": -1}})
+
+
+_READ = """
+import json, sys
+sys.path.append(sys.argv[1])  # Ray's
+from ray.llm._internal.serve.engines.vllm.vllm_models import AsyncEngineArgs, VLLMEngineConfig
+from ray.serve.llm import LLMServingArgs
+from vllm.entrypoints.cli.serve import ServeSubcommand
+from vllm.utils.argparse_utils import FlexibleArgumentParser
+
+given = json.load(sys.stdin)
+told = []
+for config in LLMServingArgs.model_validate(given["application"]).llm_configs:
+    words = VLLMEngineConfig.from_llm_config(config).get_initialization_kwargs()
+    told.append(vars(AsyncEngineArgs(**words)))
+parser = FlexibleArgumentParser()
+serve = ServeSubcommand()
+serve.subparser_init(parser.add_subparsers(required=True))
+for command in given["commands"]:
+    args = parser.parse_args(command)
+    serve.validate(args)
+    told.append({**vars(args), "model": args.model_tag})
+print(json.dumps(told, default=str))
+"""
+
+
+@pytest.mark.skipif(not VLLM_PYTHON.exists(), reason="vLLM is not installed (make setup-vllm)")
+def test_vllm_takes_it(root: Path) -> None:
+    """Both by Ray's way to vLLM's arguments and by the command line of the manifests."""
+    pytest.importorskip("pyarrow", reason="Ray Serve LLM needs it")
+    (config,) = written(root, *VLLM_ON_RAY)
+    deployments = [m for m in written(root, *KUBERNETES) if m["kind"] == "Deployment"]
+    pods = [m["spec"]["template"]["spec"]["containers"][0] for m in deployments]
+    given = {
+        "application": config["applications"][0]["args"],
+        "commands": [pod["command"][1:] + pod["args"] for pod in pods],
+    }
+    words = [str(VLLM_PYTHON), "-c", _READ, site.getsitepackages()[0]]
+    done = subprocess.run(words, input=json.dumps(given), capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    on_ray, decoder, classifier = json.loads(done.stdout.splitlines()[-1])
+    assert on_ray["model"] == str(root / BASE)
+    assert decoder["model"] == classifier["model"] == f"/models/{BASE}"
+    for told in (on_ray, decoder):
+        assert told["served_model_name"] == [BASE]
+        assert (told["enable_lora"], told["max_lora_rank"], told["max_loras"]) == (True, 16, 2)
+        assert told["lora_target_modules"] == ["q_proj", "v_proj"]
+    assert (classifier["runner"], classifier["convert"]) == ("pooling", "classify")
+
+
 def test_the_embedded_engine_on_ray(root: Path) -> None:
     (config,) = written(root, *EMBEDDED_ON_RAY, "--min-replicas", 2, "--max-replicas", 5)
     (application,) = config["applications"]
     assert application["import_path"] == "dora_serve.deploy.ray_app:application"
     assert application["args"] == {"folder": str(root), "base": None, "threads": 3}
     (deployment,) = application["deployments"]
-    assert deployment["autoscaling_config"] == {"min_replicas": 2, "max_replicas": 5}
+    scale = {"min_replicas": 2, "max_replicas": 5, "target_ongoing_requests": Limits().max_rows}
+    assert deployment["autoscaling_config"] == scale
     assert deployment["ray_actor_options"] == {"num_cpus": 3}
 
 
@@ -136,9 +260,13 @@ def test_vllm_on_kubernetes_runs_the_command_of_the_plan(root: Path, planned: li
     pod = deployment["spec"]["template"]["spec"]
     (container,) = pod["containers"]
     found = container["command"] + container["args"]
-    at = planned.index("--lora-modules")
-    expected = [word.replace(str(root), "/models") for word in planned[:at]]
-    assert found == [*expected, "--host", "0.0.0.0", "--port", "8000"]
+    first, last = planned.index("--model"), planned.index("--lora-modules")
+    options = planned[first + 2 : last]
+    assert found == [
+        *("vllm", "serve", f"/models/{BASE}"),
+        *options,
+        *("--host", "0.0.0.0", "--port", "8000"),
+    ]
     variables = {entry["name"]: entry.get("value") for entry in container["env"]}
     assert variables["DORA_SERVE_RUNS"] == "/models"
     assert variables["VLLM_ALLOW_RUNTIME_LORA_UPDATING"] == "1"
@@ -171,6 +299,37 @@ def test_kubernetes_takes_it(root: Path, engine: str, most: int) -> None:
         kubernetes_validate.validate(first, version, strict=True)
 
 
+class GoLoader(yaml.SafeLoader):  # type: ignore[misc]
+    """Reads the numbers that `kubectl` reads, and PyYAML takes for text."""
+
+
+_GO_FLOAT = r"[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?"
+GoLoader.add_implicit_resolver(
+    "tag:yaml.org,2002:float", re.compile(_GO_FLOAT + "$"), list("-+.0123456789")
+)
+
+
+def test_names_that_kubernetes_would_take_for_others(root: Path, tmp_path: Path) -> None:
+    long = "llama-" * 12
+    names = [f"{long}one", f"{long}two", "Llama.3", "llama-3", "1e5", "$(PATH)", "模型"]
+    for name in names:
+        linked(root / BASE, tmp_path / name)
+    done = deploy(tmp_path, *KUBERNETES)
+    assert done.exit_code == 0, done.output
+    manifests = list(yaml.load_all(done.stdout, GoLoader))
+    deployments = [m for m in manifests if m["kind"] == "Deployment"]
+    for manifest in manifests:
+        kubernetes_validate.validate(manifest, kubernetes_validate.latest_version(), strict=True)
+    called = [m["metadata"]["name"] for m in deployments]
+    assert len(set(called)) == len(names)
+    for name in called:
+        assert re.fullmatch(r"[a-z][-a-z0-9]*[a-z0-9]", name)
+        assert len(name) <= 52
+    assert "vllm-1e5" in called
+    served = {m["spec"]["template"]["spec"]["containers"][0]["args"][2] for m in deployments}
+    assert served == {name.replace("$", "$$") for name in names}  # `$(PATH)` would be a value
+
+
 def test_what_the_servers_would_not_see(root: Path, tmp_path: Path) -> None:
     runs = root / "runs"
     elsewhere = deploy(runs, *KUBERNETES, "--base", root / BASE)
@@ -186,6 +345,13 @@ def test_what_the_servers_would_not_see(root: Path, tmp_path: Path) -> None:
 
 
 def test_wrong_words(root: Path) -> None:
-    for words in (("--to", "kubernetes"), (*KUBERNETES, "--min-replicas", 3, "--max-replicas", 2)):
+    wrong = [
+        ("--to", "kubernetes"),
+        ("--to", "kubernetes", "--image", ""),
+        (*KUBERNETES, "--min-replicas", 3, "--max-replicas", 2),
+        (*VLLM_ON_RAY, "--models-at", "models"),
+        *((*KUBERNETES, "--models-at", at) for at in ("models", "/", "/cache", "/a:b", "/a/..")),
+    ]
+    for words in wrong:
         done = deploy(root, *words)
-        assert done.exit_code == 2, done.output
+        assert done.exit_code == 2, (words, done.output)
