@@ -91,7 +91,7 @@ def _kilobytes(status: str, field: str) -> int:
     return int(found[1]) if found else 0
 
 
-def make_inputs(folder: Path, layers: int) -> tuple[Path, Path, int]:
+def make_inputs(folder: Path, layers: int, hidden: int = 2048) -> tuple[Path, Path, int]:
     """A random base in shards of at most 800 MB and a rank-8 adapter; returns the bytes of both."""
     import torch
     from peft import LoraConfig, get_peft_model
@@ -99,11 +99,11 @@ def make_inputs(folder: Path, layers: int) -> tuple[Path, Path, int]:
 
     torch.manual_seed(0)
     config = LlamaConfig(
-        hidden_size=2048,
-        intermediate_size=5632,
+        hidden_size=hidden,
+        intermediate_size=hidden * 11 // 4,
         num_hidden_layers=layers,
         vocab_size=32000,
-        num_attention_heads=32,
+        num_attention_heads=hidden // 64,
         num_key_value_heads=4,
         tie_word_embeddings=False,
     )

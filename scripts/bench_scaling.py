@@ -1,8 +1,9 @@
-"""How a merge grows with the model: time and memory from 0.2 to 3 billion parameters.
+"""How a merge grows with the model: time and memory from 0.1 to 3 billion parameters.
 
     python scripts/bench_scaling.py [--layers 2 10 22 44 65] [--runs 3] [--folder /dev/shm]
 
-The random Llamas of `bench_merge.py` with ever more layers; medians.
+The random Llamas of `bench_merge.py` with ever more layers, after one of half the width with four
+layers; medians.
 """
 
 from __future__ import annotations
@@ -23,8 +24,8 @@ def median(measures: list[Measure], field: str) -> float:
     return float(statistics.median(getattr(each, field) for each in measures))
 
 
-def bench(folder: Path, layers: int, runs: int) -> None:
-    base, adapter, size = make_inputs(folder, layers)
+def bench(folder: Path, layers: int, hidden: int, runs: int) -> None:
+    base, adapter, size = make_inputs(folder, layers, hidden)
     kind = subprocess.run(
         ["stat", "-f", "-c", "%T", str(folder)], capture_output=True, text=True, check=True
     ).stdout.strip()
@@ -54,9 +55,9 @@ def main() -> None:
     options = parser.parse_args()
     print("| 10⁹ parameters | GB | cp -r s | merge s | × cp | GB/s | anonymous MB |")
     print(f"|{'---:|' * 7}")
-    for layers in options.layers:
+    for layers, hidden in [(4, 1024), *((layers, 2048) for layers in options.layers)]:
         with tempfile.TemporaryDirectory(dir=options.folder) as folder:
-            bench(Path(folder), layers, options.runs)
+            bench(Path(folder), layers, hidden, options.runs)
 
 
 if __name__ == "__main__":
