@@ -210,8 +210,8 @@ class Store:
         sizes: Mapping[str, int | None],
         advance: Callable[[int], None],
     ) -> None:
-        """Upload, one file after the other: of several at a time, those that are under way would
-        still arrive after one has failed and all was removed."""
+        """Upload, one file after the other: of several at a time, those under way when one fails
+        would leave the parts they have sent, which no listing shows."""
         for name in sorted(sizes, key=_wave):
             sent = _bytes(advance)
             self._files.put_file(str(source / name), self._path(to + name), callback=sent)
@@ -257,12 +257,12 @@ class Store:
         present = self._listing()
         for wave in (2, 1, 0):
             paths = [present[n].path for n in names if n in present and _wave(n) == wave]
-            # Of several paths fsspec makes patterns.
-            plain = [path for path in paths if not has_magic(path)]
-            if plain:
-                self._files.rm(plain)
+            # Of several paths fsspec makes patterns, where it takes several.
+            several = [p for p in paths if self._protocol in _BUCKETS and not has_magic(p)]
+            if several:
+                self._files.rm(several)
             for path in paths:
-                if has_magic(path):
+                if path not in several:
                     self._files.rm_file(path)
         if self._protocol not in _BUCKETS:
             self._remove_empty_folders()
