@@ -29,6 +29,7 @@ ray = pytest.importorskip("ray", reason="Ray is not installed")
 pytest.importorskip("ray.serve", reason="Ray is not installed with what Ray Serve needs")
 
 PROMPTS = ("count : nine", "copy : cat moon river =", "count : twenty-one", "cat")
+PATIENCE = 300  # seconds after which nothing more is waited for
 ASKED = [(model, prompt) for model in (BASE, DOWN, SECOND) for prompt in PROMPTS]
 
 
@@ -97,7 +98,8 @@ def nodes(folder: Path, single: Server) -> Iterator[Nodes]:
 def _wait(nodes: Nodes) -> None:
     """Until there is a replica on each node, and proxies that know them."""
     ray.init(address=nodes.cluster.address, log_to_driver=False)
-    for _ in range(900):
+    end = time.monotonic() + PATIENCE
+    while time.monotonic() < end:
         status = ray.serve.status()
         healthy = [proxy == "HEALTHY" for proxy in status.proxies.values()]
         if replicas() == 2 and healthy == [True, True]:
@@ -159,6 +161,7 @@ def test_a_node_that_dies_takes_no_request_with_it(
 ) -> None:
     assert replicas() == 2
     stop = threading.Event()
+    told = threading.Condition()
     failed: list[str] = []
     done = [0] * 6
 
@@ -170,15 +173,28 @@ def test_a_node_that_dies_takes_no_request_with_it(
             answer = _persist(nodes.url, pair, failed)
             assert choices(answer) == expected[pair]
             done[number] += 1
+            wake()
+
+    def wake() -> None:
+        with told:
+            told.notify()
 
     def until(count: int) -> None:
+        """Every client has got `count` more answers, or one has ended, which none should."""
         goal = [number + count for number in done]
-        while any(have < want for have, want in zip(done, goal, strict=True)):
-            assert not any(future.done() for future in clients), [f.result() for f in clients]
-            time.sleep(0.05)
+
+        def reached() -> bool:
+            ended = any(future.done() for future in clients)
+            return ended or all(have >= want for have, want in zip(done, goal, strict=True))
+
+        with told:
+            assert told.wait_for(reached, PATIENCE), done
+        assert not any(future.done() for future in clients), [f.result() for f in clients]
 
     with ThreadPoolExecutor(len(done)) as pool:
         clients = [pool.submit(client, number) for number in range(len(done))]
+        for future in clients:
+            future.add_done_callback(lambda _ended: wake())
         try:
             until(3)
             nodes.cluster.remove_node(nodes.worker, allow_graceful=False)
@@ -193,7 +209,8 @@ def test_a_node_that_dies_takes_no_request_with_it(
 
 def _persist(url: str, pair: tuple[str, str], failed: list[str]) -> httpx.Response:
     """The answer, after however many tries; those that brought none are added to `failed`."""
-    for _ in range(200):
+    end = time.monotonic() + PATIENCE
+    while time.monotonic() < end:
         try:
             answer = complete(url, *pair)
             if answer.status_code < 500:
