@@ -3,20 +3,20 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Generator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from converters.certificate import FILE as CERTIFICATE
 from converters.errors import MissingError
+from converters.files import there
 from converters.output import check_output
 
 from .errors import ClusterError, ManifestError
-from .job import Job, Record
+from .job import Engine, Job, Record
 from .manifest import Entry, absolute, check_names, read_manifest
 from .status import FILE, Status, locked
-
-Engine = Callable[[Sequence[Job]], Generator[tuple[Job, Record | None], None, None]]
 
 
 @dataclass(frozen=True)
@@ -54,34 +54,35 @@ def plan_batch(
     folders that no batch made. Raises `DoraExportError` when the batch as a whole cannot be done.
     """
     out = out.absolute()
-    inputs = [source.absolute()] if source.is_dir() else []
-    entries, problems = _found(source, base) if inputs else (read_manifest(source), {})
-    check_names([*(entry.name for entry in entries), *problems], source)
+    folder = source.is_dir()
+    entries, problems = _found(source, base) if folder else (read_manifest(source), {})
     known = Status(out).records
+    own = [*(entry.name for entry in entries), *problems]
+    others = [name for name in known.keys() - set(own) if (out / name).exists()]
+    check_names([*own, *others], source)
     jobs = []
     for entry in entries:
         before = known.get(entry.name)
         done = before.input if before is not None and before.state == "done" else None
-        named = entry.base or (None if base is None else absolute(base))
         job = Job(
             name=entry.name,
             run=entry.run,
-            base=named,
+            base=entry.base or (None if base is None else absolute(base)),
             to=entry.to or to,
             target=target,
             output=out / entry.name,
             done=None if force else done,
         )
-        if not job.output.resolve().is_relative_to(out.resolve()):
-            raise ManifestError(
-                "an output would leave the output folder by a link",
-                file=job.output,
-                found=job.output.resolve(),
-                remedy="remove the link",
-            )
-        own = [Path(path) for path in (job.run, named or "") if Path(path).is_absolute()]
-        check_output(job.output, force or before is not None, [*inputs, *own])
         jobs.append(job)
+    named = {name for job in jobs for name in (job.run, job.base) if name is not None}
+    inputs = {Path(name).resolve() for name in named if there(Path(name))}
+    if folder:
+        inputs.add(source.resolve())
+    top = out.resolve()
+    near = [path for path in inputs if path.is_relative_to(top) or top.is_relative_to(path)]
+    for job in jobs:
+        _check_no_link(job)
+        check_output(job.output, force or _is_ours(job.output, known.get(job.name)), near)
     return Batch(out, jobs, problems)
 
 
@@ -101,13 +102,16 @@ def run_batch(batch: Batch, engine: Engine, advance: Callable[[int], None]) -> S
         left = {job.name for job in batch.jobs}
         try:
             with closing(engine(batch.jobs)) as results:
-                for job, record in results:
-                    left.discard(job.name)
-                    if record is None:
-                        skipped += 1
-                    else:
-                        status.put(job.name, record)
-                    advance(1)
+                for ended in results:
+                    if ended is not None:
+                        job, record = ended
+                        if record is None:
+                            skipped += 1
+                        else:
+                            status.put(job.name, record)
+                        left.discard(job.name)
+                        advance(1)
+                    status.pulse()
         except KeyboardInterrupt:
             pass
         finally:
@@ -115,7 +119,9 @@ def run_batch(batch: Batch, engine: Engine, advance: Callable[[int], None]) -> S
     records = {
         name: status.records[name] for name in [*batch.problems, *(j.name for j in batch.jobs)]
     }
-    failed = {n: r.error or "" for n, r in records.items() if r.state == "failed" and n not in left}
+    failed = {
+        n: _text(r.error or "") for n, r in records.items() if r.state == "failed" and n not in left
+    }
     return Summary(
         done=len(records) - len(failed) - len(left),
         skipped=skipped,
@@ -123,6 +129,24 @@ def run_batch(batch: Batch, engine: Engine, advance: Callable[[int], None]) -> S
         pending=len(left),
         seconds=round(time.monotonic() - began, 3),
     )
+
+
+def _check_no_link(job: Job) -> None:
+    for path in (job.output, *job.output.parents[: job.name.count("/")]):
+        if path.is_symlink():
+            raise ManifestError(
+                "an output would be written through a link",
+                file=path,
+                found=path.readlink(),
+                remedy="remove the link",
+            )
+
+
+def _is_ours(output: Path, before: Record | None) -> bool:
+    """Whether a batch made `output`, so far as is known: not all that it tried came to be."""
+    if before is None:
+        return False
+    return before.state == "done" or (output / CERTIFICATE).is_file()
 
 
 def _found(root: Path, base: str | None) -> tuple[list[Entry], Mapping[str, str]]:
@@ -135,7 +159,12 @@ def _found(root: Path, base: str | None) -> tuple[list[Entry], Mapping[str, str]
         Entry(absolute(str(member.path)), name, absolute(str(member.base.path)))
         for name, member in found.members.items()
     ]
-    return entries, found.problems
+    return entries, {name: _text(problem) for name, problem in found.problems.items()}
+
+
+def _text(said: str) -> str:
+    """What can be printed of `said`: it may name a folder by bytes that are no text."""
+    return said.encode(errors="replace").decode()
 
 
 __all__ = [

@@ -5,24 +5,25 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
+import random
 import socket
 import sys
-from collections.abc import Generator, Sequence
+from collections import deque
+from collections.abc import Iterator, Sequence
 
 from .errors import ClusterError
-from .job import Job, Record
+from .job import PULSE, Job, Record, Results
 
 _PATIENCE = 10.0  # seconds for a cluster to answer
 _AT_ONCE = 1000  # tasks that Ray knows of; waiting for some takes the longer the more there are
 
 
-def on_ray(jobs: Sequence[Job], address: str) -> Generator[tuple[Job, Record | None], None, None]:
-    """Convert `jobs` on the cluster at `address`, a core for each; yields each job as it ends, with
-    what `convert` returned.
+def on_ray(jobs: Sequence[Job], address: str) -> Results:
+    """Convert `jobs` on the cluster at `address`, a core for each.
 
     Every node must see runs, bases and outputs by the same paths and have this package installed.
-    A run whose process or node dies is tried once more. Raises `ClusterError` when there is no
-    such cluster.
+    A run whose process or node dies is tried once more, after the others. Raises `ClusterError`
+    when there is no such cluster.
     """
     os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
     try:
@@ -39,21 +40,28 @@ def on_ray(jobs: Sequence[Job], address: str) -> Generator[tuple[Job, Record | N
         except (ConnectionError, ValueError, RuntimeError) as error:
             raise _unreached(address, error) from None
         try:
-            task = ray.remote(num_cpus=1, max_retries=1)(_convert)
-            waiting = iter(jobs)
-            left: dict[object, Job] = {}
-            while True:
-                while len(left) < _AT_ONCE and (job := next(waiting, None)) is not None:
-                    left[task.remote(job)] = job
-                if not left:
-                    return
-                (ready,), _ = ray.wait(list(left), num_returns=1)
-                job = left.pop(ready)
-                try:
-                    record = ray.get(ready)
-                except RayError as error:
-                    record = _lost(job, error)
-                yield job, record
+            # Ray itself would try one that runs out of memory again and again.
+            task = ray.remote(num_cpus=1, max_retries=0)(_convert)
+            waiting, again = deque(jobs), set[str]()
+            busy: dict[object, Job] = {}
+            while waiting or busy:
+                while waiting and len(busy) < _AT_ONCE:
+                    job = waiting.popleft()
+                    busy[task.remote(job)] = job
+                ready, _ = ray.wait(list(busy), num_returns=1, timeout=PULSE)
+                if not ready:
+                    yield None
+                for reference in ready:
+                    job = busy.pop(reference)
+                    try:
+                        record = ray.get(reference)
+                    except RayError as error:
+                        if job.name not in again:
+                            again.add(job.name)
+                            waiting.append(job)
+                            continue
+                        record = _lost(job, error)
+                    yield job, record
         finally:
             ray.shutdown()
 
@@ -81,7 +89,29 @@ def _convert(job: Job) -> Record | None:
     from .convert import convert
 
     torch.set_num_threads(1)
-    return convert(job)
+    with _one_core():
+        return convert(job)
+
+
+@contextlib.contextmanager
+def _one_core() -> Iterator[None]:
+    """Bind this thread, and those that it starts, to a core that no other of our tasks has.
+
+    A merge has a thread for each core that it may use, and Ray gave it one.
+    """
+    cores = sorted(os.sched_getaffinity(0))
+    with socket.socket(socket.AF_UNIX) as mark:
+        core = random.choice(cores)
+        for free in random.sample(cores, len(cores)):
+            with contextlib.suppress(OSError):  # a name in no folder, gone with this process
+                mark.bind(f"\0dora-serve core {free}")
+                core = free
+                break
+        os.sched_setaffinity(0, {core})
+        try:
+            yield
+        finally:
+            os.sched_setaffinity(0, cores)
 
 
 def _lost(job: Job, error: Exception) -> Record:
@@ -89,5 +119,5 @@ def _lost(job: Job, error: Exception) -> Record:
     return Record(
         "failed",
         str(job.output),
-        error=f"its worker or node died twice\n  found: {type(error).__name__}: {said[:500]}",
+        error=f"Ray lost it twice\n  found: {type(error).__name__}: {said[:500]}",
     )

@@ -39,7 +39,8 @@ def convert(job: Job) -> Record | None:
             warnings = write_merged(run, base, job.output, force=True).warnings
         else:
             known = None if job.base is None else open_base(job.base)
-            key = content_key(run, known, to=job.to, target=job.target)
+            named = None if known is None else known.name  # the adapter's configuration has it
+            key = content_key(run, known, to=job.to, target=job.target, named=named)
             if _is_done(job, key):
                 return None
             result = write_adapter(run, job.output, base=known, profile=job.target, force=True)
@@ -76,5 +77,5 @@ def _is_done(job: Job, key: str) -> bool:
 def _is_whole(folder: Path) -> bool:
     try:
         return check(folder).passed
-    except DoraExportError:
+    except (DoraExportError, OSError):
         return False

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -38,3 +39,10 @@ class Record:
     error: str | None = None
     warnings: tuple[str, ...] = ()
     worker: str | None = None
+
+
+PULSE = 1.0  # seconds
+# Each job as it ends, with its record or None where its output was there; None alone at least every
+# PULSE in which none ended.
+Results = Generator[tuple[Job, Record | None] | None, None, None]
+Engine = Callable[[Sequence[Job]], Results]

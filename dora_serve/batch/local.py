@@ -6,12 +6,13 @@ import contextlib
 import multiprocessing
 import os
 import signal
+import threading
 from collections import deque
-from collections.abc import Generator, Sequence
+from collections.abc import Sequence
 from multiprocessing.connection import Connection, wait
 from multiprocessing.context import ForkServerContext
 
-from .job import Job, Record
+from .job import PULSE, Job, Record, Results
 
 _PATIENCE = 10.0  # seconds for a worker that was told to stop
 
@@ -20,14 +21,12 @@ def cores() -> list[int]:
     return sorted(os.sched_getaffinity(0))
 
 
-def on_processes(
-    jobs: Sequence[Job], workers: int
-) -> Generator[tuple[Job, Record | None], None, None]:
-    """Convert `jobs` with `workers` processes, each on its share of the cores; yields each job as
-    it ends, with what `convert` returned.
+def on_processes(jobs: Sequence[Job], workers: int) -> Results:
+    """Convert `jobs` with at most `workers` processes, each on its share of the cores.
 
     A run whose process dies is tried once more, after the others.
     """
+    workers = min(workers, len(jobs))
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["dora_serve.batch.convert"])
     shares = [
@@ -44,7 +43,10 @@ def on_processes(
                     busy[worker.pipe] = worker, waiting.popleft()
                 else:
                     shares.append(worker.stop())
-            for pipe in wait(list(busy)):
+            ready = wait(list(busy), PULSE)
+            if not ready:
+                yield None
+            for pipe in ready:
                 assert isinstance(pipe, Connection)
                 worker, job = busy.pop(pipe)
                 try:
@@ -95,6 +97,7 @@ class _Worker:
 def _serve(pipe: Connection, share: list[int]) -> None:
     """A worker's life: until the other end of the pipe is closed, by whatever cause."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches all; the command ends them
+    threading.Thread(target=_outlive_nobody, daemon=True).start()
     os.sched_setaffinity(0, share)  # what a merge takes for the number of its threads
     import torch
 
@@ -104,6 +107,14 @@ def _serve(pipe: Connection, share: list[int]) -> None:
     with contextlib.suppress(EOFError, BrokenPipeError):
         while True:
             pipe.send(convert(pipe.recv()))
+
+
+def _outlive_nobody() -> None:
+    """End this process with the command: the next would find it writing where it writes itself."""
+    command = multiprocessing.parent_process()
+    assert command is not None
+    command.join()
+    os.kill(os.getpid(), signal.SIGTERM)  # which a write takes as an error, and cleans up
 
 
 def _lost(job: Job, code: int | None) -> Record:

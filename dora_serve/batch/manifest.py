@@ -9,7 +9,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
-from converters.files import check_file
+from converters.files import check_file, there
 from converters.json_files import unique_keys
 
 from .errors import ManifestError
@@ -18,6 +18,7 @@ FORMS = ("adapter", "merged")
 _KEYS = {"run", "base", "name", "to"}
 _LARGEST = 100_000_000
 _LONGEST = 200  # bytes of a folder's name; the hidden one it is written in has some more
+_DEEPEST = 1000  # bytes of a path below the output folder
 
 
 @dataclass(frozen=True)
@@ -46,12 +47,14 @@ def read_manifest(path: Path) -> list[Entry]:
 def check_names(names: Sequence[str], source: Path) -> None:
     """Raise `ManifestError` unless every name is a folder of its own below the output."""
     for name in names:
-        if not all(_is_part(part) for part in name.split("/")) or name == "batch.json":
+        parts = name.split("/")
+        possible = all(_is_part(part) for part in parts) and len(name.encode()) <= _DEEPEST
+        if not possible or parts[0] == "batch.json":
             raise ManifestError(
                 "a run's name must be a path below the output folder",
                 file=source,
                 found=repr(name),
-                expected=f"printable, at most {_LONGEST} bytes, no part empty or with a dot first",
+                expected=f"printable; no part empty, over {_LONGEST} bytes, or with a dot first",
                 remedy='give another "name"',
             )
     known = Counter(names)
@@ -69,7 +72,7 @@ def check_names(names: Sequence[str], source: Path) -> None:
 def absolute(folder_or_id: str) -> str:
     """The same folder seen from any process; a hub id as it is."""
     path = Path(folder_or_id)
-    return str(path.absolute()) if path.exists() else folder_or_id
+    return str(path.absolute()) if there(path) else folder_or_id
 
 
 def _is_part(part: str) -> bool:

@@ -16,11 +16,10 @@ from converters.errors import OutputError
 from converters.json_files import read_json
 
 from .errors import ManifestError
-from .job import Record
+from .job import PULSE, Record
 
 FILE = "batch.json"
 _STATES = ("done", "failed", "pending")
-_EVERY = 1.0  # seconds: a file of ten thousand runs is not written ten thousand times
 
 
 class Status:
@@ -29,13 +28,18 @@ class Status:
     def __init__(self, out: Path) -> None:
         self._path = out / FILE
         self._saved = time.monotonic()
+        self._changed = False
         self.records: dict[str, Record] = {}
         if self._path.exists():
             self.records = _records(self._path)
 
     def put(self, name: str, record: Record) -> None:
         self.records[name] = record
-        if time.monotonic() - self._saved >= _EVERY:
+        self._changed = True
+
+    def pulse(self) -> None:
+        """Save what is new, once a `PULSE`: ten thousand runs are not written ten thousand times"""
+        if self._changed and time.monotonic() - self._saved >= PULSE:
             self.save()
 
     def save(self) -> None:
@@ -44,7 +48,8 @@ class Status:
         text = json.dumps({"tool": tool(), "runs": runs}, indent=2, ensure_ascii=False)
         fresh = self._path.with_name(f".{FILE}")
         try:
-            with fresh.open("w", encoding="utf-8") as stream:
+            # What an error names may be bytes that are no text.
+            with fresh.open("w", encoding="utf-8", errors="replace") as stream:
                 stream.write(text + "\n")
                 stream.flush()
                 os.fsync(stream.fileno())
@@ -56,6 +61,7 @@ class Status:
                 remedy="look after the disk and run the same command again",
             ) from None
         self._saved = time.monotonic()
+        self._changed = False
 
 
 @contextlib.contextmanager

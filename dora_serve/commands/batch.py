@@ -67,11 +67,11 @@ def command(
         ]
         if as_json:
             common.print_json({"output": str(out), "runs": jobs, "failed": dict(batch.problems)})
-            return
-        for job in jobs:
-            click.echo(f"{job['name']}  {job['to']} of {job['run']}{'  done' * bool(job['done'])}")
-        _show_failed(batch.problems)
-        return
+        else:
+            for j in jobs:
+                click.echo(f"{j['name']}  {j['to']} of {j['run']}{'  done' * bool(j['done'])}")
+            _show_failed(batch.problems)
+        sys.exit(1 if batch.problems else 0)
     engine: Engine
     if ray is None:
         engine = partial(on_processes, workers=workers or len(cores()))

@@ -11,19 +11,23 @@ import signal
 import subprocess
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import psutil
 import pytest
 import torch
+from click.testing import CliRunner
 from safetensors.torch import load_file, save_file
 
 from converters.errors import OutputError
 from converters.readers import read_run
-from dora_serve.batch import Job, ManifestError, plan_batch
+from dora_serve.batch import Job, ManifestError, Summary, plan_batch, run_batch
+from dora_serve.batch.convert import convert
+from dora_serve.batch.job import Results
 from dora_serve.batch.local import on_processes
+from dora_serve.commands import dora_export
 from tests.conftest import tiny_llama
 from tests.dora_serve.test_commands import EXPORT, export
 
@@ -31,9 +35,9 @@ WEIGHTS = "adapter_model.safetensors"
 Q = "model.layers.1.self_attn.q_proj"
 
 
-def copies(source: Path, root: Path, count: int) -> list[Path]:
-    """`count` copies of an adapter, each with another update."""
-    tensors = load_file(source / WEIGHTS)
+def copies(source: Path, root: Path, count: int, only: str = Q) -> list[Path]:
+    """`count` copies of a part of an adapter, each with another update."""
+    tensors = {name: t for name, t in load_file(source / WEIGHTS).items() if only in name}
     paths = []
     for number in range(count):
         path = root / f"run-{number:03}"
@@ -73,6 +77,16 @@ def write_manifest(path: Path, runs: list[Path], base: Path, /, **last: str) -> 
     entries[-1].update(last)
     path.write_text("".join(json.dumps(entry) + "\n" for entry in entries))
     return path
+
+
+def here(jobs: Sequence[Job]) -> Results:
+    """An engine that is this process."""
+    for job in jobs:
+        yield job, convert(job)
+
+
+def batch(source: Path, out: Path, base: str | None = None) -> Summary:
+    return run_batch(plan_batch(source, out, base=base), here, lambda _count: None)
 
 
 def workers_of(pid: int) -> list[psutil.Process]:
@@ -157,12 +171,12 @@ def test_a_changed_base_is_merged_again(llama_lora: Path, tmp_path: Path, llama_
     manifest = tmp_path / "one.json"
     manifest.write_text(json.dumps([{"run": str(llama_lora), "base": str(base), "to": "merged"}]))
     out = tmp_path / "out"
-    assert json.loads(export("batch", manifest, out, "--json").stdout)["done"] == 1
-    assert json.loads(export("batch", manifest, out, "--json").stdout)["skipped"] == 1
+    assert batch(manifest, out).done == 1
+    assert batch(manifest, out).skipped == 1
     tensors = load_file(base / "model.safetensors")
     tensors["lm_head.weight"] += 1  # which the run does not adapt
     save_file(tensors, base / "model.safetensors", metadata={"format": "pt"})
-    assert json.loads(export("batch", manifest, out, "--json").stdout)["skipped"] == 0
+    assert batch(manifest, out).skipped == 0
     merged = load_file(out / "lora" / "model.safetensors")
     assert torch.equal(merged["lm_head.weight"], tensors["lm_head.weight"])
 
@@ -170,7 +184,7 @@ def test_a_changed_base_is_merged_again(llama_lora: Path, tmp_path: Path, llama_
 def test_ctrl_c_leaves_a_status_that_the_next_goes_on_from(
     llama_lora: Path, llama_base: Path, tmp_path: Path
 ) -> None:
-    runs = copies(llama_lora, tmp_path / "runs", 60)
+    runs = copies(llama_lora, tmp_path / "runs", 40)
     manifest = write_manifest(tmp_path / "all.jsonl", runs, llama_base)
     out = tmp_path / "out"
     command = [str(EXPORT), "batch", str(manifest), str(out), "--workers", "2"]
@@ -184,14 +198,12 @@ def test_ctrl_c_leaves_a_status_that_the_next_goes_on_from(
     assert b"Traceback" not in stderr
     before = states(out)
     assert before.keys() == {"done", "pending"}
-    assert len(before["done"]) + len(before["pending"]) == 60
+    assert len(before["done"]) + len(before["pending"]) == 40
     assert all((out / name / "dora_export.json").is_file() for name in before["done"])
     wait_for(lambda: not litter(out))
 
-    again = export("batch", manifest, out, "--workers", "2", "--json")
-    assert again.returncode == 0, again.stderr
-    summary = json.loads(again.stdout)
-    assert (summary["done"], summary["skipped"]) == (60, len(before["done"]))
+    again = batch(manifest, out)
+    assert (again.done, again.skipped) == (40, len(before["done"]))
 
 
 def test_a_run_that_kills_its_worker_twice_is_reported(llama_lora: Path, tmp_path: Path) -> None:
@@ -213,7 +225,7 @@ def test_a_run_that_kills_its_worker_twice_is_reported(llama_lora: Path, tmp_pat
 
     first = threading.Thread(target=kill_first)
     first.start()
-    results = on_processes(jobs, 1)
+    results = (ended for ended in on_processes(jobs, 1) if ended is not None)
     ended = [next(results) for _ in "bcd"]
     first.join()
     (worker,) = [p.pid for p in multiprocessing.active_children()]
@@ -245,9 +257,8 @@ def test_a_folder_of_runs_and_bases(llama_lora: Path, llama_base: Path, tmp_path
     assert "3 done" in done.stdout
     assert states(out) == {"done": ["run-000", "run-001", "run-003"], "failed": ["run-002"]}
     assert (out / "run-001" / "model.safetensors").is_file()
-    inside = export("batch", root, root / "out")
-    assert inside.returncode == 1
-    assert "inside an input" in inside.stderr
+    with pytest.raises(OutputError, match="inside an input"):
+        plan_batch(root, root / "out")
     assert not (root / "out").exists()
 
 
@@ -262,7 +273,7 @@ def test_a_folder_of_runs_and_bases(llama_lora: Path, llama_base: Path, tmp_path
         ('{"run": "RUN", "name": "batch.json"}', "below the output"),
         ('{"run": "RUN", "name": "a\\nb"}', "below the output"),
         ('{"run": "RUN", "name": "\\ud800"}', "below the output"),
-        ('{"run": "RUN", "name": "linked/it"}', "leave the output"),
+        ('{"run": "RUN", "name": "linked/it"}', "through a link"),
         ('{"run": "RUN", "name": "theirs"}', "not empty"),
         ('{"run": "RUN"}\n{"run": "RUN"}', "to one place"),
         ('{"run": "RUN", "name": "a"}\n{"run": "RUN", "name": "a/b"}', "to one place"),
@@ -303,9 +314,8 @@ def test_an_output_inside_a_run_writes_nothing(
     (run,) = copies(llama_lora, tmp_path, 1)
     manifest = write_manifest(tmp_path / "m.jsonl", [run], llama_base)
     before = sorted(run.iterdir())
-    done = export("batch", manifest, run / "out")
-    assert done.returncode == 1
-    assert "inside an input" in done.stderr
+    with pytest.raises(OutputError, match="inside an input"):
+        plan_batch(manifest, run / "out")
     assert sorted(run.iterdir()) == before
 
 
@@ -315,14 +325,15 @@ def test_dry_run_and_a_status_of_another_kind(
     (run,) = copies(llama_lora, tmp_path, 1)
     manifest = write_manifest(tmp_path / "m.jsonl", [run], llama_base)
     out = tmp_path / "out"
-    done = export("batch", manifest, out, "--dry-run", "--json")
-    assert done.returncode == 0, done.stderr
+    words = ["batch", str(manifest), str(out)]
+    done = CliRunner().invoke(dora_export, [*words, "--dry-run", "--json"])
+    assert done.exit_code == 0, done.stderr
     assert [entry["name"] for entry in json.loads(done.stdout)["runs"]] == ["run-000"]
     assert not out.exists()
     out.mkdir()
     for text in ("[]", "{}", '{"runs": {"a": {"state": "odd", "output": ""}}}'):
         (out / "batch.json").write_text(text)
-        done = export("batch", manifest, out)
-        assert done.returncode == 1
-        assert "Traceback" not in done.stderr
+        done = CliRunner().invoke(dora_export, words)
+        assert done.exit_code == 1
+        assert "error: " in done.stderr
         assert (out / "batch.json").read_text() == text

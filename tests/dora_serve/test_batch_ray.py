@@ -44,7 +44,7 @@ def test_a_lost_node_loses_no_run(
     cluster: Any, llama_lora: Path, llama_base: Path, tmp_path: Path
 ) -> None:
     node = cluster.add_node(num_cpus=1, object_store_memory=80_000_000)
-    runs = copies(llama_lora, tmp_path / "runs", 60)
+    runs = copies(llama_lora, tmp_path / "runs", 60, only="")
     (runs[4] / "adapter_model.safetensors").write_bytes(b"no tensors")
     manifest = write_manifest(tmp_path / "all.jsonl", runs, llama_base)
     out = tmp_path / "out"

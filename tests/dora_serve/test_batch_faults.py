@@ -1,0 +1,209 @@
+"""Batches that go wrong in odd ways: what is there stays, and the status says what became of it."""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import os
+import shutil
+import subprocess
+import threading
+from pathlib import Path
+
+import psutil
+import pytest
+from click.testing import CliRunner
+
+from converters.errors import OutputError
+from dora_serve.batch import Job, ManifestError, plan_batch
+from dora_serve.batch.cluster import _one_core
+from dora_serve.batch.local import cores, on_processes
+from dora_serve.commands import dora_export
+from tests.conftest import tiny_llama
+from tests.dora_serve.test_batch import (
+    WEIGHTS,
+    batch,
+    copies,
+    litter,
+    outputs,
+    states,
+    status,
+    wait_for,
+    workers_of,
+)
+from tests.dora_serve.test_commands import EXPORT
+
+
+def lines(path: Path, *entries: dict[str, str]) -> Path:
+    path.write_text("".join(json.dumps(entry) + "\n" for entry in entries))
+    return path
+
+
+def test_what_ended_is_in_the_status_though_the_next_run_takes_long(
+    llama_lora: Path, tmp_path: Path
+) -> None:
+    runs = copies(llama_lora, tmp_path / "runs", 15)
+    manifest = lines(tmp_path / "m", *({"run": str(run)} for run in runs))
+    out = tmp_path / "out"
+    command = [str(EXPORT), "batch", str(manifest), str(out), "--workers", "1"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, start_new_session=True) as process:
+        wait_for(lambda: outputs(out) >= 5)
+        (worker,) = workers_of(process.pid)
+        worker.suspend()
+        try:  # The last may be there and not yet told.
+            wait_for(lambda: len(states(out).get("done", [])) >= outputs(out) - 1)
+        finally:
+            process.kill()
+            worker.resume()
+    done = states(out)["done"]
+    again = batch(manifest, out)
+    assert (again.done, again.skipped) == (15, len(done))
+
+
+def test_no_worker_writes_on_when_the_command_was_killed(llama_lora: Path, tmp_path: Path) -> None:
+    base = tmp_path / "base"
+    tiny_llama(vocab_size=400_000).save_pretrained(base)  # some time to write
+    manifest = lines(tmp_path / "m", {"run": str(llama_lora), "base": str(base), "to": "merged"})
+    out = tmp_path / "out"
+    command = [str(EXPORT), "batch", str(manifest), str(out)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, start_new_session=True) as process:
+        wait_for(lambda: litter(out))
+        workers = workers_of(process.pid)
+        process.kill()
+    _, alive = psutil.wait_procs(workers, timeout=60)
+    assert not alive
+    wait_for(lambda: not litter(out))
+    assert [path.name for path in out.iterdir()] == ["batch.json"]
+    assert states(out) == {"pending": ["lora"]}
+
+
+def test_names_that_meet_what_an_earlier_batch_made(llama_lora: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    run = str(llama_lora)
+    assert batch(lines(tmp_path / "m", {"run": run, "name": "a"}), out).done == 1
+    assert batch(lines(tmp_path / "m", {"run": run, "name": "b/c"}), out).done == 1
+    for name in ("a/x", "b"):
+        manifest = lines(tmp_path / "m", {"run": run, "name": name})
+        with pytest.raises(ManifestError, match="to one place"):
+            plan_batch(manifest, out, force=True)
+    assert states(out) == {"done": ["a", "b/c"]}
+
+
+def test_no_output_goes_through_a_link(llama_lora: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    (out / "b").mkdir(parents=True)
+    (out / "a").symlink_to("b")
+    (out / "loop").symlink_to("loop")
+    run = str(llama_lora)
+    for entries in (
+        [{"run": run, "name": "a"}, {"run": run, "name": "b"}],
+        [{"run": run, "name": "loop"}],
+    ):
+        with pytest.raises(ManifestError, match="through a link"):
+            plan_batch(lines(tmp_path / "m", *entries), out)
+
+
+def test_no_output_replaces_another_entrys_run(llama_lora: Path, tmp_path: Path) -> None:
+    copies(llama_lora, tmp_path / "runs", 2)
+    one, other = (f"{tmp_path}/runs/run-00{number}" for number in (0, 1))
+    manifest = lines(tmp_path / "m", {"run": one, "name": "run-001"}, {"run": other, "name": "x"})
+    with pytest.raises(OutputError, match="inside an input"):
+        plan_batch(manifest, tmp_path / "runs", force=True)
+
+
+def test_a_folder_that_a_failed_run_did_not_make_stays(llama_lora: Path, tmp_path: Path) -> None:
+    (run,) = copies(llama_lora, tmp_path / "runs", 1)
+    weights = (run / WEIGHTS).read_bytes()
+    (run / WEIGHTS).write_bytes(b"no tensors")
+    manifest, out = lines(tmp_path / "m", {"run": str(run)}), tmp_path / "out"
+    assert batch(manifest, out).failed.keys() == {run.name}
+    (run / WEIGHTS).write_bytes(weights)
+    notes = out / run.name / "notes.txt"
+    notes.parent.mkdir()
+    notes.write_text("mine")
+    with pytest.raises(OutputError, match="not empty"):
+        plan_batch(manifest, out)
+    assert notes.read_text() == "mine"
+    shutil.rmtree(notes.parent)
+    assert batch(manifest, out).done == 1
+
+
+@pytest.mark.parametrize("run", ["/" + "x" * 5000, "/nowhere/\ud800", "nowhere/\udcff"])
+def test_a_run_that_no_folder_can_be_called_has_failed(run: str, tmp_path: Path) -> None:
+    manifest, out = lines(tmp_path / "m", {"run": run, "name": "a"}), tmp_path / "out"
+    done = CliRunner().invoke(dora_export, ["batch", str(manifest), str(out), "--json"])
+    assert done.exit_code == 1
+    assert json.loads(done.stdout)["failed"].keys() == {"a"}
+    assert status(out)["a"]["error"]
+
+
+@pytest.mark.parametrize("name", ["batch.json/a", "/".join(["part"] * 1000)])
+def test_a_name_that_cannot_be_written(name: str, llama_lora: Path, tmp_path: Path) -> None:
+    manifest = lines(tmp_path / "m", {"run": str(llama_lora), "name": name})
+    with pytest.raises(ManifestError, match="below the output"):
+        plan_batch(manifest, tmp_path / "out")
+
+
+def test_a_moved_base_is_named_anew(llama_lora: Path, llama_base: Path, tmp_path: Path) -> None:
+    manifest, out = lines(tmp_path / "m", {"run": str(llama_lora)}), tmp_path / "out"
+    for name in ("one", "other"):
+        base = shutil.copytree(llama_base, tmp_path / name)
+        assert batch(manifest, out, str(base)).skipped == 0
+        config = json.loads((out / "lora" / "adapter_config.json").read_text())
+        assert config["base_model_name_or_path"] == str(base)
+    assert batch(manifest, out, str(base)).skipped == 1
+
+
+def test_a_dry_run_says_by_its_exit_code_what_cannot_be_read(
+    llama_lora: Path, llama_base: Path, tmp_path: Path
+) -> None:
+    root = tmp_path / "models"
+    (_, broken) = copies(llama_lora, root, 2)
+    shutil.copytree(llama_base, root / "base")
+    (broken / WEIGHTS).write_bytes(b"no tensors")
+    words = ["batch", str(root), str(tmp_path / "out"), "--dry-run", "--json"]
+    done = CliRunner().invoke(dora_export, words)
+    assert done.exit_code == 1
+    plan = json.loads(done.stdout)
+    assert [job["name"] for job in plan["runs"]] == ["run-000"]
+    assert plan["failed"].keys() == {"run-001"}
+
+
+def test_few_runs_have_all_cores(llama_lora: Path, tmp_path: Path) -> None:
+    job = Job("a", str(llama_lora), None, "adapter", "peft", tmp_path / "a")
+    results = on_processes([job], 4 * len(cores()))
+    while next(results) is None:
+        pass
+    (worker,) = multiprocessing.active_children()
+    assert worker.pid is not None
+    assert sorted(os.sched_getaffinity(worker.pid)) == cores()
+    results.close()
+    assert not multiprocessing.active_children()
+
+
+def test_a_task_of_ray_has_one_core_of_its_own() -> None:
+    before = os.sched_getaffinity(0)
+    chosen: list[set[int]] = []
+    together = threading.Barrier(len(before), timeout=60)
+
+    def task() -> None:
+        with _one_core():
+            inside: set[int] = set()
+
+            def started() -> None:
+                inside.update(os.sched_getaffinity(0))
+
+            thread = threading.Thread(target=started)  # as a merge starts its own
+            thread.start()
+            thread.join()
+            together.wait()
+            chosen.append(inside)
+        assert os.sched_getaffinity(0) == before
+
+    tasks = [threading.Thread(target=task) for _ in before]
+    for thread in tasks:
+        thread.start()
+    for thread in tasks:
+        thread.join()
+    assert sorted(map(sorted, chosen)) == [[core] for core in sorted(before)]
+    assert os.sched_getaffinity(0) == before
