@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
+import os
 import re
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from hashlib import sha256
+from pathlib import Path
 from typing import Any
 
 from ..engines.vllm_command import command_line, serve_options
@@ -76,7 +79,11 @@ def embedded_server(
 
 def _claim(cluster: Cluster) -> Manifest:
     """Storage for the folder, with a tenth of room."""
-    size = sum(path.stat().st_size for path in cluster.root.rglob("*") if path.is_file())
+    size = 0
+    for folder, _, files in os.walk(cluster.root):
+        for file in files:
+            with contextlib.suppress(OSError):  # gone since it was listed, or a link to nothing
+                size += Path(folder, file).stat().st_size
     return {
         "apiVersion": "v1",
         "kind": "PersistentVolumeClaim",

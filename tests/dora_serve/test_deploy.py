@@ -314,6 +314,7 @@ def test_names_that_kubernetes_would_take_for_others(root: Path, tmp_path: Path)
     names = [f"{long}one", f"{long}two", "Llama.3", "llama-3", "1e5", "$(PATH)", "模型"]
     for name in names:
         linked(root / BASE, tmp_path / name)
+    (tmp_path / "no-place").symlink_to("x" * 300)
     done = deploy(tmp_path, *KUBERNETES)
     assert done.exit_code == 0, done.output
     manifests = list(yaml.load_all(done.stdout, GoLoader))
@@ -326,6 +327,7 @@ def test_names_that_kubernetes_would_take_for_others(root: Path, tmp_path: Path)
         assert re.fullmatch(r"[a-z][-a-z0-9]*[a-z0-9]", name)
         assert len(name) <= 52
     assert "vllm-1e5" in called
+    assert manifests[0]["spec"]["resources"]["requests"]["storage"] == "1Gi"
     served = {m["spec"]["template"]["spec"]["containers"][0]["args"][2] for m in deployments}
     assert served == {name.replace("$", "$$") for name in names}  # `$(PATH)` would be a value
 
