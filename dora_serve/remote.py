@@ -286,11 +286,16 @@ def _write_urls(folder: Path, names: Mapping[str, str]) -> None:
 
 
 def _named(text: str, names: Mapping[str, str]) -> str:
+    def in_json(name: str, ascii_only: bool = False) -> str:
+        return json.dumps(name, ensure_ascii=ascii_only)[1:-1]
+
+    is_json = text.lstrip().startswith("{")
     for path, url in names.items():
-        for ascii_only in (True, False):  # JSON writes some letters otherwise
-            there, here = (json.dumps(each, ensure_ascii=ascii_only)[1:-1] for each in (path, url))
-            text = text.replace(there, here)
-        text = text.replace(path, url)
+        if is_json:
+            for written in (in_json(path), in_json(path, ascii_only=True)):
+                text = text.replace(written, in_json(url))
+        else:
+            text = text.replace(path, url)
     return text
 
 

@@ -66,7 +66,8 @@ class Store:
             self._files: Any = found[0]
             self._root = str(found[1]).rstrip("/")
         bucket = self._protocol in _BUCKETS and "/" not in self._root.strip("/")
-        self.basename = self._root.rsplit("/", 1)[-1]
+        # What comes after "?" may be a signature: no name of a local file.
+        self.basename = self._root.rsplit("/", 1)[-1].partition("?")[0]
         if not _can_name_a_file(self.basename) or (writing and bucket):
             raise RemoteError(
                 "the URL names no folder",

@@ -7,6 +7,7 @@ import json
 import subprocess
 import sys
 import threading
+from contextlib import nullcontext
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ import pytest
 from safetensors.torch import load_file, save_file
 
 from converters.certificate import FILE
+from dora_serve.remote import fetched
 
 from .exporting import SECRET, bad, export, good
 from .s3_server import S3Server
@@ -266,6 +268,22 @@ def test_no_password_or_signature_is_shown(
     assert url.partition(":")[0] in bad("inspect", url)  # `bad` looks for the secret
 
 
+def test_no_password_stands_in_an_artifact(
+    llama_base: Path, llama_lora: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import fsspec
+
+    monkeypatch.setenv("DORA_SERVE_CACHE", str(tmp_path / "cache"))
+    memory: Any = fsspec.filesystem("memory")
+    memory.put(str(llama_base), f"/me:{SECRET}@host/base", recursive=True)
+    out = tmp_path / "adapter"
+    good("adapter", llama_lora, f"file://{out}", "--base", f"memory://me:{SECRET}@host/base")
+    texts = [path.read_text() for path in out.iterdir() if path.suffix != ".safetensors"]
+    assert any("memory://…@host/base" in text for text in texts)
+    assert not any(SECRET in text for text in texts)
+    memory.rm("/", recursive=True)
+
+
 @pytest.mark.parametrize("name", ["..", ".", "x" * 300, "a\tb"])
 def test_a_url_whose_name_no_folder_has(s3: S3Server, name: str, tmp_path: Path) -> None:
     """With `..` the cache itself was written."""
@@ -298,7 +316,13 @@ def test_a_copy_that_cannot_be_told_from_the_next_version_is_removed(
         thread = threading.Thread(target=web.serve_forever)
         thread.start()
         try:
-            assert "peft_lora" in good("inspect", f"http://127.0.0.1:{web.server_port}/lora")
+            url = f"http://127.0.0.1:{web.server_port}/lora"
+            assert "peft_lora" in good("inspect", url)
+            signed = f"{url}/{CONFIG}?signature={SECRET}"
+            with fetched(signed, lambda *_: nullcontext(lambda _count: None)) as path:
+                assert path.name == CONFIG
+                assert path.read_bytes() == (llama_lora / CONFIG).read_bytes()
+                assert SECRET not in str(path)
         finally:
             web.shutdown()
             thread.join()

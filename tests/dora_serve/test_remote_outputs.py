@@ -292,13 +292,17 @@ def test_a_folder_and_a_store_that_cannot_copy(
     assert not [path for path in out.iterdir() if path.is_dir()]
 
 
-def test_paths_in_json_become_urls(s3: S3Server, llama_base: Path) -> None:
+@pytest.mark.parametrize("bucket", ["models/b\u00e4", 'models/q"/x'])
+def test_paths_in_json_become_urls(s3: S3Server, llama_base: Path, bucket: str) -> None:
     """Those with letters that JSON writes otherwise too."""
-    url = 's3://models/b\u00e4"se'
+    url = f's3://{bucket}/b\u00e4"se'
     for path in llama_base.iterdir():
         s3.client().upload_file(str(path), "models", f"{url[12:]}/{path.name}")
-    good("adapter", "s3://models/lora", PLACE, "--base", url)
+    printed = good("adapter", "s3://models/lora", f"{PLACE}/\u00e4", "--base", url, "--json")
+    assert json.loads(printed)["output"] == f"{PLACE}/\u00e4"
     files = contents("place")
-    assert json.loads(files["adapter_config.json"])["base_model_name_or_path"] == url
+    config = json.loads(files["\u00e4/adapter_config.json"])
+    assert config["base_model_name_or_path"] == url
+    assert url in files["\u00e4/README.md"].decode().replace('\\"', '"')
     assert not [name for name in files if b"/cache/" in files[name]]
-    assert "unchanged" in good("check", PLACE)
+    assert "unchanged" in good("check", f"{PLACE}/\u00e4")
