@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 
 from .errors import BaseError, MissingError
-from .files import there
+from .files import reading, there
 from .tensors import (
     LazyTensor,
     LazyTensors,
@@ -145,6 +145,11 @@ def open_base(folder_or_id: str | Path) -> BaseModel:
     folder = Path(name)
     if not there(folder) or not folder.is_dir():
         folder = _cached_snapshot(name)
+    with reading(folder, BaseError):
+        return _open(folder, name)
+
+
+def _open(folder: Path, name: str) -> BaseModel:
     config_path = folder / "config.json"
     if not config_path.exists():
         raise MissingError(

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from .errors import DoraExportError, MissingError, RunError, TensorFileError
+from .errors import DoraExportError, MissingError, TensorFileError
 
 State = tuple[int, int, int, int]
 
@@ -41,17 +41,15 @@ def check_file(path: Path) -> int:
 
 
 @contextmanager
-def reading_run(path: Path) -> Iterator[None]:
-    """Turn what the system says while the run at `path` is read into a `RunError`: a folder that
-    may not be read, or one that is being exchanged."""
+def reading(path: Path, kind: type[DoraExportError]) -> Iterator[None]:
+    """Turn what the system says while the folder `path` is read into an error of this `kind`: it
+    may not be read, or is being exchanged."""
     try:
         yield
     except DoraExportError:
         raise
     except OSError as error:
-        raise RunError(
-            f"the run cannot be read: {error.strerror}", file=error.filename or path
-        ) from None
+        raise kind(f"cannot be read: {error.strerror}", file=error.filename or path) from None
 
 
 @contextmanager

@@ -28,7 +28,8 @@ JOURNAL = ".journal.jsonl"
 
 _SUFFIX = ".dora-tmp"
 _AT_FDCWD, _RENAME_EXCHANGE = -100, 2  # <fcntl.h>, <linux/fs.h>
-_WRITE_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS)
+_DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS)
+_FILE_ERRORS = (errno.EACCES, errno.EPERM, errno.ENOENT)
 
 
 def check_output(
@@ -142,12 +143,14 @@ def _write_errors(target: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        if error.errno not in _WRITE_ERRORS:
+        if error.errno not in _DISK_ERRORS + _FILE_ERRORS:
             raise
         raise OutputError(
             f"reading or writing failed: {os.strerror(error.errno)}",
-            file=target,
-            remedy="nothing was left behind; look after the disk and run again",
+            file=error.filename or target,
+            remedy="nothing was left behind; look after the "
+            + ("disk" if error.errno in _DISK_ERRORS else "file")
+            + " and run again",
         ) from error
 
 

@@ -14,7 +14,7 @@ from pathlib import Path
 from converters.base import BaseModel
 from converters.certificate import sha256
 from converters.errors import OutputError, RunError
-from converters.files import reading_run
+from converters.files import reading
 from converters.run import Run
 
 from .discover import Member
@@ -43,7 +43,7 @@ def content_key(run: Run, base: BaseModel | None, **asked: object) -> str:
 def member_key(member: Member, **asked: object) -> str:
     """The `content_key` of a run and its base. Raises `RunError` when the run changed since reading
     it began: what comes out of it would be kept under the name of something else."""
-    with reading_run(member.path):
+    with reading(member.path, RunError):
         key = content_key(member.run, member.base, **asked)
     if member.changed():
         raise RunError(

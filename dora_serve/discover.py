@@ -8,8 +8,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from converters.base import BaseModel, fingerprint, open_base
-from converters.errors import BaseError, DoraExportError, MissingError
-from converters.files import State, reading_run, state_of
+from converters.errors import BaseError, DoraExportError, MissingError, RunError
+from converters.files import State, reading, state_of
 from converters.onnx_files import is_onnx_folder
 from converters.readers import Reader, ReadOptions, read_run, readers
 from converters.run import Run
@@ -86,7 +86,7 @@ def read_member(
 
     Raises `DoraExportError` when it cannot be read or its base is not known.
     """
-    with reading_run(path):
+    with reading(path, RunError):
         before = {file: _state(file) for file in path.rglob("*")}
     try:
         run = read_run(path, ReadOptions(base=None if given is None else given.path))

@@ -1,16 +1,19 @@
 /* Preloaded below the commands: the nth call that touches a file below `prefix` fails with `code`,
  * and every later one, or (code 0) ends the process as SIGKILL does. Armed by fault_arm. */
 #define _GNU_SOURCE
+#include <dirent.h>
 #include <dlfcn.h>
 #include <errno.h>
 #include <fcntl.h>
 #include <signal.h>
+#include <stdarg.h>
 #include <stdio.h>
 #include <string.h>
+#include <sys/stat.h>
 #include <sys/uio.h>
 #include <unistd.h>
 
-enum { READS = 1, WRITES = 2, NAMES = 4 };
+enum { READS = 1, WRITES = 2, NAMES = 4, FINDS = 8 };
 
 static int armed_kinds, armed_code, seen;
 static int armed_nth;
@@ -85,3 +88,22 @@ WRAP(int, mkdir, (const char *path, mode_t mode), (path, mode), hit(NAMES, path)
 WRAP(int, unlink, (const char *path), (path), hit(NAMES, path))
 WRAP(int, unlinkat, (int fd, const char *path, int flags), (fd, path, flags),
      hit_at(NAMES, fd, path))
+WRAP(int, stat64, (const char *path, struct stat64 *found), (path, found), hit(FINDS, path))
+
+int open64(const char *path, int flags, ...) {
+    static int (*next)(const char *, int, ...);
+    if (!next)
+        next = (int (*)(const char *, int, ...))dlsym(RTLD_NEXT, "open64");
+    va_list more;
+    va_start(more, flags);
+    mode_t mode = flags & (O_CREAT | __O_TMPFILE) ? va_arg(more, mode_t) : 0;
+    va_end(more);
+    return hit(FINDS, path) ? -1 : next(path, flags, mode);
+}
+
+DIR *opendir(const char *path) {
+    static DIR *(*next)(const char *);
+    if (!next)
+        next = (DIR *(*)(const char *))dlsym(RTLD_NEXT, "opendir");
+    return hit(FINDS, path) ? NULL : next(path);
+}

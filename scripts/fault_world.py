@@ -26,7 +26,7 @@ from dora_serve.commands import dora_export
 
 MODELS = Path(__file__).parent.parent / "models"
 RUNS = MODELS / "runs/Checkpoint/Tiny_Llama/Lora_Rank=8"
-READS, WRITES, NAMES = 1, 2, 4  # as in fault_shim.c
+READS, WRITES, NAMES, FINDS = 1, 2, 4, 8  # as in fault_shim.c
 NOBODY = 65534
 
 _INPUTS = """

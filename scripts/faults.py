@@ -23,7 +23,7 @@ from functools import partial
 from pathlib import Path
 
 from fault_rounds import Command, Rounds, commands, outputs
-from fault_world import NAMES, NOBODY, READS, WRITES, Arm, Process, World, empty, identity
+from fault_world import FINDS, NAMES, NOBODY, READS, WRITES, Arm, Process, World, empty, identity
 
 SHIM = "DORA_FAULT_SHIM"
 
@@ -209,6 +209,8 @@ def run_all(world: World, short: bool, seed: int, onnx: bool) -> Rounds:
             ("ENOSPC, at a system call", WRITES | NAMES, errno.ENOSPC, place),
             ("EIO while writing", WRITES, errno.EIO, place),
             ("EIO while reading", READS, errno.EIO, inputs),
+            ("no permission, from an input on", FINDS, errno.EACCES, inputs),
+            ("gone, from an input on", FINDS, errno.ENOENT, inputs),
         )
         for fault, kinds, code, below in faults:
             if world.shim:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Protocol, TypeGuard
 
 from ..errors import MissingError, RunError
-from ..files import reading_run
+from ..files import reading, there
 from ..run import Run
 
 
@@ -98,12 +98,12 @@ def read_run(path: str | Path, options: ReadOptions | None = None) -> Run:
     Only tables of contents are read; tensor data follows when it is used.
     """
     folder = Path(path)
-    if not folder.exists() and _HUB_ID.fullmatch(str(path)):
+    if not there(folder) and _HUB_ID.fullmatch(str(path)):
         folder = _cached_run(str(path))
     options = options or ReadOptions()
     if options.lora_alpha is not None and not is_number(options.lora_alpha):
         raise RunError("lora_alpha is not a finite number", found=options.lora_alpha)
-    with reading_run(folder):
+    with reading(folder, RunError):
         reader, folder = detect(folder, options.method)
         run = replace(reader.read(folder, options), method=reader.name)
         if options.parts:
