@@ -23,12 +23,12 @@ def on_ray(jobs: Sequence[Job], address: str) -> Results:
 
     Every node must see runs, bases and outputs by the same paths and have this package installed.
     A run whose process or node dies is tried once more, after the others. Raises `ClusterError`
-    when there is no such cluster.
+    when there is no such cluster, or no more.
     """
     os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
     try:
         import ray
-        from ray.exceptions import RayError
+        from ray.exceptions import LocalRayletDiedError, RayError
     except ImportError:
         raise ClusterError(
             "the package ray is not installed", remedy="pip install 'dora-serve[ray]'"
@@ -55,6 +55,11 @@ def on_ray(jobs: Sequence[Job], address: str) -> Results:
                     job = busy.pop(reference)
                     try:
                         record = ray.get(reference)
+                    except LocalRayletDiedError:
+                        raise ClusterError(
+                            "Ray has died on this machine",
+                            remedy="start it again; the same command goes on",
+                        ) from None
                     except RayError as error:
                         if job.name not in again:
                             again.add(job.name)

@@ -9,6 +9,7 @@ import shutil
 import subprocess
 import threading
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
@@ -18,12 +19,14 @@ from converters.errors import OutputError
 from dora_serve.batch import Job, ManifestError, plan_batch
 from dora_serve.batch.cluster import _one_core
 from dora_serve.batch.local import cores, on_processes
+from dora_serve.cache import content_key
 from dora_serve.commands import dora_export
 from tests.conftest import tiny_llama
 from tests.dora_serve.test_batch import (
     WEIGHTS,
     batch,
     copies,
+    delta,
     litter,
     outputs,
     states,
@@ -152,6 +155,25 @@ def test_a_moved_base_is_named_anew(llama_lora: Path, llama_base: Path, tmp_path
         config = json.loads((out / "lora" / "adapter_config.json").read_text())
         assert config["base_model_name_or_path"] == str(base)
     assert batch(manifest, out, str(base)).skipped == 1
+
+
+def test_a_run_that_changes_while_it_is_read_is_not_done(
+    llama_lora: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (run,) = copies(llama_lora, tmp_path / "runs", 1)
+    manifest, out = lines(tmp_path / "m", {"run": str(run)}), tmp_path / "out"
+    config = run / "adapter_config.json"
+
+    def meanwhile(*args: Any, **asked: Any) -> str:
+        config.write_text(config.read_text().replace('"lora_alpha": 6', '"lora_alpha": 60'))
+        return content_key(*args, **asked)
+
+    with monkeypatch.context() as patched:
+        patched.setattr("dora_serve.batch.convert.content_key", meanwhile)
+        summary = batch(manifest, out)
+    assert "changed while" in summary.failed[run.name]
+    assert batch(manifest, out).done == 1
+    assert (delta(out / run.name) - delta(run)).norm() <= 1e-6 * delta(run).norm()
 
 
 def test_a_dry_run_says_by_its_exit_code_what_cannot_be_read(

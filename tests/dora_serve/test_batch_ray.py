@@ -74,6 +74,23 @@ def test_a_lost_node_loses_no_run(
     assert json.loads(again.stdout)["skipped"] == len(found["done"])
 
 
+def test_a_lost_cluster_leaves_the_rest_pending(
+    cluster: Any, llama_lora: Path, llama_base: Path, tmp_path: Path
+) -> None:
+    runs = copies(llama_lora, tmp_path / "runs", 100, only="")
+    manifest = write_manifest(tmp_path / "all.jsonl", runs, llama_base)
+    out = tmp_path / "out"
+    command = [str(EXPORT), "batch", str(manifest), str(out), "--ray", cluster.address, "--json"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        wait_for(lambda: at_work(out))
+        cluster.shutdown()
+        said = json.loads(process.stdout.read())
+    assert process.returncode == 1
+    assert said["error"] == "ClusterError"
+    assert states(out).keys() == {"done", "pending"}
+
+
 @pytest.mark.parametrize("address", ["127.0.0.1:9", "nowhere", "127.0.0.1:99999"])
 def test_no_cluster_is_an_error(
     address: str, llama_lora: Path, llama_base: Path, tmp_path: Path
