@@ -58,7 +58,7 @@ def plan_batch(
     entries, problems = _found(source, base) if folder else (read_manifest(source), {})
     known = Status(out).records
     own = [*(entry.name for entry in entries), *problems]
-    others = [name for name in known.keys() - set(own) if (out / name).exists()]
+    others = [name for name in known.keys() - set(own) if there(out / name)]
     check_names([*own, *others], source)
     jobs = []
     for entry in entries:

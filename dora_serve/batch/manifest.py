@@ -40,7 +40,6 @@ def read_manifest(path: Path) -> list[Entry]:
     entries = [_entry(path, where, value) for where, value in _values(path)]
     if not entries:
         raise ManifestError("the manifest names no run", file=path)
-    check_names([entry.name for entry in entries], path)
     return entries
 
 

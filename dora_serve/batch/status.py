@@ -73,13 +73,14 @@ def locked(out: Path) -> Iterator[None]:
     except OSError as error:
         raise OutputError(f"cannot be written: {error.strerror}", file=out) from None
     try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        os.close(lock)
-        raise OutputError(
-            "another batch is at work here", file=out, remedy="wait for it, or choose another"
-        ) from None
-    try:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise OutputError(
+                "another batch is at work here", file=out, remedy="wait for it, or choose another"
+            ) from None
+        except OSError as error:
+            raise OutputError(f"cannot be locked: {error.strerror}", file=out) from None
         yield
     finally:
         os.close(lock)

@@ -19,6 +19,7 @@ from converters.errors import OutputError
 from dora_serve.batch import Job, ManifestError, plan_batch
 from dora_serve.batch.cluster import _one_core
 from dora_serve.batch.local import cores, on_processes
+from dora_serve.batch.status import locked
 from dora_serve.cache import content_key
 from dora_serve.commands import dora_export
 from tests.conftest import tiny_llama
@@ -78,6 +79,14 @@ def test_no_worker_writes_on_when_the_command_was_killed(llama_lora: Path, tmp_p
     wait_for(lambda: not litter(out))
     assert [path.name for path in out.iterdir()] == ["batch.json"]
     assert states(out) == {"pending": ["lora"]}
+
+
+def test_one_batch_at_a_time(llama_lora: Path, tmp_path: Path) -> None:
+    manifest, out = lines(tmp_path / "m", {"run": str(llama_lora)}), tmp_path / "out"
+    with locked(out), pytest.raises(OutputError, match="another batch"):
+        batch(manifest, out)
+    assert not list(out.iterdir())
+    assert batch(manifest, out).done == 1
 
 
 def test_names_that_meet_what_an_earlier_batch_made(llama_lora: Path, tmp_path: Path) -> None:
