@@ -110,4 +110,4 @@ def save_png(fleet: Fleet, path: Path) -> None:
         panel.set_xlabel("MB a slot")
         panel.set_title(f"{pool.base.path.name}, --max-lora-rank {pool.max_lora_rank}", fontsize=10)
         panel.legend(loc="lower right", fontsize=8)
-    figure.savefig(path, dpi=130)
+    figure.savefig(path, dpi=130, format="png")

@@ -97,7 +97,7 @@ def save_png(ranks: Mapping[str, int], largest: int, path: Path, title: str) -> 
                         color="black" if bright else "white",
                     )
     figure.suptitle(title, fontsize=11)
-    figure.savefig(path, dpi=130)
+    figure.savefig(path, dpi=130, format="png")
 
 
 def save_curve(points: Sequence[CurvePoint], path: Path, title: str) -> None:
@@ -112,4 +112,4 @@ def save_curve(points: Sequence[CurvePoint], path: Path, title: str) -> None:
     panel.set_ylim(bottom=0)
     panel.grid(alpha=0.3)
     figure.suptitle(title, fontsize=11)
-    figure.savefig(path, dpi=130)
+    figure.savefig(path, dpi=130, format="png")

@@ -185,10 +185,15 @@ def reports_errors(function: F) -> F:
             with local_values(kwargs, kwargs.get("force", False), progress_bar) as values:
                 return function(*args, **values)
         except Exception as error:
-            from converters.errors import DoraExportError
+            from converters.errors import DoraExportError, OutputError
 
             if not isinstance(error, DoraExportError):
-                raise
+                if not isinstance(error, OSError) or error.filename is None:
+                    raise
+                # A path that an option names: no folder to write to, no right to read.
+                error = OutputError(
+                    f"reading or writing failed: {error.strerror}", file=error.filename
+                )
             if kwargs.get("as_json"):
                 click.echo(json.dumps({"error": type(error).__name__, "message": str(error)}))
             click.secho(f"error: {error}", fg="red", err=True)

@@ -37,13 +37,13 @@ def vllm_servers(
     for name, pool in pools:
         options = serve_options(pool, dict.fromkeys(pool.ranks, pool.base.path), name)
         options.pop("lora-modules", None)
-        del options["model"]  # to `vllm serve` it is an argument, no option
-        model = cluster.there(pool.base.path)
+        options["model"] = cluster.there(pool.base.path)
         environment = dict(_QUIET)
         if pool.ranks:
             environment |= {RUNS: str(cluster.at), "VLLM_ALLOW_RUNTIME_LORA_UPDATING": "1"}
-        words = command_line(options, [model], ["--host", "0.0.0.0", "--port", str(PORT)])
-        container = _container(cluster, image, ["vllm", "serve"], words, environment)
+        more = ["--host", "0.0.0.0", "--port", str(PORT)]
+        words = command_line(options, more=more)
+        container = _container(cluster, image, words[:2], words[2:], environment)
         container["env"].append(_key("VLLM_API_KEY"))
         container["resources"] = {"limits": {"nvidia.com/gpu": 1}}
         container["volumeMounts"].append({"name": "shm", "mountPath": _SHARED})

@@ -49,9 +49,15 @@ def command_line(
     program: Sequence[str] = ("vllm", "serve"),
     more: Sequence[str] = (),
 ) -> list[str]:
-    """The server's command; what the user adds stands at the end, where it overrides."""
+    """The server's command; what the user adds stands at the end, where it overrides.
+
+    To `vllm serve` the model is an argument, to vLLM's server as a module an option.
+    """
     words = list(program)
-    for name, value in options.items():
+    rest = dict(options)
+    if words[-1:] == ["serve"]:
+        words.append(str(rest.pop("model")))
+    for name, value in rest.items():
         words.append(f"--{name}")
         if isinstance(value, list):
             words += value

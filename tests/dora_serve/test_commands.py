@@ -49,6 +49,14 @@ def test_an_error_is_one_message_without_traceback(tmp_path: Path) -> None:
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize("option", ["--png", "--html"])
+def test_a_path_that_cannot_be_written_is_an_error(option: str, dora_run: Path) -> None:
+    done = export("inspect", dora_run, option, "nowhere/picture")
+    assert done.returncode == 1
+    assert done.stderr.endswith("No such file or directory\n  file: nowhere/picture\n")
+    assert "Traceback" not in done.stderr
+
+
 def test_the_base_must_be_named(dora_run: Path, tmp_path: Path) -> None:
     done = export("merge", dora_run, tmp_path / "out")
     assert done.returncode == 1

@@ -82,7 +82,7 @@ def test_vllm_on_ray_has_the_values_of_the_plan(root: Path, planned: list[str]) 
     (llm,) = application["args"]["llm_configs"]
     assert llm["model_loading_config"] == {
         "model_id": BASE,
-        "model_source": option(planned, "--model"),
+        "model_source": planned[2],
     }
     engine = llm["engine_kwargs"]
     assert engine["enable_lora"] is True
@@ -260,8 +260,7 @@ def test_vllm_on_kubernetes_runs_the_command_of_the_plan(root: Path, planned: li
     pod = deployment["spec"]["template"]["spec"]
     (container,) = pod["containers"]
     found = container["command"] + container["args"]
-    first, last = planned.index("--model"), planned.index("--lora-modules")
-    options = planned[first + 2 : last]
+    options = planned[3 : planned.index("--lora-modules")]
     assert found == [
         *("vllm", "serve", f"/models/{BASE}"),
         *options,

@@ -121,7 +121,7 @@ def test_up_dry_run_prints_what_it_would_start(tmp_path: Path) -> None:
     assert command[-2:] == ["--tensor-parallel-size", "2"]
     assert command[command.index("--dtype") + 1] == "float32"
     without = serve("up", MODELS, "--engine", "vllm", "--dry-run")
-    assert "--model models" in without.stdout.replace(str(MODELS), "models")
+    assert "vllm serve models/tiny-llama-base" in without.stdout.replace(str(MODELS), "models")
     assert "left out: Tiny_Roberta--Sentiment--1" in without.stderr
     alone = serve("up", LLAMA, "--engine", "vllm", "--dry-run")
     assert alone.returncode == 0
