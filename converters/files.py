@@ -18,6 +18,14 @@ def state_of(found: os.stat_result) -> State:
     return found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns
 
 
+def state_at(path: Path) -> State | None:
+    """The state of what lies at `path`, None where there is nothing that can be looked at."""
+    try:
+        return state_of(path.stat())
+    except OSError:
+        return None
+
+
 def there(path: Path) -> bool:
     """Whether something is at `path`, which may be no possible path at all."""
     try:

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from converters.base import BaseModel, fingerprint, open_base
 from converters.errors import BaseError, DoraExportError, MissingError, RunError
-from converters.files import State, reading, state_of
+from converters.files import State, reading, state_at
 from converters.onnx_files import is_onnx_folder
 from converters.readers import Reader, ReadOptions, read_run, readers
 from converters.run import Run
@@ -29,7 +29,7 @@ class Member:
 
     def changed(self) -> bool:
         """Whether a file of the run is another one by now, or was already while it was read."""
-        return any(_state(path) != known for path, known in self.state.items())
+        return any(state_at(path) != known for path, known in self.state.items())
 
 
 @dataclass(frozen=True)
@@ -87,7 +87,7 @@ def read_member(
     Raises `DoraExportError` when it cannot be read or its base is not known.
     """
     with reading(path, RunError):
-        before = {file: _state(file) for file in path.rglob("*")}
+        before = {file: state_at(file) for file in path.rglob("*")}
     try:
         run = read_run(path, ReadOptions(base=None if given is None else given.path))
     except DoraExportError:
@@ -101,16 +101,10 @@ def read_member(
         check_fits(run, base)
     # Files above the folder are only known now.
     state = {
-        file: before.get(file) if file.is_relative_to(path) else _state(file) for file in run.files
+        file: before.get(file) if file.is_relative_to(path) else state_at(file)
+        for file in run.files
     }
     return Member(name, path, run, base, state)
-
-
-def _state(path: Path) -> State | None:
-    try:
-        return state_of(path.stat())
-    except OSError:
-        return None
 
 
 def find_run(root: Path, name: str) -> Path | None:

@@ -10,7 +10,7 @@ from pathlib import Path
 from converters.base import BaseModel, open_base
 from converters.certificate import file_record
 from converters.errors import DoraExportError, RunError
-from converters.files import State, state_of
+from converters.files import state_at
 from converters.readers import ReadOptions, read_run
 from converters.writers.adapter import write_adapter
 from converters.writers.merged import write_merged
@@ -30,7 +30,7 @@ def convert(job: Job) -> Record | None:
     key = None
     warnings: tuple[str, ...] = ()
     try:
-        before = {path: _state(path) for path in Path(job.run).rglob("*")}
+        before = {path: state_at(path) for path in Path(job.run).rglob("*")}
         run = read_run(job.run, ReadOptions(base=job.base))
         warnings = run.warnings
         if job.to == "merged":
@@ -48,7 +48,7 @@ def convert(job: Job) -> Record | None:
             result = write_adapter(run, job.output, base=known, profile=job.target, force=True)
             warnings = result.warnings
         for path in run.files:
-            if path in before and _state(path) != before[path]:
+            if path in before and state_at(path) != before[path]:
                 raise RunError(
                     "the run changed while it was converted",
                     file=path,
@@ -68,13 +68,6 @@ def convert(job: Job) -> Record | None:
         warnings,
         f"{socket.gethostname()}:{os.getpid()}",
     )
-
-
-def _state(path: Path) -> State | None:
-    try:
-        return state_of(path.stat())
-    except OSError:
-        return None
 
 
 def _files(base: BaseModel) -> dict[str, object]:
