@@ -63,7 +63,7 @@ def local_values(
     if not remotes:
         yield dict(values)
         return
-    from .remote_store import shown
+    from .remote_errors import shown
 
     _check_apart(remotes, _flat(values.values()))
     paths: dict[Remote, Path] = {}
@@ -215,7 +215,8 @@ def _local(value: Any, paths: Mapping[Remote, Path]) -> Any:
 def _check_apart(remotes: Iterable[Remote], values: Iterable[Any]) -> None:
     """Raise `OutputError` when an output lies in an input, or an input in it: with `--force` it
     would be replaced."""
-    from .remote_store import Store, shown
+    from .remote_errors import shown
+    from .remote_store import Store
 
     inputs: dict[str, Store | Path] = {
         shown(remote.url): Store(remote.url) for remote in remotes if not remote.output

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import errno
 import os
-import re
 import shutil
 from collections.abc import Callable, Collection, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, suppress
 from dataclasses import dataclass
 from glob import has_magic
 from pathlib import Path
@@ -16,10 +14,11 @@ from typing import Any
 from uuid import uuid4
 
 from converters.certificate import FILE
-from converters.errors import DoraExportError, MissingError, OutputError
+from converters.errors import OutputError
 
-_S3 = ("s3", "s3a")
-_BUCKETS = (*_S3, "gs", "gcs", "az", "abfs", "abfss", "oss", "oci")
+from .remote_errors import RemoteError, errors, said, shown
+
+_BUCKETS = ("s3", "s3a", "gs", "gcs", "az", "abfs", "abfss", "oss", "oci")
 _CONFIGS = ("config.json", "adapter_config.json", "genai_config.json")
 # What tells a file from its next version, by the name each protocol has for it; best first.
 _STATES = (
@@ -28,13 +27,8 @@ _STATES = (
 )
 # The folder below an output's URL where its replacement is made. It is no part of the artifact.
 _STAGE = ".dora-tmp-"
-_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
 _NAME_BYTES = 255
 _CHUNK = 1 << 20
-
-
-class RemoteError(DoraExportError, OSError):
-    """What is at a URL cannot be read or written."""
 
 
 @dataclass(frozen=True)
@@ -44,13 +38,6 @@ class RemoteFile:
     path: str
     size: int | None
     state: str | None
-
-
-def shown(text: str) -> str:
-    """A URL, or text with URLs, without passwords and signatures."""
-    # A password may hold "/" and "@"; what stands before "@" without ":" may be a hub's repository.
-    hidden = re.sub(r"://([^/\s]*|[^/:\s]*:\S*)@", "://…@", text)
-    return re.sub(r"\?[^\s'\">)]*", "?…", hidden)
 
 
 class Store:
@@ -158,10 +145,17 @@ class Store:
         self, source: Path, sizes: Mapping[str, int | None], advance: Callable[[int], None]
     ) -> None:
         stage = f"{_STAGE}{uuid4().hex[:8]}/"
-        old = {name: file.size for name, file in self.files().items()}
+        before = self.files()
+        old = {name: file.size for name, file in before.items()}
         try:
             self._put(source, f"{stage}new/", sizes, advance)
             self._copy("", f"{stage}old/", old)
+            if self.files() != before:
+                raise OutputError(
+                    "what is at the URL changed while it was to be replaced",
+                    file=self.name,
+                    remedy="run again when nothing else writes there",
+                )
         except BaseException:
             with suppress(Exception):
                 self._remove_stages(stage)
@@ -187,7 +181,7 @@ class Store:
                 raise RemoteError(
                     "the replacement failed half-way, and so did putting the old artifact back",
                     file=self.name,
-                    found=_said(failure),
+                    found=said(failure),
                     expected=f"both are whole in {self.name.rstrip('/')}/{stage}: old and new",
                     remedy="copy one of them to its place, or run again with --force",
                 ) from failure
@@ -200,7 +194,7 @@ class Store:
             raise RemoteError(
                 "the new artifact is whole, but what it replaced could not be removed",
                 file=self.name,
-                found=_said(failure),
+                found=said(failure),
                 remedy=f"remove {self.name.rstrip('/')}/{_STAGE}*",
             ) from failure
 
@@ -213,22 +207,29 @@ class Store:
     ) -> None:
         """Upload, one file after the other: of several at a time, those under way when one fails
         would leave the parts they have sent, which no listing shows."""
-        for name in sorted(sizes, key=_wave):
+        for name in self._in_order(to, sizes):
             sent = _bytes(advance)
             self._files.put_file(str(source / name), self._path(to + name), callback=sent)
             advance((sizes[name] or 0) - sent.told)  # not every protocol tells
-        self._check_arrived(to, sizes)
 
     def _copy(self, source: str, to: str, sizes: Mapping[str, int | None]) -> None:
         """Copy within the store, without the bytes coming here where the protocol can."""
-        for name in sorted(sizes, key=_wave):
+        for name in self._in_order(to, sizes):
             here, there = f"{self._root}/{source}{name}", self._path(to + name)
             try:
                 self._files.cp_file(here, there)
             except NotImplementedError:
                 with self._files.open(here, "rb") as read, self._files.open(there, "wb") as write:
                     shutil.copyfileobj(read, write, _CHUNK)
-        self._check_arrived(to, sizes)
+
+    def _in_order(self, to: str, sizes: Mapping[str, int | None]) -> Iterator[str]:
+        """The names in the order of writing; the certificate when all others have arrived."""
+        others = {name: size for name, size in sizes.items() if _wave(name) < 2}
+        yield from sorted(others, key=_wave)
+        self._check_arrived(to, others)
+        if len(others) < len(sizes):
+            yield FILE
+            self._check_arrived(to, sizes)
 
     def _path(self, name: str) -> str:
         """The path of a file that is to be written, its folder made."""
@@ -317,40 +318,8 @@ class Store:
             )
         return name
 
-    @contextmanager
-    def _errors(self, done: str) -> Iterator[None]:
-        """Each protocol has exceptions of its own; from here on they are ours."""
-        try:
-            yield
-        except DoraExportError:
-            raise
-        except ImportError as error:
-            extra = "dora-serve[remote]" if self._protocol in _S3 else "the package named above"
-            raise MissingError(
-                f"a package for {self._protocol}:// is not installed",
-                file=self.name,
-                found=str(error),
-                remedy=f"pip install {extra}",
-            ) from None
-        except FileNotFoundError as error:
-            raise MissingError("nothing at this URL", file=self.name, found=_said(error)) from None
-        except PermissionError as error:
-            raise RemoteError(
-                "access denied",
-                file=self.name,
-                found=_said(error),
-                remedy=f"look after the credentials that fsspec finds for {self._protocol}://",
-            ) from None
-        except Exception as error:
-            if isinstance(error, OSError) and error.errno in _DISK:
-                raise
-            raise RemoteError(
-                f"cannot be {done}", file=self.name, found=f"{type(error).__name__}: {_said(error)}"
-            ) from None
-
-
-def _said(error: Exception) -> str:
-    return shown(str(error).partition("\n")[0])[:300]
+    def _errors(self, done: str) -> AbstractContextManager[None]:
+        return errors(self.name, self._protocol, done)
 
 
 def _state(info: Mapping[str, Any]) -> str | None:

@@ -13,8 +13,12 @@ from .s3_server import S3Server
 
 @pytest.fixture(scope="session")
 def server() -> Iterator[S3Server]:
+    from s3fs import S3FileSystem
+
+    S3FileSystem.clear_instance_cache()
     with S3Server().running() as running:
         yield running
+    S3FileSystem.clear_instance_cache()
 
 
 @pytest.fixture
@@ -26,24 +30,18 @@ def s3(
     monkeypatch: pytest.MonkeyPatch,
 ) -> Iterator[S3Server]:
     """The server with a base and a run in a bucket `models`, and `out` empty."""
-    from s3fs import S3FileSystem
-
-    S3FileSystem.clear_instance_cache()
     monkeypatch.setenv("AWS_ENDPOINT_URL", server.url)
     monkeypatch.setenv("AWS_ACCESS_KEY_ID", "someone")
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", SECRET)
     monkeypatch.setenv("AWS_DEFAULT_REGION", "us-east-1")
     monkeypatch.setenv("DORA_SERVE_CACHE", str(tmp_path / "cache"))
-    client = server.client()
+    server.empty()
     for bucket in ("models", "out"):
-        client.create_bucket(Bucket=bucket)
+        server.store.create_bucket(bucket, "us-east-1")
     for name, folder in (("base", llama_base), ("lora", llama_lora)):
         for path in folder.iterdir():
-            client.upload_file(str(path), "models", f"{name}/{path.name}")
+            server.store.put_object("models", f"{name}/{path.name}", path.read_bytes())
     server.reset()
     yield server
     server.release.set()
     server.reset()
-    for bucket in ("models", "out"):
-        for key in server.keys(bucket):
-            client.delete_object(Bucket=bucket, Key=key)

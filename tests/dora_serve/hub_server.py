@@ -69,6 +69,7 @@ class HubServer(ThreadingHTTPServer):
 class _Handler(BaseHTTPRequestHandler):
     server: HubServer
     protocol_version = "HTTP/1.1"
+    wbufsize, disable_nagle_algorithm = -1, True
 
     def log_message(self, *_words: object) -> None:
         pass

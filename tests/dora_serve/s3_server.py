@@ -9,7 +9,9 @@ from typing import Any
 from urllib.request import Request, urlopen
 
 import boto3
+from moto.core import DEFAULT_ACCOUNT_ID
 from moto.moto_server.werkzeug_app import DomainDispatcherApplication, create_backend_app
+from moto.s3.models import s3_backends
 from werkzeug.serving import make_server
 
 DENIED = b"<Error><Code>AccessDenied</Code><Message>Access Denied</Message></Error>"
@@ -21,6 +23,7 @@ class S3Server:
 
     def __init__(self) -> None:
         self.reset()
+        self._clients: dict[str, Any] = {}
         self._moto = DomainDispatcherApplication(create_backend_app)
         self._server = make_server("127.0.0.1", 0, self._answer, threaded=True)
         self.url = f"http://127.0.0.1:{self._server.port}"
@@ -43,13 +46,23 @@ class S3Server:
             thread.join()
 
     def client(self, service: str = "s3") -> Any:
-        return boto3.client(
-            service,
-            endpoint_url=self.url,
-            region_name="us-east-1",
-            aws_access_key_id="setup",
-            aws_secret_access_key="setup",
-        )
+        if service not in self._clients:
+            self._clients[service] = boto3.client(
+                service,
+                endpoint_url=self.url,
+                region_name="us-east-1",
+                aws_access_key_id="setup",
+                aws_secret_access_key="setup",
+            )
+        return self._clients[service]
+
+    @property
+    def store(self) -> Any:
+        """What the server keeps, to set up and to look at without requests."""
+        return s3_backends[DEFAULT_ACCOUNT_ID]["aws"]
+
+    def empty(self) -> None:
+        self.store.reset()
 
     def check_credentials(self, on: bool) -> None:
         """From now on who is not known, or not allowed to, is refused; or everyone is let in."""
@@ -57,12 +70,11 @@ class S3Server:
         plain = {"Content-Type": "text/plain"}
         urlopen(Request(f"{self.url}/moto-api/reset-auth", body, plain, method="POST")).close()
 
-    def keys(self, bucket: str, prefix: str = "") -> list[str]:
-        found = self.client().list_objects_v2(Bucket=bucket, Prefix=prefix)
-        return sorted(item["Key"] for item in found.get("Contents", []))
+    def keys(self, bucket: str) -> list[str]:
+        return sorted(self.store.buckets[bucket].keys)
 
     def read(self, bucket: str, key: str) -> bytes:
-        body: bytes = self.client().get_object(Bucket=bucket, Key=key)["Body"].read()
+        body: bytes = self.store.buckets[bucket].keys[key].value
         return body
 
     def _answer(self, environ: dict[str, Any], start: Callable[..., Any]) -> Iterable[bytes]:

@@ -124,6 +124,7 @@ def test_credentials_that_are_wrong_or_not_allowed(
     iam = s3.client("iam")
     iam.create_user(UserName="stranger")
     key = iam.create_access_key(UserName="stranger")["AccessKey"]
+    S3FileSystem.clear_instance_cache()
     s3.check_credentials(True)
     try:
         wrong = bad("inspect", "s3://models/lora")
@@ -133,6 +134,7 @@ def test_credentials_that_are_wrong_or_not_allowed(
         denied = bad("inspect", "s3://models/lora")
     finally:
         s3.check_credentials(False)
+        S3FileSystem.clear_instance_cache()
     for said in (wrong, denied):
         assert said.startswith("error: access denied")
         assert "s3://models/lora" in said
@@ -188,6 +190,21 @@ def test_names_that_lead_out_are_refused(s3: S3Server, key: str, tmp_path: Path)
     assert "lead out of the folder" in said
     assert not list(tmp_path.rglob("remote-*"))
     assert not list(tmp_path.rglob("up"))
+
+
+def test_odd_names_are_fetched_as_they_are(s3: S3Server, llama_lora: Path) -> None:
+    folder, odd = "lo[r]a +%2F#\u00e9*", "odd +%25[1]*?#'\u00e9.txt"
+    for path in llama_lora.iterdir():
+        s3.store.put_object("models", f"{folder}/{path.name}", path.read_bytes())
+    s3.store.put_object("models", f"{folder}/{odd}", b"odd")
+    with fetched(f"s3://models/{folder}", lambda *_: nullcontext(lambda _count: None)) as path:
+        assert {each.name for each in path.iterdir()} == {
+            odd,
+            *(p.name for p in llama_lora.iterdir()),
+        }
+        assert (path / odd).read_bytes() == b"odd"
+    good("adapter", f"s3://models/{folder}", f"s3://out/{folder}")
+    assert "unchanged" in good("check", f"s3://out/{folder}")
 
 
 def test_a_name_of_a_file_and_a_folder_is_refused(s3: S3Server) -> None:
@@ -293,18 +310,13 @@ def test_a_url_whose_name_no_folder_has(s3: S3Server, name: str, tmp_path: Path)
     assert not list(tmp_path.rglob("escaped"))
 
 
-@pytest.mark.usefixtures("s3")
-def test_more_than_a_page_of_names() -> None:
-    from moto.s3.models import s3_backends
-
+def test_more_than_a_page_of_names(s3: S3Server) -> None:
     from dora_serve.remote_store import Store
 
     names = {f"{number:04}" for number in range(1001)}
     for name in names:
-        s3_backends["123456789012"]["aws"].put_object("models", f"many/{name}", b"")
+        s3.store.put_object("models", f"many/{name}", b"")
     assert set(Store("s3://models/many").files()) == names
-    for name in names:
-        s3_backends["123456789012"]["aws"].delete_object("models", f"many/{name}")
 
 
 def test_a_copy_that_cannot_be_told_from_the_next_version_is_removed(

@@ -15,11 +15,11 @@ from types import SimpleNamespace
 
 import pytest
 from fsspec import AbstractFileSystem
-from moto.s3.models import s3_backends
 
 from converters.certificate import FILE
 from converters.errors import OutputError
-from dora_serve.remote_store import RemoteError, Store
+from dora_serve.remote_errors import RemoteError
+from dora_serve.remote_store import Store
 
 from .exporting import bad, export, good
 from .s3_server import S3Server
@@ -80,12 +80,10 @@ def once(method: str, path: str) -> Callable[[str, str], bool]:
     return first
 
 
-def contents(folder: str, bucket: str = "out") -> dict[str, bytes]:
+def contents(s3: S3Server, folder: str = "place") -> dict[str, bytes]:
     """The objects of a folder, by their names there."""
-    keys = s3_backends["123456789012"]["aws"].buckets[bucket].keys
-    return {
-        key.removeprefix(f"{folder}/"): keys[key].value for key in keys if key.startswith(folder)
-    }
+    keys = (key for key in s3.keys("out") if key.startswith(f"{folder}/"))
+    return {key.removeprefix(f"{folder}/"): s3.read("out", key) for key in keys}
 
 
 def artifact(files: dict[str, bytes]) -> dict[str, bytes]:
@@ -106,7 +104,7 @@ NEW = {FILE: b"new proof", "config.json": b"{}", "weights": b"new weights"}
 def new(s3: S3Server, tmp_path: Path) -> Path:
     """A folder to put at `PLACE`, where another artifact is."""
     for name, data in OLD.items():
-        s3.client().put_object(Bucket="out", Key=f"place/{name}", Body=data)
+        s3.store.put_object("out", f"place/{name}", data)
     (tmp_path / "new").mkdir()
     for name, data in NEW.items():
         (tmp_path / "new" / name).write_bytes(data)
@@ -153,9 +151,9 @@ def test_a_failed_replacement_leaves_the_old_artifact(
     s3.denied = once("PUT", f"/out/place/{failing.replace('STAGE', '.dora-tmp-01234567')}")
     with pytest.raises(RemoteError, match="access denied"):
         replace(new)
-    assert contents("place") == OLD
+    assert contents(s3) == OLD
     replace(new)
-    assert contents("place") == NEW
+    assert contents(s3) == NEW
 
 
 def test_at_every_moment_of_a_replacement_what_has_a_certificate_is_whole(
@@ -165,17 +163,43 @@ def test_at_every_moment_of_a_replacement_what_has_a_certificate_is_whole(
 
     def look(method: str, _path: str) -> bool:
         if method in ("PUT", "POST", "DELETE"):
-            moments.append(artifact(contents("place")))
+            moments.append(artifact(contents(s3)))
         return False
 
     s3.denied = look
     replace(new)
-    assert contents("place") == NEW
+    assert contents(s3) == NEW
     assert len(moments) > 10
     assert all(here in (OLD, NEW) for here in moments if FILE in here)
     # Loaders look for the configuration: it comes after the weights, and goes before them.
     for config, weights in (("adapter_config.json", b"old"), ("config.json", b"new weights")):
         assert all(here["weights"] == weights for here in moments if config in here)
+
+
+def test_the_certificate_is_written_when_the_others_have_arrived(s3: S3Server, new: Path) -> None:
+    def lose(_method: str, path: str) -> bool:
+        if path.endswith("config.json"):
+            s3.store.delete_object("out", f"{path[5:].rpartition('/')[0]}/weights")
+        return False
+
+    s3.denied = lose
+    for url in ("s3://out/free", PLACE):
+        with pytest.raises(RemoteError, match="did not arrive whole"):
+            Store(url, writing=True).upload(new, True, lambda _count: None)
+    assert not [path for method, path in s3.requests if method == "PUT" and path.endswith(FILE)]
+    assert s3.keys("out") == sorted(f"place/{name}" for name in OLD)
+
+
+def test_what_changes_while_it_is_to_be_replaced_stays(s3: S3Server, new: Path) -> None:
+    def change(_method: str, path: str) -> bool:
+        if path.endswith(f"/old/{FILE}"):
+            s3.store.put_object("out", "place/weights", b"NEW")
+        return False
+
+    s3.denied = change
+    with pytest.raises(OutputError, match="changed while it was to be replaced"):
+        replace(new)
+    assert contents(s3) == {**OLD, "weights": b"NEW"}
 
 
 def test_when_the_old_artifact_cannot_be_put_back_both_are_whole_beside_it(
@@ -186,9 +210,9 @@ def test_when_the_old_artifact_cannot_be_put_back_both_are_whole_beside_it(
     )
     with pytest.raises(RemoteError, match="failed half-way") as failure:
         replace(new)
-    (stage,) = stages(contents("place"))
+    (stage,) = stages(contents(s3))
     assert f"{PLACE}/{stage}/: old and new" in str(failure.value)
-    assert contents("place") == {
+    assert contents(s3) == {
         f"{stage}/{kind}/{name}": data
         for kind, files in (("old", OLD), ("new", NEW))
         for name, data in files.items()
@@ -198,14 +222,14 @@ def test_when_the_old_artifact_cannot_be_put_back_both_are_whole_beside_it(
         Store(PLACE, writing=True).check_free(False)
     s3.reset()
     replace(new)
-    assert contents("place") == NEW
+    assert contents(s3) == NEW
 
 
 def test_what_may_not_be_removed_stays_whole(s3: S3Server, new: Path) -> None:
     s3.denied = lambda method, path: method == "DELETE" or (method, path) == ("POST", "/out")
     with pytest.raises(RemoteError, match="access denied"):
         replace(new)
-    assert artifact(contents("place")) == OLD
+    assert artifact(contents(s3)) == OLD
     assert set(Store(PLACE).files()) == set(OLD)  # what is left of the attempt is no part of it
 
 
@@ -219,12 +243,12 @@ Store(sys.argv[1], writing=True).upload(Path(sys.argv[2]), True, lambda count: N
 
 def test_a_killed_replacement_leaves_both_beside_it(s3: S3Server, new: Path) -> None:
     kill_at(s3, f"/out/place/{FILE}", sys.executable, "-c", KILLED, PLACE, str(new))
-    left = contents("place")
+    left = contents(s3)
     assert FILE not in artifact(left)
     (stage,) = stages(left)
-    assert (contents(f"place/{stage}/old"), contents(f"place/{stage}/new")) == (OLD, NEW)
+    assert (contents(s3, f"place/{stage}/old"), contents(s3, f"place/{stage}/new")) == (OLD, NEW)
     replace(new)
-    assert contents("place") == NEW
+    assert contents(s3) == NEW
 
 
 @pytest.mark.usefixtures("new")
@@ -232,8 +256,8 @@ def test_a_switch_is_finished_before_a_signal_is_heeded(s3: S3Server) -> None:
     words = (*MERGE[:2], PLACE, *MERGE[3:], "--force")
     terminate_at(s3, "/out/place/model.safetensors", *words)
     assert "unchanged" in good("check", PLACE)
-    assert "model.safetensors" in contents("place")
-    assert not stages(contents("place"))
+    assert "model.safetensors" in contents(s3)
+    assert not stages(contents(s3))
 
 
 def test_names_that_are_patterns_are_names(s3: S3Server) -> None:
@@ -241,10 +265,10 @@ def test_names_that_are_patterns_are_names(s3: S3Server) -> None:
     good("adapter", "s3://models/lora", "s3://out/merged")
     good("adapter", "s3://models/lora", "s3://out/me*ged")
     s3.client().put_object(Bucket="out", Key="me*ged/a[1]?.txt", Body=b"odd")
-    before = contents("merged")
+    before = contents(s3, "merged")
     good("adapter", "s3://models/lora", "s3://out/me*ged", "--force")
-    assert contents("merged") == before
-    assert contents("me*ged") == before
+    assert contents(s3, "merged") == before
+    assert contents(s3, "me*ged") == before
 
 
 def test_an_output_that_is_a_file_is_refused(s3: S3Server) -> None:
@@ -300,7 +324,7 @@ def test_paths_in_json_become_urls(s3: S3Server, llama_base: Path, bucket: str) 
         s3.client().upload_file(str(path), "models", f"{url[12:]}/{path.name}")
     printed = good("adapter", "s3://models/lora", f"{PLACE}/\u00e4", "--base", url, "--json")
     assert json.loads(printed)["output"] == f"{PLACE}/\u00e4"
-    files = contents("place")
+    files = contents(s3)
     config = json.loads(files["\u00e4/adapter_config.json"])
     assert config["base_model_name_or_path"] == url
     assert url in files["\u00e4/README.md"].decode().replace('\\"', '"')
