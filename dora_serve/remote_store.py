@@ -286,6 +286,8 @@ class Store:
             self._files.invalidate_cache()
             try:
                 found = self._files.find(self._root, detail=True)
+                if not found and self._protocol in ("http", "https"):
+                    self._files.cat_file(self._root, 0, 1)  # its listing hides why it is empty
             except FileNotFoundError:
                 if self._protocol in _BUCKETS:  # a bucket that is missing, not a folder
                     raise

@@ -285,6 +285,34 @@ def test_no_password_or_signature_is_shown(
     assert url.partition(":")[0] in bad("inspect", url)  # `bad` looks for the secret
 
 
+@pytest.mark.parametrize("status", [None, 403])
+def test_a_web_server_that_refuses_is_told_from_one_that_has_nothing(
+    status: int | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("DORA_SERVE_CACHE", str(tmp_path))
+
+    class Refuses(SimpleHTTPRequestHandler):
+        def do_GET(self) -> None:
+            self.send_error(status or 404)
+
+        do_HEAD = do_GET
+
+        def log_message(self, *_words: object) -> None:
+            pass  # it would be taken for the command's output
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), Refuses) as web:
+        thread = threading.Thread(target=web.serve_forever)
+        thread.start()
+        url = f"http://127.0.0.1:{web.server_port}/run"
+        try:
+            said = bad("inspect", f"{url}?signature={SECRET}")
+        finally:
+            web.shutdown()
+            thread.join()
+    assert said.startswith("error: cannot be listed" if status else "error: nothing at this URL")
+    assert bad("inspect", url).startswith("error: cannot be listed")  # nobody there any more
+
+
 def test_no_password_stands_in_an_artifact(
     llama_base: Path, llama_lora: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
