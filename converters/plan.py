@@ -123,7 +123,9 @@ def plan_merge(run: Run, base: BaseModel, dtype: torch.dtype | None) -> MergePla
     if head is not None:
         module, _ = targets.get(HEAD, (None, False))
         last.append(OutputTensor(HEAD, head, dtype or head.dtype, module))
-    return MergePlan(run, {name: tuple(tensors) for name, tensors in shards.items()}, config, ranks)
+    copy = _copy_of_embedding(run, base)
+    written = {n: tuple(t for t in tensors if t.name != copy) for n, tensors in shards.items()}
+    return MergePlan(run, written, config, ranks)
 
 
 def _shard_name(path: Path) -> str:
@@ -258,6 +260,8 @@ def target_architecture(run: Run, base: BaseModel) -> tuple[str | None, list[str
     suffixes = [suffix]
     if run.task == "causal-lm":  # so PEFT calls every model that writes text, images seen or not
         suffixes += ["LMHeadModel", "ForConditionalGeneration"]
+    if run.task == "seq2seq-lm":
+        suffixes += ["MTModel"]  # Marian
     if current is not None and current.endswith(tuple(suffixes)):
         return current, None
     from .skeleton import class_for, tensor_names
@@ -345,6 +349,16 @@ def _untie(
     if HEAD in replaced or base.find(HEAD) is not None:
         return None
     return whole if whole is not None and HEAD in run.replaced else old
+
+
+def _copy_of_embedding(run: Run, base: BaseModel) -> str | None:
+    """A tied head that is stored all the same, where the run changes both: it would keep the old
+    values, and a head that differs is not tied when the model is loaded."""
+    head, embedding = base.tensors.get(HEAD), base.tensors.get(base.embedding or "")
+    if not run.tied or head is None or embedding is None or head is embedding:
+        return None
+    tied = base.config.get("tie_word_embeddings") is not False and HEAD not in run.replaced
+    return HEAD if tied and same_values(head, embedding) else None
 
 
 def _new_embedding(base: BaseModel, replaced: LazyTensors) -> LazyTensor | None:

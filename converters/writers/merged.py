@@ -21,6 +21,13 @@ from .stream import Progress, Rounding, write_shards
 
 _COPIED = {".json", ".txt", ".model", ".jinja", ".tiktoken", ".spm", ".vocab", ".bpe"}
 _OWN_FILES = {"config.json", "adapter_config.json", FILE}
+# What `save_pretrained` of a tokenizer writes, of any kind.
+_TOKENIZER = {
+    *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"),
+    *("chat_template.jinja", "chat_template.json", "vocab.json", "merges.txt", "vocab.txt"),
+    *("tokenizer.model", "spiece.model", "sentencepiece.bpe.model", "spm.model"),
+    *("source.spm", "target.spm", "bpe.codes"),
+}
 _INDEX = "model.safetensors.index.json"
 
 # Above this share of an update lost to rounding the user is warned.
@@ -67,7 +74,7 @@ def write_merged(
         rounding = _write_shards(folder, plan, advance, journal)
         _write_index(folder, plan)
         write_json(folder / "config.json", plan.config)
-        copy_companions(base.path, folder)
+        copy_companions(base.path, folder, run.path)
         warnings = (*run.warnings, *_loss_warnings(rounding))
         proof = _certificate(plan.run, base, plan, rounding, dtype)
         # Hashing every byte would cost half as much again as the merge.
@@ -100,18 +107,29 @@ def _write_index(folder: Path, plan: MergePlan) -> None:
         write_json(folder / _INDEX, {"metadata": {"total_size": plan.nbytes}, "weight_map": files})
 
 
-def copy_companions(source: Path, folder: Path) -> None:
-    """Tokenizer, generation configuration and the like; weights and code stay behind."""
+def copy_companions(source: Path, folder: Path, run: Path | None = None) -> None:
+    """Tokenizer, generation configuration and the like of the base in `source`; weights and code
+    stay behind. A tokenizer that was saved with the run takes the place of the base's: tokens may
+    have been added, and the chat template is the one of the training."""
+    own = run is not None and (run / "tokenizer_config.json").is_file()
     for path in source.iterdir():
         known = path.suffix in _COPIED or path.name.upper().startswith(("LICENSE", "NOTICE"))
         left = path.name in _OWN_FILES or path.name.endswith(".index.json")
-        if path.is_file() and known and not left:
-            _check_inside(path, source)
-            shutil.copyfile(path, folder / path.name)
+        if path.is_file() and known and not left and not (own and path.name in _TOKENIZER):
+            _copy(path, source, folder)
+    if run is not None and own:
+        for name in sorted(_TOKENIZER):
+            if (run / name).is_file():
+                _copy(run / name, run, folder)
+
+
+def _copy(path: Path, source: Path, folder: Path) -> None:
+    _check_inside(path, source)
+    shutil.copyfile(path, folder / path.name)
 
 
 def _check_inside(path: Path, source: Path) -> None:
-    """Raise `BaseError` for a link out of the base, whose content nobody meant to pass on; the
+    """Raise `BaseError` for a link out of the folder, whose content nobody meant to pass on; the
     links of a hub cache's snapshot lead to its blobs."""
     own = source.resolve()
     blobs = own.parent.parent / "blobs"
@@ -120,7 +138,7 @@ def _check_inside(path: Path, source: Path) -> None:
         own.parent.name == "snapshots" and blobs in real.parents
     ):
         raise BaseError(
-            "a file of the base is a link out of its folder",
+            "a file to be copied is a link out of its folder",
             file=path,
             found=real,
             remedy="copy the file into the folder, if it is meant",

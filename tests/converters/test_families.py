@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 
 from converters.base import open_base
 from converters.layout import Layout
-from dora_serve import DoraExportError, merge, read_run, verify, write_adapter
+from dora_serve import DoraExportError, merge, read_run, verify, write_adapter, write_onnx
 from dora_serve.proof import logits, verification_batch
 from tests.conftest import randomize, tiny_llama
 from tests.converters.families import (
@@ -166,7 +166,9 @@ def test_moved_prefixes(tmp_path: Path) -> None:
     cls(config).save_pretrained(base)
     assert "language_model.model.norm.weight" in load_file(base / "model.safetensors")
     save_adapter(cls, base, tmp_path / "lora", target_modules=["q_proj", "down_proj"])
-    prove(cls, base, tmp_path / "lora", tmp_path)
+    run = prove(cls, base, tmp_path / "lora", tmp_path)
+    with pytest.raises(DoraExportError, match="more than text"):
+        write_onnx(base, tmp_path / "onnx", run=run)
 
 
 @pytest.mark.parametrize("tied", [True, False])
@@ -182,6 +184,29 @@ def test_single_trained_tokens(tmp_path: Path, tied: bool, indices: Any) -> None
         read_run(tmp_path / "lora")
     with pytest.raises(DoraExportError, match="cannot carry"):  # the tied head would not follow
         write_adapter(run, tmp_path / "adapter", base=tmp_path / "base", energy=1.0)
+
+
+def test_trained_tokens_of_a_tied_head_that_is_stored_all_the_same(tmp_path: Path) -> None:
+    """As pytorch_model.bin files hold it: with the old values it would not be tied when loaded."""
+    cls = save_base("llama", tmp_path / "base", tied=True)
+    model = cls.from_pretrained(tmp_path / "base")
+    (tmp_path / "base" / "model.safetensors").unlink()
+    torch.save(model.state_dict(), tmp_path / "base" / "pytorch_model.bin")
+    lora = {"target_modules": ["q_proj"], "trainable_token_indices": [49, 3]}
+    save_adapter(cls, tmp_path / "base", tmp_path / "lora", **lora)
+    prove(cls, tmp_path / "base", tmp_path / "lora", tmp_path, adapter=False)
+
+
+def test_a_translator(tmp_path: Path) -> None:
+    sizes = {"vocab_size": 80, "d_model": 32, "encoder_ffn_dim": 48, "decoder_ffn_dim": 48}
+    sizes |= {"encoder_layers": 2, "decoder_layers": 2, "pad_token_id": 0}
+    heads = {"encoder_attention_heads": 4, "decoder_attention_heads": 4, "init_std": 0.2}
+    cls, base = transformers.MarianMTModel, tmp_path / "base"
+    torch.manual_seed(0)
+    cls(transformers.MarianConfig(**sizes, **heads, decoder_start_token_id=0)).save_pretrained(base)
+    lora = {"task_type": "SEQ_2_SEQ_LM", "target_modules": ["q_proj", "v_proj", "fc1"]}
+    save_adapter(cls, base, tmp_path / "lora", **lora)
+    prove(cls, base, tmp_path / "lora", tmp_path)
 
 
 def test_bias_inside_lora_b(tmp_path: Path) -> None:

@@ -5,6 +5,7 @@ PEFT's own live model is the truth here, so that our live model is put to the te
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import (
     AutoModelForSequenceClassification,
+    AutoTokenizer,
     BertConfig,
     BertModel,
     GPT2Config,
@@ -24,7 +26,7 @@ from transformers import (
 
 from dora_serve import DoraExportError, merge, read_run, verify, write_adapter
 from dora_serve.proof import logits, verification_batch
-from tests.conftest import randomize, tiny_llama
+from tests.conftest import MODELS, randomize, tiny_llama
 
 LLAMA_CASES: dict[str, dict[str, Any]] = {
     "patterns": {
@@ -211,3 +213,23 @@ def test_a_norm_beside_frozen_embeddings_is_saved_under_its_own_name(tmp_path: P
     live = PeftModel.from_pretrained(BertModel.from_pretrained(base), str(tmp_path / "adapter"))
     assert float((logits(live.eval(), inputs) - truth).abs().max()) <= 1e-4
     assert float((logits(BertModel.from_pretrained(base), inputs) - truth).abs().max()) > 1e-2
+
+
+def test_the_tokenizer_that_was_saved_with_the_run(tmp_path: Path) -> None:
+    """As trainers save it into the adapter's folder."""
+    base = Path(shutil.copytree(MODELS / "tiny-llama-base", tmp_path / "base"))
+    (base / "chat_template.jinja").write_text("the base's")
+    run = make(base, tmp_path / "run", target_modules=["q_proj"])
+    tokenizer = AutoTokenizer.from_pretrained(MODELS / "tiny-llama-base")
+    tokenizer.add_tokens(["<added>"])
+    tokenizer.chat_template = "the run's"
+    tokenizer.save_pretrained(run)
+    merge(run, tmp_path / "out", base=base)
+    merged = AutoTokenizer.from_pretrained(tmp_path / "out")
+    assert merged.chat_template == "the run's"
+    assert merged("moon <added>")["input_ids"] == tokenizer("moon <added>")["input_ids"]
+    (run / "tokenizer_config.json").unlink()
+    merge(run, tmp_path / "out", base=base, force=True)
+    merged = AutoTokenizer.from_pretrained(tmp_path / "out")
+    assert merged.chat_template == "the base's"
+    assert "<added>" not in merged.get_vocab()

@@ -55,6 +55,13 @@ def plan_onnx(
     task = _task(base, runs)
     if task is None or task not in {"causal-lm", SEQ2SEQ_TASK, *ENCODER_TASKS}:
         raise TargetError("no ONNX export for this task", found=task)
+    if "text_config" in base.config:
+        raise TargetError(
+            "no ONNX export for models of more than text",
+            file=base.path,
+            found=base.config.get("architectures"),
+            remedy="deploy the merged model: dora-export merge",
+        )
     _check_adapters(adapters or {}, base, heads=task in ENCODER_TASKS)
     stripped = None if adapters is None else {n: each.strip() for n, each in adapters.items()}
     if run is not None:
