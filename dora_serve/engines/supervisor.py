@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import os
 import signal
+import socket
 import subprocess
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -12,7 +13,8 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
-from urllib.request import urlopen
+from urllib.parse import urlsplit
+from urllib.request import ProxyHandler, build_opener
 
 from converters.errors import DoraExportError
 
@@ -22,6 +24,7 @@ _STEADY = 60.0  # a crash after so long counts as the first one
 _FAILURES = 5  # starts in a row that did not become ready
 _LONGEST = 60.0  # between two starts
 _PR_SET_PDEATHSIG = 1
+_opener = build_opener(ProxyHandler({}))  # the server is on this machine, a proxy may not be
 
 
 class ServerError(DoraExportError, RuntimeError):
@@ -46,8 +49,8 @@ class Supervisor:
     def run(self) -> None:
         """Keep the server running until SIGINT or SIGTERM; a second one ends it at once.
 
-        Raises `ServerError` when the first start fails, or five in a row. Nothing that the server
-        started outlives this call.
+        Raises `ServerError` when the first start fails, or five in a row; a port where something
+        answers already is such a failure. Nothing that the server started outlives this call.
         """
         was_ready, failures, pause = False, 0, 0.5
         with _signals() as signals:
@@ -65,7 +68,10 @@ class Supervisor:
                 _sleep(pause, signals)
 
     def _once(self, signals: list[int]) -> tuple[bool, int | None]:
-        """Run the server once: whether it became ready, and its exit code."""
+        """Run the server once: whether it became ready, and its exit code; None when its port was
+        taken and it was not started, since what answers there would pass for it."""
+        if self._taken():
+            return False, None
         self.log.parent.mkdir(parents=True, exist_ok=True)
         with self.log.open("ab") as log:
             process = subprocess.Popen(
@@ -93,12 +99,26 @@ class Supervisor:
             _end(process, signals)
         return ready, process.returncode
 
+    def _taken(self) -> bool:
+        where = urlsplit(self.health)
+        address = (where.hostname or "", where.port or 80)
+        with suppress(OSError), socket.create_connection(address, timeout=5):
+            return True
+        return False
+
     def _answers(self) -> bool:
-        with suppress(OSError), urlopen(self.health, timeout=5) as answer:
+        with suppress(OSError), _opener.open(self.health, timeout=5) as answer:
             return bool(answer.status == 200)
         return False
 
     def _error(self, code: int | None) -> ServerError:
+        if code is None:
+            where = urlsplit(self.health)
+            return ServerError(
+                "another program has the server's port",
+                found=f"port {where.port} of {where.hostname} answers already",
+                remedy="end that program, or choose another port with --port",
+            )
         lines = self.log.read_text(encoding="utf-8", errors="replace").splitlines()
         telling = [line for line in lines[-200:] if "Error" in line or "error" in line]
         return ServerError(

@@ -62,7 +62,7 @@ def up(
     if dry_run:
         click.echo(shell(words))
         return
-    url = f"http://{host}:{port}"
+    url = f"http://{f'[{host}]' if ':' in host else host}:{port}"
     log = cache_folder() / "logs" / f"vllm-{port}.log"
     click.echo(f"log     {log}", err=True)
     Supervisor(words, environment, f"{url}/health", log, _Report(url, name, list(adapters))).run()

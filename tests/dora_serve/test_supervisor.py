@@ -49,13 +49,18 @@ except DoraExportError as error:
 
 
 class Supervised:
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, start: bool = True) -> None:
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             self.port = free.getsockname()[1]
         self.folder = folder
-        words = [sys.executable, "-c", SUPERVISE, str(self.port), str(folder), SERVER]
-        self.process = subprocess.Popen(words, stderr=subprocess.PIPE, text=True)
+        if start:
+            self.start()
+
+    def start(self, **environment: str) -> None:
+        words = [sys.executable, "-c", SUPERVISE, str(self.port), str(self.folder), SERVER]
+        env = {**os.environ, **environment}
+        self.process = subprocess.Popen(words, stderr=subprocess.PIPE, text=True, env=env)
 
     def events(self) -> list[str]:
         path = self.folder / "events"
@@ -81,6 +86,14 @@ def until(true: Callable[[], object]) -> None:
     while not true():
         assert time.monotonic() < end, "waited in vain"
         time.sleep(0.05)
+
+
+def answers(port: int) -> bool:
+    try:
+        urlopen(f"http://127.0.0.1:{port}/health", timeout=1).close()
+    except OSError:
+        return False
+    return True
 
 
 def alive(pid: int) -> bool:
@@ -117,17 +130,43 @@ def test_a_first_start_that_fails_is_an_error_with_the_servers_words(tmp_path: P
     assert "Traceback" not in told
 
 
+def test_a_port_where_another_server_answers_is_refused(tmp_path: Path) -> None:
+    """Else its answers pass for those of the server, which cannot start."""
+    words = [sys.executable, "-m", "http.server", "--bind", "127.0.0.1", "--directory"]
+    supervised = Supervised(tmp_path, start=False)
+    (tmp_path / "health").touch()
+    with subprocess.Popen(
+        [*words, str(tmp_path), str(supervised.port)], stderr=subprocess.DEVNULL
+    ) as other:
+        try:
+            until(lambda: answers(supervised.port))
+            supervised.start()
+            assert supervised.process.wait(timeout=30) == 1
+            assert supervised.process.stderr is not None
+            told = supervised.process.stderr.read()
+        finally:
+            supervised.process.kill()
+            other.kill()
+    assert f"port {supervised.port} of 127.0.0.1" in told
+    assert "--port" in told
+    assert supervised.events() == []
+    assert not (tmp_path / "starts").exists()
+
+
+def test_the_server_is_not_asked_through_a_proxy(tmp_path: Path) -> None:
+    supervised = Supervised(tmp_path, start=False)
+    supervised.start(http_proxy="http://127.0.0.1:9", no_proxy="")
+    try:
+        until(lambda: supervised.events() == ["ready"])
+    finally:
+        supervised.process.send_signal(signal.SIGINT)
+        assert supervised.process.wait(timeout=30) == 0
+
+
 def test_a_supervisor_that_is_killed_takes_the_server_along(supervised: Supervised) -> None:
     until(lambda: supervised.events() == ["ready"])
     supervised.process.kill()
     supervised.process.wait()
 
-    def gone() -> bool:
-        try:
-            urlopen(f"http://127.0.0.1:{supervised.port}/health", timeout=1).close()
-        except OSError:
-            return True
-        return False
-
-    until(gone)
+    until(lambda: not answers(supervised.port))
     os.kill(supervised.child(), signal.SIGKILL)  # of a server that does not end its own children
