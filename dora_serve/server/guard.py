@@ -60,6 +60,9 @@ class Guard:
             await self._pass(scope, receive, watch)
         except ApiError as error:
             await error.response()(scope, receive, watch)
+        except Exception:
+            notes["status"] = 500  # what Starlette answers, outside of this
+            raise
         finally:
             route = scope.get("route")  # its pattern: a path may hold what nobody should read
             notes["path"] = getattr(route, "path", None)
