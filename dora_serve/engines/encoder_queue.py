@@ -134,7 +134,8 @@ class EncoderQueue:
                 else:
                     self.pool.release(job.adapter)
             except Exception as error:
-                job.future.set_exception(error)
+                if job.future.set_running_or_notify_cancel():
+                    job.future.set_exception(error)
         if later:
             with self._changed:
                 self._waiting = [*later, *self._waiting]

@@ -82,6 +82,15 @@ def test_only_the_one_at_fault_fails(folder: Path, tmp_path: Path) -> None:
         assert all(each.result(60)["logits"].shape == (2,) for each in more)
 
 
+def test_a_client_that_leaves_before_its_adapter_fails_ends_no_worker(folder: Path) -> None:
+    row = ([0, 5, 2], [0, 0, 0])
+    with running(folder) as queue:
+        with queue._changed:  # the worker takes nothing meanwhile
+            (left,) = queue.submit([row], str(folder / "lost.onnx_adapter"))
+            assert left.cancel()
+        assert queue.submit([row], None)[0].result(10)["logits"].shape == (2,)
+
+
 def test_bounds(folder: Path) -> None:
     with running(folder, max_waiting=3) as queue:
         for ids, says in (([], "too long"), ([5] * 33, "too long"), ([99], "no such token")):
