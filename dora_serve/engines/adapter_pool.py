@@ -26,6 +26,7 @@ class AdapterPool:
         self._engine, self._max_bytes = engine, max_bytes
         self._sizes: OrderedDict[str, int] = OrderedDict()  # least recently used first
         self._users: Counter[str] = Counter()
+        self._unwanted: set[str] = set()
         self._lock = threading.Lock()
 
     @property
@@ -41,9 +42,11 @@ class AdapterPool:
 
         Raises `DoraExportError` when it cannot be loaded or does not fit the graph.
         """
-        if path is None:
-            return True
         with self._lock:
+            for each in [each for each in self._unwanted if not self._users[each]]:
+                self._drop(each)
+            if path is None:
+                return True
             if path not in self._sizes:
                 try:
                     size = Path(path).stat().st_size
@@ -71,10 +74,11 @@ class AdapterPool:
                 self._users[path] -= 1
 
     def forget(self, path: str) -> None:
-        """Drop the adapter now unless it is in use; then it goes when room is needed."""
+        """Have the adapter dropped by the next `acquire` that finds it unused: by a thread that
+        runs the engine, since another may ask while a step computes with all that is loaded."""
         with self._lock:
-            if path in self._sizes and not self._users[path]:
-                self._drop(path)
+            if path in self._sizes:
+                self._unwanted.add(path)
 
     def _make_room(self, size: int) -> bool:
         idle = [path for path in self._sizes if not self._users[path]]
@@ -85,3 +89,4 @@ class AdapterPool:
     def _drop(self, path: str) -> None:
         self._engine.remove_adapter(path)
         del self._sizes[path], self._users[path]
+        self._unwanted.discard(path)

@@ -135,7 +135,7 @@ class AdapterSet:
         if found is None:
             found = {**self._branches(used), **self._heads(used)}
             if len(used) > 1:  # a copy of its adapters, so that only one such stack is kept
-                for other in [stack for stack in self._stacks if len(stack) > 1]:
+                for other in [stack for stack in list(self._stacks) if len(stack) > 1]:
                     self._stacks.pop(other, None)
             self._stacks[used] = found
         return found

@@ -7,7 +7,7 @@ import random
 import shutil
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -23,6 +23,7 @@ from dora_serve.engines.decoder_graph import DecoderGraph
 from dora_serve.engines.generation import Detokenizer, StoppedText
 from dora_serve.engines.limits import Limits, QueueFull
 from dora_serve.engines.onnxruntime import Decoder
+from dora_serve.engines.runner import Runner
 from dora_serve.engines.sampling import Sampling, draw
 from dora_serve.engines.slots import Slots
 from tests.engines.decoders import Case
@@ -170,6 +171,36 @@ def test_adapters_come_and_go_within_their_bound(llama: Case, tmp_path: Path) ->
             else:
                 with pytest.raises(DoraExportError, match=says):
                     answer.wait()
+
+
+def test_an_adapter_forgotten_in_the_middle_of_a_step_fails_no_row(
+    llama: Case, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The step may compute with adapters beside that no row needs any more."""
+    down, second = (str(file(llama, name)) for name in ("down", "second"))
+    with running(llama) as engine:
+        stack, used = Runner._stack, []
+
+        def forget(runner: Runner, adapters: Sequence[str | None]) -> tuple[str, ...]:
+            found = stack(runner, adapters)
+            used.append(second in found and second not in adapters)
+            engine.pool.forget(second)  # as when the server's thread is told so just now
+            return found
+
+        monkeypatch.setattr(Runner, "_stack", forget)
+        ids = engine.graph.encode("count : nine")
+        row, brief, last = Answer(), Answer(), Answer()
+        long = Sampling(max_tokens=30, ignore_eos=True)
+        engine.submit(ids, down, [long], [row.updates.put])
+        engine.submit(ids, second, [Sampling(max_tokens=8)], [brief.updates.put])
+        assert brief.wait()[1].split()[0] == "eleven"
+        expected = Decoder(llama.folder, threads=1).generate([ids], "down", long)[0]
+        assert row.wait()[0] == expected.tokens
+        assert any(used)  # the control
+        engine.submit(ids, None, [Sampling(max_tokens=1)], [last.updates.put])
+        last.wait()
+        assert second not in engine.pool
+        assert down in engine.pool
 
 
 def test_bounds(llama: Case) -> None:
