@@ -3,11 +3,19 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import click
+from click.core import ParameterSource
 
 from . import common
+
+_ONLY = {  # parameters that one engine alone has
+    "onnxruntime": {"threads": "--threads", "workers": "--workers"},
+    "vllm": {"gpu_memory": "--gpu-memory", "vllm": "--vllm", "live": "--live"},
+}
+_WHERE = {"--host", "--port", "--uds"}  # vLLM listens
 
 
 @click.command("up")
@@ -55,6 +63,7 @@ def command(
     What has to be converted is converted once and kept in the cache ($DORA_SERVE_CACHE, else the
     user's cache folder). With --engine vllm what follows `--` goes to `vllm serve` untouched.
     """
+    _check(engine, more)
     if engine == "vllm":
         from dora_serve.engines import vllm_up
 
@@ -71,10 +80,30 @@ def command(
             more=more,
         )
         return
-    if more:
-        raise click.UsageError("arguments after -- are for --engine vllm")
     from dora_serve.server.options import ServerOptions
     from dora_serve.server.up import up
 
     options = ServerOptions(threads=threads, workers=workers)
     sys.exit(up(folder, base, host, port, api_key, dry_run, options))
+
+
+def _check(engine: str, more: Sequence[str]) -> None:
+    """Refuse what the engine would not heed, and what would keep us from watching vLLM."""
+    context = click.get_current_context()
+    for other, parameters in _ONLY.items():
+        for name, option in parameters.items():
+            given = context.get_parameter_source(name) is not ParameterSource.DEFAULT
+            if given and other != engine:
+                raise click.UsageError(f"{option} is for --engine {other}, not for {engine}")
+    if more and engine != "vllm":
+        raise click.UsageError("arguments after -- are for --engine vllm")
+    for word in more:
+        option = word.split("=")[0].replace("_", "-")
+        if option in _WHERE:
+            raise click.UsageError(
+                f"{option} after --: where vLLM listens is said by --host and --port before it"
+            )
+        if option.startswith("--ssl-"):
+            raise click.UsageError(
+                f"{option}: vLLM is watched over HTTP here; have a proxy before it speak HTTPS"
+            )

@@ -11,9 +11,11 @@ from typing import Any
 import pytest
 import torch
 import yaml
+from click.testing import CliRunner
 from peft import LoraConfig, get_peft_model
 from transformers import LlamaForCausalLM
 
+from dora_serve.commands import dora_serve
 from dora_serve.discover import discover
 from dora_serve.fleet import plan_fleet, step_for
 from tests.conftest import MODELS, randomize
@@ -129,3 +131,25 @@ def test_up_dry_run_prints_what_it_would_start(tmp_path: Path) -> None:
     nothing = serve("up", tmp_path, "--engine", "vllm", "--dry-run")
     assert nothing.returncode == 1
     assert "one vLLM serves one base" in nothing.stderr
+
+
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        (["--live"], "--live is for --engine vllm"),
+        (["--gpu-memory", "8GB"], "--gpu-memory is for --engine vllm"),
+        (["--vllm", "vllm"], "--vllm is for --engine vllm"),
+        (["--", "--max-model-len", "64"], "for --engine vllm"),
+        (["--engine", "vllm", "--threads", "1"], "--threads is for --engine onnxruntime"),
+        (["--engine", "vllm", "--workers", "1"], "--workers is for --engine onnxruntime"),
+        (["--engine", "vllm", "--", "--port", "9000"], "--port after --"),
+        (["--engine", "vllm", "--", "--port=9000"], "--port after --"),
+        (["--engine", "vllm", "--", "--host", "0.0.0.0"], "--host after --"),
+        (["--engine", "vllm", "--", "--ssl_certfile=cert"], "--ssl-certfile: vLLM is watched"),
+        (["--engine", "vllm", "--", "--ssl-keyfile", "key"], "--ssl-keyfile: vLLM is watched"),
+    ],
+)
+def test_up_refuses_what_its_engine_would_not_heed(words: list[str], says: str) -> None:
+    done = CliRunner().invoke(dora_serve, ["up", str(MODELS), "--dry-run", *words])
+    assert done.exit_code == 2
+    assert says in " ".join(done.stderr.split())
