@@ -15,6 +15,12 @@ from .metrics import Metrics
 from .registry import Served
 
 
+def check_count(engine: ContinuousDecoder, count: int) -> None:
+    """Raise `ApiError` for a request of more choices than can ever wait."""
+    if count > engine.limits.max_waiting:
+        raise ApiError(f"{count} choices are more than can wait", code="too_many_choices")
+
+
 class Asking:
     """Submits every prompt once per sampling and counts what comes back.
 
@@ -31,8 +37,7 @@ class Asking:
         timeout: float,
     ) -> None:
         self.count = sum(map(len, samplings))
-        if self.count > engine.limits.max_waiting:
-            raise ApiError(f"{self.count} choices are more than can wait", code="too_many_choices")
+        check_count(engine, self.count)
         self._metrics, self._served = metrics, served
         self._begin = time.monotonic()
         self._deadline = self._begin + timeout

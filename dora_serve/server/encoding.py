@@ -13,7 +13,7 @@ from fastapi import APIRouter, Request
 
 from dora_serve.engines.encoder_queue import EncoderQueue
 
-from . import answers, pieces
+from . import answers, pieces, tokenizing
 from .errors import ApiError
 from .registry import Served
 from .requests import ClassifyRequest, EmbeddingRequest
@@ -63,9 +63,7 @@ async def _run(
     prefix: str,
 ) -> tuple[dict[str, Any], list[dict[str, Any]], answers.Usage]:
     state = state_of(request)
-    rows = [_row(engine, text) for text in inputs]
-    if len(rows) > engine.limits.max_waiting:
-        raise ApiError(f"{len(rows)} texts are more than can wait", param="input")
+    rows = await encode(engine, inputs)
     begin = time.monotonic()
     futures = [asyncio.wrap_future(each) for each in engine.submit(rows, served.model.adapter)]
     served.requests += 1
@@ -90,8 +88,17 @@ async def _all(futures: Sequence[asyncio.Future[dict[str, Any]]]) -> list[dict[s
     return list(await asyncio.gather(*futures))
 
 
-def _row(engine: EncoderQueue, text: str | list[int]) -> tuple[list[int], list[int]]:
-    if not isinstance(text, str):
-        return text, [0] * len(text)
-    encoded = engine.encoder.encode(text)
-    return list(encoded.ids), list(encoded.type_ids)
+async def encode(
+    engine: EncoderQueue, inputs: Sequence[str | list[int]]
+) -> list[tuple[list[int], list[int]]]:
+    """Token ids and types of every text; ids stay as they are. Raises `ApiError` for too many."""
+    if len(inputs) > engine.limits.max_waiting:
+        raise ApiError(f"{len(inputs)} texts are more than can wait", param="input")
+
+    def row(text: str | list[int]) -> tuple[list[int], list[int]]:
+        if not isinstance(text, str):
+            return text, [0] * len(text)
+        encoded = engine.encoder.encode(text)
+        return list(encoded.ids), list(encoded.type_ids)
+
+    return await tokenizing.each(row, inputs)

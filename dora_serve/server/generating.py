@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import AsyncGenerator, Callable, Sequence
 from contextlib import aclosing
 from typing import Any
@@ -12,8 +11,8 @@ from fastapi.responses import JSONResponse, Response
 
 from dora_serve.engines.continuous import ContinuousDecoder, Update
 
-from . import answers, pieces
-from .asking import Asking
+from . import answers, pieces, tokenizing
+from .asking import Asking, check_count
 from .errors import ApiError
 from .pieces import Choice, Json
 from .requests import ChatRequest, CompletionRequest
@@ -21,7 +20,6 @@ from .sending import EventStream, while_there
 from .state import note, state_of
 
 router = APIRouter()
-_LONG = 20_000  # characters that are not tokenized in the event loop
 
 # The JSON of a choice by its index, whole or what it grew by.
 Write = Callable[[int, Choice | Update], Json]
@@ -32,7 +30,8 @@ async def completions(body: CompletionRequest, request: Request) -> Response:
     """Complete a prompt, or several."""
     state = state_of(request)
     served, engine = state.models.decoder(body.model)
-    prompts = [await encode(engine, prompt) for prompt in body.prompts]
+    check_count(engine, len(body.prompts) * body.n)
+    prompts = await encode(engine, body.prompts)
     for prompt in prompts:
         _check_length(engine, prompt, body.max_tokens)
     most = engine.max_length if body.max_tokens is None else body.max_tokens
@@ -60,7 +59,7 @@ async def chat(body: ChatRequest, request: Request) -> Response:
     served, engine = state.models.decoder(body.model)
     messages = [message.plain() for message in body.messages]
     text = served.template.render(messages, body.add_generation_prompt)
-    prompt = await encode(engine, text, special=False)
+    (prompt,) = await encode(engine, [text], special=False)
     wanted = body.max_completion_tokens or body.max_tokens
     _check_length(engine, prompt, wanted)
     top = (body.top_logprobs or 0) if body.logprobs else None
@@ -85,15 +84,17 @@ async def chat(body: ChatRequest, request: Request) -> Response:
 
 
 async def encode(
-    engine: ContinuousDecoder, prompt: str | list[int], special: bool = True
-) -> list[int]:
-    """Token ids of a text; ids stay as they are."""
-    if not isinstance(prompt, str):
-        return prompt
-    work = engine.graph.tokenizer.encode
-    if len(prompt) < _LONG:
-        return list(work(prompt, add_special_tokens=special).ids)
-    return list((await asyncio.to_thread(work, prompt, add_special_tokens=special)).ids)
+    engine: ContinuousDecoder, prompts: Sequence[str | list[int]], special: bool = True
+) -> list[list[int]]:
+    """Token ids of every text; ids stay as they are."""
+    tokenizer = engine.graph.tokenizer
+
+    def ids(prompt: str | list[int]) -> list[int]:
+        if not isinstance(prompt, str):
+            return prompt
+        return list(tokenizer.encode(prompt, add_special_tokens=special).ids)
+
+    return await tokenizing.each(ids, prompts)
 
 
 def _check_length(engine: ContinuousDecoder, prompt: Sequence[int], wanted: int | None) -> None:

@@ -282,6 +282,7 @@ def complete_fails(client: openai.OpenAI, model: str, **more: Any) -> int:
         ("/v1/completions", {"model": DOWN, "prompt": "a", "echo": True}, 400, "echo"),
         ("/v1/completions", {"model": DOWN, "prompt": "a", "unknown": 1}, 400, "unknown"),
         ("/v1/completions", {"model": DOWN, "prompt": ["a"] * 300}, 400, "can wait"),
+        ("/v1/completions", {"model": DOWN, "prompt": ["cat " * 80] * 300}, 400, "can wait"),
         ("/v1/completions", {"model": SENTIMENT, "prompt": "a"}, 400, "is for sequence-class"),
         ("/classify", {"model": DOWN, "input": "a"}, 400, "is for causal-lm"),
         ("/classify", {"model": SENTIMENT, "input": "good " * 40}, 400, "too long"),
