@@ -12,6 +12,7 @@ import onnxruntime
 import pytest
 import torch
 
+import dora_serve
 from converters.base import open_base
 from converters.onnx_files import read_adapter_file
 from converters.writers.onnx import add_adapters, write_onnx
@@ -143,7 +144,7 @@ def test_adapters_come_and_go_without_a_new_session(llama: Case) -> None:
 
 def test_adding_an_adapter_to_a_folder(tmp_path: Path) -> None:
     base = open_base(BASE)
-    write_onnx(base, tmp_path / "out", adapters={"down": sample("down")})
+    dora_serve.write_onnx(base, tmp_path / "out", adapters={"down": sample("down")})
     graphs = {f: (tmp_path / "out" / f).read_bytes() for f in ("model.onnx", "batched.onnx")}
     with pytest.raises(DoraExportError, match="there already"):
         add_adapters(tmp_path / "out", {"down": sample("down")}, base)
@@ -156,6 +157,10 @@ def test_adding_an_adapter_to_a_folder(tmp_path: Path) -> None:
     )
     proof = json.loads((tmp_path / "out" / "dora_export.json").read_text())
     assert set(proof["adapters"]) == {"down", "second"}
+    assert set(proof["accuracy"]) == {"down"}
+    add_adapters(tmp_path / "out", {"down": sample("second")}, base, force=True)
+    proof = json.loads((tmp_path / "out" / "dora_export.json").read_text())
+    assert proof["accuracy"] == {}, "figures of a run that is gone"
     assert not list((tmp_path / "out").glob(".adding*"))
 
 
