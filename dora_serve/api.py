@@ -120,8 +120,10 @@ def write_onnx(
     """Write `run` merged into `base`, or `base` with `adapters` (name → run), for ONNX Runtime.
     `{}` makes graphs of a decoder that adapters can be added to later.
 
-    `precision` is fp32, fp16, int8 or int4. The logits are compared with the live runs before the
-    folder appears. Raises `DoraExportError` with nothing written.
+    `precision` is fp32, fp16, int8 or int4. What torch exports is compared with the model, in
+    float32, before it is written. For what the builder makes, the certificate records the error:
+    run `verify`.
+    Raises `DoraExportError` with nothing written.
     """
     from converters.writers import onnx
 
