@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
+from .errors import RunError
 from .tensors import LazyTensor, LazyTensors
 from .update import RankOneSum, Update
 
@@ -36,11 +37,16 @@ class LazyUpdates(Mapping[str, Update]):
         return len(self._loaders)
 
 
-def strip_update(update: Update) -> Update:
+def strip_update(update: Update, module: str, path: Path) -> Update:
     """The update without zero and dependent components, in order of size; other kinds as they
-    are."""
+    are. Raises `RunError` when the product of what was trained leaves the range of float32."""
     components = update.components()
-    return update if components is None else components.strip().reduced().sorted()
+    if components is None:
+        return update
+    alive = components.strip()
+    if not alive.is_finite():
+        raise RunError("the update is not of finite numbers", file=path, tensor=module)
+    return alive.reduced().sorted()
 
 
 @dataclass(frozen=True)
@@ -77,7 +83,7 @@ class Run:
         """The run without pruned components."""
 
         def loader(module: str) -> Callable[[], Update]:
-            return lambda: strip_update(self.updates[module])
+            return lambda: strip_update(self.updates[module], module, self.path)
 
         return replace(self, updates=LazyUpdates({m: loader(m) for m in self.updates}))
 

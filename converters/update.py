@@ -107,6 +107,9 @@ class RankOneSum:
         alive = (self.c != 0) & self.a.any(dim=1) & self.b.any(dim=0)
         return self if bool(alive.all()) else self._take(alive)
 
+    def is_finite(self) -> bool:
+        return all(bool(torch.isfinite(factor).all()) for factor in (self.a, self.b, self.c))
+
     def reduced(self) -> RankOneSum:
         """The same ΔW of as few components as it has rank; itself, bit for bit, where the
         components are linearly independent.

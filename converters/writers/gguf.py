@@ -189,7 +189,7 @@ def _heads(base: BaseModel, module: str, rows: int) -> int:
 def _count(base: BaseModel, *names: str) -> int:
     """The first of these numbers that the base's configuration has."""
     value = next((base.config[name] for name in names if base.config.get(name)), None)
-    if not isinstance(value, int):
+    if not isinstance(value, int) or isinstance(value, bool):
         raise BaseError(
             f"the base's configuration has no {names[-1]}",
             file=base.path / "config.json",

@@ -94,7 +94,7 @@ def test_independent_components_stay_as_they_are(rank: int, seed: int, spread: i
 def test_components_that_cancel_leave_nothing() -> None:
     one = random_sum(6, 5, 2)
     both = RankOneSum(one.a.repeat(2, 1), torch.cat([one.c, -one.c]), one.b.repeat(1, 2))
-    stripped = strip_update(both)
+    stripped = strip_update(both, "module", Path("run"))
     assert isinstance(stripped, RankOneSum)
     assert stripped.rank == 0
 

@@ -10,7 +10,9 @@ import torch
 
 from converters.errors import DoraExportError
 from converters.layout import split_slice
+from converters.run import strip_update
 from converters.tensors import open_file
+from converters.update import RankOneSum
 
 from .mutate import SPLIT
 from .targets import TARGETS
@@ -32,6 +34,7 @@ def entry(shape: list[int], begin: int, end: int) -> dict[str, object]:
         ("base config.json, merged and GGUF", {"num_hidden_layers": 1 << 31}),
         ("base config.json, merged and GGUF", {"num_attention_heads": 3}),
         ("base config.json, merged and GGUF", {"num_key_value_heads": -2}),
+        ("base config.json, merged and GGUF", {"num_attention_heads": True}),
         ("base config.json, merged and GGUF", {"a": "\ud800"}),
         ("base config.json, merged and GGUF", {
             "architectures": ["LlamaModel"], "num_labels": 1 << 40, "num_hidden_layers": 1 << 31}),
@@ -78,3 +81,13 @@ def test_half_a_surrogate_in_a_torch_file(tmp_path: Path) -> None:
 def test_an_expert_of_5000_digits_is_no_expert() -> None:
     assert split_slice("experts.up[3]") == ("experts.up", 3)
     assert split_slice(f"experts.up[{LONG}]") == (f"experts.up[{LONG}]", None)
+
+
+@pytest.mark.parametrize("value", [float("inf"), float("nan")])
+def test_products_beyond_float32(value: float) -> None:
+    """Each factor in the file is finite; a gate times a column is not."""
+    update = RankOneSum(torch.ones(2, 3), torch.ones(2), torch.ones(4, 2))
+    assert strip_update(update, "q_proj", Path("run")).shape == (4, 3)
+    update.b[1, 1] = value
+    with pytest.raises(DoraExportError, match=r"finite(.|\n)*q_proj"):
+        strip_update(update, "q_proj", Path("run"))
