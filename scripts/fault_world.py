@@ -111,6 +111,10 @@ class World:
         return self.folder / "inputs"
 
     @property
+    def temporary(self) -> Path:
+        return self.folder / "temporary"
+
+    @property
     def place(self) -> Path:
         return self.folder / "place"
 
@@ -136,7 +140,7 @@ class World:
             descriptor = os.open(log, os.O_WRONLY)
             os.dup2(descriptor, 1)
             os.dup2(descriptor, 2)
-            os.environ["TMPDIR"] = str(self.folder / "temporary")
+            os.environ["TMPDIR"] = str(self.temporary)
             if user is not None:
                 os.setuid(user)
             if arm is not None:
@@ -156,7 +160,8 @@ class World:
         while found := [
             *place.rglob("*.dora-tmp"),
             *place.rglob(".adding*"),
-            *(self.folder / "temporary").iterdir(),
+            # torch keeps a cache of its own there, of which an export makes the empty folder.
+            *(p for p in self.temporary.iterdir() if not p.name.startswith("torchinductor_")),
         ]:
             if time.monotonic() > end:
                 break

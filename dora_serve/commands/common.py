@@ -24,6 +24,27 @@ if TYPE_CHECKING:
 
 F = TypeVar("F", bound=Callable[..., Any])
 
+# The optional packages, each with the extra that brings it.
+EXTRAS = {
+    "fastapi": "serve",
+    "fsspec": "remote",
+    "gguf": "gguf",
+    "jinja2": "serve",
+    "matplotlib": "plot",
+    "model_signing": "sign",
+    "onnx": "onnx",
+    "onnxruntime": "onnx",
+    "onnxruntime_genai": "onnx",
+    "onnxscript": "onnx",
+    "peft": "peft",
+    "prometheus_client": "serve",
+    "pydantic": "serve",
+    "ray": "ray",
+    "s3fs": "remote",
+    "starlette": "serve",
+    "uvicorn": "serve",
+    "vllm": "vllm",
+}
 DTYPES = ("float32", "float16", "bfloat16")
 
 
@@ -89,12 +110,21 @@ class Size(click.ParamType[int]):
         return int(float(number) * (1024 if binary else 1000) ** power)
 
 
+_PART = "Another folder or file of RUN, where it is stored in parts (DLoRA); may be given again."
+
+
 def run_options(function: F) -> F:
     """The options for what a run may leave out."""
     for decorate in (
-        click.option("--part", "parts", type=INPUT, multiple=True, help="A further part of RUN."),
-        click.option("--gate", metavar="NAME", help="Gate vector beside lora_A and lora_B."),
-        click.option("--rank", type=click.IntRange(1), help="Components to use (DyLoRA)."),
+        click.option("--part", "parts", type=INPUT, multiple=True, help=_PART),
+        click.option(
+            "--gate",
+            metavar="NAME",
+            help="ALoRA, SoRA: name of the gate vector, where it is not recognised.",
+        ),
+        click.option(
+            "--rank", type=click.IntRange(1), help="DyLoRA: how many nested components to use."
+        ),
         click.option("--method", help="The run's method, where several fit."),
         click.option("--task-info", type=INPUT, help="task_info.json, if not beside the run."),
         click.option("--start-rank", type=click.IntRange(1), help="The run's initial rank."),
@@ -174,7 +204,8 @@ def torch_dtype(name: str | None) -> torch.dtype | None:
 
 
 def reports_errors(function: F) -> F:
-    """Turn a `DoraExportError` into a red message on stderr (or JSON) and exit code 1.
+    """Turn a `DoraExportError`, or an optional package that is not installed, into a red message on
+    stderr (or JSON) and exit code 1.
 
     Places given as URLs are local paths for the function.
     """
@@ -185,8 +216,14 @@ def reports_errors(function: F) -> F:
             with local_values(kwargs, kwargs.get("force", False), progress_bar) as values:
                 return function(*args, **values)
         except Exception as error:
-            from converters.errors import DoraExportError, OutputError
+            from converters.errors import DoraExportError, MissingError, OutputError
 
+            package = str(getattr(error, "name", None)).partition(".")[0]
+            if isinstance(error, ModuleNotFoundError) and package in EXTRAS:
+                error = MissingError(
+                    f"this needs the package {package}, which is not installed",
+                    remedy=f"pip install 'dora-serve[{EXTRAS[package]}]'",
+                )
             if not isinstance(error, DoraExportError):
                 if not isinstance(error, OSError) or error.filename is None:
                     raise

@@ -57,6 +57,29 @@ def test_a_path_that_cannot_be_written_is_an_error(option: str, dora_run: Path) 
     assert "Traceback" not in done.stderr
 
 
+@pytest.mark.parametrize(
+    ("package", "extra", "arguments"),
+    [
+        ("matplotlib", "plot", ("inspect", "--png", "ranks.png")),
+        ("onnx", "onnx", ("onnx", "onnx-folder", "--base", "BASE")),
+    ],
+)
+def test_a_package_that_is_not_installed_is_named_with_its_extra(
+    package: str, extra: str, arguments: tuple[str, ...], dora_run: Path, llama_base: Path
+) -> None:
+    verb, *more = (str(llama_base) if word == "BASE" else word for word in arguments)
+    code = (
+        f"import sys; sys.modules[{package!r}] = None\n"
+        "from dora_serve.commands import dora_export\n"
+        f"dora_export({[verb, str(dora_run), *more]!r})"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 1
+    assert done.stderr.startswith(f"error: this needs the package {package}")
+    assert done.stderr.endswith(f"pip install 'dora-serve[{extra}]'\n")
+    assert "Traceback" not in done.stderr
+
+
 def test_the_base_must_be_named(dora_run: Path, tmp_path: Path) -> None:
     done = export("merge", dora_run, tmp_path / "out")
     assert done.returncode == 1

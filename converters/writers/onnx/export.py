@@ -58,6 +58,8 @@ def export_graph(
                 opset_version=OPSET,
                 verbose=False,
             )
+    except ModuleNotFoundError:
+        raise
     except Exception as error:
         raise TargetError(
             "torch cannot export this model as an ONNX graph",
