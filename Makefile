@@ -53,7 +53,7 @@ bench: setup
 # Commands stopped and disturbed in every way, and files of others changed at random: each prints a
 # table of what was tried and lost.
 faults: setup
-	$(BIN)/python scripts/faults.py
+	$(BIN)/python scripts/faults.py --onnx
 
 fuzz: setup
 	$(BIN)/python scripts/fuzz.py
