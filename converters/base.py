@@ -30,7 +30,10 @@ INDEX_FILES = ("model.safetensors.index.json", "pytorch_model.bin.index.json")
 CONV1D_FAMILIES = {"gpt2", "openai-gpt", "imagegpt", "decision_transformer", "clvp"}
 CONV1D_LAYERS = {"c_attn", "q_attn", "c_proj", "c_fc"}
 HEAD = "lm_head.weight"
-_EMBEDDINGS = ("embed_tokens.weight", "wte.weight", "word_embeddings.weight", "shared.weight")
+_EMBEDDINGS = (
+    *("embed_tokens.weight", "wte.weight", "word_embeddings.weight", "shared.weight"),
+    ".embeddings.weight",  # Mamba
+)
 _WRAPPER_PREFIXES = ("module.", "base_model.model.", "model.")
 _SAMPLES, _SAMPLE_ELEMENTS = 16, 1024
 

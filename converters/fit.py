@@ -15,7 +15,7 @@ import torch
 from .base import BaseModel
 from .errors import RunError, TargetError
 from .run import Run
-from .tensors import load_finite
+from .tensors import load_finite, refuse_quantized
 from .update import RankOneSum, Update, cut, rank_for, tail
 
 Spectra = Mapping[str, torch.Tensor]
@@ -122,6 +122,7 @@ def base_weight(run: Run, module: str, base: BaseModel | None) -> torch.Tensor:
     transposed = base.is_transposed(module, shape, module in run.embeddings)
     tensor = base.weight(module)
     assert tensor is not None
+    refuse_quantized(tensor)
     weight = load_finite(tensor)
     return weight.T.contiguous() if transposed else weight.view(shape)
 

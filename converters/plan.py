@@ -18,6 +18,7 @@ from .tensors import (
     SafetensorsTensor,
     is_copy_of,
     numel,
+    refuse_quantized,
     same_values,
 )
 
@@ -73,6 +74,13 @@ def plan_merge(run: Run, base: BaseModel, dtype: torch.dtype | None) -> MergePla
     Raises `BaseError` when module names or shapes do not fit, or when the base is not the one the
     run was trained on.
     """
+    if dtype is not None and base.config.get("quantization_config"):
+        raise BaseError(
+            "a quantized base keeps its dtypes, which its scales belong to",
+            file=base.path,
+            found=f"quantization_config, and the dtype {dtype} wanted",
+            remedy="merge into the base before it was quantized",
+        )
     architecture, expected = target_architecture(run, base)
     layout = Layout(base, architecture, run.num_labels)
     run = layout.on_disk(run)
@@ -157,14 +165,8 @@ def _targets(
                 found=f"{targets[name][0]} and {module}",
             )
         stored = replaced.get(name) or base.tensors.get(name)
-        if stored is not None and not stored.dtype.is_floating_point:
-            raise BaseError(
-                "a base weight of whole numbers cannot take an update",
-                file=stored.path,
-                tensor=name,
-                found=str(stored.dtype),
-                remedy="merge into the base before it was quantized",
-            )
+        if stored is not None:
+            refuse_quantized(stored)
         targets[name] = (module, transposed)
         components = update.components()
         ranks[module] = None if components is None else components.rank

@@ -17,7 +17,7 @@ from typing import Protocol
 
 import torch
 
-from .errors import TensorFileError
+from .errors import BaseError, TensorFileError
 from .files import State, check_file, opened, state_of
 from .json_files import parse_json
 from .json_files import read_json as read_json
@@ -70,6 +70,18 @@ def rows_and_columns(shape: tuple[int, ...]) -> tuple[int, int]:
 
 def numel(tensor: LazyTensor) -> int:
     return math.prod(tensor.shape)
+
+
+def refuse_quantized(weight: LazyTensor) -> None:
+    """Raise `BaseError` for a weight whose numbers mean nothing without scales beside them."""
+    if not weight.dtype.is_floating_point or weight.dtype.itemsize < 2:
+        raise BaseError(
+            "a base weight of whole numbers, or of eight bits, cannot take an update",
+            file=weight.path,
+            tensor=weight.name,
+            found=str(weight.dtype),
+            remedy="merge into the base before it was quantized",
+        )
 
 
 def nbytes(tensor: LazyTensor) -> int:

@@ -7,6 +7,7 @@ import tempfile
 from pathlib import Path
 
 from ..base import BaseModel
+from ..errors import RunError
 from ..output import save_tensors
 from ..readers import ReadOptions, read_run
 from ..readers.peft_common import CONFIG_FILE
@@ -45,6 +46,14 @@ def _renamed(adapter: Adapter, folder: Path) -> Path:
         else f"{PREFIX}{factor.module}.lora_{factor.letter}.weight"
         for factor in adapter.factors
     }
+    if len(set(names.values())) < len(names):
+        raise RunError(
+            "several adapters in one file",
+            file=adapter.path,
+            found=", ".join(sorted({factor.key for factor in adapter.factors})[:4]),
+            expected="one pair of factors for a module",
+            remedy="save each adapter by itself",
+        )
     tensors = {names.get(key, key): tensor.load() for key, tensor in adapter.tensors.items()}
     save_tensors(tensors, folder / WEIGHTS)
     return folder

@@ -30,7 +30,7 @@ from .peft_common import CONFIG_FILE, WEIGHT_FILES, check_pair, open_weights, re
 GATES = ("gate", "lora_gate", "alpha", "lora_scaler")
 _TYPES = (None, "LORA", "ALORA", "SORA")
 _SORA = ".lora"  # SoRA keeps factors and gate in a module of their own below the layer
-_UNREAD = ("rank_pattern", "alpha_pattern", "use_rslora")
+_UNREAD = ("rank_pattern", "alpha_pattern", "use_rslora", "kasa_config")
 
 
 class GatedLoraReader:

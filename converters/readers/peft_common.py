@@ -21,8 +21,9 @@ CONFIG_FILE = "adapter_config.json"
 WEIGHT_FILES = ("adapter_model.safetensors", "adapter_model.bin")
 _PREFIX = "base_model.model."
 
-# With bias="all" PEFT also saves the wrapper's copies of a head it saves under its own name.
-_COPY = re.compile(r"\.(original_module|modules_to_save)\.")
+# With bias="all" PEFT also saves the wrapper's copies of a head it saves under its own name; in a
+# state dict as the model has it there is only the wrapper's.
+_ORIGINAL, _SAVED = ".original_module.", re.compile(r"\.modules_to_save\.[^.]+(?=\.)")
 
 
 def read_config(folder: Path) -> dict[str, object]:
@@ -43,7 +44,9 @@ def open_weights(folder: Path) -> tuple[Path, dict[str, LazyTensor]]:
             "the adapter has no weights", file=folder, expected=" or ".join(WEIGHT_FILES)
         )
     names = {name.removeprefix(_PREFIX): tensor for name, tensor in open_file(file).items()}
-    return file, {name: tensor for name, tensor in names.items() if not _COPY.search(name)}
+    saved = {_SAVED.sub("", name): tensor for name, tensor in names.items() if _SAVED.search(name)}
+    own = {n: t for n, t in names.items() if _ORIGINAL not in n and not _SAVED.search(n)}
+    return file, {**saved, **own}
 
 
 class Origin(TypedDict):
@@ -74,7 +77,8 @@ def refuse_unread(replaced: Iterable[str], file: Path) -> None:
                 "a part of the adapter that this reader does not read",
                 file=file,
                 tensor=name,
-                expected="adapters on linear layers only",
+                expected="adapters on linear layers only, under the names PEFT saves",
+                remedy="where an adapter's name is in the tensors' names: dora-export lint --fix",
             )
 
 

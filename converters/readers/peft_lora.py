@@ -28,6 +28,7 @@ from .peft_common import (
     open_weights,
     origin,
     read_config,
+    refuse_unread,
 )
 from .peft_parameters import TOKENS, parameter_updates, parameters, token_rows
 
@@ -40,6 +41,7 @@ _OTHERS = ("use_dora", "use_mora")  # readers of their own
 _UNREAD = {
     "layer_replication": "replicated layers",
     "alora_invocation_tokens": "activated LoRA",
+    "kasa_config": "KaSA, which takes components out of the base",
     "ensure_weight_tying": "one update of an embedding and the head tied to it",
 }
 
@@ -77,6 +79,7 @@ class PeftLoraReader:
             else:
                 whole[name.replace(".base_layer.", ".")] = tensor
 
+        refuse_unread((name for name in whole if "lora_magnitude_vector" not in name), file)
         scaling = Scaling(config, config_path, options)
         updates: dict[str, Callable[[], Update]] = {}
         start_rank: dict[str, int] = {}

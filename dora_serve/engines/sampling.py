@@ -12,6 +12,7 @@ if TYPE_CHECKING:
 
     Logits = NDArray[np.float32]
 
+_COLDEST = 0.01  # temperatures between it and 0 are raised to it, as in vLLM: else scores overflow
 _NUCLEUS = 1024  # tokens; few draws need more, and sorting a whole vocabulary costs milliseconds
 
 
@@ -55,9 +56,11 @@ def likeliest(scores: NDArray[np.floating], count: int) -> NDArray[np.intp]:
 def draw(logits: Logits, sampling: Sampling, generator: np.random.Generator) -> int:
     """One token of `logits [vocab]`: the largest, or a draw from the smallest set of tokens whose
     probabilities sum to `top_p`, among the `top_k` likeliest."""
+    if not np.isfinite(logits.max()):
+        raise ValueError("the logits are not finite")
     if sampling.temperature == 0:
         return int(logits.argmax())
-    scores = logits.astype(np.float64) / sampling.temperature
+    scores = logits.astype(np.float64) / max(sampling.temperature, _COLDEST)
     probabilities = np.exp(scores - scores.max())
     probabilities /= probabilities.sum()
     if sampling.top_p == 1 and not sampling.top_k:

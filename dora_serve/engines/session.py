@@ -59,7 +59,11 @@ class OnnxFolder:
         path = self.folder / "tokenizer.json"
         if not path.exists():
             return _NoTokenizer(path)
-        return Tokenizer.from_file(str(path))
+        tokenizer = Tokenizer.from_file(str(path))
+        # Some files say how to fill or cut texts, which is for whoever makes a batch of them.
+        tokenizer.no_padding()
+        tokenizer.no_truncation()
+        return tokenizer
 
 
 class _NoTokenizer:

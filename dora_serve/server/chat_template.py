@@ -9,13 +9,30 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, NoReturn
 
+from jinja2 import Environment
 from jinja2.exceptions import TemplateError
-from jinja2.ext import loopcontrols
+from jinja2.ext import Extension, loopcontrols
+from jinja2.nodes import Node
+from jinja2.parser import Parser
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from converters.json_files import read_json
 
 from .errors import ApiError
+
+_SPECIAL = [f"{name}_token" for name in ("bos", "eos", "unk", "pad", "sep", "cls", "mask")]
+
+
+class _Generation(Extension):
+    """`{% generation %}` marks what is trained on; the text is the same."""
+
+    def __init__(self, environment: Environment) -> None:
+        super().__init__(environment)
+        self.tags = {"generation"}
+
+    def parse(self, parser: Parser) -> list[Node]:
+        next(parser.stream)
+        return parser.parse_statements(("name:endgeneration",), drop_needle=True)
 
 
 class ChatTemplate:
@@ -40,7 +57,7 @@ class ChatTemplate:
         if not text:
             return None
         environment = ImmutableSandboxedEnvironment(
-            trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols]
+            trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols, _Generation]
         )
         environment.filters["tojson"] = _to_json
         environment.globals["raise_exception"] = _refuse
@@ -58,9 +75,13 @@ class ChatTemplate:
                     "This model's tokenizer has no chat template: use /v1/completions.",
                     code="no_chat_template",
                 )
-            special = {name: self._special(name) for name in ("bos_token", "eos_token")}
+            special = {name: self._special(name) for name in _SPECIAL}
             text: str = self._template.render(
-                messages=messages, add_generation_prompt=generation, **special
+                messages=messages,
+                add_generation_prompt=generation,
+                tools=None,
+                documents=None,
+                **special,
             )
         except (TemplateError, TypeError, ValueError) as error:
             raise ApiError(f"the chat template: {error}", param="messages") from None

@@ -5,6 +5,7 @@ PEFT's own live model is the truth here, so that our live model is put to the te
 
 from __future__ import annotations
 
+import json
 import shutil
 from pathlib import Path
 from typing import Any
@@ -233,3 +234,48 @@ def test_the_tokenizer_that_was_saved_with_the_run(tmp_path: Path) -> None:
     merged = AutoTokenizer.from_pretrained(tmp_path / "out")
     assert merged.chat_template == "the base's"
     assert "<added>" not in merged.get_vocab()
+
+
+def test_a_state_dict_as_the_model_has_it(tmp_path: Path) -> None:
+    """Factors under the adapter's name are not taken for whole tensors; the head is read."""
+    tiny_llama().save_pretrained(tmp_path / "base")
+    lora = {"target_modules": ["k_proj"], "modules_to_save": ["lm_head"]}
+    run = make(tmp_path / "base", tmp_path / "run", **lora)
+    expected = read_run(run).replaced["lm_head.weight"].load()
+    file = run / "adapter_model.safetensors"
+    saved = load_file(file)
+    head = saved.pop("base_model.model.lm_head.weight")
+    wrapped = {"base_model.model.lm_head.modules_to_save.default.weight": head}
+    wrapped["base_model.model.lm_head.original_module.weight"] = head * 0
+    save_file({**saved, **wrapped}, file)
+    assert torch.equal(read_run(run).replaced["lm_head.weight"].load(), expected)
+    save_file({n.replace(".weight", ".default.weight"): t for n, t in saved.items()}, file)
+    with pytest.raises(DoraExportError, match="lint --fix"):
+        read_run(run)
+
+
+def test_a_quantized_base_keeps_its_dtypes(tmp_path: Path) -> None:
+    tiny_llama().save_pretrained(tmp_path / "base")
+    run = make(tmp_path / "base", tmp_path / "run", target_modules=["k_proj"])
+    config = tmp_path / "base" / "config.json"
+    told = {**json.loads(config.read_text()), "quantization_config": {"quant_method": "fp8"}}
+    config.write_text(json.dumps(told))
+    with pytest.raises(DoraExportError, match="before it was quantized"):
+        merge(run, tmp_path / "out", base=tmp_path / "base", dtype=torch.float16)
+
+
+@pytest.mark.parametrize("reader", ["peft_lora", "gated"])
+def test_kasa_is_refused(tmp_path: Path, reader: str) -> None:
+    tiny_llama().save_pretrained(tmp_path / "base")
+    run = make(tmp_path / "base", tmp_path / "run", target_modules=["k_proj"])
+    config = json.loads((run / "adapter_config.json").read_text())
+    told = {**config, "kasa_config": {"beta": 1e-4}}
+    (run / "adapter_config.json").write_text(json.dumps(told))
+    if reader == "gated":
+        saved = load_file(run / "adapter_model.safetensors")
+        gates = {
+            n.replace("A.weight", "diag"): t[:, 0].clone() for n, t in saved.items() if "_A" in n
+        }
+        save_file({**saved, **gates}, run / "adapter_model.safetensors")
+    with pytest.raises(DoraExportError, match="kasa_config"):
+        read_run(run)

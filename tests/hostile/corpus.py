@@ -215,6 +215,8 @@ BASES = [
         lambda t: t / 0), "q_proj"),
     ("an adapted weight of whole numbers", base_tensor("model.layers.0.self_attn.q_proj.weight",
         lambda t: t.int()), "q_proj"),
+    ("an adapted weight of eight bits", base_tensor("model.layers.0.self_attn.q_proj.weight",
+        lambda t: t.to(torch.float8_e4m3fn)), "quantized"),
     ("an adapted weight of another shape", base_tensor("model.layers.0.self_attn.q_proj.weight",
         torch.ones(4, 4)), "does not fit"),
 ]  # fmt: skip

@@ -1,0 +1,44 @@
+"""Text to tokens and back where a tokenizer has habits of its own."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+import numpy as np
+import pytest
+from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers
+
+from dora_serve.engines.sampling import Sampling, draw
+from dora_serve.engines.session import OnnxFolder
+
+
+def llama_tokenizer() -> Tokenizer:
+    """Words with a mark for the space, which the decoder takes from the beginning of a text."""
+    words = ["<unk>", "▁count", "▁nine", "▁eight", "ness"]
+    tokenizer = Tokenizer(models.WordLevel({w: i for i, w in enumerate(words)}, "<unk>"))
+    tokenizer.normalizer = normalizers.Sequence(
+        [normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")]
+    )
+    tokenizer.pre_tokenizer = pre_tokenizers.Split("▁", "merged_with_next")
+    tokenizer.decoder = decoders.Sequence(
+        [decoders.Replace("▁", " "), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    )
+    return tokenizer
+
+
+def test_no_filling_and_no_cutting(tmp_path: Path) -> None:
+    tokenizer = llama_tokenizer()
+    tokenizer.enable_padding(length=8)
+    tokenizer.enable_truncation(2)
+    tokenizer.save(str(tmp_path / "tokenizer.json"))
+    assert OnnxFolder(tmp_path).tokenizer.encode("count nine eight").ids == [1, 2, 3]
+
+
+def test_logits_that_are_no_numbers_give_no_token() -> None:
+    generator = np.random.default_rng(0)
+    for temperature in (0.0, 1.0):
+        with pytest.raises(ValueError, match="not finite"):
+            draw(np.full(4, math.nan, np.float32), Sampling(temperature=temperature), generator)
+    logits = np.array([0, 3, 1], np.float32)
+    assert draw(logits, Sampling(temperature=1e-308), generator) == 1
