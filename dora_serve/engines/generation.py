@@ -37,7 +37,7 @@ class Generation:
         self._limit = min(sampling.max_tokens, room)
         self._eos = eos
         self._generator = np.random.default_rng(sampling.seed)
-        self._detokenizer = Detokenizer(tokenizer)
+        self._detokenizer = Detokenizer(tokenizer, self.prompt[-_CONTEXT:])
         self._text = StoppedText(sampling.stop)
 
     @property
@@ -74,17 +74,23 @@ def _logprobs(logits: Logits, token: int, count: int) -> Logprobs:
     return float(values[token]), {int(i): float(values[i]) for i in likeliest(values, count)}
 
 
+# Tokens of the prompt that the first of the completion is decoded with, as vLLM does.
+_CONTEXT = 6
+
+
 class Detokenizer:
     """Tokens to text piece by piece; the pieces together are the text of all tokens.
 
     A token's text depends on those before it, so two pieces are decoded anew with every token. A
-    piece that ends inside a character waits for the next token.
+    piece that ends inside a character waits for the next token. `prefix`: the tokens before, of
+    which nothing is told; without them the first piece would be the beginning of a text, which
+    has no space before it.
     """
 
-    def __init__(self, tokenizer: Any) -> None:
+    def __init__(self, tokenizer: Any, prefix: Sequence[int] = ()) -> None:
         self._decode = tokenizer.decode
-        self._tokens: list[int] = []
-        self._before = self._told = 0
+        self._tokens = list(prefix)
+        self._before, self._told = 0, len(prefix)
 
     def add(self, token: int) -> str:
         """The text that became certain with `token`."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import time
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -63,11 +63,19 @@ def completion_logprobs(grown: Choice | Update, decode: Decode, offset: int) -> 
         offsets.append(offset)
         offset += len(text)
     top = [
-        {**{decode(i): _finite(value) for i, value in best.items()}, text: _finite(own)}
+        {**_by_text(best, decode), text: _finite(own)}
         for text, (own, best) in zip(texts, grown.logprobs, strict=True)
     ]
     own = [_finite(own) for own, _ in grown.logprobs]
     return {"text_offset": offsets, "token_logprobs": own, "tokens": texts, "top_logprobs": top}
+
+
+def _by_text(best: Mapping[int, float], decode: Decode) -> dict[str, Any]:
+    """Of tokens with one text, such as a word with and without its space, the likeliest."""
+    texts: dict[str, Any] = {}
+    for token, value in best.items():
+        texts.setdefault(decode(token), _finite(value))
+    return texts
 
 
 def chat_logprobs(grown: Choice | Update, decode: Decode) -> Json:

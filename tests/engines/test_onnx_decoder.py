@@ -81,7 +81,7 @@ def test_merged_graph_equals_the_live_run(tmp_path: Path) -> None:
     live.detach()
     assert float((found - logits(live.model, inputs)).abs().max()) > 1
     done = Decoder(tmp_path / "out").generate(["count : nine"])
-    assert done[0].text == "eight seven six five four three"
+    assert done[0].text == " eight seven six five four three"
     assert done[0].reason == "stop"
 
 
@@ -153,7 +153,7 @@ def test_adding_an_adapter_to_a_folder(tmp_path: Path) -> None:
     assert (
         Decoder(tmp_path / "out")
         .generate(["count : nine"], "second")[0]
-        .text.startswith("eleven thirteen")
+        .text.startswith(" eleven thirteen")
     )
     proof = json.loads((tmp_path / "out" / "dora_export.json").read_text())
     assert set(proof["adapters"]) == {"down", "second"}
@@ -206,7 +206,7 @@ def test_sampling_is_repeatable_and_independent_of_neighbours(llama: Case) -> No
 def test_stop_and_logprobs(llama: Case) -> None:
     decoder = Decoder(llama.folder)
     done = decoder.generate(["count : nine"], None, Sampling(stop=("thirteen",), logprobs=3))[0]
-    assert done.text == "ten eleven twelve "
+    assert done.text == " ten eleven twelve "
     assert done.reason == "stop"
     live = truths(llama)[None]
     ids = [*done.prompt_tokens, *done.tokens]

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers
 
+from dora_serve.engines.generation import Detokenizer
 from dora_serve.engines.sampling import Sampling, draw
 from dora_serve.engines.session import OnnxFolder
 
@@ -25,6 +26,14 @@ def llama_tokenizer() -> Tokenizer:
         [decoders.Replace("▁", " "), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
     )
     return tokenizer
+
+
+def test_a_completion_keeps_its_first_space() -> None:
+    tokenizer = llama_tokenizer()
+    prompt, answer = tokenizer.encode("count nine").ids, tokenizer.encode("eight").ids
+    text = Detokenizer(tokenizer, prompt)
+    told = "".join(text.add(token) for token in [*answer, 4]) + text.rest()
+    assert "count nine" + told == tokenizer.decode([*prompt, *answer, 4]) == "count nine eightness"
 
 
 def test_no_filling_and_no_cutting(tmp_path: Path) -> None:

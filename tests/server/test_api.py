@@ -65,7 +65,7 @@ def test_live_tokens_in_one_mixed_crowd(client: openai.OpenAI, live: dict[str, A
     expected = {}
     for model, prompt in set(asked):
         tokens = greedy(live[model], tokenizer(prompt).input_ids, 12)
-        expected[model, prompt] = tokenizer.decode(tokens, skip_special_tokens=True)
+        expected[model, prompt] = " " + tokenizer.decode(tokens, skip_special_tokens=True)
     assert told == [expected[pair] for pair in asked]
     assert len({expected[model, "count : nine"] for model in live}) == 3  # the control
 
@@ -124,7 +124,7 @@ def test_chat(client: openai.OpenAI) -> None:
     plain = complete(client, DOWN, "count : nine").choices[0].text
     whole = client.chat.completions.create(**options, logprobs=True, top_logprobs=2)
     choice = whole.choices[0]
-    assert choice.message.content == plain == "eight seven six five four three"
+    assert choice.message.content == plain == " eight seven six five four three"
     assert choice.finish_reason == "stop"
     assert [entry.token for entry in choice.logprobs.content] == plain.split()
     assert all(len(entry.top_logprobs) == 2 for entry in choice.logprobs.content)
@@ -134,7 +134,7 @@ def test_chat(client: openai.OpenAI) -> None:
     assert pieces[-1].choices[0].finish_reason == "stop"
     parts = [{"role": "user", "content": [{"type": "text", "text": "count : nine"}]}]
     again = client.chat.completions.create(**{**options, "messages": parts}, max_tokens=2)
-    assert again.choices[0].message.content == "eight seven"
+    assert again.choices[0].message.content == " eight seven"
     assert again.choices[0].finish_reason == "length"
     refused = [{"role": "system", "content": "x"}]
     with pytest.raises(openai.BadRequestError, match="no system"):
@@ -143,10 +143,10 @@ def test_chat(client: openai.OpenAI) -> None:
 
 def test_stop_and_seed(client: openai.OpenAI) -> None:
     stopped = complete(client, DOWN, "count : nine", stop=["six five"])
-    assert stopped.choices[0].text == "eight seven "
+    assert stopped.choices[0].text == " eight seven "
     assert stopped.choices[0].finish_reason == "stop"
     pieces = complete(client, DOWN, "count : nine", stop=["six five"], stream=True)
-    assert "".join(piece.choices[0].text for piece in pieces) == "eight seven "
+    assert "".join(piece.choices[0].text for piece in pieces) == " eight seven "
     hot: Any = {"temperature": 3, "max_tokens": 16, "extra_body": {"ignore_eos": True}}
     first, same, other = (
         complete(client, DOWN, "count : nine", seed=seed, **hot).choices[0].text
@@ -236,7 +236,7 @@ def test_adapters_come_and_go(client: openai.OpenAI, server: Server) -> None:
         assert complete_fails(client, "again") == 404
         loaded = http.post("/v1/load_lora_adapter", json={"lora_name": "again", "lora_path": path})
         assert loaded.status_code == 200, loaded.text
-        assert complete(client, "again", "count : nine").choices[0].text.startswith("eleven")
+        assert complete(client, "again", "count : nine").choices[0].text.startswith(" eleven")
         taken = http.post("/v1/load_lora_adapter", json={"lora_name": "again", "lora_path": path})
         assert taken.status_code == 400
         inplace = {
@@ -245,7 +245,7 @@ def test_adapters_come_and_go(client: openai.OpenAI, server: Server) -> None:
             "load_inplace": True,
         }
         assert http.post("/v1/load_lora_adapter", json=inplace).status_code == 200
-        assert complete(client, "again", "count : nine").choices[0].text.startswith("eight")
+        assert complete(client, "again", "count : nine").choices[0].text.startswith(" eight")
         for bad, status in (
             ("/etc", 404),
             ("..", 404),
@@ -260,7 +260,7 @@ def test_adapters_come_and_go(client: openai.OpenAI, server: Server) -> None:
         base = http.post("/v1/unload_lora_adapter", json={"lora_name": BASE})
         assert base.status_code == 400
     assert complete_fails(client, "again") == 404
-    assert complete(client, SECOND, "count : nine").choices[0].text.startswith("eleven")
+    assert complete(client, SECOND, "count : nine").choices[0].text.startswith(" eleven")
 
 
 def complete_fails(client: openai.OpenAI, model: str, **more: Any) -> int:

@@ -23,7 +23,7 @@ from tests.conftest import MODELS
 from tests.server.conftest import BASE, DOWN, SECOND, SENTIMENT, Server, started
 
 ASKED = {"model": DOWN, "prompt": "count : nine", "temperature": 0}
-ANSWER = "eight seven six five four three"
+ANSWER = " eight seven six five four three"
 LONG = {"model": SECOND, "prompt": "count : nine", "ignore_eos": True, "max_tokens": 60}
 
 
@@ -96,7 +96,7 @@ def test_ten_times_more_than_it_can_take(narrow: Server) -> None:
         wait_idle(http)
         prompts = {
             "count : nine": ANSWER,
-            "count : five": "four three two one zero",
+            "count : five": " four three two one zero",
         }
         asked = [prompt for _ in range(30) for prompt in prompts]
         answers = list(
@@ -205,7 +205,7 @@ def test_adapter_files_that_are_lost_or_cut(tmp_path: Path) -> None:
             assert "not an ONNX Runtime adapter" in answer.json()["error"]["message"]
         assert text(http.post("/v1/completions", json=body)) == ANSWER
         third = text(http.post("/v1/completions", json={**body, "model": "third"}))
-        assert third.startswith("eleven thirteen")
+        assert third.startswith(" eleven thirteen")
 
 
 @pytest.mark.usefixtures("server")  # what it converted is in the cache

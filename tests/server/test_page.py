@@ -159,7 +159,7 @@ def test_chat_and_classification(page: Page, server: Server) -> None:
     page.get_by_label("Send as").select_option("chat")
     page.get_by_label("Max tokens").fill("3")
     ask(page, DOWN)
-    assert answers(page) == {DOWN: "eight seven six"}
+    assert answers(page) == {DOWN: " eight seven six"}
     expect(page.get_by_role("article")).to_contain_text("3 tokens, stopped at max tokens")
     texts = ["a great film", "a bad film"]
     labels = []

@@ -80,13 +80,13 @@ def test_a_base_alone_takes_runs_later_and_onnx_folders_are_served_as_they_are(
 
         kinds = {each["id"]: each["kind"] for each in http.get("/dora/models").json()["data"]}
         assert kinds == {BASE: "base", "merged": "merged"}
-        assert text("merged").startswith("eleven thirteen")
-        assert text(BASE).startswith("ten eleven")
+        assert text("merged").startswith(" eleven thirteen")
+        assert text(BASE).startswith(" ten eleven")
         body = {"lora_name": "later", "lora_path": f".later/{DOWN_PATH}"}
         loaded = http.post("/v1/load_lora_adapter", json=body)
         assert loaded.status_code == 200, loaded.text
-        assert text("later").startswith("eight seven")
-        assert text(BASE).startswith("ten eleven")
+        assert text("later").startswith(" eight seven")
+        assert text(BASE).startswith(" ten eleven")
 
 
 def test_the_server_imports_no_torch() -> None:
