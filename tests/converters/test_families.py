@@ -197,6 +197,15 @@ def test_trained_tokens_of_a_tied_head_that_is_stored_all_the_same(tmp_path: Pat
     prove(cls, tmp_path / "base", tmp_path / "lora", tmp_path, adapter=False)
 
 
+def test_the_embedding_of_mamba_which_its_head_is_tied_to(tmp_path: Path) -> None:
+    sizes = {"vocab_size": 80, "hidden_size": 32, "state_size": 4, "num_hidden_layers": 2}
+    cls, base = transformers.MambaForCausalLM, tmp_path / "base"
+    torch.manual_seed(0)
+    cls(transformers.MambaConfig(**sizes)).save_pretrained(base)
+    save_adapter(cls, base, tmp_path / "lora", target_modules=["embeddings", "in_proj"])
+    prove(cls, base, tmp_path / "lora", tmp_path)
+
+
 def test_a_translator(tmp_path: Path) -> None:
     sizes = {"vocab_size": 80, "d_model": 32, "encoder_ffn_dim": 48, "decoder_ffn_dim": 48}
     sizes |= {"encoder_layers": 2, "decoder_layers": 2, "pad_token_id": 0}
