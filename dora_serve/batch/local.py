@@ -104,7 +104,7 @@ def _serve(pipe: Connection, share: list[int]) -> None:
     from .convert import convert
 
     torch.set_num_threads(len(share))
-    with contextlib.suppress(EOFError, BrokenPipeError):
+    with contextlib.suppress(EOFError, ConnectionError):
         while True:
             pipe.send(convert(pipe.recv()))
 

@@ -26,7 +26,7 @@ from converters.readers import read_run
 from dora_serve.batch import Job, ManifestError, Summary, plan_batch, run_batch
 from dora_serve.batch.convert import convert
 from dora_serve.batch.job import Results
-from dora_serve.batch.local import on_processes
+from dora_serve.batch.local import _Worker, cores, on_processes
 from dora_serve.commands import dora_export
 from tests.conftest import tiny_llama
 from tests.dora_serve.test_commands import EXPORT, export
@@ -204,6 +204,17 @@ def test_ctrl_c_leaves_a_status_that_the_next_goes_on_from(
 
     again = batch(manifest, out)
     assert (again.done, again.skipped) == (40, len(before["done"]))
+
+
+def test_a_worker_ends_quietly_when_its_record_is_not_read(
+    llama_lora: Path, tmp_path: Path
+) -> None:
+    job = Job("a", str(llama_lora), None, "adapter", "peft", tmp_path / "a")
+    worker = _Worker(multiprocessing.get_context("forkserver"), cores())
+    assert worker.take(job)
+    assert worker.pipe.poll(60)
+    worker.stop()
+    assert worker.process.exitcode == 0
 
 
 def test_a_run_that_kills_its_worker_twice_is_reported(llama_lora: Path, tmp_path: Path) -> None:
