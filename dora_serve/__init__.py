@@ -1,6 +1,6 @@
 """From a finished dynamic-rank fine-tune to production.
 
-    >>> from dora_serve import merge, read_run, verify
+    >>> from dora_serve import merge, read_run, verify, write_adapter, write_onnx
     >>> run = read_run("run/")                      # any supported training run
     >>> merge(run, "out/", base="base/")            # a Hugging Face model folder
     >>> write_adapter(run, "adapter/", base="base/")  # a LoRA adapter, rank per module

@@ -1,4 +1,4 @@
-"""The verbs of the Python API: paths in, results out."""
+"""The verbs of the Python API: runs and paths in, results out."""
 
 from __future__ import annotations
 
@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from converters import writers
 from converters.base import BaseModel, open_base
 from converters.compare import Comparison, compare
 from converters.errors import MissingError, RunError
@@ -17,6 +16,7 @@ from converters.extract import ENERGY, difference
 from converters.files import there
 from converters.readers import ReadOptions, read_run, readers
 from converters.run import Run
+from converters.writers import adapter, merged
 from converters.writers.adapter import AdapterResult
 from converters.writers.merged import MergeResult
 from converters.writers.stream import Progress
@@ -65,7 +65,7 @@ def merge(
     continue this one. Raises `DoraExportError` with nothing written.
     """
     run = run if isinstance(run, Run) else read_run(run, ReadOptions(base=base))
-    return writers.merged.write_merged(
+    return merged.write_merged(
         run,
         find_base(run, base),
         Path(output),
@@ -95,7 +95,7 @@ def write_adapter(
     update; the result's `fit` says the error. Raises `DoraExportError` with nothing written.
     """
     run = run if isinstance(run, Run) else read_run(run, ReadOptions(base=base))
-    return writers.adapter.write_adapter(
+    return adapter.write_adapter(
         run,
         Path(output),
         base=None if base is None else open_base(base),
@@ -162,7 +162,7 @@ def extract(
     if max_rank is None and budget is None and energy is None:
         energy = ENERGY
     model = open_base(base)
-    return writers.adapter.write_adapter(
+    return adapter.write_adapter(
         tuned_run(tuned, model),
         Path(output),
         base=model,

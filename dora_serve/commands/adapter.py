@@ -15,13 +15,7 @@ from . import common
 @common.run_argument
 @click.argument("out", type=common.OUTPUT)
 @common.base_option
-@click.option(
-    "--target",
-    type=click.Choice(["peft", "vllm", "sglang", "lorax", "gguf"]),
-    default="peft",
-    show_default=True,
-    help="The engine that will load it.",
-)
+@common.target_option
 @click.option(
     "--dtype",
     type=click.Choice(common.DTYPES),

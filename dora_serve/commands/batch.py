@@ -23,13 +23,7 @@ from . import common
     show_default=True,
     help="What to make of the runs that say nothing.",
 )
-@click.option(
-    "--target",
-    type=click.Choice(["peft", "vllm", "sglang", "lorax", "gguf"]),
-    default="peft",
-    show_default=True,
-    help="The engine that will load the adapters.",
-)
+@common.target_option
 @click.option("--workers", type=click.IntRange(1), help="Processes; default: one for each core.")
 @click.option("--ray", metavar="ADDRESS", help="Convert on this Ray cluster: HOST:PORT.")
 @common.dry_run_option

@@ -18,13 +18,13 @@ from . import common
     "--record",
     "recording",
     is_flag=True,
-    help="Then put the hash of every byte into the certificate.",
+    help="If nothing differs, put the hash of every byte into the certificate.",
 )
 @click.option(
     "--public-key",
     type=common.FOLDER,
     metavar="FILE",
-    help="Then the artifact must be signed with the private key that belongs to this one.",
+    help="Also verify model.sig with this key: as `sign` or model_signing wrote it.",
 )
 @common.json_option
 @common.reports_errors

@@ -14,6 +14,8 @@ from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 import click
 
+from converters.writers.profiles import PROFILES
+
 from ..remote import Remote, is_url, local_values
 
 if TYPE_CHECKING:
@@ -147,6 +149,13 @@ base_option = click.option(
 )
 json_option = click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 force_option = click.option("--force", is_flag=True, help="Replace an existing output.")
+target_option = click.option(
+    "--target",
+    type=click.Choice(list(PROFILES)),
+    default="peft",
+    show_default=True,
+    help="The engine that will load the adapter.",
+)
 dry_run_option = click.option("--dry-run", is_flag=True, help="Check and show the plan only.")
 
 

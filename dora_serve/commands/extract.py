@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     required=True,
     help="The model TUNED was made from.",
 )
+@common.target_option
 @common.fit_options
 @common.dry_run_option
 @common.force_option
@@ -34,6 +35,7 @@ def command(
     tuned: str,
     out: Path,
     base: str,
+    target: str,
     limit: dict[str, Any],
     dry_run: bool,
     force: bool,
@@ -49,9 +51,9 @@ def command(
 
     limit = limit or {"energy": ENERGY}
     if dry_run:
-        plan, fit, warnings = _plan(tuned, out, base, limit, force)
+        plan, fit, warnings = _plan(tuned, out, base, target, limit, force)
     else:
-        result = extract(tuned, out, base=base, force=force, **limit)
+        result = extract(tuned, out, base=base, target=target, force=force, **limit)
         plan, fit, warnings = result.plan, result.fit, result.warnings
     assert fit is not None
     if as_json:
@@ -60,6 +62,7 @@ def command(
                 "output": str(out),
                 "written": not dry_run,
                 "bytes": plan.nbytes,
+                "target": target,
                 "ranks": fit.ranks,
                 "whole": sorted(plan.whole),
                 "fit": asdict(fit),
@@ -69,13 +72,15 @@ def command(
     else:
         whole = ", ".join(sorted(plan.whole)) or "nothing"
         would = "would write " if dry_run else ""
-        click.echo(f"{would}{out}: LoRA adapter, {common.size(plan.nbytes)}; whole: {whole}")
+        click.echo(
+            f"{would}{out}: LoRA adapter for {target}, {common.size(plan.nbytes)}; whole: {whole}"
+        )
         common.show_fit(fit)
     common.warn(warnings)
 
 
 def _plan(
-    tuned: str, out: Path, base: str, limit: dict[str, Any], force: bool
+    tuned: str, out: Path, base: str, target: str, limit: dict[str, Any], force: bool
 ) -> tuple[AdapterPlan, FitReport | None, tuple[str, ...]]:
     import torch
 
@@ -88,7 +93,7 @@ def _plan(
     model = open_base(base)
     run = tuned_run(tuned, model)
     fitted, fit = prepare(run, model, **limit)
-    plan = plan_adapter(fitted, model, PROFILES["peft"], torch.float32)
+    plan = plan_adapter(fitted, model, PROFILES[target], torch.float32)
     check_output(out, force, [run.path, model.path], plan.nbytes)
     more = () if fit is None or fit.warning is None else (fit.warning,)
     return plan, fit, (*run.warnings, *more)

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 @common.run_argument
 @common.base_option
 @click.option("--png", type=common.FOLDER, help="Write the rank map as a PNG file.")
-@click.option("--html", type=common.FOLDER, help="Write it as one HTML file, to point at.")
+@click.option("--html", type=common.FOLDER, help="Write the rank map as one standalone HTML file.")
 @click.option("--curve", is_flag=True, help="Show what an adapter of less size would lose.")
 @click.option("--curve-png", type=common.FOLDER, help="Write that curve as a PNG file.")
 @common.json_option

@@ -10,12 +10,14 @@ from typing import TYPE_CHECKING
 
 import click
 
+from converters.writers.profiles import PROFILES
+
 from . import common
 
 if TYPE_CHECKING:
     from converters.lint import Finding
 
-TARGETS = ("peft", "transformers", "vllm", "sglang", "lorax", "gguf")
+TARGETS = (*PROFILES, "transformers")  # has PEFT's layers, and a loader of its own
 _COLORS = {"error": "red", "warning": "yellow", "info": "cyan", "ok": "green"}
 _SHOWN = 5
 

@@ -12,7 +12,14 @@ from . import common
 
 @click.command("watch")
 @click.argument("folder", metavar="DIR", type=common.FOLDER)
-@click.option("--server", "urls", metavar="URL", multiple=True, required=True, help="A replica.")
+@click.option(
+    "--server",
+    "urls",
+    metavar="URL",
+    multiple=True,
+    required=True,
+    help="A vLLM server, as http://HOST:PORT; once for each replica.",
+)
 @common.base_option
 @click.option("--api-key", envvar="DORA_SERVE_API_KEY", help="The servers' key.")
 @click.option(
