@@ -28,6 +28,7 @@ FOLDER, SUFFIX = "adapters", ".onnx_adapter"
 OWN_HEADS = f"base_heads{SUFFIX}"
 
 ADAPTER_INDEX, NO_ADAPTER = "adapter_index", -1
+LOGITS_POSITIONS = "logits_positions"  # of a decoder: where logits are wanted; empty: everywhere
 LABELS = "labels"  # the axis of a head whose size an adapter may change
 _WEIGHT, _BIAS = ".head_weight", ".head_bias"
 

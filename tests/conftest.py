@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,9 @@ DATA = Path(__file__).parent / "data"
 MODELS = Path(__file__).parent.parent / "models"
 
 MakeAdapter = Callable[..., Path]
+
+# A shell ignores Ctrl-C for what it runs in the background, and so would all that the tests start.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def randomize(model: Any, words: tuple[str, ...] = ("lora_",)) -> None:

@@ -11,6 +11,7 @@ import numpy as np
 from converters.onnx_files import (
     FOLDER,
     LABELS,
+    LOGITS_POSITIONS,
     SUFFIX,
     head_names,
     heads_in,
@@ -38,7 +39,8 @@ class AdapterSet:
         if self.batched:  # a stack of heads: one adapter brings one of them
             stacks = {name for module in self.heads for name in head_names(module)}
             shapes = {n: shape[1:] if n in stacks else shape for n, shape in shapes.items()}
-        self._shapes = {n: s for n, s in shapes.items() if not n.endswith(".lora_owner")}
+        others = (LOGITS_POSITIONS, *(name for name in shapes if name.endswith(".lora_owner")))
+        self._shapes = {n: s for n, s in shapes.items() if n not in others}
         self._own = dict(own or {})
         self._loaded: dict[str, dict[str, Array]] = {}
         self._stacks: dict[tuple[str, ...], dict[str, Array]] = {}

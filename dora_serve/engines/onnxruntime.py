@@ -8,14 +8,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from converters.onnx_files import ADAPTER_INDEX, NO_ADAPTER
+from converters.onnx_files import ADAPTER_INDEX, LOGITS_POSITIONS, NO_ADAPTER
 
 from .decoder_graph import DecoderGraph
 from .generation import Generation, Logprobs
@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     Logits = NDArray[np.float32]
 
 Prompt = str | Sequence[int]
+_EVERYWHERE = np.zeros((0, 0), np.int64)  # positions of logits
 
 
 @dataclass
@@ -145,7 +146,6 @@ class Batch:
         # The binding reads the memory of these arrays, so they live as long as the batch.
         self._prompts, self._index, self._adapters = prompts, index, adapters
         self.lengths = np.array([len(prompt) for prompt in prompts], np.int64)
-        self._rows = np.arange(len(prompts))
         self._mask = np.zeros((len(prompts), 0), np.int64)
         length = decoder.max_length if decoder.in_place else 0
         shape = (len(prompts), decoder.heads, length, decoder.head_size)
@@ -164,35 +164,42 @@ class Batch:
 
     def prefill(self) -> Logits:
         """Run all prompts; the logits `[rows, vocab]` after the last token of each."""
-        last: Logits = self.prefill_all()[self._rows, self.lengths - 1]
-        return last
+        if self._in_turn:
+            return np.concatenate([row.prefill() for row in self._alone()])
+        return self._run_prompts(self.lengths[:, None] - 1)[:, 0]
 
     def prefill_all(self) -> Logits:
         """Run all prompts; the logits `[rows, longest, vocab]`, meaningless beyond a row's end."""
-        if self._decoder.windowed and len(set(self.lengths)) > 1:
-            return self._prefill_in_turn()
+        if self._in_turn:
+            longest = int(self.lengths.max())
+            return np.concatenate(
+                [
+                    np.pad(row.prefill_all(), ((0, 0), (0, longest - int(row.lengths[0])), (0, 0)))
+                    for row in self._alone()
+                ]
+            )
+        return self._run_prompts(_EVERYWHERE)
+
+    @property
+    def _in_turn(self) -> bool:
+        """Whether the prompts run one by one: a windowed cache takes no padded ones."""
+        return self._decoder.windowed and len(set(self.lengths)) > 1
+
+    def _alone(self) -> Iterator[Batch]:
+        """Every row as a batch of its own, to be run; then its cache becomes this one's."""
+        for row, prompt in enumerate(self._prompts):
+            alone = Batch(self._decoder, [prompt], self._index[row : row + 1], self._adapters)
+            yield alone
+            for array, own in zip(self._arrays, alone._arrays, strict=True):
+                array[row] = own[0]
+
+    def _run_prompts(self, wanted: NDArray[np.int64]) -> Logits:
         positions = np.arange(self.lengths.max())
         ids = np.zeros((len(self._prompts), len(positions)), np.int64)
         for row, prompt in zip(ids, self._prompts, strict=True):
             row[: len(prompt)] = prompt
         self._mask = (positions < self.lengths[:, None]).astype(np.int64)
-        return self._run(ids, np.tile(positions, (len(ids), 1)))
-
-    def _prefill_in_turn(self) -> Logits:
-        """As `prefill_all`, row by row: a windowed cache takes no padded prompts."""
-        result: Logits | None = None
-        for row, prompt in enumerate(self._prompts):
-            alone = Batch(self._decoder, [prompt], self._index[row : row + 1], self._adapters)
-            logits = alone.prefill_all()[0]
-            if result is None:
-                result = np.zeros(
-                    (len(self._rows), self.lengths.max(), logits.shape[1]), np.float32
-                )
-            result[row, : len(prompt)] = logits
-            for array, own in zip(self._arrays, alone._arrays, strict=True):
-                array[row] = own[0]
-        assert result is not None
-        return result
+        return self._run(ids, np.tile(positions, (len(ids), 1)), wanted)
 
     def step(self, tokens: NDArray[np.int64]) -> Logits:
         """Add one token to every row; the logits `[rows, vocab]` after it."""
@@ -201,12 +208,17 @@ class Batch:
             self._mask = (np.arange(self.lengths.max()) < self.lengths[:, None]).astype(np.int64)
         else:  # the token lies behind the longest row's
             self._mask = np.pad(self._mask, ((0, 0), (0, 1)), constant_values=1)
-        return self._run(tokens[:, None], self.lengths[:, None] - 1)[:, 0]
+        return self._run(tokens[:, None], self.lengths[:, None] - 1, _EVERYWHERE)[:, 0]
 
-    def _run(self, ids: NDArray[np.int64], positions: NDArray[np.int64]) -> Logits:
+    def _run(
+        self, ids: NDArray[np.int64], positions: NDArray[np.int64], wanted: NDArray[np.int64]
+    ) -> Logits:
+        from onnxruntime import OrtValue
+
         binding = self._binding
         binding.bind_cpu_input("input_ids", ids)
         binding.bind_cpu_input("attention_mask", self._mask)
+        binding.bind_ortvalue_input(LOGITS_POSITIONS, OrtValue.ortvalue_from_numpy(wanted))
         if self._decoder.needs_positions:
             binding.bind_cpu_input("position_ids", positions)
         # Anew before every run, because their shapes are others than in the last.

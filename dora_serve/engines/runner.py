@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from converters.onnx_files import ADAPTER_INDEX, NO_ADAPTER
+from converters.onnx_files import ADAPTER_INDEX, LOGITS_POSITIONS, NO_ADAPTER
 
 from .decoder_graph import DecoderGraph
 from .slots import Slots
@@ -34,8 +34,9 @@ class Runner:
         ids = np.array([tokens], np.int64)
         mask = np.ones((1, end), np.int64)
         positions = np.arange(filled, end)[None]
-        last: Logits = binding.run(ids, mask, positions, self._index([adapter], used))[0, -1]
-        return last
+        index = self._index([adapter], used)
+        logits: Logits = binding.run(ids, mask, positions, index)[0, 0]
+        return logits
 
     def step(
         self, tokens: Sequence[int], filled: Sequence[int], adapters: Sequence[str | None]
@@ -98,7 +99,9 @@ class _Binding:
         positions: NDArray[np.int64],
         index: NDArray[np.int64],
     ) -> Logits:
-        """The logits `[rows, length, vocab]`."""
+        """The logits `[rows, 1, vocab]` behind the last of `ids [rows, length]`."""
+        from onnxruntime import OrtValue
+
         binding = self._binding
         binding.bind_cpu_input("input_ids", ids)
         binding.bind_cpu_input("attention_mask", mask)
@@ -106,6 +109,8 @@ class _Binding:
             binding.bind_cpu_input("position_ids", positions)
         if self._graph.adapter_set.batched:
             binding.bind_cpu_input(ADAPTER_INDEX, index)
+        wanted = np.full((len(ids), 1), ids.shape[1] - 1)
+        binding.bind_ortvalue_input(LOGITS_POSITIONS, OrtValue.ortvalue_from_numpy(wanted))
         binding.bind_output("logits")  # anew, because its shape is another than in the last run
         self._graph.session.run_with_iobinding(binding)
         result: Logits = binding.get_outputs()[self._logits].numpy()

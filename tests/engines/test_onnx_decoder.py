@@ -85,6 +85,26 @@ def test_merged_graph_equals_the_live_run(tmp_path: Path) -> None:
     assert done[0].reason == "stop"
 
 
+def test_logits_are_computed_only_where_they_are_wanted(llama: Case) -> None:
+    decoder = Decoder(llama.folder)
+    rows = [decoder.encode(text) for text in ("count : nine", "copy : cat moon river =")]
+    adapters = ["down", None]
+    everywhere = decoder.batch(rows, adapters).prefill_all()
+    last = decoder.batch(rows, adapters).prefill()
+    assert last.shape == (2, everywhere.shape[2])
+    for row, tokens in enumerate(rows):
+        assert float(np.abs(last[row] - everywhere[row, len(tokens) - 1]).max()) <= 1e-5
+    assert len(rows[0]) != len(rows[1])
+
+    session = onnxruntime.InferenceSession(llama.folder / "model.onnx")
+    feeds = onnxruntime_feeds(llama, session, rows[1])
+    both = np.array([[1, 3]])
+    some = session.run(["logits"], {**feeds, "logits_positions": both})[0]
+    every = session.run(["logits"], feeds)[0]
+    assert some.shape[1] == 2 and every.shape[1] == len(rows[1])
+    assert float(np.abs(some - every[:, both[0]]).max()) <= 1e-5
+
+
 def onnxruntime_logits(case: Case, adapter: str, ids: list[int]) -> Any:
     """Plain ONNX Runtime with its own LoraAdapter on the single-adapter graph."""
     options = onnxruntime.SessionOptions()
@@ -93,17 +113,20 @@ def onnxruntime_logits(case: Case, adapter: str, ids: list[int]) -> Any:
     lora, run_options = onnxruntime.LoraAdapter(), onnxruntime.RunOptions()
     lora.Load(str(case.folder / "adapters" / f"{adapter}.onnx_adapter"))
     run_options.add_active_adapter(lora)
-    size = json.loads((case.folder / "genai_config.json").read_text())["model"]["decoder"][
-        "head_size"
-    ]
+    return session.run(["logits"], onnxruntime_feeds(case, session, ids), run_options)[0]
+
+
+def onnxruntime_feeds(case: Case, session: Any, ids: list[int]) -> dict[str, Any]:
+    """One row of tokens, and a cache that holds none."""
+    config = json.loads((case.folder / "genai_config.json").read_text())
+    size = config["model"]["decoder"]["head_size"]
     empty = {
         value.name: np.zeros((1, value.shape[1], 0, size), np.float32)
         for value in session.get_inputs()
         if value.name.startswith("past")
     }
     row = np.array([ids])
-    feeds = {"input_ids": row, "attention_mask": np.ones_like(row), **empty}
-    return session.run(["logits"], feeds, run_options)[0]
+    return {"input_ids": row, "attention_mask": np.ones_like(row), **empty}
 
 
 def test_plain_onnxruntime_and_genai_use_our_files(llama: Case) -> None:

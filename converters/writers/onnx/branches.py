@@ -45,13 +45,15 @@ def add_branches(model: Any, sites: Iterable[Site], batched: bool) -> None:
         node = by_name[site.node]
         a, b, owner = names(site.name)
         rank = f"{site.name}.rank"
-        _default(graph, a, np.zeros((site.in_features, 0), np.float32), [site.in_features, rank])
-        _default(graph, b, np.zeros((0, site.out_features), np.float32), [rank, site.out_features])
+        add_default(graph, a, np.zeros((site.in_features, 0), np.float32), [site.in_features, rank])
+        add_default(
+            graph, b, np.zeros((0, site.out_features), np.float32), [rank, site.out_features]
+        )
         branch = _Branch(f"/{site.name}/lora")
         hidden = branch.cast(node.input[0], TensorProto.FLOAT) if half else node.input[0]
         hidden = branch("MatMul", hidden, a)
         if batched:
-            _default(graph, owner, np.zeros(0, np.int64), [rank])
+            add_default(graph, owner, np.zeros(0, np.int64), [rank])
             own = branch("Equal", branch("Unsqueeze", ADAPTER_INDEX, "lora/axes"), owner)
             hidden = branch("Mul", hidden, branch.cast(own, TensorProto.FLOAT))
         update = branch("MatMul", hidden, b)
@@ -86,7 +88,7 @@ class _Branch:
         return self("Cast", value, to=to)
 
 
-def _default(graph: Any, name: str, value: Any, shape: list[int | str]) -> None:
+def add_default(graph: Any, name: str, value: Any, shape: list[int | str]) -> None:
     """An input that need not be given: `value` is what it is then."""
     from onnx import helper, numpy_helper
 

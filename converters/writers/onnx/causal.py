@@ -18,6 +18,7 @@ from ...onnx_files import BATCHED, GENAI, MODEL
 from .export import DATA, check_graph, export_graph, fused, save_all, shrunk
 from .linear import branches_behind, linear_sites, prune, three_axes
 from .loaded import load_model, write_config
+from .positions import add_positions
 
 _NAME = "dora_export"  # of the attention and the experts, for transformers
 _ROWS, _TOKENS = "batch_size", "sequence_length"
@@ -156,6 +157,8 @@ def build_causal(model: Path, out: Path, precision: str, *, adaptable: bool) -> 
     exported = _export(loaded, sizes, out)
     sites = linear_sites(exported, loaded)
     three_axes(exported, sites, loaded)
+    output = loaded.get_output_embeddings()
+    head = next(site.node for site in sites if loaded.get_submodule(site.name) is output)
     graphs = {}
     for name, batched in ((MODEL, False), (BATCHED, True))[: 2 if adaptable else 1]:
         graph = type(exported)()
@@ -164,6 +167,7 @@ def build_causal(model: Path, out: Path, precision: str, *, adaptable: bool) -> 
             branches_behind(graph, sites, batched)
         prune(graph.graph)
         graph = fused(graph)
+        add_positions(graph.graph, head)
         if not batched:
             check = _inputs(loaded.config, sizes, rows=3, tokens=5, past=0)
             check_graph(graph, [truth], check, out)

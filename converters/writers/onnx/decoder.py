@@ -20,6 +20,7 @@ from ...json_files import read_json
 from ...onnx_files import BATCHED, MODEL
 from .branches import Site, add_branches
 from .causal import build_causal
+from .positions import add_positions
 
 PRECISIONS = ("fp32", "fp16", "int8", "int4")
 # What the builder makes and the tests cover.
@@ -73,7 +74,8 @@ def _build(model: Path, out: Path, precision: str, adaptable: bool) -> None:
 def _mend(path: Path) -> None:
     """Let quantized MatMuls round the weights only: the builder's default rounds activations too,
     which costs a hundred times the accuracy. And leave out the shapes of values between nodes:
-    the builder calls the length of a float16 graph's cache that of its input."""
+    the builder calls the length of a float16 graph's cache that of its input. And compute logits
+    only where they are wanted."""
     import onnx
 
     model = onnx.load(path, load_external_data=False)
@@ -82,6 +84,7 @@ def _mend(path: Path) -> None:
             if attribute.name == "accuracy_level":
                 attribute.i = 1
     del model.graph.value_info[:]
+    add_positions(model.graph, decoder_sites(model.graph)["lm_head"].node)
     onnx.save(model, path)
 
 
