@@ -9,9 +9,10 @@ from typing import Any
 import numpy as np
 
 from converters.json_files import read_json
+from converters.onnx_files import LOGITS_POSITIONS
 
 from .adapter_set import AdapterSet
-from .session import OnnxFolder, open_adaptable
+from .session import EngineError, OnnxFolder, open_adaptable
 
 _TYPES = {"tensor(float)": np.float32, "tensor(float16)": np.float16}
 
@@ -22,6 +23,8 @@ class DecoderGraph(OnnxFolder):
     `threads` and `spin`: as `open_graph` takes them. `max_length` (default: the model's context)
     bounds the tokens of a row. `in_place`: whether keys and values are written into the cache they
     are read from.
+
+    Raises `EngineError` for a graph that was not made by `dora-export onnx`.
     """
 
     def __init__(
@@ -43,6 +46,14 @@ class DecoderGraph(OnnxFolder):
         self.context: int = config["context_length"]
         self.max_length: int = min(max_length or self.context, self.context)
         self.session = open_adaptable(self.folder, threads, spin)
+        defaults = {value.name for value in self.session.get_overridable_initializers()}
+        if LOGITS_POSITIONS not in defaults:
+            raise EngineError(
+                "this graph computes the logits of every token of a prompt",
+                file=self.folder,
+                expected=f"an input {LOGITS_POSITIONS}",
+                remedy="export it again: dora-export onnx",
+            )
         inputs = {value.name: value for value in self.session.get_inputs()}
         self.vocabulary: int = config["vocab_size"]
         self.windowed = "sliding_window" in config["decoder"]

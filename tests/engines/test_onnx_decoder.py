@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx
 import onnxruntime
 import pytest
 import torch
@@ -103,6 +104,18 @@ def test_logits_are_computed_only_where_they_are_wanted(llama: Case) -> None:
     every = session.run(["logits"], feeds)[0]
     assert some.shape[1] == 2 and every.shape[1] == len(rows[1])
     assert float(np.abs(some - every[:, both[0]]).max()) <= 1e-5
+
+
+def test_a_graph_that_lacks_the_input_is_refused(llama: Case, tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(llama.folder, tmp_path / "other"))
+    (folder / "batched.onnx").unlink()
+    graph = onnx.load(folder / "model.onnx", load_external_data=False)
+    inputs = [value for value in graph.graph.input if value.name != "logits_positions"]
+    del graph.graph.input[:]
+    graph.graph.input.extend(inputs)
+    onnx.save(graph, folder / "model.onnx")
+    with pytest.raises(DoraExportError, match="export it again"):
+        Decoder(folder)
 
 
 def onnxruntime_logits(case: Case, adapter: str, ids: list[int]) -> Any:
