@@ -106,6 +106,31 @@ def test_logits_are_computed_only_where_they_are_wanted(llama: Case) -> None:
     assert float(np.abs(some - every[:, both[0]]).max()) <= 1e-5
 
 
+def test_an_adapter_that_overflows_does_not_reach_the_other_rows(
+    llama: Case, tmp_path: Path
+) -> None:
+    decoder = Decoder(llama.folder)
+    parameters = read_adapter_file(llama.folder / "adapters" / "down.onnx_adapter")
+    huge = {
+        name: np.full_like(array, 3e38) if name.endswith("lora_A") else array
+        for name, array in parameters.items()
+    }
+    file = onnxruntime.AdapterFormat()
+    file.set_adapter_version(1)
+    file.set_model_version(1)
+    file.set_parameters(
+        {name: onnxruntime.OrtValue.ortvalue_from_numpy(array) for name, array in huge.items()}
+    )
+    file.export_adapter(str(tmp_path / "huge.onnx_adapter"))
+    decoder.add_adapter("huge", tmp_path / "huge.onnx_adapter")
+    ids = decoder.encode("count : nine")
+    alone = decoder.batch([ids], ["second"]).prefill()[0]
+    beside = decoder.batch([ids, ids, ids], ["huge", "second", None]).prefill()
+    assert not np.isfinite(beside[0]).all()
+    assert float(np.abs(beside[1] - alone).max()) <= 1e-5
+    assert np.isfinite(beside[2]).all()
+
+
 def test_a_graph_that_lacks_the_input_is_refused(llama: Case, tmp_path: Path) -> None:
     folder = Path(shutil.copytree(llama.folder, tmp_path / "other"))
     (folder / "batched.onnx").unlink()

@@ -41,6 +41,7 @@ def add_branches(model: Any, sites: Iterable[Site], batched: bool) -> None:
     if batched:
         _input(graph, ADAPTER_INDEX, TensorProto.INT64, ["batch_size"])
         graph.initializer.append(numpy_helper.from_array(np.array([1, 2]), "lora/axes"))
+        graph.initializer.append(numpy_helper.from_array(np.float32(0), "lora/zero"))
     for site in sites:
         node = by_name[site.node]
         a, b, owner = names(site.name)
@@ -55,7 +56,8 @@ def add_branches(model: Any, sites: Iterable[Site], batched: bool) -> None:
         if batched:
             add_default(graph, owner, np.zeros(0, np.int64), [rank])
             own = branch("Equal", branch("Unsqueeze", ADAPTER_INDEX, "lora/axes"), owner)
-            hidden = branch("Mul", hidden, branch.cast(own, TensorProto.FLOAT))
+            # No product with 0, which an adapter that overflows would make NaN in others' rows.
+            hidden = branch("Where", own, hidden, "lora/zero")
         update = branch("MatMul", hidden, b)
         update = branch.cast(update, TensorProto.FLOAT16) if half else update
         output = node.output[0]
