@@ -248,8 +248,12 @@ def _fit_limit(path: Path) -> dict[str, float] | None:
 def _artifact_dtype(path: Path, adapter: bool) -> torch.dtype:
     files = [path / ADAPTER_WEIGHTS] if adapter else sorted(path.glob("*.safetensors"))
     if not files:
+        gguf = next(path.glob("*.gguf"), None)
         raise MissingError(
-            "no artifact here", file=path, expected="a merged model, an adapter or an ONNX folder"
+            "no artifact here" if gguf is None else "GGUF files are not read here",
+            file=gguf or path,
+            expected="a merged model, an adapter or an ONNX folder",
+            remedy=None if gguf is None else "verify the same run's adapter for --target peft",
         )
     dtypes = {t.dtype for file in files for t in open_safetensors(file).values()}
     floating = [dtype for dtype in dtypes if dtype.is_floating_point]

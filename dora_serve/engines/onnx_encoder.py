@@ -175,6 +175,14 @@ class Encoder(OnnxFolder):
                     row = row[: len(rows[i])]
                 if name == "logits":
                     row = row[..., : self._set.labels(wanted[i])]
+                if not np.isfinite(row).all():
+                    raise EngineError(
+                        "what was computed is not finite",
+                        file=self.folder,
+                        tensor=name,
+                        found=f"adapter {wanted[i]}",
+                        remedy="it diverged, or its numbers are too large: add another",
+                    )
                 outputs[name] = row
             found.append(outputs)
         return found

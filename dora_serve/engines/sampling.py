@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from .session import EngineError
+
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
@@ -57,7 +59,10 @@ def draw(logits: Logits, sampling: Sampling, generator: np.random.Generator) -> 
     """One token of `logits [vocab]`: the largest, or a draw from the smallest set of tokens whose
     probabilities sum to `top_p`, among the `top_k` likeliest."""
     if not np.isfinite(logits.max()):
-        raise ValueError("the logits are not finite")
+        raise EngineError(
+            "the logits are not finite",
+            remedy="the run diverged, or its numbers are too large: use another",
+        )
     if sampling.temperature == 0:
         return int(logits.argmax())
     scores = logits.astype(np.float64) / max(sampling.temperature, _COLDEST)

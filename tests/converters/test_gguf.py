@@ -254,6 +254,16 @@ def test_the_command_writes_narrow_dtypes(
         assert not close(found, expected, 1e-6)
 
 
+def test_verify_says_what_to_verify_instead(
+    tmp_path: Path, llama_base: Path, llama_lora: Path
+) -> None:
+    write_adapter(llama_lora, tmp_path / "out", base=llama_base, target="gguf")
+    arguments = ["verify", str(llama_lora), str(tmp_path / "out"), "--base", str(llama_base)]
+    result = CliRunner().invoke(dora_export, arguments)
+    assert result.exit_code == 1
+    assert "out.gguf" in result.output and "--target peft" in result.output
+
+
 def test_an_update_of_zero_is_one_component_of_zeros(tmp_path: Path, llama_base: Path) -> None:
     model = get_peft_model(tiny_llama(), LoraConfig(target_modules=["q_proj"]))
     model.save_pretrained(tmp_path / "lora")

@@ -16,6 +16,7 @@ from dora_serve.engines.encoder_queue import EncoderQueue
 from dora_serve.engines.limits import Limits, QueueFull
 from dora_serve.engines.onnx_encoder import Encoder
 from tests.conftest import MODELS
+from tests.engines.adapter_files import write_overflowing
 
 SENTIMENT = next(MODELS.glob("runs/Checkpoint/Tiny_Roberta/*/*/Tiny_Roberta--Sentiment--1"))
 
@@ -68,15 +69,19 @@ def test_rows_are_their_own(folder: Path, workers: int) -> None:
     assert queue.running == queue.waiting == 0
 
 
-def test_only_the_one_at_fault_fails(folder: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("says", ["not an ONNX Runtime adapter", "not finite"])
+def test_only_the_one_at_fault_fails(folder: Path, tmp_path: Path, says: str) -> None:
     broken = tmp_path / "broken.onnx_adapter"
-    broken.write_bytes(Path(path(folder, "one")).read_bytes()[:300])
+    if says == "not finite":
+        write_overflowing(Path(path(folder, "one")), broken)
+    else:
+        broken.write_bytes(Path(path(folder, "one")).read_bytes()[:300])
     with running(folder, max_waiting=50) as queue:
         row = ([0, 5, 2], [0, 0, 0])
         good = [queue.submit([row], path(folder, "one"))[0] for _ in range(5)]
         bad = queue.submit([row], str(broken))[0]
         more = queue.submit([row] * 5, None)
-        with pytest.raises(DoraExportError, match="not an ONNX Runtime adapter"):
+        with pytest.raises(DoraExportError, match=says):
             bad.result(60)
         assert len({float(each.result(60)["logits"][0]) for each in good}) == 1
         assert all(each.result(60)["logits"].shape == (2,) for each in more)

@@ -24,6 +24,7 @@ from dora_serve.engines.sampling import Sampling
 from dora_serve.live import LiveModel
 from dora_serve.proof import logits, verification_batch
 from tests.conftest import MODELS
+from tests.engines.adapter_files import write_overflowing
 from tests.engines.decoders import BOUND, Case, check, dequantized, truths
 
 BASE = MODELS / "tiny-llama-base"
@@ -110,18 +111,9 @@ def test_an_adapter_that_overflows_does_not_reach_the_other_rows(
     llama: Case, tmp_path: Path
 ) -> None:
     decoder = Decoder(llama.folder)
-    parameters = read_adapter_file(llama.folder / "adapters" / "down.onnx_adapter")
-    huge = {
-        name: np.full_like(array, 3e38) if name.endswith("lora_A") else array
-        for name, array in parameters.items()
-    }
-    file = onnxruntime.AdapterFormat()
-    file.set_adapter_version(1)
-    file.set_model_version(1)
-    file.set_parameters(
-        {name: onnxruntime.OrtValue.ortvalue_from_numpy(array) for name, array in huge.items()}
+    write_overflowing(
+        llama.folder / "adapters" / "down.onnx_adapter", tmp_path / "huge.onnx_adapter"
     )
-    file.export_adapter(str(tmp_path / "huge.onnx_adapter"))
     decoder.add_adapter("huge", tmp_path / "huge.onnx_adapter")
     ids = decoder.encode("count : nine")
     alone = decoder.batch([ids], ["second"]).prefill()[0]
@@ -129,6 +121,8 @@ def test_an_adapter_that_overflows_does_not_reach_the_other_rows(
     assert not np.isfinite(beside[0]).all()
     assert float(np.abs(beside[1] - alone).max()) <= 1e-5
     assert np.isfinite(beside[2]).all()
+    with pytest.raises(DoraExportError, match="not finite"):
+        decoder.generate([ids], "huge")
 
 
 def test_a_graph_that_lacks_the_input_is_refused(llama: Case, tmp_path: Path) -> None:
