@@ -20,7 +20,7 @@ from converters.onnx_files import ADAPTER_INDEX, DECODER, ENCODER, NO_ADAPTER, W
 from .adapter_set import AdapterSet
 from .beams import Beams, Search, allowed
 from .onnxruntime import Completion, Prompt
-from .sampling import log_softmax
+from .sampling import check_finite, log_softmax
 from .session import EngineError, OnnxFolder, open_graph
 
 if TYPE_CHECKING:
@@ -120,6 +120,7 @@ class Seq2Seq(OnnxFolder):
             forced = self._config.get("forced_bos_token_id")
         elif len(written[0]) == search.max_tokens - 1 and not search.ignore_eos:
             forced = self._config.get("forced_eos_token_id")
+        check_finite(logits)
         return allowed(log_softmax(logits), written, search, self.eos, forced, self.start)
 
     def _greedy(self, batch: _Batch, search: Search, eos: frozenset[int]) -> list[list[int]]:

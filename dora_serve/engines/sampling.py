@@ -39,6 +39,15 @@ class Sampling:
     ignore_eos: bool = False
 
 
+def check_finite(logits: Logits) -> None:
+    """Raise `EngineError` where a row's largest logit is NaN or infinite; others may be -inf."""
+    if not np.isfinite(logits.max(axis=-1)).all():
+        raise EngineError(
+            "the logits are not finite",
+            remedy="the run diverged, or its numbers are too large: use another",
+        )
+
+
 def log_softmax(logits: Logits) -> Logits:
     """Natural log-probabilities along the last axis, float32."""
     shifted = logits - logits.max(axis=-1, keepdims=True)
@@ -58,11 +67,7 @@ def likeliest(scores: NDArray[np.floating], count: int) -> NDArray[np.intp]:
 def draw(logits: Logits, sampling: Sampling, generator: np.random.Generator) -> int:
     """One token of `logits [vocab]`: the largest, or a draw from the smallest set of tokens whose
     probabilities sum to `top_p`, among the `top_k` likeliest."""
-    if not np.isfinite(logits.max()):
-        raise EngineError(
-            "the logits are not finite",
-            remedy="the run diverged, or its numbers are too large: use another",
-        )
+    check_finite(logits)
     if sampling.temperature == 0:
         return int(logits.argmax())
     scores = logits.astype(np.float64) / max(sampling.temperature, _COLDEST)

@@ -86,6 +86,10 @@ def test_ranks_are_found_and_unchanged_modules_have_none(llama_base: Path, tmp_p
     assert all("norm" in name for name in found["whole"])
     assert found["fit"]["limit"] == {"energy": 0.999}
     check(llama_base, tmp_path / "m", tmp_path / "out")
+    gguf = ["extract", str(tmp_path / "m"), str(tmp_path / "gguf"), "--base", str(llama_base)]
+    refused = CliRunner().invoke(dora_export, [*gguf, "--target", "gguf", "--dry-run"])
+    assert refused.exit_code == 1
+    assert "norm" in refused.output  # llama.cpp loads no weights of norms
 
 
 def test_a_low_energy_loses_what_it_says(llama_base: Path, tmp_path: Path) -> None:

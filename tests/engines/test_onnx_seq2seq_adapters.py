@@ -18,6 +18,7 @@ from dora_serve.engines.onnx_seq2seq import Seq2Seq
 from dora_serve.live import LiveModel
 from tests.conftest import randomize
 from tests.converters.families import save_base
+from tests.engines.adapter_files import write_overflowing
 
 BOUND, MIXED = 1e-4, 1e-5
 ROWS = [[7, 8, 9, 10, 11, 12, 13], [20, 21, 22], [33], [30, 31, 32, 33, 34]]
@@ -125,6 +126,20 @@ def test_adapters_come_and_go(built: Built) -> None:
             model.logits(ROWS, TARGETS, wanted)
     model.add_adapter("again", built[2] / "adapters" / "two.onnx_adapter")
     assert (model.logits(ROWS, TARGETS, "again") == before).all()
+
+
+def test_an_adapter_that_overflows_is_an_error_and_reaches_no_other_row(
+    built: Built, tmp_path: Path
+) -> None:
+    model, huge = Seq2Seq(built[2]), tmp_path / "huge.onnx_adapter"
+    write_overflowing(built[2] / "adapters" / "one.onnx_adapter", huge)
+    model.add_adapter("huge", huge)
+    alone = model.logits(ROWS, TARGETS, "two")
+    beside = model.logits(ROWS, TARGETS, ["huge", *["two"] * (len(ROWS) - 1)])
+    assert np.abs(beside[1:] - alone[1:]).max() <= MIXED
+    for beams in (1, 2):
+        with pytest.raises(DoraExportError, match="not finite"):
+            model.generate(ROWS, Search(4, beams=beams), "huge")
 
 
 def test_without_adapter_plain_onnxruntime_runs_the_graphs(built: Built) -> None:
