@@ -15,6 +15,7 @@ import torch
 
 from ...errors import BaseError, TargetError
 from ...onnx_files import BATCHED, GENAI, MODEL
+from .branches import Site
 from .export import DATA, check_graph, export_graph, fused, save_all, shrunk
 from .linear import branches_behind, linear_sites, prune, three_axes
 from .loaded import load_model, write_config
@@ -157,8 +158,7 @@ def build_causal(model: Path, out: Path, precision: str, *, adaptable: bool) -> 
     exported = _export(loaded, sizes, out)
     sites = linear_sites(exported, loaded)
     three_axes(exported, sites, loaded)
-    output = loaded.get_output_embeddings()
-    head = next(site.node for site in sites if loaded.get_submodule(site.name) is output)
+    head = _head(loaded, sites)
     graphs = {}
     for name, batched in ((MODEL, False), (BATCHED, True))[: 2 if adaptable else 1]:
         graph = type(exported)()
@@ -193,6 +193,20 @@ def _cached(loaded: Any, ids: torch.Tensor) -> tuple[torch.Tensor, _Sizes]:
     _, heads, _, size = shapes.pop()
     logits: torch.Tensor = found["logits"]
     return logits, (len(layers), heads, size)
+
+
+def _head(loaded: Any, sites: list[Site]) -> str:
+    """The node that makes the logits."""
+    output = loaded.get_output_embeddings()
+    for site in sites:
+        if loaded.get_submodule(site.name) is output:
+            return site.node
+    raise TargetError(
+        "no ONNX export for this architecture",
+        found=f"{type(loaded).__name__}, whose head is {type(output).__name__}",
+        expected="a linear layer that makes the logits",
+        remedy="deploy the merged model instead: dora-export merge",
+    )
 
 
 def _ids(config: Any, *, rows: int, tokens: int) -> torch.Tensor:
