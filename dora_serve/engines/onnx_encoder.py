@@ -180,8 +180,8 @@ class Encoder(OnnxFolder):
                         "what was computed is not finite",
                         file=self.folder,
                         tensor=name,
-                        found=f"adapter {wanted[i]}",
-                        remedy="it diverged, or its numbers are too large: add another",
+                        found=wanted[i] or "no adapter",
+                        remedy="the run diverged, or its numbers are too large: use another",
                     )
                 outputs[name] = row
             found.append(outputs)

@@ -19,7 +19,7 @@ from converters.onnx_files import read_adapter_file
 from converters.writers.onnx import add_adapters, write_onnx
 from dora_serve import DoraExportError, Run, read_run, verify
 from dora_serve.engines.onnx_model import OnnxDecoder
-from dora_serve.engines.onnxruntime import Decoder
+from dora_serve.engines.onnxruntime import Batch, Decoder
 from dora_serve.engines.sampling import Sampling
 from dora_serve.live import LiveModel
 from dora_serve.proof import logits, verification_batch
@@ -87,13 +87,26 @@ def test_merged_graph_equals_the_live_run(tmp_path: Path) -> None:
     assert done[0].reason == "stop"
 
 
-def test_logits_are_computed_only_where_they_are_wanted(llama: Case) -> None:
+def test_logits_are_computed_only_where_they_are_wanted(
+    llama: Case, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    computed: list[tuple[int, ...]] = []
+    run = Batch._run
+
+    def noted(batch: Batch, *inputs: Any) -> Any:
+        found = run(batch, *inputs)
+        computed.append(found.shape)
+        return found
+
+    monkeypatch.setattr(Batch, "_run", noted)
     decoder = Decoder(llama.folder)
     rows = [decoder.encode(text) for text in ("count : nine", "copy : cat moon river =")]
     adapters = ["down", None]
     everywhere = decoder.batch(rows, adapters).prefill_all()
     last = decoder.batch(rows, adapters).prefill()
-    assert last.shape == (2, everywhere.shape[2])
+    vocabulary = everywhere.shape[2]
+    assert computed == [(2, max(map(len, rows)), vocabulary), (2, 1, vocabulary)]
+    assert last.shape == (2, vocabulary)
     for row, tokens in enumerate(rows):
         assert float(np.abs(last[row] - everywhere[row, len(tokens) - 1]).max()) <= 1e-5
     assert len(rows[0]) != len(rows[1])
