@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from importlib.metadata import version
 from pathlib import Path
 
-from .base import BaseModel
+from .model.base import BaseModel
 from .run import Run
 
 FILE = "dora_export.json"

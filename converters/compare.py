@@ -7,13 +7,14 @@ from dataclasses import dataclass
 
 import torch
 
-from .base import BaseModel
 from .errors import RunError
+from .files.tensors import LazyTensor, load_finite
 from .fit import base_weight, change
-from .plan import changed, stored_name
+from .model.base import BaseModel
+from .model.match import changed, stored_name
 from .run import Run
-from .tensors import LazyTensor, load_finite
-from .update import RankOneSum, Update
+from .updates.rank_one import RankOneSum
+from .updates.update import Update
 
 
 @dataclass(frozen=True)

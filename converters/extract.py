@@ -12,12 +12,12 @@ from typing import Any
 
 import torch
 
-from .base import HEAD, BaseModel
 from .errors import BaseError, TargetError
+from .files.tensors import LazyTensor, is_copy_of, load_finite
+from .model.architecture import empty_model
+from .model.base import HEAD, BaseModel
 from .run import HEADS, LazyUpdates, Run
-from .skeleton import empty_model
-from .tensors import LazyTensor, is_copy_of, load_finite
-from .update import Update
+from .updates.update import Update
 
 ENERGY = 0.999  # what an extracted adapter keeps of every module by default
 

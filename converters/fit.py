@@ -12,11 +12,12 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from .base import BaseModel
 from .errors import RunError, TargetError
+from .files.tensors import load_finite, refuse_quantized
+from .model.base import BaseModel
 from .run import Run
-from .tensors import load_finite, refuse_quantized
-from .update import RankOneSum, Update, cut, rank_for, tail
+from .updates.rank_one import RankOneSum, cut, rank_for, tail
+from .updates.update import Update
 
 Spectra = Mapping[str, torch.Tensor]
 

@@ -7,8 +7,9 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from .errors import RunError
-from .tensors import LazyTensor, LazyTensors
-from .update import RankOneSum, Update
+from .files.tensors import LazyTensor, LazyTensors
+from .updates.rank_one import RankOneSum
+from .updates.update import Update
 
 # transformers' head class suffix and PEFT's task type of each task a run can be for.
 HEADS = {

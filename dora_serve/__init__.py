@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from converters.run import Run
 
     from .api import diff, extract, merge, write_adapter, write_onnx
-    from .proof import Verification, verify
+    from .proof.verify import Verification, verify
 
 __all__ = [
     "DoraExportError",
@@ -43,12 +43,12 @@ _HOMES = {
     "DoraExportError": "converters.errors",
     "ReadOptions": "converters.readers",
     "Run": "converters.run",
-    "Verification": "dora_serve.proof",
+    "Verification": "dora_serve.proof.verify",
     "diff": "dora_serve.api",
     "extract": "dora_serve.api",
     "merge": "dora_serve.api",
     "read_run": "converters.readers",
-    "verify": "dora_serve.proof",
+    "verify": "dora_serve.proof.verify",
     "write_adapter": "dora_serve.api",
     "write_onnx": "dora_serve.api",
 }

@@ -9,20 +9,21 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from converters.base import BaseModel, open_base
 from converters.compare import Comparison, compare
 from converters.errors import MissingError, RunError
 from converters.extract import ENERGY, difference
-from converters.files import there
+from converters.files.handles import there
+from converters.model.base import BaseModel, open_base
 from converters.readers import ReadOptions, read_run, readers
 from converters.run import Run
-from converters.writers import adapter, merged
-from converters.writers.adapter import AdapterResult
-from converters.writers.merged import MergeResult
-from converters.writers.stream import Progress
+from converters.targets.lora_folder import adapter
+from converters.targets.lora_folder.adapter import AdapterResult
+from converters.targets.merged import folder as merged
+from converters.targets.merged.folder import MergeResult
+from converters.targets.merged.stream import Progress
 
 if TYPE_CHECKING:
-    from converters.writers.onnx import OnnxResult
+    from converters.targets.onnx import OnnxResult
 
 
 def find_base(run: Run, base: str | Path | None) -> BaseModel:
@@ -125,9 +126,9 @@ def write_onnx(
     run `verify`.
     Raises `DoraExportError` with nothing written.
     """
-    from converters.writers import onnx
+    from converters.targets import onnx
 
-    from .onnx_proof import prove
+    from .proof.onnxruntime import prove
 
     model = base if isinstance(base, BaseModel) else open_base(base)
     beside = dict(adapters or {})

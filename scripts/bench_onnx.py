@@ -50,8 +50,8 @@ def make_encoder(folder: Path) -> None:
     import torch
     from transformers import RobertaConfig, RobertaForSequenceClassification
 
-    from converters.base import open_base
-    from converters.writers.onnx import write_onnx
+    from converters.model.base import open_base
+    from converters.targets.onnx import write_onnx
 
     torch.manual_seed(0)
     config = RobertaConfig(vocab_size=32000, max_position_embeddings=514, type_vocab_size=1)
@@ -66,8 +66,8 @@ def make_decoder(folder: Path, threads: int) -> None:
     from peft import LoraConfig, get_peft_model
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    from converters.base import open_base
-    from converters.writers.onnx import write_onnx
+    from converters.model.base import open_base
+    from converters.targets.onnx import write_onnx
 
     torch.manual_seed(0)
     LlamaForCausalLM(LlamaConfig(**LLAMA)).save_pretrained(folder / "base")
@@ -101,9 +101,9 @@ def decoder_runs(folder: Path) -> dict[str, Any]:
 
 def export(name: str, folder: Path) -> tuple[float, float]:
     """Seconds, and GB of memory at most: this process's peak and that of the builder's, added."""
-    from converters.base import open_base
-    from converters.writers.onnx import write_onnx
-    from converters.writers.onnx.decoder import build_decoder
+    from converters.model.base import open_base
+    from converters.targets.onnx import write_onnx
+    from converters.targets.onnx.decoder import build_decoder
 
     begin = time.perf_counter()
     if name == "adapters":
@@ -143,7 +143,7 @@ def encoder_torch(folder: Path, count: int, threads: int, runs: int, compiled: b
 
 
 def encoder_ours(folder: Path, count: int, threads: int, runs: int) -> float:
-    from dora_serve.engines.onnx_encoder import Encoder
+    from dora_serve.onnxruntime.encoder import Encoder
 
     encoder = Encoder(folder, threads)
     ids = rows(count, 128)
@@ -194,8 +194,8 @@ def generate_og(folder: Path, count: int, new: int) -> Callable[[], object]:
 def generate_ours(
     folder: Path, count: int, new: int, threads: int, adapters: list[str | None]
 ) -> Callable[[], object]:
-    from dora_serve.engines.onnxruntime import Decoder
-    from dora_serve.engines.sampling import Sampling
+    from dora_serve.onnxruntime.decoder import Decoder
+    from dora_serve.onnxruntime.sampling import Sampling
 
     decoder = Decoder(folder, threads, max_length=PROMPT + NEW + 1)
     sampling = Sampling(max_tokens=new, ignore_eos=True)

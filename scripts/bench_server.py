@@ -29,7 +29,7 @@ from typing import Any
 
 import numpy as np
 
-from dora_serve.engines.vllm_command import find_vllm
+from dora_serve.vllm.command import find_vllm
 
 ADAPTERS = [f"a{number}" for number in range(8)]
 PROMPT, NEW = 64, 32
@@ -168,9 +168,9 @@ async def drive(models: Sequence[str], clients: int, each: int) -> Load:
 
 def drive_engine(folder: Path, clients: int, each: int, threads: int) -> Load:
     """As `drive`, without HTTP: from threads of this process."""
-    from dora_serve.engines.continuous import ContinuousDecoder, Update
-    from dora_serve.engines.decoder_graph import DecoderGraph
-    from dora_serve.engines.sampling import Sampling
+    from dora_serve.onnxruntime.continuous import ContinuousDecoder, Update
+    from dora_serve.onnxruntime.decoder_graph import DecoderGraph
+    from dora_serve.onnxruntime.sampling import Sampling
 
     engine, load = ContinuousDecoder(DecoderGraph(folder, threads, spin=False)), Load()
     sampling = Sampling(max_tokens=NEW, ignore_eos=True)

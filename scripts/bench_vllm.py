@@ -27,9 +27,9 @@ from typing import Any
 from urllib.request import urlopen
 
 from dora_serve import merge, read_run, write_adapter
-from dora_serve.discover import discover
-from dora_serve.engines.vllm_command import command_line, serve_options
-from dora_serve.fleet import STEPS, Pool, plan_fleet
+from dora_serve.folder.inventory import discover
+from dora_serve.vllm.command import command_line, serve_options
+from dora_serve.vllm.fleet import STEPS, Pool, plan_fleet
 
 ADAPTERS, START, PROMPT, NEW = 8, 12, 32, 32
 KINDS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]

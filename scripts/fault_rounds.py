@@ -54,10 +54,10 @@ def commands(world: World, onnx: bool) -> list[Command]:
         export("adapter", inputs / run, place / "out", "--base", base, "--force")
 
     def cache(place: Path, run: str, base: Path) -> None:
-        from converters.base import open_base
         from converters.errors import DoraExportError
-        from dora_serve.convert import vllm_adapter
-        from dora_serve.discover import read_member
+        from converters.model.base import open_base
+        from dora_serve.folder.inventory import read_member
+        from dora_serve.vllm.convert import vllm_adapter
 
         os.environ["DORA_SERVE_CACHE"] = str(place / "cache")
         try:

@@ -21,8 +21,8 @@ from pathlib import Path
 
 from converters.certificate import FILE, sha256
 from dora_serve.api import merge as merge  # what commands import late is imported once, here
-from dora_serve.check import check
 from dora_serve.commands import dora_export
+from dora_serve.proof.check import check
 
 MODELS = Path(__file__).parent.parent / "models"
 RUNS = MODELS / "runs/Checkpoint/Tiny_Llama/Lora_Rank=8"

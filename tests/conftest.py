@@ -12,7 +12,7 @@ import torch
 from peft import LoraConfig, get_peft_model
 from transformers import LlamaConfig, LlamaForCausalLM, RobertaConfig, RobertaForMaskedLM
 
-from converters.dense import DenseUpdate
+from converters.updates.dense import DenseUpdate
 from tests.reference_layout import state_dict, write_run
 
 DATA = Path(__file__).parent / "data"

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from ..base import BaseModel
+from ..model.base import BaseModel
 from . import features, fit, names, scales, values
 from .finding import ENGINES, Check, Finding, open_adapter
 from .heal import heal

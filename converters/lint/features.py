@@ -5,9 +5,9 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 
-from ..base import CONV1D_FAMILIES, CONV1D_LAYERS
+from ..model.base import CONV1D_FAMILIES, CONV1D_LAYERS
 from ..readers.peft_lora import BASE_CHANGING
-from ..writers.adapter import CONFIG
+from ..targets.lora_folder.adapter import CONFIG
 from .finding import PEFTS_OWN, Adapter, Finding
 
 # Field of the configuration → tensors it brings along.

@@ -9,12 +9,12 @@ from functools import cached_property
 from pathlib import Path
 from typing import Literal
 
-from ..base import BaseModel
 from ..errors import MissingError, RunError
-from ..patterns import Patterns
+from ..files.tensors import LazyTensor, LazyTensors, open_file, read_json
+from ..model.base import BaseModel
+from ..readers.patterns import Patterns
 from ..readers.peft_common import CONFIG_FILE, WEIGHT_FILES
-from ..tensors import LazyTensor, LazyTensors, open_file, read_json
-from ..writers.profiles import PROFILES, Profile
+from ..targets.engines import PROFILES, Profile
 
 Severity = Literal["error", "warning", "info"]
 

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from ..base import fingerprint
 from ..certificate import FILE
-from ..tensors import read_json, rows_and_columns
+from ..files.tensors import read_json, rows_and_columns
+from ..model.base import fingerprint
 from .finding import Adapter, Finding
 
 _OTHER = "pass the base the adapter was trained on"

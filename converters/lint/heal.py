@@ -6,13 +6,13 @@ import shutil
 import tempfile
 from pathlib import Path
 
-from ..base import BaseModel
 from ..errors import RunError
-from ..output import save_tensors
+from ..files.output import save_tensors
+from ..model.base import BaseModel
 from ..readers import ReadOptions, read_run
 from ..readers.peft_common import CONFIG_FILE
-from ..writers.adapter import WEIGHTS, AdapterResult, write_adapter
-from ..writers.profiles import PROFILES
+from ..targets.engines import PROFILES
+from ..targets.lora_folder.adapter import WEIGHTS, AdapterResult, write_adapter
 from .finding import PREFIX, Adapter, open_adapter
 
 

@@ -6,9 +6,9 @@ import re
 from collections import Counter
 from collections.abc import Iterator
 
-from ..base import HEAD
-from ..writers.adapter import CONFIG
-from ..writers.profiles import Profile
+from ..model.base import HEAD
+from ..targets.engines import Profile
+from ..targets.lora_folder.adapter import CONFIG
 from .finding import PEFTS_OWN, PREFIX, Adapter, Finding
 
 _LAYER = re.compile(r"(.*?)\.(\d{1,9})\.(?:(.+)\.)?([^.]+)")

@@ -6,8 +6,8 @@ import math
 from collections.abc import Iterator
 
 from ..readers.peft_common import is_number
-from ..writers.adapter import CONFIG
-from ..writers.profiles import Profile, Reading
+from ..targets.engines import Profile, Reading
+from ..targets.lora_folder.adapter import CONFIG
 from .finding import Adapter, Finding
 
 _FUSED = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))

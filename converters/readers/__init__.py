@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Protocol, TypeGuard
 
 from ..errors import MissingError, RunError
-from ..files import reading, there
+from ..files.handles import reading, there
 from ..run import Run
 
 

@@ -16,9 +16,9 @@ import torch
 from torch.nn import functional
 
 from ..errors import RunError
+from ..files.tensors import load_finite
 from ..run import Run
-from ..tensors import load_finite
-from ..update import RankOneSum
+from ..updates.rank_one import RankOneSum
 from . import ReadOptions
 from .checkpoint import Parts, adapted, adapter_run, check_size, number
 from .peft_common import CONFIG_FILE, WEIGHT_FILES, check_pair, open_weights, read_config

@@ -16,9 +16,9 @@ from pathlib import Path
 import torch
 
 from ..errors import RunError
+from ..files.tensors import LazyTensor, load_finite
 from ..run import Run
-from ..tensors import LazyTensor, load_finite
-from ..update import RankOneSum
+from ..updates.rank_one import RankOneSum
 from . import ReadOptions
 from .checkpoint import Parts, adapter_run, check_size, number
 from .peft_common import CONFIG_FILE, WEIGHT_FILES, check_pair, open_weights, read_config

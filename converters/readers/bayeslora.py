@@ -13,9 +13,9 @@ from dataclasses import replace
 from pathlib import Path
 
 from ..errors import RunError
+from ..files.tensors import LazyTensors
 from ..run import Run
-from ..tensors import LazyTensors
-from ..update import RankOneSum
+from ..updates.rank_one import RankOneSum
 from . import ReadOptions
 from .checkpoint import Parts, checkpoint_run, number, open_checkpoint, weighted
 

@@ -12,19 +12,13 @@ from pathlib import Path
 
 import torch
 
-from ..base import INDEX_FILES, SINGLE_FILES, BaseModel, open_base
 from ..errors import RunError
+from ..files.tensors import LazyTensor, LazyTensors, load_finite, numel
+from ..model.base import INDEX_FILES, SINGLE_FILES, BaseModel, open_base
 from ..run import HEADS, LazyUpdates, Run
-from ..tensors import LazyTensor, LazyTensors, load_finite, numel
-from ..update import RankOneSum
+from ..updates.rank_one import RankOneSum
 from . import is_number
-from .peft_common import (
-    CONFIG_FILE,
-    WEIGHT_FILES,
-    open_weights,
-    origin,
-    read_config,
-)
+from .peft_common import CONFIG_FILE, WEIGHT_FILES, open_weights, origin, read_config
 
 Parts = dict[str, LazyTensor]
 

@@ -15,9 +15,10 @@ from pathlib import Path
 import torch
 
 from ..errors import RunError
+from ..files.tensors import LazyTensor, load_finite, load_torch, open_file, read_json
 from ..run import LazyUpdates, Run
-from ..tensors import LazyTensor, load_finite, load_torch, open_file, read_json
-from ..update import RankOneSum, Update
+from ..updates.rank_one import RankOneSum
+from ..updates.update import Update
 from . import ReadOptions, is_number
 
 WEIGHT_FILES = ("model.safetensors", "pytorch_model.bin")

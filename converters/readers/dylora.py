@@ -14,7 +14,7 @@ from pathlib import Path
 
 from ..errors import RunError
 from ..run import Run
-from ..update import RankOneSum
+from ..updates.rank_one import RankOneSum
 from . import ReadOptions
 from .checkpoint import Parts, adapted, checkpoint_run, number, open_checkpoint, weighted
 from .peft_common import check_pair

@@ -12,8 +12,8 @@ from functools import partial
 from pathlib import Path
 
 from ..errors import RunError
+from ..files.tensors import LazyTensors, numel
 from ..run import Run
-from ..tensors import LazyTensors, numel
 from . import ReadOptions
 from .checkpoint import (
     Parts,

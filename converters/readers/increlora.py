@@ -14,11 +14,11 @@ from pathlib import Path
 
 import torch
 
-from ..base import BaseModel
 from ..errors import RunError
+from ..files.tensors import load_finite
+from ..model.base import BaseModel
 from ..run import Run
-from ..tensors import load_finite
-from ..update import RankOneSum
+from ..updates.rank_one import RankOneSum
 from . import ReadOptions
 from .checkpoint import Parts, check_size, checkpoint_run, number, open_checkpoint
 

@@ -10,9 +10,9 @@ from collections.abc import Callable
 from pathlib import Path
 
 from ..errors import RunError
+from ..files.tensors import load_finite
 from ..run import Run
-from ..tensors import load_finite
-from ..update import RankOneSum
+from ..updates.rank_one import RankOneSum
 from . import ReadOptions
 from .checkpoint import (
     Parts,

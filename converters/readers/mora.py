@@ -23,11 +23,12 @@ from pathlib import Path
 
 import torch
 
-from ..dense import DenseUpdate
 from ..errors import RunError
+from ..files.tensors import LazyTensor, load_finite, same_values
 from ..run import LazyUpdates, Run
-from ..tensors import LazyTensor, load_finite, same_values
-from ..update import RankOneSum, Update
+from ..updates.dense import DenseUpdate
+from ..updates.rank_one import RankOneSum
+from ..updates.update import Update
 from . import ReadOptions
 from .peft_common import (
     CONFIG_FILE,

@@ -13,10 +13,11 @@ from pathlib import Path
 import torch
 
 from ..errors import RunError
-from ..magnitude import MagnitudeUpdate
+from ..files.tensors import LazyTensor, load_finite
 from ..run import LazyUpdates, Run
-from ..tensors import LazyTensor, load_finite
-from ..update import RankOneSum, Update
+from ..updates.magnitude import MagnitudeUpdate
+from ..updates.rank_one import RankOneSum
+from ..updates.update import Update
 from . import ReadOptions
 from .peft_common import (
     CONFIG_FILE,

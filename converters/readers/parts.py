@@ -15,9 +15,9 @@ from typing import TypeVar
 import torch
 
 from ..errors import MissingError, RunError
+from ..files.tensors import LazyTensor
 from ..run import LazyUpdates, Run
-from ..tensors import LazyTensor
-from ..update import Update
+from ..updates.update import Update
 from . import ReadOptions, detect
 from .peft_common import CONFIG_FILE
 

@@ -8,14 +8,14 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import TypedDict
 
-from ..base import CONV1D_FAMILIES, CONV1D_LAYERS, BaseModel, open_base
 from ..errors import BaseError, MissingError, RunError
-from ..patterns import PatternError, Patterns
+from ..files.tensors import LazyTensor, LazyTensors, open_file, read_json
+from ..model.base import CONV1D_FAMILIES, CONV1D_LAYERS, BaseModel, open_base
 from ..run import HEADS
-from ..tensors import LazyTensor, LazyTensors, open_file, read_json
 from . import ReadOptions
 from . import is_number as is_number
 from .dora import HEAD_WEIGHTS
+from .patterns import PatternError, Patterns
 
 CONFIG_FILE = "adapter_config.json"
 WEIGHT_FILES = ("adapter_model.safetensors", "adapter_model.bin")

@@ -12,10 +12,10 @@ from dataclasses import replace
 from pathlib import Path
 
 from ..errors import RunError
-from ..magnitude import MagnitudeUpdate
+from ..files.tensors import LazyTensor, load_finite
 from ..run import LazyUpdates, Run
-from ..tensors import LazyTensor, load_finite
-from ..update import Update, transposed
+from ..updates.magnitude import MagnitudeUpdate
+from ..updates.update import Update, transposed
 from . import ReadOptions
 from .peft_common import CONFIG_FILE, WEIGHT_FILES, open_weights, read_config
 from .peft_lora import PeftLoraReader

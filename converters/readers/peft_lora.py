@@ -15,9 +15,10 @@ from pathlib import Path
 import torch
 
 from ..errors import RunError
+from ..files.tensors import LazyTensor, load_finite
 from ..run import LazyUpdates, Run
-from ..tensors import LazyTensor, load_finite
-from ..update import RankOneSum, Update
+from ..updates.rank_one import RankOneSum
+from ..updates.update import Update
 from . import ReadOptions
 from .checkpoint import more_than_lora
 from .peft_common import (

@@ -14,9 +14,10 @@ from pathlib import Path
 import torch
 
 from ..errors import RunError
-from ..layout import FUSED
-from ..tensors import LazyTensor, LazyTensors, load_finite
-from ..update import RankOneSum, Update
+from ..files.tensors import LazyTensor, LazyTensors, load_finite
+from ..model.layout import FUSED
+from ..updates.rank_one import RankOneSum
+from ..updates.update import Update
 from . import ReadOptions
 from .peft_common import Scaling, need_base
 

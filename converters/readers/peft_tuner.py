@@ -17,13 +17,13 @@ from typing import Any
 
 import torch
 
-from ..base import BaseModel, open_base
 from ..errors import BaseError, MissingError, RunError
-from ..patterns import PatternError, Patterns
+from ..files.tensors import LazyTensor, load_finite
+from ..model.base import BaseModel, open_base
 from ..run import Run
-from ..tensors import LazyTensor, load_finite
-from ..update import Update
+from ..updates.update import Update
 from . import ReadOptions
+from .patterns import PatternError, Patterns
 from .peft_common import CONFIG_FILE, WEIGHT_FILES, open_weights, origin, read_config
 
 _TUNERS = frozenset(
@@ -199,8 +199,8 @@ def _find_base(config: Mapping[str, object], options: ReadOptions, path: Path) -
 
 def _empty(run: Run, base: BaseModel) -> Any:
     """The model the run was trained in, on the meta device."""
-    from ..plan import target_architecture
-    from ..skeleton import empty_model
+    from ..model.architecture import empty_model
+    from ..model.match import target_architecture
 
     architecture, _ = target_architecture(run, base)
     if architecture is None:

@@ -10,8 +10,8 @@ from pathlib import Path
 
 from converters.certificate import FILE as CERTIFICATE
 from converters.errors import MissingError
-from converters.files import there
-from converters.output import check_output
+from converters.files.handles import there
+from converters.files.output import check_output
 
 from .errors import ClusterError, ManifestError
 from .job import Engine, Job, Record
@@ -150,7 +150,7 @@ def _is_ours(output: Path, before: Record | None) -> bool:
 
 
 def _found(root: Path, base: str | None) -> tuple[list[Entry], Mapping[str, str]]:
-    from dora_serve.discover import discover
+    from dora_serve.folder.inventory import discover
 
     found = discover(root, base)
     if not found.members and not found.problems:

@@ -7,16 +7,16 @@ import socket
 import time
 from pathlib import Path
 
-from converters.base import BaseModel, open_base
 from converters.certificate import file_record
 from converters.errors import DoraExportError, RunError
-from converters.files import state_at
+from converters.files.handles import state_at
+from converters.model.base import BaseModel, open_base
 from converters.readers import ReadOptions, read_run
-from converters.writers.adapter import write_adapter
-from converters.writers.merged import write_merged
+from converters.targets.lora_folder.adapter import write_adapter
+from converters.targets.merged.folder import write_merged
 from dora_serve.api import find_base
-from dora_serve.cache import content_key
-from dora_serve.check import check
+from dora_serve.folder.cache import content_key
+from dora_serve.proof.check import check
 
 from .job import Job, Record
 

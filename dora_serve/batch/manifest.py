@@ -9,8 +9,8 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
-from converters.files import check_file, there
-from converters.json_files import unique_keys
+from converters.files.handles import check_file, there
+from converters.files.json_files import unique_keys
 
 from .errors import ManifestError
 

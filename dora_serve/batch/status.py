@@ -13,7 +13,7 @@ from pathlib import Path
 
 from converters.certificate import tool
 from converters.errors import OutputError
-from converters.json_files import read_json
+from converters.files.json_files import read_json
 
 from .errors import ManifestError
 from .job import PULSE, Record

@@ -45,10 +45,10 @@ def command(
     With --base, names, shapes and frozen weights are checked against it. Without one of
     --max-rank, --energy and --budget the adapter is the whole update, exactly.
     """
-    from converters.base import open_base
-    from converters.output import check_output
-    from converters.writers.adapter import plan_adapter, prepare, write_adapter
-    from converters.writers.profiles import PROFILES
+    from converters.files.output import check_output
+    from converters.model.base import open_base
+    from converters.targets.engines import PROFILES
+    from converters.targets.lora_folder.adapter import plan_adapter, prepare, write_adapter
 
     loaded = common.load_run(run, base, **options)
     model = None if base is None else open_base(base)

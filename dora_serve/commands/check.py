@@ -36,13 +36,13 @@ def command(
     With --base also the base with the one it was made from, with --public-key also every byte of
     every file with its signature. Exit code 1 when anything differs.
     """
-    from dora_serve.check import check, record
-    from dora_serve.remote import needs_local
+    from dora_serve.proof.check import check, record
+    from dora_serve.remote.local import needs_local
 
     if recording:
         needs_local(artifact, "--record")
     if public_key is not None:
-        from dora_serve.signing import verify_signature
+        from dora_serve.proof.signing import verify_signature
 
         verify_signature(artifact, public_key)
     result = check(artifact, base)

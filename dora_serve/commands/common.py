@@ -14,9 +14,9 @@ from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 import click
 
-from converters.writers.profiles import PROFILES
+from converters.targets.engines import PROFILES
 
-from ..remote import Remote, is_url, local_values
+from ..remote.local import Remote, is_url, local_values
 
 if TYPE_CHECKING:
     import torch

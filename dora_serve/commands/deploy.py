@@ -12,10 +12,10 @@ import click
 from . import common
 
 if TYPE_CHECKING:
-    from converters.base import BaseModel
+    from converters.model.base import BaseModel
     from dora_serve.deploy import Cluster
-    from dora_serve.discover import Found
-    from dora_serve.fleet import Pool
+    from dora_serve.folder.inventory import Found
+    from dora_serve.vllm.fleet import Pool
 
 _CLASSIFIES = "sequence-classification"
 # What `kubectl`'s YAML reads as a number or a truth value, and PyYAML does not.
@@ -71,7 +71,7 @@ def command(
 
     Nothing is started: `serve deploy` (Ray) or `kubectl apply` takes what is written.
     """
-    from converters.output import check_output
+    from converters.files.output import check_output
     from dora_serve.deploy import Cluster, kubernetes, ray_config
 
     if target == "kubernetes" and not image:
@@ -116,7 +116,7 @@ def command(
 def _embedded(cluster: Cluster, base: str | None) -> str | None:
     """The base as the servers see it; raises `DoraExportError` when there is nothing to serve."""
     from converters.errors import MissingError
-    from dora_serve.server.child import make_plan
+    from dora_serve.server.prepare.child import make_plan
 
     plan = make_plan(cluster.root.resolve(), base, True)
     for name, problem in plan.problems.items():
@@ -131,8 +131,8 @@ def _pools(
 ) -> tuple[Found, list[tuple[str, Pool]]]:
     """What vLLM serves, by the name that clients call each base."""
     from converters.errors import RunError
-    from dora_serve.discover import discover
-    from dora_serve.fleet import alone, plan_fleet
+    from dora_serve.folder.inventory import discover
+    from dora_serve.vllm.fleet import alone, plan_fleet
 
     found = discover(folder, base)
     fleet = plan_fleet(found, memory)
@@ -164,8 +164,8 @@ def _name(base: BaseModel) -> str:
 
 def _adapters(found: Found, pools: list[tuple[str, Pool]]) -> dict[str, Path]:
     """Every adapter's folder, made now if need be, by its place below the storage's root."""
-    from dora_serve.convert import vllm_adapter
     from dora_serve.deploy.ray_config import adapter_id
+    from dora_serve.vllm.convert import vllm_adapter
 
     return {
         f"{adapter_id(base)}/{adapter_id(name)}": vllm_adapter(found.members[name])
@@ -195,7 +195,7 @@ def _yaml(documents: list[dict[str, object]]) -> str:
 def _write(output: Path, files: Mapping[str, str], adapters: Mapping[str, Path]) -> None:
     import shutil
 
-    from converters.output import output_folder
+    from converters.files.output import output_folder
 
     with output_folder(output) as place:
         for name, text in files.items():

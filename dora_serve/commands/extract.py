@@ -12,7 +12,7 @@ from . import common
 
 if TYPE_CHECKING:
     from converters.fit import FitReport
-    from converters.writers.adapter import AdapterPlan
+    from converters.targets.lora_folder.adapter import AdapterPlan
 
 
 @click.command("extract")
@@ -84,10 +84,10 @@ def _plan(
 ) -> tuple[AdapterPlan, FitReport | None, tuple[str, ...]]:
     import torch
 
-    from converters.base import open_base
-    from converters.output import check_output
-    from converters.writers.adapter import plan_adapter, prepare
-    from converters.writers.profiles import PROFILES
+    from converters.files.output import check_output
+    from converters.model.base import open_base
+    from converters.targets.engines import PROFILES
+    from converters.targets.lora_folder.adapter import plan_adapter, prepare
     from dora_serve.api import tuned_run
 
     model = open_base(base)

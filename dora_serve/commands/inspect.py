@@ -39,9 +39,9 @@ def command(
     With --base, tensors that training left as they were are not counted as trained whole.
     """
     from converters import fit
-    from converters.base import open_base
-    from dora_serve.rankmap import save_curve, save_png, terminal_map
-    from dora_serve.rankmap_html import save_html
+    from converters.model.base import open_base
+    from dora_serve.rankmap.html import save_html
+    from dora_serve.rankmap.picture import save_curve, save_png, terminal_map
 
     loaded = common.load_run(run, base, **options)
     model = None if base is None else open_base(base)
@@ -103,9 +103,9 @@ def _describe(run: Run, base: Any) -> dict[str, Any]:
     import torch
 
     from converters.errors import TargetError
-    from converters.plan import changed
-    from converters.writers.adapter import plan_adapter
-    from converters.writers.profiles import PROFILES
+    from converters.model.match import changed
+    from converters.targets.engines import PROFILES
+    from converters.targets.lora_folder.adapter import plan_adapter
 
     stripped = run.strip()
     ranks: dict[str, int] = {}

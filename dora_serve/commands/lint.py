@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from converters.writers.profiles import PROFILES
+from converters.targets.engines import PROFILES
 
 from . import common
 
@@ -49,9 +49,9 @@ def command(
     Exit code 1 when there is an error (with --fix: when one is left). With --base, names, shapes
     and the fingerprint are checked against it.
     """
-    from converters.base import open_base
     from converters.errors import DoraExportError
     from converters.lint import heal, lint
+    from converters.model.base import open_base
 
     if out is not None and len(targets) > 1:
         raise click.UsageError("--fix writes for one --target")

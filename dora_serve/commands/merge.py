@@ -45,9 +45,9 @@ def command(
     of a merge that was killed stay in a hidden folder beside OUT; the same command again checks
     them by hash, makes the others, and OUT is as if nothing had happened.
     """
-    from converters.output import check_output
-    from converters.plan import plan_merge
-    from converters.writers.merged import write_merged
+    from converters.files.output import check_output
+    from converters.targets.merged.folder import write_merged
+    from converters.targets.merged.plan import plan_merge
     from dora_serve.api import find_base
 
     loaded = common.load_run(run, base, **options)

@@ -12,7 +12,7 @@ import click
 from . import common
 
 if TYPE_CHECKING:
-    from converters.base import BaseModel
+    from converters.model.base import BaseModel
     from converters.run import Run
 
 _NAMED = re.compile(r"([\w][\w.-]*)=(.+)")
@@ -69,9 +69,9 @@ def command(
     dora-export onnx --base BASE OUT --adapter RUN …  BASE, and every RUN as an adapter beside it
     dora-export onnx --add OUT --base BASE --adapter RUN
     """
-    from converters.writers.onnx import add_adapters
+    from converters.targets.onnx import add_adapters
     from dora_serve.api import find_base, write_onnx
-    from dora_serve.remote import needs_local
+    from dora_serve.remote.local import needs_local
 
     if len(paths) != (1 if adapter_runs else 2):
         raise click.UsageError("give RUN and OUT, or OUT with --adapter RUN")
@@ -124,7 +124,7 @@ def _show_plan(
     force: bool,
     as_json: bool,
 ) -> None:
-    from converters.writers.onnx.plan import plan_added, plan_onnx
+    from converters.targets.onnx.plan import plan_added, plan_onnx
 
     graphs: tuple[str, ...] = ()
     if add:

@@ -30,12 +30,12 @@ def command(
     """Say how vLLM should serve all runs and adapters in DIR: the smallest maximal rank, memory a
     slot and how much of it is padding, and the command line. Writes no adapter.
     """
-    from dora_serve.convert import vllm_adapter_path
-    from dora_serve.discover import discover
-    from dora_serve.engines.vllm_command import command_line, serve_options, shell, yaml_file
-    from dora_serve.fleet import plan_fleet
-    from dora_serve.fleet_view import as_json as view
-    from dora_serve.fleet_view import save_png, table
+    from dora_serve.folder.inventory import discover
+    from dora_serve.vllm.command import command_line, serve_options, shell, yaml_file
+    from dora_serve.vllm.convert import vllm_adapter_path
+    from dora_serve.vllm.fleet import plan_fleet
+    from dora_serve.vllm.fleet_view import as_json as view
+    from dora_serve.vllm.fleet_view import save_png, table
 
     found = discover(folder, base)
     fleet = plan_fleet(found, gpu_memory)

@@ -27,8 +27,8 @@ def command(artifact: Path, private_key: Path, force: bool, as_json: bool) -> No
     `dora-export check ARTIFACT --public-key FILE` verifies it, and so does `python -m model_signing
     verify key ARTIFACT --signature ARTIFACT/model.sig --public_key FILE`.
     """
-    from dora_serve.remote import needs_local
-    from dora_serve.signing import sign
+    from dora_serve.proof.signing import sign
+    from dora_serve.remote.local import needs_local
 
     needs_local(artifact, "sign")
     signature = sign(artifact, private_key, force)

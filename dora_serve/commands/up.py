@@ -65,7 +65,7 @@ def command(
     """
     _check(engine, more)
     if engine == "vllm":
-        from dora_serve.engines import vllm_up
+        from dora_serve.vllm import up as vllm_up
 
         vllm_up.up(
             folder,

@@ -37,7 +37,7 @@ def command(
     fail, or the comparison would prove nothing.
     """
     from dora_serve.api import find_base
-    from dora_serve.proof import verify
+    from dora_serve.proof.verify import verify
 
     loaded = common.load_run(run, base, **options)
     result = verify(loaded, artifact, find_base(loaded, base), engine)

@@ -41,7 +41,7 @@ def command(
     on every server given; a server that restarts gets all of them again. The servers must have
     been started with VLLM_ALLOW_RUNTIME_LORA_UPDATING=1 (`dora-serve up --live` does).
     """
-    from dora_serve.watch import Server, desired, links, reconcile
+    from dora_serve.vllm.watch import Server, desired, links, reconcile
 
     servers = [Server(url, api_key) for url in urls]
     told: set[str] = set()

@@ -12,9 +12,9 @@ from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
-from ..engines.vllm_command import command_line, serve_options
-from ..fleet import Pool
-from ..vllm_plugin import RUNS
+from ..vllm.command import command_line, serve_options
+from ..vllm.fleet import Pool
+from ..vllm.plugin import RUNS
 from . import PORT, Cluster
 
 Manifest = dict[str, Any]

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 from pydantic import BaseModel, ConfigDict
 from ray import serve
 
-from dora_serve.engines.limits import Limits
+from dora_serve.onnxruntime.limits import Limits
 
 if TYPE_CHECKING:
     from fastapi import FastAPI
@@ -51,11 +51,11 @@ def _app(wanted: Arguments) -> FastAPI:
     """In a replica: prepare what its machine's cache lacks, and open it."""
     from starlette.routing import Route
 
-    from dora_serve.server.adapters import router
     from dora_serve.server.app import make_app
-    from dora_serve.server.child import make_plan
     from dora_serve.server.options import ServerOptions
+    from dora_serve.server.prepare.child import make_plan
     from dora_serve.server.registry import Registry
+    from dora_serve.server.routes.adapters import router
     from dora_serve.server.state import State
 
     root = Path(wanted.folder).resolve()
@@ -70,7 +70,7 @@ def _app(wanted: Arguments) -> FastAPI:
 
 
 async def _refuse(_request: Request) -> Response:
-    from dora_serve.server.errors import ApiError
+    from dora_serve.server.wire.errors import ApiError
 
     raise ApiError(
         "What one replica loads, the others do not know: change the folder and deploy again.",

@@ -12,9 +12,9 @@ from typing import Any
 
 from converters.errors import TargetError
 
-from ..engines.limits import Limits
-from ..engines.vllm_command import serve_options
-from ..fleet import Pool
+from ..onnxruntime.limits import Limits
+from ..vllm.command import serve_options
+from ..vllm.fleet import Pool
 from . import PORT, Cluster
 
 _ELSEWHERE = {"model", "served-model-name", "lora-modules"}  # what LLMConfig says in other words

@@ -8,10 +8,11 @@ from ipaddress import ip_address
 
 from fastapi import FastAPI
 
-from . import adapters, encoding, errors, generating, operation, tokens
-from .front import front
 from .guard import Guard
+from .routes import adapters, encoding, generating, operation, tokens
+from .routes.front import front
 from .state import State
+from .wire import errors
 
 
 def make_app(state: State, host: str, api_key: str | None) -> FastAPI:

@@ -16,9 +16,9 @@ from jinja2.nodes import Node
 from jinja2.parser import Parser
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
-from converters.json_files import read_json
+from converters.files.json_files import read_json
 
-from .errors import ApiError
+from .wire.errors import ApiError
 
 _SPECIAL = [f"{name}_token" for name in ("bos", "eos", "unk", "pad", "sep", "cls", "mask")]
 

@@ -12,9 +12,9 @@ from typing import Any
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from .errors import ApiError
 from .metrics import Metrics
 from .state import NOTES
+from .wire.errors import ApiError
 
 _log = logging.getLogger("dora_serve.requests")
 _OPEN = {"/health", "/ready"}

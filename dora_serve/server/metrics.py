@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from prometheus_client import CollectorRegistry, Counter, Histogram
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 
-from dora_serve.engines.continuous import ContinuousDecoder
+from dora_serve.onnxruntime.continuous import ContinuousDecoder
 
 if TYPE_CHECKING:
     from .registry import Registry

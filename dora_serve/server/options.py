@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from dora_serve.engines.limits import Limits
+from dora_serve.onnxruntime.limits import Limits
 
 
 @dataclass(frozen=True)

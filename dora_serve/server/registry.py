@@ -7,15 +7,15 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from dora_serve.engines.continuous import ContinuousDecoder
-from dora_serve.engines.decoder_graph import DecoderGraph
-from dora_serve.engines.encoder_queue import EncoderQueue
-from dora_serve.engines.onnx_encoder import Encoder
+from dora_serve.onnxruntime.continuous import ContinuousDecoder
+from dora_serve.onnxruntime.decoder_graph import DecoderGraph
+from dora_serve.onnxruntime.encoder import Encoder
+from dora_serve.onnxruntime.encoder_queue import EncoderQueue
 
 from .chat_template import ChatTemplate
-from .errors import ApiError
 from .options import ServerOptions
-from .plan import DECODES, Graph, Model, Plan
+from .prepare.plan import DECODES, Graph, Model, Plan
+from .wire.errors import ApiError
 
 Engine = ContinuousDecoder | EncoderQueue
 

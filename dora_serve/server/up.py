@@ -12,7 +12,7 @@ from pathlib import Path
 from converters.errors import MissingError
 
 from .options import ServerOptions
-from .plan import DECODES, Plan
+from .prepare.plan import DECODES, Plan
 
 _PATHS = {
     DECODES: "/v1/completions",
@@ -43,7 +43,7 @@ def up(
     import uvicorn
 
     from .app import is_loopback, make_app
-    from .child import make_plan
+    from .prepare.child import make_plan
     from .registry import Registry
     from .state import State
 

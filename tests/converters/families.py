@@ -11,7 +11,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 
 from converters.readers import ReadOptions
 from dora_serve import Run, merge, read_run, verify, write_adapter
-from dora_serve.proof import logits, verification_batch
+from dora_serve.proof.verify import logits, verification_batch
 from tests.conftest import randomize
 
 BOUND = 1e-4

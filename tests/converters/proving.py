@@ -11,10 +11,10 @@ import transformers
 from peft import PeftModel
 from safetensors.torch import load_file
 
-from converters.base import open_base
+from converters.model.base import open_base
 from converters.run import Run
 from dora_serve import merge, verify, write_adapter
-from dora_serve.live import load_base
+from dora_serve.proof.live import load_base
 
 BOUND = 1e-4
 REPACK = 1e-6

@@ -20,7 +20,7 @@ from transformers import (
 from converters.errors import RunError
 from converters.readers import ReadOptions
 from dora_serve import read_run
-from dora_serve.proof import verification_batch
+from dora_serve.proof.verify import verification_batch
 from tests.conftest import DATA
 from tests.converters.proving import change_bin, expected, logits, prove
 

@@ -12,9 +12,9 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import LlamaForCausalLM
 
-from converters.base import open_base
+from converters.model.base import open_base
 from dora_serve import DoraExportError, merge, read_run
-from dora_serve.proof import logits, verification_batch
+from dora_serve.proof.verify import logits, verification_batch
 
 FILE = "model.safetensors"
 

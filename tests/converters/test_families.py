@@ -12,10 +12,10 @@ import transformers
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 
-from converters.base import open_base
-from converters.layout import Layout
+from converters.model.base import open_base
+from converters.model.layout import Layout
 from dora_serve import DoraExportError, merge, read_run, verify, write_adapter, write_onnx
-from dora_serve.proof import logits, verification_batch
+from dora_serve.proof.verify import logits, verification_batch
 from tests.conftest import randomize, tiny_llama
 from tests.converters.families import (
     DECODER,

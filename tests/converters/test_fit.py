@@ -14,7 +14,8 @@ from hypothesis import strategies as st
 from converters.errors import DoraExportError
 from converters.fit import allocate, approximate, curve, fit_run
 from converters.run import Run, strip_update
-from converters.update import RankOneSum, Update
+from converters.updates.rank_one import RankOneSum
+from converters.updates.update import Update
 from tests.conftest import dense
 
 few = settings(max_examples=40, deadline=None)

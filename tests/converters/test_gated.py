@@ -16,7 +16,7 @@ from transformers import LlamaForCausalLM, RobertaForSequenceClassification
 from converters.errors import DoraExportError, RunError
 from converters.readers import ReadOptions
 from dora_serve import read_run, write_adapter
-from dora_serve.proof import verification_batch
+from dora_serve.proof.verify import verification_batch
 from tests.conftest import DATA
 from tests.converters.proving import Inputs, change_bin, expected, logits, prove
 

@@ -12,9 +12,9 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import AutoModelForCausalLM
 
-from converters.writers.gguf import permute
+from converters.targets.gguf import permute
 from dora_serve import read_run, write_adapter
-from dora_serve.proof import logits
+from dora_serve.proof.verify import logits
 from tests.conftest import randomize
 from tests.converters.test_gguf import FAMILIES, make
 

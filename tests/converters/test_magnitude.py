@@ -22,11 +22,12 @@ from transformers import (
     RobertaForSequenceClassification,
 )
 
-from converters.magnitude import MagnitudeUpdate
 from converters.readers import ReadOptions
-from converters.update import RankOneSum, transposed
+from converters.updates.magnitude import MagnitudeUpdate
+from converters.updates.rank_one import RankOneSum
+from converters.updates.update import transposed
 from dora_serve import DoraExportError, merge, read_run, verify, write_adapter
-from dora_serve.proof import logits, verification_batch
+from dora_serve.proof.verify import logits, verification_batch
 from tests.conftest import DATA, randomize, tiny_llama
 
 NVLABS = DATA / "methods" / "nvlabs_dora"

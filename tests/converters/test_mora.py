@@ -13,12 +13,13 @@ from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from transformers import GPT2LMHeadModel, LlamaForCausalLM
 
-from converters.dense import DenseUpdate
 from converters.readers import ReadOptions
 from converters.readers.mora import MoraReader
-from converters.update import RankOneSum, transposed
+from converters.updates.dense import DenseUpdate
+from converters.updates.rank_one import RankOneSum
+from converters.updates.update import transposed
 from dora_serve import DoraExportError, merge, read_run, verify, write_adapter
-from dora_serve.proof import logits
+from dora_serve.proof.verify import logits
 from tests.conftest import DATA
 
 MORA = DATA / "methods" / "mora"

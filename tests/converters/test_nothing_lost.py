@@ -24,10 +24,10 @@ from transformers import (
     T5ForConditionalGeneration,
 )
 
-from converters.base import open_base
 from converters.compare import compare
 from converters.extract import difference
-from converters.plan import changed
+from converters.model.base import open_base
+from converters.model.match import changed
 from dora_serve import DoraExportError, ReadOptions, merge, read_run, write_adapter
 from tests.conftest import randomize, tiny_llama
 from tests.reference_layout import state_dict, write_run

@@ -17,7 +17,7 @@ from transformers import LlamaForCausalLM
 from converters.errors import BaseError, RunError, TargetError
 from converters.readers import ReadOptions
 from dora_serve import merge, read_run, write_adapter
-from dora_serve.proof import verification_batch
+from dora_serve.proof.verify import verification_batch
 from tests.conftest import DATA
 from tests.converters.proving import Inputs, change_bin, expected, logits, prove
 

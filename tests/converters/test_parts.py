@@ -17,7 +17,7 @@ from transformers import LlamaForCausalLM
 from converters.readers import ReadOptions
 from dora_serve import DoraExportError, merge, read_run, verify, write_adapter
 from dora_serve.commands import dora_export
-from dora_serve.proof import logits, verification_batch
+from dora_serve.proof.verify import logits, verification_batch
 from tests.conftest import DATA, randomize
 
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"

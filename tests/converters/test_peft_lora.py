@@ -26,7 +26,7 @@ from transformers import (
 )
 
 from dora_serve import DoraExportError, merge, read_run, verify, write_adapter
-from dora_serve.proof import logits, verification_batch
+from dora_serve.proof.verify import logits, verification_batch
 from tests.conftest import MODELS, randomize, tiny_llama
 
 LLAMA_CASES: dict[str, dict[str, Any]] = {

@@ -25,7 +25,7 @@ from converters.errors import RunError
 from converters.readers.peft_tuner import LayerUpdate
 from converters.run import Run
 from dora_serve import DoraExportError, ReadOptions, merge, read_run, verify, write_adapter
-from dora_serve.proof import logits, verification_batch
+from dora_serve.proof.verify import logits, verification_batch
 from tests.conftest import tiny_llama
 
 TARGETS = {"target_modules": ["q_proj", "v_proj", "up_proj"]}

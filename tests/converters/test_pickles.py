@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from converters.errors import DoraExportError
-from converters.tensors import load_torch, open_torch
+from converters.files.tensors import load_torch, open_torch
 from tests.fuzz.archives import with_pickle
 
 SIZE = 4 << 30

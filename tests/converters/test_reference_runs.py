@@ -15,9 +15,9 @@ import transformers
 from peft import PeftModel
 from safetensors.torch import load_file
 
-from converters.base import open_base
+from converters.model.base import open_base
 from dora_serve import DoraExportError, merge, read_run, verify, write_adapter
-from dora_serve.live import LiveModel, load_base
+from dora_serve.proof.live import LiveModel, load_base
 from tests.conftest import DATA
 
 ROOT = DATA / "reference"

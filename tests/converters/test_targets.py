@@ -20,10 +20,10 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
 from transformers import LlamaForCausalLM
 
-from converters.writers.profiles import PROFILES
+from converters.targets.engines import PROFILES
 from dora_serve import DoraExportError, read_run, write_adapter
 from dora_serve.commands import adapter as adapter_command
-from dora_serve.proof import logits, verification_batch
+from dora_serve.proof.verify import logits, verification_batch
 from tests.conftest import randomize
 
 Deltas = dict[str, torch.Tensor]

@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import save_file
 
 from converters.errors import DoraExportError, TensorFileError
-from converters.tensors import load_finite, open_file, open_safetensors, same_values
+from converters.files.tensors import load_finite, open_file, open_safetensors, same_values
 
 
 def write_raw(path: Path, header: object, data: bytes) -> Path:

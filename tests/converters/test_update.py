@@ -6,7 +6,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from converters.update import RankOneSum
+from converters.updates.rank_one import RankOneSum
 
 
 @st.composite

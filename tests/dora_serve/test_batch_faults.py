@@ -20,8 +20,8 @@ from dora_serve.batch import Job, ManifestError, plan_batch
 from dora_serve.batch.cluster import _one_core
 from dora_serve.batch.local import cores, on_processes
 from dora_serve.batch.status import locked
-from dora_serve.cache import content_key
 from dora_serve.commands import dora_export
+from dora_serve.folder.cache import content_key
 from tests.conftest import tiny_llama
 from tests.dora_serve.test_batch import (
     WEIGHTS,

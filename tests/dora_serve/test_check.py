@@ -13,8 +13,8 @@ from safetensors.torch import load_file, save_file
 
 from converters.certificate import FILE, file_record
 from dora_serve import DoraExportError, merge, write_adapter
-from dora_serve.check import check, record
 from dora_serve.commands import dora_export
+from dora_serve.proof.check import check, record
 
 WEIGHTS = "model.safetensors"
 

@@ -21,7 +21,7 @@ from peft import LoraConfig, get_peft_model
 from transformers import LlamaForCausalLM, LlamaForSequenceClassification
 
 from dora_serve.commands import dora_serve
-from dora_serve.engines.limits import Limits
+from dora_serve.onnxruntime.limits import Limits
 from tests.conftest import MODELS, randomize
 
 VLLM_PYTHON = MODELS.parent / ".venv-vllm/bin/python"

@@ -12,10 +12,10 @@ import torch
 from click.testing import CliRunner
 from safetensors.torch import load_file, save_file
 
-from converters.base import open_base
 from converters.compare import compare
+from converters.model.base import open_base
 from converters.run import Run
-from converters.update import RankOneSum
+from converters.updates.rank_one import RankOneSum
 from dora_serve import DoraExportError, diff, merge, read_run, write_adapter
 from dora_serve.commands import dora_export
 from tests.conftest import MODELS, dense

@@ -10,11 +10,11 @@ from pathlib import Path
 
 import pytest
 
-from converters.base import open_base
 from converters.errors import BaseError, MissingError, RunError
+from converters.model.base import open_base
 from dora_serve import read_run
-from dora_serve.cache import cached, content_key, member_key
-from dora_serve.discover import discover, find_run, read_member
+from dora_serve.folder.cache import cached, content_key, member_key
+from dora_serve.folder.inventory import discover, find_run, read_member
 from tests.conftest import MODELS, tiny_llama
 
 

@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel, Llam
 
 from dora_serve import DoraExportError, diff, extract, merge, read_run, verify
 from dora_serve.commands import dora_export
-from dora_serve.proof import logits, verification_batch
+from dora_serve.proof.verify import logits, verification_batch
 from tests.conftest import MODELS, tiny_llama
 
 RUNS = sorted(MODELS.glob("runs/Checkpoint/*/*/*/*"))

@@ -14,7 +14,7 @@ from transformers import LlamaForCausalLM
 
 from dora_serve import DoraExportError, diff, read_run, verify, write_adapter
 from dora_serve.commands import dora_export
-from dora_serve.proof import logits, verification_batch
+from dora_serve.proof.verify import logits, verification_batch
 from tests.conftest import MODELS, randomize, tiny_llama
 
 RUN = next(MODELS.glob("runs/Checkpoint/*/*/Count_Down/*"))

@@ -20,13 +20,13 @@ from transformers import (
     LlamaForCausalLM,
 )
 
-from converters.base import open_base
 from converters.lint import CHECKS, ENGINES, lint
-from converters.writers.adapter import CONFIG, WEIGHTS
+from converters.model.base import open_base
+from converters.targets.lora_folder.adapter import CONFIG, WEIGHTS
 from dora_serve import read_run, write_adapter
 from dora_serve.commands import dora_export
 from dora_serve.commands.lint import TARGETS
-from dora_serve.proof import logits, verification_batch
+from dora_serve.proof.verify import logits, verification_batch
 from tests.conftest import randomize, tiny_llama
 from tests.dora_serve.faults import (
     FAULTS,

@@ -48,7 +48,7 @@ import importlib, pkgutil, sys
 import converters, dora_serve
 for package in (converters, dora_serve):
     for module in pkgutil.walk_packages(package.__path__, package.__name__ + "."):
-        if not module.name.startswith(("dora_serve.vllm_", "dora_serve.deploy.ray_app")):
+        if not module.name.startswith(("dora_serve.vllm.", "dora_serve.deploy.ray_app")):
             importlib.import_module(module.name)
 """
 

@@ -16,8 +16,8 @@ from peft import LoraConfig, get_peft_model
 from transformers import LlamaForCausalLM
 
 from dora_serve.commands import dora_serve
-from dora_serve.discover import discover
-from dora_serve.fleet import plan_fleet, step_for
+from dora_serve.folder.inventory import discover
+from dora_serve.vllm.fleet import plan_fleet, step_for
 from tests.conftest import MODELS, randomize
 
 DORA_SERVE = Path(sys.executable).parent / "dora-serve"

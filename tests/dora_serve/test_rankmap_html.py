@@ -12,7 +12,7 @@ import pytest
 from playwright.sync_api import Browser, Page, expect
 
 from dora_serve import read_run
-from dora_serve.rankmap_html import save_html
+from dora_serve.rankmap.html import save_html
 from tests.browser import chromium, quiet, screenshot, violations, watched
 from tests.conftest import MODELS
 

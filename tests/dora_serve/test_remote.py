@@ -16,7 +16,7 @@ import pytest
 from safetensors.torch import load_file, save_file
 
 from converters.certificate import FILE
-from dora_serve.remote import fetched
+from dora_serve.remote.local import fetched
 
 from .exporting import SECRET, bad, export, good
 from .s3_server import S3Server
@@ -339,7 +339,7 @@ def test_a_url_whose_name_no_folder_has(s3: S3Server, name: str, tmp_path: Path)
 
 
 def test_more_than_a_page_of_names(s3: S3Server) -> None:
-    from dora_serve.remote_store import Store
+    from dora_serve.remote.store import Store
 
     names = {f"{number:04}" for number in range(1001)}
     for name in names:

@@ -18,8 +18,8 @@ from fsspec import AbstractFileSystem
 
 from converters.certificate import FILE
 from converters.errors import OutputError
-from dora_serve.remote_errors import RemoteError
-from dora_serve.remote_store import Store
+from dora_serve.remote.errors import RemoteError
+from dora_serve.remote.store import Store
 
 from .exporting import bad, export, good
 from .s3_server import S3Server
@@ -147,7 +147,7 @@ def test_a_terminated_upload_is_removed(s3: S3Server, tmp_path: Path) -> None:
 def test_a_failed_replacement_leaves_the_old_artifact(
     s3: S3Server, new: Path, failing: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("dora_serve.remote_store.uuid4", lambda: SimpleNamespace(hex="0123456789"))
+    monkeypatch.setattr("dora_serve.remote.store.uuid4", lambda: SimpleNamespace(hex="0123456789"))
     s3.denied = once("PUT", f"/out/place/{failing.replace('STAGE', '.dora-tmp-01234567')}")
     with pytest.raises(RemoteError, match="access denied"):
         replace(new)

@@ -17,9 +17,9 @@ from click.testing import CliRunner
 from converters.certificate import FILE, SIGNATURE, file_record
 from converters.errors import MissingError, OutputError
 from dora_serve import merge
-from dora_serve.check import check, record
 from dora_serve.commands import dora_export
-from dora_serve.signing import SignatureError, sign, verify_signature
+from dora_serve.proof.check import check, record
+from dora_serve.proof.signing import SignatureError, sign, verify_signature
 from tests.dora_serve.test_no_network import Watched
 
 WEIGHTS = "model.safetensors"

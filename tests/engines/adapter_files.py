@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import onnxruntime
 
-from converters.onnx_files import read_adapter_file
+from converters.files.onnx_files import read_adapter_file
 
 
 def write_overflowing(source: Path, target: Path) -> None:

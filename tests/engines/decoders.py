@@ -12,13 +12,13 @@ import onnx
 import torch
 from onnx import numpy_helper
 
-from converters.base import open_base
+from converters.model.base import open_base
 from dora_serve import Run
-from dora_serve.engines.onnx_model import OnnxDecoder
-from dora_serve.engines.onnxruntime import Decoder
-from dora_serve.engines.sampling import Sampling
-from dora_serve.live import LiveModel
-from dora_serve.proof import logits, verification_batch
+from dora_serve.onnxruntime.decoder import Decoder
+from dora_serve.onnxruntime.model import OnnxDecoder
+from dora_serve.onnxruntime.sampling import Sampling
+from dora_serve.proof.live import LiveModel
+from dora_serve.proof.verify import logits, verification_batch
 
 BOUND = 1e-4
 PROMPTS = ("count : nine", "copy : cat moon river =", "count : twenty-one", "count : five")

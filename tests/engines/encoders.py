@@ -12,10 +12,10 @@ import torch
 import transformers
 from peft import LoraConfig, get_peft_model
 
-from converters.base import BaseModel
+from converters.model.base import BaseModel
 from converters.run import Run
-from dora_serve.engines.onnx_encoder import Encoder
-from dora_serve.live import LiveModel
+from dora_serve.onnxruntime.encoder import Encoder
+from dora_serve.proof.live import LiveModel
 from tests.conftest import randomize
 
 BOUND, MIXED = 1e-4, 1e-5

@@ -15,17 +15,17 @@ import numpy as np
 import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
-from converters.base import open_base
-from converters.writers.onnx import write_onnx
+from converters.model.base import open_base
+from converters.targets.onnx import write_onnx
 from dora_serve import DoraExportError
-from dora_serve.engines.continuous import ContinuousDecoder, Update
-from dora_serve.engines.decoder_graph import DecoderGraph
-from dora_serve.engines.generation import Detokenizer, StoppedText
-from dora_serve.engines.limits import Limits, QueueFull
-from dora_serve.engines.onnxruntime import Decoder
-from dora_serve.engines.runner import Runner
-from dora_serve.engines.sampling import Sampling, draw
-from dora_serve.engines.slots import Slots
+from dora_serve.onnxruntime.continuous import ContinuousDecoder, Update
+from dora_serve.onnxruntime.decoder import Decoder
+from dora_serve.onnxruntime.decoder_graph import DecoderGraph
+from dora_serve.onnxruntime.generation import Detokenizer, StoppedText
+from dora_serve.onnxruntime.limits import Limits, QueueFull
+from dora_serve.onnxruntime.runner import Runner
+from dora_serve.onnxruntime.sampling import Sampling, draw
+from dora_serve.onnxruntime.slots import Slots
 from tests.engines.decoders import Case
 from tests.engines.test_onnx_decoder import llama
 from tests.engines.test_onnx_families import lora, tiny
@@ -128,7 +128,7 @@ def test_windows_and_other_graphs(name: str, tmp_path: Path) -> None:
 
 
 def test_rows_that_find_no_room_begin_again(llama: Case, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("dora_serve.engines.slots._STEP", 8)
+    monkeypatch.setattr("dora_serve.onnxruntime.slots._STEP", 8)
     with running(llama) as engine:
         token_bytes = engine.slots.token_bytes
     with running(llama, cache_bytes=150 * token_bytes, piece=4) as engine:

@@ -12,9 +12,9 @@ import numpy as np
 import pytest
 
 from dora_serve import DoraExportError, read_run, write_onnx
-from dora_serve.engines.encoder_queue import EncoderQueue
-from dora_serve.engines.limits import Limits, QueueFull
-from dora_serve.engines.onnx_encoder import Encoder
+from dora_serve.onnxruntime.encoder import Encoder
+from dora_serve.onnxruntime.encoder_queue import EncoderQueue
+from dora_serve.onnxruntime.limits import Limits, QueueFull
 from tests.conftest import MODELS
 from tests.engines.adapter_files import write_overflowing
 

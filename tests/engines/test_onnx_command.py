@@ -9,7 +9,7 @@ from typing import Any
 from click.testing import CliRunner
 
 from dora_serve.commands import dora_export
-from dora_serve.engines.onnxruntime import Decoder
+from dora_serve.onnxruntime.decoder import Decoder
 from tests.conftest import MODELS
 
 BASE = MODELS / "tiny-llama-base"

@@ -14,15 +14,15 @@ import pytest
 import torch
 
 import dora_serve
-from converters.base import open_base
-from converters.onnx_files import read_adapter_file
-from converters.writers.onnx import add_adapters, write_onnx
+from converters.files.onnx_files import read_adapter_file
+from converters.model.base import open_base
+from converters.targets.onnx import add_adapters, write_onnx
 from dora_serve import DoraExportError, Run, read_run, verify
-from dora_serve.engines.onnx_model import OnnxDecoder
-from dora_serve.engines.onnxruntime import Batch, Decoder
-from dora_serve.engines.sampling import Sampling
-from dora_serve.live import LiveModel
-from dora_serve.proof import logits, verification_batch
+from dora_serve.onnxruntime.decoder import Batch, Decoder
+from dora_serve.onnxruntime.model import OnnxDecoder
+from dora_serve.onnxruntime.sampling import Sampling
+from dora_serve.proof.live import LiveModel
+from dora_serve.proof.verify import logits, verification_batch
 from tests.conftest import MODELS
 from tests.engines.adapter_files import write_overflowing
 from tests.engines.decoders import BOUND, Case, check, dequantized, truths

@@ -14,15 +14,15 @@ import onnxruntime
 import pytest
 from safetensors.torch import load_file
 
-from converters.base import open_base
 from converters.errors import DoraExportError, TensorFileError
+from converters.model.base import open_base
 from converters.readers import read_run
 from converters.run import Run
-from converters.writers.onnx import add_adapters, write_onnx
-from converters.writers.onnx.export import shrunk
-from dora_serve.engines.onnx_encoder import Encoder
-from dora_serve.engines.session import EngineError
-from dora_serve.onnx_proof import prove
+from converters.targets.onnx import add_adapters, write_onnx
+from converters.targets.onnx.export import shrunk
+from dora_serve.onnxruntime.encoder import Encoder
+from dora_serve.onnxruntime.session import EngineError
+from dora_serve.proof.onnxruntime import prove
 from tests.conftest import DATA, MODELS
 from tests.engines.encoders import (
     BOUND,

@@ -13,12 +13,12 @@ import transformers
 from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from converters.base import open_base
 from converters.errors import DoraExportError
-from converters.writers.onnx import write_onnx
+from converters.model.base import open_base
+from converters.targets.onnx import write_onnx
 from dora_serve import Run, read_run, verify
-from dora_serve.engines.onnxruntime import Decoder
-from dora_serve.engines.sampling import Sampling
+from dora_serve.onnxruntime.decoder import Decoder
+from dora_serve.onnxruntime.sampling import Sampling
 from tests.conftest import DATA, MODELS, randomize
 from tests.engines.decoders import PROMPTS, Case, check
 

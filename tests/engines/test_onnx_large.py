@@ -8,8 +8,8 @@ from pathlib import Path
 import onnx
 import pytest
 
-from converters.base import open_base
-from converters.writers.onnx import export, write_onnx
+from converters.model.base import open_base
+from converters.targets.onnx import export, write_onnx
 from dora_serve import DoraExportError, Run, read_run, verify
 from tests.conftest import DATA, MODELS
 from tests.engines.encoders import check_adapters

@@ -13,16 +13,16 @@ from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file
 from transformers import T5Config, T5ForConditionalGeneration
 
-from converters.base import BaseModel, open_base
 from converters.errors import DoraExportError
+from converters.model.base import BaseModel, open_base
 from converters.readers import read_run
 from converters.run import Run
-from converters.writers.onnx import write_onnx
-from dora_serve.engines.beams import Search
-from dora_serve.engines.onnx_seq2seq import Seq2Seq
-from dora_serve.engines.session import EngineError
-from dora_serve.live import LiveModel
-from dora_serve.onnx_proof import prove
+from converters.targets.onnx import write_onnx
+from dora_serve.onnxruntime.beams import Search
+from dora_serve.onnxruntime.seq2seq import Seq2Seq
+from dora_serve.onnxruntime.session import EngineError
+from dora_serve.proof.live import LiveModel
+from dora_serve.proof.onnxruntime import prove
 from tests.conftest import DATA, randomize
 
 BOUND = 1e-4

@@ -9,13 +9,13 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 
-from converters.base import BaseModel, open_base
-from converters.onnx_files import graphs_in
-from converters.writers.onnx import add_adapters, write_onnx
+from converters.files.onnx_files import graphs_in
+from converters.model.base import BaseModel, open_base
+from converters.targets.onnx import add_adapters, write_onnx
 from dora_serve import DoraExportError, Run, read_run, verify
-from dora_serve.engines.beams import Search
-from dora_serve.engines.onnx_seq2seq import Seq2Seq
-from dora_serve.live import LiveModel
+from dora_serve.onnxruntime.beams import Search
+from dora_serve.onnxruntime.seq2seq import Seq2Seq
+from dora_serve.proof.live import LiveModel
 from tests.conftest import randomize
 from tests.converters.families import save_base
 from tests.engines.adapter_files import write_overflowing

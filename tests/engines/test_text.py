@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers
 
-from dora_serve.engines.generation import Detokenizer
-from dora_serve.engines.sampling import Sampling, draw
-from dora_serve.engines.session import OnnxFolder
+from dora_serve.onnxruntime.generation import Detokenizer
+from dora_serve.onnxruntime.sampling import Sampling, draw
+from dora_serve.onnxruntime.session import OnnxFolder
 
 
 def llama_tokenizer() -> Tokenizer:

@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from safetensors.torch import save
 
-from converters.tensors import open_file
+from converters.files.tensors import open_file
 from dora_serve import ReadOptions, read_run
 from tests.fuzz.mutate import SPLIT
 

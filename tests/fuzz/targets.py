@@ -16,16 +16,16 @@ import torch
 from safetensors.torch import save, save_file
 from transformers import LlamaForCausalLM
 
-from converters.base import open_base
 from converters.certificate import FILE
 from converters.errors import DoraExportError
-from converters.onnx_files import read_adapter_file
-from converters.plan import plan_merge
-from converters.tensors import open_file
-from converters.writers.adapter import write_adapter
+from converters.files.onnx_files import read_adapter_file
+from converters.files.tensors import open_file
+from converters.model.base import open_base
+from converters.targets.lora_folder.adapter import write_adapter
+from converters.targets.merged.plan import plan_merge
 from dora_serve import ReadOptions, merge, read_run
 from dora_serve.api import find_base
-from dora_serve.check import check
+from dora_serve.proof.check import check
 from tests.conftest import tiny_llama
 from tests.fuzz.archives import pickle_in, with_pickle
 from tests.fuzz.methods import packed, prepare_runs, read_one, unpacked

@@ -9,10 +9,10 @@ import pytest
 import torch
 
 from converters.errors import DoraExportError
-from converters.layout import split_slice
+from converters.files.tensors import open_file
+from converters.model.layout import split_slice
 from converters.run import strip_update
-from converters.tensors import open_file
-from converters.update import RankOneSum
+from converters.updates.rank_one import RankOneSum
 
 from .mutate import SPLIT
 from .targets import TARGETS

@@ -21,7 +21,7 @@ import torch
 from openai import OpenAI
 from transformers import AutoTokenizer, RobertaConfig, RobertaModel
 
-from dora_serve.engines.limits import Limits
+from dora_serve.onnxruntime.limits import Limits
 from dora_serve.server.options import ServerOptions
 from tests.conftest import MODELS
 

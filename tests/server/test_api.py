@@ -14,9 +14,9 @@ import pytest
 import torch
 from transformers import AutoModel, AutoTokenizer
 
-from converters.base import open_base
+from converters.model.base import open_base
 from dora_serve import read_run
-from dora_serve.live import LiveModel
+from dora_serve.proof.live import LiveModel
 from tests.conftest import MODELS
 from tests.engines.decoders import greedy
 from tests.server.conftest import BASE, DOWN, EMBEDS, SECOND, SENTIMENT, Server

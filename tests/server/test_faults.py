@@ -17,7 +17,7 @@ import httpx
 import pytest
 
 from dora_serve import read_run, write_onnx
-from dora_serve.engines.limits import Limits
+from dora_serve.onnxruntime.limits import Limits
 from dora_serve.server.options import ServerOptions
 from tests.conftest import MODELS
 from tests.server.conftest import BASE, DOWN, SECOND, SENTIMENT, Server, started

@@ -10,9 +10,9 @@ import httpx
 import pytest
 from fastapi import FastAPI
 
-from dora_serve.server import errors
 from dora_serve.server.guard import Guard
 from dora_serve.server.metrics import Metrics
+from dora_serve.server.wire import errors
 
 
 def test_a_bug_is_logged_and_counted_as_what_the_client_gets(

@@ -15,7 +15,7 @@ import torch
 from playwright.sync_api import Browser, Page, expect
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
-from converters.json_files import read_json
+from converters.files.json_files import read_json
 from converters.run import Run
 from dora_serve import merge, read_run
 from tests.browser import chromium, quiet, screenshot, violations, watched

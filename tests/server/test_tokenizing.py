@@ -10,9 +10,9 @@ from typing import Any
 import pytest
 from tokenizers import Tokenizer
 
-from dora_serve.engines.limits import Limits
-from dora_serve.server import encoding, generating
-from dora_serve.server.errors import ApiError
+from dora_serve.onnxruntime.limits import Limits
+from dora_serve.server.routes import encoding, generating
+from dora_serve.server.wire.errors import ApiError
 from tests.conftest import MODELS
 
 TEXT = "good film " * 20

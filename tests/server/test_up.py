@@ -12,7 +12,7 @@ import pytest
 
 from converters.errors import DoraExportError
 from dora_serve import read_run, write_onnx
-from dora_serve.server.child import make_plan
+from dora_serve.server.prepare.child import make_plan
 from dora_serve.server.up import up
 from tests.conftest import MODELS
 from tests.server.conftest import BASE, DOWN, SECOND, started

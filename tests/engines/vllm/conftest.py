@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from dora_serve.vllm_proof import greedy
+from dora_serve.proof.vllm import greedy
 from tests.conftest import MODELS
 from tests.converters.test_adalora import train
 from tests.engines.vllm.servers import (

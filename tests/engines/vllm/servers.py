@@ -17,10 +17,10 @@ from urllib.request import urlopen
 
 import openai
 
-from converters.base import open_base
+from converters.model.base import open_base
 from dora_serve import read_run
-from dora_serve.live import LiveModel
-from dora_serve.vllm_proof import greedy
+from dora_serve.proof.live import LiveModel
+from dora_serve.proof.vllm import greedy
 
 DORA_SERVE = Path(sys.executable).parent / "dora-serve"
 # A short context and little memory, so that a server starts beside other work.

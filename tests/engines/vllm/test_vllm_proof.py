@@ -20,10 +20,10 @@ from safetensors.torch import load_file, save_file
 from converters.errors import TargetError
 from converters.readers import ReadOptions
 from converters.run import Run
-from converters.writers.profiles import ALL, PROFILES
+from converters.targets.engines import ALL, PROFILES
 from dora_serve import merge, read_run, verify, write_adapter
-from dora_serve.engines.vllm import Vllm, VllmError
-from dora_serve.proof import Verification
+from dora_serve.proof.verify import Verification
+from dora_serve.vllm.engine import Vllm, VllmError
 from tests.conftest import DATA, MODELS, randomize
 from tests.converters.families import DECODER, MOE, PARAMETERS, save_adapter, save_base
 from tests.converters.test_adalora import train

@@ -1,0 +1,1 @@
+"""Bytes of this machine: tensor files, JSON, pickles never run, outputs that appear whole."""

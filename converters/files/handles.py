@@ -1,0 +1,84 @@
+"""Files that are read in pieces: which kind they are, and whether they stay the same."""
+
+from __future__ import annotations
+
+import os
+import stat
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from ..errors import DoraExportError, MissingError, TensorFileError
+
+State = tuple[int, int, int, int]
+
+
+def state_of(found: os.stat_result) -> State:
+    """What tells whether a file is still the same: device, inode, size, time of change."""
+    return found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns
+
+
+def state_at(path: Path) -> State | None:
+    """The state of what lies at `path`, None where there is nothing that can be looked at."""
+    try:
+        return state_of(path.stat())
+    except OSError:
+        return None
+
+
+def there(path: Path) -> bool:
+    """Whether something is at `path`, which may be no possible path at all."""
+    try:
+        return path.exists()
+    except OSError:
+        return False
+
+
+def check_file(path: Path) -> int:
+    """The size of the file `path`. Raises `MissingError` where there is none, `TensorFileError` for
+    what is no file: reading a pipe or device might never end."""
+    try:
+        found = path.stat()
+    except FileNotFoundError:
+        raise MissingError("file not found", file=path) from None
+    except OSError as error:
+        raise TensorFileError(f"cannot be read: {error.strerror}", file=path) from None
+    if not stat.S_ISREG(found.st_mode):
+        raise TensorFileError("cannot be read: not a file", file=path)
+    return found.st_size
+
+
+@contextmanager
+def reading(path: Path, kind: type[DoraExportError]) -> Iterator[None]:
+    """Turn what the system says while the folder `path` is read into an error of this `kind`: it
+    may not be read, or is being exchanged."""
+    try:
+        yield
+    except DoraExportError:
+        raise
+    except OSError as error:
+        raise kind(f"cannot be read: {error.strerror}", file=error.filename or path) from None
+
+
+@contextmanager
+def opened(path: Path, state: State, tensor: str | None = None) -> Iterator[int]:
+    """The descriptor of a file to read from. Raises `TensorFileError` when it cannot be opened, or
+    on leaving is not in `state`: what was read may then be of two files."""
+    try:
+        fd = os.open(path, os.O_RDONLY)
+    except OSError as error:
+        raise TensorFileError(
+            f"cannot be opened: {error.strerror}", file=path, tensor=tensor
+        ) from None
+    try:
+        yield fd
+        same = state_of(os.fstat(fd)) == state
+    finally:
+        os.close(fd)
+    if not same:
+        raise TensorFileError(
+            "the file was changed while it was read",
+            file=path,
+            tensor=tensor,
+            remedy="run again when nothing writes to it",
+        )

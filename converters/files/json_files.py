@@ -1,0 +1,43 @@
+"""JSON files, read with errors that name the file. Imports nothing heavy."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from ..errors import TensorFileError
+from .handles import check_file
+
+_LARGEST = 100_000_000
+
+
+def read_json(path: Path) -> dict[str, object]:
+    """The JSON object in `path`; raises `TensorFileError` naming the file when it is not one."""
+    if check_file(path) > _LARGEST:
+        raise TensorFileError("too large for a JSON file", file=path, expected="at most 100 MB")
+    try:
+        value = parse_json(path.read_bytes())
+    except OSError as error:
+        raise TensorFileError(f"cannot be read: {error.strerror}", file=path) from None
+    except (ValueError, RecursionError) as error:
+        raise TensorFileError(f"not valid JSON: {error}", file=path) from None
+    if not isinstance(value, dict):
+        raise TensorFileError(
+            "not a JSON object", file=path, found=type(value).__name__, expected="an object"
+        )
+    return value
+
+
+def parse_json(raw: bytes) -> object:
+    """The value of JSON that is text throughout and has every key once; raises `ValueError` or
+    `RecursionError`."""
+    value: object = json.loads(raw, object_pairs_hook=unique_keys)
+    json.dumps(value, ensure_ascii=False).encode()  # half a surrogate pair is no text
+    return value
+
+
+def unique_keys(pairs: list[tuple[str, object]]) -> dict[str, object]:
+    result = dict(pairs)
+    if len(result) != len(pairs):
+        raise ValueError("a key appears twice")
+    return result

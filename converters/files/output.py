@@ -1,0 +1,315 @@
+"""An output folder that appears whole or not at all."""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import errno
+import fcntl
+import os
+import re
+import shutil
+import signal
+import subprocess
+import tempfile
+import threading
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from types import FrameType
+from typing import TYPE_CHECKING
+
+from ..errors import OutputError
+
+if TYPE_CHECKING:
+    import torch
+
+# In a temporary folder: this file says which parts of the output are whole. It is never published.
+JOURNAL = ".journal.jsonl"
+
+_SUFFIX = ".dora-tmp"
+_AT_FDCWD, _RENAME_EXCHANGE = -100, 2  # <fcntl.h>, <linux/fs.h>
+_DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS)
+_FILE_ERRORS = (errno.EACCES, errno.EPERM, errno.ENOENT)
+
+
+def check_output(
+    target: Path, force: bool, inputs: Iterable[Path], size: int = 0, resume: bool = False
+) -> None:
+    """Raise `OutputError` when `target` may not or cannot be written, before anything is.
+
+    With `resume`, the space that a killed command's folder takes counts as free.
+    """
+    resolved = target.resolve()
+    for source in (path.resolve() for path in inputs):
+        if resolved == source or source in resolved.parents or resolved in source.parents:
+            raise OutputError(
+                "the output would lie inside an input, or hold it",
+                file=target,
+                found=f"input {source}",
+                remedy="choose an output folder of its own",
+            )
+    if target.exists() and not target.is_dir():
+        raise OutputError("the output is a file", file=target, expected="a folder to make")
+    if target.is_dir() and any(target.iterdir()) and not force:
+        raise OutputError(
+            "the output folder is not empty",
+            file=target,
+            remedy="choose another, or pass --force to replace it",
+        )
+    parent = resolved.parent
+    while not parent.exists():
+        parent = parent.parent
+    if not os.access(parent, os.W_OK):
+        raise OutputError("no permission to write here", file=parent)
+    free = shutil.disk_usage(parent).free + (_kept_bytes(resolved) if resume else 0)
+    if size > free:
+        raise OutputError(
+            "not enough space for the output",
+            file=target,
+            found=f"{free / 1e9:.2f} GB free",
+            expected=f"{size / 1e9:.2f} GB",
+            remedy="free some space or choose another disk",
+        )
+
+
+@contextlib.contextmanager
+def output_folder(target: Path, resume: bool = False) -> Iterator[Path]:
+    """A folder to write into; on leaving it becomes `target`, on any error it disappears.
+
+    It lies beside `target` under a hidden name. SIGTERM counts as an error. A process that is
+    killed is outlived by its janitor, which removes the folder; should that be killed too (or the
+    machine stop), the lock on the folder is free and the next command with this target removes it.
+    With `resume`, the folder of a killed or interrupted process stays, and the next with `resume`
+    is given it when there is a `JOURNAL` in it; any other command removes it.
+    Raises `OutputError` when writing fails, or another command wrote `target` meanwhile.
+    """
+    target = target.resolve()
+    empty = _is_empty(target)
+    made = [p for p in (target.parent, *target.parent.parents) if not p.exists()]
+    with _write_errors(target):
+        target.parent.mkdir(parents=True, exist_ok=True)
+        kept = _kept_folder(target) if resume else None
+        _remove_stale(target)
+        folder, lock = kept or _locked_folder(target.parent, f".{target.name}.")
+    janitor = contextlib.nullcontext() if resume else _janitor(folder)
+    try:
+        with _write_errors(target), _terminate_as_exit(), janitor:
+            folder.chmod(0o777 & ~_umask())
+            yield folder
+            _sync_tree(folder)
+            if empty and not _is_empty(target):
+                raise OutputError(
+                    "another command wrote the output meanwhile",
+                    file=target,
+                    remedy="choose another, or pass --force to replace it",
+                )
+            (folder / JOURNAL).unlink(missing_ok=True)
+            _swap(folder, target)
+    except BaseException as error:
+        if resume and isinstance(error, (SystemExit, KeyboardInterrupt)):
+            raise
+        shutil.rmtree(folder, ignore_errors=True)
+        for parent in made:
+            with contextlib.suppress(OSError):
+                parent.rmdir()
+        raise
+    finally:
+        os.close(lock)
+
+
+@contextlib.contextmanager
+def addition(target: Path) -> Iterator[Path]:
+    """A folder in the output folder `target` to make additions in; it disappears on leaving.
+
+    One command at a time has one, others wait. What a killed one left is removed by the next.
+    """
+    try:
+        lock = os.open(target, os.O_RDONLY)
+    except OSError as error:
+        raise OutputError(f"cannot be opened: {error.strerror}", file=target) from None
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        for left in target.glob(f".adding.*{_SUFFIX}"):
+            shutil.rmtree(left, ignore_errors=True)
+        made = tempfile.TemporaryDirectory(prefix=".adding.", suffix=_SUFFIX, dir=target)
+        with _write_errors(target), _terminate_as_exit(), made as folder:
+            yield Path(folder)
+    finally:
+        os.close(lock)
+
+
+@contextlib.contextmanager
+def _write_errors(target: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in _DISK_ERRORS + _FILE_ERRORS:
+            raise
+        raise OutputError(
+            f"reading or writing failed: {os.strerror(error.errno)}",
+            file=error.filename or target,
+            remedy="nothing was left behind; look after the "
+            + ("disk" if error.errno in _DISK_ERRORS else "file")
+            + " and run again",
+        ) from error
+
+
+def save_tensors(tensors: dict[str, torch.Tensor], path: Path) -> None:
+    """Write a safetensors file. Raises `OutputError` when it cannot be written."""
+    from safetensors import SafetensorError
+    from safetensors.torch import save_file
+
+    try:
+        save_file(tensors, path, metadata={"format": "pt"})
+    except SafetensorError as error:
+        raise OutputError(
+            str(error), file=path, remedy="look after the disk and run again"
+        ) from None
+
+
+def _umask() -> int:
+    mask = os.umask(0o22)
+    os.umask(mask)
+    return mask
+
+
+def _is_empty(target: Path) -> bool:
+    return not target.exists() or not any(target.iterdir())
+
+
+def _locked_folder(parent: Path, prefix: str) -> tuple[Path, int]:
+    """A new hidden folder in `parent`, and the descriptor whose lock says that it is in use."""
+    while True:
+        folder = Path(tempfile.mkdtemp(prefix=prefix, suffix=_SUFFIX, dir=parent))
+        with contextlib.suppress(FileNotFoundError):
+            lock = os.open(folder, os.O_RDONLY)
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            # Until it was locked, another command could take it for a leftover.
+            if folder.exists():
+                return folder, lock
+            os.close(lock)
+
+
+def _swap(folder: Path, target: Path) -> None:
+    """Put `folder` in the place of `target`, in one step where the file system has one."""
+    if target.is_dir() and _exchange(folder, target):
+        shutil.rmtree(folder)
+    elif target.is_dir():
+        old = Path(tempfile.mkdtemp(prefix=f".{target.name}.", suffix=_SUFFIX, dir=target.parent))
+        target.rename(old / "old")
+        try:
+            folder.rename(target)
+        except BaseException:
+            (old / "old").rename(target)
+            raise
+        shutil.rmtree(old)
+    else:
+        folder.rename(target)
+    _fsync(target.parent)
+
+
+def _exchange(one: Path, other: Path) -> bool:
+    """Exchange two folders' names (renameat2); False where the system cannot."""
+    rename = getattr(ctypes.CDLL(None), "renameat2", None)
+    if rename is None:
+        return False
+    at = _AT_FDCWD, os.fsencode(one), _AT_FDCWD, os.fsencode(other)
+    return bool(rename(*at, _RENAME_EXCHANGE) == 0)
+
+
+def _fsync(path: Path) -> None:
+    fd = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
+
+
+def _sync_tree(folder: Path) -> None:
+    for path in (*folder.rglob("*"), folder):
+        _fsync(path)
+
+
+def _leftovers(target: Path) -> list[Path]:
+    """The temporary folders of commands with this target, whether they run or were killed."""
+    ours = re.compile(rf"\.{re.escape(target.name)}\.\w{{8}}{re.escape(_SUFFIX)}")
+    if not target.parent.is_dir():
+        return []
+    return [path for path in target.parent.iterdir() if ours.fullmatch(path.name)]
+
+
+def _claim(folder: Path) -> int | None:
+    """The descriptor by which we lock a leftover; None where a command is still at it."""
+    try:
+        fd = os.open(folder, os.O_RDONLY | os.O_NOFOLLOW)
+    except OSError:
+        return None
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        os.close(fd)
+        return None
+    return fd
+
+
+def _kept_folder(target: Path) -> tuple[Path, int] | None:
+    """A killed command's folder with a journal, and the descriptor by which we lock it."""
+    for path in _leftovers(target):
+        lock = _claim(path)
+        if lock is None:
+            continue
+        # Whoever may write beside the target could put a folder here: ours alone is believed.
+        if (path / JOURNAL).is_file() and os.fstat(lock).st_uid == os.geteuid():
+            return path, lock
+        os.close(lock)
+    return None
+
+
+def _kept_bytes(target: Path) -> int:
+    """The space that killed commands' folders with a journal take."""
+    kept = [path for path in _leftovers(target) if (path / JOURNAL).is_file()]
+    return sum(file.lstat().st_blocks * 512 for path in kept for file in path.rglob("*"))
+
+
+def _remove_stale(target: Path) -> None:
+    for path in _leftovers(target):
+        lock = _claim(path)
+        if lock is None:
+            continue
+        try:
+            if (path / "old").is_dir() and not target.exists():
+                (path / "old").rename(target)
+            shutil.rmtree(path, ignore_errors=True)
+        except OSError:
+            pass
+        finally:
+            os.close(lock)
+
+
+@contextlib.contextmanager
+def _janitor(folder: Path) -> Iterator[None]:
+    """A shell that waits for a pipe which only our end, by whatever cause, can close."""
+    with subprocess.Popen(
+        ["/bin/sh", "-c", 'cat >/dev/null; rm -rf -- "$0"', str(folder)],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.DEVNULL,
+        start_new_session=True,
+    ):
+        yield
+
+
+@contextlib.contextmanager
+def _terminate_as_exit() -> Iterator[None]:
+    """Let SIGTERM unwind the stack, so that the temporary folder is removed."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def stop(signum: int, _frame: FrameType | None) -> None:
+        raise SystemExit(128 + signum)
+
+    previous = signal.signal(signal.SIGTERM, stop)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, previous)

@@ -1,0 +1,1 @@
+"""The base model: which tensors it has, what they are called, and where a run's modules lie."""

@@ -1,0 +1,221 @@
+"""The base model's folder: configuration, tensors, names, orientation, fingerprint."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+import torch
+
+from ..errors import BaseError, MissingError
+from ..files.handles import reading, there
+from ..files.tensors import (
+    LazyTensor,
+    LazyTensors,
+    byte_view,
+    nbytes,
+    numel,
+    open_file,
+    read_json,
+    rows_and_columns,
+)
+
+SINGLE_FILES = ("model.safetensors", "pytorch_model.bin")
+INDEX_FILES = ("model.safetensors.index.json", "pytorch_model.bin.index.json")
+
+# Families whose linear layers are transformers' Conv1D, stored as [in, out].
+CONV1D_FAMILIES = {"gpt2", "openai-gpt", "imagegpt", "decision_transformer", "clvp"}
+CONV1D_LAYERS = {"c_attn", "q_attn", "c_proj", "c_fc"}
+HEAD = "lm_head.weight"
+_EMBEDDINGS = (
+    *("embed_tokens.weight", "wte.weight", "word_embeddings.weight", "shared.weight"),
+    ".embeddings.weight",  # Mamba
+)
+_WRAPPER_PREFIXES = ("module.", "base_model.model.", "model.")
+_SAMPLES, _SAMPLE_ELEMENTS = 16, 1024
+
+
+@dataclass(frozen=True)
+class BaseModel:
+    """A base model on disk. `shards` maps each weight file to its tensors, in file order."""
+
+    path: Path
+    name: str
+    config: Mapping[str, object]
+    shards: Mapping[Path, LazyTensors]
+
+    @cached_property
+    def tensors(self) -> LazyTensors:
+        return {name: tensor for shard in self.shards.values() for name, tensor in shard.items()}
+
+    @cached_property
+    def _roots(self) -> list[str]:
+        return sorted({name.split(".", 1)[0] + "." for name in self.tensors})
+
+    def find(self, name: str) -> str | None:
+        """The base's own name of tensor `name`, with or without a model prefix; None if absent."""
+        if name in self.tensors:
+            return name
+        shorter = [name[len(p) :] for p in _WRAPPER_PREFIXES if name.startswith(p)]
+        shorter.append(name.split(".", 1)[-1])
+        longer = [root + name for root in self._roots]
+        found = {candidate for candidate in (*shorter, *longer) if candidate in self.tensors}
+        return found.pop() if len(found) == 1 else None
+
+    def weight(self, module: str) -> LazyTensor | None:
+        """The weight tensor of a module, or the parameter of that name; for a head that the base
+        does not hold, the embedding it is tied to."""
+        name = self.find(f"{module}.weight") or self.find(module)
+        if name is None and f"{module}.weight" == HEAD:
+            name = self.embedding
+        return None if name is None else self.tensors[name]
+
+    @cached_property
+    def embedding(self) -> str | None:
+        """The tensor name of the input embedding."""
+        return next((name for name in self.tensors if name.endswith(_EMBEDDINGS)), None)
+
+    def is_transposed(self, module: str, shape: tuple[int, int], embedding: bool = False) -> bool:
+        """Whether the weight of `module`, `shape [out, in]`, is stored as `[in, out]`.
+
+        Raises `BaseError` when the stored shape is neither.
+        """
+        weight = self.weight(module)
+        if weight is None:
+            raise BaseError(
+                "the base has no such module",
+                file=self.path,
+                tensor=f"{module}.weight",
+                expected=f"a weight of shape {list(shape)}",
+                found="; ".join(list(self.tensors)[:3]) + "; …",
+                remedy="is this the base the run was trained on? pass it with --base",
+            )
+        square = shape[0] == shape[1]
+        stored = rows_and_columns(weight.shape)
+        if stored == shape and not square:
+            return False
+        if weight.shape == shape[::-1] and not embedding:
+            conv1d = self.config.get("model_type") in CONV1D_FAMILIES
+            return not square or (conv1d and module.rsplit(".", 1)[-1] in CONV1D_LAYERS)
+        if stored == shape:
+            return False
+        raise BaseError(
+            "the run's update does not fit the base weight",
+            file=weight.path,
+            tensor=weight.name,
+            found=list(weight.shape),
+            expected=list(shape),
+            remedy="is this the base the run was trained on? pass the right one with --base",
+        )
+
+    def dtype(self) -> torch.dtype:
+        """The dtype that most of the base's bytes have."""
+        sizes: dict[torch.dtype, int] = {}
+        for tensor in self.tensors.values():
+            sizes[tensor.dtype] = sizes.get(tensor.dtype, 0) + nbytes(tensor)
+        return max(sizes, key=lambda dtype: sizes[dtype])
+
+    def fingerprint(self, modules: Iterable[str]) -> dict[str, str]:
+        """Base tensor name → hash, for the weights of `modules`."""
+        weights = (self.weight(module) for module in modules)
+        return {weight.name: fingerprint(weight) for weight in weights if weight is not None}
+
+
+def fingerprint(tensor: LazyTensor) -> str:
+    """SHA-256 of dtype, shape and 16 evenly spaced pieces of the data.
+
+    A piece has 1024 elements, so a tensor is told from another in the time of a few reads.
+    """
+    digest = hashlib.sha256(f"{tensor.dtype} {list(tensor.shape)}".encode())
+    total = numel(tensor)
+    buffer = torch.empty(min(_SAMPLE_ELEMENTS, total), dtype=tensor.dtype)
+    last = total - buffer.numel()
+    for start in sorted({last * i // (_SAMPLES - 1) for i in range(_SAMPLES)}):
+        tensor.read_into(buffer, start)
+        digest.update(byte_view(buffer))
+    return digest.hexdigest()
+
+
+def open_base(folder_or_id: str | Path) -> BaseModel:
+    """Open a base model: a local folder, or a hub id that is in the local cache.
+
+    Raises `MissingError` when there is none, `BaseError` when the folder is incomplete.
+    """
+    name = str(folder_or_id)
+    folder = Path(name)
+    if not there(folder) or not folder.is_dir():
+        folder = _cached_snapshot(name)
+    with reading(folder, BaseError):
+        return _open(folder, name)
+
+
+def _open(folder: Path, name: str) -> BaseModel:
+    config_path = folder / "config.json"
+    if not config_path.exists():
+        raise MissingError(
+            "the base model has no config.json",
+            file=config_path,
+            remedy="pass --base the folder that from_pretrained would take",
+        )
+    config = read_json(config_path)
+    if not isinstance(config.get("model_type", ""), str):
+        raise BaseError("model_type is not a name", file=config_path, found=config["model_type"])
+    return BaseModel(folder, name, config, _open_shards(folder))
+
+
+def _cached_snapshot(name: str) -> Path:
+    from huggingface_hub import snapshot_download
+
+    try:
+        return Path(snapshot_download(name, local_files_only=True))
+    except Exception:
+        raise MissingError(
+            "no such base model: neither a folder nor a model in the local hub cache",
+            file=name,
+            remedy=f"give a folder, or fetch it first: hf download {name}",
+        ) from None
+
+
+def _open_shards(folder: Path) -> dict[Path, LazyTensors]:
+    for single, index in zip(SINGLE_FILES, INDEX_FILES, strict=True):
+        if (folder / single).exists():
+            return {folder / single: open_file(folder / single)}
+        if (folder / index).exists():
+            return _open_indexed(folder / index)
+    raise MissingError(
+        "the base model has no weights",
+        file=folder,
+        found=", ".join(sorted(p.name for p in folder.iterdir())[:8]) or "an empty folder",
+        expected=" or ".join((*SINGLE_FILES, *INDEX_FILES)),
+    )
+
+
+def _open_indexed(index: Path) -> dict[Path, LazyTensors]:
+    weight_map = read_json(index).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise BaseError("the shard index has no weight_map", file=index)
+    shards: dict[Path, LazyTensors] = {}
+    for file in sorted({str(file) for file in weight_map.values()}):
+        path = index.parent / file
+        if Path(file).name != file:
+            raise BaseError("a shard lies outside the model folder", file=index, found=file)
+        if not there(path):
+            raise MissingError(
+                "a shard of the base is missing",
+                file=path,
+                expected=f"named in {index.name}",
+                remedy="download the base again",
+            )
+        shards[path] = open_file(path)
+    for name, file in weight_map.items():
+        if name not in shards[index.parent / str(file)]:
+            raise BaseError(
+                "the index names a tensor that its shard does not hold",
+                file=index.parent / str(file),
+                tensor=name,
+                remedy="the base is damaged: download it again",
+            )
+    return shards

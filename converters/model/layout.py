@@ -1,0 +1,397 @@
+"""Where the parameters of a transformers model lie in the base's files.
+
+Most names in memory are names on disk. Where they are not (experts fused in memory, renamed or
+moved modules, layouts of older versions), transformers' own conversion mapping says what becomes
+of what: it is applied to tensors of row numbers, as loading applies it to the weights.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Callable
+from copy import deepcopy
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import Any
+
+import torch
+
+from ..errors import BaseError
+from ..files.tensors import rows_and_columns
+from ..run import LazyUpdates, Run
+from ..updates.rank_one import RankOneSum
+from ..updates.stacked import Stacked
+from ..updates.update import Update
+from .base import HEAD, BaseModel
+
+# The parameters of fused experts in the order in which their module registers them: PEFT's wrappers
+# nest by it, the first innermost.
+FUSED = ("gate_up_proj", "down_proj")
+
+_SLICE = re.compile(r"(.+)\[(\d{1,9})\]")
+
+
+def split_slice(name: str) -> tuple[str, int | None]:
+    """`experts.gate_up_proj[3]` → (`experts.gate_up_proj`, 3); other names → (name, None)."""
+    match = _SLICE.fullmatch(name)
+    return (match[1], int(match[2])) if match else (name, None)
+
+
+def is_parameter(name: str) -> bool:
+    """Whether a key of `Run.updates` is a parameter, or a block of one, and not a module."""
+    return split_slice(name)[1] is not None or name.endswith((".weight", ".bias"))
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where an update goes in memory: rows `start` to `start + rows` of `parameter`, its leading
+    axes flattened; `transposed`: those rows hold the weight as `[in, out]`."""
+
+    parameter: str
+    start: int
+    rows: int
+    columns: int
+    transposed: bool
+
+
+@dataclass(frozen=True)
+class _Piece:
+    """One tensor on disk. `rows`: for each of its rows the row in memory, -1 where it has none;
+    None where every block of the tensor is the transposed block in memory."""
+
+    name: str
+    rows: torch.Tensor | None
+
+
+@dataclass(frozen=True)
+class _Group:
+    """Tensors on disk that one conversion turns into parameters: `(name, pattern)`."""
+
+    key: str
+    converter: Any
+    members: list[tuple[str, str]]
+
+
+class Layout:
+    """Names of a model class in memory against names in the base's files.
+
+    Plain names are answered without transformers; it is imported when one is not found.
+    """
+
+    def __init__(
+        self, base: BaseModel, architecture: str | None, num_labels: int | None = None
+    ) -> None:
+        self._base = base
+        self._architecture = architecture
+        self._num_labels = num_labels
+
+    def find(self, name: str) -> str | None:
+        """The tensor on disk that is the tensor `name` in memory, None where there is none."""
+        plain = self._base.find(name)
+        return plain if plain is not None or name == HEAD else self._renamed.get(name)
+
+    def is_fused(self, module: str) -> bool:
+        """Whether the weight of `module`, a name on disk, is a part of a parameter in memory."""
+        disk = self._base.find(f"{module}.weight")
+        return any(disk == name for group in self._groups.values() for name, _ in group.members)
+
+    def members(self, name: str) -> list[str]:
+        """The tensors on disk that parameter `name` is made from by a conversion."""
+        group = self._groups.get(name)
+        return [disk for disk, _ in group.members] if group is not None else []
+
+    def on_disk(self, run: Run) -> Run:
+        """The run with its updates keyed by, and cut to, the tensors on disk.
+
+        Modules that are neither on disk nor in memory stay as they are.
+        """
+        missing = [module for module in run.updates if self._base.weight(module) is None]
+        placed: dict[str, list[tuple[Place, str]]] = {}
+        for module in missing:
+            place = self.place(module, run.updates[module].shape)
+            if place is not None:
+                placed.setdefault(place.parameter, []).append((place, module))
+        if not placed:
+            return run
+        moved = {module for parts in placed.values() for _, module in parts}
+        loaders: dict[str, Callable[[], Update]] = {}
+        origin: dict[str, str] = {}
+        for module in run.updates:
+            if module not in moved:
+                loaders[module], origin[module] = _loader(run, module), module
+        for parameter, parts in placed.items():
+            found = self._updates(run, parameter, parts)
+            if not found:
+                raise BaseError(
+                    "the base holds no tensor for this module, whose weight may be tied",
+                    file=self._base.path,
+                    tensor=parts[0][1],
+                    expected=parameter,
+                    remedy="deploy it as an adapter: dora-export adapter",
+                )
+            for disk, (load, module) in found.items():
+                name = disk.removesuffix(".weight")
+                loaders[name], origin[name] = load, module
+        return replace(
+            run,
+            updates=LazyUpdates(loaders),
+            start_rank={n: run.start_rank[m] for n, m in origin.items() if m in run.start_rank},
+            embeddings=frozenset(n for n, m in origin.items() if m in run.embeddings),
+        )
+
+    def place(self, name: str, shape: tuple[int, int]) -> Place | None:
+        """Where the update `name`, of `shape [out, in]`, goes in memory; None: nowhere known."""
+        if self._model is None:
+            return None
+        stem, index = split_slice(name)
+        parameter = next((n for n in (f"{stem}.weight", stem) if n in self._state), None)
+        if parameter is None:
+            return self._older(name)
+        full = self._state[parameter]
+        rows, columns = rows_and_columns(full)
+        start = 0
+        if index is not None:
+            if len(full) != 3 or index >= full[0]:
+                raise BaseError(
+                    "the run adapts an expert that the base does not have",
+                    file=self._base.path,
+                    tensor=name,
+                    found=f"{parameter} {list(full)}",
+                )
+            rows, start = full[1], index * full[1]
+        if sorted((rows, columns)) != sorted(shape):
+            raise BaseError(
+                "the run's update does not fit the base weight",
+                file=self._base.path,
+                tensor=name,
+                found=f"{parameter} {list(full)}",
+                expected=list(shape),
+                remedy="is this the base the run was trained on? pass the right one with --base",
+            )
+        transposed = (rows, columns) != shape
+        if rows == columns and index is not None:
+            owner = self._model.get_submodule(parameter.rpartition(".")[0])
+            transposed = bool(getattr(owner, "is_transposed", False))
+        return Place(parameter, start, rows, columns, transposed)
+
+    def _older(self, name: str) -> Place | None:
+        """The place of a module of the form on disk, such as `experts.3.gate_proj`."""
+        if not any(self._conversions):
+            return None
+        tensor = f"{name}.weight"
+        parameter, pattern = self._rename(tensor)
+        full = self._state.get(parameter)
+        if full is None:
+            return None
+        if pattern is None:
+            return Place(parameter, 0, math.prod(full[:-1]), full[-1], False)
+        rows = self._reverted(parameter).get(tensor)
+        if rows is None:
+            return None
+        start = int(rows[0])
+        if not torch.equal(rows, torch.arange(start, start + len(rows))):
+            raise self._unknown(parameter, "rows that are not adjacent in memory")
+        return Place(parameter, start, len(rows), full[-1], False)
+
+    def _updates(
+        self, run: Run, parameter: str, parts: list[tuple[Place, str]]
+    ) -> dict[str, tuple[Callable[[], Update], str]]:
+        """Tensor on disk → (its update, the module it comes from)."""
+        disk = self._renamed.get(parameter)
+        total = math.prod(self._state[parameter][:-1])
+        if disk is not None and [place.rows for place, _ in parts] == [total]:
+            module = parts[0][1]
+            return {disk: (_loader(run, module), module)}
+        parts = sorted(parts, key=lambda part: part[0].start)
+        starts = torch.tensor([place.start for place, _ in parts])
+        result: dict[str, tuple[Callable[[], Update], str]] = {}
+        for piece in self._pieces(parameter):
+            taken = []
+            if piece.rows is None:
+                for place, module in parts:
+                    block = torch.arange(place.columns)
+                    first = place.start // place.rows * place.columns
+                    taken.append((module, block + first, block, not place.transposed))
+            else:
+                owners = torch.searchsorted(starts, piece.rows, right=True) - 1
+                for number in sorted(set(owners.tolist())):
+                    place, module = parts[number]
+                    rows = piece.rows - place.start
+                    mine = (owners == number) & (rows < place.rows) & (piece.rows >= 0)
+                    if number >= 0 and bool(mine.any()):
+                        index = mine.nonzero().flatten()
+                        taken.append((module, index, rows[index], place.transposed))
+            if taken:
+                shape = self._base.tensors[piece.name].shape
+                matrix = rows_and_columns(shape)
+                result[piece.name] = _cut(run, matrix, taken), taken[0][0]
+        return result
+
+    def _pieces(self, parameter: str) -> list[_Piece]:
+        disk = self._renamed.get(parameter)
+        if disk is not None:
+            return [_Piece(disk, torch.arange(math.prod(self._state[parameter][:-1])))]
+        if parameter not in self._groups:
+            return []
+        group = self._groups[parameter]
+        if any(type(op).__name__ == "Transpose" for op in group.converter.operations):
+            return [self._transposed(group)]
+        return self._traced(group)[parameter]
+
+    def _transposed(self, group: _Group) -> _Piece:
+        """A fused tensor that is transposed on loading, where its shape is not the one already."""
+        (name, _), full = group.members[0], self._state[group.key]
+        shape = self._base.tensors[name].shape
+        only = len(group.members) == 1 and len(group.converter.operations) == 1
+        if not only or len(full) != 3 or sorted(shape) != sorted(full):
+            raise self._unknown(group.key, f"{name} {list(shape)}")
+        if shape == full and group.converter.operations[0].check_dims:
+            return _Piece(name, torch.arange(math.prod(full[:-1])))
+        return _Piece(name, None)
+
+    def _traced(self, group: _Group) -> dict[str, list[_Piece]]:
+        """Parameter → the tensors on disk that it is made from, by numbering their rows."""
+        converter = deepcopy(group.converter)
+        spans, total = [], 0
+        for name, pattern in group.members:
+            shape = self._base.tensors[name].shape
+            rows = math.prod(shape[:-1])
+            tracer = torch.arange(total, total + rows).view(*shape[:-1], 1)
+            converter.add_tensor(group.key, name, pattern, tracer)
+            spans.append((name, total, total + rows))
+            total += rows
+        try:
+            traced = converter.convert(group.key, model=self._model, config=self._model.config)
+        except Exception as error:
+            raise self._unknown(group.key, f"{type(error).__name__}: {error}") from None
+        result: dict[str, list[_Piece]] = {}
+        for parameter, value in traced.items():
+            numbers = value[0] if isinstance(value, list) else value
+            full = self._state.get(parameter)
+            if full is None or numbers.shape != (*full[:-1], 1):
+                raise self._unknown(parameter, f"{list(numbers.shape)} for {full}")
+            position = torch.full((total,), -1)
+            position[numbers.flatten()] = torch.arange(numbers.numel())
+            result[parameter] = [_Piece(name, position[a:b]) for name, a, b in spans]
+        return result
+
+    def _reverted(self, parameter: str) -> dict[str, torch.Tensor]:
+        """Name in the form on disk → the rows of `parameter` that it holds."""
+        from transformers.core_model_loading import revert_weight_conversion
+
+        full = self._state[parameter]
+        tracer = torch.arange(math.prod(full[:-1])).view(*full[:-1], 1)
+        state = revert_weight_conversion(self._model, {parameter: tracer})
+        return {name: rows.flatten() for name, rows in state.items()}
+
+    def _unknown(self, parameter: str, found: str) -> BaseError:
+        return BaseError(
+            "transformers converts this tensor on loading in a way that is not known here",
+            file=self._base.path,
+            tensor=parameter,
+            found=found,
+            remedy="load and save the base with transformers, and use the new folder as base",
+        )
+
+    @cached_property
+    def _model(self) -> Any:
+        import transformers
+
+        from .architecture import empty_model
+
+        known = self._base.config.get("model_type") in transformers.CONFIG_MAPPING
+        if self._architecture is None or not known or not hasattr(transformers, self._architecture):
+            return None
+        return empty_model(self._architecture, self._base.config, self._num_labels)
+
+    @cached_property
+    def _state(self) -> dict[str, tuple[int, ...]]:
+        """The shapes in memory."""
+        return {name: tuple(tensor.shape) for name, tensor in self._model.state_dict().items()}
+
+    @cached_property
+    def _conversions(self) -> tuple[list[Any], list[Any]]:
+        try:
+            from transformers.conversion_mapping import get_model_conversion_mapping
+            from transformers.core_model_loading import WeightConverter
+        except ImportError:
+            return [], []  # transformers 4 has the names on disk in memory
+        found = get_model_conversion_mapping(self._model)
+        converters = [entry for entry in found if isinstance(entry, WeightConverter)]
+        return [entry for entry in found if entry not in converters], converters
+
+    def _rename(self, name: str) -> tuple[str, str | None]:
+        """The parameter that a tensor on disk becomes (the first of several), and the pattern of
+        the conversion that makes it, None for a mere change of name."""
+        from transformers.core_model_loading import rename_source_key
+
+        prefix, state = self._model.base_model_prefix, self._state
+        renamed, pattern = rename_source_key(name, *self._conversions, prefix, state)
+        if renamed not in state and name in state:
+            return name, None
+        return renamed, pattern
+
+    @cached_property
+    def _sources(self) -> tuple[dict[str, str], dict[str, _Group]]:
+        renamed: dict[str, str] = {}
+        groups: dict[str, _Group] = {}
+        if self._model is None or not any(self._conversions):
+            return renamed, groups
+        from transformers.core_model_loading import dot_natural_key
+
+        converters = {p: entry for entry in self._conversions[1] for p in entry.source_patterns}
+        for name in sorted(self._base.tensors, key=dot_natural_key):
+            parameter, pattern = self._rename(name)
+            if parameter not in self._state:
+                continue
+            if pattern is None:
+                renamed.setdefault(parameter, name)
+                continue
+            converter = converters[pattern]
+            group = groups.setdefault(parameter, _Group(parameter, converter, []))
+            group.members.append((name, pattern))
+            first = converter.target_patterns[0]
+            for target in converter.target_patterns[1:]:
+                groups.setdefault(parameter.replace(first, target), group)
+        return renamed, groups
+
+    @property
+    def _renamed(self) -> dict[str, str]:
+        """Parameter → the tensor on disk that is the same under another name."""
+        return self._sources[0]
+
+    @property
+    def _groups(self) -> dict[str, _Group]:
+        return self._sources[1]
+
+
+def _loader(run: Run, module: str) -> Callable[[], Update]:
+    return lambda: run.updates[module]
+
+
+Taken = tuple[str, torch.Tensor, torch.Tensor, bool]
+
+
+def _cut(run: Run, shape: tuple[int, int], taken: list[Taken]) -> Callable[[], Update]:
+    """The update of a tensor from `(module, its rows of the tensor, rows of the module's update,
+    whether that is transposed)`."""
+
+    def rows(module: str, index: torch.Tensor, flip: bool) -> RankOneSum:
+        update = run.updates[module].components()
+        if update is None:
+            raise BaseError(
+                "this update cannot be spread over the tensors on disk: it is not low-rank",
+                file=run.path,
+                tensor=module,
+            )
+        update = update.transposed() if flip else update
+        return RankOneSum(update.a, update.c, update.b[index])
+
+    def load() -> Update:
+        module, own, index, flip = taken[0]
+        if len(taken) == 1 and len(own) == shape[0]:
+            return rows(module, index, flip)
+        return Stacked(shape, tuple((own, rows(m, i, f)) for m, own, i, f in taken))
+
+    return load

@@ -1,0 +1,49 @@
+"""PEFT's patterns: regular expressions that somebody else wrote, matched within bounds."""
+
+from __future__ import annotations
+
+import time
+
+import regex
+
+from ..errors import RunError
+
+SECONDS, SECONDS_IN_ALL = 1.0, 30.0
+
+
+class PatternError(RunError):
+    """Not a regular expression, or one that takes too long."""
+
+
+class Patterns:
+    """The patterns of one configuration, which share one allowance of time.
+
+    `regex` has the syntax of `re`, which PEFT uses, and can be bounded in time.
+    """
+
+    def __init__(self) -> None:
+        self._left = SECONDS_IN_ALL
+
+    def suffix(self, pattern: str, module: str) -> bool:
+        """Whether a key of PEFT's `rank_pattern` or `alpha_pattern` means `module`. Raises
+        `PatternError`."""
+        return self._match(rf"(.*\.)?({pattern})$", module)
+
+    def whole(self, pattern: str, module: str) -> bool:
+        """Whether PEFT's `target_modules`, where it is one string, means `module`. Raises
+        `PatternError`."""
+        return self._match(rf"({pattern})\Z", module)
+
+    def _match(self, pattern: str, module: str) -> bool:
+        if len(pattern) > 100_000:
+            raise PatternError("the pattern is longer than 100 000 characters")
+        begin = time.monotonic()
+        seconds = max(0.001, min(SECONDS, self._left))
+        try:
+            return regex.match(pattern, module, timeout=seconds) is not None
+        except TimeoutError:
+            raise PatternError(f"the pattern takes longer than {seconds:.0f} s to match") from None
+        except (regex.error, OverflowError, RecursionError, MemoryError):
+            raise PatternError("the pattern is not a regular expression") from None
+        finally:
+            self._left -= time.monotonic() - begin

@@ -1,0 +1,1 @@
+"""Targets: one file or folder per deployment format, mirrors of the readers."""

@@ -1,0 +1,81 @@
+"""Names in memory, as an adapter needs them, and adapters on fused experts.
+
+Those, `parameter[e]`, are stored in PEFT's form (`target_parameters`): one rank for all experts of
+a parameter; those of lower rank are padded with zeros.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+
+import torch
+
+from ...errors import TargetError
+from ...model.base import BaseModel
+from ...model.layout import FUSED, Layout, split_slice
+from ...model.match import is_transposed, target_architecture
+from ...run import Run
+from ..engines import Profile
+
+_EXPERT = re.compile(r"\.experts\.\d+\.")
+
+Stored = Mapping[str, tuple[int, int, int]]
+
+
+def padded(stored: Stored) -> dict[str, tuple[int, int, int]]:
+    """`stored`, name → (rank, out, in), with the largest rank for every block of a parameter."""
+    largest: dict[str, int] = {}
+    for name, (rank, _, _) in stored.items():
+        stem, index = split_slice(name)
+        if index is not None:
+            largest[stem] = max(rank, largest.get(stem, 0))
+    return {
+        name: (largest.get(split_slice(name)[0], rank), out, inn)
+        for name, (rank, out, inn) in stored.items()
+    }
+
+
+def stacked(
+    blocks: Mapping[str, tuple[torch.Tensor, torch.Tensor]],
+) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
+    """`parameter[e]` → (A [r, in], B [out, r]) becomes stored module → (A [E·r, in], B [out, r·E]).
+
+    Of two parameters of one module, the first registered is wrapped innermost (`base_layer`).
+    """
+    parts: dict[str, list[tuple[torch.Tensor, torch.Tensor]]] = {}
+    for name in sorted(blocks, key=lambda name: split_slice(name)[1] or 0):
+        parts.setdefault(split_slice(name)[0], []).append(blocks[name])
+    result = {}
+    for parameter, pairs in parts.items():
+        module, _, own = parameter.rpartition(".")
+        outer = [other for other in FUSED if f"{module}.{other}" in parts and other != own]
+        inner = own == FUSED[0] and bool(outer)
+        a = torch.cat([a for a, _ in pairs])
+        b = torch.stack([b for _, b in pairs], dim=2).flatten(1)
+        result[f"{module}.base_layer" if inner else module] = (a, b)
+    return result
+
+
+def transposed_modules(run: Run, base: BaseModel, profile: Profile) -> set[str]:
+    """The modules stored as [in, out]; raises an error for what is not in the model in memory."""
+    layout = Layout(base, target_architecture(run, base)[0], run.num_labels)
+    fused_matters = "target_parameters" in profile.features
+    result = set()
+    for module, update in run.updates.items():
+        place = None if base.weight(module) is not None else layout.place(module, update.shape)
+        stem, _ = split_slice(module)
+        if place is not None:
+            in_memory = place.parameter in (stem, f"{stem}.weight")
+        else:
+            in_memory = not (fused_matters and _EXPERT.search(module) and layout.is_fused(module))
+            if is_transposed(run, base, run.replaced, module, update.shape):
+                result.add(module)
+        if not in_memory:
+            raise TargetError(
+                "the run adapts a module that transformers has under another name, or fused",
+                file=run.path,
+                tensor=module,
+                remedy="merge it: dora-export merge",
+            )
+    return result

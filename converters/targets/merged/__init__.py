@@ -1,0 +1,1 @@
+"""The merged model: a Hugging Face folder with the base's shards."""

@@ -1,0 +1,265 @@
+"""What a merge is about to do, decided from names, shapes and dtypes before a byte is written."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+
+from ...errors import BaseError, TargetError
+from ...files.tensors import (
+    LazyTensor,
+    LazyTensors,
+    SafetensorsTensor,
+    numel,
+    refuse_quantized,
+    same_values,
+)
+from ...model.base import HEAD, BaseModel
+from ...model.layout import Layout
+from ...model.match import (
+    architecture_of,
+    changed,
+    check_frozen,
+    is_transposed,
+    new_embedding,
+    stored_name,
+    target_architecture,
+)
+from ...run import Run
+
+
+@dataclass(frozen=True)
+class OutputTensor:
+    """One tensor of the output: where it comes from and which update goes into it."""
+
+    name: str
+    source: LazyTensor
+    dtype: torch.dtype
+    module: str | None = None
+    transposed: bool = False
+
+    @property
+    def nbytes(self) -> int:
+        return numel(self.source) * self.dtype.itemsize
+
+    @property
+    def is_copy(self) -> bool:
+        """Whether the bytes of the source file are the bytes of the output."""
+        return (
+            self.module is None
+            and self.dtype == self.source.dtype
+            and isinstance(self.source, SafetensorsTensor)
+        )
+
+
+@dataclass(frozen=True)
+class MergePlan:
+    """The output's shards in order, the configuration beside them, and each module's rank.
+
+    `run`: the run with its updates keyed by the tensors on disk.
+    """
+
+    run: Run
+    shards: Mapping[str, tuple[OutputTensor, ...]]
+    config: Mapping[str, object]
+    ranks: Mapping[str, int | None]
+
+    @property
+    def nbytes(self) -> int:
+        return sum(tensor.nbytes for shard in self.shards.values() for tensor in shard)
+
+    @property
+    def tensors(self) -> list[OutputTensor]:
+        return [tensor for shard in self.shards.values() for tensor in shard]
+
+
+def plan_merge(run: Run, base: BaseModel, dtype: torch.dtype | None) -> MergePlan:
+    """Plan the merge of `run` into `base`; `dtype` None keeps each tensor's own.
+
+    Raises `BaseError` when module names or shapes do not fit, or when the base is not the one the
+    run was trained on.
+    """
+    if dtype is not None and base.config.get("quantization_config"):
+        raise BaseError(
+            "a quantized base keeps its dtypes, which its scales belong to",
+            file=base.path,
+            found=f"quantization_config, and the dtype {dtype} wanted",
+            remedy="merge into the base before it was quantized",
+        )
+    architecture, expected = target_architecture(run, base)
+    layout = Layout(base, architecture, run.num_labels)
+    run = layout.on_disk(run)
+    replaced = changed(run, base, layout.find)
+    embedding = new_embedding(base, replaced)
+    tied = base.find(HEAD) is None and embedding is not None and HEAD in replaced
+    if tied and embedding is not None and same_values(replaced[HEAD], embedding):
+        del replaced[HEAD]  # one tensor still
+    targets, ranks = _targets(run, base, replaced)
+    check_frozen(run, base)
+
+    def output(name: str, source: LazyTensor) -> OutputTensor:
+        own = base.tensors.get(source.name) is source
+        key = source.name if own else base.find(name) or name
+        module, transposed = targets.get(key, (None, False))
+        out = dtype if dtype is not None and source.dtype.is_floating_point else source.dtype
+        return OutputTensor(name, source, out, module, transposed)
+
+    if expected is None:
+        names = {layout.find(name) or name: tensor for name, tensor in replaced.items()}
+        shards: dict[str, list[OutputTensor]] = {
+            _shard_name(path): [output(name, names.pop(name, tensor)) for name, tensor in t.items()]
+            for path, t in base.shards.items()
+        }
+    else:
+        names, shards = {}, {_shard_name(path): [] for path in base.shards}
+        own = {name: layout.find(name) for name in expected if name not in replaced}
+        renamed = {old: name for name, old in own.items() if old is not None}
+        fused = {name: layout.members(name) for name, old in own.items() if old is None}
+        renamed |= {old: old for members in fused.values() for old in members}
+        for path, tensors in base.shards.items():
+            shards[_shard_name(path)] += [
+                output(renamed[old], tensor) for old, tensor in tensors.items() if old in renamed
+            ]
+        for name, old in own.items():
+            if old is None and not fused[name]:
+                names[name] = _from_run(run, base, name)
+        names |= replaced
+    last = shards[_shard_name(list(base.shards)[-1])]
+    # A tensor that the base does not hold takes the dtype of its neighbours.
+    added = dtype or base.dtype()
+    for name, tensor in names.items():
+        new = output(name, tensor)
+        last.append(replace(new, dtype=added) if new.dtype.is_floating_point else new)
+
+    config = _config(run, base, architecture, dtype, embedding)
+    head = _untie(run, targets, base, replaced, config)
+    if head is not None:
+        module, _ = targets.get(HEAD, (None, False))
+        last.append(OutputTensor(HEAD, head, dtype or head.dtype, module))
+    copy = _copy_of_embedding(run, base)
+    written = {n: tuple(t for t in tensors if t.name != copy) for n, tensors in shards.items()}
+    return MergePlan(run, written, config, ranks)
+
+
+def _shard_name(path: Path) -> str:
+    """`pytorch_model-00001-of-00002.bin` becomes `model-00001-of-00002.safetensors`."""
+    if path.suffix == ".safetensors":
+        return path.name
+    return path.stem.replace("pytorch_model", "model") + ".safetensors"
+
+
+def _targets(
+    run: Run, base: BaseModel, replaced: LazyTensors
+) -> tuple[dict[str, tuple[str, bool]], dict[str, int | None]]:
+    """Base tensor name → (module, whether it is stored as [in, out]); and module → rank."""
+    targets: dict[str, tuple[str, bool]] = {}
+    ranks: dict[str, int | None] = {}
+    for module, update in run.updates.items():
+        transposed = is_transposed(run, base, replaced, module, update.shape)
+        name = stored_name(module, base)
+        if name in targets:
+            raise BaseError(
+                "two adapted modules are the same base tensor",
+                file=base.path,
+                tensor=name,
+                found=f"{targets[name][0]} and {module}",
+            )
+        stored = replaced.get(name) or base.tensors.get(name)
+        if stored is not None:
+            refuse_quantized(stored)
+        targets[name] = (module, transposed)
+        components = update.components()
+        ranks[module] = None if components is None else components.rank
+    return targets, ranks
+
+
+def _from_run(run: Run, base: BaseModel, name: str) -> LazyTensor:
+    if run.embedded_base and name in run.embedded_base:
+        return run.embedded_base[name]
+    raise BaseError(
+        "neither the base nor the run has this tensor of the fine-tuned model",
+        file=base.path,
+        tensor=name,
+        remedy="was the head saved with the adapter (modules_to_save)?",
+    )
+
+
+def _config(
+    run: Run,
+    base: BaseModel,
+    architecture: str | None,
+    dtype: torch.dtype | None,
+    embedding: LazyTensor | None,
+) -> dict[str, object]:
+    config = dict(base.config)
+    if embedding is not None:
+        text = config.get("text_config")
+        if isinstance(text, dict) and "vocab_size" in text:
+            config["text_config"] = {**text, "vocab_size": embedding.shape[0]}
+        if "vocab_size" in config:
+            config["vocab_size"] = embedding.shape[0]
+    if architecture is not None:
+        config["architectures"] = [architecture]
+    if str(run.task).endswith("classification") and run.num_labels is not None:
+        labels = config.get("id2label")
+        if not isinstance(labels, dict) or len(labels) != run.num_labels:
+            names = [f"LABEL_{i}" for i in range(run.num_labels)]
+            config["id2label"] = {str(i): name for i, name in enumerate(names)}
+            config["label2id"] = {name: i for i, name in enumerate(names)}
+            config.pop("num_labels", None)
+    if dtype is not None:
+        config["torch_dtype" if "torch_dtype" in config else "dtype"] = str(dtype)[len("torch.") :]
+    return config
+
+
+def _untie(
+    run: Run,
+    targets: Mapping[str, tuple[str, bool]],
+    base: BaseModel,
+    replaced: LazyTensors,
+    config: dict[str, object],
+) -> LazyTensor | None:
+    """What the head is made from when the run changed one side of a tied pair, None when it
+    stays as it is. The configuration then says that the pair is no longer tied.
+    """
+    whole = new_embedding(base, replaced)
+    old = base.tensors.get(base.embedding or "")
+    causal = any(word in architecture_of(config) for word in ("CausalLM", "LMHeadModel"))
+    module, _ = targets.get(base.embedding or "", (None, False))
+    embedding_changed = module is not None and module not in run.tied
+    if whole is not None and old is not None and whole.shape == old.shape and causal:
+        embedding_changed = embedding_changed or HEAD not in run.replaced
+    head_changed = HEAD in replaced or HEAD in targets
+    if not head_changed and not embedding_changed:
+        return None
+    if base.find(HEAD) is None and not causal and not head_changed:
+        from ...model.architecture import ties
+
+        if not ties(architecture_of(config), config):
+            return None
+        raise TargetError(
+            "the run changed an embedding that this architecture ties to other tensors",
+            file=base.path,
+            tensor=base.embedding,
+            remedy="deploy it as an adapter: dora-export adapter",
+        )
+    if str(config.get("model_type")).endswith("t5"):
+        # There tie_word_embeddings also says whether the decoder's output is scaled.
+        config.setdefault("scale_decoder_outputs", config.get("tie_word_embeddings") is not False)
+    config["tie_word_embeddings"] = False
+    if HEAD in replaced or base.find(HEAD) is not None:
+        return None
+    return whole if whole is not None and HEAD in run.replaced else old
+
+
+def _copy_of_embedding(run: Run, base: BaseModel) -> str | None:
+    """A tied head that is stored all the same, where the run changes both: it would keep the old
+    values, and a head that differs is not tied when the model is loaded."""
+    head, embedding = base.tensors.get(HEAD), base.tensors.get(base.embedding or "")
+    if not run.tied or head is None or embedding is None or head is embedding:
+        return None
+    tied = base.config.get("tie_word_embeddings") is not False and HEAD not in run.replaced
+    return HEAD if tied and same_values(head, embedding) else None

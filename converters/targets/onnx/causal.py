@@ -1,0 +1,281 @@
+"""Decoders that onnxruntime-genai's model builder does not know, by `torch.onnx.export`.
+
+Inputs, outputs and configuration are named as the builder names them, attention is ONNX Runtime's
+GroupQueryAttention, which writes keys and values in place, and experts are its MoE.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ...errors import BaseError, TargetError
+from ...files.onnx_files import BATCHED, GENAI, MODEL
+from .branches import Site
+from .export import DATA, check_graph, export_graph, fused, save_all, shrunk
+from .linear import branches_behind, linear_sites, prune, three_axes
+from .loaded import load_model, write_config
+from .positions import add_positions
+
+_NAME = "dora_export"  # of the attention and the experts, for transformers
+_ROWS, _TOKENS = "batch_size", "sequence_length"
+_Sizes = tuple[int, int, int]  # layers, heads of keys and values, size of a head
+_PAST, _TOTAL = "past_sequence_length", "total_sequence_length"
+
+
+class _Decoder(torch.nn.Module):
+    """Logits, then per layer the keys and values, from tokens, positions and what is cached."""
+
+    def __init__(self, model: Any) -> None:
+        from transformers import AttentionInterface
+        from transformers.integrations.moe import ExpertsInterface
+
+        super().__init__()
+        self.model = model
+        AttentionInterface.register(_NAME, self._attend)
+        ExpertsInterface.register(_NAME, _mix)
+        model.set_attn_implementation(_NAME)
+        if _interleave(model):
+            model.set_experts_implementation(_NAME)
+
+    def forward(
+        self,
+        input_ids: torch.Tensor,
+        attention_mask: torch.Tensor,
+        position_ids: torch.Tensor,
+        past: list[torch.Tensor],
+    ) -> tuple[torch.Tensor, ...]:
+        self._past = past
+        self._present: list[torch.Tensor] = []
+        self._last = attention_mask.sum(dim=1).to(torch.int32) - 1
+        self._total = torch.scalar_tensor(attention_mask.shape[1], dtype=torch.int32)
+        output = self.model(input_ids=input_ids, position_ids=position_ids, use_cache=False)
+        return (output.logits, *self._present)
+
+    def _attend(
+        self,
+        layer: Any,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        _mask: object,
+        scaling: float | None = None,
+        sliding_window: int | None = None,
+        softcap: float | None = None,
+        **_: object,
+    ) -> tuple[torch.Tensor, None]:
+        """Causal attention `[rows, tokens, heads, size]`, as transformers asks for it."""
+        rows, heads, tokens, size = query.shape
+        past = self._past[2 * layer.layer_idx : 2 * layer.layer_idx + 2]
+        flat = [each.transpose(1, 2).reshape(rows, tokens, -1) for each in (query, key, value)]
+        kept = (rows, key.shape[1], past[0].shape[2] + tokens, size)
+        output, *present = torch.onnx.ops.symbolic_multi_out(
+            "com.microsoft::GroupQueryAttention",
+            [*flat, *past, self._last, self._total],
+            {
+                "num_heads": heads,
+                "kv_num_heads": key.shape[1],
+                "scale": size**-0.5 if scaling is None else scaling,
+                "local_window_size": sliding_window or -1,
+                "softcap": softcap or 0.0,
+            },
+            dtypes=[query.dtype] * 3,
+            shapes=[(rows, tokens, heads * size), kept, kept],
+            version=1,
+        )
+        self._present += present
+        return output.view(rows, tokens, heads, size), None
+
+
+def _mix(
+    layer: Any, hidden: torch.Tensor, index: torch.Tensor, weights: torch.Tensor
+) -> torch.Tensor:
+    """The experts' sum for `hidden [tokens, in]`, of those at `index [tokens, k]` by `weights`.
+
+    MoE takes the logits of all experts and makes its own weights of them, which sum to one: these
+    logits let it choose the same experts.
+    """
+    all_weights = hidden.new_zeros(hidden.shape[0], layer.num_experts).scatter(1, index, weights)
+    mixed = torch.onnx.ops.symbolic(
+        "com.microsoft::MoE",
+        [hidden, all_weights.clamp(min=1e-30).log(), layer.gate_up_proj, None, layer.down_proj],
+        {
+            "k": index.shape[1],
+            "normalize_routing_weights": 1,
+            "activation_type": "swiglu",
+            "activation_alpha": 1.0,
+            "activation_beta": 0.0,
+            "swiglu_limit": torch.finfo(torch.float32).max,
+            "swiglu_fusion": 1,
+        },
+        dtype=hidden.dtype,
+        shape=hidden.shape,
+        version=1,
+    )
+    return mixed * all_weights.sum(dim=1, keepdim=True)
+
+
+def _interleave(model: Any) -> bool:
+    """Put the rows of every expert's gate and up matrix in turn, as MoE wants them; whether there
+    are experts."""
+    found = False
+    for module in model.modules():
+        fused_rows = getattr(module, "gate_up_proj", None)
+        if isinstance(fused_rows, torch.nn.Parameter):
+            found = True
+            experts, rows, width = fused_rows.shape
+            pairs = fused_rows.detach().view(experts, 2, rows // 2, width)
+            turned = pairs.transpose(1, 2).reshape(fused_rows.shape)
+            module.gate_up_proj = torch.nn.Parameter(turned, requires_grad=False)
+    return found
+
+
+def _plain_linears(model: Any) -> None:
+    """Put a Linear where the model has a Conv1D, which is one with its weight turned round."""
+    for name, module in list(model.named_modules()):
+        if type(module).__name__ == "Conv1D":
+            linear = torch.nn.Linear(*module.weight.shape)
+            linear.weight = torch.nn.Parameter(module.weight.detach().T, requires_grad=False)
+            linear.bias = module.bias
+            model.set_submodule(name, linear)
+
+
+def build_causal(model: Path, out: Path, precision: str, *, adaptable: bool) -> None:
+    """Write the graphs of the Hugging Face folder `model` into `out`, configuration and tokenizer
+    beside them; `adaptable`: with a branch behind every linear layer.
+
+    Raises `TargetError` when a graph would not compute what the model computes.
+    """
+    loaded, missing = load_model(model, None, None)
+    if missing:
+        raise BaseError("the model lacks tensors", file=model, found=", ".join(missing[:8]))
+    truth, sizes = _cached(loaded, _ids(loaded.config, rows=3, tokens=5))
+    _plain_linears(loaded)
+    exported = _export(loaded, sizes, out)
+    sites = linear_sites(exported, loaded)
+    three_axes(exported, sites, loaded)
+    head = _head(loaded, sites)
+    graphs = {}
+    for name, batched in ((MODEL, False), (BATCHED, True))[: 2 if adaptable else 1]:
+        graph = type(exported)()
+        graph.CopyFrom(exported)
+        if adaptable:
+            branches_behind(graph, sites, batched)
+        prune(graph.graph)
+        graph = fused(graph)
+        add_positions(graph.graph, head)
+        if not batched:
+            check = _inputs(loaded.config, sizes, rows=3, tokens=5, past=0)
+            check_graph(graph, [truth], check, out)
+        graphs[name] = shrunk(graph, precision, weights_only=True)
+    save_all(graphs, out, DATA)
+    write_config(loaded, out, model)
+    (out / GENAI).write_text(json.dumps(_genai(loaded, sizes), indent=4))
+
+
+def _cached(loaded: Any, ids: torch.Tensor) -> tuple[torch.Tensor, _Sizes]:
+    """The model's own logits for `ids`, and what it keeps of them."""
+    with torch.inference_mode():
+        found = loaded(input_ids=ids, use_cache=True)
+    layers = getattr(found.get("past_key_values"), "layers", [])
+    shapes = {tuple(getattr(each, "keys", ids).shape) for each in layers}
+    if len(shapes) != 1 or "logits" not in found:
+        raise TargetError(
+            "no ONNX export for this architecture",
+            found=type(loaded).__name__,
+            expected="logits, and keys and values of one shape in every layer",
+            remedy="deploy the merged model instead: dora-export merge",
+        )
+    _, heads, _, size = shapes.pop()
+    logits: torch.Tensor = found["logits"]
+    return logits, (len(layers), heads, size)
+
+
+def _head(loaded: Any, sites: list[Site]) -> str:
+    """The node that makes the logits."""
+    output = loaded.get_output_embeddings()
+    for site in sites:
+        if loaded.get_submodule(site.name) is output:
+            return site.node
+    raise TargetError(
+        "no ONNX export for this architecture",
+        found=f"{type(loaded).__name__}, whose head is {type(output).__name__}",
+        expected="a linear layer that makes the logits",
+        remedy="deploy the merged model instead: dora-export merge",
+    )
+
+
+def _ids(config: Any, *, rows: int, tokens: int) -> torch.Tensor:
+    numbers = torch.arange(rows * tokens).view(rows, tokens)
+    ids: torch.Tensor = numbers * 7 % (config.vocab_size - 3) + 3
+    return ids
+
+
+def _inputs(config: Any, sizes: _Sizes, *, rows: int, tokens: int, past: int) -> dict[str, Any]:
+    layers, heads, size = sizes
+    cache = torch.zeros(rows, heads, past, size)
+    return {
+        "input_ids": _ids(config, rows=rows, tokens=tokens),
+        "attention_mask": torch.ones(rows, past + tokens, dtype=torch.int64),
+        "position_ids": torch.arange(past, past + tokens).repeat(rows, 1),
+        "past": [cache.clone() for _ in range(2 * layers)],
+    }
+
+
+def _export(loaded: Any, sizes: _Sizes, out: Path) -> Any:
+    layers = sizes[0]
+    kinds = [f"{layer}.{kind}" for layer in range(layers) for kind in ("key", "value")]
+    inputs = _inputs(loaded.config, sizes, rows=2, tokens=4, past=3)
+    tokens = {0: _ROWS, 1: _TOKENS}
+    axes: Mapping[str, Any] = {
+        "input_ids": tokens,
+        "attention_mask": {0: _ROWS, 1: _TOTAL},
+        "position_ids": tokens,
+        "past": [{0: _ROWS, 2: _PAST}] * len(kinds),
+    }
+    outputs: dict[str, list[str | int | None]] = {"logits": [_ROWS, _TOKENS, None]}
+    outputs |= {f"present.{kind}": [_ROWS, None, _TOTAL, None] for kind in kinds}
+    names = [*list(inputs)[:3], *(f"past_key_values.{kind}" for kind in kinds)]
+    return export_graph(_Decoder(loaded), inputs, axes, outputs, out, names)
+
+
+def _genai(loaded: Any, sizes: _Sizes) -> dict[str, Any]:
+    """What onnxruntime-genai reads."""
+    config, given = loaded.config, loaded.generation_config
+    layers, heads, size = sizes
+    length = config.max_position_embeddings
+    inputs = {name: name for name in ("input_ids", "attention_mask", "position_ids")}
+    cache = {"key": "%d.key", "value": "%d.value"}
+    decoder = {
+        "session_options": {"log_id": "onnxruntime-genai", "provider_options": []},
+        "filename": MODEL,
+        "head_size": size,
+        "hidden_size": config.hidden_size,
+        "inputs": inputs | {f"past_{k}_names": f"past_key_values.{v}" for k, v in cache.items()},
+        "outputs": {"logits": "logits"}
+        | {f"present_{k}_names": f"present.{v}" for k, v in cache.items()},
+        "num_attention_heads": config.num_attention_heads,
+        "num_hidden_layers": layers,
+        "num_key_value_heads": heads,
+    }
+    ends = given.eos_token_id
+    end = ends[0] if isinstance(ends, list) and ends else ends
+    tokens = {
+        "bos_token_id": given.bos_token_id,
+        "eos_token_id": ends,
+        "pad_token_id": end if given.pad_token_id is None else given.pad_token_id,
+    }
+    return {
+        "model": {
+            **{name: [] if value is None else value for name, value in tokens.items()},
+            "context_length": length,
+            "decoder": decoder,
+            "type": "decoder",
+            "vocab_size": config.vocab_size,
+        },
+        "search": {"max_length": length, "past_present_share_buffer": True},
+    }

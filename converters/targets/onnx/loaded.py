@@ -1,0 +1,50 @@
+"""The torch model that a graph is exported from, and what is written beside the graph."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ...errors import TargetError
+from ..merged.folder import copy_companions
+
+
+def load_model(
+    path: Path, architecture: str | None, num_labels: int | None
+) -> tuple[Any, list[str]]:
+    """The model in float32, and the names of its tensors that the folder does not hold."""
+    import transformers
+
+    config = transformers.AutoConfig.from_pretrained(path)
+    if num_labels is not None:
+        config.num_labels = num_labels
+    name = architecture or (config.architectures or ["AutoModel"])[0]
+    level = transformers.logging.get_verbosity()
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    try:
+        model, info = getattr(transformers, name).from_pretrained(
+            path,
+            config=config,
+            dtype=torch.float32,
+            attn_implementation="eager",
+            output_loading_info=True,
+        )
+    except Exception as error:
+        raise TargetError(
+            "transformers cannot load this model",
+            file=path,
+            found=f"{name}: {(str(error).strip().splitlines() or [type(error).__name__])[0][:300]}",
+        ) from None
+    finally:
+        transformers.logging.set_verbosity(level)
+    known = dict(model.named_parameters())
+    return model.eval(), sorted(set(info["missing_keys"]) & known.keys())
+
+
+def write_config(model: Any, out: Path, source: Path) -> None:
+    copy_companions(source, out)
+    model.config.architectures = [type(model).__name__]
+    model.config.save_pretrained(out)

@@ -1,0 +1,233 @@
+"""Encoder-decoders (BART, T5) as ONNX, with Optimum's names for files, inputs and outputs.
+
+`encoder_model.onnx` reads the text. `decoder_model.onnx` takes the first tokens and fills the
+caches of keys and values: the decoder's own, and those over the encoder's output.
+`decoder_with_past_model.onnx` adds one token. The three share one file of weights.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ...errors import BaseError, TargetError
+from ...files.onnx_files import ADAPTER_INDEX, DECODER, ENCODER, NO_ADAPTER, WITH_PAST
+from .export import DATA, check_graph, expected, export_graph, fused, save_all, shrunk
+from .linear import branches_behind, linear_sites, prune, three_axes
+from .loaded import load_model, write_config
+
+SEQ2SEQ_TASK = "seq2seq-lm"
+_ROWS, _SOURCE, _TOKENS = "batch_size", "encoder_sequence_length", "decoder_sequence_length"
+_PAST = "past_decoder_sequence_length"
+
+
+class _Encoder(torch.nn.Module):
+    def __init__(self, model: Any) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:
+        output = self.model.get_encoder()(input_ids=input_ids, attention_mask=attention_mask)
+        states: torch.Tensor = output.last_hidden_state
+        return states
+
+
+class _First(torch.nn.Module):
+    """The decoder without caches: logits, then per layer own and cross keys and values."""
+
+    def __init__(self, model: Any) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(
+        self,
+        encoder_attention_mask: torch.Tensor,
+        input_ids: torch.Tensor,
+        encoder_hidden_states: torch.Tensor,
+    ) -> tuple[torch.Tensor, ...]:
+        from transformers.cache_utils import DynamicCache, EncoderDecoderCache
+
+        cache = EncoderDecoderCache(DynamicCache(), DynamicCache())
+        logits = _decode(
+            self.model, encoder_attention_mask, input_ids, encoder_hidden_states, cache
+        )
+        own, cross = cache.self_attention_cache.layers, cache.cross_attention_cache.layers
+        pairs = zip(own, cross, strict=True)
+        return (logits, *(t for a, b in pairs for t in (a.keys, a.values, b.keys, b.values)))
+
+
+class _Next(torch.nn.Module):
+    """The decoder with caches, one token: logits, then per layer own keys and values."""
+
+    def __init__(self, model: Any) -> None:
+        super().__init__()
+        self.model = model
+        self._width = model.config.d_model
+
+    def forward(
+        self,
+        encoder_attention_mask: torch.Tensor,
+        input_ids: torch.Tensor,
+        past: list[torch.Tensor],
+    ) -> tuple[torch.Tensor, ...]:
+        from transformers.cache_utils import DynamicCache, EncoderDecoderCache
+
+        layers = [past[i : i + 4] for i in range(0, len(past), 4)]
+        cache = EncoderDecoderCache(
+            DynamicCache([(layer[0], layer[1]) for layer in layers]),
+            DynamicCache([(layer[2], layer[3]) for layer in layers]),
+        )
+        cache.is_updated = dict.fromkeys(range(len(layers)), True)
+        # Only its shape is used: keys and values over the encoder's output are in the cache.
+        states = past[2].new_zeros((*encoder_attention_mask.shape, self._width))
+        logits = _decode(self.model, encoder_attention_mask, input_ids, states, cache)
+        own = cache.self_attention_cache.layers
+        return (logits, *(tensor for layer in own for tensor in (layer.keys, layer.values)))
+
+
+def _decode(
+    model: Any, mask: torch.Tensor, tokens: torch.Tensor, states: torch.Tensor, cache: Any
+) -> torch.Tensor:
+    from transformers.modeling_outputs import BaseModelOutput
+
+    output = model(
+        attention_mask=mask,
+        decoder_input_ids=tokens,
+        encoder_outputs=BaseModelOutput(last_hidden_state=states),
+        past_key_values=cache,
+        use_cache=True,
+    )
+    logits: torch.Tensor = output.logits
+    return logits
+
+
+def build_seq2seq(model: Path, out: Path, precision: str, *, adaptable: bool) -> None:
+    """Write the graphs of the Hugging Face folder `model` into `out`, configuration and tokenizer
+    beside it; `adaptable`: another adapter, or none, in every row of a batch.
+
+    Raises `TargetError` when a graph would not compute what the model computes.
+    """
+    loaded, missing = load_model(model, None, None)
+    if missing:
+        raise BaseError("the model lacks tensors", file=model, found=", ".join(missing[:8]))
+    if not getattr(loaded.config, "d_model", None):
+        raise TargetError("no ONNX export for this architecture", found=type(loaded).__name__)
+    graphs = {}
+    for name, part in _parts(loaded).items():
+        graph = export_graph(part.module, part.example(2), part.axes, part.outputs, out, part.names)
+        if adaptable:
+            _adaptable(graph, loaded)
+        graph = fused(graph)
+        inputs = part.example(3)
+        check_graph(graph, expected(part.module, inputs), inputs, out)
+        graphs[name] = shrunk(graph, precision)
+    save_all(graphs, out, DATA)
+    write_config(loaded, out, model)
+
+
+def _adaptable(graph: Any, loaded: Any) -> None:
+    """A branch behind every linear layer; rows have no adapter where none are told."""
+    import numpy as np
+    from onnx import numpy_helper
+
+    sites = linear_sites(graph, loaded)
+    three_axes(graph, sites, loaded)
+    branches_behind(graph, sites, batched=True)
+    none = numpy_helper.from_array(np.array([NO_ADAPTER]), ADAPTER_INDEX)
+    graph.graph.initializer.append(none)
+    prune(graph.graph)
+
+
+@dataclass(frozen=True)
+class _Part:
+    """One graph: the module, its inputs for a number of rows, and the names of both sides."""
+
+    module: torch.nn.Module
+    example: Callable[[int], dict[str, Any]]
+    axes: dict[str, Any]
+    outputs: dict[str, list[str | int | None]]
+    names: list[str] | None = None
+
+
+def _parts(model: Any) -> dict[str, _Part]:
+    config = model.config
+    layers = len(
+        model.get_decoder().layers
+        if hasattr(model.get_decoder(), "layers")
+        else model.get_decoder().block
+    )
+    source = {0: _ROWS, 1: _SOURCE}
+    first = _First(model)
+
+    def text(rows: int) -> dict[str, Any]:
+        ids = torch.arange(rows * (rows + 4)).view(rows, -1) % (config.vocab_size - 3) + 3
+        mask = torch.ones_like(ids)
+        mask[-1, rows + 1 :] = 0
+        return {"input_ids": ids, "attention_mask": mask}
+
+    def begin(rows: int) -> dict[str, Any]:
+        with torch.inference_mode():
+            states = _Encoder(model)(**text(rows))
+        mask, tokens = text(rows)["attention_mask"], text(rows)["input_ids"][:, : rows + 1]
+        return {
+            "encoder_attention_mask": mask,
+            "input_ids": tokens,
+            "encoder_hidden_states": states,
+        }
+
+    def go_on(rows: int) -> dict[str, Any]:
+        inputs = begin(rows)
+        with torch.inference_mode():
+            _, *past = first(**inputs)
+        token = inputs["input_ids"][:, :1]
+        mask = inputs["encoder_attention_mask"]
+        return {"encoder_attention_mask": mask, "input_ids": token, "past": past}
+
+    kinds = [
+        f"{i}.{side}.{k}"
+        for i in range(layers)
+        for side in ("decoder", "encoder")
+        for k in ("key", "value")
+    ]
+
+    def cache(kind: str, length: str) -> list[str | int | None]:
+        return [_ROWS, None, _SOURCE if ".encoder." in kind else length, None]
+
+    logits: list[str | int | None] = [_ROWS, _TOKENS, None]
+    past_axes = [{0: _ROWS, 2: _SOURCE if ".encoder." in kind else _PAST} for kind in kinds]
+    return {
+        ENCODER: _Part(
+            _Encoder(model),
+            text,
+            {"input_ids": source, "attention_mask": source},
+            {"last_hidden_state": [_ROWS, _SOURCE, None]},
+        ),
+        DECODER: _Part(
+            first,
+            begin,
+            {
+                "encoder_attention_mask": source,
+                "input_ids": {0: _ROWS, 1: _TOKENS},
+                "encoder_hidden_states": source,
+            },
+            {"logits": logits, **{f"present.{k}": cache(k, _TOKENS) for k in kinds}},
+        ),
+        WITH_PAST: _Part(
+            _Next(model),
+            go_on,
+            {
+                "encoder_attention_mask": source,
+                "input_ids": {0: _ROWS},
+                "past": past_axes,
+            },
+            {
+                "logits": [_ROWS, None, None],
+                **{f"present.{k}": cache(k, f"{_PAST} + 1") for k in kinds if ".decoder." in k},
+            },
+            ["encoder_attention_mask", "input_ids", *(f"past_key_values.{k}" for k in kinds)],
+        ),
+    }

@@ -1,0 +1,1 @@
+"""Updates: what a training method adds to one weight matrix, every kind on one shelf."""

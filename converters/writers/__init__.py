@@ -1,1 +1,0 @@
-"""Writers: one file per deployment format."""

@@ -1,1 +1,0 @@
-"""The engines that serve what dora-export made."""

@@ -1,0 +1,1 @@
+"""What lies in a folder, to which base it belongs, and what it is called."""

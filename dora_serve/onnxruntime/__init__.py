@@ -1,0 +1,1 @@
+"""The engine that ONNX Runtime serves with: decoders, encoders and encoder-decoders."""

@@ -1,0 +1,91 @@
+"""An ONNX folder as a model that is called like a transformers model: inputs in, logits out."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from converters.files.onnx_files import ENCODER, GENAI
+
+from .decoder import Decoder
+from .encoder import Encoder
+from .seq2seq import Seq2Seq
+
+
+class OnnxDecoder:
+    """Logits `[rows, length, vocab]` of a decoder folder, each row with its adapter or none.
+
+    The rows run as one batch, right-padded, without anything cached before.
+    """
+
+    def __init__(self, folder: Path, adapters: Sequence[str | None] | str | None = None) -> None:
+        self._decoder = Decoder(folder)
+        self.adapters = adapters
+
+    def __call__(self, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> Any:
+        from transformers.modeling_outputs import CausalLMOutput
+
+        rows = _rows(input_ids, attention_mask)
+        one = isinstance(self.adapters, str) or self.adapters is None
+        wanted = [self.adapters] * len(rows) if one else self.adapters
+        logits = self._decoder.batch(rows, wanted).prefill_all()  # type: ignore[arg-type]
+        padded = np.zeros((*input_ids.shape, logits.shape[-1]), np.float32)
+        padded[:, : logits.shape[1]] = logits
+        return CausalLMOutput(logits=torch.from_numpy(padded))
+
+
+class OnnxEncoder:
+    """The outputs of an encoder folder by name, padded with zeros; every row with one adapter."""
+
+    def __init__(self, folder: Path) -> None:
+        self._encoder = Encoder(folder)
+        self.adapters: str | None = None
+
+    def __call__(self, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> Any:
+        from transformers.modeling_outputs import ModelOutput
+
+        rows = _rows(input_ids, attention_mask)
+        found = self._encoder.run(rows, self.adapters)
+        outputs = {}
+        for name in found[0]:
+            arrays = [torch.from_numpy(row[name].copy()) for row in found]
+            outputs[name] = torch.nn.utils.rnn.pad_sequence(arrays, batch_first=True)
+        return ModelOutput(outputs)
+
+
+class OnnxSeq2Seq:
+    """Logits `[rows, length, vocab]` of an encoder-decoder folder, each row with its adapter."""
+
+    def __init__(self, folder: Path) -> None:
+        self._model = Seq2Seq(folder)
+        self.adapters: Sequence[str | None] | str | None = None
+
+    def __call__(
+        self,
+        input_ids: torch.Tensor,
+        attention_mask: torch.Tensor,
+        decoder_input_ids: torch.Tensor,
+    ) -> Any:
+        from transformers.modeling_outputs import Seq2SeqLMOutput
+
+        rows = _rows(input_ids, attention_mask)
+        logits = self._model.logits(rows, decoder_input_ids.tolist(), self.adapters)
+        return Seq2SeqLMOutput(logits=torch.from_numpy(logits))
+
+
+def _rows(ids: torch.Tensor, mask: torch.Tensor) -> list[list[int]]:
+    """The rows without what pads them on the right."""
+    lengths = mask.sum(dim=1).tolist()
+    return [row[:n].tolist() for row, n in zip(ids, lengths, strict=True)]
+
+
+def open_onnx(folder: Path) -> Any:
+    """The model in an ONNX folder, by the files it has. `adapters` of it may be set."""
+    if (folder / ENCODER).exists():
+        return OnnxSeq2Seq(folder)
+    decoder = (folder / GENAI).exists()
+    return OnnxDecoder(folder) if decoder else OnnxEncoder(folder)

@@ -1,0 +1,268 @@
+"""Encoder-decoders (BART, T5) in ONNX Runtime: greedy and beam search with caches.
+
+>>> from dora_serve.engines.onnx_seq2seq import Search, Seq2Seq
+>>> model = Seq2Seq("onnx/")
+>>> for done in model.generate(["a long text"], Search(max_tokens=60, beams=4), ["news"]):
+...     print(done.text)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from converters.files.json_files import read_json
+from converters.files.onnx_files import ADAPTER_INDEX, DECODER, ENCODER, NO_ADAPTER, WITH_PAST
+
+from .adapter_set import AdapterSet
+from .beams import Beams, Search, allowed
+from .decoder import Completion, Prompt
+from .sampling import check_finite, log_softmax
+from .session import EngineError, OnnxFolder, open_graph
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+    Array = NDArray[np.float32]
+
+
+Adapters = Sequence[str | None] | str | None
+
+
+class Seq2Seq(OnnxFolder):
+    """An encoder-decoder folder as `dora-export onnx` writes it, with its adapters.
+
+    `threads` None is one per core.
+    """
+
+    def __init__(self, folder: str | Path, threads: int | None = None) -> None:
+        super().__init__(folder)
+        self._encoder = open_graph(self.folder / ENCODER, threads)
+        self._first = open_graph(self.folder / DECODER, threads)
+        self._next = open_graph(self.folder / WITH_PAST, threads)
+        config = read_json(self.folder / "config.json")
+        own = self.folder / "generation_config.json"
+        self._config: dict[str, Any] = {**config, **(read_json(own) if own.exists() else {})}
+        self._present = [value.name for value in self._first.get_outputs()][1:]
+        self._set = AdapterSet(_Graphs(self._encoder, self._first, self._next))
+        self._set.add_all(self.folder)
+
+    @property
+    def adapters(self) -> tuple[str, ...]:
+        return self._set.names
+
+    def add_adapter(self, name: str, path: str | Path) -> None:
+        """Load an `.onnx_adapter` file under `name`, in place of an earlier one of that name."""
+        self._set.add(name, Path(path))
+
+    def remove_adapter(self, name: str) -> None:
+        """Forget an adapter; the graphs and the sessions stay as they are."""
+        self._set.remove(name)
+
+    @property
+    def eos(self) -> frozenset[int]:
+        found = self._config.get("eos_token_id")
+        return frozenset(found if isinstance(found, list) else [] if found is None else [found])
+
+    @property
+    def start(self) -> int:
+        """The decoder's first token."""
+        found = self._config.get("decoder_start_token_id")
+        if not isinstance(found, int):
+            raise EngineError("the configuration names no decoder_start_token_id", file=self.folder)
+        return found
+
+    def encode(self, prompt: Prompt) -> list[int]:
+        """Token ids of a text, special tokens included; ids stay as they are."""
+        return list(self.tokenizer.encode(prompt).ids) if isinstance(prompt, str) else list(prompt)
+
+    def logits(
+        self,
+        rows: Sequence[Sequence[int]],
+        targets: Sequence[Sequence[int]],
+        adapters: Adapters = None,
+    ) -> Array:
+        """The logits `[rows, tokens, vocab]` after every decoder token, `targets` of one length."""
+        batch = _Batch(self, rows, adapters)
+        return batch.begin(np.array(targets, np.int64))
+
+    def generate(
+        self,
+        prompts: Sequence[Prompt],
+        search: Search | None = None,
+        adapters: Adapters = None,
+    ) -> list[Completion]:
+        """What the model writes for every prompt with its adapter (one name for all, or one per
+        prompt).
+
+        Raises `EngineError` for an unknown adapter, an empty prompt, or one that is too long.
+        """
+        search = search or Search()
+        rows = [self.encode(prompt) for prompt in prompts]
+        batch = _Batch(self, rows, adapters)
+        eos = frozenset() if search.ignore_eos else self.eos
+        find = self._greedy if search.beams == 1 else self._beams
+        done = [Completion(row) for row in rows]
+        for completion, tokens in zip(done, find(batch, search, eos), strict=True):
+            if tokens and tokens[-1] in eos:
+                completion.reason, tokens = "stop", tokens[:-1]
+            completion.tokens = tokens
+            completion.text = self.tokenizer.decode(tokens)
+        return done
+
+    def _scores(self, logits: Array, written: Sequence[Sequence[int]], search: Search) -> Array:
+        """Log-probabilities `[rows, vocab]`, what may not come next at -inf."""
+        forced = None
+        if len(written[0]) == 0:
+            forced = self._config.get("forced_bos_token_id")
+        elif len(written[0]) == search.max_tokens - 1 and not search.ignore_eos:
+            forced = self._config.get("forced_eos_token_id")
+        check_finite(logits)
+        return allowed(log_softmax(logits), written, search, self.eos, forced, self.start)
+
+    def _greedy(self, batch: _Batch, search: Search, eos: frozenset[int]) -> list[list[int]]:
+        written: list[list[int]] = [[] for _ in batch.rows]
+        logits = batch.start()
+        while True:
+            tokens = self._scores(logits, written, search).argmax(axis=-1)
+            for row, token in zip(written, tokens, strict=True):
+                row.append(int(token))  # after its end a row goes on, and is cut below
+            ended = all(eos & set(row) for row in written)
+            if ended or len(written[0]) == search.max_tokens:
+                return [_until(row, eos) for row in written]
+            logits = batch.step(tokens)
+
+    def _beams(self, batch: _Batch, search: Search, eos: frozenset[int]) -> list[list[int]]:
+        width = search.beams
+        rows = [Beams(search, eos) for _ in batch.rows]
+        logits = np.repeat(batch.start(), width, axis=0)
+        batch.widen(width)
+        while True:
+            scores = self._scores(logits, [s for row in rows for s in row.running], search)
+            parents: list[int] = []
+            tokens: list[int] = []
+            for i, row in enumerate(rows):
+                own = slice(i * width, (i + 1) * width)
+                came_from = row.advance(scores[own])
+                parents.extend(i * width + beam for beam in came_from)
+                tokens.extend(sequence[-1] for sequence in row.running)
+            if all(row.done for row in rows):
+                return [row.best() for row in rows]
+            batch.reorder(np.array(parents))
+            logits = batch.step(np.array(tokens, np.int64))
+
+
+def _until(tokens: list[int], ends: frozenset[int]) -> list[int]:
+    """The tokens up to and with the first end."""
+    return next((tokens[: i + 1] for i, token in enumerate(tokens) if token in ends), tokens)
+
+
+class _Graphs:
+    """Several sessions as one, for what can be given to any of them."""
+
+    def __init__(self, *sessions: Any) -> None:
+        self._sessions = sessions
+
+    def get_overridable_initializers(self) -> list[Any]:
+        values = [v for each in self._sessions for v in each.get_overridable_initializers()]
+        return list({value.name: value for value in values}.values())
+
+
+class _Batch:
+    """Rows that are decoded together, with their caches."""
+
+    def __init__(
+        self, model: Seq2Seq, rows: Sequence[Sequence[int]], adapters: Adapters = None
+    ) -> None:
+        self._model = model
+        self.rows = rows
+        lengths = [len(row) for row in rows]
+        # T5 has relative positions and no largest length.
+        longest = model._config.get("max_position_embeddings") or max(lengths, default=0)
+        if not rows or not min(lengths) or max(lengths) > longest:
+            raise EngineError(
+                "a prompt is empty or too long",
+                found=f"{min(lengths, default=0)} to {max(lengths, default=0)} tokens",
+                expected=f"1 to {longest}",
+            )
+        pad = model._config.get("pad_token_id") or 0
+        ids = np.full((len(rows), max(lengths)), pad, np.int64)
+        self._mask = np.zeros_like(ids)
+        for i, row in enumerate(rows):
+            ids[i, : len(row)] = row
+            self._mask[i, : len(row)] = 1
+        self._adapters = self._chosen(adapters)
+        feeds = {"input_ids": ids, "attention_mask": self._mask}
+        (self._states,) = self._run(model._encoder, None, feeds)
+        self._past: dict[str, Any] = {}
+
+    def _chosen(self, adapters: Adapters) -> dict[str, Any]:
+        """What the graphs are given for the rows' adapters."""
+        one = isinstance(adapters, str) or adapters is None
+        wanted: list[str | None] = [adapters] * len(self.rows) if one else list(adapters)  # type: ignore
+        if len(wanted) != len(self.rows):
+            raise EngineError(
+                "one adapter (or None) per row", found=len(wanted), expected=len(self.rows)
+            )
+        self._model._set.check(wanted)
+        used = tuple(dict.fromkeys(name for name in wanted if name is not None))
+        if not used:
+            return {}
+        index = [NO_ADAPTER if name is None else used.index(name) for name in wanted]
+        return {**self._model._set.stacked(used), ADAPTER_INDEX: np.array(index, np.int64)}
+
+    def _run(self, session: Any, outputs: list[str] | None, feeds: dict[str, Any]) -> list[Any]:
+        takes = {value.name for value in session.get_overridable_initializers()}
+        feeds = feeds | {n: array for n, array in self._adapters.items() if n in takes}
+        try:
+            found: list[Any] = session.run(outputs, feeds)
+            return found
+        except Exception as error:
+            raise EngineError(
+                "ONNX Runtime cannot run these rows",
+                file=self._model.folder,
+                found=str(error)[:300],
+            ) from None
+
+    def start(self) -> Array:
+        """Run the decoder's first token; the logits `[rows, vocab]` after it."""
+        return self.begin(np.full((len(self.rows), 1), self._model.start, np.int64))[:, -1]
+
+    def begin(self, tokens: NDArray[np.int64]) -> Array:
+        """Run the decoder's first tokens `[rows, n]`; the logits after each of them."""
+        feeds = {"input_ids": tokens, "encoder_hidden_states": self._states}
+        feeds["encoder_attention_mask"] = self._mask
+        logits, *caches = self._run(self._model._first, None, feeds)
+        self._past = {
+            name.replace("present", "past_key_values", 1): cache
+            for name, cache in zip(self._model._present, caches, strict=True)
+        }
+        result: Array = logits
+        return result
+
+    def step(self, tokens: NDArray[np.int64]) -> Array:
+        """Add one token to every row; the logits `[rows, vocab]` after it."""
+        feeds = {"input_ids": tokens[:, None], "encoder_attention_mask": self._mask, **self._past}
+        names = [value.name for value in self._model._next.get_outputs()]
+        logits, *caches = self._run(self._model._next, names, feeds)
+        for name, cache in zip(names[1:], caches, strict=True):
+            self._past[name.replace("present", "past_key_values", 1)] = cache
+        result: Array = logits[:, -1]
+        return result
+
+    def widen(self, width: int) -> None:
+        """Have every row `width` times, side by side."""
+        self._mask = np.repeat(self._mask, width, axis=0)
+        if ADAPTER_INDEX in self._adapters:
+            index = np.repeat(self._adapters[ADAPTER_INDEX], width)
+            self._adapters = {**self._adapters, ADAPTER_INDEX: index}
+        self._past = {name: np.repeat(c, width, axis=0) for name, c in self._past.items()}
+
+    def reorder(self, parents: NDArray[np.int64]) -> None:
+        """Let every row go on from the decoder's caches of another row with the same prompt."""
+        for name in self._past:
+            if ".decoder." in name:
+                self._past[name] = self._past[name][parents]

@@ -1,0 +1,151 @@
+"""Whether an artifact still is what its certificate says."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+
+from converters.certificate import (
+    FILE,
+    SIGNATURE,
+    artifact_files,
+    file_record,
+    pieces_sha256,
+    sha256,
+    write_json,
+)
+from converters.errors import DoraExportError, MissingError, OutputError, TensorFileError
+from converters.files.json_files import read_json
+from converters.files.tensors import open_safetensors
+from converters.model.base import BaseModel, fingerprint, open_base
+
+
+@dataclass(frozen=True)
+class Difference:
+    """Where the artifact or the base differs from the certificate: a file or tensor, and how."""
+
+    where: str
+    found: str
+    expected: str
+
+
+@dataclass(frozen=True)
+class Check:
+    """`files` were compared, `whole` of them by every byte, the others by size and 16 pieces;
+    `weights`: base weights compared, None where no base was given."""
+
+    kind: str
+    files: int
+    whole: int
+    weights: int | None
+    differences: tuple[Difference, ...]
+
+    @property
+    def passed(self) -> bool:
+        return not self.differences
+
+
+def check(artifact: str | Path, base: str | Path | BaseModel | None = None) -> Check:
+    """Compare the files of `artifact` with its certificate: names, sizes, hashes, and whether each
+    safetensors file is whole. With `base`, compare that with the one it was made from.
+
+    Raises `MissingError` where there is no certificate, `TensorFileError` where it is none.
+    """
+    folder = Path(artifact)
+    path = folder / FILE
+    if not path.is_file():
+        raise MissingError(
+            "no certificate here",
+            file=path,
+            expected="a folder that dora-export wrote",
+        )
+    proof = read_json(path)
+    records = _records(proof, path)
+    found = [*_compare(folder, records)]
+    weights = None
+    if base is not None:
+        known = _fingerprint(proof, path)
+        model = base if isinstance(base, BaseModel) else open_base(base)
+        weights = len(known)
+        found += _compare_base(model, known)
+    whole = sum("sha256" in record for record in records.values())
+    return Check(str(proof.get("kind")), len(records), whole, weights, tuple(found))
+
+
+def record(artifact: str | Path) -> None:
+    """Put the hash of every byte of every file into the certificate of an artifact that was found
+    unchanged, where a merge put those of pieces. Raises `OutputError` where it is signed."""
+    folder = Path(artifact)
+    if (folder / SIGNATURE).exists():
+        raise OutputError(
+            "the artifact is signed with its certificate, which would change",
+            file=folder / SIGNATURE,
+            remedy="remove the signature, record, and sign again",
+        )
+    files = {name: file_record(path) for name, path in artifact_files(folder).items()}
+    fresh = folder / f".{FILE}"
+    write_json(fresh, {**read_json(folder / FILE), "files": files})
+    fresh.replace(folder / FILE)
+
+
+def _records(proof: Mapping[str, object], path: Path) -> dict[str, Mapping[str, object]]:
+    files = proof.get("files")
+    if not isinstance(files, dict) or not all(isinstance(r, dict) for r in files.values()):
+        raise TensorFileError(
+            "the certificate does not list the artifact's files",
+            file=path,
+            found=str(files)[:200],
+            expected="files: {name: {bytes, sha256}}",
+            remedy="write the artifact anew",
+        )
+    for name in files:
+        parts = PurePosixPath(name)
+        if parts.is_absolute() or ".." in parts.parts or not parts.parts:
+            raise TensorFileError("the certificate names a file elsewhere", file=path, found=name)
+    return files
+
+
+def _compare(folder: Path, records: Mapping[str, Mapping[str, object]]) -> Iterator[Difference]:
+    present = artifact_files(folder)
+    for name in sorted(present.keys() - records.keys()):
+        yield Difference(name, "a file", "none of this name")
+    for name, known in records.items():
+        path = present.get(name)
+        if path is None or not path.is_file():
+            yield Difference(name, "no file", f"{known.get('bytes')} bytes")
+            continue
+        size = path.stat().st_size
+        if size != known.get("bytes"):
+            yield Difference(name, f"{size} bytes", f"{known.get('bytes')} bytes")
+            continue
+        hashed = {"sha256": sha256(path)} if "sha256" in known else {"pieces": pieces_sha256(path)}
+        (kind, value), *_ = hashed.items()
+        if value != known.get(kind):
+            yield Difference(name, f"{kind} {value}", str(known.get(kind)))
+        elif path.suffix == ".safetensors":
+            try:
+                open_safetensors(path)
+            except DoraExportError as error:
+                yield Difference(name, str(error).partition("\n")[0], "a whole safetensors file")
+
+
+def _fingerprint(proof: Mapping[str, object], path: Path) -> dict[str, str]:
+    base = proof.get("base")
+    known = base.get("fingerprint") if isinstance(base, dict) else None
+    if not isinstance(known, dict):
+        raise TensorFileError(
+            "the certificate names no base",
+            file=path,
+            remedy="leave --base out: the artifact was written without one",
+        )
+    return known
+
+
+def _compare_base(base: BaseModel, known: Mapping[str, str]) -> Iterator[Difference]:
+    for name, value in known.items():
+        tensor = base.tensors.get(name)
+        if tensor is None:
+            yield Difference(name, "not in the base", "a base weight")
+        elif fingerprint(tensor) != value:
+            yield Difference(name, "another base weight", f"fingerprint {value}")

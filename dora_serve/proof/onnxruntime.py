@@ -1,0 +1,125 @@
+"""How exact an ONNX folder is: its logits in ONNX Runtime against the live runs.
+
+A float32 graph must equal the live run within 1e-4 on every logit, a float16 one within 5 % of the
+update's own effect. A quantized graph passes when its error is less than half of that effect and
+nine in ten of its choices are the live run's: its base is another one, and only told apart.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from converters.certificate import FILE as CERTIFICATE
+from converters.certificate import sha256
+from converters.errors import MissingError, RunError
+from converters.files.json_files import read_json
+from converters.model.base import BaseModel
+from converters.run import Run
+
+from ..onnxruntime.model import open_onnx
+from .live import LiveModel
+from .verify import (
+    REDUCED_SHARE,
+    TOLERANCE,
+    Inputs,
+    Verification,
+    has_update,
+    logits,
+    verification_batch,
+)
+
+_SHARES = {"fp16": REDUCED_SHARE, "int8": 0.5, "int4": 0.5}
+_TOP1 = {"int8": 0.9, "int4": 0.9}
+
+
+def verify_onnx(run: Run, path: Path, base: BaseModel) -> Verification:
+    """Compare the live `run` with an ONNX folder: merged, or with the run as one of its adapters,
+    which is found by its files' hashes and tried alone and beside the others in a batch."""
+    if not (path / CERTIFICATE).exists():
+        raise MissingError(
+            "this ONNX folder has no certificate, so what it should compute is not known",
+            file=path / CERTIFICATE,
+            remedy="make it with dora-export onnx",
+        )
+    certificate = read_json(path / CERTIFICATE)
+    precision = str(certificate.get("precision"))
+    name, others = _adapter(run, path, certificate)
+    model = open_onnx(path)
+    live = LiveModel(run, base)
+    inputs = verification_batch(live.model)
+    truth = logits(live.model, inputs)
+    live.detach()
+    control = float((logits(live.model, inputs) - truth).abs().max())
+    model.adapters = name
+    found = [logits(model, inputs)]
+    if others:
+        found.append(_mixed(model, inputs, name, others))
+    share = _SHARES.get(precision)
+    return Verification(
+        engine="onnxruntime",
+        dtype=precision,
+        tolerance=TOLERANCE if share is None else max(TOLERANCE, share * control),
+        max_abs=max(float((each - truth).abs().max()) for each in found),
+        top1=min(float((each.argmax(-1) == truth.argmax(-1)).double().mean()) for each in found),
+        control=control,
+        has_update=has_update(run),
+        top1_bound=_TOP1.get(precision, 1.0),
+    )
+
+
+def _adapter(
+    run: Run, path: Path, certificate: Mapping[str, Any]
+) -> tuple[str | None, list[str | None]]:
+    """The name of the run among the folder's adapters, and those it may lie beside in a batch."""
+    adapters = certificate.get("adapters")
+    if not isinstance(adapters, dict):
+        return None, []
+    wanted = {sha256(file) for file in run.files}
+    for name, proof in adapters.items():
+        if {file["sha256"] for file in proof["run"]["files"]} == wanted:
+            return name, [None, *(other for other in adapters if other != name)]
+    raise RunError(
+        "the run is not among the folder's adapters",
+        file=path,
+        found=", ".join(adapters),
+        remedy="add it: dora-export onnx --add",
+    )
+
+
+def _mixed(model: Any, inputs: Inputs, name: str | None, others: list[str | None]) -> torch.Tensor:
+    """The run's logits of every row, each taken from a batch whose other rows are others'."""
+    count = len(inputs["input_ids"])
+    batches = []
+    for row in range(count):
+        model.adapters = [others[i % len(others)] for i in range(count)]
+        model.adapters[row] = name
+        batches.append(logits(model, inputs))
+    axis = 0 if batches[0].shape[0] == count else 1  # answers come as [start and end, rows, length]
+    return torch.stack([batch.select(axis, row) for row, batch in enumerate(batches)], dim=axis)
+
+
+def prove(
+    folder: Path, base: BaseModel, run: Run | None, adapters: Mapping[str, Run]
+) -> dict[str, dict[str, float]]:
+    """Per run (`merged`, or the adapter's name): `max_abs` of the logits' difference to the live
+    run, `top1` agreement, and `control`, the live run's difference to the base."""
+    runs: dict[str, Run] = {"merged": run} if run is not None else dict(adapters)
+    found = {}
+    model = open_onnx(folder)
+    for name, each in runs.items():
+        live = LiveModel(each, base)
+        inputs = verification_batch(live.model)
+        truth = logits(live.model, inputs)
+        live.detach()
+        model.adapters = None if run is not None else name
+        deployed = logits(model, inputs)
+        found[name] = {
+            "max_abs": float((deployed - truth).abs().max()),
+            "top1": float((deployed.argmax(-1) == truth.argmax(-1)).double().mean()),
+            "control": float((logits(live.model, inputs) - truth).abs().max()),
+        }
+    return found

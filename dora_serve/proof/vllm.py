@@ -1,0 +1,116 @@
+"""What vLLM computes with an artifact, and how the live model is asked the same.
+
+Of a causal model: the log-probabilities of the likeliest tokens after every prompt token, and the
+tokens that follow the prompt greedily. Of a classifier: its logits.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+
+from converters.errors import TargetError
+from converters.files.tensors import read_json
+from converters.model.base import BaseModel
+from converters.run import Run
+from converters.targets.lora_folder.adapter import CONFIG as ADAPTER_CONFIG
+
+from ..vllm.engine import Answer, Vllm
+from ..vllm.fleet import step_for
+from .verify import Reading, verification_batch
+
+TOKENS = 32
+_CLASSIFIER = "sequence-classification"
+
+
+def read_vllm(artifact: Path, run: Run, base: BaseModel) -> Reading:
+    """Run `artifact`, a model or an adapter of `base`, in vLLM.
+
+    Raises `TargetError` for a task that is not compared there.
+    """
+    from transformers import AutoConfig
+
+    task = run.task or "causal-lm"
+    if task not in ("causal-lm", _CLASSIFIER):
+        raise TargetError(
+            "verify does not know what to ask of vLLM for this task",
+            file=artifact,
+            found=task,
+            expected=f"causal-lm or {_CLASSIFIER}",
+        )
+    config = AutoConfig.from_pretrained(base.path)
+    inputs = verification_batch(SimpleNamespace(config=config, main_input_name="input_ids"))
+    lengths = inputs["attention_mask"].sum(dim=1).tolist()
+    rows = [row[:n].tolist() for row, n in zip(inputs["input_ids"], lengths, strict=True)]
+    length = min(max(lengths) + TOKENS, getattr(config, "max_position_embeddings", 1 << 20))
+    adapter = artifact if (artifact / ADAPTER_CONFIG).is_file() else None
+    model = artifact if adapter is None else base.path
+    labels = run.num_labels or 0 if task == _CLASSIFIER else 0
+    lora = None if adapter is None else _lora_settings(adapter, labels)
+    engine = Vllm(model, length, lora, labels)
+    try:
+        if task == _CLASSIFIER:
+            return _classified(torch.tensor(engine.classify(rows, adapter)), rows)
+        return _completed(engine.complete(rows, length - max(lengths), adapter), rows)
+    finally:
+        engine.close()
+
+
+def _lora_settings(adapter: Path, labels: int) -> dict[str, Any]:
+    """What vLLM must reserve for this adapter alone, whose head has `labels` rows."""
+    config: Any = read_json(adapter / ADAPTER_CONFIG)
+    return {
+        "max_lora_rank": step_for(max([config["r"], *(config.get("rank_pattern") or {}).values()])),
+        "max_loras": 1,
+        "max_lora_cls_labels": labels or None,
+        "lora_target_modules": sorted({m.rsplit(".", 1)[-1] for m in config["target_modules"]}),
+    }
+
+
+def _completed(answers: list[Answer], rows: list[list[int]]) -> Reading:
+    values = torch.tensor([p for each in answers for at in each.logprobs for p in at.values()])
+
+    def measure(model: Any) -> torch.Tensor:
+        found = []
+        for row, answer in zip(rows, answers, strict=True):
+            with torch.inference_mode():
+                logits = model(torch.tensor([row])).logits[0].float()
+            for at, known in zip(logits.log_softmax(-1), answer.logprobs, strict=True):
+                found.append(at[list(known)])
+        return torch.cat(found)
+
+    def top1(model: Any, _values: torch.Tensor) -> float:
+        same = total = 0
+        for row, answer in zip(rows, answers, strict=True):
+            expected = greedy(model, row, len(answer.tokens))
+            same += sum(a == b for a, b in zip(expected, answer.tokens, strict=True))
+            total += len(expected)
+        return same / total
+
+    return Reading(values, measure, top1)
+
+
+def greedy(model: Any, prompt: list[int], count: int) -> list[int]:
+    """The `count` likeliest tokens after `prompt`, each after the one before it."""
+    ids, cache, tokens = torch.tensor([prompt]), None, []
+    with torch.inference_mode():
+        for _ in range(count):
+            output = model(ids, past_key_values=cache, use_cache=True)
+            cache = output.past_key_values
+            ids = output.logits[:, -1].argmax(-1, keepdim=True)
+            tokens.append(int(ids))
+    return tokens
+
+
+def _classified(values: torch.Tensor, rows: list[list[int]]) -> Reading:
+    def measure(model: Any) -> torch.Tensor:
+        with torch.inference_mode():
+            return torch.cat([model(torch.tensor([row])).logits.float() for row in rows])
+
+    def top1(_model: Any, other: torch.Tensor) -> float:
+        return float((values.argmax(-1) == other.argmax(-1)).double().mean())
+
+    return Reading(values, measure, top1)

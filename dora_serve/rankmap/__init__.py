@@ -1,0 +1,1 @@
+"""Pictures of the rank of every module."""

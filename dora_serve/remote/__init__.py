@@ -1,0 +1,1 @@
+"""Runs, bases and outputs at URLs."""

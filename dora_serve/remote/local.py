@@ -1,0 +1,332 @@
+"""Runs, models and artifacts at URLs (`s3://`, `hf://`, any fsspec protocol), by local copies.
+
+An input is fetched into the cache before a command reads it; an output is made in the cache and
+uploaded when the command has written it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import hashlib
+import io
+import json
+import os
+import re
+import shutil
+import sys
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+from uuid import uuid4
+
+from converters.errors import DoraExportError, MissingError, OutputError
+
+if TYPE_CHECKING:
+    from .store import RemoteFile, Store
+
+Advance = Callable[[int], None]
+Progress = Callable[[int, str], AbstractContextManager[Advance]]
+
+_URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+(::[A-Za-z0-9+.-]+)*://")
+_VERDICTS = (None, 0, 1)
+_TELLING = ("README.md", "adapter_config.json", "dora_export.json")
+_COPIES = (_FETCHED, _MADE) = ("remote-", "upload-")
+
+
+@dataclass(frozen=True)
+class Remote:
+    """A place given as a URL: an input, or an output. `make` turns the local path into what the
+    command takes."""
+
+    url: str
+    output: bool = False
+    make: Callable[[Path], object] = Path
+
+
+def is_url(text: object) -> bool:
+    return isinstance(text, str) and _URL.match(text) is not None
+
+
+@contextmanager
+def local_values(
+    values: Mapping[str, Any], force: bool, progress: Progress
+) -> Iterator[dict[str, Any]]:
+    """`values` with a local path for every `Remote` in it, alone or in a tuple.
+
+    What is printed and raised meanwhile names the URLs. What goes to stdout is held back until the
+    output is uploaded. Without a `Remote` nothing happens, and no network is touched.
+    """
+    remotes = [value for value in _flat(values.values()) if isinstance(value, Remote)]
+    if not remotes:
+        yield dict(values)
+        return
+    from .errors import shown
+
+    _check_apart(remotes, _flat(values.values()))
+    paths: dict[Remote, Path] = {}
+    names: dict[str, str] = {}
+    printed = _Printed(names, held=any(remote.output for remote in remotes))
+    try:
+        with _urls_in_errors(names), contextlib.ExitStack() as stack:
+            # The output first: that it cannot be written should be known before much is fetched.
+            for remote in sorted(remotes, key=lambda remote: not remote.output):
+                if remote.output:
+                    to = uploaded(remote.url, names, force, progress)
+                    paths[remote] = stack.enter_context(to)
+                else:
+                    paths[remote] = stack.enter_context(fetched(remote.url, progress))
+                names[str(paths[remote])] = shown(remote.url)
+            stack.enter_context(contextlib.redirect_stdout(printed))
+            yield {name: _local(value, paths) for name, value in values.items()}
+    except SystemExit as done:
+        if done.code in _VERDICTS:
+            printed.release()
+        raise
+    printed.release()
+
+
+@contextmanager
+def fetched(url: str, progress: Progress) -> Iterator[Path]:
+    """A local copy of the folder (or file) at `url`, made unless the cache has it as it is now.
+
+    A copy that cannot be told from the next version is removed on leaving. Raises
+    `DoraExportError` when nothing is there, access is denied, a name would lead out of the folder,
+    or it changes meanwhile.
+    """
+    from converters.files.output import output_folder
+
+    from ..folder.cache import cache_folder, cached
+    from .store import Store
+
+    store = Store(url)
+    files = store.files()
+    if not files:
+        raise MissingError(
+            "nothing at this URL",
+            file=store.name,
+            found=store.left_by_stopped(),
+            expected="a folder or a file",
+        )
+    versions = _versions(files)
+    lasting = None not in versions.values()
+    told = sorted(versions.items()) if lasting else uuid4().hex
+    digest = _digest(f"{url}\n{told}")
+    key = f"{_FETCHED}{digest}"
+    copy = cache_folder().resolve() / key
+
+    def make(folder: Path) -> None:
+        total = sum(file.size or 0 for file in files.values())
+        bar = progress(total, f"fetching {store.name}")
+        with output_folder(folder) as part, bar as advance:
+            store.download(files, part / store.basename, advance)
+            if _versions(store.files()) != _versions(files):
+                raise OutputError(
+                    "the files changed while they were fetched",
+                    file=store.name,
+                    remedy="run again when nothing writes there",
+                )
+
+    if lasting:
+        cached(key, make)
+        yield copy / store.basename
+        return
+    make(copy)
+    try:
+        yield copy / store.basename
+    finally:
+        shutil.rmtree(copy, ignore_errors=True)
+
+
+@contextmanager
+def uploaded(url: str, names: Mapping[str, str], force: bool, progress: Progress) -> Iterator[Path]:
+    """A local path to make an output folder at; on leaving, what was made is uploaded to `url`.
+
+    What is at `url` is replaced with `force` only, as `Store.upload` says. `names`: URL of each
+    local path that must not stand in the artifact.
+    """
+    from converters.files.output import addition
+
+    from ..folder.cache import cache_folder
+    from .store import Store
+
+    store = Store(url, writing=True)
+    scratch = cache_folder().resolve() / f"{_MADE}{_digest(url)}"
+    try:
+        scratch.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise OutputError(
+            f"the cache cannot be written: {error.strerror}",
+            file=scratch,
+            remedy="set DORA_SERVE_CACHE to a folder that can be",
+        ) from None
+    _remove_leftovers()
+    with addition(scratch) as folder:
+        store.check_free(force)
+        target = folder / store.basename
+        verdict: SystemExit | None = None
+        try:
+            yield target
+        except SystemExit as done:
+            if done.code not in _VERDICTS:
+                raise
+            verdict = done
+        if target.exists():
+            _write_urls(target, names)
+            sizes = [path.stat().st_size for path in target.rglob("*") if path.is_file()]
+            with progress(sum(sizes), f"uploading {store.name}") as advance:
+                store.upload(target, force, advance)
+        if verdict is not None:
+            raise verdict
+
+
+def needs_local(path: Path, option: str) -> None:
+    """Raise `OutputError` when `path` is the copy of a URL, which `option` would write into."""
+    from ..folder.cache import cache_folder
+
+    real, cache = path.resolve(), cache_folder().resolve()
+    if any(parent.parent == cache and parent.name.startswith(_COPIES) for parent in real.parents):
+        raise OutputError(
+            f"{option} changes an artifact in place, which a URL has not",
+            file=path,
+            expected="a local folder",
+            remedy="copy the artifact, change the copy and upload that",
+        )
+
+
+def _flat(values: Iterable[Any]) -> Iterator[Any]:
+    for value in values:
+        if isinstance(value, tuple):
+            yield from _flat(value)
+        else:
+            yield value
+
+
+def _local(value: Any, paths: Mapping[Remote, Path]) -> Any:
+    if isinstance(value, Remote):
+        return value.make(paths[value])
+    if isinstance(value, tuple):
+        return tuple(_local(each, paths) for each in value)
+    return value
+
+
+def _check_apart(remotes: Iterable[Remote], values: Iterable[Any]) -> None:
+    """Raise `OutputError` when an output lies in an input, or an input in it: with `--force` it
+    would be replaced."""
+    from .errors import shown
+    from .store import Store
+
+    inputs: dict[str, Store | Path] = {
+        shown(remote.url): Store(remote.url) for remote in remotes if not remote.output
+    }
+    # Text is a folder, a hub's id, or either with a name before it.
+    for value in (value for value in values if isinstance(value, str | Path)):
+        for text in (str(value), str(value).partition("=")[2]):
+            with contextlib.suppress(OSError, ValueError):
+                if text and Path(text).exists():
+                    inputs[text] = Path(text)
+    for output in (remote for remote in remotes if remote.output):
+        place = Store(output.url, writing=True)
+        for name, source in inputs.items():
+            if place.overlaps(source):
+                raise OutputError(
+                    "the output would lie inside an input, or hold it",
+                    file=place.name,
+                    found=f"input {name}",
+                    remedy="choose an output URL of its own",
+                )
+
+
+def _remove_leftovers() -> None:
+    """Remove what killed commands were to upload."""
+    from ..folder.cache import cache_folder
+
+    for scratch in cache_folder().glob(f"{_MADE}*"):
+        with contextlib.suppress(OSError):
+            lock = os.open(scratch, os.O_RDONLY)
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                for left in scratch.iterdir():
+                    shutil.rmtree(left, ignore_errors=True)
+            finally:
+                os.close(lock)
+
+
+def _versions(files: Mapping[str, RemoteFile]) -> dict[str, str | None]:
+    return {name: file.state for name, file in files.items()}
+
+
+def _digest(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()[:32]
+
+
+def _write_urls(folder: Path, names: Mapping[str, str]) -> None:
+    """Put URLs in the place of the cache's paths in what an artifact says of itself."""
+    from converters.certificate import FILE, file_record, write_json
+    from converters.files.json_files import read_json
+
+    changed = []
+    for path in folder.rglob("*"):
+        if path.name in _TELLING:
+            text = path.read_text(encoding="utf-8")
+            named = _named(text, names)
+            if named != text:
+                path.write_text(named, encoding="utf-8")
+                changed.append(path)
+    proof = dict(read_json(folder / FILE)) if (folder / FILE).is_file() else {}
+    records = proof.get("files")
+    if isinstance(records, dict):
+        for path in changed:
+            name = path.relative_to(folder).as_posix()
+            if name in records:
+                records[name] = file_record(path)
+        if changed:
+            write_json(folder / FILE, proof)
+
+
+def _named(text: str, names: Mapping[str, str]) -> str:
+    def in_json(name: str, ascii_only: bool = False) -> str:
+        return json.dumps(name, ensure_ascii=ascii_only)[1:-1]
+
+    is_json = text.lstrip().startswith("{")
+    for path, url in names.items():
+        if is_json:
+            for written in (in_json(path), in_json(path, ascii_only=True)):
+                text = text.replace(written, in_json(url))
+        else:
+            text = text.replace(path, url)
+    return text
+
+
+@contextmanager
+def _urls_in_errors(names: Mapping[str, str]) -> Iterator[None]:
+    try:
+        yield
+    except DoraExportError as error:
+        error.args = tuple(_named(str(part), names) for part in error.args)
+        raise
+
+
+class _Printed(io.StringIO):
+    """What is printed, with URLs for local paths; kept until `release` where it is `held`."""
+
+    def __init__(self, names: Mapping[str, str], held: bool) -> None:
+        super().__init__()
+        self._names, self._held, self._stream = names, held, sys.stdout
+
+    def isatty(self) -> bool:
+        return self._stream.isatty()
+
+    def write(self, text: str) -> int:
+        super().write(text)
+        if not self._held:
+            self.release()
+        return len(text)
+
+    def release(self) -> None:
+        self._stream.write(_named(self.getvalue(), self._names))
+        self._stream.flush()
+        self.seek(0)
+        self.truncate()

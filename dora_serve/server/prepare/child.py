@@ -1,0 +1,34 @@
+"""Calls `prepare` in a process of its own, which has torch where this one does not."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+from converters.errors import RunError
+
+from .plan import Addition, Failure, Model, Plan
+
+
+def make_plan(root: Path, base: str | None, dry: bool) -> Plan:
+    """What is in `root`, made ready to be served. Raises `RunError` when it cannot be."""
+    asked = json.dumps({"root": str(root), "base": base, "dry": dry})
+    return Plan.model_validate_json(_call(asked))
+
+
+def add_model(wanted: Addition) -> Model:
+    """One more run, made ready to be served. Raises `RunError` when it cannot be."""
+    return Model.model_validate_json(_call(wanted.model_dump_json()))
+
+
+def _call(request: str) -> str:
+    command = [sys.executable, "-m", "dora_serve.server.prepare.make"]
+    done = subprocess.run(command, input=request, stdout=subprocess.PIPE, text=True, check=False)
+    if done.returncode:
+        raise RunError("preparing what is to be served broke off", found=done.returncode)
+    reply = json.loads(done.stdout)
+    if "error" in reply:
+        raise RunError(Failure(**reply).error)
+    return done.stdout

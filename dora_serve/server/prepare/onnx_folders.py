@@ -1,0 +1,92 @@
+"""ONNX folders that `dora-export onnx` wrote, as graphs and models to serve."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+from pathlib import Path
+from typing import Any
+
+from converters.errors import TargetError
+from converters.files.json_files import read_json
+from converters.files.onnx_files import ENCODER, FOLDER, SUFFIX, read_adapter_file
+from converters.run import HEADS
+
+from .plan import DECODES, Graph, Model, Module
+
+SERVED = (DECODES, "sequence-classification", "feature-extraction")
+
+
+def own_task(config: Mapping[str, object]) -> str | None:
+    """The task that a model's own architecture is for."""
+    known = config.get("architectures")
+    current = str(known[0]) if isinstance(known, list) and known else ""
+    if current.endswith("LMHeadModel"):
+        return DECODES
+    return next((task for task, (suffix, _) in HEADS.items() if current.endswith(suffix)), None)
+
+
+def read_onnx_folder(name: str, path: Path, taken: Collection[str]) -> tuple[Graph, list[Model]]:
+    """The graph at `path`, called `name`, and its adapters, called as they are unless that name is
+    `taken`. Raises `DoraExportError` for what is not served."""
+    certificate: Mapping[str, Any] = read_json(path / "dora_export.json")
+    decodes = (path / "genai_config.json").exists()
+    task = DECODES if decodes else own_task(read_json(path / "config.json"))
+    if (path / ENCODER).exists() or task not in SERVED:
+        raise TargetError("this task is not served", file=path, found=task or "an unknown task")
+    if decodes and not _in_place(path):
+        raise TargetError(
+            "this decoder's cache cannot be shared by requests that come and go",
+            file=path,
+            remedy="export it with --precision fp32, int8 or int4",
+        )
+    graph = Graph(folder=str(path), task=task, base=name, path=None)
+    run = certificate.get("run") or {}
+    merged = Model(
+        name=name,
+        kind="merged" if run else "base",
+        method=run.get("method"),
+        folder=str(path),
+        task=task,
+        base=None,
+        adapter=None,
+        modules=certified_modules(certificate),
+        parameters=0,
+        bytes=sum(file.stat().st_size for file in path.glob("model.onnx*")),
+    )
+    models = [merged]
+    for adapter, proof in (certificate.get("adapters") or {}).items():
+        file = path / FOLDER / f"{adapter}{SUFFIX}"
+        models.append(
+            Model(
+                name=f"{name}/{adapter}" if adapter in {*taken, name} else adapter,
+                kind="adapter",
+                method=proof["run"]["method"],
+                folder=str(path),
+                task=task,
+                base=name,
+                adapter=str(file),
+                modules=certified_modules(proof),
+                parameters=sum(array.size for array in read_adapter_file(file).values()),
+                bytes=file.stat().st_size,
+            )
+        )
+    return graph, models
+
+
+def certified_modules(certificate: Mapping[str, Any]) -> dict[str, Module]:
+    """What a certificate tells of every adapted matrix."""
+    return {
+        module: Module(
+            start=told.get("start_rank"),
+            rank=told["rank"],
+            relative=told.get("relative_update"),
+            lost=(told.get("rounding") or {}).get("lost"),
+        )
+        for module, told in (certificate.get("modules") or {}).items()
+        if told.get("rank") is not None
+    }
+
+
+def _in_place(path: Path) -> bool:
+    settings: Mapping[str, Any] = read_json(path / "genai_config.json")
+    return bool(settings["search"]["past_present_share_buffer"])

@@ -1,0 +1,121 @@
+"""From an engine's thread to the event loop: what becomes of the choices of one request."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import AsyncGenerator, Sequence
+from functools import partial
+
+from dora_serve.onnxruntime.continuous import ContinuousDecoder, Request, Update
+from dora_serve.onnxruntime.sampling import Sampling
+
+from ..metrics import Metrics
+from ..registry import Served
+from ..wire.errors import ApiError
+
+
+def check_count(engine: ContinuousDecoder, count: int) -> None:
+    """Raise `ApiError` for a request of more choices than can ever wait."""
+    if count > engine.limits.max_waiting:
+        raise ApiError(f"{count} choices are more than can wait", code="too_many_choices")
+
+
+class Asking:
+    """Submits every prompt once per sampling and counts what comes back.
+
+    Raises `QueueFull` or `EngineError` with nothing submitted.
+    """
+
+    def __init__(
+        self,
+        served: Served,
+        engine: ContinuousDecoder,
+        prompts: Sequence[Sequence[int]],
+        samplings: Sequence[Sequence[Sampling]],
+        metrics: Metrics,
+        timeout: float,
+    ) -> None:
+        self.count = sum(map(len, samplings))
+        check_count(engine, self.count)
+        self._metrics, self._served = metrics, served
+        self._begin = time.monotonic()
+        self._deadline = self._begin + timeout
+        self._last: dict[int, float] = {}
+        self._news: asyncio.Queue[tuple[int, Update]] = asyncio.Queue()
+        self.prompt_tokens = sum(map(len, prompts))
+        self.tokens = 0
+        self._requests: dict[int, Request] = {}
+        loop = asyncio.get_running_loop()
+
+        def tell(choice: int, update: Update) -> None:
+            loop.call_soon_threadsafe(self._news.put_nowait, (choice, update))
+
+        try:
+            for prompt, draws in zip(prompts, samplings, strict=True):
+                first = len(self._requests)
+                tells = [partial(tell, first + i) for i in range(len(draws))]
+                asked = engine.submit(prompt, served.model.adapter, draws, tells)
+                self._requests.update(enumerate(asked, first))
+        except Exception:
+            self.cancel()
+            raise
+        self._lengths = [0] * self.count
+        served.requests += 1
+        self._count(metrics.prompt_tokens, self.prompt_tokens)
+        for prompt in prompts:
+            self._observe(metrics.prompt_length, len(prompt))
+        if served.model.adapter is not None:
+            self._count(metrics.adapter_requests, 1)
+
+    async def news(self) -> AsyncGenerator[tuple[int, Update], None]:
+        """Every choice's updates as they come, until all have ended.
+
+        Raises the error of a choice that failed, `ApiError` 504 when time is up; what has not ended
+        by then, or when the caller goes, is cancelled.
+        """
+        try:
+            while self._requests:
+                try:
+                    async with asyncio.timeout(self._deadline - time.monotonic()):
+                        choice, update = await self._news.get()
+                except TimeoutError:
+                    raise ApiError("the answer took too long", 504, code="timeout") from None
+                if update.error is not None:
+                    del self._requests[choice]
+                    raise update.error
+                self._measure(choice, update)
+                yield choice, update
+        finally:
+            self.cancel()
+
+    def cancel(self) -> None:
+        """Let what has not ended go."""
+        for request in self._requests.values():
+            request.cancelled = True
+
+    def _measure(self, choice: int, update: Update) -> None:
+        now, metrics = time.monotonic(), self._metrics
+        count = len(update.tokens)
+        self.tokens += count
+        self._lengths[choice] += count
+        self._count(metrics.generation_tokens, count)
+        if self._served.model.adapter is not None:
+            self._count(metrics.adapter_tokens, count)
+        if choice in self._last:
+            self._observe(metrics.between_tokens, now - self._last[choice])
+        else:
+            self._observe(metrics.first_token, now - self._begin)
+        self._last[choice] = now
+        if update.reason is not None:
+            del self._requests[choice]
+            name = self._served.model.name
+            metrics.success.labels(name, update.reason).inc()
+            self._observe(metrics.length, self._lengths[choice])
+            self._observe(metrics.latency, now - self._begin)
+
+    def _count(self, counter: object, amount: float) -> None:
+        counter.labels(self._served.model.name).inc(amount)  # type: ignore[attr-defined]
+
+    def _observe(self, histogram: object, value: float) -> None:
+        histogram.labels(self._served.model.name).observe(value)  # type: ignore[attr-defined]

@@ -1,0 +1,105 @@
+"""`/classify` and `/v1/embeddings`."""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import time
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from fastapi import APIRouter, Request
+
+from dora_serve.onnxruntime.encoder_queue import EncoderQueue
+
+from .. import tokenizing
+from ..registry import Served
+from ..state import note, state_of
+from ..wire import answers, pieces
+from ..wire.errors import ApiError
+from ..wire.requests import ClassifyRequest, EmbeddingRequest
+from ..wire.sending import while_there
+
+router = APIRouter()
+
+
+@router.post("/classify")
+async def classify(body: ClassifyRequest, request: Request) -> answers.Classification:
+    """The class of a text, or of each of several."""
+    served, engine = state_of(request).models.encoder(body.model, "logits", "classification")
+    inputs = [body.input] if isinstance(body.input, str) else body.input
+    head, outputs, used = await _run(request, served, engine, inputs, "classify")
+    labels = []
+    for i, row in enumerate(outputs):
+        found = engine.encoder.classification(row["logits"])
+        labels.append(
+            answers.Label(
+                index=i, label=found.label, probs=list(found.scores), num_classes=len(found.scores)
+            )
+        )
+    return answers.Classification(**head, data=labels, usage=used)
+
+
+@router.post("/v1/embeddings")
+async def embeddings(body: EmbeddingRequest, request: Request) -> answers.Embeddings:
+    """A vector per text: the mean of its tokens' last hidden states."""
+    models = state_of(request).models
+    served, engine = models.encoder(body.model, "last_hidden_state", "embeddings")
+    head, outputs, used = await _run(request, served, engine, body.inputs, "embd")
+    vectors = []
+    for i, row in enumerate(outputs):
+        vector = row["last_hidden_state"].mean(axis=0, dtype=np.float32)
+        packed = base64.b64encode(vector.astype("<f4").tobytes()).decode()
+        told = packed if body.encoding_format == "base64" else vector.tolist()
+        vectors.append(answers.Embedding(index=i, embedding=told))
+    return answers.Embeddings(**head, data=vectors, usage=used)
+
+
+async def _run(
+    request: Request,
+    served: Served,
+    engine: EncoderQueue,
+    inputs: Sequence[str | list[int]],
+    prefix: str,
+) -> tuple[dict[str, Any], list[dict[str, Any]], answers.Usage]:
+    state = state_of(request)
+    rows = await encode(engine, inputs)
+    begin = time.monotonic()
+    futures = [asyncio.wrap_future(each) for each in engine.submit(rows, served.model.adapter)]
+    served.requests += 1
+    count = sum(len(ids) for ids, _ in rows)
+    name = served.model.name
+    note(request, model=name, prompt_tokens=count)
+    state.metrics.prompt_tokens.labels(name).inc(count)
+    if served.model.adapter is not None:
+        state.metrics.adapter_requests.labels(name).inc()
+    try:
+        async with asyncio.timeout(state.options.timeout):
+            outputs = await while_there(request, _all(futures))
+    except TimeoutError:
+        raise ApiError("the answer took too long", 504, code="timeout") from None
+    state.metrics.latency.labels(name).observe(time.monotonic() - begin)
+    state.metrics.success.labels(name, "stop").inc()
+    head = {"id": pieces.new_id(prefix), "created": int(time.time()), "model": name}
+    return head, outputs, answers.Usage(**pieces.usage(count, 0))
+
+
+async def _all(futures: Sequence[asyncio.Future[dict[str, Any]]]) -> list[dict[str, Any]]:
+    return list(await asyncio.gather(*futures))
+
+
+async def encode(
+    engine: EncoderQueue, inputs: Sequence[str | list[int]]
+) -> list[tuple[list[int], list[int]]]:
+    """Token ids and types of every text; ids stay as they are. Raises `ApiError` for too many."""
+    if len(inputs) > engine.limits.max_waiting:
+        raise ApiError(f"{len(inputs)} texts are more than can wait", param="input")
+
+    def row(text: str | list[int]) -> tuple[list[int], list[int]]:
+        if not isinstance(text, str):
+            return text, [0] * len(text)
+        encoded = engine.encoder.encode(text)
+        return list(encoded.ids), list(encoded.type_ids)
+
+    return await tokenizing.each(row, inputs)

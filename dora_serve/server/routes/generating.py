@@ -1,0 +1,154 @@
+"""`/v1/completions` and `/v1/chat/completions`."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncGenerator, Callable, Sequence
+from contextlib import aclosing
+from typing import Any
+
+from fastapi import APIRouter, Request
+from fastapi.responses import JSONResponse, Response
+
+from dora_serve.onnxruntime.continuous import ContinuousDecoder, Update
+
+from .. import tokenizing
+from ..state import note, state_of
+from ..wire import answers, pieces
+from ..wire.errors import ApiError
+from ..wire.pieces import Choice, Json
+from ..wire.requests import ChatRequest, CompletionRequest
+from ..wire.sending import EventStream, while_there
+from .asking import Asking, check_count
+
+router = APIRouter()
+
+# The JSON of a choice by its index, whole or what it grew by.
+Write = Callable[[int, Choice | Update], Json]
+
+
+@router.post("/v1/completions", response_model=answers.Completion)
+async def completions(body: CompletionRequest, request: Request) -> Response:
+    """Complete a prompt, or several."""
+    state = state_of(request)
+    served, engine = state.models.decoder(body.model)
+    check_count(engine, len(body.prompts) * body.n)
+    prompts = await encode(engine, body.prompts)
+    for prompt in prompts:
+        _check_length(engine, prompt, body.max_tokens)
+    most = engine.max_length if body.max_tokens is None else body.max_tokens
+    draws = [[body.sampling(i, most, body.logprobs) for i in range(body.n)] for _ in prompts]
+    decode = _decoder(engine)
+    offsets = [0] * (len(prompts) * body.n)
+
+    def write(index: int, grown: Choice | Update) -> Json:
+        told = None
+        if body.logprobs is not None:
+            told = pieces.completion_logprobs(grown, decode, offsets[index])
+            offsets[index] += sum(map(len, told["tokens"]))
+        text, reason = grown.text, grown.reason
+        return {"index": index, "text": text, "logprobs": told, "finish_reason": reason}
+
+    asking = Asking(served, engine, prompts, draws, state.metrics, state.options.timeout)
+    head = pieces.envelope("cmpl", "text_completion", served.model.name)
+    return await _answer(body, request, asking, head, write)
+
+
+@router.post("/v1/chat/completions", response_model=answers.ChatCompletion)
+async def chat(body: ChatRequest, request: Request) -> Response:
+    """Answer a conversation, through the chat template of the model's tokenizer."""
+    state = state_of(request)
+    served, engine = state.models.decoder(body.model)
+    messages = [message.plain() for message in body.messages]
+    text = served.template.render(messages, body.add_generation_prompt)
+    (prompt,) = await encode(engine, [text], special=False)
+    wanted = body.max_completion_tokens or body.max_tokens
+    _check_length(engine, prompt, wanted)
+    top = (body.top_logprobs or 0) if body.logprobs else None
+    most = engine.max_length if wanted is None else wanted
+    draws = [[body.sampling(i, most, top) for i in range(body.n)]]
+    decode = _decoder(engine)
+    begun: set[int] = set()
+
+    def write(index: int, grown: Choice | Update) -> Json:
+        told = None if top is None else pieces.chat_logprobs(grown, decode)
+        message = {"content": grown.text}
+        if index not in begun:
+            message = {"role": "assistant", **message}
+            begun.add(index)
+        part = "delta" if body.stream else "message"
+        return {"index": index, part: message, "logprobs": told, "finish_reason": grown.reason}
+
+    asking = Asking(served, engine, [prompt], draws, state.metrics, state.options.timeout)
+    kind = "chat.completion.chunk" if body.stream else "chat.completion"
+    head = pieces.envelope("chatcmpl", kind, served.model.name)
+    return await _answer(body, request, asking, head, write)
+
+
+async def encode(
+    engine: ContinuousDecoder, prompts: Sequence[str | list[int]], special: bool = True
+) -> list[list[int]]:
+    """Token ids of every text; ids stay as they are."""
+    tokenizer = engine.graph.tokenizer
+
+    def ids(prompt: str | list[int]) -> list[int]:
+        if not isinstance(prompt, str):
+            return prompt
+        return list(tokenizer.encode(prompt, add_special_tokens=special).ids)
+
+    return await tokenizing.each(ids, prompts)
+
+
+def _check_length(engine: ContinuousDecoder, prompt: Sequence[int], wanted: int | None) -> None:
+    length = len(prompt) + (wanted or 1)
+    if length > engine.max_length:
+        raise ApiError(
+            f"This model's maximum context length is {engine.max_length} tokens, but the prompt "
+            f"has {len(prompt)} tokens and {wanted or 1} more are asked for.",
+            param="max_tokens" if len(prompt) < engine.max_length else "prompt",
+            code="context_length_exceeded",
+        )
+
+
+def _decoder(engine: ContinuousDecoder) -> Callable[[int], str]:
+    tokenizer = engine.graph.tokenizer
+    return lambda token: str(tokenizer.decode([token], skip_special_tokens=False))
+
+
+async def _answer(
+    body: CompletionRequest | ChatRequest,
+    request: Request,
+    asking: Asking,
+    head: Json,
+    write: Write,
+) -> Response:
+    note(request, model=head["model"], prompt_tokens=asking.prompt_tokens, id=head["id"])
+    if body.stream:
+        with_usage = body.stream_options is not None and body.stream_options.include_usage
+        events = _events(request, asking, head, write, with_usage)
+        return EventStream(events, state_of(request).options.timeout)
+    return JSONResponse(await while_there(request, _whole(request, asking, head, write)))
+
+
+async def _whole(request: Request, asking: Asking, head: Json, write: Write) -> Json:
+    choices = [Choice() for _ in range(asking.count)]
+    async with aclosing(asking.news()) as news:
+        async for index, update in news:
+            choices[index].add(update)
+    note(request, completion_tokens=asking.tokens, reason=choices[0].reason)
+    written = [write(i, choice) for i, choice in enumerate(choices)]
+    return {**head, "choices": written, "usage": pieces.usage(asking.prompt_tokens, asking.tokens)}
+
+
+async def _events(
+    request: Request, asking: Asking, head: Json, write: Write, with_usage: bool
+) -> AsyncGenerator[bytes, None]:
+    more: dict[str, Any] = {"usage": None} if with_usage else {}
+    async with aclosing(asking.news()) as news:
+        async for index, update in news:
+            note(request, completion_tokens=asking.tokens, reason=update.reason)
+            if update.text or update.logprobs or update.reason:
+                yield pieces.as_event({**head, "choices": [write(index, update)], **more})
+    if with_usage:
+        used = pieces.usage(asking.prompt_tokens, asking.tokens)
+        yield pieces.as_event({**head, "choices": [], "usage": used})
+    yield pieces.DONE

@@ -1,0 +1,176 @@
+"""What clients get, in OpenAI's and vLLM's shapes."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import BaseModel
+
+from ..prepare.plan import Module
+
+Finish = Literal["stop", "length"]
+
+
+class Usage(BaseModel):
+    prompt_tokens: int
+    completion_tokens: int
+    total_tokens: int
+
+
+class CompletionLogprobs(BaseModel):
+    """One entry per token; `text_offset` counts characters of the completion."""
+
+    text_offset: list[int]
+    token_logprobs: list[float]
+    tokens: list[str]
+    top_logprobs: list[dict[str, float]]
+
+
+class CompletionChoice(BaseModel):
+    index: int
+    text: str
+    logprobs: CompletionLogprobs | None
+    finish_reason: Finish | None
+
+
+class Completion(BaseModel):
+    """Of `/v1/completions`; a streamed one comes in pieces of the same shape."""
+
+    id: str
+    object: Literal["text_completion"]
+    created: int
+    model: str
+    choices: list[CompletionChoice]
+    usage: Usage | None = None
+
+
+class TopLogprob(BaseModel):
+    token: str
+    bytes: list[int]
+    logprob: float
+
+
+class TokenLogprob(TopLogprob):
+    top_logprobs: list[TopLogprob]
+
+
+class ChatLogprobs(BaseModel):
+    content: list[TokenLogprob]
+    refusal: None = None
+
+
+class ChatMessage(BaseModel):
+    role: Literal["assistant"]
+    content: str
+    refusal: None = None
+
+
+class ChatChoice(BaseModel):
+    index: int
+    message: ChatMessage
+    logprobs: ChatLogprobs | None
+    finish_reason: Finish
+
+
+class ChatCompletion(BaseModel):
+    """Of `/v1/chat/completions`, when it is not streamed."""
+
+    id: str
+    object: Literal["chat.completion"]
+    created: int
+    model: str
+    choices: list[ChatChoice]
+    usage: Usage
+
+
+class Label(BaseModel):
+    index: int
+    label: str | None
+    probs: list[float]
+    num_classes: int
+
+
+class Classification(BaseModel):
+    """Of `/classify`."""
+
+    id: str
+    object: Literal["list"] = "list"
+    created: int
+    model: str
+    data: list[Label]
+    usage: Usage
+
+
+class Embedding(BaseModel):
+    """`embedding`: numbers, or their little-endian float32 bytes in base64."""
+
+    index: int
+    object: Literal["embedding"] = "embedding"
+    embedding: list[float] | str
+
+
+class Embeddings(BaseModel):
+    """Of `/v1/embeddings`."""
+
+    id: str
+    object: Literal["list"] = "list"
+    created: int
+    model: str
+    data: list[Embedding]
+    usage: Usage
+
+
+class Tokens(BaseModel):
+    """Of `/tokenize`."""
+
+    count: int
+    max_model_len: int
+    tokens: list[int]
+    token_strs: list[str] | None = None
+
+
+class Text(BaseModel):
+    """Of `/detokenize`."""
+
+    prompt: str
+
+
+class ModelCard(BaseModel):
+    """`parent`: the base of a run or adapter."""
+
+    id: str
+    object: Literal["model"] = "model"
+    created: int
+    owned_by: str = "dora-serve"
+    root: str
+    parent: str | None
+    max_model_len: int
+
+
+class ModelList(BaseModel):
+    object: Literal["list"] = "list"
+    data: list[ModelCard]
+
+
+class ModelDetails(BaseModel):
+    """What OpenAI's model list has no place for. `requests`: how many so far; `loaded`: whether an
+    adapter is in memory now, always true of a base."""
+
+    id: str
+    kind: Literal["base", "merged", "run", "adapter"]
+    method: str | None
+    task: str
+    base: str | None
+    parameters: int
+    bytes: int
+    modules: dict[str, Module]
+    requests: int
+    loaded: bool
+
+
+class DetailsList(BaseModel):
+    data: list[ModelDetails]
+
+
+class Status(BaseModel):
+    status: Literal["ok"] = "ok"

@@ -1,0 +1,104 @@
+"""The command line and the configuration of a `vllm serve` that fits a pool of adapters."""
+
+from __future__ import annotations
+
+import shlex
+import shutil
+import sys
+from collections.abc import Mapping, Sequence
+from importlib.util import find_spec
+from pathlib import Path
+
+from converters.errors import MissingError
+
+from .fleet import Pool
+
+Options = dict[str, str | int | bool | list[str]]
+
+
+def serve_options(pool: Pool, adapters: Mapping[str, Path], name: str) -> Options:
+    """Options of `vllm serve`, by long name without dashes. `name`: what clients call the base.
+
+    The dtype is the base's own: left to itself, vLLM rounds a float32 model to 16 bits.
+    """
+    options: Options = {
+        "model": str(pool.base.path),
+        "served-model-name": name,
+        "dtype": str(pool.base.dtype()).removeprefix("torch."),
+    }
+    if pool.task == "sequence-classification":
+        options |= {"runner": "pooling", "convert": "classify"}
+    if not adapters:
+        return options
+    options |= {
+        "enable-lora": True,
+        "max-lora-rank": pool.max_lora_rank,
+        "max-loras": pool.max_loras,
+        "max-cpu-loras": pool.max_cpu_loras,
+    }
+    if pool.target_modules:
+        options["lora-target-modules"] = pool.target_modules
+    if pool.labels is not None and "runner" in options:
+        options["max-lora-cls-labels"] = pool.labels
+    options["lora-modules"] = [f"{name}={path}" for name, path in adapters.items()]
+    return options
+
+
+def command_line(
+    options: Mapping[str, str | int | bool | list[str]],
+    program: Sequence[str] = ("vllm", "serve"),
+    more: Sequence[str] = (),
+) -> list[str]:
+    """The server's command; what the user adds stands at the end, where it overrides.
+
+    To `vllm serve` the model is an argument, to vLLM's server as a module an option.
+    """
+    words = list(program)
+    rest = dict(options)
+    if words[-1:] == ["serve"]:
+        words.append(str(rest.pop("model")))
+    for name, value in rest.items():
+        words.append(f"--{name}")
+        if isinstance(value, list):
+            words += value
+        elif value is not True:
+            words.append(str(value))
+    return [*words, *more]
+
+
+def shell(words: Sequence[str]) -> str:
+    """The command for pasting, an option a line."""
+    text = ""
+    for word in words:
+        quoted = shlex.quote(word)
+        text += f" \\\n  {quoted}" if word.startswith("--") else f" {quoted}"
+    return text.strip()
+
+
+def yaml_file(options: Mapping[str, str | int | bool | list[str]]) -> str:
+    """The same for `vllm serve --config FILE`."""
+    import yaml
+
+    text: str = yaml.safe_dump(dict(options), sort_keys=False)
+    return text
+
+
+def find_vllm(given: str | None) -> list[str]:
+    """How to start vLLM's server: by the program or the Python given, else by this Python where
+    vLLM is installed beside this package, else by `vllm` on the path.
+
+    Raises `MissingError` when there is none.
+    """
+    if given is None and find_spec("vllm") is not None:
+        given = sys.executable
+    found = shutil.which(given or "vllm")
+    if found is None:
+        raise MissingError(
+            "vLLM is not installed here",
+            file=given,
+            expected="the package beside this one, or its program on the PATH",
+            remedy="install it (docs/vllm.md), or name its program or its Python with --vllm",
+        )
+    if Path(found).name.startswith("python"):
+        return [found, "-m", "vllm.entrypoints.openai.api_server"]
+    return [found, "serve"]

@@ -1,0 +1,46 @@
+"""Runs as adapters that vLLM loads, made once."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from converters.certificate import FILE as CERTIFICATE
+from converters.files.json_files import read_json
+from converters.targets.lora_folder.adapter import CONFIG, write_adapter
+
+from ..folder.cache import cache_folder, cached, member_key
+from ..folder.inventory import Member
+
+TARGET = "vllm"
+
+
+def vllm_adapter(member: Member) -> Path:
+    """The folder to give to vLLM: the member's own when it was written for vLLM, else one in the
+    cache, made now if it is not there.
+
+    Raises `DoraExportError` when no adapter equals the run, or it changed since reading it began.
+    """
+    if _is_for_vllm(member.path):
+        return member.path.resolve()
+    return cached(
+        _key(member),
+        lambda folder: write_adapter(member.run, folder, base=member.base, profile=TARGET),
+    )
+
+
+def vllm_adapter_path(member: Member) -> Path:
+    """Where `vllm_adapter` finds or makes it; makes nothing."""
+    if _is_for_vllm(member.path):
+        return member.path.resolve()
+    return cache_folder() / _key(member)
+
+
+def _key(member: Member) -> str:
+    return member_key(member, target=TARGET)
+
+
+def _is_for_vllm(path: Path) -> bool:
+    proof = path / CERTIFICATE
+    return (
+        (path / CONFIG).is_file() and proof.is_file() and read_json(proof).get("target") == TARGET
+    )

@@ -1,0 +1,275 @@
+"""Many adapters on one engine: what vLLM must reserve for them, and how little will do.
+
+vLLM gives every slot, for every module it adapts, room for `max_lora_rank` components, whatever
+the adapter in it has (vllm-project/vllm `vllm/lora/layers/`, `vllm/config/lora.py`).
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+
+import torch
+
+from converters.errors import DoraExportError
+from converters.files.tensors import nbytes
+from converters.fit import fit_run
+from converters.model.base import BaseModel
+from converters.model.match import stored_name
+from converters.targets.engines import PROFILES
+from converters.targets.lora_folder.adapter import plan_adapter
+
+from ..folder.inventory import Found, Member
+
+STEPS = PROFILES["vllm"].slots
+_SLOTS = 16  # enough different adapters in one batch for most; each slot costs memory and time
+_SHARE = 0.25  # of what the weights leave of the memory; the rest is for the KV cache
+_IN_USE = 0.9  # vLLM's default --gpu-memory-utilization
+
+
+@dataclass(frozen=True)
+class Shape:
+    """A matrix `[out, in]` of the base, or `count` of them in one tensor (experts)."""
+
+    out: int
+    inn: int
+    count: int = 1
+
+    def nbytes(self, rank: int, itemsize: int) -> int:
+        """Room for A and B of `rank`."""
+        return self.count * rank * (self.out + self.inn) * itemsize
+
+
+@dataclass(frozen=True)
+class Forced:
+    """An adapter that needs a higher step than the rest, and the relative error of its update when
+    it is fitted to the step below."""
+
+    name: str
+    rank: int
+    step: int
+    error: float
+
+
+@dataclass(frozen=True)
+class Pool:
+    """The members of one base that one server can serve together.
+
+    `ranks`: per member, module → rank, pruned modules left out. `shapes`: every matrix of the
+    base. `itemsize`: bytes per element of the base, which the slots take over. `labels`: the
+    most labels of a classification head. `start_rank`: the largest rank training began with.
+    """
+
+    base: BaseModel
+    task: str | None
+    ranks: Mapping[str, Mapping[str, int]]
+    shapes: Mapping[str, Shape]
+    itemsize: int
+    base_bytes: int
+    start_rank: int
+    memory: int | None = None
+    labels: int | None = None
+    forced: Sequence[Forced] = ()
+
+    @cached_property
+    def max_lora_rank(self) -> int:
+        """The smallest `--max-lora-rank` that holds every member."""
+        return step_for(max(self.largest.values(), default=1))
+
+    @cached_property
+    def largest(self) -> dict[str, int]:
+        """Per member, its largest rank."""
+        return {name: max(ranks.values(), default=0) for name, ranks in self.ranks.items()}
+
+    @cached_property
+    def target_modules(self) -> list[str]:
+        """The kinds of module (last names) that some member still adapts."""
+        touched = {module.rsplit(".", 1)[-1] for ranks in self.ranks.values() for module in ranks}
+        return sorted(touched)
+
+    def slot_bytes(self, rank: int, kinds: Iterable[str] | None = None) -> int:
+        """One slot of `rank` on the modules of `kinds`; None: on every matrix of the base."""
+        wanted = None if kinds is None else set(kinds)
+        return sum(
+            shape.nbytes(rank, self.itemsize)
+            for module, shape in self.shapes.items()
+            if wanted is None or module.rsplit(".", 1)[-1] in wanted
+        )
+
+    @cached_property
+    def slot(self) -> int:
+        """Bytes of one slot as proposed."""
+        return self.slot_bytes(self.max_lora_rank, self.target_modules)
+
+    @cached_property
+    def naive_slot(self) -> int:
+        """Bytes of one slot for adapters of uniform start rank on every matrix."""
+        return self.slot_bytes(step_for(self.start_rank))
+
+    @cached_property
+    def used(self) -> dict[str, int]:
+        """Per member, the bytes of a slot that hold its components."""
+        return {
+            name: sum(
+                self.shapes[module].nbytes(rank, self.itemsize) for module, rank in ranks.items()
+            )
+            for name, ranks in self.ranks.items()
+        }
+
+    @property
+    def padding(self) -> float:
+        """The share of all members' slots that holds nothing."""
+        room = self.slot * len(self.ranks)
+        return 1 - sum(self.used.values()) / room if room else 0.0
+
+    @cached_property
+    def max_loras(self) -> int:
+        """How many different adapters a batch may hold: all of them, if memory allows."""
+        most = min(len(self.ranks), _SLOTS)
+        if self.memory is not None and self.slot:
+            free = self.memory * _IN_USE - self.base_bytes
+            most = min(most, int(free * _SHARE // self.slot))
+        return max(1, most)
+
+    @property
+    def max_cpu_loras(self) -> int:
+        """All of them stay in the host's memory, which holds no padding."""
+        return max(len(self.ranks), self.max_loras)
+
+    @property
+    def fits(self) -> bool:
+        """Whether weights and slots fit into the memory given."""
+        needed = self.base_bytes + self.slot * self.max_loras
+        return self.memory is None or needed <= self.memory * _IN_USE
+
+    @property
+    def advice(self) -> str:
+        """Whether to merge or to serve adapters, and why."""
+        if len(self.ranks) == 1:
+            (name,) = self.ranks
+            return f"merge {name}: alone on its base, it pays for slots nobody shares"
+        return f"serve as adapters: {len(self.ranks)} merged models would be as many bases"
+
+    @cached_property
+    def split(self) -> dict[int, list[str]] | None:
+        """Members by step, where a server for each step takes less memory than one for all."""
+        steps: dict[int, list[str]] = {}
+        for name, rank in self.largest.items():
+            steps.setdefault(step_for(max(rank, 1)), []).append(name)
+        together = self.base_bytes + self.slot * self.max_loras
+        apart = sum(
+            self.base_bytes
+            + self.slot_bytes(step, self.target_modules) * min(len(names), self.max_loras)
+            for step, names in steps.items()
+        )
+        return dict(sorted(steps.items())) if apart < together else None
+
+
+@dataclass(frozen=True)
+class Fleet:
+    """All pools, and what cannot be served with the reason."""
+
+    pools: Sequence[Pool]
+    problems: Mapping[str, str] = field(default_factory=dict)
+
+
+def step_for(rank: int) -> int:
+    """The smallest value of `--max-lora-rank` that holds `rank`; the largest when none does."""
+    return next((step for step in STEPS if step >= rank), STEPS[-1])
+
+
+def plan_fleet(found: Found, memory: int | None = None) -> Fleet:
+    """Pool the members of `found` by base and task. `memory`: bytes of the device."""
+    problems = dict(found.problems)
+    groups: dict[tuple[str, str | None], list[Member]] = {}
+    for member in found.members.values():
+        groups.setdefault((str(member.base.path), member.run.task), []).append(member)
+    pools = []
+    for members in groups.values():
+        ranks = {}
+        for member in members:
+            try:
+                ranks[member.name] = ranks_of(member)
+            except DoraExportError as error:
+                problems[member.name] = str(error)
+        if ranks:
+            pools.append(_pool([m for m in members if m.name in ranks], ranks, memory))
+    return Fleet(pools, problems)
+
+
+def alone(base: BaseModel) -> Pool:
+    """A base, or a merged model, without adapters."""
+    return Pool(
+        base=base,
+        task=None,
+        ranks={},
+        shapes=matrices(base),
+        itemsize=base.dtype().itemsize,
+        base_bytes=sum(nbytes(tensor) for tensor in base.tensors.values()),
+        start_rank=1,
+    )
+
+
+def ranks_of(member: Member) -> dict[str, int]:
+    """Module, as the base calls it, → rank of what is left of it; pruned modules are left out.
+
+    Raises `TargetError` when vLLM cannot serve the run as an adapter.
+    """
+    plan = plan_adapter(member.run.strip(), member.base, PROFILES["vllm"], torch.float32)
+    return {
+        stored_name(module, member.base).removesuffix(".weight"): rank
+        for module, (_, rank) in plan.ranks.items()
+        if rank
+    }
+
+
+def _pool(
+    members: Sequence[Member], ranks: Mapping[str, Mapping[str, int]], memory: int | None
+) -> Pool:
+    base = members[0].base
+    start = [max(m.run.start_rank.values()) for m in members if m.run.start_rank]
+    labels = [m.run.num_labels for m in members if m.run.num_labels]
+    largest = {name: max(own.values(), default=0) for name, own in ranks.items()}
+    return Pool(
+        base=base,
+        task=members[0].run.task,
+        ranks=ranks,
+        shapes=matrices(base),
+        itemsize=base.dtype().itemsize,
+        base_bytes=sum(nbytes(tensor) for tensor in base.tensors.values()),
+        start_rank=max([*start, *largest.values(), 1]),
+        memory=memory,
+        labels=max(labels) if labels else None,
+        forced=_forced(members, largest),
+    )
+
+
+def matrices(base: BaseModel) -> dict[str, Shape]:
+    """Module → shape of every matrix of the base that an adapter could be on."""
+    found = {}
+    for name, tensor in base.tensors.items():
+        module = name.removesuffix(".weight")
+        if len(tensor.shape) == 2 and name != module:
+            found[module] = Shape(tensor.shape[0], tensor.shape[1])
+        elif len(tensor.shape) == 3:
+            count, out, inn = tensor.shape
+            found[module] = Shape(out, inn, count)
+    return found
+
+
+def _forced(members: Sequence[Member], largest: Mapping[str, int]) -> list[Forced]:
+    """Members of the highest step, when those below are more than they are."""
+    steps = {name: step_for(max(rank, 1)) for name, rank in largest.items()}
+    top = max(steps.values())
+    at_top = Counter(steps.values())[top]
+    if top == STEPS[0] or not 0 < at_top <= len(steps) / 2:
+        return []
+    below = STEPS[STEPS.index(top) - 1]
+    forced = []
+    for member in members:
+        if steps[member.name] == top:
+            _, report = fit_run(member.run.strip(), member.base, max_rank=below)
+            forced.append(Forced(member.name, largest[member.name], below, report.error))
+    return forced

@@ -1,0 +1,113 @@
+"""A fleet for people and machines: table, picture, JSON."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import click
+
+from ..commands.common import size
+from .fleet import Fleet, Pool, step_for
+
+
+def as_json(fleet: Fleet) -> dict[str, object]:
+    return {"pools": [_pool(pool) for pool in fleet.pools], "problems": dict(fleet.problems)}
+
+
+def _pool(pool: Pool) -> dict[str, object]:
+    return {
+        "base": str(pool.base.path),
+        "task": pool.task,
+        "adapters": {
+            name: {
+                "largest_rank": pool.largest[name],
+                "ranks": dict(ranks),
+                "bytes_used": pool.used[name],
+            }
+            for name, ranks in pool.ranks.items()
+        },
+        "max_lora_rank": pool.max_lora_rank,
+        "max_loras": pool.max_loras,
+        "max_cpu_loras": pool.max_cpu_loras,
+        "lora_target_modules": pool.target_modules,
+        "base_bytes": pool.base_bytes,
+        "slot_bytes": pool.slot,
+        "slots_bytes": pool.slot * pool.max_loras,
+        "padding": pool.padding,
+        "naive_slot_bytes": pool.naive_slot,
+        "fits": pool.fits,
+        "forced": [vars(forced) for forced in pool.forced],
+        "split": pool.split,
+        "advice": pool.advice,
+    }
+
+
+def table(fleet: Fleet) -> Iterator[str]:
+    """The lines of the plan."""
+    for pool in fleet.pools:
+        yield click.style(f"{pool.base.path.name}", bold=True) + (
+            f"  {pool.task or 'task not known'}, {size(pool.base_bytes)}"
+        )
+        width = max(len(name) for name in pool.ranks)
+        yield f"  {'adapter':<{width}}  modules  largest rank      used  of its slot"
+        for name, ranks in pool.ranks.items():
+            share = pool.used[name] / pool.slot if pool.slot else 0.0
+            yield (
+                f"  {name:<{width}}  {len(ranks):>7}  {pool.largest[name]:>12}"
+                f"  {size(pool.used[name]):>8}  {share:>10.0%}"
+            )
+        yield from _settings(pool)
+    for name, problem in fleet.problems.items():
+        lines = problem.splitlines()
+        yield click.style(f"left out: {name}", fg="yellow") + f": {lines[0]}"
+        yield from (line for line in lines if line.startswith("  to do"))
+
+
+def _settings(pool: Pool) -> Iterator[str]:
+    slots = pool.slot * pool.max_loras
+    yield f"  --max-lora-rank {pool.max_lora_rank}, the smallest that holds them"
+    yield f"  --max-loras {pool.max_loras} --max-cpu-loras {pool.max_cpu_loras}"
+    yield f"  --lora-target-modules {' '.join(pool.target_modules) or '(none left)'}"
+    yield f"  a slot takes {size(pool.slot)}, all {size(slots)}; {pool.padding:.0%} is padding"
+    if pool.slot:
+        naive = step_for(pool.start_rank)
+        yield (
+            f"  at the start rank {pool.start_rank} (--max-lora-rank {naive}) on all modules: "
+            f"{size(pool.naive_slot)} a slot, {pool.naive_slot / pool.slot:.1f} times as much"
+        )
+    if not pool.fits:
+        yield click.style("  does not fit into the memory given", fg="red")
+    for forced in pool.forced:
+        yield (
+            f"  {forced.name} (rank {forced.rank}) alone forces this step: fitted to "
+            f"{forced.step} its update is off by {100 * forced.error:.3g} % (--max-rank)"
+        )
+    if pool.split:
+        steps = "; ".join(f"{step}: {', '.join(names)}" for step, names in pool.split.items())
+        yield f"  a server for each step takes less memory: {steps}"
+    yield f"  {pool.advice}"
+
+
+def save_png(fleet: Fleet, path: Path) -> None:
+    """Per pool, what of every adapter's slot is used (needs matplotlib)."""
+    from matplotlib.figure import Figure
+
+    rows = sum(len(pool.ranks) for pool in fleet.pools)
+    figure = Figure(figsize=(8, 1.2 * len(fleet.pools) + 0.35 * rows + 0.4), layout="constrained")
+    panels = figure.subplots(
+        len(fleet.pools),
+        1,
+        squeeze=False,
+        height_ratios=[len(pool.ranks) + 1 for pool in fleet.pools],
+    )
+    for (panel,), pool in zip(panels, fleet.pools, strict=True):
+        names = list(pool.ranks)
+        used = [pool.used[name] / 1e6 for name in names]
+        panel.barh(names, [pool.slot / 1e6] * len(names), color="#d7dde4", label="padding")
+        panel.barh(names, used, color="#2a6f97", label="components")
+        panel.invert_yaxis()
+        panel.set_xlabel("MB a slot")
+        panel.set_title(f"{pool.base.path.name}, --max-lora-rank {pool.max_lora_rank}", fontsize=10)
+        panel.legend(loc="lower right", fontsize=8)
+    figure.savefig(path, dpi=130, format="png")

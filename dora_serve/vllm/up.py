@@ -1,0 +1,116 @@
+"""`dora-serve up --engine vllm`: everything of one base in a folder, served by one vLLM."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import click
+
+from converters.errors import RunError
+
+from ..folder.cache import cache_folder
+from ..folder.inventory import Found, discover
+from .command import command_line, find_vllm, serve_options, shell
+from .convert import vllm_adapter, vllm_adapter_path
+from .fleet import Pool, alone, plan_fleet
+from .supervisor import Supervisor
+
+# Neither vLLM nor the libraries under it report use; nothing is fetched that was not asked for.
+_QUIET = {"VLLM_NO_USAGE_STATS": "1", "DO_NOT_TRACK": "1", "HF_HUB_DISABLE_TELEMETRY": "1"}
+RUNS = "DORA_SERVE_RUNS"
+
+
+def up(
+    root: Path,
+    *,
+    base: str | None,
+    host: str,
+    port: int,
+    api_key: str | None,
+    memory: int | None,
+    vllm: str | None,
+    live: bool,
+    dry_run: bool,
+    more: Sequence[str],
+) -> None:
+    """Convert what is not converted, start vLLM and keep it running until told to stop.
+
+    `live`: runs that appear or change later are served too, by the resolver and `dora-serve
+    watch`; it opens vLLM's endpoints that load adapters. Raises `DoraExportError`.
+    """
+    program = ["vllm", "serve"] if dry_run and vllm is None else find_vllm(vllm)
+    found = discover(root, base)
+    pool = _pool(root, found, memory)
+    place = vllm_adapter_path if dry_run else vllm_adapter
+    adapters = {}
+    for name in pool.ranks:
+        click.echo(f"adapter {name}", err=True)
+        adapters[name] = place(found.members[name])
+    name = next((n for n, b in found.bases.items() if b.path == pool.base.path), pool.base.name)
+    options = serve_options(pool, adapters, name)
+    if live:
+        options["enable-lora"] = True
+    where = ["--host", host, "--port", str(port)]
+    words = command_line(options, program, [*where, *more])
+    environment = dict(_QUIET)
+    if api_key is not None:
+        environment["VLLM_API_KEY"] = api_key
+    if live:
+        environment |= {"VLLM_ALLOW_RUNTIME_LORA_UPDATING": "1", RUNS: str(root.resolve())}
+    if dry_run:
+        click.echo(shell(words))
+        return
+    url = f"http://{f'[{host}]' if ':' in host else host}:{port}"
+    log = cache_folder() / "logs" / f"vllm-{port}.log"
+    click.echo(f"log     {log}", err=True)
+    Supervisor(words, environment, f"{url}/health", log, _Report(url, name, list(adapters))).run()
+
+
+def _pool(root: Path, found: Found, memory: int | None) -> Pool:
+    fleet = plan_fleet(found, memory)
+    for name, problem in fleet.problems.items():
+        click.secho(f"left out: {name}: {problem.splitlines()[0]}", fg="yellow", err=True)
+    if len(fleet.pools) == 1:
+        return fleet.pools[0]
+    if not fleet.pools and len(found.bases) == 1:
+        return alone(*found.bases.values())
+    raise RunError(
+        "one vLLM serves one base",
+        file=root,
+        found=", ".join(f"{pool.base.path} ({pool.task})" for pool in fleet.pools)
+        or f"{len(found.bases)} bases, no run",
+        remedy="choose with --base" if fleet.pools else "see dora-serve plan",
+    )
+
+
+class _Report:
+    """Tells what happens to the server: a line that counts in a terminal, else a line an event."""
+
+    def __init__(self, url: str, base: str, adapters: Sequence[str]) -> None:
+        self._url, self._base, self._adapters = url, base, adapters
+        self._counting = False
+
+    def __call__(self, event: str, seconds: float) -> None:
+        if event == "starting":
+            if sys.stderr.isatty():
+                click.echo(f"\rstarting vLLM  {seconds:.0f} s", nl=False, err=True)
+                self._counting = True
+            return
+        if self._counting:
+            click.echo("", err=True)
+            self._counting = False
+        if event == "ready":
+            click.echo(f"ready after {seconds:.0f} s")
+            for name in (self._base, *self._adapters):
+                click.echo(f"  {name}")
+            click.echo(
+                f"curl {self._url}/v1/completions -H 'Content-Type: application/json' -d "
+                f'\'{{"model": "{(self._adapters or [self._base])[0]}", "prompt": "Hello"}}\''
+            )
+            sys.stdout.flush()
+        elif event == "crashed":
+            click.secho(f"vLLM ended; again in {seconds:.0f} s", fg="red", err=True)
+        else:
+            click.echo("stopping", err=True)
