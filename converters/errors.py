@@ -9,7 +9,12 @@ from pathlib import Path
 
 
 class DoraExportError(Exception):
-    """Root of every error this project raises on purpose."""
+    """Root of every error this project raises on purpose.
+
+    What it was given stays as attributes; the text is made of them when it is asked for. In a
+    remedy, a word between backticks is a parameter or a verb of the API, which the command line
+    shows as its own.
+    """
 
     def __init__(
         self,
@@ -21,15 +26,33 @@ class DoraExportError(Exception):
         expected: object = None,
         remedy: str | None = None,
     ) -> None:
+        super().__init__(message)
+        self.message = message
+        self.file = file
+        self.tensor = tensor
+        self.found = found
+        self.expected = expected
+        self.remedy = remedy
+
+    def __str__(self) -> str:
         parts = (
-            ("file", file),
-            ("tensor", tensor),
-            ("found", found),
-            ("expected", expected),
-            ("to do", remedy),
+            ("file", self.file),
+            ("tensor", self.tensor),
+            ("found", self.found),
+            ("expected", self.expected),
+            ("to do", self.remedy),
         )
-        lines = [message, *(f"  {label}: {value}" for label, value in parts if value is not None)]
-        super().__init__("\n".join(lines))
+        lines = [f"  {label}: {visible(value)}" for label, value in parts if value is not None]
+        return "\n".join([self.message, *lines])
+
+
+def visible(value: object) -> str:
+    """The text of a value that others named, with control and bidirectional characters escaped: a
+    terminal would obey them. Line breaks stay where the value is an error of several lines."""
+    keep = "\n" if isinstance(value, Exception) else ""
+    return "".join(
+        char if char in keep or char.isprintable() else ascii(char)[1:-1] for char in str(value)
+    )
 
 
 class RunError(DoraExportError, ValueError):

@@ -53,7 +53,7 @@ def difference(tuned: BaseModel, base: BaseModel) -> Run:
             file=base.path,
             found=base.config.get("model_type"),
             expected=tuned.config.get("model_type"),
-            remedy="pass the base that the model was tuned from with --base",
+            remedy="pass the base that the model was tuned from with `base`",
         )
     architecture, task = _architecture(tuned, base)
     labels = tuned.config.get("id2label")

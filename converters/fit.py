@@ -117,7 +117,7 @@ def base_weight(run: Run, module: str, base: BaseModel | None) -> torch.Tensor:
             "this module's update depends on the base weight",
             file=run.path,
             tensor=module,
-            remedy="name the base with --base",
+            remedy="name the base with `base`",
         )
     shape = run.updates[module].shape
     transposed = base.is_transposed(module, shape, module in run.embeddings)

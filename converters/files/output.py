@@ -54,7 +54,7 @@ def check_output(
         raise OutputError(
             "the output folder is not empty",
             file=target,
-            remedy="choose another, or pass --force to replace it",
+            remedy="choose another, or pass `force` to replace it",
         )
     parent = resolved.parent
     while not parent.exists():
@@ -101,7 +101,7 @@ def output_folder(target: Path, resume: bool = False) -> Iterator[Path]:
                 raise OutputError(
                     "another command wrote the output meanwhile",
                     file=target,
-                    remedy="choose another, or pass --force to replace it",
+                    remedy="choose another, or pass `force` to replace it",
                 )
             (folder / JOURNAL).unlink(missing_ok=True)
             _swap(folder, target)

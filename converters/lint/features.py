@@ -21,7 +21,7 @@ _FEATURES = {
     "use_mora": None,
     "use_qalora": None,
 }
-_MERGE = "deploy the merged model: dora-export merge"
+_MERGE = "deploy the merged model (`merge`)"
 
 
 def kind(adapter: Adapter) -> Iterator[Finding]:
@@ -31,7 +31,7 @@ def kind(adapter: Adapter) -> Iterator[Finding]:
         if targets:
             yield Finding(
                 "peft-type", "error", targets, f"{CONFIG}: peft_type", "this is no LoRA adapter",
-                str(name), "LORA", "dora-export adapter repacks it, or dora-export merge",
+                str(name), "LORA", "`adapter` repacks it, or `merge`",
             )  # fmt: skip
 
 
@@ -126,7 +126,7 @@ def orientation(adapter: Adapter) -> Iterator[Finding]:
             yield Finding(
                 "conv1d", "error", targets, module,
                 "llama.cpp's converter transposes the update of a Conv1D layer", "a Conv1D layer",
-                "linear layers", f"dora-export lint --target {targets[0]} --fix OUT",
+                "linear layers", f"`lint` with `target` {targets[0]} and `fix`",
             )  # fmt: skip
         if said != conv1d:
             wrong.append(module)
@@ -135,7 +135,7 @@ def orientation(adapter: Adapter) -> Iterator[Finding]:
             "fan_in_fan_out", "warning", adapter.all, wrong[0],
             "fan_in_fan_out does not fit the layer; a tool that trusts it transposes wrongly",
             str(said).lower(), str(not said).lower(),
-            "dora-export lint --base … --fix OUT sets it by the layers of the base",
+            "`lint` with `base` and `fix` sets it by the layers of the base",
         )  # fmt: skip
 
 

@@ -12,7 +12,7 @@ from ..targets.lora_folder.adapter import CONFIG
 from .finding import PEFTS_OWN, PREFIX, Adapter, Finding
 
 _LAYER = re.compile(r"(.*?)\.(\d{1,9})\.(?:(.+)\.)?([^.]+)")
-_REWRITE = "dora-export lint --fix OUT writes the names PEFT knows"
+_REWRITE = "`lint` with `fix` writes the names PEFT knows"
 
 
 def prefix(adapter: Adapter) -> Iterator[Finding]:
@@ -117,7 +117,7 @@ def targeted(adapter: Adapter) -> Iterator[Finding]:
                 "no module is named, so PEFT adapts none",
                 str(targets),
                 ", ".join(sorted({module.split(".")[-1] for module in adapter.pairs})),
-                "dora-export lint --fix OUT names the modules that are stored",
+                "`lint` with `fix` names the modules that are stored",
             )
         return
     for module in (*adapter.pairs, *adapter.embeddings):
@@ -130,7 +130,7 @@ def targeted(adapter: Adapter) -> Iterator[Finding]:
                 "the module is stored but not among target_modules, so PEFT leaves it out",
                 str(targets)[:80],
                 module,
-                "dora-export lint --fix OUT names the modules that are stored",
+                "`lint` with `fix` names the modules that are stored",
             )
 
 
@@ -164,7 +164,7 @@ def kinds(adapter: Adapter) -> Iterator[Finding]:
                     f"{engine.name} does not adapt this module of such a model",
                     str(family),
                     "another engine",
-                    "deploy the merged model: dora-export merge",
+                    "deploy the merged model (`merge`)",
                 )
             if engine.kinds is not None and module.split(".")[-1] not in engine.kinds:
                 yield Finding(
@@ -175,7 +175,7 @@ def kinds(adapter: Adapter) -> Iterator[Finding]:
                     f"{engine.name} adapts no modules of this kind",
                     module.split(".")[-1],
                     ", ".join(sorted(engine.kinds)),
-                    "deploy the merged model: dora-export merge",
+                    "deploy the merged model (`merge`)",
                 )
 
 
@@ -186,7 +186,7 @@ def gaps(adapter: Adapter) -> Iterator[Finding]:
         if match := _LAYER.fullmatch(module):
             stems.setdefault((match[1], match[3] or "", match[4]), set()).add(int(match[2]))
     for engine in (engine for engine in adapter.engines if engine.uniform):
-        fix = f"dora-export lint --target {engine.name} --fix OUT stores zeros there"
+        fix = f"`lint` with `target` {engine.name} and `fix` stores zeros there"
         for (head, stem, kind), present in stems.items():
             absent = sorted(_layers(adapter, head, stem, kind) - present)
             if absent:
@@ -243,7 +243,7 @@ def tied(adapter: Adapter) -> Iterator[Finding]:
                 "embedding and head are one tensor in the base, and one side of it is adapted",
                 f"an adapter on {module}",
                 "none on tied tensors",
-                "merge it: dora-export merge unties the pair",
+                "merge it (`merge`), which unties the pair",
             )
 
 

@@ -72,7 +72,7 @@ def limits(adapter: Adapter) -> Iterator[Finding]:
                 "the rank is over the engine's limit",
                 f"rank {rank}",
                 f"at most {engine.max_rank}",
-                f"dora-export adapter --max-rank {engine.max_rank}, or merge it",
+                f"`adapter` with `max_rank` {engine.max_rank}, or merge it",
             )
         elif engine.slots:
             slot = min(slot for slot in engine.slots if slot >= rank)
@@ -101,7 +101,7 @@ def uniform(adapter: Adapter) -> Iterator[Finding]:
                     "the engine holds one rank for all modules",
                     f"rank {rank}",
                     f"rank {default}, the configuration's r",
-                    f"dora-export lint --target {engine.name} --fix OUT pads to the largest rank",
+                    f"`lint` with `target` {engine.name} and `fix` pads to the largest rank",
                 )
 
 
@@ -154,7 +154,7 @@ def fused(adapter: Adapter) -> Iterator[Finding]:
 
 
 def _fold(engine: str) -> str:
-    return f"dora-export lint --target {engine} --fix OUT folds every scale into the weights"
+    return f"`lint` with `target` {engine} and `fix` folds every scale into the weights"
 
 
 def _truth(adapter: Adapter) -> dict[str, float]:

@@ -39,13 +39,13 @@ def values(adapter: Adapter) -> Iterator[Finding]:
             yield Finding(
                 "half", "warning", adapter.all, key, "float16 cannot hold these values",
                 f"up to {largest:.3g} in size", f"between {_HALF_TINY:.1g} and {_HALF_MAX:g}",
-                "serve it in bfloat16 or float32, or balance A and B: dora-export lint --fix OUT",
+                "serve it in bfloat16 or float32, or balance A and B: `lint` with `fix`",
             )  # fmt: skip
         if tensor.dtype == torch.float64:
             yield Finding(
                 "float64", "warning", adapter.all, key, "the tensor is stored in float64",
                 "float64", "float32 or narrower",
-                "dora-export lint --fix OUT stores float32",
+                "`lint` with `fix` stores float32",
             )  # fmt: skip
     yield from _zeros(adapter, zero)
 
@@ -64,7 +64,7 @@ def _zeros(adapter: Adapter, zero: set[str]) -> Iterator[Finding]:
     for module in still:
         yield Finding(
             "zero-module", "info", adapter.all, module, "this update is zero", "A or B all zeros",
-            "an update", "dora-export adapter leaves it out where the engine allows",
+            "an update", "`adapter` leaves it out where the engine allows",
         )  # fmt: skip
 
 

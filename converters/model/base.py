@@ -91,7 +91,7 @@ class BaseModel:
                 tensor=f"{module}.weight",
                 expected=f"a weight of shape {list(shape)}",
                 found="; ".join(list(self.tensors)[:3]) + "; …",
-                remedy="is this the base the run was trained on? pass it with --base",
+                remedy="is this the base the run was trained on? pass it with `base`",
             )
         square = shape[0] == shape[1]
         stored = rows_and_columns(weight.shape)
@@ -108,7 +108,7 @@ class BaseModel:
             tensor=weight.name,
             found=list(weight.shape),
             expected=list(shape),
-            remedy="is this the base the run was trained on? pass the right one with --base",
+            remedy="is this the base the run was trained on? pass the right one with `base`",
         )
 
     def dtype(self) -> torch.dtype:
@@ -158,7 +158,7 @@ def _open(folder: Path, name: str) -> BaseModel:
         raise MissingError(
             "the base model has no config.json",
             file=config_path,
-            remedy="pass --base the folder that from_pretrained would take",
+            remedy="pass `base` the folder that from_pretrained would take",
         )
     config = read_json(config_path)
     if not isinstance(config.get("model_type", ""), str):

@@ -128,7 +128,7 @@ class Layout:
                     file=self._base.path,
                     tensor=parts[0][1],
                     expected=parameter,
-                    remedy="deploy it as an adapter: dora-export adapter",
+                    remedy="deploy it as an adapter (`adapter`)",
                 )
             for disk, (load, module) in found.items():
                 name = disk.removesuffix(".weight")
@@ -167,7 +167,7 @@ class Layout:
                 tensor=name,
                 found=f"{parameter} {list(full)}",
                 expected=list(shape),
-                remedy="is this the base the run was trained on? pass the right one with --base",
+                remedy="is this the base the run was trained on? pass the right one with `base`",
             )
         transposed = (rows, columns) != shape
         if rows == columns and index is not None:

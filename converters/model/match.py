@@ -43,7 +43,7 @@ def check_frozen(run: Run, base: BaseModel) -> None:
                 tensor=own,
                 found=list(base.tensors[own].shape),
                 expected=list(tensor.shape),
-                remedy="pass the base that this run was trained on with --base",
+                remedy="pass the base that this run was trained on with `base`",
             )
         if not same_values(tensor, base.tensors[own]):
             raise BaseError(
@@ -51,7 +51,7 @@ def check_frozen(run: Run, base: BaseModel) -> None:
                 file=base.tensors[own].path,
                 tensor=own,
                 expected=f"the values in {tensor.path}",
-                remedy="pass the base that this run was trained on with --base",
+                remedy="pass the base that this run was trained on with `base`",
             )
 
 
@@ -72,7 +72,7 @@ def changed(
             raise TargetError(
                 "the checkpoint does not tell which of its tensors were trained",
                 file=run.path,
-                remedy="pass the base model with --base",
+                remedy="pass the base model with `base`",
             )
         return dict(run.replaced)
     find = find or base.find
@@ -88,7 +88,7 @@ def changed(
                 tensor=name,
                 found=list(tensor.shape),
                 expected=list(base.tensors[own].shape),
-                remedy="is this the base the run was trained on? pass it with --base",
+                remedy="is this the base the run was trained on? pass it with `base`",
             )
         if own is None or not is_copy_of(tensor, base.tensors[own]):
             result[name] = tensor

@@ -84,7 +84,7 @@ def detect(path: Path, method: str | None = None) -> tuple[Reader, Path]:
             "the folder holds runs of several methods",
             file=path,
             found=", ".join(f"{reader.name} in {found}" for reader, found in hits),
-            remedy="name one of these folders, or the method with --method",
+            remedy="name one of these folders, or the method with `method`",
         )
     content = ", ".join(sorted(p.name for p in path.iterdir())[:8]) or "an empty folder"
     looked = "".join(f"\n    {reader.name}: {reader.looks_for}" for reader in known)

@@ -55,7 +55,7 @@ class AfloraReader:
         ranks = {module: _check(module, parts) for module, parts in modules.items()}
         chosen: dict[str, object]
         if config.get("lora_type") == "aflora":
-            alpha = number(config, path, ("lora_alpha",), options.lora_alpha, "--lora-alpha")
+            alpha = number(config, path, ("lora_alpha",), options.lora_alpha, "lora_alpha")
             function, chosen = _FUNCTIONS[0], {"lora_alpha": alpha}
         else:
             alpha, nonlin = None, _nonlin(config, path)

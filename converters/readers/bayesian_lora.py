@@ -45,7 +45,7 @@ class BayesianLoraReader:
         config = read_config(folder)
         file, tensors = open_weights(folder)
         path = file.parent / CONFIG_FILE
-        alpha = number(config, path, ("lora_alpha",), options.lora_alpha, "--lora-alpha")
+        alpha = number(config, path, ("lora_alpha",), options.lora_alpha, "lora_alpha")
         modules: dict[str, Parts] = {}
         for name, tensor in tensors.items():
             if match := _PART.fullmatch(name):

@@ -35,8 +35,8 @@ class BayesLoraReader:
     def read(self, folder: Path, options: ReadOptions) -> Run:
         checkpoint = open_checkpoint(folder)
         assert checkpoint is not None
-        alpha = number({}, folder, ("lora_alpha",), options.lora_alpha, "--lora-alpha")
-        initial = number({}, folder, ("initial rank",), options.start_rank, "--start-rank")
+        alpha = number({}, folder, ("lora_alpha",), options.lora_alpha, "lora_alpha")
+        initial = number({}, folder, ("initial rank",), options.start_rank, "start_rank")
         modules = _modules(checkpoint.tensors)
         updates: dict[str, Callable[[], RankOneSum]] = {}
         for module, parts in modules.items():
@@ -48,7 +48,7 @@ class BayesLoraReader:
                     tensor=f"{module}.A_mu",
                     found=rank,
                     expected=f"at most {initial}",
-                    remedy="is this the --start-rank of another run?",
+                    remedy="is this the `start_rank` of another run?",
                 )
             updates[module] = _loader(parts, alpha / initial)
         shards = {

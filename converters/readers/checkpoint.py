@@ -81,7 +81,7 @@ def number(
             file=path,
             found=f"{value}",
             expected=f"a positive number as {' or '.join(keys)}",
-            remedy=f"pass {option}",
+            remedy=f"pass `{option}`",
         )
     return value
 

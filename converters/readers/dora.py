@@ -216,7 +216,7 @@ class _Scaling:
                 found="no task_info.json in the mirrored Log folder"
                 if self.info_path is None
                 else "no lora_alpha in task_info.json",
-                remedy="pass --task-info FILE, or --lora-alpha "
+                remedy="pass `task_info`, or `lora_alpha` "
                 "(the reference configuration always uses 8)",
             ) from None
         except ValueError:
@@ -233,7 +233,7 @@ class _Scaling:
                 file=self.info_path if self.options.start_rank is None else self.folder,
                 found=f"{said}",
                 expected=f"{rank}, the rank of the stored components",
-                remedy="is this the task_info.json (or --start-rank) of another run?",
+                remedy="is this the task_info.json (or `start_rank`) of another run?",
             )
         return self.alpha / rank if rank else 0.0
 

@@ -36,7 +36,7 @@ class DyloraReader:
         checkpoint = open_checkpoint(folder)
         assert checkpoint is not None
         path = folder / "config.json"
-        alpha = number(checkpoint.config, path, ("lora_alpha",), options.lora_alpha, "--lora-alpha")
+        alpha = number(checkpoint.config, path, ("lora_alpha",), options.lora_alpha, "lora_alpha")
         modules = adapted(checkpoint.tensors)
         start_rank = {
             module: check_pair(module, parts, next(iter(parts.values())).path)
@@ -49,7 +49,7 @@ class DyloraReader:
                 file=folder,
                 found=rank,
                 expected=f"a number from 1 to {largest}",
-                remedy=f"pass --rank (for a plain LoRA checkpoint its own rank, {largest})",
+                remedy=f"pass `rank` (for a plain LoRA checkpoint its own rank, {largest})",
             )
         updates = {module: _loader(parts, rank, alpha) for module, parts in modules.items()}
         chosen = {"lora_alpha": alpha, "rank": rank}

@@ -53,7 +53,7 @@ class GatedLoraReader:
                 raise RunError(
                     f"{key} is not read for gated LoRA", file=path, found=f"{key}: {config[key]}"
                 )
-        alpha = number(config, path, ("lora_alpha",), options.lora_alpha, "--lora-alpha")
+        alpha = number(config, path, ("lora_alpha",), options.lora_alpha, "lora_alpha")
         found = adapted(_tensors(folder))
         modules = {name.removesuffix(_SORA): parts for name, parts in found.items()}
         ranks = {
@@ -63,7 +63,7 @@ class GatedLoraReader:
         if all(name.endswith(_SORA) for name in found):
             start_rank = ranks  # SoRA never cuts what it stores
         else:
-            start = number(config, path, ("r", "lora_r"), options.start_rank, "--start-rank")
+            start = number(config, path, ("r", "lora_r"), options.start_rank, "start_rank")
             start_rank = dict.fromkeys(modules, int(start))
         gate = _gate(modules, path, options.gate)
         for name, parts in modules.items():
@@ -115,7 +115,7 @@ def _gate(modules: Mapping[str, Parts], path: Path, said: str | None) -> str:
             file=path.parent,
             found=", ".join(candidates),
             expected=said or "one vector of r numbers beside lora_A and lora_B",
-            remedy="pass --gate with the name of the vector",
+            remedy="pass `gate` with the name of the vector",
         )
     return said
 

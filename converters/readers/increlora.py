@@ -42,7 +42,7 @@ class IncreloraReader:
         checkpoint = open_checkpoint(folder)
         assert checkpoint is not None
         path = folder / "config.json"
-        alpha = number(checkpoint.config, path, ("lora_alpha",), options.lora_alpha, "--lora-alpha")
+        alpha = number(checkpoint.config, path, ("lora_alpha",), options.lora_alpha, "lora_alpha")
         modules = _modules(checkpoint)
         updates: dict[str, Callable[[], RankOneSum]] = {}
         start_rank = {}

@@ -43,7 +43,7 @@ class LoralibAdaloraReader:
         checkpoint = open_checkpoint(folder)
         assert checkpoint is not None
         path = folder / "config.json"
-        alpha = number(checkpoint.config, path, ("lora_alpha",), options.lora_alpha, "--lora-alpha")
+        alpha = number(checkpoint.config, path, ("lora_alpha",), options.lora_alpha, "lora_alpha")
         modules = adapted(checkpoint.tensors)
         updates: dict[str, Callable[[], RankOneSum]] = {}
         start_rank = {}

@@ -118,7 +118,7 @@ def _check_size(
             tensor=matrix.name,
             found=list(matrix.shape),
             expected=f"{[expected, expected]} for r {rank} and a weight {list(shape)}",
-            remedy="is this the base the run was trained on? pass it with --base",
+            remedy="is this the base the run was trained on? pass it with `base`",
         )
 
 

@@ -39,14 +39,14 @@ def read_parts(first: Run, options: ReadOptions) -> Run:
 
 def _read(path: Path, options: ReadOptions) -> Run:
     if not path.exists():
-        raise MissingError("no such part of the run", file=path, remedy="correct --part")
+        raise MissingError("no such part of the run", file=path, remedy="correct `part`")
     file = path.is_file()
     if file and not (path.parent / CONFIG_FILE).is_file():
         raise RunError(
             "a part that is a file needs the configuration of its adapter",
             file=path,
             expected=f"{CONFIG_FILE} beside it",
-            remedy="copy it there from the first part, or give a folder as --part",
+            remedy="copy it there from the first part, or give a folder as `part`",
         )
     reader, folder = detect(path.parent if file else path, options.method)
     run = replace(reader.read(path if file else folder, options), method=reader.name)
@@ -64,7 +64,7 @@ def _join(left: Run, right: Run) -> Run:
                 "a checkpoint with a whole model in it is no part of a run",
                 file=run.path,
                 expected="adapters",
-                remedy="read it alone, without --part",
+                remedy="read it alone, without `part`",
             )
     updates: dict[str, Callable[[], Update]] = {}
     for run in (left, right):

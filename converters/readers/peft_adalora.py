@@ -35,8 +35,8 @@ class PeftAdaloraReader:
 
     def read(self, folder: Path, options: ReadOptions) -> Run:
         config_path, config = folder / CONFIG_FILE, read_config(folder)
-        alpha = number(config, config_path, ("lora_alpha",), options.lora_alpha, "--lora-alpha")
-        init_r = number(config, config_path, ("init_r",), options.start_rank, "--start-rank")
+        alpha = number(config, config_path, ("lora_alpha",), options.lora_alpha, "lora_alpha")
+        init_r = number(config, config_path, ("init_r",), options.start_rank, "start_rank")
         kept = _kept(config, config_path)
         modules, _ = grouped(open_weights(folder)[1], _LORA)
         for module, parts in modules.items():

@@ -78,7 +78,7 @@ def refuse_unread(replaced: Iterable[str], file: Path) -> None:
                 file=file,
                 tensor=name,
                 expected="adapters on linear layers only, under the names PEFT saves",
-                remedy="where an adapter's name is in the tensors' names: dora-export lint --fix",
+                remedy="where an adapter's name is in the tensors' names: `lint` with `fix`",
             )
 
 
@@ -88,7 +88,7 @@ def need_base(options: ReadOptions, what: str, file: Path) -> BaseModel:
         raise RunError(
             f"{what} cannot be read without the base model, whose shapes it takes",
             file=file,
-            remedy="pass --base FOLDER_OR_HUB_ID",
+            remedy="pass the base with `base`, a folder or a hub id",
         )
     return open_base(options.base)
 
@@ -102,7 +102,7 @@ def linear_shape(base: BaseModel, module: str) -> tuple[int, int]:
             file=base.path,
             tensor=f"{module}.weight",
             found=None if weight is None else list(weight.shape),
-            remedy="is this the base the run was trained on? pass it with --base",
+            remedy="is this the base the run was trained on? pass it with `base`",
         )
     rows, columns = weight.shape
     conv1d = base.config.get("model_type") in CONV1D_FAMILIES
@@ -164,7 +164,7 @@ class Scaling:
                 f"{key} is missing or not a number",
                 file=self._path,
                 found=default,
-                remedy="pass --lora-alpha" if key == "lora_alpha" else None,
+                remedy="pass `lora_alpha`" if key == "lora_alpha" else None,
             )
         return default
 

@@ -89,7 +89,7 @@ class PeftTunerReader:
                 f"{kind} is calculated from the base's weights, and one is not there",
                 file=base.path,
                 tensor=f"{absent[0]}.weight",
-                remedy="is this the base it was trained on? pass the right one with --base",
+                remedy="is this the base it was trained on? pass the right one with `base`",
             )
 
         updates: dict[str, Update] = {}
@@ -193,7 +193,7 @@ def _find_base(config: Mapping[str, object], options: ReadOptions, path: Path) -
         f"{config['peft_type']} adapters can only be read with their base model",
         file=path,
         found=f"base_model_name_or_path: {named or None}",
-        remedy="pass --base FOLDER_OR_HUB_ID",
+        remedy="pass the base with `base`, a folder or a hub id",
     )
 
 

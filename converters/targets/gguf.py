@@ -72,7 +72,7 @@ class GgufAdapter:
             raise TargetError(
                 "a GGUF adapter names its base's architecture, which is not known",
                 file=run.path,
-                remedy="pass the base model with --base",
+                remedy="pass the base model with `base`",
             )
         plan = LoraFolder().plan(run, base, profile, dtype)
         architecture, permuted = _family(base)
@@ -95,7 +95,7 @@ class GgufAdapter:
                     f"llama.cpp's {architecture} has no tensor for this module",
                     file=run.path,
                     tensor=module,
-                    remedy="deploy the merged model: dora-export merge",
+                    remedy="deploy the merged model (`merge`)",
                 )
             names[module] = name
             if permuted and module.endswith((".q_proj", ".k_proj")):
@@ -167,7 +167,7 @@ def _family(base: BaseModel) -> tuple[str, bool]:
             file=base.path / "config.json",
             found=name,
             expected=", ".join(_FAMILIES),
-            remedy="deploy the merged model (dora-export merge), converted by llama.cpp",
+            remedy="deploy the merged model (`merge`), converted by llama.cpp",
         )
     return _FAMILIES[name]
 
@@ -209,7 +209,7 @@ def _check_tied(run: Run, base: BaseModel, names: dict[str, str]) -> None:
                 "llama.cpp cannot adapt the embedding or the head alone where they are tied",
                 file=run.path,
                 tensor=module,
-                remedy="deploy the merged model: dora-export merge",
+                remedy="deploy the merged model (`merge`)",
             )
 
 

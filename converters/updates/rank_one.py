@@ -187,7 +187,7 @@ def stored_error(update: RankOneSum, a: torch.Tensor, b: torch.Tensor) -> float:
             "an update is beyond the range of the adapter's dtype",
             found=f"‖ΔW‖ = {update.norm():.3g}",
             expected=f"within {a.dtype}",
-            remedy="use --dtype float32",
+            remedy="use `dtype` float32",
         )
     difference = RankOneSum(
         torch.cat([a.float(), update.a]),

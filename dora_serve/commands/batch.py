@@ -9,6 +9,7 @@ from pathlib import Path
 
 import click
 
+from ..wording import in_flags
 from . import common
 
 
@@ -100,4 +101,4 @@ def command(
 
 def _show_failed(failed: Mapping[str, str]) -> None:
     for name, error in failed.items():
-        click.secho(f"failed: {name}: {error}", fg="red", err=True)
+        click.secho(in_flags(f"failed: {name}: {error}"), fg="red", err=True)

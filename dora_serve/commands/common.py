@@ -17,6 +17,7 @@ import click
 from converters.targets.engines import PROFILES
 
 from ..remote.local import Remote, is_url, local_values
+from ..wording import in_flags
 
 if TYPE_CHECKING:
     import torch
@@ -241,8 +242,8 @@ def reports_errors(function: F) -> F:
                     f"reading or writing failed: {error.strerror}", file=error.filename
                 )
             if kwargs.get("as_json"):
-                click.echo(json.dumps({"error": type(error).__name__, "message": str(error)}))
-            click.secho(f"error: {error}", fg="red", err=True)
+                click.echo(json.dumps({"error": type(error).__name__, "message": in_flags(error)}))
+            click.secho(f"error: {in_flags(error)}", fg="red", err=True)
             sys.exit(1)
 
     return wrapped  # type: ignore[return-value]
@@ -250,7 +251,7 @@ def reports_errors(function: F) -> F:
 
 def warn(warnings: tuple[str, ...]) -> None:
     for warning in warnings:
-        click.secho(f"warning: {warning}", fg="yellow", err=True)
+        click.secho(f"warning: {in_flags(warning)}", fg="yellow", err=True)
 
 
 def print_json(value: object) -> None:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from ..wording import in_flags
 from . import common
 
 if TYPE_CHECKING:
@@ -123,7 +124,7 @@ def _describe(run: Run, base: Any) -> dict[str, Any]:
             plan = plan_adapter(stripped, base, profile, torch.float32)
             targets[name] = f"yes, {common.size(plan.nbytes)} in float32"
         except TargetError as error:
-            targets[name] = "no: " + str(error).replace("\n  ", "; ")
+            targets[name] = "no: " + in_flags(error).replace("\n  ", "; ")
     values = list(ranks.values())
     return {
         "path": str(run.path),

@@ -12,6 +12,7 @@ import click
 
 from converters.targets.engines import PROFILES
 
+from ..wording import in_flags
 from . import common
 
 if TYPE_CHECKING:
@@ -65,7 +66,7 @@ def command(
             heal(adapter, out, targets[0], model, force)
             left = lint(out, model, targets) if targets[0] != "gguf" else []
         except DoraExportError as error:
-            why, left = str(error), findings
+            why, left = in_flags(error), findings
     if as_json:
         common.print_json(_json(adapter, targets, findings, out, left, why))
     else:
@@ -132,7 +133,7 @@ def _print_group(title: str, findings: Sequence[Finding], verdict: str = "") -> 
             click.echo(f"    {finding.where}: {finding.found}; expected {finding.expected}")
         if len(group) > _SHOWN:
             click.echo(f"    … and {len(group) - _SHOWN} more")
-        click.echo(f"    fix: {group[0].fix}")
+        click.echo(f"    fix: {in_flags(group[0].fix)}")
 
 
 def _print_fix(out: Path, targets: Sequence[str], left: Sequence[Finding], why: str | None) -> None:

@@ -11,6 +11,7 @@ from pathlib import Path
 
 from converters.errors import MissingError
 
+from ..wording import in_flags
 from .options import ServerOptions
 from .prepare.plan import DECODES, Plan
 
@@ -51,7 +52,7 @@ def up(
     root = root.resolve()
     plan = make_plan(root, base, dry_run)
     for name, problem in plan.problems.items():
-        print(f"not served: {name}\n  {problem}".replace("\n", "\n  "), file=sys.stderr)
+        print(in_flags(f"not served: {name}\n  {problem}").replace("\n", "\n  "), file=sys.stderr)
     if not plan.models:
         raise MissingError(
             "nothing here can be served",

@@ -236,6 +236,6 @@ def test_loralib_adalora_alpha_is_never_guessed(tmp_path: Path) -> None:
     config = json.loads(path.read_text())
     alpha = config.pop("lora_alpha")
     path.write_text(json.dumps(config))
-    with pytest.raises(RunError, match="--lora-alpha"):
+    with pytest.raises(RunError, match="`lora_alpha`"):
         read_run(tmp_path / "run")
     assert read_run(tmp_path / "run", ReadOptions(lora_alpha=alpha)).options["lora_alpha"] == alpha

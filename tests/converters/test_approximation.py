@@ -29,7 +29,7 @@ NO_MATRIX = {"LNTuningConfig"}  # trains nothing that an adapter could approxima
 
 
 def reaches_its_bound(run: Run, base: Path, out: Path) -> None:
-    with pytest.raises(DoraExportError, match=r"not low-rank(.|\n)*--energy"):
+    with pytest.raises(DoraExportError, match=r"not low-rank(.|\n)*`energy`"):
         write_adapter(run, out / "refused", base=base)
     assert not (out / "refused").exists()
     result = write_adapter(run, out / "adapter", base=base, energy=ENERGY)

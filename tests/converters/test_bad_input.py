@@ -179,7 +179,7 @@ CASES: list[tuple[Damage, str]] = [
     (missing_shard, "model-00001-of-00002.safetensors"),
     (shard_outside, "outside"),
     (other_start_rank, "start rank differs(.|\n)*12"),
-    (no_alpha, "--lora-alpha"),
+    (no_alpha, "`lora_alpha`"),
     (alpha_is_text, "not a number"),
     (alpha_is_nan, "not a number"),
     (alpha_is_huge, "not a number"),
@@ -260,7 +260,7 @@ def test_an_alpha_that_is_no_number_is_refused(llama_lora: Path) -> None:
 def test_lost_log_folder_needs_alpha(dora_run: Path, tmp_path: Path) -> None:
     info = Path(str(dora_run.parent).replace("/Checkpoint/", "/Log/")) / "task_info.json"
     moved = info.rename(tmp_path / "info.json")
-    with pytest.raises(DoraExportError, match="--task-info"):
+    with pytest.raises(DoraExportError, match="`task_info`"):
         read_run(dora_run)
     by_alpha = read_run(dora_run, ReadOptions(lora_alpha=ALPHA))
     by_info = read_run(dora_run.parent, ReadOptions(task_info=moved))
@@ -278,7 +278,7 @@ def test_output_inside_an_input_or_not_empty(dora_run: Path, base: Path, tmp_pat
     full = tmp_path / "full"
     full.mkdir()
     (full / "mine").write_text("keep")
-    with pytest.raises(DoraExportError, match="--force"):
+    with pytest.raises(DoraExportError, match="`force`"):
         merge(dora_run, full, base=base)
     assert (full / "mine").read_text() == "keep"
     merge(dora_run, full, base=base, force=True)

@@ -180,7 +180,7 @@ def test_single_trained_tokens(tmp_path: Path, tied: bool, indices: Any) -> None
     run = prove(cls, tmp_path / "base", tmp_path / "lora", tmp_path, adapter=False)
     merged = transformers.AutoConfig.from_pretrained(tmp_path / "merged")
     assert merged.tie_word_embeddings is tied
-    with pytest.raises(DoraExportError, match="--base"):
+    with pytest.raises(DoraExportError, match="`base`"):
         read_run(tmp_path / "lora")
     with pytest.raises(DoraExportError, match="cannot carry"):  # the tied head would not follow
         write_adapter(run, tmp_path / "adapter", base=tmp_path / "base", energy=1.0)

@@ -241,5 +241,5 @@ def test_limits_that_mean_nothing_are_refused(limit: dict[str, float], message: 
 
 
 def test_an_update_that_needs_the_base_asks_for_it() -> None:
-    with pytest.raises(DoraExportError, match="--base"):
+    with pytest.raises(DoraExportError, match="`base`"):
         fit_run(run_of(one=dense(torch.randn(4, 5))), None, max_rank=1)

@@ -28,7 +28,7 @@ OPTIONS = ReadOptions(lora_alpha=ALPHA, start_rank=RANK)
 
 @pytest.mark.supports(method="gated (SoRA)", family="roberta", targets=("merged", "peft"))
 def test_sora(tmp_path: Path) -> None:
-    with pytest.raises(RunError, match="--lora-alpha"):
+    with pytest.raises(RunError, match="`lora_alpha`"):
         read_run(SORA / "run")
     run = read_run(SORA / "run", ReadOptions(lora_alpha=16))
     prove(run, ROBERTA, *expected(SORA), tmp_path, ("peft",))
@@ -108,9 +108,9 @@ def test_alora_checkpoint(tmp_path: Path) -> None:
     for name, layer in layers.items():
         state |= {f"{name}.lora_A": layer.a, f"{name}.lora_B": layer.b, f"{name}.alpha": layer.gate}
     torch.save(state, tmp_path / "run" / "pytorch_model.bin")
-    with pytest.raises(RunError, match="--lora-alpha"):
+    with pytest.raises(RunError, match="`lora_alpha`"):
         read_run(tmp_path / "run")
-    with pytest.raises(RunError, match="--start-rank"):
+    with pytest.raises(RunError, match="`start_rank`"):
         read_run(tmp_path / "run", ReadOptions(lora_alpha=ALPHA))
     run = read_run(tmp_path / "run", OPTIONS)
     assert run.num_labels == 3
@@ -145,7 +145,7 @@ def test_two_gates_need_a_name(tmp_path: Path, layers: dict[str, Gated]) -> None
             state[name.replace(".gate", ".alpha")] = torch.ones(RANK)
 
     change_bin(tmp_path / "run", another)
-    with pytest.raises(RunError, match=r"alpha, gate(.|\n)*--gate"):
+    with pytest.raises(RunError, match=r"alpha, gate(.|\n)*`gate`"):
         read_run(tmp_path / "run")
     run = read_run(tmp_path / "run", ReadOptions(gate="alpha"))
     assert {run.strip().rank(module) for module in run.updates} == {RANK}

@@ -80,7 +80,7 @@ def check_merged(
     assert verify(run, tmp_path / "out", base).passed
     merge(run, tmp_path / "narrow", base=base, dtype=torch.bfloat16)
     assert verify(run, tmp_path / "narrow", base).passed
-    with pytest.raises(DoraExportError, match="--max-rank"):
+    with pytest.raises(DoraExportError, match="`max_rank`"):
         write_adapter(run, tmp_path / "adapter", base=base)
     assert not (tmp_path / "adapter").exists()
 

@@ -59,7 +59,7 @@ def test_merged_model_equals_the_forks_live_logits(tmp_path: Path, name: str) ->
     assert verify(run, tmp_path / "narrow", base).passed
 
     if name.endswith("6"):  # not low-rank
-        with pytest.raises(DoraExportError, match="--max-rank"):
+        with pytest.raises(DoraExportError, match="`max_rank`"):
             write_adapter(run, tmp_path / "adapter", base=base)
         return
     write_adapter(run, tmp_path / "adapter", base=base)

@@ -73,7 +73,7 @@ def test_a_checkpoint_knows_its_base(tmp_path: Path) -> None:
 
 
 def test_an_adapter_of_a_whole_checkpoint_needs_the_base(tmp_path: Path) -> None:
-    with pytest.raises(TargetError, match=r"which of its tensors were trained(.|\n)*--base"):
+    with pytest.raises(TargetError, match=r"which of its tensors were trained(.|\n)*`base`"):
         write_adapter(read_run(INCRELORA / "run"), tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
@@ -154,7 +154,7 @@ def test_dylora_needs_the_number_of_components_in_use(
 ) -> None:
     model = LlamaForCausalLM.from_pretrained(llama_base)
     dylora_run(model, tmp_path / "run", ("q_proj",))
-    with pytest.raises(RunError, match=r"from 1 to 6(.|\n)*--rank"):
+    with pytest.raises(RunError, match=r"from 1 to 6(.|\n)*`rank`"):
         read_run(tmp_path / "run", ReadOptions(rank=rank))
 
 

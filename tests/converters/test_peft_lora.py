@@ -250,7 +250,7 @@ def test_a_state_dict_as_the_model_has_it(tmp_path: Path) -> None:
     save_file({**saved, **wrapped}, file)
     assert torch.equal(read_run(run).replaced["lm_head.weight"].load(), expected)
     save_file({n.replace(".weight", ".default.weight"): t for n, t in saved.items()}, file)
-    with pytest.raises(DoraExportError, match="lint --fix"):
+    with pytest.raises(DoraExportError, match="`lint` with `fix`"):
         read_run(run)
 
 

@@ -231,7 +231,7 @@ def test_a_run_that_is_read_holds_no_base_weights(
 @pytest.mark.parametrize("case", ["OFTConfig", "LNTuningConfig"])
 def test_no_lora_adapter_equals_the_update(case: str, llama_base: Path, tmp_path: Path) -> None:
     adapter = llama(llama_base, tmp_path / "adapter", case)
-    with pytest.raises(DoraExportError, match="dora-export merge"):
+    with pytest.raises(DoraExportError, match="`merge`"):
         write_adapter(adapter, tmp_path / "out", base=llama_base)
     assert not (tmp_path / "out").exists()
 
@@ -247,7 +247,7 @@ def test_psoft_of_a_head_tied_to_the_embedding(tmp_path: Path) -> None:
 
 def test_base_is_asked_for(llama_base: Path, tmp_path: Path) -> None:
     adapter = llama(llama_base, tmp_path / "adapter", "LoHaConfig")
-    with pytest.raises(RunError, match="--base"):
+    with pytest.raises(RunError, match="`base`"):
         read_run(adapter)
 
 

@@ -184,7 +184,7 @@ def test_what_the_engine_cannot_hold_is_refused(
 
 @pytest.mark.parametrize("engine", [*ENGINES, "gguf"])
 def test_the_base_must_be_named(tmp_path: Path, llama_lora: Path, engine: str) -> None:
-    with pytest.raises(DoraExportError, match="--base"):
+    with pytest.raises(DoraExportError, match="`base`"):
         write_adapter(llama_lora, tmp_path / "out", target=engine)
 
 

@@ -85,7 +85,7 @@ def test_updates_without_components_are_compared_through_the_base(llama_base: Pa
     right = Run(Path("right"), "test", {module: dense(two)})
     found = compare(left, right, base, base).modules[f"{module}.weight"]
     assert found.relative == pytest.approx(float((one - two).norm() / one.norm()), rel=1e-5)
-    with pytest.raises(DoraExportError, match="--base"):
+    with pytest.raises(DoraExportError, match="`base`"):
         compare(left, right, None, None)
 
 
@@ -119,7 +119,7 @@ def test_a_model_needs_its_base_and_models_of_other_shape_are_refused(
     llama_lora: Path, tmp_path: Path
 ) -> None:
     shutil.copytree(BASE, tmp_path / "model")
-    with pytest.raises(DoraExportError, match="--base"):
+    with pytest.raises(DoraExportError, match="`base`"):
         diff(COUNT, tmp_path / "model")
     with pytest.raises(DoraExportError, match="two shapes"):
         diff(COUNT, llama_lora)

@@ -105,7 +105,7 @@ def test_limits_exclude_each_other(tmp_path: Path) -> None:
 def test_an_update_without_components_needs_a_bound_and_reaches_it(
     weight_decomposed: Path, llama_base: Path, tmp_path: Path
 ) -> None:
-    with pytest.raises(DoraExportError, match=r"dora-export merge(.|\n)*--energy"):
+    with pytest.raises(DoraExportError, match=r"`merge`(.|\n)*`energy`"):
         write_adapter(weight_decomposed, tmp_path / "out", base=llama_base)
     shown = export(
         "adapter", weight_decomposed, tmp_path / "out", "--base", llama_base, "--energy", 0.95

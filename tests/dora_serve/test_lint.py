@@ -339,7 +339,7 @@ def test_the_table_groups_by_engine(tmp_path: Path, llama_base: Path, full: Path
     order = [result.stdout.index(f"\n{target:<13}") for target in TARGETS]
     assert order == sorted(order)
     assert f"{Q}: 2; expected 0.75" in result.stdout
-    assert "fix: dora-export lint --target sglang --fix OUT" in result.stdout
+    assert "fix: dora-export lint with --target sglang and --fix" in result.stdout
     sound = CliRunner().invoke(dora_export, ["lint", str(full), "--base", str(llama_base)])
     assert sound.exit_code == 0 and "error" not in sound.stdout
 

@@ -218,7 +218,7 @@ def test_when_the_old_artifact_cannot_be_put_back_both_are_whole_beside_it(
         for name, data in files.items()
     }
     assert f"a stopped replacement's {stage}" in bad("check", PLACE)
-    with pytest.raises(OutputError, match="--force"):
+    with pytest.raises(OutputError, match="`force`"):
         Store(PLACE, writing=True).check_free(False)
     s3.reset()
     replace(new)

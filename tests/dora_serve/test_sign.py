@@ -210,7 +210,7 @@ def test_what_is_not_signed(merged: Path, keys: Path) -> None:
 
 
 def test_a_signature_is_replaced_with_force_only(signed: Path, keys: Path) -> None:
-    with pytest.raises(OutputError, match="--force"):
+    with pytest.raises(OutputError, match="`force`"):
         sign(signed, keys / "other")
     verify_signature(signed, keys / "ours.pub")
     done = run("sign", signed, "--private-key", keys / "other", "--force", "--json")

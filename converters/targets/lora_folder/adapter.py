@@ -103,7 +103,7 @@ def _plan(run: Run, base: BaseModel | None, profile: Profile, dtype: torch.dtype
             "the run trained no matrix that a LoRA adapter could update",
             file=run.path,
             found=", ".join(list(run.replaced)[:3]) + " …",
-            remedy="merge it: dora-export merge",
+            remedy="merge it (`merge`)",
         )
     transposed: set[str] = set()
     if base is not None:
@@ -158,7 +158,7 @@ def _components(module: str, components: RankOneSum | None) -> RankOneSum:
         raise TargetError(
             "this module's update is not low-rank, so no LoRA adapter equals it",
             tensor=module,
-            remedy="merge it (dora-export merge), or approximate it with --energy or --max-rank",
+            remedy="merge it (`merge`), or approximate it with `energy` or `max_rank`",
         )
     return components
 
@@ -193,7 +193,7 @@ def _check_target(
             file=run.path,
             found=", ".join(cannot[:6]) + more,
             expected=f"whole modules only of {sorted(profile.whole_modules or [])}",
-            remedy="deploy the merged model (dora-export merge), or use --target peft",
+            remedy="deploy the merged model (`merge`), or use `target` peft",
         )
     largest = max((rank for _, rank in ranks.values()), default=0)
     if profile.max_rank is not None and largest > profile.max_rank:
@@ -201,7 +201,7 @@ def _check_target(
             f"the rank is over the limit of {profile.name}",
             found=largest,
             expected=f"at most {profile.max_rank}",
-            remedy="deploy the merged model, or cut the ranks with --max-rank",
+            remedy="deploy the merged model, or cut the ranks with `max_rank`",
         )
 
 
@@ -213,7 +213,7 @@ def _check_family(run: Run, base: BaseModel, profile: Profile) -> None:
             f"{profile.name} does not adapt these modules of a model of the type {family}",
             file=run.path,
             found=", ".join(found[:3]) + (" …" if len(found) > 3 else ""),
-            remedy="deploy the merged model: dora-export merge",
+            remedy="deploy the merged model (`merge`)",
         )
 
 

@@ -76,6 +76,6 @@ def transposed_modules(run: Run, base: BaseModel, profile: Profile) -> set[str]:
                 "the run adapts a module that transformers has under another name, or fused",
                 file=run.path,
                 tensor=module,
-                remedy="merge it: dora-export merge",
+                remedy="merge it (`merge`)",
             )
     return result

@@ -26,7 +26,7 @@ def absent_modules(
             f"an adapter for {profile.name} holds every kind of module in every layer, so its "
             "layers must be known",
             file=run.path,
-            remedy="pass the base model with --base",
+            remedy="pass the base model with `base`",
         )
     absent: dict[str, tuple[int, int]] = {}
     layers = sorted({int(match[2]) for name in base.tensors if (match := _LAYER.fullmatch(name))})

@@ -155,7 +155,7 @@ def _loss_warnings(rounding: dict[str, Rounding]) -> list[str]:
     return [
         f"rounding to the output dtype lost more than {LOSS_WARNING:.0%} of the update in "
         f"{len(lossy)} of {len(rounding)} modules (worst: {worst}, {lossy[worst]:.0%}); "
-        "use --dtype float32, or deploy an adapter"
+        "use `dtype` float32, or deploy an adapter"
     ]
 
 

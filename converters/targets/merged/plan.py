@@ -244,7 +244,7 @@ def _untie(
             "the run changed an embedding that this architecture ties to other tensors",
             file=base.path,
             tensor=base.embedding,
-            remedy="deploy it as an adapter: dora-export adapter",
+            remedy="deploy it as an adapter (`adapter`)",
         )
     if str(config.get("model_type")).endswith("t5"):
         # There tie_word_embeddings also says whether the decoder's output is scaled.

@@ -304,7 +304,7 @@ def _merge_block(
             tensor=source.name,
             found=f"values from {low} to {high} in rows {start} to {start + rows}",
             expected=f"finite values within {tensor.dtype}",
-            remedy="the base weights are damaged, or --dtype is too narrow for them",
+            remedy="the base weights are damaged, or `dtype` is too narrow for them",
         )
     if tensor.module is not None and number % _REPORT_EVERY == 0:
         weight = _buffer("weight", size, torch.float32).copy_(raw)

@@ -188,7 +188,7 @@ def _cached(loaded: Any, ids: torch.Tensor) -> tuple[torch.Tensor, _Sizes]:
             "no ONNX export for this architecture",
             found=type(loaded).__name__,
             expected="logits, and keys and values of one shape in every layer",
-            remedy="deploy the merged model instead: dora-export merge",
+            remedy="deploy the merged model instead (`merge`)",
         )
     _, heads, _, size = shapes.pop()
     logits: torch.Tensor = found["logits"]
@@ -205,7 +205,7 @@ def _head(loaded: Any, sites: list[Site]) -> str:
         "no ONNX export for this architecture",
         found=f"{type(loaded).__name__}, whose head is {type(output).__name__}",
         expected="a linear layer that makes the logits",
-        remedy="deploy the merged model instead: dora-export merge",
+        remedy="deploy the merged model instead (`merge`)",
     )
 
 

@@ -64,7 +64,7 @@ def export_graph(
         raise TargetError(
             "torch cannot export this model as an ONNX graph",
             found=(str(error).strip().splitlines() or [type(error).__name__])[0][:300],
-            remedy="deploy the merged model instead: dora-export merge",
+            remedy="deploy the merged model instead (`merge`)",
         ) from None
     assert program is not None
     large = sum(p.nbytes for p in module.parameters()) > LARGE
@@ -293,7 +293,7 @@ def check_graph(
         raise TargetError(
             "ONNX Runtime cannot run the exported graph",
             found=str(error)[:300],
-            remedy="deploy the merged model instead: dora-export merge",
+            remedy="deploy the merged model instead (`merge`)",
         ) from None
     for tensor, array in zip(truth, found, strict=True):
         off = float((torch.from_numpy(array) - tensor).abs().max())
@@ -302,5 +302,5 @@ def check_graph(
                 "the exported graph does not compute what the model computes",
                 found=f"a difference of {off:.1e}",
                 expected=f"at most {TOLERANCE:.0e}",
-                remedy="deploy the merged model instead: dora-export merge",
+                remedy="deploy the merged model instead (`merge`)",
             )

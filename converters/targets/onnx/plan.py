@@ -22,7 +22,7 @@ from .decoder import PRECISIONS
 from .encoder import ENCODER_TASKS
 from .seq2seq import SEQ2SEQ_TASK
 
-_MERGED = "export it merged: dora-export onnx RUN OUT"
+_MERGED = "export it merged: `onnx`"
 _NAME = re.compile(r"[\w][\w.-]*")
 
 
@@ -61,7 +61,7 @@ def plan_onnx(
             "no ONNX export for models of more than text",
             file=base.path,
             found=base.config.get("architectures"),
-            remedy="deploy the merged model: dora-export merge",
+            remedy="deploy the merged model (`merge`)",
         )
     _check_adapters(adapters or {}, base, heads=task in ENCODER_TASKS)
     stripped = None if adapters is None else {n: each.strip() for n, each in adapters.items()}
@@ -86,7 +86,7 @@ def plan_added(
         raise TargetError(
             "this folder carries no adapters",
             file=folder,
-            remedy="write it with dora-export onnx --base BASE OUT --adapter RUN",
+            remedy="write it with adapters beside the base (`onnx`)",
         )
     taken = sorted(adapters.keys() & known.keys())
     if taken and not force:
@@ -94,7 +94,7 @@ def plan_added(
             "an adapter of this name is there already",
             file=folder,
             found=", ".join(taken),
-            remedy="choose another name, or pass --force to replace it",
+            remedy="choose another name, or pass `force` to replace it",
         )
     _check_adapters(adapters, base, heads=_task(base, list(adapters.values())) in ENCODER_TASKS)
     _check_base(proof, adapters, base, folder)
@@ -168,5 +168,5 @@ def _check_base(
                 "the graph was made from another base",
                 file=folder / FILE,
                 tensor=name,
-                remedy="pass the base that it was made from with --base",
+                remedy="pass the base that it was made from with `base`",
             )
