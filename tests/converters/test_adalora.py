@@ -148,9 +148,9 @@ def adapter(llama_base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"lora_alpha": None}, "--lora-alpha"),
-        ({"lora_alpha": 0}, "--lora-alpha"),
-        ({"init_r": None}, "--start-rank"),
+        ({"lora_alpha": None}, "`lora_alpha`"),
+        ({"lora_alpha": 0}, "`lora_alpha`"),
+        ({"init_r": None}, "`start_rank`"),
         ({"init_r": 5}, "of init_r 5"),
         ({"rank_pattern": {"model.layers.0.self_attn.q_proj.lora_E": 2}}, "not AdaLoRA's"),
         ({"rank_pattern": {"model.layers.0.self_attn.q_proj.lora_E": [True]}}, "another adapter"),

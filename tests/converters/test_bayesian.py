@@ -101,8 +101,8 @@ def test_bayeslora_on_another_base_is_refused(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (ReadOptions(start_rank=6), "--lora-alpha"),
-        (ReadOptions(lora_alpha=12), "--start-rank"),
+        (ReadOptions(start_rank=6), "`lora_alpha`"),
+        (ReadOptions(lora_alpha=12), "`start_rank`"),
         (ReadOptions(lora_alpha=12, start_rank=4), "initial rank"),
     ],
 )

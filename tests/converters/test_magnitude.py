@@ -271,13 +271,13 @@ def test_bad_peft_adapters(tmp_path: Path, llama_base: Path, damage: str, messag
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
-        ("no base", "--base"),
+        ("no base", "`base`"),
         ("other base", "no such linear layer"),
         ("no magnitude", "has no magnitude"),
         ("flat magnitude", "magnitude does not fit"),
         ("no lora_B", "incomplete"),
         ("other rank", "stored rank differs"),
-        ("no alpha", "--lora-alpha"),
+        ("no alpha", "`lora_alpha`"),
     ],
 )
 def test_bad_nvlabs_adapters(tmp_path: Path, damage: str, message: str) -> None:

@@ -118,7 +118,7 @@ def test_merge_by_blocks_and_against_float64(kind: int, module: str) -> None:
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
-        ("no base", "--base"),
+        ("no base", "`base`"),
         ("other base", "no such linear layer"),
         ("wider base", "does not fit the base weight"),
         ("unknown type", "cannot be read"),

@@ -218,7 +218,7 @@ def test_every_nonlin_of_the_glue_fork(tmp_path: Path, nonlin: int, function: An
         (GLUE, {"nonlin": None}, '"nonlin": N'),
         (GLUE, {"nonlin": 7}, "from 0 to 6"),
         (GLUE, {"identity": True}, "not stored"),
-        (GSM8K, {"lora_alpha": None}, "--lora-alpha"),
+        (GSM8K, {"lora_alpha": None}, "`lora_alpha`"),
     ],
 )
 def test_aflora_leaves_nothing_to_guess(
