@@ -169,7 +169,7 @@ def test_bad_bayesian_lora(
 
 
 @pytest.mark.parametrize(
-    ("change", "message"), [({"lora_alpha": None}, "--lora-alpha"), ({"r": 8}, "stored rank")]
+    ("change", "message"), [({"lora_alpha": None}, "`lora_alpha`"), ({"r": 8}, "stored rank")]
 )
 def test_bad_bayesian_lora_configuration(
     tmp_path: Path, change: dict[str, Any], message: str
