@@ -1,0 +1,77 @@
+"""What docs/architecture.md promises of the house: its arrows, its circles, its sizes."""
+
+from __future__ import annotations
+
+import ast
+import re
+from graphlib import CycleError, TopologicalSorter
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+FILES = {
+    ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__"): path
+    for package in ("converters", "dora_serve")
+    for path in sorted((ROOT / package).rglob("*.py"))
+}
+# vLLM's and llama.cpp's own flags, which are not ours.
+OTHERS = ("--max-lora-rank", "--lora", "--extra_options")
+
+
+def imports(module: str) -> set[str]:
+    """The modules of ours that `module` imports, at its head or inside a function, but not what it
+    needs for its types alone."""
+    path = FILES[module]
+    package = module if path.name == "__init__.py" else module.rpartition(".")[0]
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    for node in ast.walk(tree):
+        if isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING":
+            node.body = []
+    found = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            above = package.split(".")[: len(package.split(".")) - node.level + 1]
+            start = ".".join([*(above if node.level else []), *filter(None, [node.module])])
+            names = [start, *(f"{start}.{alias.name}" for alias in node.names)]
+            if f"{start}.{node.names[0].name}" in FILES:
+                names = names[1:]  # the package is passed through, not used
+        else:
+            continue
+        found |= {name for name in names if name in FILES}
+    return found - {module}
+
+
+def test_no_file_imports_another_in_a_circle() -> None:
+    graph = {module: imports(module) for module in FILES}
+    assert graph["dora_serve.api"], "nothing was read"
+    try:
+        TopologicalSorter(graph).prepare()
+    except CycleError as error:
+        pytest.fail(" -> ".join(error.args[1]))
+
+
+def test_converters_does_not_know_dora_serve() -> None:
+    known = {module: imports(module) for module in FILES if module.startswith("converters")}
+    assert len(known) > 20
+    assert {
+        m for m, names in known.items() if any(n.startswith("dora_serve") for n in names)
+    } == set()
+
+
+def test_every_file_has_one_reason_to_exist() -> None:
+    lines = {module: len(path.read_text().splitlines()) for module, path in FILES.items()}
+    assert {module: count for module, count in lines.items() if count > 400} == {}
+
+
+def test_the_library_names_no_flag_of_the_command_line() -> None:
+    flags = {
+        f"{module}: {flag}"
+        for module, path in FILES.items()
+        if module.startswith("converters")
+        for flag in re.findall(r"(?<![-\w])--[a-z][\w-]*", path.read_text())
+        if flag not in OTHERS and not flag.startswith("--lora")
+    }
+    assert flags == set()
