@@ -15,8 +15,8 @@ from converters.certificate import tool
 from converters.errors import OutputError
 from converters.files.json_files import read_json
 
-from .errors import ManifestError
 from .job import PULSE, Record
+from .manifest import ManifestError
 
 FILE = "batch.json"
 _STATES = ("done", "failed", "pending")
@@ -62,6 +62,11 @@ class Status:
             ) from None
         self._saved = time.monotonic()
         self._changed = False
+
+
+def printable(said: str) -> str:
+    """What can be printed of `said`: it may name a folder by bytes that are no text."""
+    return said.encode(errors="replace").decode()
 
 
 @contextlib.contextmanager

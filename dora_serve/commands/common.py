@@ -29,6 +29,7 @@ F = TypeVar("F", bound=Callable[..., Any])
 
 # The optional packages, each with the extra that brings it.
 EXTRAS = {
+    "OpenSSL": "sign",
     "fastapi": "serve",
     "fsspec": "remote",
     "gguf": "gguf",
