@@ -97,7 +97,7 @@ def verify_signature(artifact: str | Path, public_key: str | Path) -> None:
             remedy="ask its maker for one; without --public-key, check finds damage only",
         )
 
-    class Files(library.hashing.Config):  # type: ignore[misc, name-defined]
+    class Files(library.hashing.Config):  # type: ignore[misc]
         """The library hashes the files only when the signature itself has proved to be right."""
 
         reached = False
