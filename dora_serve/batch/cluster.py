@@ -11,11 +11,16 @@ import sys
 from collections import deque
 from collections.abc import Iterator, Sequence
 
-from .errors import ClusterError
+from converters.errors import DoraExportError
+
 from .job import PULSE, Job, Record, Results
 
 _PATIENCE = 10.0  # seconds for a cluster to answer
 _AT_ONCE = 1000  # tasks that Ray knows of; waiting for some takes the longer the more there are
+
+
+class ClusterError(DoraExportError, ConnectionError):
+    """No Ray cluster could be reached."""
 
 
 def on_ray(jobs: Sequence[Job], address: str) -> Results:

@@ -5,20 +5,23 @@ from __future__ import annotations
 import json
 import os
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
+from converters.errors import DoraExportError
 from converters.files.handles import check_file, there
 from converters.files.json_files import unique_keys
-
-from .errors import ManifestError
 
 FORMS = ("adapter", "merged")
 _KEYS = {"run", "base", "name", "to"}
 _LARGEST = 100_000_000
 _LONGEST = 200  # bytes of a folder's name; the hidden one it is written in has some more
 _DEEPEST = 1000  # bytes of a path below the output folder
+
+
+class ManifestError(DoraExportError, ValueError):
+    """The manifest is not one, or names its runs so that their outputs cannot be told apart."""
 
 
 @dataclass(frozen=True)
@@ -91,12 +94,9 @@ def _values(path: Path) -> Iterator[tuple[str, object]]:
     if text.lstrip().startswith("["):
         values = _parse(text, path, "the list")
         assert isinstance(values, list)
-        return ((f"entry {number}", value) for number, value in enumerate(values, 1))
-    return _lines(text.split("\n"), path)
-
-
-def _lines(lines: Iterable[str], path: Path) -> Iterator[tuple[str, object]]:
-    for number, line in enumerate(lines, 1):
+        yield from ((f"entry {number}", value) for number, value in enumerate(values, 1))
+        return
+    for number, line in enumerate(text.split("\n"), 1):
         if line.strip():
             yield f"line {number}", _parse(line, path, f"line {number}")
 

@@ -7,19 +7,20 @@ import fcntl
 import json
 import os
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
+from typing import get_args
 
 from converters.certificate import tool
 from converters.errors import OutputError
 from converters.files.json_files import read_json
 
-from .errors import ManifestError
-from .job import PULSE, Record
+from .job import PULSE, Record, State
+from .manifest import ManifestError
 
 FILE = "batch.json"
-_STATES = ("done", "failed", "pending")
+_STATES = get_args(State)
 
 
 class Status:
@@ -64,6 +65,11 @@ class Status:
         self._changed = False
 
 
+def printable(said: str) -> str:
+    """What can be printed of `said`: it may name a folder by bytes that are no text."""
+    return said.encode(errors="replace").decode()
+
+
 @contextlib.contextmanager
 def locked(out: Path) -> Iterator[None]:
     """Make the folder `out` and keep other batches from it."""
@@ -87,21 +93,14 @@ def locked(out: Path) -> Iterator[None]:
 
 
 def _records(path: Path) -> dict[str, Record]:
-    runs = read_json(path).get("runs")
     try:
-        if not isinstance(runs, dict):
-            raise TypeError
-        return {name: _record(value) for name, value in runs.items()}
-    except TypeError:
-        raise ManifestError(
-            "not the status of a batch",
-            file=path,
-            remedy="choose another output folder, or remove the file to begin anew",
-        ) from None
-
-
-def _record(value: Mapping[str, object]) -> Record:
-    record = Record(**value)  # type: ignore[arg-type]
-    if record.state not in _STATES or not isinstance(record.input, str | None):
-        raise TypeError
-    return record
+        records = {name: Record(**said) for name, said in read_json(path)["runs"].items()}  # type: ignore[attr-defined]
+        if all(r.state in _STATES and isinstance(r.input, str | None) for r in records.values()):
+            return records
+    except (AttributeError, KeyError, TypeError):
+        pass
+    raise ManifestError(
+        "not the status of a batch",
+        file=path,
+        remedy="choose another output folder, or remove the file to begin anew",
+    )

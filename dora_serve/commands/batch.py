@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Mapping
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 
@@ -75,17 +76,8 @@ def command(
     with common.progress_bar(len(batch.jobs), "converting", unit="run") as advance:
         summary = run_batch(batch, engine, advance)
     if as_json:
-        common.print_json(
-            {
-                "output": str(out),
-                "status": str(out / FILE),
-                "done": summary.done,
-                "skipped": summary.skipped,
-                "failed": dict(summary.failed),
-                "pending": summary.pending,
-                "seconds": summary.seconds,
-            }
-        )
+        paths = {"output": str(out), "status": str(out / FILE)}
+        common.print_json({**paths, **asdict(summary)})
     else:
         _show_failed(summary.failed)
         click.echo(

@@ -29,6 +29,7 @@ F = TypeVar("F", bound=Callable[..., Any])
 
 # The optional packages, each with the extra that brings it.
 EXTRAS = {
+    "OpenSSL": "sign",
     "fastapi": "serve",
     "fsspec": "remote",
     "gguf": "gguf",
@@ -223,7 +224,7 @@ def reports_errors(function: F) -> F:
     @functools.wraps(function)
     def wrapped(*args: Any, **kwargs: Any) -> Any:
         try:
-            with local_values(kwargs, kwargs.get("force", False), progress_bar) as values:
+            with local_values(kwargs, progress_bar) as values:
                 return function(*args, **values)
         except Exception as error:
             from converters.errors import DoraExportError, MissingError, OutputError

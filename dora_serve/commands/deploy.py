@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import re
-from collections.abc import Mapping
+import shutil
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING
 
@@ -18,8 +17,6 @@ if TYPE_CHECKING:
     from dora_serve.vllm.fleet import Pool
 
 _CLASSIFIES = "sequence-classification"
-# What `kubectl`'s YAML reads as a number or a truth value, and PyYAML does not.
-_QUOTED = re.compile(r"[-+]?[.\d].*|[yYnN]")
 
 
 @click.command("deploy")
@@ -71,7 +68,7 @@ def command(
 
     Nothing is started: `serve deploy` (Ray) or `kubectl apply` takes what is written.
     """
-    from converters.files.output import check_output
+    from converters.files.output import check_output, output_folder
     from dora_serve.deploy import Cluster, kubernetes, ray_config
 
     if target == "kubernetes" and not image:
@@ -91,23 +88,29 @@ def command(
     if engine == "onnxruntime":
         base = _embedded(cluster, base)
         if target == "ray":
-            documents = [ray_config.embedded_app(cluster, base, threads)]
+            text = ray_config.embedded_app(cluster, base, threads)
         else:
-            documents = list(kubernetes.embedded_server(cluster, base, threads, str(image)))
+            text = kubernetes.embedded_server(cluster, base, threads, str(image))
     else:
         found, pools = _pools(folder, base, gpu_memory, target)
         if target == "ray":
-            documents = [ray_config.vllm_app(cluster, pools, adapters_at)]
+            text = ray_config.vllm_app(cluster, pools, adapters_at)
             if output is not None:
                 adapters = _adapters(found, pools)
         else:
-            documents = list(kubernetes.vllm_servers(cluster, pools, str(image)))
-    text = _yaml(documents)
+            text = kubernetes.vllm_servers(cluster, pools, str(image))
     if output is None:
         click.echo(text, nl=False)
         return
     name = "serve.yaml" if target == "ray" else "manifests.yaml"
-    _write(output, {name: text}, adapters)
+    with output_folder(output) as place:
+        (place / name).write_text(text, encoding="utf-8")
+        for adapter, source in adapters.items():
+            # Not by copytree, whose errors say nothing of the disk.
+            for file in filter(Path.is_file, source.rglob("*")):
+                copy = place / "adapters" / adapter / file.relative_to(source)
+                copy.parent.mkdir(parents=True, exist_ok=True)
+                shutil.copyfile(file, copy)
     click.echo(output / name)
     if adapters:
         click.echo(f"{output / 'adapters'}  (copy what is in it to {adapters_at})")
@@ -172,39 +175,6 @@ def _adapters(found: Found, pools: list[tuple[str, Pool]]) -> dict[str, Path]:
         for base, pool in pools
         for name in pool.ranks
     }
-
-
-def _yaml(documents: list[dict[str, object]]) -> str:
-    import yaml
-
-    class Plain(yaml.SafeDumper):  # type: ignore[misc]
-        """Writes what occurs twice twice."""
-
-        def ignore_aliases(self, _data: object) -> bool:
-            return True
-
-        def represent_str(self, data: str) -> yaml.Node:
-            style = '"' if _QUOTED.fullmatch(data) else None
-            return self.represent_scalar("tag:yaml.org,2002:str", data, style=style)
-
-    Plain.add_representer(str, Plain.represent_str)
-    text: str = yaml.dump_all(documents, Dumper=Plain, sort_keys=False)
-    return text
-
-
-def _write(output: Path, files: Mapping[str, str], adapters: Mapping[str, Path]) -> None:
-    import shutil
-
-    from converters.files.output import output_folder
-
-    with output_folder(output) as place:
-        for name, text in files.items():
-            (place / name).write_text(text, encoding="utf-8")
-        for name, source in adapters.items():
-            for file in filter(Path.is_file, source.rglob("*")):
-                copy = place / "adapters" / name / file.relative_to(source)
-                copy.parent.mkdir(parents=True, exist_ok=True)
-                shutil.copyfile(file, copy)
 
 
 def _left_out(name: str, problem: str) -> None:

@@ -8,7 +8,6 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 from converters.errors import TargetError
 
@@ -22,7 +21,7 @@ _STORE = re.compile(r"(s3|gs|abfss|azure)://[^/]")
 _REQUESTS = 64  # of a vLLM, as in KubeRay's examples; Ray's own value, 1e9, never adds a replica
 
 
-def vllm_app(cluster: Cluster, pools: Sequence[tuple[str, Pool]], adapters: str | None) -> Any:
+def vllm_app(cluster: Cluster, pools: Sequence[tuple[str, Pool]], adapters: str | None) -> str:
     """An OpenAI-compatible application with a vLLM for each pool, named by what clients call its
     base. `adapters`: where Ray finds the adapters, each in a folder of its name.
 
@@ -37,34 +36,19 @@ def vllm_app(cluster: Cluster, pools: Sequence[tuple[str, Pool]], adapters: str 
             remedy="rename a folder",
         )
     configs = [_llm_config(cluster, name, pool, adapters) for name, pool in pools]
-    return _deploy(
-        {
-            "name": "dora-serve",
-            "route_prefix": "/",
-            "import_path": "ray.serve.llm:build_openai_app",
-            "args": {"llm_configs": configs},
-        }
-    )
+    return _deploy("ray.serve.llm:build_openai_app", {"llm_configs": configs})
 
 
-def embedded_app(cluster: Cluster, base: str | None, threads: int) -> Any:
+def embedded_app(cluster: Cluster, base: str | None, threads: int) -> str:
     """The embedded server, every replica with everything that the folder holds. `threads`: cores of
     a replica."""
-    return _deploy(
-        {
-            "name": "dora-serve",
-            "route_prefix": "/",
-            "import_path": "dora_serve.deploy.ray_app:application",
-            "args": {"folder": str(cluster.at), "base": base, "threads": threads},
-            "deployments": [
-                {
-                    "name": "Embedded",
-                    **cluster.scale(Limits().max_rows),
-                    "ray_actor_options": {"num_cpus": threads},
-                }
-            ],
-        }
-    )
+    deployment = {
+        "name": "Embedded",
+        **cluster.scale(Limits().max_rows),
+        "ray_actor_options": {"num_cpus": threads},
+    }
+    args = {"folder": str(cluster.at), "base": base, "threads": threads}
+    return _deploy("dora_serve.deploy.ray_app:application", args, deployments=[deployment])
 
 
 def adapter_id(name: str) -> str:
@@ -72,12 +56,17 @@ def adapter_id(name: str) -> str:
     return name.replace("/", "--")
 
 
-def _deploy(application: Mapping[str, object]) -> dict[str, object]:
-    return {
+def _deploy(import_path: str, args: Mapping[str, object], **more: object) -> str:
+    import yaml
+
+    application = {"name": "dora-serve", "route_prefix": "/", "import_path": import_path}
+    config = {
         "proxy_location": "EveryNode",
         "http_options": {"host": "0.0.0.0", "port": PORT},
-        "applications": [dict(application)],
+        "applications": [{**application, "args": args, **more}],
     }
+    text: str = yaml.safe_dump(config, sort_keys=False)
+    return text
 
 
 def _llm_config(cluster: Cluster, name: str, pool: Pool, adapters: str | None) -> dict[str, object]:

@@ -119,9 +119,8 @@ def _compare(folder: Path, records: Mapping[str, Mapping[str, object]]) -> Itera
         if size != known.get("bytes"):
             yield Difference(name, f"{size} bytes", f"{known.get('bytes')} bytes")
             continue
-        hashed = {"sha256": sha256(path)} if "sha256" in known else {"pieces": pieces_sha256(path)}
-        (kind, value), *_ = hashed.items()
-        if value != known.get(kind):
+        kind, hashed = ("sha256", sha256) if "sha256" in known else ("pieces", pieces_sha256)
+        if (value := hashed(path)) != known.get(kind):
             yield Difference(name, f"{kind} {value}", str(known.get(kind)))
         elif path.suffix == ".safetensors":
             try:

@@ -35,7 +35,8 @@ def sign(artifact: str | Path, private_key: str | Path, force: bool = False) -> 
     Raises `SignatureError` when the artifact is not what its certificate says, or holds links, or
     the key is unfit; `OutputError` when it is signed already, unless `force`.
     """
-    library = _library()
+    import model_signing as library
+
     folder = Path(artifact)
     target = folder / SIGNATURE
     with _key_errors(private_key, "private"):
@@ -44,7 +45,7 @@ def sign(artifact: str | Path, private_key: str | Path, force: bool = False) -> 
         raise OutputError(
             "the artifact is signed already",
             file=target,
-            remedy="pass --force to replace the signature",
+            remedy="pass `force` to replace the signature",
         )
     for difference in check(folder).differences:
         raise SignatureError(
@@ -82,7 +83,8 @@ def verify_signature(artifact: str | Path, public_key: str | Path) -> None:
     Raises `MissingError` where there is no signature, `SignatureError` where it is of another key
     or damaged, or a file was changed, added or removed.
     """
-    library = _library()
+    import model_signing as library
+
     folder = Path(artifact)
     path = folder / SIGNATURE
     with _key_errors(public_key, "public"):
@@ -95,7 +97,7 @@ def verify_signature(artifact: str | Path, public_key: str | Path) -> None:
             remedy="ask its maker for one; without --public-key, check finds damage only",
         )
 
-    class Files(library.hashing.Config):  # type: ignore[misc, name-defined]
+    class Files(library.hashing.Config):  # type: ignore[misc]
         """The library hashes the files only when the signature itself has proved to be right."""
 
         reached = False
@@ -148,18 +150,6 @@ def _changed(folder: Path, found: Mapping[str, str]) -> SignatureError:
         expected=f"sha256 {signed[name]}" if name in signed else "no file of this name",
         remedy="fetch the artifact anew; if you changed it yourself, sign it again",
     )
-
-
-def _library() -> Any:
-    try:
-        import model_signing
-    except ImportError as error:
-        raise MissingError(
-            "the package model-signing is not installed",
-            found=error,
-            remedy="pip install dora-serve[sign]",
-        ) from None
-    return model_signing
 
 
 @contextlib.contextmanager

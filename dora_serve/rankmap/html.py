@@ -9,6 +9,8 @@ from collections.abc import Mapping
 from html import escape
 from pathlib import Path
 
+from .output import write_file
+
 _PAGE = Path(__file__).parents[1] / "server" / "page"
 _DRAW = """
 const told = JSON.parse(document.getElementById("modules").textContent);
@@ -21,17 +23,17 @@ def save_html(
     facts: Mapping[str, str],
     path: Path,
     title: str,
+    force: bool = False,
 ) -> None:
     """Write the map of `modules`, each with `start`, `rank`, `norm`, `relative` and `lost` (None
-    for what is not known), below its `title` and `facts`."""
+    for what is not known), below its `title` and `facts`. Raises `OutputError` as `write_file`."""
     style = "".join((_PAGE / name).read_text("utf-8") for name in ("base.css", "rankmap.css"))
     script = (_PAGE / "rankmap.js").read_text("utf-8") + _DRAW
     policy = f"default-src 'none'; style-src {_hash(style)}; script-src {_hash(script)}"
     listed = "".join(f"<dt>{escape(k)}</dt><dd>{escape(v)}</dd>" for k, v in facts.items())
     # In a script element only `<` could end the data.
     data = json.dumps(modules).replace("<", "\\u003c")
-    path.write_text(
-        f"""<!doctype html>
+    page = f"""<!doctype html>
 <html lang="en">
 <head>
 <meta charset="utf-8">
@@ -50,9 +52,8 @@ def save_html(
 <script type="module">{script}</script>
 </body>
 </html>
-""",
-        "utf-8",
-    )
+"""
+    write_file(path, page.encode(), force)
 
 
 def _hash(text: str) -> str:

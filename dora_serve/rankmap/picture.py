@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -9,7 +10,11 @@ from typing import TYPE_CHECKING
 
 import click
 
+from .output import write_file
+
 if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
     from converters.fit import CurvePoint
 
 _LAYER = re.compile(r"(.*?)\.(\d{1,9})\.(.+)")
@@ -63,8 +68,11 @@ def terminal_map(ranks: Mapping[str, int], largest: int) -> str:
     return "\n".join(lines)
 
 
-def save_png(ranks: Mapping[str, int], largest: int, path: Path, title: str) -> None:
-    """The heatmap as a PNG, one panel per stack (needs matplotlib)."""
+def save_png(
+    ranks: Mapping[str, int], largest: int, path: Path, title: str, force: bool = False
+) -> None:
+    """The heatmap as a PNG, one panel per stack (needs matplotlib). Raises `OutputError` as
+    `write_file`."""
     from matplotlib.figure import Figure
 
     grid = rank_grid(ranks)
@@ -96,12 +104,11 @@ def save_png(ranks: Mapping[str, int], largest: int, path: Path, title: str) -> 
                         fontsize=8,
                         color="black" if bright else "white",
                     )
-    figure.suptitle(title, fontsize=11)
-    figure.savefig(path, dpi=130, format="png")
+    _save(figure, path, title, force)
 
 
-def save_curve(points: Sequence[CurvePoint], path: Path, title: str) -> None:
-    """Size against error as a PNG (needs matplotlib)."""
+def save_curve(points: Sequence[CurvePoint], path: Path, title: str, force: bool = False) -> None:
+    """Size against error as a PNG (needs matplotlib). Raises `OutputError` as `write_file`."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(6, 4), layout="constrained")
@@ -111,5 +118,11 @@ def save_curve(points: Sequence[CurvePoint], path: Path, title: str) -> None:
     panel.set_ylabel("relative error of the update, %")
     panel.set_ylim(bottom=0)
     panel.grid(alpha=0.3)
+    _save(figure, path, title, force)
+
+
+def _save(figure: Figure, path: Path, title: str, force: bool) -> None:
     figure.suptitle(title, fontsize=11)
-    figure.savefig(path, dpi=130, format="png")
+    data = io.BytesIO()
+    figure.savefig(data, dpi=130, format="png")
+    write_file(path, data.getvalue(), force)

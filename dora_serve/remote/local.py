@@ -9,12 +9,9 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import hashlib
-import io
-import json
 import os
 import re
 import shutil
-import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
@@ -22,7 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from uuid import uuid4
 
-from converters.errors import DoraExportError, MissingError, OutputError
+from converters.errors import MissingError, OutputError
 
 if TYPE_CHECKING:
     from .store import RemoteFile, Store
@@ -32,7 +29,6 @@ Progress = Callable[[int, str], AbstractContextManager[Advance]]
 
 _URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+(::[A-Za-z0-9+.-]+)*://")
 _VERDICTS = (None, 0, 1)
-_TELLING = ("README.md", "adapter_config.json", "dora_export.json")
 _COPIES = (_FETCHED, _MADE) = ("remote-", "upload-")
 
 
@@ -51,9 +47,7 @@ def is_url(text: object) -> bool:
 
 
 @contextmanager
-def local_values(
-    values: Mapping[str, Any], force: bool, progress: Progress
-) -> Iterator[dict[str, Any]]:
+def local_values(values: Mapping[str, Any], progress: Progress) -> Iterator[dict[str, Any]]:
     """`values` with a local path for every `Remote` in it, alone or in a tuple.
 
     What is printed and raised meanwhile names the URLs. What goes to stdout is held back until the
@@ -64,20 +58,21 @@ def local_values(
         yield dict(values)
         return
     from .errors import shown
+    from .naming import Printed, named_errors
 
     _check_apart(remotes, _flat(values.values()))
     paths: dict[Remote, Path] = {}
     names: dict[str, str] = {}
-    printed = _Printed(names, held=any(remote.output for remote in remotes))
+    printed = Printed(names, held=any(remote.output for remote in remotes))
     try:
-        with _urls_in_errors(names), contextlib.ExitStack() as stack:
+        with named_errors(names), contextlib.ExitStack() as stack:
             # The output first: that it cannot be written should be known before much is fetched.
             for remote in sorted(remotes, key=lambda remote: not remote.output):
                 if remote.output:
-                    to = uploaded(remote.url, names, force, progress)
-                    paths[remote] = stack.enter_context(to)
+                    place = uploaded(remote.url, names, progress)
                 else:
-                    paths[remote] = stack.enter_context(fetched(remote.url, progress))
+                    place = fetched(remote.url, progress)
+                paths[remote] = stack.enter_context(place)
                 names[str(paths[remote])] = shown(remote.url)
             stack.enter_context(contextlib.redirect_stdout(printed))
             yield {name: _local(value, paths) for name, value in values.items()}
@@ -104,12 +99,7 @@ def fetched(url: str, progress: Progress) -> Iterator[Path]:
     store = Store(url)
     files = store.files()
     if not files:
-        raise MissingError(
-            "nothing at this URL",
-            file=store.name,
-            found=store.left_by_stopped(),
-            expected="a folder or a file",
-        )
+        raise MissingError("nothing at this URL", file=store.name, expected="a folder or a file")
     versions = _versions(files)
     lasting = None not in versions.values()
     told = sorted(versions.items()) if lasting else uuid4().hex
@@ -141,15 +131,16 @@ def fetched(url: str, progress: Progress) -> Iterator[Path]:
 
 
 @contextmanager
-def uploaded(url: str, names: Mapping[str, str], force: bool, progress: Progress) -> Iterator[Path]:
+def uploaded(url: str, names: Mapping[str, str], progress: Progress) -> Iterator[Path]:
     """A local path to make an output folder at; on leaving, what was made is uploaded to `url`.
 
-    What is at `url` is replaced with `force` only, as `Store.upload` says. `names`: URL of each
-    local path that must not stand in the artifact.
+    `names`: URL of each local path that must not stand in the artifact. Raises `OutputError` when
+    something is at `url`.
     """
     from converters.files.output import addition
 
     from ..folder.cache import cache_folder
+    from .naming import name_in_files
     from .store import Store
 
     store = Store(url, writing=True)
@@ -164,7 +155,7 @@ def uploaded(url: str, names: Mapping[str, str], force: bool, progress: Progress
         ) from None
     _remove_leftovers()
     with addition(scratch) as folder:
-        store.check_free(force)
+        store.check_free()
         target = folder / store.basename
         verdict: SystemExit | None = None
         try:
@@ -174,10 +165,10 @@ def uploaded(url: str, names: Mapping[str, str], force: bool, progress: Progress
                 raise
             verdict = done
         if target.exists():
-            _write_urls(target, names)
+            name_in_files(target, names)
             sizes = [path.stat().st_size for path in target.rglob("*") if path.is_file()]
             with progress(sum(sizes), f"uploading {store.name}") as advance:
-                store.upload(target, force, advance)
+                store.upload(target, advance)
         if verdict is not None:
             raise verdict
 
@@ -213,8 +204,7 @@ def _local(value: Any, paths: Mapping[Remote, Path]) -> Any:
 
 
 def _check_apart(remotes: Iterable[Remote], values: Iterable[Any]) -> None:
-    """Raise `OutputError` when an output lies in an input, or an input in it: with `--force` it
-    would be replaced."""
+    """Raise `OutputError` when an output lies in an input, which it would change, or holds one."""
     from .errors import shown
     from .store import Store
 
@@ -260,73 +250,3 @@ def _versions(files: Mapping[str, RemoteFile]) -> dict[str, str | None]:
 
 def _digest(text: str) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:32]
-
-
-def _write_urls(folder: Path, names: Mapping[str, str]) -> None:
-    """Put URLs in the place of the cache's paths in what an artifact says of itself."""
-    from converters.certificate import FILE, file_record, write_json
-    from converters.files.json_files import read_json
-
-    changed = []
-    for path in folder.rglob("*"):
-        if path.name in _TELLING:
-            text = path.read_text(encoding="utf-8")
-            named = _named(text, names)
-            if named != text:
-                path.write_text(named, encoding="utf-8")
-                changed.append(path)
-    proof = dict(read_json(folder / FILE)) if (folder / FILE).is_file() else {}
-    records = proof.get("files")
-    if isinstance(records, dict):
-        for path in changed:
-            name = path.relative_to(folder).as_posix()
-            if name in records:
-                records[name] = file_record(path)
-        if changed:
-            write_json(folder / FILE, proof)
-
-
-def _named(text: str, names: Mapping[str, str]) -> str:
-    def in_json(name: str, ascii_only: bool = False) -> str:
-        return json.dumps(name, ensure_ascii=ascii_only)[1:-1]
-
-    is_json = text.lstrip().startswith("{")
-    for path, url in names.items():
-        if is_json:
-            for written in (in_json(path), in_json(path, ascii_only=True)):
-                text = text.replace(written, in_json(url))
-        else:
-            text = text.replace(path, url)
-    return text
-
-
-@contextmanager
-def _urls_in_errors(names: Mapping[str, str]) -> Iterator[None]:
-    try:
-        yield
-    except DoraExportError as error:
-        error.args = tuple(_named(str(part), names) for part in error.args)
-        raise
-
-
-class _Printed(io.StringIO):
-    """What is printed, with URLs for local paths; kept until `release` where it is `held`."""
-
-    def __init__(self, names: Mapping[str, str], held: bool) -> None:
-        super().__init__()
-        self._names, self._held, self._stream = names, held, sys.stdout
-
-    def isatty(self) -> bool:
-        return self._stream.isatty()
-
-    def write(self, text: str) -> int:
-        super().write(text)
-        if not self._held:
-            self.release()
-        return len(text)
-
-    def release(self) -> None:
-        self._stream.write(_named(self.getvalue(), self._names))
-        self._stream.flush()
-        self.seek(0)
-        self.truncate()

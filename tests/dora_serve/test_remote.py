@@ -141,23 +141,6 @@ def test_credentials_that_are_wrong_or_not_allowed(
         assert key["SecretAccessKey"] not in said
 
 
-def test_what_is_there_is_replaced_with_force_only(s3: S3Server) -> None:
-    client = s3.client()
-    client.put_object(Bucket="out", Key="adapter/old/file", Body=b"old")
-    client.put_object(Bucket="out", Key="adapter-2/other", Body=b"other")
-    said = bad("adapter", "s3://models/lora", "s3://out/adapter")
-    assert "--force" in said and "s3://out/adapter" in said
-    assert bad("adapter", "s3://models/lora", "s3://out/adapter", "--dry-run") == said
-    assert s3.read("out", "adapter/old/file") == b"old"
-    good("adapter", "s3://models/lora", "s3://out/adapter", "--force", "--dry-run")
-    assert s3.read("out", "adapter/old/file") == b"old"
-    good("adapter", "s3://models/lora", "s3://out/adapter", "--force")
-    assert "adapter/old/file" not in s3.keys("out")
-    assert s3.read("out", "adapter-2/other") == b"other"
-    assert "unchanged" in good("check", "s3://out/adapter")
-    assert "names no folder" in bad("adapter", "s3://models/lora", "s3://out", "--force")
-
-
 def test_a_run_that_changes_while_it_is_fetched_is_refused(s3: S3Server, tmp_path: Path) -> None:
     s3.held = lambda method, path: (method, path.rsplit("/", 1)[-1]) == ("GET", "README.md")
 
@@ -221,6 +204,7 @@ def test_what_needs_a_local_folder_says_so() -> None:
     refused = export("inspect", "s3://models/lora", "--png", "s3://out/ranks.png")
     assert refused.exit_code == 2
     assert "not a URL" in refused.output
+    assert "names no folder" in bad("adapter", "s3://models/lora", "s3://out", "--force")
 
 
 def test_other_protocols(
@@ -235,7 +219,8 @@ def test_other_protocols(
     assert "unchanged" in good("check", tmp_path / "to" / "adapter", "--base", llama_base)
     good("merge", "memory://runs/lora", "memory://out/merged", "--base", f"file://{llama_base}")
     assert "unchanged" in good("check", "memory://out/merged", "--base", llama_base)
-    assert "--force" in bad("adapter", "memory://runs/lora", f"file://{tmp_path}/to/adapter")
+    again = bad("adapter", "memory://runs/lora", f"file://{tmp_path}/to/adapter", "--force")
+    assert "nothing at a URL is replaced" in again
     assert "nothing at this URL" in bad("inspect", "memory://runs/nothing")
     memory.rm("/runs/lora/adapter_config.json")
     assert "no run found" in bad("inspect", "memory://runs/lora")

@@ -1,4 +1,4 @@
-"""Outputs at URLs: nothing there looks whole before it is, and nothing whole is lost."""
+"""Outputs at URLs: nothing there looks whole before it is, and what was there stays."""
 
 from __future__ import annotations
 
@@ -9,9 +9,7 @@ import signal
 import subprocess
 import sys
 import threading
-from collections.abc import Callable
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 from fsspec import AbstractFileSystem
@@ -68,51 +66,30 @@ def terminate_at(s3: S3Server, put: str, *words: str) -> None:
     assert (result.exit_code, result.stdout) == (128 + signal.SIGTERM, "")
 
 
-def once(method: str, path: str) -> Callable[[str, str], bool]:
-    """Whether this is the first such request."""
-    seen: list[str] = []
-
-    def first(*request: str) -> bool:
-        if request == (method, path):
-            seen.append(path)
-        return request == (method, path) and len(seen) == 1
-
-    return first
-
-
 def contents(s3: S3Server, folder: str = "place") -> dict[str, bytes]:
     """The objects of a folder, by their names there."""
     keys = (key for key in s3.keys("out") if key.startswith(f"{folder}/"))
     return {key.removeprefix(f"{folder}/"): s3.read("out", key) for key in keys}
 
 
-def artifact(files: dict[str, bytes]) -> dict[str, bytes]:
-    return {name: data for name, data in files.items() if not name.startswith(".dora-tmp-")}
-
-
-def stages(files: dict[str, bytes]) -> set[str]:
-    return {name.partition("/")[0] for name in files} - set(artifact(files))
-
-
 MERGE = ("merge", "s3://models/lora", "s3://out/merged", "--base", "s3://models/base")
 PLACE = "s3://out/place"
 OLD = {FILE: b"old proof", "adapter_config.json": b"{}", "weights": b"old", "more/a[1]?": b"odd"}
-NEW = {FILE: b"new proof", "config.json": b"{}", "weights": b"new weights"}
+NEW = {FILE: b"new proof", "config.json": b"{}", "weights": b"new weights", "more/a[1]?": b"odd"}
 
 
 @pytest.fixture
-def new(s3: S3Server, tmp_path: Path) -> Path:
-    """A folder to put at `PLACE`, where another artifact is."""
-    for name, data in OLD.items():
-        s3.store.put_object("out", f"place/{name}", data)
-    (tmp_path / "new").mkdir()
+def new(tmp_path: Path) -> Path:
+    """A folder to put at `PLACE`."""
     for name, data in NEW.items():
-        (tmp_path / "new" / name).write_bytes(data)
+        path = tmp_path / "new" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(data)
     return tmp_path / "new"
 
 
-def replace(source: Path) -> None:
-    Store(PLACE, writing=True).upload(source, True, lambda _count: None)
+def upload(source: Path, url: str = PLACE) -> None:
+    Store(url, writing=True).upload(source, lambda _count: None)
 
 
 def test_a_killed_upload_does_not_look_whole(s3: S3Server, tmp_path: Path) -> None:
@@ -124,9 +101,9 @@ def test_a_killed_upload_does_not_look_whole(s3: S3Server, tmp_path: Path) -> No
     assert list((tmp_path / "cache").glob("upload-*/*"))
     good("adapter", "s3://models/lora", "s3://out/other")
     assert not list((tmp_path / "cache").glob("upload-*/*"))  # whichever URL it was for
-    assert "--force" in bad(*MERGE)
-    good(*MERGE, "--force")
-    assert "unchanged" in good("check", "s3://out/merged")
+    before = contents(s3, "merged")
+    assert "something is at the output's URL" in bad(*MERGE, "--force")
+    assert contents(s3, "merged") == before
 
 
 def test_a_terminated_upload_is_removed(s3: S3Server, tmp_path: Path) -> None:
@@ -136,144 +113,83 @@ def test_a_terminated_upload_is_removed(s3: S3Server, tmp_path: Path) -> None:
     assert not list((tmp_path / "cache").glob("upload-*/*"))
 
 
-@pytest.mark.parametrize(
-    "failing",
-    [
-        *(f"STAGE/new/{name}" for name in NEW),
-        *("STAGE/old/weights", f"STAGE/old/{FILE}"),
-        *NEW,
-    ],
-)
-def test_a_failed_replacement_leaves_the_old_artifact(
-    s3: S3Server, new: Path, failing: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("dora_serve.remote.store.uuid4", lambda: SimpleNamespace(hex="0123456789"))
-    s3.denied = once("PUT", f"/out/place/{failing.replace('STAGE', '.dora-tmp-01234567')}")
-    with pytest.raises(RemoteError, match="access denied"):
-        replace(new)
+@pytest.mark.parametrize("words", [(), ("--force",), ("--force", "--dry-run"), ("--dry-run",)])
+def test_what_is_there_is_never_replaced(s3: S3Server, words: tuple[str, ...]) -> None:
+    for name, data in OLD.items():
+        s3.store.put_object("out", f"place/{name}", data)
+    said = bad("adapter", "s3://models/lora", PLACE, *words)
+    assert "nothing at a URL is replaced" in said and f"file: {PLACE}\n" in said
+    assert "to do: write to a new URL" in said
     assert contents(s3) == OLD
-    replace(new)
-    assert contents(s3) == NEW
+    assert not [path for _method, path in s3.requests if path.startswith("/models/lora/")]
+    good("adapter", "s3://models/lora", f"{PLACE}-2", *words)  # which begins with the same letters
 
 
-def test_at_every_moment_of_a_replacement_what_has_a_certificate_is_whole(
+def test_what_comes_there_before_the_upload_stays(s3: S3Server, new: Path) -> None:
+    store = Store(PLACE, writing=True)
+    store.check_free()
+    s3.store.put_object("out", "place/weights", b"theirs")
+    with pytest.raises(OutputError, match="nothing at a URL is replaced"):
+        store.upload(new, lambda _count: None)
+    assert contents(s3) == {"weights": b"theirs"}
+
+
+@pytest.mark.parametrize("failing", NEW)
+def test_a_failed_upload_removes_what_it_put_and_no_more(
+    s3: S3Server, new: Path, failing: str
+) -> None:
+    """Names that are patterns are names: removing `a[1]?` once removed `a12` too."""
+
+    def fail(method: str, path: str) -> bool:
+        if (method, path) == ("PUT", f"/out/place/{failing}"):
+            s3.store.put_object("out", "place/more/a12", b"theirs")
+            return True
+        return False
+
+    s3.denied = fail
+    with pytest.raises(RemoteError, match="access denied"):
+        upload(new)
+    assert contents(s3) == {"more/a12": b"theirs"}
+    s3.reset()
+    upload(new, f"{PLACE}-2")
+    assert contents(s3, "place-2") == NEW
+
+
+def test_at_every_moment_of_an_upload_what_has_a_certificate_is_whole(
     s3: S3Server, new: Path
 ) -> None:
     moments = []
 
     def look(method: str, _path: str) -> bool:
-        if method in ("PUT", "POST", "DELETE"):
-            moments.append(artifact(contents(s3)))
+        if method == "PUT":
+            moments.append(contents(s3))
         return False
 
     s3.denied = look
-    replace(new)
+    upload(new)
     assert contents(s3) == NEW
-    assert len(moments) > 10
-    assert all(here in (OLD, NEW) for here in moments if FILE in here)
-    # Loaders look for the configuration: it comes after the weights, and goes before them.
-    for config, weights in (("adapter_config.json", b"old"), ("config.json", b"new weights")):
-        assert all(here["weights"] == weights for here in moments if config in here)
+    assert [len(here) for here in moments] == [0, 1, 2, 3]
+    assert not [here for here in moments if FILE in here]
+    # Loaders look for the configuration: it comes after the weights.
+    assert ["config.json" in here for here in moments] == [False, False, False, True]
 
 
 def test_the_certificate_is_written_when_the_others_have_arrived(s3: S3Server, new: Path) -> None:
     def lose(_method: str, path: str) -> bool:
         if path.endswith("config.json"):
-            s3.store.delete_object("out", f"{path[5:].rpartition('/')[0]}/weights")
+            s3.store.delete_object("out", "place/weights")
         return False
 
     s3.denied = lose
-    for url in ("s3://out/free", PLACE):
-        with pytest.raises(RemoteError, match="did not arrive whole"):
-            Store(url, writing=True).upload(new, True, lambda _count: None)
+    with pytest.raises(RemoteError, match="did not arrive whole"):
+        upload(new)
     assert not [path for method, path in s3.requests if method == "PUT" and path.endswith(FILE)]
-    assert s3.keys("out") == sorted(f"place/{name}" for name in OLD)
-
-
-def test_what_changes_while_it_is_to_be_replaced_stays(s3: S3Server, new: Path) -> None:
-    def change(_method: str, path: str) -> bool:
-        if path.endswith(f"/old/{FILE}"):
-            s3.store.put_object("out", "place/weights", b"NEW")
-        return False
-
-    s3.denied = change
-    with pytest.raises(OutputError, match="changed while it was to be replaced"):
-        replace(new)
-    assert contents(s3) == {**OLD, "weights": b"NEW"}
-
-
-def test_when_the_old_artifact_cannot_be_put_back_both_are_whole_beside_it(
-    s3: S3Server, new: Path
-) -> None:
-    s3.denied = lambda method, path: (
-        method == "PUT" and path.startswith("/out/place/") and ".dora-tmp-" not in path
-    )
-    with pytest.raises(RemoteError, match="failed half-way") as failure:
-        replace(new)
-    (stage,) = stages(contents(s3))
-    assert f"{PLACE}/{stage}/: old and new" in str(failure.value)
-    assert contents(s3) == {
-        f"{stage}/{kind}/{name}": data
-        for kind, files in (("old", OLD), ("new", NEW))
-        for name, data in files.items()
-    }
-    assert f"a stopped replacement's {stage}" in bad("check", PLACE)
-    with pytest.raises(OutputError, match="`force`"):
-        Store(PLACE, writing=True).check_free(False)
-    s3.reset()
-    replace(new)
-    assert contents(s3) == NEW
-
-
-def test_what_may_not_be_removed_stays_whole(s3: S3Server, new: Path) -> None:
-    s3.denied = lambda method, path: method == "DELETE" or (method, path) == ("POST", "/out")
-    with pytest.raises(RemoteError, match="access denied"):
-        replace(new)
-    assert artifact(contents(s3)) == OLD
-    assert set(Store(PLACE).files()) == set(OLD)  # what is left of the attempt is no part of it
-
-
-KILLED = """
-import sys
-from pathlib import Path
-from dora_serve.remote_store import Store
-Store(sys.argv[1], writing=True).upload(Path(sys.argv[2]), True, lambda count: None)
-"""
-
-
-def test_a_killed_replacement_leaves_both_beside_it(s3: S3Server, new: Path) -> None:
-    kill_at(s3, f"/out/place/{FILE}", sys.executable, "-c", KILLED, PLACE, str(new))
-    left = contents(s3)
-    assert FILE not in artifact(left)
-    (stage,) = stages(left)
-    assert (contents(s3, f"place/{stage}/old"), contents(s3, f"place/{stage}/new")) == (OLD, NEW)
-    replace(new)
-    assert contents(s3) == NEW
-
-
-@pytest.mark.usefixtures("new")
-def test_a_switch_is_finished_before_a_signal_is_heeded(s3: S3Server) -> None:
-    words = (*MERGE[:2], PLACE, *MERGE[3:], "--force")
-    terminate_at(s3, "/out/place/model.safetensors", *words)
-    assert "unchanged" in good("check", PLACE)
-    assert "model.safetensors" in contents(s3)
-    assert not stages(contents(s3))
-
-
-def test_names_that_are_patterns_are_names(s3: S3Server) -> None:
-    """Removing `me*ged/README.md` once removed `merged/README.md` too."""
-    good("adapter", "s3://models/lora", "s3://out/merged")
-    good("adapter", "s3://models/lora", "s3://out/me*ged")
-    s3.client().put_object(Bucket="out", Key="me*ged/a[1]?.txt", Body=b"odd")
-    before = contents(s3, "merged")
-    good("adapter", "s3://models/lora", "s3://out/me*ged", "--force")
-    assert contents(s3, "merged") == before
-    assert contents(s3, "me*ged") == before
+    assert s3.keys("out") == []
 
 
 def test_an_output_that_is_a_file_is_refused(s3: S3Server) -> None:
     s3.client().put_object(Bucket="out", Key="place", Body=b"a file")
-    assert "the output is a file" in bad("adapter", "s3://models/lora", PLACE, "--force")
+    assert "found: a file" in bad("adapter", "s3://models/lora", PLACE, "--force")
     assert s3.read("out", "place") == b"a file"
 
 
@@ -295,25 +211,41 @@ def test_an_input_of_this_machine_is_not_replaced(
     assert "inside an input" in bad("merge", llama_lora, url, "--base", str(run), "--force")
 
 
-@pytest.mark.parametrize("copies", [True, False])
-def test_a_folder_and_a_store_that_cannot_copy(
-    llama_lora: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, copies: bool
+@pytest.mark.parametrize("tells", [True, False])
+def test_a_folder_by_its_url(
+    llama_lora: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tells: bool
 ) -> None:
     from fsspec.implementations.local import LocalFileSystem
 
-    if not copies:
+    if not tells:
         monkeypatch.setattr(LocalFileSystem, "put_file", AbstractFileSystem.put_file)
-        monkeypatch.setattr(LocalFileSystem, "cp_file", AbstractFileSystem.cp_file)
     monkeypatch.setenv("DORA_SERVE_CACHE", str(tmp_path / "cache"))
     out = tmp_path / "to" / "out"
     (out / "old" / "deep").mkdir(parents=True)
     (out / "old" / "deep" / "file").write_text("old")
     words = ("adapter", llama_lora, f"file://{out}")
-    assert "--force" in bad(*words)
-    good(*words, "--force")
+    assert "nothing at a URL is replaced" in bad(*words, "--force")
+    assert [path.name for path in out.iterdir()] == ["old"]
+    (out / "old" / "deep" / "file").unlink()  # empty folders are nothing
+    good(*words)
     assert "unchanged" in good("check", out)
     assert {FILE, "README.md"} < {path.name for path in out.iterdir()}
-    assert not [path for path in out.iterdir() if path.is_dir()]
+
+
+def test_a_failed_upload_leaves_no_folder(
+    new: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from fsspec.implementations.local import LocalFileSystem
+
+    def fail(_self: LocalFileSystem, here: str, there: str, **_options: object) -> None:
+        if there.endswith(FILE):
+            raise OSError("the disk is gone")
+        shutil.copyfile(here, there)
+
+    monkeypatch.setattr(LocalFileSystem, "put_file", fail)
+    with pytest.raises(RemoteError, match="cannot be written"):
+        upload(new, f"file://{tmp_path}/to/out")
+    assert not list(tmp_path.glob("to/*"))
 
 
 @pytest.mark.parametrize("bucket", ["models/b\u00e4", 'models/q"/x'])

@@ -1,0 +1,102 @@
+"""What a batch will do: its runs, each with its place, checked before anything is written."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from converters.certificate import FILE as CERTIFICATE
+from converters.errors import MissingError
+from converters.files.handles import there
+from converters.files.output import check_output
+
+from .job import Job, Record
+from .manifest import Entry, ManifestError, absolute, check_names, read_manifest
+from .status import Status, printable
+
+
+@dataclass(frozen=True)
+class Batch:
+    """What is to be done. `problems`: what of the folder cannot be read as a run or its base."""
+
+    out: Path
+    jobs: Sequence[Job]
+    problems: Mapping[str, str] = field(default_factory=dict)
+
+
+def plan_batch(
+    source: Path,
+    out: Path,
+    *,
+    base: str | None = None,
+    to: str = "adapter",
+    target: str = "peft",
+    force: bool = False,
+) -> Batch:
+    """What to do for the manifest or folder `source`; writes nothing.
+
+    `base` and `to` hold where an entry says nothing. `force`: convert what is done, and replace
+    folders that no batch made. Raises `DoraExportError` when the batch as a whole cannot be done.
+    """
+    out = out.absolute()
+    folder = source.is_dir()
+    entries, problems = _found(source, base) if folder else (read_manifest(source), {})
+    known = Status(out).records
+    own = [*(entry.name for entry in entries), *problems]
+    check_names([*own, *(n for n in known.keys() - {*own} if there(out / n))], source)
+    jobs = []
+    for entry in entries:
+        before = known.get(entry.name)
+        done = before.input if before is not None and before.state == "done" else None
+        job = Job(
+            name=entry.name,
+            run=entry.run,
+            base=entry.base or (None if base is None else absolute(base)),
+            to=entry.to or to,
+            target=target,
+            output=out / entry.name,
+            done=None if force else done,
+        )
+        jobs.append(job)
+    named = {name for job in jobs for name in (job.run, job.base) if name is not None}
+    inputs = {Path(name).resolve() for name in named if there(Path(name))}
+    if folder:
+        inputs.add(source.resolve())
+    top = out.resolve()
+    near = [path for path in inputs if path.is_relative_to(top) or top.is_relative_to(path)]
+    for job in jobs:
+        _check_no_link(job)
+        check_output(job.output, force or _is_ours(job.output, known.get(job.name)), near)
+    return Batch(out, jobs, problems)
+
+
+def _check_no_link(job: Job) -> None:
+    for path in (job.output, *job.output.parents[: job.name.count("/")]):
+        if path.is_symlink():
+            raise ManifestError(
+                "an output would be written through a link",
+                file=path,
+                found=path.readlink(),
+                remedy="remove the link",
+            )
+
+
+def _is_ours(output: Path, before: Record | None) -> bool:
+    """Whether a batch made `output`, so far as is known: not all that it tried came to be."""
+    if before is None:
+        return False
+    return before.state == "done" or (output / CERTIFICATE).is_file()
+
+
+def _found(root: Path, base: str | None) -> tuple[list[Entry], Mapping[str, str]]:
+    from dora_serve.folder.inventory import discover
+
+    found = discover(root, base)
+    if not found.members and not found.problems:
+        raise MissingError("no run in this folder", file=root, remedy="give a folder of runs")
+    entries = [
+        Entry(absolute(str(member.path)), name, absolute(str(member.base.path)))
+        for name, member in found.members.items()
+    ]
+    return entries, {name: printable(problem) for name, problem in found.problems.items()}
