@@ -1,0 +1,121 @@
+"""One adapted module of a run that stores LoRA's factors: the tensors beside one another."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+
+from ..errors import RunError
+from ..files.tensors import LazyTensor, LazyTensors, load_finite, numel
+from ..updates.rank_one import RankOneSum
+
+_FACTOR = re.compile(r"(.+)\.lora_([AB])(?:\.weight)?")
+_OWN = {"weight", "bias", "base_layer"}  # what an adapted layer has by itself
+
+
+@dataclass
+class AdaptedModule:
+    """`parts`: `A`, `B` and whatever else the method stores, by the method's names for it."""
+
+    name: str
+    parts: dict[str, LazyTensor] = field(default_factory=dict)
+
+    @property
+    def file(self) -> Path:
+        return next(iter(self.parts.values())).path
+
+    def pair(self) -> int:
+        """The rank of lora_A `[r, in]` and lora_B `[out, r]`; raises `RunError` when they do not
+        fit each other."""
+        missing = {"A", "B"} - self.parts.keys()
+        if missing:
+            raise self.incomplete(f"lora_{missing.pop()}", "lora_A and lora_B")
+        a, b = self.parts["A"], self.parts["B"]
+        if len(a.shape) != 2 or len(b.shape) != 2 or a.shape[0] != b.shape[1]:
+            raise RunError(
+                "lora_A and lora_B are of different rank (or not of linear layers)",
+                file=self.file,
+                tensor=f"{self.name}.lora_B",
+                found=list(b.shape),
+                expected=f"[out, r] beside lora_A [r, in] {list(a.shape)}",
+            )
+        return a.shape[0]
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """`[out, in]` of the weight that the pair is for."""
+        return self.parts["B"].shape[0], self.parts["A"].shape[1]
+
+    def need(self, part: str, size: int, expected: str) -> None:
+        """Raise `RunError` unless `part` is there and holds `size` numbers; `expected` says what a
+        whole module has."""
+        if part not in self.parts:
+            raise self.incomplete(part, expected)
+        self.check_size(part, size)
+
+    def check_size(self, part: str, size: int) -> None:
+        """Raise `RunError` unless `part` holds `size` numbers."""
+        tensor = self.parts[part]
+        if numel(tensor) != size:
+            raise RunError(
+                f"{part} does not fit the module's other tensors",
+                file=tensor.path,
+                tensor=f"{self.name}.{part}",
+                found=list(tensor.shape),
+                expected=f"{size} numbers",
+            )
+
+    def incomplete(self, part: str, expected: str) -> RunError:
+        return RunError(
+            "an adapted module is incomplete",
+            file=self.file,
+            tensor=f"{self.name}.{part}",
+            found="only " + ", ".join(f"lora_{p}" if p in "AB" else p for p in sorted(self.parts)),
+            expected=expected,
+        )
+
+    def load(self, part: str) -> torch.Tensor:
+        """The data of a part, float32, finite."""
+        return load_finite(self.parts[part])
+
+    def sum(self, scale: float, weights: str | None = None) -> RankOneSum:
+        """ΔW = scale·B·diag(weights)·A from tensor data."""
+        a, b = self.load("A"), self.load("B")
+        c = self.load(weights).flatten() if weights else torch.ones(a.shape[0])
+        # float64 for the product, so that scale·c is rounded once.
+        return RankOneSum(a, (c.double() * scale).float(), b)
+
+
+Modules = Mapping[str, AdaptedModule]
+
+
+def grouped(
+    tensors: LazyTensors, pattern: re.Pattern[str]
+) -> tuple[dict[str, AdaptedModule], dict[str, LazyTensor]]:
+    """Module name → module, for the tensors whose names match `pattern`: its first group is the
+    module, its last that matched the part. And the tensors whose names do not."""
+    modules: dict[str, AdaptedModule] = {}
+    rest = {}
+    for name, tensor in tensors.items():
+        if match := pattern.fullmatch(name):
+            module = modules.setdefault(match[1], AdaptedModule(match[1]))
+            module.parts[match[match.lastindex or 0]] = tensor
+        else:
+            rest[name] = tensor
+    return modules, rest
+
+
+def adapted(tensors: LazyTensors) -> dict[str, AdaptedModule]:
+    """The modules with `lora_A` or `lora_B`; all other tensors beside these are parts by their own
+    names."""
+    modules, rest = grouped(tensors, _FACTOR)
+    for name, tensor in rest.items():
+        for stem in (name, name.removesuffix(".weight")):
+            module, _, part = stem.rpartition(".")
+            if module in modules and part not in _OWN and not part.startswith(("lora_A", "lora_B")):
+                modules[module].parts[part] = tensor
+    return modules
