@@ -20,6 +20,7 @@ from ..updates.rank_one import RankOneSum
 from . import ReadOptions
 from .lora_reader import Adaptation, AdapterFiles
 from .module import AdaptedModule, Modules
+from .peft_common import refuse_unread
 from .run_folder import CONFIG_FILE, WEIGHT_FILES, RunFolder
 
 _PART = re.compile(r"(.+)\.lora_(A|B|E)")
@@ -67,6 +68,7 @@ class BayesianLoraReader:
                 continue
             modules.setdefault(match[1], AdaptedModule(match[1])).parts[part] = tensor
         run = files.run(self.name, modules, adapt, {"lora_alpha": alpha})
+        refuse_unread(run.replaced, run.files[0], "_quantizer.")
         return replace(run, warnings=(_unmergeable(modules),))
 
 

@@ -36,10 +36,11 @@ def origin(config: Mapping[str, object], replaced: LazyTensors) -> Origin:
     }
 
 
-def refuse_unread(replaced: Iterable[str], file: Path) -> None:
-    """Raise `RunError` for a tensor of an adapter that would be taken for one trained whole."""
+def refuse_unread(replaced: Iterable[str], file: Path, word: str = "lora_") -> None:
+    """Raise `RunError` for a tensor of an adapter that would be taken for one trained whole: one
+    whose name has the method's `word`."""
     for name in replaced:
-        if "lora_" in name:
+        if word in name:
             raise RunError(
                 "a part of the adapter that this reader does not read",
                 file=file,

@@ -25,6 +25,8 @@ from transformers import (
     RobertaForSequenceClassification,
 )
 
+from converters.readers import ReadOptions
+from converters.readers.peft_common import Scaling
 from dora_serve import DoraExportError, merge, read_run, verify, write_adapter
 from dora_serve.proof.verify import logits, verification_batch
 from tests.conftest import MODELS, randomize, tiny_llama
@@ -279,3 +281,13 @@ def test_kasa_is_refused(tmp_path: Path, reader: str) -> None:
         save_file({**saved, **gates}, run / "adapter_model.safetensors")
     with pytest.raises(DoraExportError, match="kasa_config"):
         read_run(run)
+
+
+def test_the_first_pattern_that_fits_counts(tmp_path: Path) -> None:
+    config = {"r": 4, "lora_alpha": 8, "rank_pattern": {"layers.0.q_proj": 2, "q_proj": 3}}
+    scaling = Scaling(config, tmp_path, ReadOptions())
+    names = ("model.layers.0.q_proj", "model.layers.1.q_proj", "model.layers.0.v_proj")
+    assert [scaling.rank(name) for name in names] == [2, 3, 4]
+    assert [scaling.of(name, rank) for name, rank in zip(names, (2, 3, 4), strict=True)] == [
+        *(8 / 2, 8 / 3, 8 / 4),
+    ]
