@@ -28,8 +28,8 @@ class LazyUpdates(Mapping[str, Update]):
 
     `loaders` read one update each; `shapes` are those, `[out, in]`, that are known without reading.
     What was read last stays in memory within the bound of `Memo`, so that a command which comes
-    back to an update reads it once, and a merge of any size, which uses each once, holds few. Of
-    the others the shape and rank are kept, which is all that a plan or a report asks again.
+    back to an update reads it once. A merge, which uses each once, takes them and keeps none. Shape
+    and rank are always kept, which is all that a plan or a report asks again.
     """
 
     def __init__(
@@ -43,13 +43,18 @@ class LazyUpdates(Mapping[str, Update]):
         self._memo = Memo()
 
     def __getitem__(self, module: str) -> Update:
+        update = self.take(module)
+        self._memo.remember(module, update)
+        return update
+
+    def take(self, module: str) -> Update:
+        """The update, for one who will not come back to it: it is not kept."""
         update = self._memo.get(module)
         if update is None:
             update = self._loaders[module]()
             components = update.components()
             self._ranks[module] = None if components is None else components.rank
             self.known_shapes[module] = update.shape
-            self._memo.remember(module, update)
         return update
 
     def __iter__(self) -> Iterator[str]:
@@ -144,6 +149,10 @@ class Run:
         """The rank of one update as it stands; None where it has none."""
         return self._updates.rank(module)
 
+    def take(self, module: str) -> Update:
+        """One update, for one who will not come back to it: it is not kept in memory."""
+        return self._updates.take(module)
+
     def strip(self) -> Run:
         """The run without pruned components, the same one at every call."""
         return self if isinstance(self.updates, _Stripped) else self._stripped
@@ -154,7 +163,7 @@ class Run:
         updates, path = self._updates, self.path
 
         def load(module: str) -> Update:
-            return strip_update(updates[module], module, path)
+            return strip_update(updates.take(module), module, path)
 
         loaders = {module: partial(load, module) for module in updates}
         return replace(self, updates=_Stripped(loaders, updates.known_shapes))

@@ -366,7 +366,7 @@ class Layout:
 
 
 def _loader(run: Run, module: str) -> Callable[[], Update]:
-    return lambda: run.updates[module]
+    return lambda: run.take(module)
 
 
 Taken = tuple[str, torch.Tensor, torch.Tensor, bool]

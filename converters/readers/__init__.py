@@ -12,7 +12,7 @@ from typing import Protocol, TypeGuard
 from ..errors import MissingError, RunError
 from ..files.handles import reading, there
 from ..run import Run
-from .run_folder import RunFolder
+from .run_folder import RunFolder as RunFolder
 
 
 @dataclass(frozen=True)

@@ -7,10 +7,11 @@ divisor before and after pruning. Their `Fixed_Lora` runs have no scaler and div
 
 from __future__ import annotations
 
+import math
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 
 import torch
@@ -18,7 +19,6 @@ import torch
 from ..errors import RunError
 from ..files.tensors import LazyTensor, LazyTensors, load_torch, read_json
 from ..run import LazyUpdates, Run
-from ..updates.rank_one import RankOneSum
 from ..updates.update import Update
 from . import ReadOptions, is_number
 from .module import AdaptedModule, grouped
@@ -26,6 +26,7 @@ from .run_folder import RunFolder
 
 WEIGHT_FILES = ("model.safetensors", "pytorch_model.bin")
 _A, _B, _C = "lora_a_linear.weight", "lora_b_linear.weight", "lora_scaler"
+_PARTS = {_A: "A", _B: "B"}
 _LORA = re.compile(r"(.+)\.(lora_a_linear\.weight|lora_b_linear\.weight|lora_scaler)")
 _LINEAR = re.compile(r"(.+)\.linear\.(weight|bias)")
 _BODIES = ("roberta.", "deberta.", "model.")  # what the reference wrapper freezes outside of LoRA
@@ -70,17 +71,18 @@ class DoraReader:
         tensors = _without_wrapper(folder.tensors(file), file)
         info_path = options.task_info or _task_info_path(folder.path)
         info = {} if info_path is None else read_json(info_path)
-        modules, _ = grouped(tensors, _LORA)
+        modules, _ = grouped(tensors, _LORA, _PARTS)
         scaling = _Scaling(folder.path, info_path, info, options)
 
         loaders: dict[str, Callable[[], Update]] = {}
         shapes: dict[str, tuple[int, int]] = {}
         start_rank: dict[str, int] = {}
         for name, module in modules.items():
-            shapes[name] = _shape(module, tensors.get(f"{name}.linear.weight"))
-            start_rank[name] = module.parts[_A].shape[0]
-            scale = scaling.of(start_rank[name], _C in module.parts)
-            loaders[name] = partial(_update, module, scale)
+            weights = _C if _C in module.parts else None
+            start_rank[name] = _check(module, tensors.get(f"{name}.linear.weight"))
+            shapes[name] = module.shape
+            scale = scaling.of(start_rank[name], weights is not None)
+            loaders[name] = partial(module.sum, scale, weights)
 
         embedded, replaced = {}, {}
         for name, tensor in tensors.items():
@@ -129,46 +131,22 @@ def _without_wrapper(tensors: LazyTensors, file: Path) -> dict[str, LazyTensor]:
     )
 
 
-def _shape(module: AdaptedModule, linear: LazyTensor | None) -> tuple[int, int]:
-    """`[out, in]`; raises `RunError` when A, B, scaler and frozen weight do not fit together."""
-    for needed in (_A, _B):
-        if needed not in module.parts:
-            raise module.incomplete(needed, f"{_A} and {_B}")
-    a, b = module.parts[_A], module.parts[_B]
-    shape = (*b.shape[:1], *a.shape[-1:])
-    if linear is not None and linear.shape != shape:
-        raise RunError(
-            "the update does not fit the weight it was trained with",
-            file=linear.path,
-            tensor=f"{module.name}.linear.weight",
-            found=list(linear.shape),
-            expected=list(shape),
-        )
-    if len(a.shape) != 2 or len(b.shape) != 2 or a.shape[0] != b.shape[1]:
-        raise RunError(
-            "A and B are of different rank",
-            file=b.path,
-            tensor=f"{module.name}.{_B}",
-            found=list(b.shape),
-            expected=f"[out, r] beside A [r, in] {list(a.shape)}",
-        )
-    c = module.parts.get(_C)
-    if c is not None and c.shape != (a.shape[0],):
-        raise RunError(
-            "the scaler is not one number per component",
-            file=c.path,
-            tensor=f"{module.name}.{_C}",
-            found=list(c.shape),
-            expected=[a.shape[0]],
-        )
-    return b.shape[0], a.shape[1]
-
-
-def _update(module: AdaptedModule, scale: float) -> Update:
-    a = module.load(_A)
-    c = module.load(_C) if _C in module.parts else torch.ones(a.shape[0])
-    # float64 for the product, so that scale·c is rounded once.
-    return RankOneSum(a, (c.double() * scale).float(), module.load(_B))
+def _check(module: AdaptedModule, linear: LazyTensor | None) -> int:
+    """The rank; raises `RunError` when A, B, scaler and frozen weight do not fit together."""
+    if linear is not None and module.parts.keys() >= {"A", "B"}:
+        shape = (*module.parts["B"].shape[:1], *module.parts["A"].shape[-1:])
+        if linear.shape != shape:
+            raise RunError(
+                "the update does not fit the weight it was trained with",
+                file=linear.path,
+                tensor=f"{module.name}.linear.weight",
+                found=list(linear.shape),
+                expected=list(shape),
+            )
+    rank = module.pair((_A, _B))
+    if _C in module.parts:
+        module.check_size(_C, rank)
+    return rank
 
 
 @dataclass
@@ -177,32 +155,28 @@ class _Scaling:
 
     folder: Path
     info_path: Path | None
-    info: dict[str, object]
+    info: Mapping[str, object]
     options: ReadOptions
 
-    @property
+    @cached_property
     def alpha(self) -> float:
-        if self.options.lora_alpha is not None:
-            return self.options.lora_alpha
-        try:
-            alpha = float(str(self.info["lora_alpha"]))
-            if not is_number(alpha):
-                raise ValueError
-            return alpha
-        except KeyError:
+        said: object = self.options.lora_alpha
+        said = self.info.get("lora_alpha") if said is None else said
+        if said is None:
             raise RunError(
                 "the run's lora_alpha is not known",
                 file=self.info_path or self.folder,
-                found="no task_info.json in the mirrored Log folder"
-                if self.info_path is None
-                else "no lora_alpha in task_info.json",
+                found="no lora_alpha in task_info.json, or no such file in the mirrored Log folder",
                 remedy="pass `task_info`, or `lora_alpha` "
                 "(the reference configuration always uses 8)",
-            ) from None
+            )
+        try:
+            alpha = float(str(said))
         except ValueError:
-            raise RunError(
-                "lora_alpha is not a number", file=self.info_path, found=self.info["lora_alpha"]
-            ) from None
+            alpha = math.nan
+        if not is_number(alpha):
+            raise RunError("lora_alpha is not a number", file=self.info_path, found=said)
+        return alpha
 
     def of(self, rank: int, adaptive: bool) -> float:
         key = "adaptive_lora_start_rank" if adaptive else "fixed_lora_rank"
@@ -211,7 +185,7 @@ class _Scaling:
             raise RunError(
                 "the start rank differs from the checkpoint's",
                 file=self.info_path if self.options.start_rank is None else self.folder,
-                found=f"{said}",
+                found=said,
                 expected=f"{rank}, the rank of the stored components",
                 remedy="is this the task_info.json (or `start_rank`) of another run?",
             )

@@ -12,7 +12,8 @@ from __future__ import annotations
 
 import re
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -74,27 +75,21 @@ class LoraFiles(ABC):
         """The run whose adapted `modules` are read as `adapt` says; `options` is what was chosen
         to read it."""
         read = {name: adapt(module) for name, module in modules.items()}
-        return self._run(
-            method,
-            {tensor.name for module in modules.values() for tensor in module.parts.values()},
-            LazyUpdates(
+        own = {tensor.name for module in modules.values() for tensor in module.parts.values()}
+        return replace(
+            self._rest(own, modules),
+            method=method,
+            updates=LazyUpdates(
                 {name: how.load for name, how in read.items()},
                 {name: how.shape or modules[name].shape for name, how in read.items()},
             ),
-            {name: how.start_rank for name, how in read.items()},
-            options or {},
+            start_rank={name: how.start_rank for name, how in read.items()},
+            options=options or {},
         )
 
     @abstractmethod
-    def _run(
-        self,
-        method: str,
-        own: set[str],
-        updates: LazyUpdates,
-        start_rank: Mapping[str, int],
-        options: Mapping[str, object],
-    ) -> Run:
-        """The run; `own` are the tensors that its updates are made of."""
+    def _rest(self, own: set[str], modules: Collection[str]) -> Run:
+        """The run but for its updates, which are for `modules` and made of the tensors `own`."""
 
 
 class AdapterFiles(LoraFiles):
@@ -105,14 +100,7 @@ class AdapterFiles(LoraFiles):
         self.config_path = folder.path / CONFIG_FILE
         self._folder = folder
 
-    def _run(
-        self,
-        method: str,
-        own: set[str],
-        updates: LazyUpdates,
-        start_rank: Mapping[str, int],
-        options: Mapping[str, object],
-    ) -> Run:
+    def _rest(self, own: set[str], modules: Collection[str]) -> Run:
         file = self._folder.adapter_file
         assert file is not None
         whole = {
@@ -122,16 +110,14 @@ class AdapterFiles(LoraFiles):
         }
         refuse_unread(whole, file)
         # An adapter on an embedding or head may carry its weight along: untouched, or resized.
-        heads = {n: t for n, t in whole.items() if n.removesuffix(".weight") not in updates}
+        heads = {n: t for n, t in whole.items() if n.removesuffix(".weight") not in modules}
         return Run(
             path=self._folder.path,
-            method=method,
-            updates=updates,
+            method="",
+            updates={},
             replaced=whole,
             **origin(self.config, heads),
-            start_rank=start_rank,
             files=(file, self.config_path),
-            options=options,
         )
 
 
@@ -149,35 +135,26 @@ class CheckpointFiles(LoraFiles):
         self.config_path = checkpoint.path / "config.json"
         self._checkpoint, self._names = checkpoint, names
 
-    def _run(
-        self,
-        method: str,
-        own: set[str],
-        updates: LazyUpdates,
-        start_rank: Mapping[str, int],
-        options: Mapping[str, object],
-    ) -> Run:
+    def _rest(self, own: set[str], modules: Collection[str]) -> Run:
         rest = {
             self._names(name): tensor
             for name, tensor in self.tensors.items()
             if name not in own and tensor.dtype.is_floating_point and not _BUFFER.fullmatch(name)
         }
-        frozen = {f"{module}.weight" for module in updates}
+        frozen = {f"{module}.weight" for module in modules}
         task = _task(self.config)
         heads = [tensor.shape[0] for name, tensor in rest.items() if _HEAD.fullmatch(name)]
         base = self.config.get("_name_or_path")
         return Run(
             path=self._checkpoint.path,
-            method=method,
-            updates=updates,
+            method="",
+            updates={},
             replaced={name: tensor for name, tensor in rest.items() if name not in frozen},
             embedded_base=rest if frozen <= rest.keys() else None,
             base=str(base) if base else None,
             task=task,
             num_labels=heads[-1] if heads and task == "sequence-classification" else None,
-            start_rank=start_rank,
             files=(*self._checkpoint.shards, self.config_path),
-            options=options,
         )
 
 

@@ -28,20 +28,20 @@ class AdaptedModule:
     def file(self) -> Path:
         return next(iter(self.parts.values())).path
 
-    def pair(self) -> int:
-        """The rank of lora_A `[r, in]` and lora_B `[out, r]`; raises `RunError` when they do not
-        fit each other."""
-        missing = {"A", "B"} - self.parts.keys()
-        if missing:
-            raise self.incomplete(f"lora_{missing.pop()}", "lora_A and lora_B")
+    def pair(self, names: tuple[str, str] = ("lora_A", "lora_B")) -> int:
+        """The rank of A `[r, in]` and B `[out, r]`, which the method stores under `names`; raises
+        `RunError` when they do not fit each other."""
+        for part, name in zip("AB", names, strict=True):
+            if part not in self.parts:
+                raise self.incomplete(name, " and ".join(names))
         a, b = self.parts["A"], self.parts["B"]
         if len(a.shape) != 2 or len(b.shape) != 2 or a.shape[0] != b.shape[1]:
             raise RunError(
-                "lora_A and lora_B are of different rank (or not of linear layers)",
+                f"{' and '.join(names)} are of different rank (or not of linear layers)",
                 file=self.file,
-                tensor=f"{self.name}.lora_B",
+                tensor=f"{self.name}.{names[1]}",
                 found=list(b.shape),
-                expected=f"[out, r] beside lora_A [r, in] {list(a.shape)}",
+                expected=f"[out, r] beside {names[0]} [r, in] {list(a.shape)}",
             )
         return a.shape[0]
 
@@ -66,7 +66,7 @@ class AdaptedModule:
                 file=tensor.path,
                 tensor=f"{self.name}.{part}",
                 found=list(tensor.shape),
-                expected=f"{size} numbers",
+                expected=f"{size} numbers, as [{size}]",
             )
 
     def incomplete(self, part: str, expected: str) -> RunError:
@@ -74,7 +74,7 @@ class AdaptedModule:
             "an adapted module is incomplete",
             file=self.file,
             tensor=f"{self.name}.{part}",
-            found="only " + ", ".join(f"lora_{p}" if p in "AB" else p for p in sorted(self.parts)),
+            found="only " + ", ".join(sorted(tensor.name for tensor in self.parts.values())),
             expected=expected,
         )
 
@@ -94,16 +94,18 @@ Modules = Mapping[str, AdaptedModule]
 
 
 def grouped(
-    tensors: LazyTensors, pattern: re.Pattern[str]
+    tensors: LazyTensors, pattern: re.Pattern[str], parts: Mapping[str, str] | None = None
 ) -> tuple[dict[str, AdaptedModule], dict[str, LazyTensor]]:
     """Module name → module, for the tensors whose names match `pattern`: its first group is the
-    module, its last that matched the part. And the tensors whose names do not."""
+    module, its last that matched the part, which `parts` may give another name. And the tensors
+    whose names do not."""
     modules: dict[str, AdaptedModule] = {}
     rest = {}
     for name, tensor in tensors.items():
         if match := pattern.fullmatch(name):
             module = modules.setdefault(match[1], AdaptedModule(match[1]))
-            module.parts[match[match.lastindex or 0]] = tensor
+            part = match[match.lastindex or 0]
+            module.parts[(parts or {}).get(part, part)] = tensor
         else:
             rest[name] = tensor
     return modules, rest

@@ -66,7 +66,7 @@ def _join(left: Run, right: Run) -> Run:
                 remedy="read it alone, without `part`",
             )
     owner = {module: run for run in (left, right) for module in run.updates}
-    loaders = {m: partial(run.updates.__getitem__, m) for m, run in owner.items()}
+    loaders = {m: partial(run.take, m) for m, run in owner.items()}
     shapes = {module: run.shapes[module] for module, run in owner.items()}
     for module in left.updates.keys() & right.updates.keys():
         if not _same(left.updates[module], right.updates[module]):

@@ -50,6 +50,30 @@ def refuse_unread(replaced: Iterable[str], file: Path, word: str = "lora_") -> N
             )
 
 
+def broken_promises(config: Mapping[str, object], held: Iterable[str]) -> tuple[str, ...]:
+    """A warning for each module that the configuration says was trained whole, or in single rows,
+    and that none of the `held` tensor names is of: what was trained may be lost.
+
+    No error, because PEFT passes over names that the model does not have. `classifier` and `score`
+    it adds by itself, for whichever the model has.
+    """
+    parts = {part for name in held for part in name.split(".")}
+    saved = config.get("modules_to_save")
+    names = [str(name) for name in saved] if isinstance(saved, list) else []
+    lost = [name for name in names if name.rpartition(".")[2] not in parts]
+    if len(lost) < len(names):
+        lost = [name for name in lost if name not in ("classifier", "score")]
+    said = dict.fromkeys(lost, "modules_to_save")
+    tokens = config.get("trainable_token_indices")
+    if tokens and "trainable_tokens_delta" not in parts:
+        said["tokens of the embedding"] = "trainable_token_indices"
+    return tuple(
+        f"the configuration says that {name} was trained ({key}), and the file holds nothing of "
+        "it: without that it is not the model that was trained"
+        for name, key in said.items()
+    )
+
+
 def need_base(options: ReadOptions, what: str, file: Path) -> BaseModel:
     """The base model the user names, for `what` cannot be read without it."""
     if options.base is None:

@@ -45,7 +45,7 @@ class PeftDoraReader:
                 expected="a lora_magnitude_vector beside each lora_A",
                 remedy="a conversion dropped them: use the adapter as it was trained",
             )
-        loaders = {module: partial(run.updates.__getitem__, module) for module in run.updates}
+        loaders = {module: partial(run.take, module) for module in run.updates}
         for module, magnitude in magnitudes.items():
             _check(module, magnitude, tensors, file)
             loaders[module] = partial(_update, run, module, magnitude)
@@ -83,7 +83,7 @@ def _check(module: str, magnitude: LazyTensor, tensors: LazyTensors, file: Path)
 
 
 def _update(run: Run, module: str, magnitude: LazyTensor) -> Update:
-    delta = run.updates[module].components()
+    delta = run.take(module).components()
     assert delta is not None
     if module in run.embeddings:  # stored as [vocab, dim]: `in` is the first axis
         return transposed(MagnitudeUpdate(load_finite(magnitude), delta.transposed()))

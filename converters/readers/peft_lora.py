@@ -22,7 +22,7 @@ from ..updates.rank_one import RankOneSum
 from ..updates.update import Update
 from . import ReadOptions
 from .module import AdaptedModule, adapted, grouped
-from .peft_common import Scaling, origin, refuse_unread
+from .peft_common import Scaling, broken_promises, origin, refuse_unread
 from .peft_parameters import TOKENS, parameter_updates, parameters, token_rows
 from .run_folder import CONFIG_FILE, WEIGHT_FILES, RunFolder
 
@@ -111,6 +111,7 @@ class PeftLoraReader:
             embeddings=frozenset(embeddings | tokens.keys()),
             tied=frozenset(tokens),
             files=(file, config_path),
+            warnings=broken_promises(config, folder.adapter),
         )
 
 

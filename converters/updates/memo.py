@@ -30,18 +30,15 @@ class Memo:
         self._held: dict[str, Update] = {}
 
     def get(self, name: str) -> Update | None:
-        with _lock:
-            found = self._held.get(name)
-            if found is not None:
-                _sizes.move_to_end((ref(self), name))
-            return found
+        return self._held.get(name)
 
     def remember(self, name: str, update: Update) -> None:
         global _total
+        size = held_bytes(update)
         with _lock:
             key = ref(self), name
-            _total += held_bytes(update) - _sizes.pop(key, 0)
-            self._held[name], _sizes[key] = update, held_bytes(update)
+            _total += size - _sizes.pop(key, 0)
+            self._held[name], _sizes[key] = update, size
             while _total > MOST_BYTES and len(_sizes) > 1:
                 (owner, oldest), size = _sizes.popitem(last=False)
                 _total -= size
@@ -52,7 +49,7 @@ class Memo:
 
 _Key = tuple["ref[Memo]", str]
 
-_lock = threading.RLock()
+_lock = threading.Lock()
 _sizes: OrderedDict[_Key, int] = OrderedDict()
 _total = 0
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import re
+from functools import partial
+from importlib.metadata import entry_points
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -11,7 +13,6 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-import converters.readers
 from converters.readers import ReadOptions, RunFolder, is_number, is_run
 from converters.readers.module import grouped
 from converters.run import LazyUpdates, Run
@@ -35,23 +36,19 @@ class ScaledLoraReader:
         if not is_number(strength):
             raise DoraExportError("strength is not a number", found=strength)
         tensors = folder.tensors(WEIGHTS)
-        modules, rest = grouped(tensors, re.compile(r"(.+)\.(low|high|gain)"))
+        pattern = re.compile(r"(.+)\.(low|high|gain)")
+        modules, rest = grouped(tensors, pattern, {"low": "A", "high": "B"})
         for name in rest:
             raise DoraExportError("a tensor that is not read", file=folder.path, tensor=name)
         ranks = {}
         for name, module in modules.items():
-            module.parts = {
-                new: module.parts[old]
-                for new, old in (("A", "low"), ("B", "high"), ("gain", "gain"))
-                if old in module.parts
-            }
-            ranks[name] = module.pair()
+            ranks[name] = module.pair(("low", "high"))
             module.need("gain", ranks[name], "low, high and gain")
         return Run(
             path=folder.path,
             method=self.name,
             updates=LazyUpdates(
-                {n: lambda m=m: m.sum(strength, "gain") for n, m in modules.items()},
+                {n: partial(m.sum, strength, "gain") for n, m in modules.items()},
                 {n: m.shape for n, m in modules.items()},
             ),
             start_rank=ranks,
@@ -61,15 +58,15 @@ class ScaledLoraReader:
 
 @pytest.fixture
 def installed(monkeypatch: pytest.MonkeyPatch) -> None:
-    ours = converters.readers.entry_points(group="dora_serve.readers")
+    ours = entry_points(group="dora_serve.readers")
     point = SimpleNamespace(name="scaled_lora", load=lambda: ScaledLoraReader)
-    monkeypatch.setattr(converters.readers, "entry_points", lambda group: [*ours, point])  # noqa: ARG005
+    monkeypatch.setattr("converters.readers.entry_points", lambda **_: [*ours, point])
 
 
 @pytest.fixture
 def run(tmp_path: Path, llama_base: Path) -> Path:
     torch.manual_seed(0)
-    tensors = {}
+    tensors: dict[str, torch.Tensor] = {}
     weights = load_file(llama_base / "model.safetensors")
     for name in NAMES:
         out, inn = weights[f"{name}.weight"].shape
