@@ -78,10 +78,9 @@ def _check_gates(module: AdaptedModule, rank: int) -> None:
         sizes |= {"E": rank, "E_quantizer.gamma_2": rank - 1}
     for part, size in sizes.items():
         if part not in module.parts:
-            raise RunError(
+            raise module.error(
                 "a gate of the adapter is missing",
-                file=module.file,
-                tensor=f"{module.name}.lora_{part.replace('.', '.quantizer.')}",
+                f"lora_{part.replace('.', '.quantizer.')}",
                 remedy="was it saved before the first training step? save it again",
             )
         module.check_size(part, size)
@@ -114,10 +113,9 @@ def _quantized(module: AdaptedModule, factor: str) -> torch.Tensor:
     if step is None and levels == len(_LEVELS):
         return x  # 32 bits: Q(x) is x, whatever the step
     if step is None or not bool(step):
-        raise RunError(
+        raise module.error(
             "the range of a quantized factor is not known",
-            file=module.file,
-            tensor=f"{module.name}.lora_{factor}_quantizer.quantizer",
+            f"lora_{factor}_quantizer.quantizer",
             found=f"a quantizer of {2 ** (levels + 1)} bits without a step",
             expected="s_2, or x_min and x_max",
             remedy="add x_min and x_max of the live model's quantizers to the adapter's weights "

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import re
 
-from ..errors import RunError
 from ..files.tensors import LazyTensors
 from ..run import Run
 from . import ReadOptions
@@ -44,10 +43,9 @@ class BayesLoraReader:
         def adapt(module: AdaptedModule) -> Adaptation:
             rank = _rank(module)
             if rank > initial:
-                raise RunError(
+                raise module.error(
                     "the module has more components than the initial rank",
-                    file=module.file,
-                    tensor=f"{module.name}.A_mu",
+                    "A_mu",
                     found=rank,
                     expected=f"at most {initial}",
                     remedy="is this the `start_rank` of another run?",
@@ -66,10 +64,9 @@ def _modules(tensors: LazyTensors) -> dict[str, AdaptedModule]:
 def _rank(module: AdaptedModule) -> int:
     a, b = (module.parts[f].shape if f in module.parts else None for f in "AB")
     if a is None or b is None or len(a) != 2 or len(b) != 2 or a[0] != b[1]:
-        raise RunError(
+        raise module.error(
             "A_mu and B_mu do not fit each other",
-            file=module.file,
-            tensor=f"{module.name}.B_mu",
+            "B_mu",
             found=f"A_mu {a and list(a)}, B_mu {b and list(b)}",
             expected="A_mu [rank, in] and B_mu [out, rank]",
         )

@@ -12,7 +12,6 @@ import re
 
 import torch
 
-from ..errors import RunError
 from ..run import Run
 from ..updates.rank_one import RankOneSum
 from . import ReadOptions
@@ -59,10 +58,9 @@ def _count(module: AdaptedModule) -> int:
     count = max(sum(part.startswith("lora_E.") for part in module.parts), 1)
     needed = {f"lora_{letter}.{i}" for letter in "AEB" for i in range(count)} | {"ranknum"}
     if module.parts.keys() != needed:
-        raise RunError(
+        raise module.error(
             "the pieces of an adapted module are not complete",
-            file=module.file,
-            tensor=f"{module.name}.{min(module.parts.keys() ^ needed)}",
+            min(module.parts.keys() ^ needed),
             found=", ".join(sorted(module.parts)),
             expected=f"lora_A, lora_E and lora_B from 0 to {count - 1}, and ranknum",
         )
@@ -78,10 +76,9 @@ def _check(module: AdaptedModule, count: int) -> tuple[int, tuple[int, int]]:
         a, b = (module.parts[f"lora_{letter}.{i}"].shape for letter in "AB")
         rank = a[:1]
         if len(a) != 2 or a != rank + inn or b != out + rank:
-            raise RunError(
+            raise module.error(
                 "the pieces of an adapted module do not fit together",
-                file=module.file,
-                tensor=f"{module.name}.lora_B.{i}",
+                f"lora_B.{i}",
                 found=f"lora_A.{i} {list(a)}, lora_B.{i} {list(b)}",
                 expected=f"{['k', *inn]} and {[*out, 'k']}",
             )

@@ -77,7 +77,7 @@ class LoraFiles(ABC):
         read = {name: adapt(module) for name, module in modules.items()}
         own = {tensor.name for module in modules.values() for tensor in module.parts.values()}
         return replace(
-            self._rest(own, modules),
+            self.rest(own, modules),
             method=method,
             updates=LazyUpdates(
                 {name: how.load for name, how in read.items()},
@@ -88,7 +88,7 @@ class LoraFiles(ABC):
         )
 
     @abstractmethod
-    def _rest(self, own: set[str], modules: Collection[str]) -> Run:
+    def rest(self, own: set[str], modules: Collection[str]) -> Run:
         """The run but for its updates, which are for `modules` and made of the tensors `own`."""
 
 
@@ -100,7 +100,7 @@ class AdapterFiles(LoraFiles):
         self.config_path = folder.path / CONFIG_FILE
         self._folder = folder
 
-    def _rest(self, own: set[str], modules: Collection[str]) -> Run:
+    def rest(self, own: set[str], modules: Collection[str]) -> Run:
         file = self._folder.adapter_file
         assert file is not None
         whole = {
@@ -135,7 +135,7 @@ class CheckpointFiles(LoraFiles):
         self.config_path = checkpoint.path / "config.json"
         self._checkpoint, self._names = checkpoint, names
 
-    def _rest(self, own: set[str], modules: Collection[str]) -> Run:
+    def rest(self, own: set[str], modules: Collection[str]) -> Run:
         rest = {
             self._names(name): tensor
             for name, tensor in self.tensors.items()

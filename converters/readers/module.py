@@ -36,10 +36,9 @@ class AdaptedModule:
                 raise self.incomplete(name, " and ".join(names))
         a, b = self.parts["A"], self.parts["B"]
         if len(a.shape) != 2 or len(b.shape) != 2 or a.shape[0] != b.shape[1]:
-            raise RunError(
+            raise self.error(
                 f"{' and '.join(names)} are of different rank (or not of linear layers)",
-                file=self.file,
-                tensor=f"{self.name}.{names[1]}",
+                names[1],
                 found=list(b.shape),
                 expected=f"[out, r] beside {names[0]} [r, in] {list(a.shape)}",
             )
@@ -61,21 +60,31 @@ class AdaptedModule:
         """Raise `RunError` unless `part` holds `size` numbers."""
         tensor = self.parts[part]
         if numel(tensor) != size:
-            raise RunError(
+            raise self.error(
                 f"{part} does not fit the module's other tensors",
-                file=tensor.path,
-                tensor=f"{self.name}.{part}",
+                part,
                 found=list(tensor.shape),
                 expected=f"{size} numbers, as [{size}]",
             )
 
     def incomplete(self, part: str, expected: str) -> RunError:
+        names = ", ".join(sorted(tensor.name for tensor in self.parts.values()))
+        message = "an adapted module is incomplete"
+        return self.error(message, part, found=f"only {names}", expected=expected)
+
+    def error(
+        self,
+        message: str,
+        part: str,
+        *,
+        found: object = None,
+        expected: object = None,
+        remedy: str | None = None,
+    ) -> RunError:
+        """An error about one part of the module, by the method's name for it."""
+        tensor = f"{self.name}.{part}"
         return RunError(
-            "an adapted module is incomplete",
-            file=self.file,
-            tensor=f"{self.name}.{part}",
-            found="only " + ", ".join(sorted(tensor.name for tensor in self.parts.values())),
-            expected=expected,
+            message, file=self.file, tensor=tensor, found=found, expected=expected, remedy=remedy
         )
 
     def load(self, part: str) -> torch.Tensor:

@@ -59,56 +59,44 @@ class MoraReader:
         scaling = Scaling(config, path, options)
 
         def adapt(module: AdaptedModule) -> Adaptation:
-            size = _size(module)
             shape = linear_shape(base, module.name)
-            _check_size(module, size, shape, scaling.rank(module.name), kind)
+            size = _size(module, shape, scaling.rank(module.name), kind)
             return Adaptation(size, lambda: _update(module, kind, shape), shape)
 
         return files.run(self.name, grouped(files.tensors, _PART)[0], adapt)
 
 
-def _size(module: AdaptedModule) -> int:
-    """n, the size of the trained matrix."""
+def _size(module: AdaptedModule, shape: tuple[int, int], rank: float, kind: int) -> int:
+    """n, the size of the trained matrix, which must be what `rank` gives for the weight."""
     size = module.pair()
     a, b = module.parts["A"], module.parts["B"]
     if a.shape != (size, size) or b.shape != (size, size):
-        raise RunError(
+        raise module.error(
             "the matrix of a module is not square",
-            file=a.path,
-            tensor=a.name,
+            "lora_A",
             found=f"{list(a.shape)} beside lora_B {list(b.shape)}",
             expected="a square lora_A, and the same again as lora_B",
         )
-    return size
-
-
-def _check_size(
-    module: AdaptedModule, size: int, shape: tuple[int, int], rank: float, kind: int
-) -> None:
     expected = int(math.sqrt(sum(shape) * rank) + 0.5)
     if kind == 6:
         expected -= expected % 2
     if size != expected:
-        raise RunError(
+        raise module.error(
             "the matrix of a module does not fit the base weight",
-            file=module.file,
-            tensor=module.parts["A"].name,
+            "lora_A",
             found=[size, size],
             expected=f"{[expected, expected]} for r {rank} and a weight {list(shape)}",
             remedy="is this the base the run was trained on? pass it with `base`",
         )
+    return size
 
 
 def _update(module: AdaptedModule, kind: int, shape: tuple[int, int]) -> Update:
     matrix, other = module.load("A"), module.load("B")
     coarse = min((module.parts[part].dtype for part in "AB"), key=lambda dtype: dtype.itemsize)
     if not torch.equal(matrix.to(coarse), other.to(coarse)):
-        raise RunError(
-            "lora_A and lora_B differ, but MoRA trains one matrix",
-            file=module.file,
-            tensor=module.parts["B"].name,
-            remedy="was the adapter changed after training?",
-        )
+        message = "lora_A and lora_B differ, but MoRA trains one matrix"
+        raise module.error(message, "lora_B", remedy="was the adapter changed after training?")
     return rotated(matrix, shape) if kind == 6 else _folded(matrix, kind, shape)
 
 

@@ -10,7 +10,6 @@ import re
 
 import torch
 
-from ..errors import RunError
 from ..run import Run
 from ..updates.magnitude import MagnitudeUpdate
 from ..updates.rank_one import RankOneSum
@@ -62,19 +61,17 @@ class NvlabsDoraReader:
 def _check_magnitude(module: AdaptedModule, shape: tuple[int, int]) -> None:
     magnitude = module.parts.get(_MAGNITUDE)
     if magnitude is None:
-        raise RunError(
+        raise module.error(
             "a module has no magnitude",
-            file=module.file,
-            tensor=f"{module.name}.{_MAGNITUDE}.weight",
+            f"{_MAGNITUDE}.weight",
             expected=f"[{shape[0]}, 1]",
             remedy='the fork does not save magnitudes with bias "lora_only"; without them the '
             "trained model cannot be told",
         )
     if magnitude.shape != (shape[0], 1):
-        raise RunError(
+        raise module.error(
             "the magnitude does not fit the module",
-            file=module.file,
-            tensor=magnitude.name,
+            f"{_MAGNITUDE}.weight",
             found=list(magnitude.shape),
             expected=[shape[0], 1],
         )

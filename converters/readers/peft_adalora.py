@@ -43,10 +43,9 @@ class PeftAdaloraReader:
             module.need("lora_E", rank, "lora_A, lora_B and lora_E")
             flags = [True] * init_r if kept is None else kept.get(module.name, [])
             if len(flags) != init_r or sum(flags) != rank:
-                raise RunError(
+                raise module.error(
                     "the stored rank differs from the configuration's",
-                    file=module.file,
-                    tensor=f"{module.name}.lora_E",
+                    "lora_E",
                     found=f"rank {rank}",
                     expected=f"{sum(flags)} of {len(flags)} components kept, of init_r {init_r}",
                     remedy="is this the adapter_config.json of another adapter?",

@@ -58,7 +58,6 @@ class PeftDoraReader:
             run,
             method=self.name,
             updates=LazyUpdates(loaders, run.shapes),
-            replaced={n: t for n, t in run.replaced.items() if not _MAGNITUDE.fullmatch(n)},
             warnings=(*run.warnings, *([warning] if plain else [])),
         )
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -21,12 +22,14 @@ from ..run import LazyUpdates, Run
 from ..updates.rank_one import RankOneSum
 from ..updates.update import Update
 from . import ReadOptions
+from .lora_reader import AdapterFiles
 from .module import AdaptedModule, adapted, grouped
-from .peft_common import Scaling, broken_promises, origin, refuse_unread
+from .peft_common import Scaling, broken_promises
 from .peft_parameters import TOKENS, parameter_updates, parameters, token_rows
 from .run_folder import CONFIG_FILE, WEIGHT_FILES, RunFolder
 
 _BIAS, _EMBEDDING = ".lora_B.bias", ".lora_embedding_A"
+_MAGNITUDES = (".lora_magnitude_vector", ".lora_magnitude_vector.weight")  # read by peft_dora
 _LORA = re.compile(r"(.+)\.(?:lora_(A|B)\.weight|lora_embedding_(A|B))")
 
 # Initialisations that change the base weights: the adapter is right on the changed base only.
@@ -52,24 +55,18 @@ class PeftLoraReader:
         return folder if own and not _more_than_pairs(folder) else None
 
     def read(self, folder: RunFolder, options: ReadOptions) -> Run:
-        config, config_path = folder.adapter_config, folder.path / CONFIG_FILE
+        files = AdapterFiles(folder)
+        config, config_path = files.config, files.config_path
         _refuse_unread(config, config_path)
-        pairs, rest = grouped(folder.adapter, _LORA)
-        file = folder.adapter_file
-        assert file is not None
-        whole: dict[str, LazyTensor] = {}
-        tokens: dict[str, LazyTensor] = {}
-        biases: dict[str, LazyTensor] = {}
-        embeddings = {n[: -len(_EMBEDDING)] for n in folder.adapter if n.endswith(_EMBEDDING)}
-        for name, tensor in rest.items():
-            if name.endswith(TOKENS):
-                tokens[name.removesuffix(TOKENS)] = tensor
-            elif name.endswith(_BIAS):
-                biases[name.removesuffix(_BIAS)] = tensor
-            else:
-                whole[name.replace(".base_layer.", ".")] = tensor
-
-        refuse_unread((name for name in whole if "lora_magnitude_vector" not in name), file)
+        pairs, others = grouped(files.tensors, _LORA)
+        tokens, biases, embeddings = (
+            {name.removesuffix(end): t for name, t in files.tensors.items() if name.endswith(end)}
+            for end in (TOKENS, _BIAS, _EMBEDDING)
+        )
+        read = (TOKENS, _BIAS, *(_MAGNITUDES if config.get("use_dora") else ()))
+        rest = {name for name in others if not name.endswith(read)}
+        own = {tensor.name for name, tensor in files.tensors.items() if name not in rest}
+        run = files.rest(own, pairs)
         scaling = Scaling(config, config_path, options)
         updates: dict[str, Callable[[], Update]] = {}
         shapes: dict[str, tuple[int, int]] = {}
@@ -90,28 +87,22 @@ class PeftLoraReader:
             if name not in start_rank:
                 raise RunError(
                     "a bias without the pair that it belongs to",
-                    file=file,
+                    file=bias.path,
                     tensor=bias.name,
                     expected="lora_A and lora_B beside it",
                 )
             updates[f"{name}.bias"] = partial(_bias, bias, scaling.of(name, start_rank[name]))
             shapes[f"{name}.bias"] = (1, numel(bias))
         for name, rows in tokens.items():
-            vocab, updates[name] = token_rows(config, name, rows, whole, options, file)
+            vocab, updates[name] = token_rows(config, name, rows, run.replaced, options)
             shapes[name] = (vocab, rows.shape[1])
-        # An adapter on an embedding or head may carry its weight along: untouched, or resized.
-        heads = {name: t for name, t in whole.items() if name.removesuffix(".weight") not in pairs}
-        return Run(
-            path=folder.path,
-            method=self.name,
+        return replace(
+            run,
             updates=LazyUpdates(updates, shapes),
-            replaced=whole,
-            **origin(config, heads),
             start_rank=start_rank,
-            embeddings=frozenset(embeddings | tokens.keys()),
+            embeddings=frozenset(embeddings | tokens),
             tied=frozenset(tokens),
-            files=(file, config_path),
-            warnings=broken_promises(config, folder.adapter),
+            warnings=broken_promises(config, files.tensors),
         )
 
 

@@ -103,7 +103,6 @@ def token_rows(
     tensor: LazyTensor,
     resized: LazyTensors,
     options: ReadOptions,
-    file: Path,
 ) -> tuple[int, Callable[[], Update]]:
     """vocab, and the rows of the embedding `module [vocab, dim]` that `trainable_token_indices`
     names.
@@ -111,7 +110,7 @@ def token_rows(
     vocab is that of the weight in the adapter, where the embedding was resized, or the base's.
     """
     weight = resized.get(f"{module}.weight")
-    weight = weight or need_base(options, "trainable_token_indices", file).weight(module)
+    weight = weight or need_base(options, "trainable_token_indices", tensor.path).weight(module)
     vocab = weight.shape[0] if weight is not None and weight.shape else 0
     indices = config.get("trainable_token_indices")
     if isinstance(indices, dict):
@@ -121,7 +120,7 @@ def token_rows(
     if not isinstance(indices, list) or not fits or len(tensor.shape) != 2:
         raise RunError(
             "trainable_token_indices does not say which rows were trained",
-            file=file,
+            file=tensor.path,
             tensor=tensor.name,
             found=str(indices)[:80],
             expected=f"row numbers below {vocab}",
@@ -129,7 +128,7 @@ def token_rows(
     if len(set(indices)) != tensor.shape[0] or len(indices) != tensor.shape[0]:
         raise RunError(
             "another number of rows was trained than trainable_token_indices names",
-            file=file,
+            file=tensor.path,
             tensor=tensor.name,
             found=list(tensor.shape),
             expected=f"{len(set(indices))} rows",

@@ -35,7 +35,6 @@ class RunFolder:
         self._weights = weights
         self._json: dict[str, Mapping[str, object]] = {}
         self._tensors: dict[Path, LazyTensors] = {}
-        self._below: dict[str, RunFolder] = {}
 
     def first(self, *names: str) -> Path | None:
         """The first of these files that is there."""
@@ -60,7 +59,7 @@ class RunFolder:
 
     def below(self, name: str) -> RunFolder:
         """The folder of that name inside this one."""
-        return self._below.setdefault(name, RunFolder(self.path / name))
+        return RunFolder(self.path / name)
 
     @property
     def adapter_config(self) -> Mapping[str, object]:

@@ -111,7 +111,7 @@ def test_a_merge_reads_once_without_memory_and_an_adapter_does_not(
     assert set(result.plan.ranks.values()) == {2, 4} and set(read.values()) == {1.0}
     read.clear()
     write_adapter(llama_lora, tmp_path / "adapter", base=llama_base)
-    assert kept and set(read.values()) == {2.0}
+    assert kept and min(read.values()) > 1
 
 
 def test_readers_parse_a_folder_once(llama_lora: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -164,4 +164,4 @@ def test_the_run_knows_its_files(llama_lora: Path) -> None:
         "adapter_config.json", "config.json"
     )
     assert folder.first("config.json", "adapter_config.json") == llama_lora / "adapter_config.json"
-    assert folder.below("x") is folder.below("x") and folder.checkpoint is None
+    assert folder.below("x").path == llama_lora / "x" and folder.checkpoint is None
