@@ -63,6 +63,9 @@ class LazyUpdates(Mapping[str, Update]):
     def __len__(self) -> int:
         return len(self._loaders)
 
+    def __contains__(self, module: object) -> bool:
+        return module in self._loaders  # without reading it, as a mapping does by itself
+
     def shape(self, module: str) -> tuple[int, int]:
         """`[out, in]` of an update, which is read only where its shape is not known."""
         return self.known_shapes[module] if module in self.known_shapes else self[module].shape
