@@ -7,7 +7,6 @@ name or form on disk than in memory (experts in one tensor, layouts of older ver
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -17,27 +16,10 @@ from .files.tensors import LazyTensor, is_copy_of, load_finite
 from .model.architecture import empty_model
 from .model.base import HEAD, BaseModel
 from .run import HEADS, LazyUpdates, Run
+from .updates.replaced import Replacement
 from .updates.update import Update
 
 ENERGY = 0.999  # what an extracted adapter keeps of every module by default
-
-
-@dataclass(frozen=True)
-class Replacement:
-    """W' = another weight `[out, in]`, float32, whatever the base's is."""
-
-    weight: torch.Tensor
-    whole: bool = False
-
-    @property
-    def shape(self) -> tuple[int, int]:
-        return self.weight.shape[0], self.weight.shape[1]
-
-    def merge(self, rows: torch.Tensor, start: int) -> torch.Tensor:
-        return rows.copy_(self.weight[start : start + rows.shape[0]])
-
-    def components(self) -> None:
-        return None
 
 
 def difference(tuned: BaseModel, base: BaseModel) -> Run:

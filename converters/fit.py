@@ -119,7 +119,7 @@ def base_weight(run: Run, module: str, base: BaseModel | None) -> torch.Tensor:
             tensor=module,
             remedy="name the base with `base`",
         )
-    shape = run.updates[module].shape
+    shape = run.shapes[module]
     transposed = base.is_transposed(module, shape, module in run.embeddings)
     tensor = base.weight(module)
     assert tensor is not None
@@ -151,7 +151,7 @@ def fit_run(
     if energy is not None and energy > 1:
         raise TargetError("energy is a share", found=energy, expected="over 0, up to 1")
     shares: dict[str, int] = {}
-    costs = {module: sum(update.shape) for module, update in run.updates.items()}
+    costs = {module: sum(shape) for module, shape in run.shapes.items()}
     most = None
     if budget is not None:
         values = _spectra(run, base)
@@ -238,7 +238,7 @@ def allocate(
 def curve(run: Run, base: BaseModel | None, points: int = 20) -> list[CurvePoint]:
     """Size against error of a stripped run: what `budget` gives for evenly spaced sizes."""
     spectra = _spectra(run, base)
-    costs = {module: sum(update.shape) for module, update in run.updates.items()}
+    costs = {module: sum(shape) for module, shape in run.shapes.items()}
     full = sum(int((s > 0).sum()) * costs[module] for module, s in spectra.items())
     result = []
     for budget in sorted({full * point // points for point in range(1, points + 1)}):

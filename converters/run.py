@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
+from functools import cached_property, partial
 from pathlib import Path
 
 from .errors import RunError
-from .files.tensors import LazyTensor, LazyTensors
-from .updates.rank_one import RankOneSum
+from .files.tensors import LazyTensors
+from .updates.memo import Memo
 from .updates.update import Update
 
 # transformers' head class suffix and PEFT's task type of each task a run can be for.
@@ -23,19 +24,68 @@ HEADS = {
 
 
 class LazyUpdates(Mapping[str, Update]):
-    """Module name → update; each access reads the update anew, so that none stays in memory."""
+    """Module name → update, read when it is asked for.
 
-    def __init__(self, loaders: Mapping[str, Callable[[], Update]]) -> None:
+    `loaders` read one update each; `shapes` are those, `[out, in]`, that are known without reading.
+    What was read last stays in memory within the bound of `Memo`, so that a command which comes
+    back to an update reads it once. A merge, which uses each once, takes them and keeps none. Shape
+    and rank are always kept, which is all that a plan or a report asks again.
+    """
+
+    def __init__(
+        self,
+        loaders: Mapping[str, Callable[[], Update]],
+        shapes: Mapping[str, tuple[int, int]] | None = None,
+    ) -> None:
         self._loaders = loaders
+        self.known_shapes = dict(shapes or {})
+        self._ranks: dict[str, int | None] = {}
+        self._memo = Memo()
 
     def __getitem__(self, module: str) -> Update:
-        return self._loaders[module]()
+        update = self.take(module)
+        self._memo.remember(module, update)
+        return update
+
+    def take(self, module: str) -> Update:
+        """The update, for one who will not come back to it: it is not kept."""
+        update = self._memo.get(module)
+        if update is None:
+            update = self._loaders[module]()
+            components = update.components()
+            self._ranks[module] = None if components is None else components.rank
+            self.known_shapes[module] = update.shape
+        return update
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._loaders)
 
     def __len__(self) -> int:
         return len(self._loaders)
+
+    def __contains__(self, module: object) -> bool:
+        return module in self._loaders  # without reading it, as a mapping does by itself
+
+    def shape(self, module: str) -> tuple[int, int]:
+        """`[out, in]` of an update, which is read only where its shape is not known."""
+        return self.known_shapes[module] if module in self.known_shapes else self[module].shape
+
+    def rank(self, module: str) -> int | None:
+        """The rank of an update, which is read only for the first time; None where it has none."""
+        if module not in self._ranks:
+            self[module]
+        return self._ranks[module]
+
+    @classmethod
+    def of(cls, updates: Mapping[str, Update]) -> LazyUpdates:
+        """`updates` themselves where they are lazy."""
+        if isinstance(updates, cls):
+            return updates
+        return cls({module: partial(updates.__getitem__, module) for module in updates})
+
+
+class _Stripped(LazyUpdates):
+    """Updates without pruned components."""
 
 
 def strip_update(update: Update, module: str, path: Path) -> Update:
@@ -80,18 +130,43 @@ class Run:
     options: Mapping[str, object] = field(default_factory=dict)
     warnings: tuple[str, ...] = ()
 
-    def strip(self) -> Run:
-        """The run without pruned components."""
+    @cached_property
+    def _updates(self) -> LazyUpdates:
+        return LazyUpdates.of(self.updates)
 
-        def loader(module: str) -> Callable[[], Update]:
-            return lambda: strip_update(self.updates[module], module, self.path)
+    @cached_property
+    def shapes(self) -> Mapping[str, tuple[int, int]]:
+        """`[out, in]` of every update. No data is read where the reader knows them."""
+        return {module: self._updates.shape(module) for module in self.updates}
 
-        return replace(self, updates=LazyUpdates({m: loader(m) for m in self.updates}))
+    @cached_property
+    def ranks(self) -> Mapping[str, int | None]:
+        """The rank of every update as it stands, None where it has none: of a run as it was read,
+        that of what is stored; of a stripped one, what training left of it.
+
+        Reads what has not been read yet. A merge therefore asks when it has written.
+        """
+        return {module: self._updates.rank(module) for module in self.updates}
 
     def rank(self, module: str) -> int | None:
-        """The rank of one module as it stands; None where the update has no rank."""
-        components = self.updates[module].components()
-        return None if components is None else components.rank
+        """The rank of one update as it stands; None where it has none."""
+        return self._updates.rank(module)
 
+    def take(self, module: str) -> Update:
+        """One update, for one who will not come back to it: it is not kept in memory."""
+        return self._updates.take(module)
 
-__all__ = ["HEADS", "LazyTensor", "LazyUpdates", "RankOneSum", "Run", "Update", "strip_update"]
+    def strip(self) -> Run:
+        """The run without pruned components, the same one at every call."""
+        return self if isinstance(self.updates, _Stripped) else self._stripped
+
+    @cached_property
+    def _stripped(self) -> Run:
+        # Nothing here holds the run, so that both go when nobody needs them.
+        updates, path = self._updates, self.path
+
+        def load(module: str) -> Update:
+            return strip_update(updates.take(module), module, path)
+
+        loaders = {module: partial(load, module) for module in updates}
+        return replace(self, updates=_Stripped(loaders, updates.known_shapes))

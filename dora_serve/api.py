@@ -14,7 +14,7 @@ from converters.errors import MissingError, RunError
 from converters.extract import ENERGY, difference
 from converters.files.handles import there
 from converters.model.base import BaseModel, open_base
-from converters.readers import ReadOptions, read_run, readers
+from converters.readers import ReadOptions, is_run, read_run
 from converters.run import Run
 from converters.targets.lora_folder import adapter
 from converters.targets.lora_folder.adapter import AdapterResult
@@ -210,8 +210,7 @@ def _side(side: Run | str | Path, base: BaseModel | None) -> Run:
     if isinstance(side, Run):
         return side
     path = Path(side)
-    known = path.is_dir() and any(reader.detect(path) for reader in readers())
-    if known or not (path / "config.json").is_file():
+    if (path.is_dir() and is_run(path)) or not (path / "config.json").is_file():
         return read_run(side, ReadOptions(base=None if base is None else base.path)).strip()
     if base is None:
         raise MissingError(

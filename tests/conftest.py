@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import signal
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,6 @@ import torch
 from peft import LoraConfig, get_peft_model
 from transformers import LlamaConfig, LlamaForCausalLM, RobertaConfig, RobertaForMaskedLM
 
-from converters.updates.dense import DenseUpdate
 from tests.reference_layout import state_dict, write_run
 
 DATA = Path(__file__).parent / "data"
@@ -33,10 +33,22 @@ def randomize(model: Any, words: tuple[str, ...] = ("lora_",)) -> None:
                 parameter.add_(torch.randn(parameter.shape, generator=generator) * 0.1)
 
 
-def dense(delta: torch.Tensor) -> DenseUpdate:
-    """The update of a matrix ΔW `[out, in]`."""
-    out, inn = delta.shape
-    return DenseUpdate((out, inn), lambda start, stop: delta[start:stop])
+@dataclass(frozen=True)
+class Dense:
+    """W' = W + ΔW, whatever matrix ΔW `[out, in]` is."""
+
+    delta: torch.Tensor
+    whole: bool = False
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        return self.delta.shape[0], self.delta.shape[1]
+
+    def components(self) -> None:
+        return None
+
+    def merge(self, rows: torch.Tensor, start: int) -> torch.Tensor:
+        return rows.add_(self.delta[start : start + rows.shape[0]])
 
 
 def tiny_llama(**changes: Any) -> LlamaForCausalLM:

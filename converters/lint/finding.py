@@ -13,7 +13,7 @@ from ..errors import MissingError, RunError
 from ..files.tensors import LazyTensor, LazyTensors, open_file, read_json
 from ..model.base import BaseModel
 from ..readers.patterns import Patterns
-from ..readers.peft_common import CONFIG_FILE, WEIGHT_FILES
+from ..readers.run_folder import CONFIG_FILE, WEIGHT_FILES
 from ..targets.engines import PROFILES, Profile
 
 Severity = Literal["error", "warning", "info"]

@@ -10,7 +10,7 @@ from ..errors import RunError
 from ..files.output import save_tensors
 from ..model.base import BaseModel
 from ..readers import ReadOptions, read_run
-from ..readers.peft_common import CONFIG_FILE
+from ..readers.run_folder import CONFIG_FILE
 from ..targets.engines import PROFILES
 from ..targets.lora_folder.adapter import WEIGHTS, AdapterResult, write_adapter
 from .finding import PREFIX, Adapter, open_adapter

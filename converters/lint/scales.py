@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 
-from ..readers.peft_common import is_number
+from ..readers import is_number
 from ..targets.engines import Profile, Reading
 from ..targets.lora_folder.adapter import CONFIG
 from .finding import Adapter, Finding

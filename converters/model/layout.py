@@ -109,17 +109,17 @@ class Layout:
         missing = [module for module in run.updates if self._base.weight(module) is None]
         placed: dict[str, list[tuple[Place, str]]] = {}
         for module in missing:
-            place = self.place(module, run.updates[module].shape)
+            place = self.place(module, run.shapes[module])
             if place is not None:
                 placed.setdefault(place.parameter, []).append((place, module))
         if not placed:
             return run
         moved = {module for parts in placed.values() for _, module in parts}
         loaders: dict[str, Callable[[], Update]] = {}
+        shapes = {module: shape for module, shape in run.shapes.items() if module not in moved}
         origin: dict[str, str] = {}
-        for module in run.updates:
-            if module not in moved:
-                loaders[module], origin[module] = _loader(run, module), module
+        for module in shapes:
+            loaders[module], origin[module] = _loader(run, module), module
         for parameter, parts in placed.items():
             found = self._updates(run, parameter, parts)
             if not found:
@@ -130,12 +130,12 @@ class Layout:
                     expected=parameter,
                     remedy="deploy it as an adapter (`adapter`)",
                 )
-            for disk, (load, module) in found.items():
+            for disk, (load, module, shape) in found.items():
                 name = disk.removesuffix(".weight")
-                loaders[name], origin[name] = load, module
+                loaders[name], origin[name], shapes[name] = load, module, shape
         return replace(
             run,
-            updates=LazyUpdates(loaders),
+            updates=LazyUpdates(loaders, shapes),
             start_rank={n: run.start_rank[m] for n, m in origin.items() if m in run.start_rank},
             embeddings=frozenset(n for n, m in origin.items() if m in run.embeddings),
         )
@@ -196,16 +196,16 @@ class Layout:
 
     def _updates(
         self, run: Run, parameter: str, parts: list[tuple[Place, str]]
-    ) -> dict[str, tuple[Callable[[], Update], str]]:
-        """Tensor on disk → (its update, the module it comes from)."""
+    ) -> dict[str, tuple[Callable[[], Update], str, tuple[int, int]]]:
+        """Tensor on disk → (its update, the module it comes from, the update's shape)."""
         disk = self._renamed.get(parameter)
         total = math.prod(self._state[parameter][:-1])
         if disk is not None and [place.rows for place, _ in parts] == [total]:
             module = parts[0][1]
-            return {disk: (_loader(run, module), module)}
+            return {disk: (_loader(run, module), module, run.shapes[module])}
         parts = sorted(parts, key=lambda part: part[0].start)
         starts = torch.tensor([place.start for place, _ in parts])
-        result: dict[str, tuple[Callable[[], Update], str]] = {}
+        result: dict[str, tuple[Callable[[], Update], str, tuple[int, int]]] = {}
         for piece in self._pieces(parameter):
             taken = []
             if piece.rows is None:
@@ -223,9 +223,8 @@ class Layout:
                         index = mine.nonzero().flatten()
                         taken.append((module, index, rows[index], place.transposed))
             if taken:
-                shape = self._base.tensors[piece.name].shape
-                matrix = rows_and_columns(shape)
-                result[piece.name] = _cut(run, matrix, taken), taken[0][0]
+                matrix = rows_and_columns(self._base.tensors[piece.name].shape)
+                result[piece.name] = _cut(run, matrix, taken), taken[0][0], matrix
         return result
 
     def _pieces(self, parameter: str) -> list[_Piece]:
@@ -367,7 +366,7 @@ class Layout:
 
 
 def _loader(run: Run, module: str) -> Callable[[], Update]:
-    return lambda: run.updates[module]
+    return lambda: run.take(module)
 
 
 Taken = tuple[str, torch.Tensor, torch.Tensor, bool]

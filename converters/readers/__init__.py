@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from importlib.metadata import entry_points
 from pathlib import Path
@@ -11,6 +12,7 @@ from typing import Protocol, TypeGuard
 from ..errors import MissingError, RunError
 from ..files.handles import reading, there
 from ..run import Run
+from .run_folder import RunFolder as RunFolder
 
 
 @dataclass(frozen=True)
@@ -47,10 +49,10 @@ class Reader(Protocol):
     name: str
     looks_for: str
 
-    def detect(self, path: Path) -> Path | None:
-        """The folder of the run below or at `path`, None when it is not this method's."""
+    def detect(self, folder: RunFolder) -> RunFolder | None:
+        """The run's own folder, `folder` or one below it; None when it is not this method's."""
 
-    def read(self, folder: Path, options: ReadOptions) -> Run:
+    def read(self, folder: RunFolder, options: ReadOptions) -> Run:
         """The run in `folder`, as returned by `detect`."""
 
 
@@ -60,7 +62,13 @@ def readers() -> list[Reader]:
     return [point.load()() for point in points]
 
 
-def detect(path: Path, method: str | None = None) -> tuple[Reader, Path]:
+def is_run(path: Path, known: Sequence[Reader] | None = None) -> bool:
+    """Whether one of the readers `known` (default: all) takes the folder `path` for a run."""
+    folder = RunFolder(path)
+    return any(reader.detect(folder) is not None for reader in known or readers())
+
+
+def detect(path: Path, method: str | None = None) -> tuple[Reader, RunFolder]:
     """The reader of the run at `path` (or the one named `method`), and the run's own folder.
 
     Raises `MissingError` when nothing is there, `RunError` when no reader or more than one fits.
@@ -76,14 +84,15 @@ def detect(path: Path, method: str | None = None) -> tuple[Reader, Path]:
         raise RunError(
             "no such method", found=method, expected=", ".join(reader.name for reader in readers())
         )
-    hits = [(reader, found) for reader in known if (found := reader.detect(path)) is not None]
+    folder = RunFolder(path)
+    hits = [(reader, found) for reader in known if (found := reader.detect(folder)) is not None]
     if len(hits) == 1:
         return hits[0]
     if hits:
         raise RunError(
             "the folder holds runs of several methods",
             file=path,
-            found=", ".join(f"{reader.name} in {found}" for reader, found in hits),
+            found=", ".join(f"{reader.name} in {found.path}" for reader, found in hits),
             remedy="name one of these folders, or the method with `method`",
         )
     content = ", ".join(sorted(p.name for p in path.iterdir())[:8]) or "an empty folder"
@@ -104,14 +113,14 @@ def read_run(path: str | Path, options: ReadOptions | None = None) -> Run:
     if options.lora_alpha is not None and not is_number(options.lora_alpha):
         raise RunError("lora_alpha is not a finite number", found=options.lora_alpha)
     with reading(folder, RunError):
-        reader, folder = detect(folder, options.method)
-        run = replace(reader.read(folder, options), method=reader.name)
+        reader, found = detect(folder, options.method)
+        run = replace(reader.read(found, options), method=reader.name)
         if options.parts:
             from .parts import read_parts
 
             run = read_parts(run, options)
     if not run.updates and not run.replaced:
-        raise RunError("the run adapted nothing", file=folder)
+        raise RunError("the run adapted nothing", file=run.path)
     return run
 
 

@@ -9,9 +9,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable
 from dataclasses import replace
-from pathlib import Path
 
 import torch
 
@@ -20,8 +18,10 @@ from ..files.tensors import LazyTensor, load_finite
 from ..run import Run
 from ..updates.rank_one import RankOneSum
 from . import ReadOptions
-from .checkpoint import Parts, adapter_run, check_size, number
-from .peft_common import CONFIG_FILE, WEIGHT_FILES, check_pair, open_weights, read_config
+from .lora_reader import Adaptation, AdapterFiles
+from .module import AdaptedModule, Modules
+from .peft_common import refuse_unread
+from .run_folder import CONFIG_FILE, WEIGHT_FILES, RunFolder
 
 _PART = re.compile(r"(.+)\.lora_(A|B|E)")
 _STATE = re.compile(r"(.+)\.lora_((?:A|B|E|A_act|E_act|AB_act)_quantizer)\.quantizer\.(\w+)")
@@ -38,56 +38,52 @@ class BayesianLoraReader:
     name = "bayesian_lora"
     looks_for = f'{CONFIG_FILE} with peft_type "BLORA", and {" or ".join(WEIGHT_FILES)}'
 
-    def detect(self, path: Path) -> Path | None:
-        return path if read_config(path).get("peft_type") == "BLORA" else None
+    def detect(self, folder: RunFolder) -> RunFolder | None:
+        return folder if folder.adapter_config.get("peft_type") == "BLORA" else None
 
-    def read(self, folder: Path, options: ReadOptions) -> Run:
-        config = read_config(folder)
-        file, tensors = open_weights(folder)
-        path = file.parent / CONFIG_FILE
-        alpha = number(config, path, ("lora_alpha",), options.lora_alpha, "lora_alpha")
-        modules: dict[str, Parts] = {}
-        for name, tensor in tensors.items():
-            if match := _PART.fullmatch(name):
-                modules.setdefault(match[1], {})[match[2]] = tensor
-            elif match := _STATE.fullmatch(name):
-                modules.setdefault(match[1], {})[f"{match[2]}.{match[3]}"] = tensor
-        updates: dict[str, Callable[[], RankOneSum]] = {}
-        start_rank = {}
-        for module, parts in modules.items():
-            rank = start_rank[module] = check_pair(module, parts, file)
-            if config.get("r") not in (None, rank):
+    def read(self, folder: RunFolder, options: ReadOptions) -> Run:
+        files = AdapterFiles(folder)
+        alpha = files.alpha(options.lora_alpha)
+
+        def adapt(module: AdaptedModule) -> Adaptation:
+            rank = module.pair()
+            if files.config.get("r") not in (None, rank):
                 raise RunError(
                     "the stored rank differs from the configuration's",
-                    file=path,
-                    tensor=module,
+                    file=files.config_path,
+                    tensor=module.name,
                     found=f"rank {rank} in the weights",
-                    expected=f"r: {config['r']}",
+                    expected=f"r: {files.config['r']}",
                 )
-            _check_gates(module, parts, rank, file)
-            updates[module] = _loader(module, parts, alpha / max(1, rank))
-        run = adapter_run(folder, self.name, modules, updates, start_rank, {"lora_alpha": alpha})
-        for name in run.replaced:
-            if "lora_" in name or "_quantizer." in name:
-                raise RunError(
-                    "a part of the adapter that this reader does not read", file=file, tensor=name
-                )
+            _check_gates(module, rank)
+            return Adaptation(rank, lambda: _update(module, alpha / max(1, rank)))
+
+        modules: dict[str, AdaptedModule] = {}
+        for name, tensor in files.tensors.items():
+            if match := _PART.fullmatch(name):
+                part = match[2]
+            elif match := _STATE.fullmatch(name):
+                part = f"{match[2]}.{match[3]}"
+            else:
+                continue
+            modules.setdefault(match[1], AdaptedModule(match[1])).parts[part] = tensor
+        run = files.run(self.name, modules, adapt, {"lora_alpha": alpha})
+        refuse_unread(run.replaced, run.files[0], "_quantizer.")
         return replace(run, warnings=(_unmergeable(modules),))
 
 
-def _check_gates(module: str, parts: Parts, rank: int, file: Path) -> None:
-    sizes = {f"{f}_quantizer.{g}": 1 for f in "ABE" if f in parts for g in _LEVELS}
-    if "E" in parts:
+def _check_gates(module: AdaptedModule, rank: int) -> None:
+    sizes = {f"{f}_quantizer.{g}": 1 for f in "ABE" if f in module.parts for g in _LEVELS}
+    if "E" in module.parts:
         sizes |= {"E": rank, "E_quantizer.gamma_2": rank - 1}
     for part, size in sizes.items():
-        if part not in parts:
-            raise RunError(
+        if part not in module.parts:
+            raise module.error(
                 "a gate of the adapter is missing",
-                file=file,
-                tensor=f"{module}.lora_{part.replace('.', '.quantizer.')}",
+                f"lora_{part.replace('.', '.quantizer.')}",
                 remedy="was it saved before the first training step? save it again",
             )
-        check_size(module, f"lora_{part}", parts[part], size)
+        module.check_size(part, size)
 
 
 def _open(gamma: LazyTensor) -> torch.Tensor:
@@ -95,35 +91,31 @@ def _open(gamma: LazyTensor) -> torch.Tensor:
     return torch.sigmoid(_OFFSET - load_finite(gamma)) < _THRESHOLD
 
 
-def _levels(parts: Parts, quantizer: str) -> int:
+def _levels(module: AdaptedModule, quantizer: str) -> int:
     """How many of the levels beyond 2 bits are used: up to the first closed gate."""
-    gates = [bool(_open(parts[f"{quantizer}.{gate}"])) for gate in _LEVELS]
+    gates = [bool(_open(module.parts[f"{quantizer}.{gate}"])) for gate in _LEVELS]
     return [*gates, False].index(False)
 
 
-def _loader(module: str, parts: Parts, scale: float) -> Callable[[], RankOneSum]:
-    def load() -> RankOneSum:
-        a, b = _quantized(module, parts, "A"), _quantized(module, parts, "B")
-        c = torch.ones(a.shape[0])
-        if "E" in parts:
-            gates = _open(parts["E_quantizer.gamma_2"]).flatten().cumprod(0)
-            c = _quantized(module, parts, "E").flatten() * torch.cat([c[:1], gates])
-        return RankOneSum(a, (c.double() * scale).float(), b)
-
-    return load
+def _update(module: AdaptedModule, scale: float) -> RankOneSum:
+    a, b = _quantized(module, "A"), _quantized(module, "B")
+    c = torch.ones(a.shape[0])
+    if "E" in module.parts:
+        gates = _open(module.parts["E_quantizer.gamma_2"]).flatten().cumprod(0)
+        c = _quantized(module, "E").flatten() * torch.cat([c[:1], gates])
+    return RankOneSum(a, (c.double() * scale).float(), b)
 
 
-def _quantized(module: str, parts: Parts, factor: str) -> torch.Tensor:
+def _quantized(module: AdaptedModule, factor: str) -> torch.Tensor:
     """Q(x) = x₂ + x₄ + x₈ + …, each a rounding of what the ones before left, float32."""
-    x, levels = load_finite(parts[factor]), _levels(parts, f"{factor}_quantizer")
-    step = _step(parts, f"{factor}_quantizer")
+    x, levels = module.load(factor), _levels(module, f"{factor}_quantizer")
+    step = _step(module, f"{factor}_quantizer")
     if step is None and levels == len(_LEVELS):
         return x  # 32 bits: Q(x) is x, whatever the step
     if step is None or not bool(step):
-        raise RunError(
+        raise module.error(
             "the range of a quantized factor is not known",
-            file=parts[factor].path,
-            tensor=f"{module}.lora_{factor}_quantizer.quantizer",
+            f"lora_{factor}_quantizer.quantizer",
             found=f"a quantizer of {2 ** (levels + 1)} bits without a step",
             expected="s_2, or x_min and x_max",
             remedy="add x_min and x_max of the live model's quantizers to the adapter's weights "
@@ -139,26 +131,26 @@ def _quantized(module: str, parts: Parts, factor: str) -> torch.Tensor:
     return total
 
 
-def _step(parts: Parts, quantizer: str) -> torch.Tensor | None:
+def _step(module: AdaptedModule, quantizer: str) -> torch.Tensor | None:
     """The step s₂ of 2 bits `[1]`: learned itself, or by the learned range."""
-    if f"{quantizer}.s_2" in parts:
-        return load_finite(parts[f"{quantizer}.s_2"])
-    if not {f"{quantizer}.x_min", f"{quantizer}.x_max"} <= parts.keys():
+    if f"{quantizer}.s_2" in module.parts:
+        return module.load(f"{quantizer}.s_2")
+    if not {f"{quantizer}.x_min", f"{quantizer}.x_max"} <= module.parts.keys():
         return None
-    low, high = (load_finite(parts[f"{quantizer}.x_{end}"]) for end in ("min", "max"))
+    low, high = (module.load(f"{quantizer}.x_{end}") for end in ("min", "max"))
     if bool(high > 0):
         return (high + high if bool(low < 0) else high) / 3
     return (-low - low) / 3
 
 
-def _unmergeable(modules: dict[str, Parts]) -> str:
+def _unmergeable(modules: Modules) -> str:
     coarse = sum(
         any(
-            _levels(parts, quantizer) < len(_LEVELS)
+            _levels(module, quantizer) < len(_LEVELS)
             for quantizer in ("A_act_quantizer", "E_act_quantizer", "AB_act_quantizer")
-            if all(f"{quantizer}.{gate}" in parts for gate in _LEVELS)
+            if all(f"{quantizer}.{gate}" in module.parts for gate in _LEVELS)
         )
-        for parts in modules.values()
+        for module in modules.values()
     )
     warning = (
         "Bayesian-LoRA also quantizes activations, which are no part of a weight, and base "

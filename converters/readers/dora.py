@@ -7,22 +7,26 @@ divisor before and after pruning. Their `Fixed_Lora` runs have no scaler and div
 
 from __future__ import annotations
 
+import math
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import cached_property, partial
 from pathlib import Path
 
 import torch
 
 from ..errors import RunError
-from ..files.tensors import LazyTensor, load_finite, load_torch, open_file, read_json
+from ..files.tensors import LazyTensor, LazyTensors, load_torch, read_json
 from ..run import LazyUpdates, Run
-from ..updates.rank_one import RankOneSum
 from ..updates.update import Update
 from . import ReadOptions, is_number
+from .module import AdaptedModule, grouped
+from .run_folder import RunFolder
 
 WEIGHT_FILES = ("model.safetensors", "pytorch_model.bin")
 _A, _B, _C = "lora_a_linear.weight", "lora_b_linear.weight", "lora_scaler"
+_PARTS = {_A: "A", _B: "B"}
 _LORA = re.compile(r"(.+)\.(lora_a_linear\.weight|lora_b_linear\.weight|lora_scaler)")
 _LINEAR = re.compile(r"(.+)\.linear\.(weight|bias)")
 _BODIES = ("roberta.", "deberta.", "model.")  # what the reference wrapper freezes outside of LoRA
@@ -47,35 +51,38 @@ class DoraReader:
         "whose tensors end in .lora_a_linear.weight"
     )
 
-    def detect(self, path: Path) -> Path | None:
-        for folder in (path, path / "checkpoint"):
-            file = _weight_file(folder)
-            if file and any(_LORA.fullmatch(name) for name in open_file(file)):
-                return folder
-        if (path / "temp_checkpoint").is_dir():
+    def detect(self, folder: RunFolder) -> RunFolder | None:
+        for found in (folder, folder.below("checkpoint")):
+            file = found.first(*WEIGHT_FILES)
+            if file and any(_LORA.fullmatch(name) for name in found.tensors(file)):
+                return found
+        if (folder.path / "temp_checkpoint").is_dir():
             raise RunError(
                 "only an interrupted save is left of this run",
-                file=path / "temp_checkpoint",
+                file=folder.path / "temp_checkpoint",
                 expected="checkpoint/",
                 remedy="its files may be incomplete: resume the training, or name this folder",
             )
         return None
 
-    def read(self, folder: Path, options: ReadOptions) -> Run:
-        file = _weight_file(folder)
+    def read(self, folder: RunFolder, options: ReadOptions) -> Run:
+        file = folder.first(*WEIGHT_FILES)
         assert file is not None
-        tensors = _without_wrapper(open_file(file), file)
-        info_path = options.task_info or _task_info_path(folder)
-        info = _read_task_info(info_path)
-        modules = _group(tensors)
-        scaling = _Scaling(folder, info_path, info, options)
+        tensors = _without_wrapper(folder.tensors(file), file)
+        info_path = options.task_info or _task_info_path(folder.path)
+        info = {} if info_path is None else read_json(info_path)
+        modules, _ = grouped(tensors, _LORA, _PARTS)
+        scaling = _Scaling(folder.path, info_path, info, options)
 
-        updates: dict[str, Callable[[], Update]] = {}
+        loaders: dict[str, Callable[[], Update]] = {}
+        shapes: dict[str, tuple[int, int]] = {}
         start_rank: dict[str, int] = {}
-        for module, parts in modules.items():
-            start_rank[module] = _check_shapes(module, parts)
-            scale = scaling.of(start_rank[module], _C in parts)
-            updates[module] = _loader(parts, scale)
+        for name, module in modules.items():
+            weights = _C if _C in module.parts else None
+            start_rank[name] = _check(module, tensors.get(f"{name}.linear.weight"))
+            shapes[name] = module.shape
+            scale = scaling.of(start_rank[name], weights is not None)
+            loaders[name] = partial(module.sum, scale, weights)
 
         embedded, replaced = {}, {}
         for name, tensor in tensors.items():
@@ -89,14 +96,14 @@ class DoraReader:
                 if not name.startswith(_BODIES):
                     replaced[name] = tensor
 
-        adaptive = any(_C in parts for parts in modules.values())
-        finished, warnings = _finished(folder, info_path) if adaptive else (True, [])
-        files = [file, folder / "prune_state_dict.pt", *([info_path] if info_path else [])]
+        adaptive = any(_C in module.parts for module in modules.values())
+        finished, warnings = _finished(folder.path, info_path) if adaptive else (True, [])
+        files = [file, folder.path / "prune_state_dict.pt", *([info_path] if info_path else [])]
         model_name = str(info.get("model_name", "")).rsplit(".", 1)[-1]
         return Run(
-            path=folder,
+            path=folder.path,
             method=self.name,
-            updates=LazyUpdates(updates),
+            updates=LazyUpdates(loaders, shapes),
             replaced=replaced,
             embedded_base=embedded,
             base=_HUB_IDS.get(model_name),
@@ -110,11 +117,7 @@ class DoraReader:
         )
 
 
-def _weight_file(folder: Path) -> Path | None:
-    return next((folder / name for name in WEIGHT_FILES if (folder / name).is_file()), None)
-
-
-def _without_wrapper(tensors: dict[str, LazyTensor], file: Path) -> dict[str, LazyTensor]:
+def _without_wrapper(tensors: LazyTensors, file: Path) -> dict[str, LazyTensor]:
     """Tensor names without `model.` of the wrapper and `module.` of DistributedDataParallel."""
     prefix = "module.model." if next(iter(tensors)).startswith("module.") else "model."
     stray = next((name for name in tensors if not name.startswith(prefix)), None)
@@ -128,67 +131,22 @@ def _without_wrapper(tensors: dict[str, LazyTensor], file: Path) -> dict[str, La
     )
 
 
-def _group(tensors: dict[str, LazyTensor]) -> dict[str, dict[str, LazyTensor]]:
-    modules: dict[str, dict[str, LazyTensor]] = {}
-    for name, tensor in tensors.items():
-        if match := _LORA.fullmatch(name):
-            modules.setdefault(match[1], {})[match[2]] = tensor
-    for module, parts in modules.items():
-        for needed in (_A, _B):
-            if needed not in parts:
-                present = next(iter(parts.values()))
-                raise RunError(
-                    "an adapted module is incomplete",
-                    file=present.path,
-                    tensor=f"{module}.{needed}",
-                    found=f"only {', '.join(sorted(parts))}",
-                    expected=f"{_A} and {_B}",
-                    remedy="the checkpoint is damaged or was edited: copy it again",
-                )
-        linear = tensors.get(f"{module}.linear.weight")
-        shape = (*parts[_B].shape[:1], *parts[_A].shape[-1:])
-        if linear is not None and linear.shape != shape:
+def _check(module: AdaptedModule, linear: LazyTensor | None) -> int:
+    """The rank; raises `RunError` when A, B, scaler and frozen weight do not fit together."""
+    if linear is not None and module.parts.keys() >= {"A", "B"}:
+        shape = (*module.parts["B"].shape[:1], *module.parts["A"].shape[-1:])
+        if linear.shape != shape:
             raise RunError(
                 "the update does not fit the weight it was trained with",
                 file=linear.path,
-                tensor=f"{module}.linear.weight",
+                tensor=f"{module.name}.linear.weight",
                 found=list(linear.shape),
                 expected=list(shape),
             )
-    return modules
-
-
-def _check_shapes(module: str, parts: dict[str, LazyTensor]) -> int:
-    """The module's start rank; raises `RunError` when A, B and scaler disagree on it."""
-    a, b = parts[_A], parts[_B]
-    if len(a.shape) != 2 or len(b.shape) != 2 or a.shape[0] != b.shape[1]:
-        raise RunError(
-            "A and B are of different rank",
-            file=b.path,
-            tensor=f"{module}.{_B}",
-            found=list(b.shape),
-            expected=f"[out, r] beside A [r, in] {list(a.shape)}",
-        )
-    c = parts.get(_C)
-    if c is not None and c.shape != (a.shape[0],):
-        raise RunError(
-            "the scaler is not one number per component",
-            file=c.path,
-            tensor=f"{module}.{_C}",
-            found=list(c.shape),
-            expected=[a.shape[0]],
-        )
-    return a.shape[0]
-
-
-def _loader(parts: dict[str, LazyTensor], scale: float) -> Callable[[], Update]:
-    def load() -> Update:
-        a = load_finite(parts[_A])
-        c = load_finite(parts[_C]) if _C in parts else torch.ones(a.shape[0])
-        # float64 for the product, so that scale·c is rounded once.
-        return RankOneSum(a, (c.double() * scale).float(), load_finite(parts[_B]))
-
-    return load
+    rank = module.pair((_A, _B))
+    if _C in module.parts:
+        module.check_size(_C, rank)
+    return rank
 
 
 @dataclass
@@ -197,32 +155,28 @@ class _Scaling:
 
     folder: Path
     info_path: Path | None
-    info: dict[str, object]
+    info: Mapping[str, object]
     options: ReadOptions
 
-    @property
+    @cached_property
     def alpha(self) -> float:
-        if self.options.lora_alpha is not None:
-            return self.options.lora_alpha
-        try:
-            alpha = float(str(self.info["lora_alpha"]))
-            if not is_number(alpha):
-                raise ValueError
-            return alpha
-        except KeyError:
+        said: object = self.options.lora_alpha
+        said = self.info.get("lora_alpha") if said is None else said
+        if said is None:
             raise RunError(
                 "the run's lora_alpha is not known",
                 file=self.info_path or self.folder,
-                found="no task_info.json in the mirrored Log folder"
-                if self.info_path is None
-                else "no lora_alpha in task_info.json",
+                found="no lora_alpha in task_info.json, or no such file in the mirrored Log folder",
                 remedy="pass `task_info`, or `lora_alpha` "
                 "(the reference configuration always uses 8)",
-            ) from None
+            )
+        try:
+            alpha = float(str(said))
         except ValueError:
-            raise RunError(
-                "lora_alpha is not a number", file=self.info_path, found=self.info["lora_alpha"]
-            ) from None
+            alpha = math.nan
+        if not is_number(alpha):
+            raise RunError("lora_alpha is not a number", file=self.info_path, found=said)
+        return alpha
 
     def of(self, rank: int, adaptive: bool) -> float:
         key = "adaptive_lora_start_rank" if adaptive else "fixed_lora_rank"
@@ -231,7 +185,7 @@ class _Scaling:
             raise RunError(
                 "the start rank differs from the checkpoint's",
                 file=self.info_path if self.options.start_rank is None else self.folder,
-                found=f"{said}",
+                found=said,
                 expected=f"{rank}, the rank of the stored components",
                 remedy="is this the task_info.json (or `start_rank`) of another run?",
             )
@@ -247,10 +201,6 @@ def _task_info_path(folder: Path) -> Path | None:
         if parts[index] == "Checkpoint":
             candidates.append(Path(*parts[:index], "Log", *parts[index + 1 :], "task_info.json"))
     return next((path for path in candidates if path.is_file()), None)
-
-
-def _read_task_info(path: Path | None) -> dict[str, object]:
-    return {} if path is None else read_json(path)
 
 
 def _finished(folder: Path, info_path: Path | None) -> tuple[bool, list[str]]:

@@ -7,25 +7,15 @@ r numbers lies beside lora_A and lora_B, in an adapter folder or a full checkpoi
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from functools import partial
-from pathlib import Path
+from dataclasses import replace
 
 from ..errors import RunError
 from ..files.tensors import LazyTensors, numel
 from ..run import Run
 from . import ReadOptions
-from .checkpoint import (
-    Parts,
-    adapted,
-    adapter_run,
-    check_size,
-    checkpoint_run,
-    number,
-    open_checkpoint,
-    weighted,
-)
-from .peft_common import CONFIG_FILE, WEIGHT_FILES, check_pair, open_weights, read_config
+from .lora_reader import Adaptation, AdapterFiles, CheckpointFiles, LoraFiles
+from .module import AdaptedModule, Modules, adapted
+from .run_folder import CONFIG_FILE, RunFolder
 
 GATES = ("gate", "lora_gate", "alpha", "lora_scaler")
 _TYPES = (None, "LORA", "ALORA", "SORA")
@@ -39,94 +29,74 @@ class GatedLoraReader:
     name = "gated"
     looks_for = "a vector of r numbers beside each lora_A and lora_B, in an adapter or checkpoint"
 
-    def detect(self, path: Path) -> Path | None:
-        return path if _candidates(adapted(_tensors(path))) else None
+    def detect(self, folder: RunFolder) -> RunFolder | None:
+        return folder if _candidates(adapted(_tensors(folder))) else None
 
-    def read(self, folder: Path, options: ReadOptions) -> Run:
-        checkpoint = None if (folder / CONFIG_FILE).is_file() else open_checkpoint(folder)
-        config: Mapping[str, object] = (
-            read_config(folder) if checkpoint is None else checkpoint.config
-        )
-        path = folder / (CONFIG_FILE if checkpoint is None else "config.json")
+    def read(self, folder: RunFolder, options: ReadOptions) -> Run:
+        checkpoint = not folder.has(CONFIG_FILE)
+        files: LoraFiles = CheckpointFiles(folder) if checkpoint else AdapterFiles(folder)
         for key in _UNREAD:
-            if config.get(key):
+            if files.config.get(key):
                 raise RunError(
-                    f"{key} is not read for gated LoRA", file=path, found=f"{key}: {config[key]}"
+                    f"{key} is not read for gated LoRA",
+                    file=files.config_path,
+                    found=f"{key}: {files.config[key]}",
                 )
-        alpha = number(config, path, ("lora_alpha",), options.lora_alpha, "lora_alpha")
+        alpha = files.alpha(options.lora_alpha)
         found = adapted(_tensors(folder))
-        modules = {name.removesuffix(_SORA): parts for name, parts in found.items()}
-        ranks = {
-            name: check_pair(name, parts, next(iter(parts.values())).path)
-            for name, parts in modules.items()
-        }
-        if all(name.endswith(_SORA) for name in found):
-            start_rank = ranks  # SoRA never cuts what it stores
-        else:
-            start = number(config, path, ("r", "lora_r"), options.start_rank, "start_rank")
-            start_rank = dict.fromkeys(modules, int(start))
-        gate = _gate(modules, path, options.gate)
-        for name, parts in modules.items():
-            _check_gate(name, parts, gate)
-        updates = {
-            name: partial(weighted, parts, gate, alpha / start_rank[name])
-            for name, parts in modules.items()
-        }
-        chosen = {"lora_alpha": alpha, "gate": gate}
-        if checkpoint is None:
-            return adapter_run(folder, self.name, modules, updates, start_rank, chosen)
-        return checkpoint_run(checkpoint, self.name, modules, updates, start_rank, chosen)
+        modules = {}
+        for name, module in found.items():
+            own = name.removesuffix(_SORA)
+            modules[own] = replace(module, name=own)
+        start = None
+        if not all(name.endswith(_SORA) for name in found):  # SoRA never cuts what it stores
+            start = int(files.number(("r", "lora_r"), options.start_rank, "start_rank"))
+        gate = _gate(modules, files, options.gate)
+
+        def adapt(module: AdaptedModule) -> Adaptation:
+            rank = module.pair()
+            module.need(gate, rank, f"lora_A, lora_B and {gate}")
+            first = rank if start is None else start
+            return Adaptation(first, lambda: module.sum(alpha / max(1, first), gate))
+
+        return files.run(self.name, modules, adapt, {"lora_alpha": alpha, "gate": gate})
 
 
-def _tensors(folder: Path) -> LazyTensors:
+def _tensors(folder: RunFolder) -> LazyTensors:
     """The tensors that may be a gated run's, none where another method claims the folder."""
-    if (folder / CONFIG_FILE).is_file():
-        own = read_config(folder).get("peft_type") in _TYPES
-        weights = any((folder / name).is_file() for name in WEIGHT_FILES)
-        return open_weights(folder)[1] if own and weights else {}
-    checkpoint = open_checkpoint(folder)
-    if checkpoint is None or any(name.endswith(".lora_E") for name in checkpoint.tensors):
-        return {}  # E in a checkpoint is AdaLoRA, whose scale has another divisor
-    return checkpoint.tensors
+    if folder.has(CONFIG_FILE):
+        own = folder.adapter_config.get("peft_type") in _TYPES
+        return folder.adapter if own and folder.adapter_file is not None else {}
+    tensors = {} if folder.checkpoint is None else folder.checkpoint.tensors
+    # E in a checkpoint is AdaLoRA, whose scale has another divisor.
+    return {} if any(name.endswith(".lora_E") for name in tensors) else tensors
 
 
-def _candidates(modules: Mapping[str, Parts]) -> list[str]:
+def _candidates(modules: Modules) -> list[str]:
     """What may be the gate: tensors of a known name, or the only one, where it has r numbers."""
-    others = {part for parts in modules.values() for part in parts} - {"A", "B"}
+    others = {part for module in modules.values() for part in module.parts} - {"A", "B"}
     known = sorted(others.intersection(GATES))
     if known or len(others) != 1:
         return known
     name = others.pop()
     fits = any(
-        numel(parts[name]) == parts["A"].shape[0]
-        for parts in modules.values()
-        if "A" in parts and name in parts
+        module.parts["A"].shape[:1] == (numel(module.parts[name]),)
+        for module in modules.values()
+        if module.parts.keys() >= {"A", name}
     )
     return [name] if fits else []
 
 
-def _gate(modules: Mapping[str, Parts], path: Path, said: str | None) -> str:
+def _gate(modules: Modules, files: LoraFiles, said: str | None) -> str:
     candidates = _candidates(modules)
     if said is None and len(candidates) == 1:
         return candidates[0]
-    if said is None or not any(said in parts for parts in modules.values()):
+    if said is None or not any(said in module.parts for module in modules.values()):
         raise RunError(
             "it is not known which tensor is the gate",
-            file=path.parent,
+            file=files.config_path.parent,
             found=", ".join(candidates),
             expected=said or "one vector of r numbers beside lora_A and lora_B",
             remedy="pass `gate` with the name of the vector",
         )
     return said
-
-
-def _check_gate(module: str, parts: Parts, gate: str) -> None:
-    if gate not in parts:
-        raise RunError(
-            "an adapted module is incomplete",
-            file=parts["A"].path,
-            tensor=f"{module}.{gate}",
-            found=", ".join(sorted(parts)),
-            expected=f"lora_A, lora_B and {gate}",
-        )
-    check_size(module, gate, parts[gate], parts["A"].shape[0])

@@ -9,18 +9,15 @@ E = 0, or what it was given for learning ahead, which the live model computes wi
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
-from pathlib import Path
 
 import torch
 
-from ..errors import RunError
-from ..files.tensors import load_finite
-from ..model.base import BaseModel
 from ..run import Run
 from ..updates.rank_one import RankOneSum
 from . import ReadOptions
-from .checkpoint import Parts, check_size, checkpoint_run, number, open_checkpoint
+from .lora_reader import Adaptation, CheckpointFiles
+from .module import AdaptedModule, grouped
+from .run_folder import RunFolder
 
 _PIECE = re.compile(r"(.+)\.(lora_[AEB]\.\d+|ranknum)")
 
@@ -31,80 +28,60 @@ class IncreloraReader:
     name = "increlora"
     looks_for = "config.json, and a checkpoint whose tensors end in .lora_A.0, .lora_E.0, .lora_B.0"
 
-    def detect(self, path: Path) -> Path | None:
-        checkpoint = open_checkpoint(path)
-        found = checkpoint is not None and any(
-            name.endswith(".lora_E.0") for name in checkpoint.tensors
-        )
-        return path if found else None
+    def detect(self, folder: RunFolder) -> RunFolder | None:
+        tensors = {} if folder.checkpoint is None else folder.checkpoint.tensors
+        return folder if any(name.endswith(".lora_E.0") for name in tensors) else None
 
-    def read(self, folder: Path, options: ReadOptions) -> Run:
-        checkpoint = open_checkpoint(folder)
-        assert checkpoint is not None
-        path = folder / "config.json"
-        alpha = number(checkpoint.config, path, ("lora_alpha",), options.lora_alpha, "lora_alpha")
-        modules = _modules(checkpoint)
-        updates: dict[str, Callable[[], RankOneSum]] = {}
-        start_rank = {}
-        for module, parts in modules.items():
-            start_rank[module] = _check(module, parts)
-            updates[module] = _loader(parts, alpha)
-        return checkpoint_run(
-            checkpoint, self.name, modules, updates, start_rank, {"lora_alpha": alpha}
-        )
+    def read(self, folder: RunFolder, options: ReadOptions) -> Run:
+        files = CheckpointFiles(folder)
+        alpha = files.alpha(options.lora_alpha)
 
+        def adapt(module: AdaptedModule) -> Adaptation:
+            count = _count(module)
+            total, shape = _check(module, count)
 
-def _modules(checkpoint: BaseModel) -> dict[str, Parts]:
-    modules: dict[str, Parts] = {}
-    for name, tensor in checkpoint.tensors.items():
-        if match := _PIECE.fullmatch(name):
-            modules.setdefault(match[1], {})[match[2]] = tensor
-    return modules
+            def load() -> RankOneSum:
+                a = torch.cat([module.load(f"lora_A.{i}") for i in range(count)])
+                e = torch.cat([module.load(f"lora_E.{i}").flatten() for i in range(count)])
+                b = torch.cat([module.load(f"lora_B.{i}") for i in range(count)], dim=1)
+                scale = alpha / (float(module.load("ranknum")) + 1e-5)
+                return RankOneSum(a, (e.double() * scale).float(), b)
+
+            return Adaptation(total, load, shape)
+
+        modules, _ = grouped(files.tensors, _PIECE)
+        return files.run(self.name, modules, adapt, {"lora_alpha": alpha})
 
 
-def _count(parts: Parts) -> int:
-    return sum(part.startswith("lora_E.") for part in parts)
-
-
-def _check(module: str, parts: Parts) -> int:
-    """The number of stored components; raises `RunError` when the pieces do not fit together."""
-    file = next(iter(parts.values())).path
-    count = max(_count(parts), 1)
+def _count(module: AdaptedModule) -> int:
+    """The number of pieces; raises `RunError` when one is missing."""
+    count = max(sum(part.startswith("lora_E.") for part in module.parts), 1)
     needed = {f"lora_{letter}.{i}" for letter in "AEB" for i in range(count)} | {"ranknum"}
-    if parts.keys() != needed:
-        raise RunError(
+    if module.parts.keys() != needed:
+        raise module.error(
             "the pieces of an adapted module are not complete",
-            file=file,
-            tensor=f"{module}.{min(parts.keys() ^ needed)}",
-            found=", ".join(sorted(parts)),
+            min(module.parts.keys() ^ needed),
+            found=", ".join(sorted(module.parts)),
             expected=f"lora_A, lora_E and lora_B from 0 to {count - 1}, and ranknum",
         )
-    check_size(module, "ranknum", parts["ranknum"], 1)
-    total = 0
+    return count
+
+
+def _check(module: AdaptedModule, count: int) -> tuple[int, tuple[int, int]]:
+    """The number of stored components, and `[out, in]`; raises `RunError` when the pieces do not
+    fit together."""
+    module.check_size("ranknum", 1)
+    total, out, inn = 0, module.parts["lora_B.0"].shape[:1], module.parts["lora_A.0"].shape[-1:]
     for i in range(count):
-        a, e, b = (parts[f"lora_{letter}.{i}"] for letter in "AEB")
-        first_a, first_b = parts["lora_A.0"].shape, parts["lora_B.0"].shape
-        rank = a.shape[0]
-        if a.shape != (rank, first_a[-1]) or b.shape != (first_b[0], rank):
-            raise RunError(
+        a, b = (module.parts[f"lora_{letter}.{i}"].shape for letter in "AB")
+        rank = a[:1]
+        if len(a) != 2 or a != rank + inn or b != out + rank:
+            raise module.error(
                 "the pieces of an adapted module do not fit together",
-                file=file,
-                tensor=f"{module}.lora_B.{i}",
-                found=f"lora_A.{i} {list(a.shape)}, lora_B.{i} {list(b.shape)}",
-                expected=f"[k, {first_a[-1]}] and [{first_b[0]}, k]",
+                f"lora_B.{i}",
+                found=f"lora_A.{i} {list(a)}, lora_B.{i} {list(b)}",
+                expected=f"{['k', *inn]} and {[*out, 'k']}",
             )
-        check_size(module, f"lora_E.{i}", e, rank)
-        total += rank
-    return total
-
-
-def _loader(parts: Parts, alpha: float) -> Callable[[], RankOneSum]:
-    def load() -> RankOneSum:
-        order = range(_count(parts))
-        a = torch.cat([load_finite(parts[f"lora_A.{i}"]) for i in order])
-        e = torch.cat([load_finite(parts[f"lora_E.{i}"]).flatten() for i in order])
-        b = torch.cat([load_finite(parts[f"lora_B.{i}"]) for i in order], dim=1)
-        scale = alpha / (float(load_finite(parts["ranknum"])) + 1e-5)
-        return RankOneSum(a, (e.double() * scale).float(), b)
-
-    return load
+        module.check_size(f"lora_E.{i}", a[0])
+        total += a[0]
+    return total, (out[0], inn[0])

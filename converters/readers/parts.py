@@ -7,8 +7,8 @@ also holds for it. Together they adapt what any of them adapts.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import fields, is_dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import TypeVar
 
@@ -17,9 +17,8 @@ import torch
 from ..errors import MissingError, RunError
 from ..files.tensors import LazyTensor
 from ..run import LazyUpdates, Run
-from ..updates.update import Update
 from . import ReadOptions, detect
-from .peft_common import CONFIG_FILE
+from .run_folder import CONFIG_FILE, RunFolder
 
 T = TypeVar("T")
 
@@ -49,9 +48,9 @@ def _read(path: Path, options: ReadOptions) -> Run:
             remedy="copy it there from the first part, or give a folder as `part`",
         )
     reader, folder = detect(path.parent if file else path, options.method)
-    run = replace(reader.read(path if file else folder, options), method=reader.name)
-    if file:
-        run = replace(run, files=(path, path.parent / CONFIG_FILE))
+    folder = RunFolder(path.parent, path) if file else folder
+    run = replace(reader.read(folder, options), method=reader.name)
+    run = replace(run, path=path) if file else run
     if not run.updates and not run.replaced:
         raise RunError("this part of the run adapted nothing", file=path)
     return run
@@ -66,10 +65,9 @@ def _join(left: Run, right: Run) -> Run:
                 expected="adapters",
                 remedy="read it alone, without `part`",
             )
-    updates: dict[str, Callable[[], Update]] = {}
-    for run in (left, right):
-        for module in run.updates:
-            updates[module] = _loader(run, module)
+    owner = {module: run for run in (left, right) for module in run.updates}
+    loaders = {m: partial(run.take, m) for m, run in owner.items()}
+    shapes = {module: run.shapes[module] for module, run in owner.items()}
     for module in left.updates.keys() & right.updates.keys():
         if not _same(left.updates[module], right.updates[module]):
             raise _conflict(
@@ -85,7 +83,7 @@ def _join(left: Run, right: Run) -> Run:
     return replace(
         left,
         method=" + ".join(dict.fromkeys([*left.method.split(" + "), right.method])),
-        updates=LazyUpdates(updates),
+        updates=LazyUpdates(loaders, shapes),
         replaced={**left.replaced, **right.replaced},
         base=_agreed("base model", left.base, right.base, right),
         task=_agreed("task", left.task, right.task, right),
@@ -98,10 +96,6 @@ def _join(left: Run, right: Run) -> Run:
         options={**left.options, **right.options},
         warnings=tuple(dict.fromkeys((*left.warnings, *right.warnings))),
     )
-
-
-def _loader(run: Run, module: str) -> Callable[[], Update]:
-    return lambda: run.updates[module]
 
 
 def _agreed(what: str, left: T | None, right: T | None, part: Run) -> T | None:

@@ -3,50 +3,17 @@
 from __future__ import annotations
 
 import math
-import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TypedDict
 
-from ..errors import BaseError, MissingError, RunError
-from ..files.tensors import LazyTensor, LazyTensors, open_file, read_json
+from ..errors import BaseError, RunError
+from ..files.tensors import LazyTensors
 from ..model.base import CONV1D_FAMILIES, CONV1D_LAYERS, BaseModel, open_base
 from ..run import HEADS
-from . import ReadOptions
-from . import is_number as is_number
+from . import ReadOptions, is_number
 from .dora import HEAD_WEIGHTS
 from .patterns import PatternError, Patterns
-
-CONFIG_FILE = "adapter_config.json"
-WEIGHT_FILES = ("adapter_model.safetensors", "adapter_model.bin")
-_PREFIX = "base_model.model."
-
-# With bias="all" PEFT also saves the wrapper's copies of a head it saves under its own name; in a
-# state dict as the model has it there is only the wrapper's.
-_ORIGINAL, _SAVED = ".original_module.", re.compile(r"\.modules_to_save\.[^.]+(?=\.)")
-
-
-def read_config(folder: Path) -> dict[str, object]:
-    """`adapter_config.json` of `folder` (or beside a file), empty where there is none."""
-    file = (folder.parent if folder.is_file() else folder) / CONFIG_FILE
-    return read_json(file) if file.is_file() else {}
-
-
-def open_weights(folder: Path) -> tuple[Path, dict[str, LazyTensor]]:
-    """The adapter's weight file, and its tensors by name without PEFT's prefix.
-
-    `folder` may be the file itself, where a run has several.
-    """
-    files = [folder, *(folder / name for name in WEIGHT_FILES)]
-    file = next((file for file in files if file.is_file()), None)
-    if file is None:
-        raise MissingError(
-            "the adapter has no weights", file=folder, expected=" or ".join(WEIGHT_FILES)
-        )
-    names = {name.removeprefix(_PREFIX): tensor for name, tensor in open_file(file).items()}
-    saved = {_SAVED.sub("", name): tensor for name, tensor in names.items() if _SAVED.search(name)}
-    own = {n: t for n, t in names.items() if _ORIGINAL not in n and not _SAVED.search(n)}
-    return file, {**saved, **own}
 
 
 class Origin(TypedDict):
@@ -57,7 +24,7 @@ class Origin(TypedDict):
     num_labels: int | None
 
 
-def origin(config: dict[str, object], replaced: dict[str, LazyTensor]) -> Origin:
+def origin(config: Mapping[str, object], replaced: LazyTensors) -> Origin:
     """Base model and task as the configuration names them."""
     task_type = config.get("task_type")
     task = next((task for task, (_, peft) in HEADS.items() if peft == task_type), None)
@@ -69,10 +36,11 @@ def origin(config: dict[str, object], replaced: dict[str, LazyTensor]) -> Origin
     }
 
 
-def refuse_unread(replaced: Iterable[str], file: Path) -> None:
-    """Raise `RunError` for a tensor of an adapter that would be taken for one trained whole."""
+def refuse_unread(replaced: Iterable[str], file: Path, word: str = "lora_") -> None:
+    """Raise `RunError` for a tensor of an adapter that would be taken for one trained whole: one
+    whose name has the method's `word`."""
     for name in replaced:
-        if "lora_" in name:
+        if word in name:
             raise RunError(
                 "a part of the adapter that this reader does not read",
                 file=file,
@@ -80,6 +48,30 @@ def refuse_unread(replaced: Iterable[str], file: Path) -> None:
                 expected="adapters on linear layers only, under the names PEFT saves",
                 remedy="where an adapter's name is in the tensors' names: `lint` with `fix`",
             )
+
+
+def broken_promises(config: Mapping[str, object], held: Iterable[str]) -> tuple[str, ...]:
+    """A warning for each module that the configuration says was trained whole, or in single rows,
+    and that none of the `held` tensor names is of: what was trained may be lost.
+
+    No error, because PEFT passes over names that the model does not have. `classifier` and `score`
+    it adds by itself, for whichever the model has.
+    """
+    parts = {part for name in held for part in name.split(".")}
+    saved = config.get("modules_to_save")
+    names = [str(name) for name in saved] if isinstance(saved, list) else []
+    lost = [name for name in names if name.rpartition(".")[2] not in parts]
+    if len(lost) < len(names):
+        lost = [name for name in lost if name not in ("classifier", "score")]
+    said = dict.fromkeys(lost, "modules_to_save")
+    tokens = config.get("trainable_token_indices")
+    if tokens and "trainable_tokens_delta" not in parts:
+        said["tokens of the embedding"] = "trainable_token_indices"
+    return tuple(
+        f"the configuration says that {name} was trained ({key}), and the file holds nothing of "
+        "it: without that it is not the model that was trained"
+        for name, key in said.items()
+    )
 
 
 def need_base(options: ReadOptions, what: str, file: Path) -> BaseModel:
@@ -111,33 +103,10 @@ def linear_shape(base: BaseModel, module: str) -> tuple[int, int]:
     return rows, columns
 
 
-def check_pair(module: str, parts: dict[str, LazyTensor], file: Path) -> int:
-    """The rank of a module's lora_A and lora_B; raises `RunError` when they do not fit."""
-    missing = {"A", "B"} - parts.keys()
-    if missing:
-        raise RunError(
-            "an adapted module is incomplete",
-            file=file,
-            tensor=f"{module}.lora_{missing.pop()}",
-            found=f"only lora_{next(iter(parts))}",
-            expected="lora_A and lora_B",
-        )
-    a, b = parts["A"], parts["B"]
-    if len(a.shape) != 2 or len(b.shape) != 2 or a.shape[0] != b.shape[1]:
-        raise RunError(
-            "lora_A and lora_B are of different rank (or not of linear layers)",
-            file=file,
-            tensor=f"{module}.lora_B",
-            found=list(b.shape),
-            expected=f"[out, r] beside lora_A [r, in] {list(a.shape)}",
-        )
-    return a.shape[0]
-
-
 class Scaling:
     """Each module's scale, alpha/r or alpha/√r, by the patterns of the configuration."""
 
-    def __init__(self, config: dict[str, object], path: Path, options: ReadOptions) -> None:
+    def __init__(self, config: Mapping[str, object], path: Path, options: ReadOptions) -> None:
         self._path = path
         self._config = config
         self._alpha = options.lora_alpha
@@ -193,22 +162,7 @@ class Scaling:
         return alpha / (math.sqrt(rank) if self._config.get("use_rslora") else rank)
 
 
-def grouped(
-    tensors: LazyTensors, pattern: re.Pattern[str]
-) -> tuple[dict[str, dict[str, LazyTensor]], dict[str, LazyTensor]]:
-    """Module → part → tensor, for the names that match `pattern`, whose first group is the module
-    and whose only other group that matched is the part; and the tensors whose names do not."""
-    modules: dict[str, dict[str, LazyTensor]] = {}
-    rest = {}
-    for name, tensor in tensors.items():
-        if match := pattern.fullmatch(name):
-            modules.setdefault(match[1], {})[match[match.lastindex or 0]] = tensor
-        else:
-            rest[name] = tensor
-    return modules, rest
-
-
-def _num_labels(replaced: dict[str, LazyTensor]) -> int | None:
+def _num_labels(replaced: LazyTensors) -> int | None:
     heads = [t for name, t in replaced.items() if name.endswith(".weight") and len(t.shape) == 2]
     known = [replaced[name] for name in HEAD_WEIGHTS if name in replaced and replaced[name].shape]
     return (known or heads[::-1])[0].shape[0] if heads else None

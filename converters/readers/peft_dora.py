@@ -7,18 +7,18 @@ Read here: linear layers, Conv1D and embeddings, whose norm is over the vocabula
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 from ..errors import RunError
-from ..files.tensors import LazyTensor, load_finite
+from ..files.tensors import LazyTensor, LazyTensors, load_finite
 from ..run import LazyUpdates, Run
 from ..updates.magnitude import MagnitudeUpdate
 from ..updates.update import Update, transposed
 from . import ReadOptions
-from .peft_common import CONFIG_FILE, WEIGHT_FILES, open_weights, read_config
 from .peft_lora import PeftLoraReader
+from .run_folder import CONFIG_FILE, WEIGHT_FILES, RunFolder
 
 _MAGNITUDE = re.compile(r"(.+)\.lora_magnitude_vector(?:\.weight)?")
 
@@ -29,14 +29,14 @@ class PeftDoraReader:
     name = "peft_dora"
     looks_for = f'{CONFIG_FILE} with "use_dora": true, and {" or ".join(WEIGHT_FILES)}'
 
-    def detect(self, path: Path) -> Path | None:
-        config = read_config(path)
+    def detect(self, folder: RunFolder) -> RunFolder | None:
+        config = folder.adapter_config
         own = config.get("use_dora") and not config.get("use_mora")
-        return path if config.get("peft_type") == "LORA" and own else None
+        return folder if config.get("peft_type") == "LORA" and own else None
 
-    def read(self, folder: Path, options: ReadOptions) -> Run:
-        run = PeftLoraReader().read(folder, options)
-        file, tensors = open_weights(folder)
+    def read(self, folder: RunFolder, options: ReadOptions) -> Run:
+        run, tensors = PeftLoraReader().read(folder, options), folder.adapter
+        file = run.files[0]
         magnitudes = {m[1]: t for name, t in tensors.items() if (m := _MAGNITUDE.fullmatch(name))}
         if not magnitudes:
             raise RunError(
@@ -45,10 +45,10 @@ class PeftDoraReader:
                 expected="a lora_magnitude_vector beside each lora_A",
                 remedy="a conversion dropped them: use the adapter as it was trained",
             )
-        updates = {module: _plain(run, module) for module in run.updates}
+        loaders = {module: partial(run.take, module) for module in run.updates}
         for module, magnitude in magnitudes.items():
             _check(module, magnitude, tensors, file)
-            updates[module] = _loader(run, module, magnitude)
+            loaders[module] = partial(_update, run, module, magnitude)
         plain = [module for module in run.updates if module not in magnitudes]
         warning = (
             f"{len(plain)} of {len(run.updates)} modules have no magnitude and are read as plain "
@@ -57,13 +57,12 @@ class PeftDoraReader:
         return replace(
             run,
             method=self.name,
-            updates=LazyUpdates(updates),
-            replaced={n: t for n, t in run.replaced.items() if not _MAGNITUDE.fullmatch(n)},
+            updates=LazyUpdates(loaders, run.shapes),
             warnings=(*run.warnings, *([warning] if plain else [])),
         )
 
 
-def _check(module: str, magnitude: LazyTensor, tensors: dict[str, LazyTensor], file: Path) -> None:
+def _check(module: str, magnitude: LazyTensor, tensors: LazyTensors, file: Path) -> None:
     factor = tensors.get(f"{module}.lora_B.weight", tensors.get(f"{module}.lora_embedding_B"))
     if factor is None:
         raise RunError(
@@ -82,16 +81,9 @@ def _check(module: str, magnitude: LazyTensor, tensors: dict[str, LazyTensor], f
         )
 
 
-def _plain(run: Run, module: str) -> Callable[[], Update]:
-    return lambda: run.updates[module]
-
-
-def _loader(run: Run, module: str, magnitude: LazyTensor) -> Callable[[], Update]:
-    def load() -> Update:
-        delta = run.updates[module].components()
-        assert delta is not None
-        if module in run.embeddings:  # stored as [vocab, dim]: `in` is the first axis
-            return transposed(MagnitudeUpdate(load_finite(magnitude), delta.transposed()))
-        return MagnitudeUpdate(load_finite(magnitude), delta)
-
-    return load
+def _update(run: Run, module: str, magnitude: LazyTensor) -> Update:
+    delta = run.take(module).components()
+    assert delta is not None
+    if module in run.embeddings:  # stored as [vocab, dim]: `in` is the first axis
+        return transposed(MagnitudeUpdate(load_finite(magnitude), delta.transposed()))
+    return MagnitudeUpdate(load_finite(magnitude), delta)

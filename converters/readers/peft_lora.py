@@ -9,31 +9,27 @@ is an error that says so.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import torch
 
 from ..errors import RunError
-from ..files.tensors import LazyTensor, load_finite
+from ..files.tensors import LazyTensor, load_finite, numel
 from ..run import LazyUpdates, Run
 from ..updates.rank_one import RankOneSum
 from ..updates.update import Update
 from . import ReadOptions
-from .checkpoint import more_than_lora
-from .peft_common import (
-    CONFIG_FILE,
-    WEIGHT_FILES,
-    Scaling,
-    check_pair,
-    open_weights,
-    origin,
-    read_config,
-    refuse_unread,
-)
+from .lora_reader import AdapterFiles
+from .module import AdaptedModule, adapted, grouped
+from .peft_common import Scaling, broken_promises
 from .peft_parameters import TOKENS, parameter_updates, parameters, token_rows
+from .run_folder import CONFIG_FILE, WEIGHT_FILES, RunFolder
 
-_BIAS = ".lora_B.bias"
+_BIAS, _EMBEDDING = ".lora_B.bias", ".lora_embedding_A"
+_MAGNITUDES = (".lora_magnitude_vector", ".lora_magnitude_vector.weight")  # read by peft_dora
 _LORA = re.compile(r"(.+)\.(?:lora_(A|B)\.weight|lora_embedding_(A|B))")
 
 # Initialisations that change the base weights: the adapter is right on the changed base only.
@@ -53,75 +49,70 @@ class PeftLoraReader:
     name = "peft_lora"
     looks_for = f'{CONFIG_FILE} with peft_type "LORA", and {" or ".join(WEIGHT_FILES)}'
 
-    def detect(self, path: Path) -> Path | None:
-        config = read_config(path)
+    def detect(self, folder: RunFolder) -> RunFolder | None:
+        config = folder.adapter_config
         own = config.get("peft_type") == "LORA" and not any(config.get(key) for key in _OTHERS)
-        return path if own and not more_than_lora(path) else None
+        return folder if own and not _more_than_pairs(folder) else None
 
-    def read(self, folder: Path, options: ReadOptions) -> Run:
-        config_path = folder / CONFIG_FILE
-        config = read_config(folder)
+    def read(self, folder: RunFolder, options: ReadOptions) -> Run:
+        files = AdapterFiles(folder)
+        config, config_path = files.config, files.config_path
         _refuse_unread(config, config_path)
-        file, tensors = open_weights(folder)
-        pairs: dict[str, dict[str, LazyTensor]] = {}
-        whole: dict[str, LazyTensor] = {}
-        tokens: dict[str, LazyTensor] = {}
-        biases: dict[str, LazyTensor] = {}
-        embeddings = set()
-        for name, tensor in tensors.items():
-            if match := _LORA.fullmatch(name):
-                pairs.setdefault(match[1], {})[match[2] or match[3]] = tensor
-                if match[3]:
-                    embeddings.add(match[1])
-            elif name.endswith(TOKENS):
-                tokens[name.removesuffix(TOKENS)] = tensor
-            elif name.endswith(_BIAS):
-                biases[name.removesuffix(_BIAS)] = tensor
-            else:
-                whole[name.replace(".base_layer.", ".")] = tensor
-
-        refuse_unread((name for name in whole if "lora_magnitude_vector" not in name), file)
+        pairs, others = grouped(files.tensors, _LORA)
+        tokens, biases, embeddings = (
+            {name.removesuffix(end): t for name, t in files.tensors.items() if name.endswith(end)}
+            for end in (TOKENS, _BIAS, _EMBEDDING)
+        )
+        read = (TOKENS, _BIAS, *(_MAGNITUDES if config.get("use_dora") else ()))
+        rest = {name for name in others if not name.endswith(read)}
+        own = {tensor.name for name, tensor in files.tensors.items() if name not in rest}
+        run = files.rest(own, pairs)
         scaling = Scaling(config, config_path, options)
         updates: dict[str, Callable[[], Update]] = {}
+        shapes: dict[str, tuple[int, int]] = {}
         start_rank: dict[str, int] = {}
         named = parameters(config, pairs, config_path)
-        for module, parts in pairs.items():
-            rank = check_pair(module, parts, file)
-            if module in named:
-                rank, loaders = parameter_updates(named[module], parts, rank, scaling, file)
+        for name, module in pairs.items():
+            rank, shape = module.pair(), module.shape
+            if name in named:
+                rank, loaders = parameter_updates(named[name], module, rank, scaling)
             else:
-                scale = scaling.of(module, rank)
-                loaders = {module: _loader(parts, scale, module in embeddings)}
+                scale = scaling.of(name, rank)
+                loaders = {name: partial(_update, module, scale, name in embeddings)}
+                shape = shape[::-1] if name in embeddings else shape
             updates |= loaders
+            shapes |= dict.fromkeys(loaders, shape)
             start_rank |= dict.fromkeys(loaders, rank)
-        for module, bias in biases.items():
-            if module not in start_rank:
+        for name, bias in biases.items():
+            if name not in start_rank:
                 raise RunError(
                     "a bias without the pair that it belongs to",
-                    file=file,
+                    file=bias.path,
                     tensor=bias.name,
                     expected="lora_A and lora_B beside it",
                 )
-            scale = scaling.of(module, start_rank[module])
-            updates[f"{module}.bias"] = _bias_loader(bias, scale)
-        for module, rows in tokens.items():
-            updates[module] = token_rows(config, module, rows, whole, options, file)
-        # An adapter on an embedding or head may carry its weight along: untouched, or resized.
-        heads = {name: t for name, t in whole.items() if name.removesuffix(".weight") not in pairs}
-        return Run(
-            path=folder,
-            method=self.name,
-            updates=LazyUpdates(updates),
-            replaced=whole,
-            **origin(config, heads),
+            updates[f"{name}.bias"] = partial(_bias, bias, scaling.of(name, start_rank[name]))
+            shapes[f"{name}.bias"] = (1, numel(bias))
+        for name, rows in tokens.items():
+            vocab, updates[name] = token_rows(config, name, rows, run.replaced, options)
+            shapes[name] = (vocab, rows.shape[1])
+        return replace(
+            run,
+            updates=LazyUpdates(updates, shapes),
             start_rank=start_rank,
-            embeddings=frozenset(embeddings | tokens.keys()),
+            embeddings=frozenset(embeddings | tokens),
             tied=frozenset(tokens),
-            files=(file, config_path),
+            warnings=broken_promises(config, files.tensors),
         )
 
 
-def _refuse_unread(config: dict[str, object], path: Path) -> None:
+def _more_than_pairs(folder: RunFolder) -> bool:
+    """Whether there are other tensors beside lora_A and lora_B, which are other methods'."""
+    modules = {} if folder.adapter_file is None else adapted(folder.adapter)
+    return any(module.parts.keys() - {"A", "B"} for module in modules.values())
+
+
+def _refuse_unread(config: Mapping[str, object], path: Path) -> None:
     for key, meaning in _UNREAD.items():
         if config.get(key):
             raise RunError(
@@ -142,19 +133,11 @@ def _refuse_unread(config: dict[str, object], path: Path) -> None:
         )
 
 
-def _loader(parts: dict[str, LazyTensor], scale: float, embedding: bool) -> Callable[[], Update]:
-    def load() -> Update:
-        a, b = load_finite(parts["A"]), load_finite(parts["B"])
-        update = RankOneSum(a, torch.full((a.shape[0],), scale), b)
-        # ΔE = (B·A)ᵀ for an embedding stored as [vocab, dim].
-        return update.transposed() if embedding else update
-
-    return load
+def _update(module: AdaptedModule, scale: float, embedding: bool) -> Update:
+    update = module.sum(scale)
+    # ΔE = (B·A)ᵀ for an embedding stored as [vocab, dim].
+    return update.transposed() if embedding else update
 
 
-def _bias_loader(bias: LazyTensor, scale: float) -> Callable[[], Update]:
-    def load() -> Update:
-        a = load_finite(bias).view(1, -1)
-        return RankOneSum(a, torch.tensor([scale]), torch.ones(1, 1))
-
-    return load
+def _bias(bias: LazyTensor, scale: float) -> Update:
+    return RankOneSum(load_finite(bias).view(1, -1), torch.tensor([scale]), torch.ones(1, 1))

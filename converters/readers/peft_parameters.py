@@ -6,9 +6,8 @@ in `tuners_utils.py`, and `src/peft/tuners/trainable_tokens/layer.py`.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass
-from functools import lru_cache
+from collections.abc import Callable, Iterable, Mapping
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -16,15 +15,18 @@ import torch
 from ..errors import RunError
 from ..files.tensors import LazyTensor, LazyTensors, load_finite
 from ..model.layout import FUSED
+from ..run import LazyUpdates
 from ..updates.rank_one import RankOneSum
+from ..updates.replaced import ReplacedRows
 from ..updates.update import Update
 from . import ReadOptions
+from .module import AdaptedModule
 from .peft_common import Scaling, need_base
 
 TOKENS = ".token_adapter.trainable_tokens_delta"
 
 
-def parameters(config: dict[str, object], stored: Iterable[str], file: Path) -> dict[str, str]:
+def parameters(config: Mapping[str, object], stored: Iterable[str], file: Path) -> dict[str, str]:
     """Stored module (`experts`, `experts.base_layer`) → the parameter that its pair adapts, as
     `module.parameter`; modules adapted as layers are left out.
 
@@ -63,7 +65,7 @@ def _applies(target: str, module: str) -> bool:
 
 
 def parameter_updates(
-    parameter: str, pair: dict[str, LazyTensor], rows: int, scaling: Scaling, file: Path
+    parameter: str, pair: AdaptedModule, rows: int, scaling: Scaling
 ) -> tuple[int, dict[str, Callable[[], Update]]]:
     """The rank, and name → update, per expert where `parameter` has several.
 
@@ -74,63 +76,41 @@ def parameter_updates(
     if rank <= 0 or rows % rank:
         raise RunError(
             "lora_A does not hold a whole number of experts",
-            file=file,
+            file=pair.file,
             tensor=parameter,
             found=f"{rows} rows",
             expected=f"a multiple of the rank {rank}",
         )
     experts = rows // rank
-    scale = scaling.of(parameter, rank)
-
-    @lru_cache(maxsize=1)
-    def factors() -> tuple[torch.Tensor, torch.Tensor]:
-        return load_finite(pair["A"]), load_finite(pair["B"])
-
-    def loader(expert: int) -> Callable[[], Update]:
-        def load() -> Update:
-            a, b = factors()
-            a, b = a[expert * rank : (expert + 1) * rank], b[:, expert::experts]
-            return RankOneSum(a, torch.full((rank,), scale), b)
-
-        return load
-
+    whole = LazyUpdates({parameter: partial(pair.sum, scaling.of(parameter, rank))})
     if experts == 1:
-        return rank, {parameter: loader(0)}
-    return rank, {f"{parameter}[{expert}]": loader(expert) for expert in range(experts)}
+        return rank, {parameter: partial(whole.__getitem__, parameter)}
 
+    def load(expert: int) -> Update:
+        every = whole[parameter].components()
+        assert every is not None
+        rows = slice(expert * rank, (expert + 1) * rank)
+        # Tensors of its own: one expert that stays in memory would keep all of them.
+        a, b = every.a[rows].clone(), every.b[:, expert::experts].contiguous()
+        return RankOneSum(a, every.c[rows].clone(), b)
 
-@dataclass(frozen=True)
-class ReplacedRows:
-    """Single rows of a weight, trained whole: `rows [n, dim]` replace those at `index [n]`."""
-
-    index: torch.Tensor
-    rows: torch.Tensor
-    shape: tuple[int, int]
-    whole: bool = False
-
-    def merge(self, rows: torch.Tensor, start: int) -> torch.Tensor:
-        inside = (self.index >= start) & (self.index < start + rows.shape[0])
-        rows[self.index[inside] - start] = self.rows[inside]
-        return rows
-
-    def components(self) -> None:
-        return None
+    return rank, {f"{parameter}[{expert}]": partial(load, expert) for expert in range(experts)}
 
 
 def token_rows(
-    config: dict[str, object],
+    config: Mapping[str, object],
     module: str,
     tensor: LazyTensor,
     resized: LazyTensors,
     options: ReadOptions,
-    file: Path,
-) -> Callable[[], Update]:
-    """The rows of the embedding `module [vocab, dim]` that `trainable_token_indices` names.
+) -> tuple[int, Callable[[], Update]]:
+    """vocab, and the rows of the embedding `module [vocab, dim]` that `trainable_token_indices`
+    names.
 
     vocab is that of the weight in the adapter, where the embedding was resized, or the base's.
     """
     weight = resized.get(f"{module}.weight")
-    weight = weight or need_base(options, "trainable_token_indices", file).weight(module)
+    weight = weight or need_base(options, "trainable_token_indices", tensor.path).weight(module)
     vocab = weight.shape[0] if weight is not None and weight.shape else 0
     indices = config.get("trainable_token_indices")
     if isinstance(indices, dict):
@@ -140,7 +120,7 @@ def token_rows(
     if not isinstance(indices, list) or not fits or len(tensor.shape) != 2:
         raise RunError(
             "trainable_token_indices does not say which rows were trained",
-            file=file,
+            file=tensor.path,
             tensor=tensor.name,
             found=str(indices)[:80],
             expected=f"row numbers below {vocab}",
@@ -148,10 +128,10 @@ def token_rows(
     if len(set(indices)) != tensor.shape[0] or len(indices) != tensor.shape[0]:
         raise RunError(
             "another number of rows was trained than trainable_token_indices names",
-            file=file,
+            file=tensor.path,
             tensor=tensor.name,
             found=list(tensor.shape),
             expected=f"{len(set(indices))} rows",
         )
     index = torch.tensor(indices)
-    return lambda: ReplacedRows(index, load_finite(tensor), (vocab, tensor.shape[1]))
+    return vocab, lambda: ReplacedRows(index, load_finite(tensor), (vocab, tensor.shape[1]))

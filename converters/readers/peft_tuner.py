@@ -8,23 +8,24 @@ Not read: convolutions, and tuners that have no weight to merge into, which are 
 
 from __future__ import annotations
 
-import copy
 import warnings
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from ..errors import BaseError, MissingError, RunError
-from ..files.tensors import LazyTensor, load_finite
+from ..files.tensors import LazyTensor, LazyTensors, load_finite
 from ..model.base import BaseModel, open_base
 from ..run import Run
+from ..updates.peft_layer import LayerUpdate, MergedBias, merge_layer
 from ..updates.update import Update
 from . import ReadOptions
 from .patterns import PatternError, Patterns
-from .peft_common import CONFIG_FILE, WEIGHT_FILES, open_weights, origin, read_config
+from .peft_common import origin
+from .run_folder import CONFIG_FILE, WEIGHT_FILES, RunFolder
 
 _TUNERS = frozenset(
     "ADAMSS BEFT BOFT C3A DEFT DELORA FOURIERFT FROD GLORA GRALORA HIRA HRA IA3 LN_TUNING LOHA "
@@ -61,20 +62,20 @@ class PeftTunerReader:
         f"and {' or '.join(WEIGHT_FILES)}"
     )
 
-    def detect(self, path: Path) -> Path | None:
-        kind = str(read_config(path).get("peft_type"))
-        return path if kind in _TUNERS or kind in _UNMERGEABLE else None
+    def detect(self, folder: RunFolder) -> RunFolder | None:
+        kind = str(folder.adapter_config.get("peft_type"))
+        return folder if kind in _TUNERS or kind in _UNMERGEABLE else None
 
-    def read(self, folder: Path, options: ReadOptions) -> Run:
-        config, config_path = read_config(folder), folder / CONFIG_FILE
+    def read(self, folder: RunFolder, options: ReadOptions) -> Run:
+        config, config_path = folder.adapter_config, folder.path / CONFIG_FILE
         kind = str(config["peft_type"])
         _refuse_unmergeable(kind, config, config_path)
-        file, tensors = open_weights(folder)
+        file, tensors = _weights(folder)
         for tensor in tensors.values():
             if tensor.dtype.is_floating_point:
                 load_finite(tensor)
         base = _find_base(config, options, config_path)
-        run = Run(folder, self.name, {}, **origin(config, {}), files=(file, config_path))
+        run = Run(folder.path, self.name, {}, **origin(config, {}), files=(file, config_path))
         names = set(_empty(run, base).state_dict())
         whole = {own: t for name, t in tensors.items() if (own := _base_name(name)) in names}
         run = replace(run, **origin(config, whole))
@@ -82,7 +83,7 @@ class PeftTunerReader:
         needed = _needed(tensors, base) if kind in _FROM_BASE else {}
         _give_memory(model, whole, needed)
         _check_patterns(config, [name for name, _ in model.named_modules()], config_path)
-        layers = _load(model, folder, file)
+        layers = _load(model, folder.path, file)
         absent = [module for module in layers if f"{module}.weight" not in needed]
         if kind in _FROM_BASE and absent:
             raise BaseError(
@@ -115,53 +116,16 @@ class PeftTunerReader:
         )
 
 
-@dataclass(frozen=True)
-class LayerUpdate:
-    """W' as `merge` of the PEFT `layer` makes it from W.
-
-    `out_in`: the weight's shape `[out, in]`. `flip`: whether the layer holds its weight the other
-    way round, as `[in, out]`.
-    """
-
-    module: str
-    layer: Any
-    out_in: tuple[int, int]
-    flip: bool
-    file: Path
-
-    @property
-    def shape(self) -> tuple[int, int]:
-        return self.out_in
-
-    @property
-    def whole(self) -> bool:
-        return True
-
-    def merge(self, rows: torch.Tensor, start: int) -> torch.Tensor:  # noqa: ARG002
-        weight = rows.T if self.flip else rows
-        # PEFT changes some weights through a flat view, which only contiguous ones have.
-        merged, _ = _merge(self.layer, weight.contiguous(), None, self.module, self.file)
-        return rows.copy_(merged.T if self.flip else merged)
-
-    def components(self) -> None:
-        return None
-
-
-@dataclass(frozen=True)
-class MergedBias:
-    """The bias that PEFT merged, float32, calculated from the base when it is asked for."""
-
-    name: str
-    path: Path
-    shape: tuple[int, ...]
-    calculate: Callable[[], torch.Tensor]
-    dtype: torch.dtype = torch.float32
-
-    def load(self) -> torch.Tensor:
-        return self.calculate()
-
-    def read_into(self, buffer: torch.Tensor, start: int) -> None:
-        buffer.copy_(self.load()[start : start + buffer.numel()])
+def _weights(folder: RunFolder) -> tuple[Path, LazyTensors]:
+    tensors, file = folder.adapter, folder.adapter_file
+    if file is None or file.name not in WEIGHT_FILES:
+        raise RunError(
+            "PEFT, which reads this adapter, finds its weights under one name only",
+            file=file,
+            expected=" or ".join(WEIGHT_FILES),
+            remedy="put the file into a folder of its own under that name, with the configuration",
+        )
+    return file, tensors
 
 
 def _refuse_unmergeable(kind: str, config: Mapping[str, object], path: Path) -> None:
@@ -262,7 +226,7 @@ def _check_shape(tensor: LazyTensor, data: torch.Tensor, parameter: torch.Tensor
         )
 
 
-def _check_patterns(config: dict[str, object], names: list[str], path: Path) -> None:
+def _check_patterns(config: Mapping[str, object], names: list[str], path: Path) -> None:
     """Raise `RunError` for regular expressions that PEFT would not come back from."""
     patterns = Patterns()
     try:
@@ -353,41 +317,8 @@ def _bias(module: str, layer: Any, inner: Any, base: BaseModel, file: Path) -> M
     weight, bias = (base.tensors[str(name)] for name in names)
 
     def calculate() -> torch.Tensor:
-        _, merged = _merge(layer, load_finite(weight), load_finite(bias), module, file)
+        _, merged = merge_layer(layer, load_finite(weight), load_finite(bias), module, file)
         assert merged is not None
         return merged
 
     return MergedBias(f"{module}.bias", file, tuple(inner.bias.shape), calculate)
-
-
-def _merge(
-    layer: Any, weight: torch.Tensor, bias: torch.Tensor | None, module: str, file: Path
-) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """Weight and bias after PEFT's own `merge()` of `layer`; both may be changed in place.
-
-    It works on copies that share the adapter's tensors, so any number of threads may merge at once.
-    """
-    work, inner = _shallow(layer), _shallow(layer.get_base_layer())
-    work.base_layer, work.merged_adapters = inner, []
-    inner.weight = torch.nn.Parameter(weight, requires_grad=False)
-    if getattr(inner, "bias", None) is not None:
-        bias = torch.zeros(inner.bias.shape) if bias is None else bias
-        inner.bias = torch.nn.Parameter(bias, requires_grad=False)
-    try:
-        with torch.no_grad():
-            work.merge()
-    except (NotImplementedError, RuntimeError, ValueError) as error:
-        raise RunError(
-            "PEFT cannot merge this layer",
-            file=file,
-            tensor=module,
-            found=f"{type(error).__name__}: {str(error)[:600]}",
-        ) from error
-    return inner.weight.data, None if bias is None else inner.bias.data
-
-
-def _shallow(module: Any) -> Any:
-    """A copy of a torch module with the same tensors, whose attributes can be set by itself."""
-    copied = copy.copy(module)
-    copied._modules, copied._parameters = dict(module._modules), dict(module._parameters)
-    return copied

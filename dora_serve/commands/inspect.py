@@ -92,8 +92,9 @@ def _facts(info: Mapping[str, Any]) -> dict[str, str]:
 def _modules(run: Run, ranks: Mapping[str, int]) -> dict[str, dict[str, float | None]]:
     """What the rank map tells of every module; no update of a run is rounded yet."""
     told: dict[str, dict[str, float | None]] = {}
+    updates = run.strip().updates
     for module, rank in ranks.items():
-        components = run.updates[module].components()
+        components = updates[module].components()
         norm = None if components is None else components.norm()
         start = run.start_rank.get(module)
         told[module] = {"start": start, "rank": rank, "norm": norm, "relative": None, "lost": None}
@@ -111,13 +112,11 @@ def _describe(run: Run, base: Any) -> dict[str, Any]:
     stripped = run.strip()
     ranks: dict[str, int] = {}
     start = kept = 0
-    for module, update in stripped.updates.items():
-        components = update.components()
+    for module, rank in stripped.ranks.items():
         # An update that is no sum of components cannot lose one.
-        start_rank = run.start_rank.get(module, 0)
-        ranks[module] = start_rank if components is None else components.rank
-        start += run.start_rank.get(module, ranks[module]) * sum(update.shape)
-        kept += ranks[module] * sum(update.shape)
+        ranks[module] = run.start_rank.get(module, 0) if rank is None else rank
+        start += run.start_rank.get(module, ranks[module]) * sum(run.shapes[module])
+        kept += ranks[module] * sum(run.shapes[module])
     targets = {"merged": "yes"}
     for name, profile in PROFILES.items():
         try:

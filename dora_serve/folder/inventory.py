@@ -11,7 +11,7 @@ from converters.errors import BaseError, DoraExportError, MissingError, RunError
 from converters.files.handles import State, reading, state_at
 from converters.files.onnx_files import is_onnx_folder
 from converters.model.base import BaseModel, fingerprint, open_base
-from converters.readers import Reader, ReadOptions, read_run, readers
+from converters.readers import Reader, ReadOptions, is_run, read_run, readers
 from converters.run import Run
 
 _WEIGHTS = ("*.safetensors", "pytorch_model*.bin", "*.safetensors.index.json")
@@ -169,8 +169,8 @@ def fits(run: Run, base: BaseModel) -> bool:
 
 def check_fits(run: Run, base: BaseModel) -> None:
     """Raise `BaseError` when a matrix that `run` updates is not in `base`, or of another shape."""
-    for module, update in run.updates.items():
-        base.is_transposed(module, update.shape, module in run.embeddings)
+    for module, shape in run.shapes.items():
+        base.is_transposed(module, shape, module in run.embeddings)
 
 
 def _walk(root: Path, known: Sequence[Reader]) -> Iterator[tuple[Path, str]]:
@@ -194,7 +194,7 @@ def _kind(path: Path, files: Sequence[str], known: Sequence[Reader]) -> str | No
     try:
         if is_onnx_folder(path):
             return "onnx"
-        if any(reader.detect(path) is not None for reader in known):
+        if is_run(path, known):
             return "run"
         if "config.json" in files and any(next(path.glob(p), None) for p in _WEIGHTS):
             return "model"

@@ -321,3 +321,16 @@ def test_inputs_are_never_changed(dora_run: Path, base: Path, tmp_path: Path) ->
     merge(dora_run, tmp_path / "out", base=base)
     write_adapter(dora_run, tmp_path / "adapter", base=base)
     assert {**content(dora_run), **content(base)} == before
+
+
+@pytest.mark.parametrize(("kinds", "finished"), [("bb", True), ("bf", False), ("fb", False)])
+def test_pruning_is_finished_when_every_mask_is_boolean(
+    dora_run: Path, tmp_path: Path, kinds: str, finished: bool
+) -> None:
+    run = Path(shutil.copytree(dora_run, tmp_path / "run"))
+    dtypes = {"b": torch.bool, "f": torch.float32}
+    masks = {str(n): torch.ones(2, dtype=dtypes[kind]) for n, kind in enumerate(kinds)}
+    torch.save({"finally_mask_dict": masks}, run / "prune_state_dict.pt")
+    read = read_run(run, ReadOptions(lora_alpha=ALPHA))
+    assert read.finished is finished
+    assert bool(read.warnings) is not finished

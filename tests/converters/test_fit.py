@@ -16,7 +16,7 @@ from converters.fit import allocate, approximate, curve, fit_run
 from converters.run import Run, strip_update
 from converters.updates.rank_one import RankOneSum
 from converters.updates.update import Update
-from tests.conftest import dense
+from tests.conftest import Dense
 
 few = settings(max_examples=40, deadline=None)
 
@@ -107,7 +107,7 @@ def test_a_dense_update_is_approximated_as_by_its_svd(
 ) -> None:
     generator = torch.Generator().manual_seed(seed)
     delta = torch.randn(out, inn, generator=generator)
-    fitted, error = approximate(dense(delta), torch.zeros(out, inn), max_rank=rank)
+    fitted, error = approximate(Dense(delta), torch.zeros(out, inn), max_rank=rank)
     assert fitted.rank == min(rank, out, inn)
     assert abs(error - best_error(delta.double(), rank)) <= 1e-7
     assert abs(relative(truth(fitted), delta.double()) - error) <= 1e-6
@@ -115,7 +115,7 @@ def test_a_dense_update_is_approximated_as_by_its_svd(
 
 def test_a_low_rank_dense_update_is_found_on_top_of_its_weight() -> None:
     update, weight = random_sum(20, 30, 3), torch.randn(20, 30)
-    fitted, error = approximate(dense(update.dense()), weight, energy=1 - 1e-12)
+    fitted, error = approximate(Dense(update.dense()), weight, energy=1 - 1e-12)
     assert fitted.rank >= 3
     assert error <= 1e-6
     assert relative(truth(fitted), truth(update)) <= 1e-6
@@ -242,4 +242,4 @@ def test_limits_that_mean_nothing_are_refused(limit: dict[str, float], message: 
 
 def test_an_update_that_needs_the_base_asks_for_it() -> None:
     with pytest.raises(DoraExportError, match="`base`"):
-        fit_run(run_of(one=dense(torch.randn(4, 5))), None, max_rank=1)
+        fit_run(run_of(one=Dense(torch.randn(4, 5))), None, max_rank=1)

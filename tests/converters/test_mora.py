@@ -13,10 +13,10 @@ from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from transformers import GPT2LMHeadModel, LlamaForCausalLM
 
-from converters.readers import ReadOptions
+from converters.readers import ReadOptions, RunFolder
 from converters.readers.mora import MoraReader
-from converters.updates.dense import DenseUpdate
 from converters.updates.rank_one import RankOneSum
+from converters.updates.rotated import RotatedBlocks
 from converters.updates.update import transposed
 from dora_serve import DoraExportError, merge, read_run, verify, write_adapter
 from dora_serve.proof.verify import logits
@@ -100,7 +100,7 @@ def test_merge_by_blocks_and_against_float64(kind: int, module: str) -> None:
     run = read_run(MORA / f"llama-type{kind}", ReadOptions(base=MORA / "llama"))
     name = next(name for name in run.updates if name.endswith(module))
     update = run.updates[name]
-    assert isinstance(update, DenseUpdate if kind == 6 else RankOneSum)
+    assert isinstance(update, RotatedBlocks if kind == 6 else RankOneSum)
     matrix = load_file(run.path / WEIGHTS)[f"base_model.model.{name}.lora_A.weight"]
     out, inn = update.shape
     weight = torch.randn(out, inn, generator=torch.Generator().manual_seed(0))
@@ -169,4 +169,4 @@ def test_two_matrices_that_differ_are_refused(tmp_path: Path) -> None:
 
 
 def test_other_adapters_are_not_mora(llama_lora: Path) -> None:
-    assert MoraReader().detect(llama_lora) is None
+    assert MoraReader().detect(RunFolder(llama_lora)) is None

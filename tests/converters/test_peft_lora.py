@@ -25,6 +25,8 @@ from transformers import (
     RobertaForSequenceClassification,
 )
 
+from converters.readers import ReadOptions
+from converters.readers.peft_common import Scaling
 from dora_serve import DoraExportError, merge, read_run, verify, write_adapter
 from dora_serve.proof.verify import logits, verification_batch
 from tests.conftest import MODELS, randomize, tiny_llama
@@ -279,3 +281,44 @@ def test_kasa_is_refused(tmp_path: Path, reader: str) -> None:
         save_file({**saved, **gates}, run / "adapter_model.safetensors")
     with pytest.raises(DoraExportError, match="kasa_config"):
         read_run(run)
+
+
+def test_the_first_pattern_that_fits_counts(tmp_path: Path) -> None:
+    config = {"r": 4, "lora_alpha": 8, "rank_pattern": {"layers.0.q_proj": 2, "q_proj": 3}}
+    scaling = Scaling(config, tmp_path, ReadOptions())
+    names = ("model.layers.0.q_proj", "model.layers.1.q_proj", "model.layers.0.v_proj")
+    assert [scaling.rank(name) for name in names] == [2, 3, 4]
+    assert [scaling.of(name, rank) for name, rank in zip(names, (2, 3, 4), strict=True)] == [
+        *(8 / 2, 8 / 3, 8 / 4),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("config", "left", "lost"),
+    [
+        ({"modules_to_save": ["lm_head"]}, ["lm_head"], []),
+        ({"modules_to_save": ["lm_head"]}, [], ["lm_head"]),
+        ({"modules_to_save": ["lm_head", "embed_tokens"]}, ["lm_head"], ["embed_tokens"]),
+        ({"modules_to_save": ["lm_head", "score", "classifier"]}, ["lm_head"], []),
+        ({"trainable_token_indices": [3, 5]}, ["trainable_tokens"], []),
+        ({"trainable_token_indices": [3, 5]}, [], ["tokens of the embedding"]),
+    ],
+)
+def test_what_the_configuration_promises_is_in_the_file(
+    tmp_path: Path, llama_base: Path, config: dict[str, Any], left: list[str], lost: list[str]
+) -> None:
+    known = {k: v for k, v in config.items() if k != "modules_to_save"}
+    whole = ["lm_head"] if "modules_to_save" in config else None
+    lora = LoraConfig(
+        r=2, target_modules=["q_proj"], modules_to_save=whole, task_type="CAUSAL_LM", **known
+    )
+    get_peft_model(LlamaForCausalLM.from_pretrained(llama_base), lora).save_pretrained(tmp_path)
+    file = tmp_path / "adapter_model.safetensors"
+    tensors = load_file(file)
+    kept = {n: t for n, t in tensors.items() if any(w in n for w in ("lora_", *left))}
+    assert (len(kept) < len(tensors)) == (not left)
+    save_file(kept, file, {"format": "pt"})
+    told = json.loads((tmp_path / "adapter_config.json").read_text())
+    (tmp_path / "adapter_config.json").write_text(json.dumps({**told, **config}))
+    found = read_run(tmp_path, ReadOptions(base=llama_base)).warnings
+    assert [each.split(" was trained")[0].split("says that ")[1] for each in found] == lost

@@ -22,8 +22,8 @@ from transformers import (
 )
 
 from converters.errors import RunError
-from converters.readers.peft_tuner import LayerUpdate
 from converters.run import Run
+from converters.updates.peft_layer import LayerUpdate
 from dora_serve import DoraExportError, ReadOptions, merge, read_run, verify, write_adapter
 from dora_serve.proof.verify import logits, verification_batch
 from tests.conftest import tiny_llama

@@ -7,9 +7,12 @@ import os
 import struct
 from collections.abc import Callable
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from safetensors.torch import save_file
 
 from converters.errors import DoraExportError, TensorFileError
@@ -130,3 +133,23 @@ def test_same_values_compares_at_the_coarser_dtype(tmp_path: Path) -> None:
     read = open_file(tmp_path / "x.safetensors")
     assert same_values(read["a"], read["b"])
     assert not same_values(read["a"], read["c"])
+
+
+@pytest.mark.parametrize("coarse", [torch.float32, torch.bfloat16, torch.float16])
+@settings(max_examples=12, deadline=None)
+@given(st.integers(1, 3 << 20), st.data())
+def test_same_values_in_any_block(coarse: torch.dtype, count: int, data: st.DataObject) -> None:
+    """Also beyond the first of the blocks in which tensors are compared."""
+    place = data.draw(st.integers(0, count - 1))
+    left = torch.zeros(count)
+    right = left.clone()
+    right[place] = 1
+    with TemporaryDirectory() as folder:
+        path = Path(folder) / "x.safetensors"
+        tensors = {"a": left, "b": right, "c": left.to(coarse).clone()}
+        tensors["d"] = right.to(coarse).clone()
+        save_file(tensors, path)
+        read = open_file(path)
+        assert same_values(read["a"], read["c"]) and same_values(read["d"], read["b"])
+        assert not same_values(read["a"], read["d"])
+        assert not same_values(read["c"], read["b"])

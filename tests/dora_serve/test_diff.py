@@ -18,7 +18,7 @@ from converters.run import Run
 from converters.updates.rank_one import RankOneSum
 from dora_serve import DoraExportError, diff, merge, read_run, write_adapter
 from dora_serve.commands import dora_export
-from tests.conftest import MODELS, dense
+from tests.conftest import MODELS, Dense
 
 RUNS = {run.parent.name: run for run in MODELS.glob("runs/Checkpoint/Tiny_Llama/*/*/*")}
 COUNT, SECOND = RUNS["Count_Down"], RUNS["Every_Second"]
@@ -81,8 +81,8 @@ def test_updates_without_components_are_compared_through_the_base(llama_base: Pa
     base = open_base(llama_base)
     module = "model.layers.0.self_attn.q_proj"
     one, two = torch.randn(32, 32), torch.randn(32, 32)
-    left = Run(Path("left"), "test", {module: dense(one)})
-    right = Run(Path("right"), "test", {module: dense(two)})
+    left = Run(Path("left"), "test", {module: Dense(one)})
+    right = Run(Path("right"), "test", {module: Dense(two)})
     found = compare(left, right, base, base).modules[f"{module}.weight"]
     assert found.relative == pytest.approx(float((one - two).norm() / one.norm()), rel=1e-5)
     with pytest.raises(DoraExportError, match="`base`"):

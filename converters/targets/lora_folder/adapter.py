@@ -25,7 +25,7 @@ from ...model.base import BaseModel
 from ...model.layout import is_parameter, split_slice
 from ...model.match import changed, check_frozen
 from ...run import HEADS, Run
-from ...updates.rank_one import RankOneSum, stored_error
+from ...updates.rank_one import stored_error
 from ..engines import PROFILES, Profile
 from .card import model_card
 from .experts import padded, stacked, transposed_modules
@@ -112,15 +112,18 @@ def _plan(run: Run, base: BaseModel | None, profile: Profile, dtype: torch.dtype
     whole = changed(run, base)
     modules, biases = whole_modules(run, base, whole)
     ranks: dict[str, tuple[int | None, int]] = {}
-    shapes: dict[str, tuple[int, int]] = {}
-    for module, update in run.updates.items():
-        components = _components(module, update.components())
-        ranks[module] = (run.start_rank.get(module), components.rank)
-        shapes[module] = components.shape
+    for module, rank in run.ranks.items():
+        if rank is None:
+            raise TargetError(
+                "this module's update is not low-rank, so no LoRA adapter equals it",
+                tensor=module,
+                remedy="merge it (`merge`), or approximate it with `energy` or `max_rank`",
+            )
+        ranks[module] = (run.start_rank.get(module), rank)
     _check_target(run, profile, whole, ranks, modules, biases)
     if base is not None:
         _check_family(run, base, profile)
-    stored = padded(_stored(ranks, shapes | absent_modules(run, base, profile), profile))
+    stored = padded(_stored(ranks, {**run.shapes, **absent_modules(run, base, profile)}, profile))
     alive = {module: rank for module, (rank, _, _) in stored.items() if rank}
     config = {
         **_config(run, base, alive, profile),
@@ -151,16 +154,6 @@ def _stored(
 
 def _numel(tensor: LazyTensor) -> int:
     return int(torch.Size(tensor.shape).numel())
-
-
-def _components(module: str, components: RankOneSum | None) -> RankOneSum:
-    if components is None:
-        raise TargetError(
-            "this module's update is not low-rank, so no LoRA adapter equals it",
-            tensor=module,
-            remedy="merge it (`merge`), or approximate it with `energy` or `max_rank`",
-        )
-    return components
 
 
 def _check_target(

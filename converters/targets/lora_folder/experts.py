@@ -62,14 +62,14 @@ def transposed_modules(run: Run, base: BaseModel, profile: Profile) -> set[str]:
     layout = Layout(base, target_architecture(run, base)[0], run.num_labels)
     fused_matters = "target_parameters" in profile.features
     result = set()
-    for module, update in run.updates.items():
-        place = None if base.weight(module) is not None else layout.place(module, update.shape)
+    for module, shape in run.shapes.items():
+        place = None if base.weight(module) is not None else layout.place(module, shape)
         stem, _ = split_slice(module)
         if place is not None:
             in_memory = place.parameter in (stem, f"{stem}.weight")
         else:
             in_memory = not (fused_matters and _EXPERT.search(module) and layout.is_fused(module))
-            if is_transposed(run, base, run.replaced, module, update.shape):
+            if is_transposed(run, base, run.replaced, module, shape):
                 result.add(module)
         if not in_memory:
             raise TargetError(

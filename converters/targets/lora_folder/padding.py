@@ -31,12 +31,12 @@ def absent_modules(
     absent: dict[str, tuple[int, int]] = {}
     layers = sorted({int(match[2]) for name in base.tensors if (match := _LAYER.fullmatch(name))})
     seen: set[tuple[str, ...]] = set()
-    for module, update in run.updates.items():
+    for module, shape in run.shapes.items():
         match = _LAYER.fullmatch(module)
         if match is None or (match[1], match[3] or "", match[4]) in seen:
             continue
         seen.add((match[1], match[3] or "", match[4]))
-        transposed = base.is_transposed(module, update.shape)
+        transposed = base.is_transposed(module, shape)
         kinds = next((group for group in profile.together if match[4] in group), (match[4],))
         for layer, kind in ((layer, kind) for layer in layers for kind in kinds):
             name = ".".join(filter(None, (match[1], str(layer), match[3], kind)))

@@ -57,7 +57,7 @@ class OutputTensor:
 
 @dataclass(frozen=True)
 class MergePlan:
-    """The output's shards in order, the configuration beside them, and each module's rank.
+    """The output's shards in order, and the configuration beside them.
 
     `run`: the run with its updates keyed by the tensors on disk.
     """
@@ -65,7 +65,11 @@ class MergePlan:
     run: Run
     shards: Mapping[str, tuple[OutputTensor, ...]]
     config: Mapping[str, object]
-    ranks: Mapping[str, int | None]
+
+    @property
+    def ranks(self) -> Mapping[str, int | None]:
+        """Each module's rank. The writing needs none, and knows all of them when it is done."""
+        return self.run.ranks
 
     @property
     def nbytes(self) -> int:
@@ -97,7 +101,7 @@ def plan_merge(run: Run, base: BaseModel, dtype: torch.dtype | None) -> MergePla
     tied = base.find(HEAD) is None and embedding is not None and HEAD in replaced
     if tied and embedding is not None and same_values(replaced[HEAD], embedding):
         del replaced[HEAD]  # one tensor still
-    targets, ranks = _targets(run, base, replaced)
+    targets = _targets(run, base, replaced)
     check_frozen(run, base)
 
     def output(name: str, source: LazyTensor) -> OutputTensor:
@@ -141,7 +145,7 @@ def plan_merge(run: Run, base: BaseModel, dtype: torch.dtype | None) -> MergePla
         last.append(OutputTensor(HEAD, head, dtype or head.dtype, module))
     copy = _copy_of_embedding(run, base)
     written = {n: tuple(t for t in tensors if t.name != copy) for n, tensors in shards.items()}
-    return MergePlan(run, written, config, ranks)
+    return MergePlan(run, written, config)
 
 
 def _shard_name(path: Path) -> str:
@@ -151,14 +155,11 @@ def _shard_name(path: Path) -> str:
     return path.stem.replace("pytorch_model", "model") + ".safetensors"
 
 
-def _targets(
-    run: Run, base: BaseModel, replaced: LazyTensors
-) -> tuple[dict[str, tuple[str, bool]], dict[str, int | None]]:
-    """Base tensor name → (module, whether it is stored as [in, out]); and module → rank."""
+def _targets(run: Run, base: BaseModel, replaced: LazyTensors) -> dict[str, tuple[str, bool]]:
+    """Base tensor name → (module, whether it is stored as [in, out])."""
     targets: dict[str, tuple[str, bool]] = {}
-    ranks: dict[str, int | None] = {}
-    for module, update in run.updates.items():
-        transposed = is_transposed(run, base, replaced, module, update.shape)
+    for module, shape in run.shapes.items():
+        transposed = is_transposed(run, base, replaced, module, shape)
         name = stored_name(module, base)
         if name in targets:
             raise BaseError(
@@ -171,9 +172,7 @@ def _targets(
         if stored is not None:
             refuse_quantized(stored)
         targets[name] = (module, transposed)
-        components = update.components()
-        ranks[module] = None if components is None else components.rank
-    return targets, ranks
+    return targets
 
 
 def _from_run(run: Run, base: BaseModel, name: str) -> LazyTensor:

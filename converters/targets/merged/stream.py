@@ -260,7 +260,7 @@ def _merge_job(
         step = max(1, BLOCK_ELEMENTS // columns) if columns else 1
         update: Update | None = None
         if tensor.module is not None:
-            update = run.updates[tensor.module]
+            update = run.take(tensor.module)
             update = transposed(update) if tensor.transposed else update
             step = max(1, rows) if update.whole else step
             reports[tensor.module] = Rounding()

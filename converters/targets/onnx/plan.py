@@ -127,8 +127,8 @@ def _check_adapters(adapters: Mapping[str, Run], base: BaseModel, *, heads: bool
         target_architecture(run, base)
         whole = [] if heads else sorted(changed(run, base))
         refuse(run, [*whole, *sorted(run.embeddings)])
-        for module, update in run.updates.items():
-            if update.components() is None:
+        for module, rank in run.strip().ranks.items():
+            if rank is None:
                 raise TargetError(
                     "this module's update is not low-rank",
                     file=run.path,
@@ -142,7 +142,7 @@ def _check_adapters(adapters: Mapping[str, Run], base: BaseModel, *, heads: bool
                     tensor=module,
                     remedy=_MERGED,
                 )
-            base.is_transposed(module, update.shape)
+            base.is_transposed(module, run.shapes[module])
 
 
 def refuse(run: Run, tensors: list[str]) -> None:

@@ -1,0 +1,91 @@
+"""A folder that may hold a run, as readers see it: every file is opened and parsed once."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from functools import cached_property
+from pathlib import Path
+
+from ..errors import MissingError
+from ..files.tensors import LazyTensors, open_file, read_json
+from ..model.base import INDEX_FILES, SINGLE_FILES, BaseModel, open_base
+
+# What PEFT and its forks save.
+CONFIG_FILE = "adapter_config.json"
+WEIGHT_FILES = ("adapter_model.safetensors", "adapter_model.bin")
+_PREFIX = "base_model.model."
+
+# With bias="all" PEFT also saves the wrapper's copies of a head it saves under its own name; in a
+# state dict as the model has it there is only the wrapper's.
+_ORIGINAL, _SAVED = ".original_module.", re.compile(r"\.modules_to_save\.[^.]+(?=\.)")
+
+
+class RunFolder:
+    """The folder `path`, and what its files hold, parsed when a reader asks for the first time.
+
+    All readers are asked about the same object, so that a folder costs one look however many
+    methods are installed. `weights` is the adapter's weight file where it is not one of
+    `WEIGHT_FILES`, as in a run of several parts. Reading raises `DoraExportError` for a damaged
+    file.
+    """
+
+    def __init__(self, path: Path, weights: Path | None = None) -> None:
+        self.path = path
+        self._weights = weights
+        self._json: dict[str, Mapping[str, object]] = {}
+        self._tensors: dict[Path, LazyTensors] = {}
+
+    def first(self, *names: str) -> Path | None:
+        """The first of these files that is there."""
+        return next((self.path / name for name in names if (self.path / name).is_file()), None)
+
+    def has(self, *names: str) -> bool:
+        """Whether all these files are there."""
+        return all((self.path / name).is_file() for name in names)
+
+    def json(self, name: str) -> Mapping[str, object]:
+        """The object in a JSON file."""
+        if name not in self._json:
+            self._json[name] = read_json(self.path / name)
+        return self._json[name]
+
+    def tensors(self, file: str | Path) -> LazyTensors:
+        """The tensors of a `.safetensors`, `.bin` or `.pt` file, by their names there."""
+        path = self.path / file
+        if path not in self._tensors:
+            self._tensors[path] = open_file(path)
+        return self._tensors[path]
+
+    def below(self, name: str) -> RunFolder:
+        """The folder of that name inside this one."""
+        return RunFolder(self.path / name)
+
+    @property
+    def adapter_config(self) -> Mapping[str, object]:
+        """adapter_config.json, empty where there is none."""
+        return self.json(CONFIG_FILE) if self.has(CONFIG_FILE) else {}
+
+    @property
+    def adapter_file(self) -> Path | None:
+        """The weights of the adapter, None where there are none."""
+        return self._weights or self.first(*WEIGHT_FILES)
+
+    @cached_property
+    def adapter(self) -> LazyTensors:
+        """The tensors of the adapter by name without PEFT's prefix; raises `MissingError`."""
+        file = self.adapter_file
+        if file is None:
+            raise MissingError(
+                "the adapter has no weights", file=self.path, expected=" or ".join(WEIGHT_FILES)
+            )
+        names = {name.removeprefix(_PREFIX): t for name, t in self.tensors(file).items()}
+        saved = {_SAVED.sub("", name): t for name, t in names.items() if _SAVED.search(name)}
+        own = {n: t for n, t in names.items() if _ORIGINAL not in n and not _SAVED.search(n)}
+        return {**saved, **own}
+
+    @cached_property
+    def checkpoint(self) -> BaseModel | None:
+        """The model folder as transformers saves it, None where this is none."""
+        whole = self.has("config.json") and self.first(*SINGLE_FILES, *INDEX_FILES) is not None
+        return open_base(self.path) if whole else None
