@@ -99,7 +99,7 @@ async def encode(
     def row(text: str | list[int]) -> tuple[list[int], list[int]]:
         if not isinstance(text, str):
             return text, [0] * len(text)
-        encoded = engine.encoder.encode(text)
+        encoded = engine.encoder.encoding(text)
         return list(encoded.ids), list(encoded.type_ids)
 
     return await tokenizing.each(row, inputs)

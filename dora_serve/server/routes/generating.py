@@ -88,7 +88,7 @@ async def encode(
     engine: ContinuousDecoder, prompts: Sequence[str | list[int]], special: bool = True
 ) -> list[list[int]]:
     """Token ids of every text; ids stay as they are."""
-    tokenizer = engine.graph.tokenizer
+    tokenizer = engine.tokenizer
 
     def ids(prompt: str | list[int]) -> list[int]:
         if not isinstance(prompt, str):
@@ -110,7 +110,7 @@ def _check_length(engine: ContinuousDecoder, prompt: Sequence[int], wanted: int 
 
 
 def _decoder(engine: ContinuousDecoder) -> Callable[[int], str]:
-    tokenizer = engine.graph.tokenizer
+    tokenizer = engine.tokenizer
     return lambda token: str(tokenizer.decode([token], skip_special_tokens=False))
 
 
