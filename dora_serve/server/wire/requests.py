@@ -42,6 +42,7 @@ class _Generate(_Request):
     temperature: Annotated[float, Field(ge=0, le=100)] | None = None
     top_p: Annotated[float, Field(gt=0, le=1)] | None = None
     top_k: Annotated[int, Field(ge=-1, le=2**31 - 1)] = 0
+    min_p: Annotated[float, Field(ge=0, le=1)] = 0.0
     seed: Seed | None = None
     stop: Stop | Annotated[list[Stop], Field(max_length=16)] | None = None
     min_tokens: Annotated[int, Field(ge=0, le=2**31 - 1)] = 0
@@ -63,6 +64,7 @@ class _Generate(_Request):
             temperature=1.0 if self.temperature is None else self.temperature,
             top_p=1.0 if self.top_p is None else self.top_p,
             top_k=max(self.top_k, 0),
+            min_p=self.min_p,
             seed=None if self.seed is None else (self.seed + index) % 2**64,
             stop=tuple(stop),
             logprobs=logprobs,
