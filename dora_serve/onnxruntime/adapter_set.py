@@ -119,8 +119,9 @@ class AdapterSet:
     def per_row(self, adapters: Adapters, rows: int) -> list[str | None]:
         """The adapter of every row. Raises `EngineError` for a name that is not loaded, and for
         other than one name per row."""
-        one = adapters is None or isinstance(adapters, str)
-        wanted = [adapters] * rows if one else list(adapters)
+        if adapters is None or isinstance(adapters, str):
+            adapters = [adapters] * rows
+        wanted = list(adapters)
         if len(wanted) != rows:
             raise EngineError("one adapter (or None) per row", found=len(wanted), expected=rows)
         self._check(wanted)

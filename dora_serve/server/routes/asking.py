@@ -62,11 +62,7 @@ class Asking:
             raise
         self._lengths = [0] * self.count
         served.requests += 1
-        self._count(metrics.prompt_tokens, self.prompt_tokens)
-        for prompt in prompts:
-            self._observe(metrics.prompt_length, len(prompt))
-        if served.model.adapter is not None:
-            self._count(metrics.adapter_requests, 1)
+        metrics.asked(served.model, [len(prompt) for prompt in prompts])
 
     async def news(self) -> AsyncGenerator[tuple[int, Update], None]:
         """Every choice's updates as they come, until all have ended.
@@ -95,27 +91,17 @@ class Asking:
             request.cancelled = True
 
     def _measure(self, choice: int, update: Update) -> None:
-        now, metrics = time.monotonic(), self._metrics
+        now, metrics, model = time.monotonic(), self._metrics, self._served.model
         count = len(update.tokens)
         self.tokens += count
         self._lengths[choice] += count
-        self._count(metrics.generation_tokens, count)
-        if self._served.model.adapter is not None:
-            self._count(metrics.adapter_tokens, count)
+        metrics.grew(model, count)
         if choice in self._last:
-            self._observe(metrics.between_tokens, now - self._last[choice])
+            metrics.between_tokens.labels(model.name).observe(now - self._last[choice])
         else:
-            self._observe(metrics.first_token, now - self._begin)
+            metrics.first_token.labels(model.name).observe(now - self._begin)
         self._last[choice] = now
         if update.reason is not None:
             del self._requests[choice]
-            name = self._served.model.name
-            metrics.success.labels(name, update.reason).inc()
-            self._observe(metrics.length, self._lengths[choice])
-            self._observe(metrics.latency, now - self._begin)
-
-    def _count(self, counter: object, amount: float) -> None:
-        counter.labels(self._served.model.name).inc(amount)  # type: ignore[attr-defined]
-
-    def _observe(self, histogram: object, value: float) -> None:
-        histogram.labels(self._served.model.name).observe(value)  # type: ignore[attr-defined]
+            metrics.answered(model, update.reason, now - self._begin)
+            metrics.length.labels(model.name).observe(self._lengths[choice])

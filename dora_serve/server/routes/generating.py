@@ -16,7 +16,7 @@ from ..state import note, state_of
 from ..wire import answers, pieces
 from ..wire.errors import ApiError
 from ..wire.pieces import Choice, Json
-from ..wire.requests import ChatRequest, CompletionRequest
+from ..wire.requests import ChatRequest, CompletionRequest, Text
 from ..wire.sending import EventStream, while_there
 from .asking import Asking, check_count
 
@@ -85,12 +85,12 @@ async def chat(body: ChatRequest, request: Request) -> Response:
 
 
 async def encode(
-    engine: ContinuousDecoder, prompts: Sequence[str | list[int]], special: bool = True
+    engine: ContinuousDecoder, prompts: Sequence[Text], special: bool = True
 ) -> list[list[int]]:
     """Token ids of every text; ids stay as they are."""
     tokenizer = engine.tokenizer
 
-    def ids(prompt: str | list[int]) -> list[int]:
+    def ids(prompt: Text) -> list[int]:
         if not isinstance(prompt, str):
             return prompt
         return list(tokenizer.encode(prompt, add_special_tokens=special).ids)

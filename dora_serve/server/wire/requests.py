@@ -12,6 +12,7 @@ from dora_serve.onnxruntime.sampling import Sampling
 Token = Annotated[int, Field(ge=0, le=2**31 - 1)]
 Stop = Annotated[str, Field(min_length=1, max_length=1000)]
 Seed = Annotated[int, Field(ge=-(2**63), le=2**63 - 1)]
+Text = str | list[int]  # or its tokens
 Count = Annotated[int, Field(ge=1, le=2**31 - 1)]
 
 
@@ -24,6 +25,12 @@ class _Request(BaseModel):
         if isinstance(value, dict):
             json.dumps(value, ensure_ascii=False).encode()  # half a surrogate pair is no text
         return value
+
+
+def _each(given: Any) -> list[Text]:
+    """The texts of a field that takes one or several."""
+    several = isinstance(given, list) and given and not isinstance(given[0], int)
+    return list(given) if several else [given]
 
 
 class StreamOptions(_Request):
@@ -84,11 +91,8 @@ class CompletionRequest(_Generate):
     suffix: None = None
 
     @property
-    def prompts(self) -> list[str | list[int]]:
-        prompt: Any = self.prompt
-        if isinstance(prompt, list) and prompt and not isinstance(prompt[0], int):
-            return list(prompt)
-        return [prompt]
+    def prompts(self) -> list[Text]:
+        return _each(self.prompt)
 
 
 class TextPart(_Request):
@@ -143,6 +147,10 @@ class ClassifyRequest(_Request):
     input: str | Annotated[list[str], Field(min_length=1)]
     user: str | None = None
 
+    @property
+    def inputs(self) -> list[Text]:
+        return _each(self.input)
+
 
 class EmbeddingRequest(_Request):
     """`POST /v1/embeddings`."""
@@ -154,11 +162,8 @@ class EmbeddingRequest(_Request):
     user: str | None = None
 
     @property
-    def inputs(self) -> list[str | list[int]]:
-        given: Any = self.input
-        if isinstance(given, list) and given and not isinstance(given[0], int):
-            return list(given)
-        return [given]
+    def inputs(self) -> list[Text]:
+        return _each(self.input)
 
 
 class TokenizeRequest(_Request):
