@@ -32,7 +32,7 @@ _ALONE = 512  # tokens of a prompt at once when no row waits for it
 
 
 @dataclass(frozen=True)
-class Update:
+class Delta:
     """What a step added to a request. `reason`: set with the last one; `error`: it failed."""
 
     text: str = ""
@@ -42,7 +42,7 @@ class Update:
     error: Exception | None = None
 
 
-Tell = Callable[[Update], None]
+Tell = Callable[[Delta], None]
 
 
 class Request:
@@ -65,7 +65,7 @@ class Request:
         text, tokens = done.text[self._told_text :], done.tokens[self._told_tokens :]
         logprobs = done.logprobs[self._told_tokens :]
         self._told_text, self._told_tokens = len(done.text), len(done.tokens)
-        self.tell(Update(text, tuple(tokens), tuple(logprobs), done.reason))
+        self.tell(Delta(text, tuple(tokens), tuple(logprobs), done.reason))
 
 
 class ContinuousDecoder(Engine):
@@ -170,7 +170,7 @@ class ContinuousDecoder(Engine):
                     return
                 self._filling = request
             except Exception as error:
-                request.tell(Update(error=error))
+                request.tell(Delta(error=error))
             with self._changed:
                 self._queue.pop(0)
             if self._filling is not None:
@@ -189,7 +189,7 @@ class ContinuousDecoder(Engine):
         except Exception as error:  # the rows beside it are not touched
             _log.exception("a prompt failed")
             self._leave_filling()
-            request.tell(Update(error=error))
+            request.tell(Delta(error=error))
             return
         request.filled += len(piece)
         if request.filled == len(tokens):
@@ -216,7 +216,7 @@ class ContinuousDecoder(Engine):
             request.generation.take(logits)
         except Exception as error:  # as when its logits are not finite; the others' are
             _log.exception("a token could not be drawn")
-            request.tell(Update(error=error))
+            request.tell(Delta(error=error))
             self._leave(slot)
             return
         request.tell_news()
@@ -269,4 +269,4 @@ class ContinuousDecoder(Engine):
             if not failed and self._queue:
                 failed.append(self._queue.pop(0))
         for request in failed:
-            request.tell(Update(error=error))
+            request.tell(Delta(error=error))

@@ -48,7 +48,7 @@ class Classification:
 
 
 @dataclass(frozen=True)
-class Answer:
+class Span:
     """The likeliest part of the context, its characters `start` to `end`, its log-probability."""
 
     text: str
@@ -195,7 +195,7 @@ class Encoder(AdaptedFolder):
 
     def answer(
         self, questions: Sequence[tuple[str, str]], adapters: Adapters = None, longest: int = 30
-    ) -> list[Answer]:
+    ) -> list[Span]:
         """The answer to every (question, context), at most `longest` tokens of the context."""
         self._needs("start_logits")
         encoded, outputs = self._run_texts(questions, adapters)
@@ -211,7 +211,7 @@ class Encoder(AdaptedFolder):
                 raise EngineError("the context is empty", found=context[:80])
             best = np.unravel_index(np.where(allowed, scores, -np.inf).argmax(), scores.shape)
             first, last = codes.offsets[best[0]][0], codes.offsets[best[1]][1]
-            found.append(Answer(context[first:last], first, last, float(scores[best])))
+            found.append(Span(context[first:last], first, last, float(scores[best])))
         return found
 
     def embed(

@@ -33,7 +33,8 @@ class Runner:
         used = () if adapter is None else (adapter,)
         binding = self._binding("prefill", slot, slot + 1, used)
         positions = np.arange(filled, filled + len(tokens))[None]
-        return self._run(binding, np.array([tokens]), positions, [adapter], used)[0]
+        logits: Logits = self._run(binding, np.array([tokens]), positions, [adapter], used)[0]
+        return logits
 
     def step(
         self, tokens: Sequence[int], filled: Sequence[int], adapters: Sequence[str | None]

@@ -56,6 +56,12 @@ def test_the_fewest_tokens_that_reach_top_p(top_p: float, kept: int) -> None:
     assert list(tokens) == list(range(kept))
 
 
+@pytest.mark.parametrize(("top_p", "kept"), [(0.25, 1), (0.5, 2), (0.75, 3), (0.76, 4)])
+def test_a_sum_of_exactly_top_p_is_enough(top_p: float, kept: int) -> None:
+    tokens, _ = distribution(np.zeros(4, np.float32), Sampling(temperature=1, top_p=top_p))
+    assert list(tokens) == list(range(kept))
+
+
 @pytest.mark.parametrize(("top_k", "kept"), [(1, [0]), (2, [0]), (3, [0, 1]), (4, [0, 1])])
 def test_top_p_is_of_what_top_k_left(top_k: int, kept: list[int]) -> None:
     logits = np.log(np.array([0.5, 0.3, 0.15, 0.05], np.float32))

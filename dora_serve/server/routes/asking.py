@@ -7,7 +7,7 @@ import time
 from collections.abc import AsyncGenerator, Sequence
 from functools import partial
 
-from dora_serve.onnxruntime.continuous import ContinuousDecoder, Request, Update
+from dora_serve.onnxruntime.continuous import ContinuousDecoder, Delta, Request
 from dora_serve.onnxruntime.sampling import Sampling
 
 from ..metrics import Metrics
@@ -42,14 +42,14 @@ class Asking:
         self._begin = time.monotonic()
         self._deadline = self._begin + timeout
         self._last: dict[int, float] = {}
-        self._news: asyncio.Queue[tuple[int, Update]] = asyncio.Queue()
+        self._news: asyncio.Queue[tuple[int, Delta]] = asyncio.Queue()
         self.prompt_tokens = sum(map(len, prompts))
         self.tokens = 0
         self._requests: dict[int, Request] = {}
         loop = asyncio.get_running_loop()
 
-        def tell(choice: int, update: Update) -> None:
-            loop.call_soon_threadsafe(self._news.put_nowait, (choice, update))
+        def tell(choice: int, delta: Delta) -> None:
+            loop.call_soon_threadsafe(self._news.put_nowait, (choice, delta))
 
         try:
             for prompt, draws in zip(prompts, samplings, strict=True):
@@ -64,8 +64,8 @@ class Asking:
         served.requests += 1
         metrics.asked(served.model, [len(prompt) for prompt in prompts])
 
-    async def news(self) -> AsyncGenerator[tuple[int, Update], None]:
-        """Every choice's updates as they come, until all have ended.
+    async def news(self) -> AsyncGenerator[tuple[int, Delta], None]:
+        """Every choice's deltas as they come, until all have ended.
 
         Raises the error of a choice that failed, `ApiError` 504 when time is up; what has not ended
         by then, or when the caller goes, is cancelled.
@@ -74,14 +74,14 @@ class Asking:
             while self._requests:
                 try:
                     async with asyncio.timeout(self._deadline - time.monotonic()):
-                        choice, update = await self._news.get()
+                        choice, delta = await self._news.get()
                 except TimeoutError:
                     raise ApiError("the answer took too long", 504, code="timeout") from None
-                if update.error is not None:
+                if delta.error is not None:
                     del self._requests[choice]
-                    raise update.error
-                self._measure(choice, update)
-                yield choice, update
+                    raise delta.error
+                self._measure(choice, delta)
+                yield choice, delta
         finally:
             self.cancel()
 
@@ -90,9 +90,9 @@ class Asking:
         for request in self._requests.values():
             request.cancelled = True
 
-    def _measure(self, choice: int, update: Update) -> None:
+    def _measure(self, choice: int, delta: Delta) -> None:
         now, metrics, model = time.monotonic(), self._metrics, self._served.model
-        count = len(update.tokens)
+        count = len(delta.tokens)
         self.tokens += count
         self._lengths[choice] += count
         metrics.grew(model, count)
@@ -101,7 +101,7 @@ class Asking:
         else:
             metrics.first_token.labels(model.name).observe(now - self._begin)
         self._last[choice] = now
-        if update.reason is not None:
+        if delta.reason is not None:
             del self._requests[choice]
-            metrics.answered(model, update.reason, now - self._begin)
+            metrics.answered(model, delta.reason, now - self._begin)
             metrics.length.labels(model.name).observe(self._lengths[choice])
