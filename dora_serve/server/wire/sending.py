@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncGenerator, Awaitable
 from contextlib import aclosing
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from fastapi import Request
 from fastapi.responses import Response
@@ -29,7 +29,8 @@ async def _first(task: asyncio.Future[T], receive: Receive, timeout: float | Non
     """Whether `task` ends before the client leaves and time is up; else it is cancelled."""
     leaving = asyncio.ensure_future(_gone(receive))
     try:
-        await asyncio.wait({task, leaving}, timeout=timeout, return_when="FIRST_COMPLETED")
+        both: set[asyncio.Future[Any]] = {task, leaving}
+        await asyncio.wait(both, timeout=timeout, return_when="FIRST_COMPLETED")
         return task.done()
     finally:
         left = [each for each in (task, leaving) if not each.done()]
