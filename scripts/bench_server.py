@@ -168,7 +168,7 @@ async def drive(models: Sequence[str], clients: int, each: int) -> Load:
 
 def drive_engine(folder: Path, clients: int, each: int, threads: int) -> Load:
     """As `drive`, without HTTP: from threads of this process."""
-    from dora_serve.onnxruntime.continuous import ContinuousDecoder, Update
+    from dora_serve.onnxruntime.continuous import ContinuousDecoder, Delta
     from dora_serve.onnxruntime.decoder_graph import DecoderGraph
     from dora_serve.onnxruntime.sampling import Sampling
 
@@ -180,9 +180,9 @@ def drive_engine(folder: Path, clients: int, each: int, threads: int) -> Load:
             done = threading.Event()
             times = [time.perf_counter()]
 
-            def tell(update: Update, times: list[float] = times, done: Any = done) -> None:
+            def tell(delta: Delta, times: list[float] = times, done: Any = done) -> None:
                 times.append(time.perf_counter())
-                if update.reason is not None:
+                if delta.reason is not None:
                     done.set()
 
             engine.submit(ids(1000 * number + turn), None, [sampling], [tell])

@@ -5,24 +5,17 @@ from __future__ import annotations
 import threading
 from collections import Counter, OrderedDict
 from pathlib import Path
-from typing import Protocol
 
 from converters.errors import MissingError
 
+from .adapter_set import AdaptedFolder
 from .session import EngineError
-
-
-class Loads(Protocol):
-    """An engine that adapters can be loaded into."""
-
-    def add_adapter(self, name: str, path: str | Path) -> None: ...
-    def remove_adapter(self, name: str) -> None: ...
 
 
 class AdapterPool:
     """The adapters loaded into `engine`, by their file's path; at most `max_bytes` of files."""
 
-    def __init__(self, engine: Loads, max_bytes: int) -> None:
+    def __init__(self, engine: AdaptedFolder, max_bytes: int) -> None:
         self._engine, self._max_bytes = engine, max_bytes
         self._sizes: OrderedDict[str, int] = OrderedDict()  # least recently used first
         self._users: Counter[str] = Counter()

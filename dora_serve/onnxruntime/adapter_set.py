@@ -1,17 +1,19 @@
-"""The adapters loaded beside one ONNX graph, and what the graph is fed for those in use."""
+"""The adapters loaded beside a model's graphs, and what the graphs are fed for those in use."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from converters.files.onnx_files import (
+    ADAPTER_INDEX,
     FOLDER,
     LABELS,
     LOGITS_POSITIONS,
+    NO_ADAPTER,
     SUFFIX,
     head_names,
     heads_in,
@@ -19,7 +21,7 @@ from converters.files.onnx_files import (
     read_adapter_file,
 )
 
-from .session import EngineError
+from .session import EngineError, OnnxFolder, Session
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -27,20 +29,23 @@ if TYPE_CHECKING:
     Array = NDArray[Any]
 
 
-class AdapterSet:
-    """Adapters by name. `session`: of either form of the graph. `own`: the base's heads."""
+# One adapter for all rows, or one for each; None is none.
+Adapters = Sequence[str | None] | str | None
 
-    def __init__(self, session: Any, own: Mapping[str, Array] | None = None) -> None:
-        # An input with a default, as those of the adapters are, counts as an initializer.
-        shapes = {value.name: list(value.shape) for value in session.get_overridable_initializers()}
+
+class AdapterSet:
+    """Adapters by name. `sessions`: of either form of the graphs. `own`: the base's heads."""
+
+    def __init__(self, sessions: Sequence[Session], own: Mapping[str, Array] | None = None) -> None:
+        shapes = {n: shape for session in sessions for n, shape in session.defaults.items()}
         self._sites = [n.removesuffix(".lora_A") for n in shapes if n.endswith(".lora_A")]
         self.heads = heads_in(shapes)
         self.batched = any(name.endswith(".lora_owner") for name in shapes)
         if self.batched:  # a stack of heads: one adapter brings one of them
             stacks = {name for module in self.heads for name in head_names(module)}
             shapes = {n: shape[1:] if n in stacks else shape for n, shape in shapes.items()}
-        others = (LOGITS_POSITIONS, *(name for name in shapes if name.endswith(".lora_owner")))
-        self._shapes = {n: s for n, s in shapes.items() if n not in others}
+        others = {LOGITS_POSITIONS, ADAPTER_INDEX, *(names(site)[2] for site in self._sites)}
+        self._shapes = {n: shape for n, shape in shapes.items() if n not in others}
         self._own = dict(own or {})
         self._loaded: dict[str, dict[str, Array]] = {}
         self._stacks: dict[tuple[str, ...], dict[str, Array]] = {}
@@ -100,17 +105,36 @@ class AdapterSet:
         self._stacks.clear()
 
     def remove(self, name: str) -> None:
-        """Forget an adapter; the graph and the session stay as they are."""
-        self.check([name])
+        """Forget an adapter; the graphs and the sessions stay as they are."""
+        self._check([name])
         del self._loaded[name]
         self._stacks.clear()
 
-    def check(self, wanted: Sequence[str | None]) -> None:
-        """Raise `EngineError` for a name that is not loaded."""
+    def _check(self, wanted: Iterable[str | None]) -> None:
         for name in wanted:
             if name is not None and name not in self._loaded:
                 known = ", ".join(self._loaded) or "none"
                 raise EngineError("no such adapter", found=name, expected=known)
+
+    def per_row(self, adapters: Adapters, rows: int) -> list[str | None]:
+        """The adapter of every row. Raises `EngineError` for a name that is not loaded, and for
+        other than one name per row."""
+        if adapters is None or isinstance(adapters, str):
+            adapters = [adapters] * rows
+        wanted = list(adapters)
+        if len(wanted) != rows:
+            raise EngineError("one adapter (or None) per row", found=len(wanted), expected=rows)
+        self._check(wanted)
+        return wanted
+
+    def feeds(self, wanted: Sequence[str | None]) -> dict[str, Array]:
+        """The inputs for rows with these adapters; all the same in the form for one at a time."""
+        used = tuple(dict.fromkeys(name for name in wanted if name is not None))
+        if self.batched:
+            return {**self.stacked(used), ADAPTER_INDEX: row_index(wanted, used)}
+        if len(set(wanted)) > 1:
+            raise EngineError("this graph takes one adapter at a time", found=", ".join(used))
+        return self._loaded[used[0]] if used else {}
 
     def labels(self, name: str | None) -> int | None:
         """How many labels the head of an adapter (None: of the base) has; None without such."""
@@ -123,10 +147,6 @@ class AdapterSet:
     def _part(self, name: str | None, parameter: str) -> Array:
         own = self._own[parameter]
         return own if name is None else self._loaded[name].get(parameter, own)
-
-    def single(self, name: str | None) -> dict[str, Array]:
-        """The inputs of the single form for one adapter, or for none."""
-        return {} if name is None else self._loaded[name]
 
     def stacked(self, used: tuple[str, ...]) -> dict[str, Array]:
         """The inputs of the batched form: an adapter's index is its place in `used`.
@@ -159,18 +179,11 @@ class AdapterSet:
         feeds = {}
         for parameter in self._own if used else ():
             parts = [self._part(name, parameter) for name in (*used, None)]
-            most = max(part.shape[-1] for part in parts)
-            filler = 0.0 if parts[0].ndim == 2 else -np.inf
-            feeds[parameter] = np.stack(
-                [
-                    np.pad(
-                        part,
-                        [(0, 0)] * (part.ndim - 1) + [(0, most - part.shape[-1])],
-                        constant_values=filler,
-                    )
-                    for part in parts
-                ]
-            )
+            shape = (*parts[0].shape[:-1], max(part.shape[-1] for part in parts))
+            missing = 0.0 if parts[0].ndim == 2 else -np.inf
+            feeds[parameter] = np.full((len(parts), *shape), missing, parts[0].dtype)
+            for stacked, part in zip(feeds[parameter], parts, strict=True):
+                stacked[..., : part.shape[-1]] = part
         return feeds
 
 
@@ -183,3 +196,26 @@ def _fits(array: Array, shape: Sequence[int | str]) -> bool:
         isinstance(size, str) or size == actual
         for size, actual in zip(shape, array.shape, strict=True)
     )
+
+
+def row_index(wanted: Sequence[str | None], used: Sequence[str]) -> NDArray[np.int64]:
+    """Which of the adapters side by side each row has."""
+    return np.array([NO_ADAPTER if n is None else used.index(n) for n in wanted], np.int64)
+
+
+class AdaptedFolder(OnnxFolder):
+    """A folder whose adapters come and go while its graphs and sessions stay as they are."""
+
+    adapter_set: AdapterSet
+
+    @property
+    def adapters(self) -> tuple[str, ...]:
+        return self.adapter_set.names
+
+    def add_adapter(self, name: str, path: str | Path) -> None:
+        """Load an `.onnx_adapter` file under `name`, in place of an earlier one of that name."""
+        self.adapter_set.add(name, Path(path))
+
+    def remove_adapter(self, name: str) -> None:
+        """Forget an adapter."""
+        self.adapter_set.remove(name)

@@ -10,16 +10,14 @@ from __future__ import annotations
 
 import itertools
 import logging
-import threading
-from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from .adapter_pool import AdapterPool
 from .decoder_graph import DecoderGraph
+from .engine import Engine
 from .generation import Generation, Logprobs
-from .limits import Limits, QueueFull, check_vocabulary
+from .limits import Limits, check_rows
 from .runner import Runner
 from .sampling import Sampling
 from .session import EngineError
@@ -34,7 +32,7 @@ _ALONE = 512  # tokens of a prompt at once when no row waits for it
 
 
 @dataclass(frozen=True)
-class Update:
+class Delta:
     """What a step added to a request. `reason`: set with the last one; `error`: it failed."""
 
     text: str = ""
@@ -44,7 +42,7 @@ class Update:
     error: Exception | None = None
 
 
-Tell = Callable[[Update], None]
+Tell = Callable[[Delta], None]
 
 
 class Request:
@@ -67,11 +65,11 @@ class Request:
         text, tokens = done.text[self._told_text :], done.tokens[self._told_tokens :]
         logprobs = done.logprobs[self._told_tokens :]
         self._told_text, self._told_tokens = len(done.text), len(done.tokens)
-        self.tell(Update(text, tuple(tokens), tuple(logprobs), done.reason))
+        self.tell(Delta(text, tuple(tokens), tuple(logprobs), done.reason))
 
 
-class ContinuousDecoder:
-    """A decoder that many threads may ask at once; adapters are named by the path of their file.
+class ContinuousDecoder(Engine):
+    """A decoder that many threads may ask at once.
 
     Raises `EngineError` for a graph whose cache is not written in place.
     """
@@ -84,40 +82,28 @@ class ContinuousDecoder:
                 found="keys and values that are handed back",
                 remedy="export it with --precision fp32, int8 or int4",
             )
-        self.graph, self.limits = graph, limits or Limits()
-        self.pool = AdapterPool(graph, self.limits.adapter_bytes)
-        self.slots = Slots(
-            len(graph.cache),
-            graph.heads,
-            graph.head_size,
-            graph.cache_type,
-            self.limits.max_rows,
-            graph.max_length,
-            self.limits.cache_bytes,
-        )
+        super().__init__(graph, limits, workers=1)
+        self.graph = graph
+        self.slots = Slots(graph, self.limits.max_rows, self.limits.cache_bytes)
         self.max_length = self.slots.max_length
         self.preemptions = 0
         self._runner = Runner(graph, self.slots)
-        self._waiting: deque[Request] = deque()
         self._rows: list[Request] = []  # by slot; each has one token that is not in the cache yet
         self._filling: Request | None = None  # in the slot behind them
-        self._changed = threading.Condition()
-        self._closing = False
-        self._thread = threading.Thread(target=self._loop, name="decoder", daemon=True)
-        self._thread.start()
+        self._start()
+
+    @property
+    def _admitted(self) -> list[Request]:
+        return [row for row in (*self._rows, self._filling) if row is not None]
 
     @property
     def running(self) -> int:
-        return len(self._rows) + (self._filling is not None)
-
-    @property
-    def waiting(self) -> int:
-        return len(self._waiting)
+        return len(self._admitted)
 
     @property
     def cache_usage(self) -> float:
         """The share of the cache's bytes that rows have filled."""
-        filled = sum(row.filled for row in [*self._rows, self._filling] if row is not None)
+        filled = sum(row.filled for row in self._admitted)
         return filled * self.slots.token_bytes / self.slots.max_bytes
 
     def submit(
@@ -133,43 +119,20 @@ class ContinuousDecoder:
         Raises `EngineError` for a prompt that is empty or too long, `QueueFull` when they would be
         too many, and then queues none.
         """
-        room = self.max_length - len(prompt)
-        if not prompt or room < 1:
-            raise EngineError(
-                "the prompt is empty or too long",
-                found=f"{len(prompt)} tokens",
-                expected=f"1 to {self.max_length - 1}, room for one more",
-            )
-        check_vocabulary(prompt, self.graph.vocabulary)
-        eos, tokenizer = self.graph.eos, self.graph.tokenizer
+        check_rows([prompt], self.max_length - 1, self.graph.vocabulary)
+        room, eos = self.max_length - len(prompt), self.graph.eos
         requests = [
-            Request(Generation(prompt, sampling, eos, tokenizer, room), adapter, tell)
+            Request(Generation(prompt, sampling, eos, self.tokenizer, room), adapter, tell)
             for sampling, tell in zip(samplings, tells, strict=True)
         ]
-        with self._changed:
-            if self._closing or len(self._waiting) + len(requests) > self.limits.max_waiting:
-                raise QueueFull(
-                    "too many requests are waiting",
-                    found=len(self._waiting),
-                    expected=f"at most {self.limits.max_waiting}",
-                    remedy="try again later",
-                )
-            self._waiting.extend(requests)
-            self._changed.notify()
+        self._accept(requests)
         return requests
-
-    def close(self) -> None:
-        """Finish what was submitted, then end the thread."""
-        with self._changed:
-            self._closing = True
-            self._changed.notify()
-        self._thread.join()
 
     def _loop(self) -> None:
         while True:
             with self._changed:
-                self._changed.wait_for(lambda: self._waiting or self.running or self._closing)
-                if not self._waiting and not self.running:
+                self._changed.wait_for(lambda: self._queue or self.running or self._closing)
+                if not self._queue and not self.running:
                     return
             try:
                 self._round()
@@ -187,8 +150,8 @@ class ContinuousDecoder:
 
     def _drop_cancelled(self) -> None:
         with self._changed:
-            if any(request.cancelled for request in self._waiting):
-                self._waiting = deque(each for each in self._waiting if not each.cancelled)
+            if any(request.cancelled for request in self._queue):
+                self._queue = [each for each in self._queue if not each.cancelled]
         if self._filling is not None and self._filling.cancelled:
             self._leave_filling()
         for slot in reversed(range(len(self._rows))):
@@ -197,8 +160,8 @@ class ContinuousDecoder:
 
     def _admit(self) -> None:
         """Let the request that waits longest begin, as soon as the cache has room for it."""
-        while self._waiting:
-            request = self._waiting[0]
+        while self._queue:
+            request = self._queue[0]
             longest = max(request.length, *(row.length for row in self._rows), 0)
             if not self.slots.fits(len(self._rows) + 1, min(longest + 1, self.max_length)):
                 return
@@ -207,9 +170,9 @@ class ContinuousDecoder:
                     return
                 self._filling = request
             except Exception as error:
-                request.tell(Update(error=error))
+                request.tell(Delta(error=error))
             with self._changed:
-                self._waiting.popleft()
+                self._queue.pop(0)
             if self._filling is not None:
                 return
 
@@ -226,7 +189,7 @@ class ContinuousDecoder:
         except Exception as error:  # the rows beside it are not touched
             _log.exception("a prompt failed")
             self._leave_filling()
-            request.tell(Update(error=error))
+            request.tell(Delta(error=error))
             return
         request.filled += len(piece)
         if request.filled == len(tokens):
@@ -253,7 +216,7 @@ class ContinuousDecoder:
             request.generation.take(logits)
         except Exception as error:  # as when its logits are not finite; the others' are
             _log.exception("a token could not be drawn")
-            request.tell(Update(error=error))
+            request.tell(Delta(error=error))
             self._leave(slot)
             return
         request.tell_news()
@@ -277,7 +240,7 @@ class ContinuousDecoder:
             self._filling = None
 
     def _reserve(self, length: int) -> bool:
-        rows = [*self._rows, *([self._filling] if self._filling is not None else [])]
+        rows = self._admitted
         used = max(row.filled for row in rows)
         return self.slots.reserve(len(rows), max(length, used), used)
 
@@ -293,17 +256,17 @@ class ContinuousDecoder:
         request.filled = 0
         self.preemptions += 1
         with self._changed:
-            self._waiting.appendleft(request)
+            self._queue.insert(0, request)
 
     def _fail(self, error: Exception) -> None:
         """Tell every row that it failed; with no row, whoever waits longest."""
         _log.exception("a step failed")
-        failed = [*self._rows, *([self._filling] if self._filling is not None else [])]
+        failed = self._admitted
         for request in failed:
             self.pool.release(request.adapter)
         self._rows, self._filling = [], None
         with self._changed:
-            if not failed and self._waiting:
-                failed.append(self._waiting.popleft())
+            if not failed and self._queue:
+                failed.append(self._queue.pop(0))
         for request in failed:
-            request.tell(Update(error=error))
+            request.tell(Delta(error=error))

@@ -1,6 +1,6 @@
 """Decoders in ONNX Runtime: one process, no torch, another adapter in every row of a batch.
 
->>> from dora_serve.engines.onnxruntime import Decoder
+>>> from dora_serve.onnxruntime import Decoder
 >>> decoder = Decoder("onnx/")
 >>> for done in decoder.generate(["count : nine"] * 2, adapters=[None, "count-down"]):
 ...     print(done.text)
@@ -8,26 +8,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from converters.files.onnx_files import ADAPTER_INDEX, LOGITS_POSITIONS, NO_ADAPTER
+from converters.files.onnx_files import ADAPTER_INDEX, LOGITS_POSITIONS
 
+from .adapter_set import Adapters
+from .binding import Binding
 from .decoder_graph import DecoderGraph
 from .generation import Generation, Logprobs
+from .limits import check_rows
 from .sampling import Sampling
-from .session import EngineError
+from .session import EngineError, Prompt, padded
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     Logits = NDArray[np.float32]
 
-Prompt = str | Sequence[int]
 _EVERYWHERE = np.zeros((0, 0), np.int64)  # positions of logits
 
 
@@ -61,28 +63,22 @@ class Decoder(DecoderGraph):
         self.max_rows = max_rows
         self.adapter_set.add_all(self.folder)
 
-    def batch(self, prompts: Sequence[Sequence[int]], adapters: Iterable[str | None]) -> Batch:
-        """Begin a batch of token rows, each with an adapter or with none."""
-        wanted = list(adapters)
-        if len(wanted) != len(prompts) or not prompts:
-            raise EngineError(
-                "one adapter (or None) per prompt", found=len(wanted), expected=len(prompts)
-            )
-        self.adapter_set.check(wanted)
+    def batch(self, prompts: Sequence[Sequence[int]], adapters: Adapters = None) -> Batch:
+        """Begin a batch of token rows, each with its adapter or with none."""
+        check_rows(prompts, self.max_length - 1)
         if len(prompts) > self.max_rows:
             raise EngineError(
                 "more rows than the cache holds",
                 found=len(prompts),
                 expected=f"at most {self.max_rows}",
             )
-        used = tuple(dict.fromkeys(name for name in wanted if name is not None))
-        index = [NO_ADAPTER if name is None else used.index(name) for name in wanted]
-        return Batch(self, prompts, np.array(index, np.int64), self.adapter_set.stacked(used))
+        wanted = self.adapter_set.per_row(adapters, len(prompts))
+        return Batch(self, prompts, self.adapter_set.feeds(wanted))
 
     def generate(
         self,
         prompts: Sequence[Prompt],
-        adapters: Sequence[str | None] | str | None = None,
+        adapters: Adapters = None,
         sampling: Sampling | None = None,
     ) -> list[Completion]:
         """Complete every prompt with its adapter (one name for all, or one per prompt).
@@ -91,10 +87,7 @@ class Decoder(DecoderGraph):
         """
         sampling = sampling or Sampling()
         rows = [self.encode(prompt) for prompt in prompts]
-        wanted = (
-            [adapters] * len(rows) if isinstance(adapters, str) or adapters is None else adapters
-        )
-        batch = self.batch(rows, wanted)
+        batch = self.batch(rows, adapters)
         room = self.max_length - max(map(len, rows))
         running = dict(
             enumerate(Generation(row, sampling, self.eos, self.tokenizer, room) for row in rows)
@@ -130,37 +123,19 @@ class Batch:
         self,
         decoder: Decoder,
         prompts: Sequence[Sequence[int]],
-        index: Any,
-        adapters: Mapping[str, Any],
+        adapters: Mapping[str, NDArray[Any]],
     ) -> None:
         from onnxruntime import OrtValue
 
-        longest = max(len(prompt) for prompt in prompts)
-        if longest >= decoder.max_length or not all(prompts):
-            raise EngineError(
-                "a prompt is empty or too long",
-                found=f"{min(map(len, prompts))} to {longest} tokens",
-                expected=f"1 to {decoder.max_length - 1}, room for one more",
-            )
-        self._decoder, self._session = decoder, decoder.session
-        # The binding reads the memory of these arrays, so they live as long as the batch.
-        self._prompts, self._index, self._adapters = prompts, index, adapters
+        self._decoder, self._prompts, self._adapters = decoder, prompts, adapters
         self.lengths = np.array([len(prompt) for prompt in prompts], np.int64)
         self._mask = np.zeros((len(prompts), 0), np.int64)
         length = decoder.max_length if decoder.in_place else 0
         shape = (len(prompts), decoder.heads, length, decoder.head_size)
-        self._binding = self._session.io_binding()
-        self._binding.bind_output("logits")
+        # The binding reads and writes the memory of these arrays.
         self._arrays = [np.zeros(shape, decoder.cache_type) for _ in decoder.cache]
-        for name, array in zip(decoder.cache, self._arrays, strict=True):
-            value = OrtValue.ortvalue_from_numpy(array)  # over the same memory
-            self._binding.bind_ortvalue_input(f"past_key_values.{name}", value)
-            if decoder.in_place:
-                self._binding.bind_ortvalue_output(f"present.{name}", value)
-        if decoder.adapter_set.batched:
-            self._binding.bind_cpu_input(ADAPTER_INDEX, index)
-        for name, array in adapters.items():
-            self._binding.bind_ortvalue_input(name, OrtValue.ortvalue_from_numpy(array))
+        cache = [OrtValue.ortvalue_from_numpy(array) for array in self._arrays]
+        self._binding = Binding(decoder, cache, adapters)
 
     def prefill(self) -> Logits:
         """Run all prompts; the logits `[rows, vocab]` after the last token of each."""
@@ -188,16 +163,17 @@ class Batch:
     def _alone(self) -> Iterator[Batch]:
         """Every row as a batch of its own, to be run; then its cache becomes this one's."""
         for row, prompt in enumerate(self._prompts):
-            alone = Batch(self._decoder, [prompt], self._index[row : row + 1], self._adapters)
+            own = {
+                n: a[row : row + 1] if n == ADAPTER_INDEX else a for n, a in self._adapters.items()
+            }
+            alone = Batch(self._decoder, [prompt], own)
             yield alone
-            for array, own in zip(self._arrays, alone._arrays, strict=True):
-                array[row] = own[0]
+            for array, filled in zip(self._arrays, alone._arrays, strict=True):
+                array[row] = filled[0]
 
     def _run_prompts(self, wanted: NDArray[np.int64]) -> Logits:
         positions = np.arange(self.lengths.max())
-        ids = np.zeros((len(self._prompts), len(positions)), np.int64)
-        for row, prompt in zip(ids, self._prompts, strict=True):
-            row[: len(prompt)] = prompt
+        ids = padded(self._prompts, 0)
         self._mask = (positions < self.lengths[:, None]).astype(np.int64)
         return self._run(ids, np.tile(positions, (len(ids), 1)), wanted)
 
@@ -213,23 +189,5 @@ class Batch:
     def _run(
         self, ids: NDArray[np.int64], positions: NDArray[np.int64], wanted: NDArray[np.int64]
     ) -> Logits:
-        from onnxruntime import OrtValue
-
-        binding = self._binding
-        binding.bind_cpu_input("input_ids", ids)
-        binding.bind_cpu_input("attention_mask", self._mask)
-        binding.bind_ortvalue_input(LOGITS_POSITIONS, OrtValue.ortvalue_from_numpy(wanted))
-        if self._decoder.needs_positions:
-            binding.bind_cpu_input("position_ids", positions)
-        # Anew before every run, because their shapes are others than in the last.
-        binding.bind_output("logits")
-        growing = [] if self._decoder.in_place else self._decoder.cache
-        for name in growing:
-            binding.bind_output(f"present.{name}")
-        self._session.run_with_iobinding(binding)
-        logits, *grown = binding.get_outputs()  # in the order in which they were bound first
-        if growing:
-            for name, value in zip(growing, grown, strict=True):
-                binding.bind_ortvalue_input(f"past_key_values.{name}", value)
-        result: Logits = logits.numpy().astype(np.float32, copy=False)
-        return result
+        feeds = {"input_ids": ids, "attention_mask": self._mask, "position_ids": positions}
+        return self._binding.run({**feeds, LOGITS_POSITIONS: wanted})

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,16 +10,16 @@ import numpy as np
 from converters.files.json_files import read_json
 from converters.files.onnx_files import LOGITS_POSITIONS
 
-from .adapter_set import AdapterSet
-from .session import EngineError, OnnxFolder, open_adaptable
+from .adapter_set import AdaptedFolder, AdapterSet
+from .session import EngineError, open_adaptable
 
 _TYPES = {"tensor(float)": np.float32, "tensor(float16)": np.float16}
 
 
-class DecoderGraph(OnnxFolder):
+class DecoderGraph(AdaptedFolder):
     """The graph in a decoder folder as `dora-export onnx` writes it, no adapter loaded.
 
-    `threads` and `spin`: as `open_graph` takes them. `max_length` (default: the model's context)
+    `threads` and `spin`: as `Session` takes them. `max_length` (default: the model's context)
     bounds the tokens of a row. `in_place`: whether keys and values are written into the cache they
     are read from.
 
@@ -46,34 +45,15 @@ class DecoderGraph(OnnxFolder):
         self.context: int = config["context_length"]
         self.max_length: int = min(max_length or self.context, self.context)
         self.session = open_adaptable(self.folder, threads, spin)
-        defaults = {value.name for value in self.session.get_overridable_initializers()}
-        if LOGITS_POSITIONS not in defaults:
+        if LOGITS_POSITIONS not in self.session.defaults:
             raise EngineError(
                 "this graph computes the logits of every token of a prompt",
                 file=self.folder,
                 expected=f"an input {LOGITS_POSITIONS}",
                 remedy="export it again: dora-export onnx",
             )
-        inputs = {value.name: value for value in self.session.get_inputs()}
         self.vocabulary: int = config["vocab_size"]
         self.windowed = "sliding_window" in config["decoder"]
-        self.needs_positions = "position_ids" in inputs
         self.in_place: bool = settings["search"]["past_present_share_buffer"]
-        self.cache_type = _TYPES[inputs["past_key_values.0.key"].type]
-        self.adapter_set = AdapterSet(self.session)
-
-    @property
-    def adapters(self) -> tuple[str, ...]:
-        return self.adapter_set.names
-
-    def add_adapter(self, name: str, path: str | Path) -> None:
-        """Load an `.onnx_adapter` file under `name`, in place of an earlier one of that name."""
-        self.adapter_set.add(name, Path(path))
-
-    def remove_adapter(self, name: str) -> None:
-        """Forget an adapter; the graph and the session stay as they are."""
-        self.adapter_set.remove(name)
-
-    def encode(self, prompt: str | Sequence[int]) -> list[int]:
-        """Token ids of a text, special tokens included; ids stay as they are."""
-        return list(self.tokenizer.encode(prompt).ids) if isinstance(prompt, str) else list(prompt)
+        self.cache_type = _TYPES[self.session.types["past_key_values.0.key"]]
+        self.adapter_set = AdapterSet([self.session])

@@ -1,21 +1,19 @@
 """Encoder requests in batches of like lengths, whatever their adapters.
 
 >>> queue = EncoderQueue(Encoder("onnx/"))
->>> queue.submit(ids, types, adapter).result()["logits"]
+>>> queue.submit([(ids, types)], adapter)[0].result()["logits"]
 """
 
 from __future__ import annotations
 
-import threading
 import time
 from collections.abc import Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from .adapter_pool import AdapterPool
-from .limits import Limits, QueueFull, check_vocabulary
-from .session import EngineError
+from .engine import Engine
+from .limits import Limits, check_rows
 
 if TYPE_CHECKING:
     from .encoder import Encoder
@@ -33,31 +31,21 @@ class _Job:
     future: Future[Row] = field(default_factory=Future)
 
 
-class EncoderQueue:
-    """An encoder that many threads may ask at once; adapters are named by the path of their file.
+class EncoderQueue(Engine):
+    """An encoder that many threads may ask at once.
 
     `workers`: batches that run at once. A batch has at most `limits.max_rows` rows.
     """
 
     def __init__(self, encoder: Encoder, limits: Limits | None = None, workers: int = 1) -> None:
-        self.encoder, self.limits = encoder, limits or Limits()
-        for name in encoder.adapters:  # those beside the graph are loaded when they are asked for
-            encoder.remove_adapter(name)
-        self.pool = AdapterPool(encoder, self.limits.adapter_bytes)
-        self.max_length = encoder.max_length
-        self.running = 0
-        self._waiting: list[_Job] = []
-        self._changed = threading.Condition()
-        self._closing = False
-        self._threads = [
-            threading.Thread(target=self._loop, name="encoder", daemon=True) for _ in range(workers)
-        ]
-        for thread in self._threads:
-            thread.start()
+        super().__init__(encoder, limits, workers)
+        self.encoder, self.max_length = encoder, encoder.max_length
+        self._running = 0
+        self._start()
 
     @property
-    def waiting(self) -> int:
-        return len(self._waiting)
+    def running(self) -> int:
+        return self._running
 
     def submit(
         self, rows: Sequence[tuple[Sequence[int], Sequence[int]]], adapter: str | None
@@ -67,51 +55,27 @@ class EncoderQueue:
         Raises `EngineError` for a row that is empty or too long, `QueueFull` when they would be too
         many, and then queues none.
         """
-        for ids, _ in rows:
-            check_vocabulary(ids, self.encoder.vocabulary)
-            if not 0 < len(ids) <= self.max_length:
-                raise EngineError(
-                    "a text is empty or too long",
-                    found=f"{len(ids)} tokens",
-                    expected=f"1 to {self.max_length}",
-                )
+        check_rows([ids for ids, _ in rows], self.max_length, self.encoder.vocabulary)
         jobs = [_Job(ids, types, adapter) for ids, types in rows]
-        with self._changed:
-            if self._closing or len(self._waiting) + len(jobs) > self.limits.max_waiting:
-                raise QueueFull(
-                    "too many requests are waiting",
-                    found=len(self._waiting),
-                    expected=f"at most {self.limits.max_waiting}",
-                    remedy="try again later",
-                )
-            self._waiting += jobs
-            self._changed.notify()
+        self._accept(jobs)
         return [job.future for job in jobs]
-
-    def close(self) -> None:
-        """Finish what was submitted, then end the threads."""
-        with self._changed:
-            self._closing = True
-            self._changed.notify_all()
-        for thread in self._threads:
-            thread.join()
 
     def _loop(self) -> None:
         while True:
             with self._changed:
-                self._changed.wait_for(lambda: self._waiting or self._closing)
-                if not self._waiting:
+                self._changed.wait_for(lambda: self._queue or self._closing)
+                if not self._queue:
                     return
                 batch = self._take()
-                self.running += len(batch)
+                self._running += len(batch)
             self._run(batch)
             with self._changed:
-                self.running -= len(batch)
+                self._running -= len(batch)
 
     def _take(self) -> list[_Job]:
         """The job that waits longest, and those whose length is nearest to its own."""
-        first = self._waiting[0]
-        near = sorted(self._waiting, key=lambda job: abs(len(job.ids) - len(first.ids)))
+        first = self._queue[0]
+        near = sorted(self._queue, key=lambda job: abs(len(job.ids) - len(first.ids)))
         longest = 0
         batch: list[_Job] = []
         for job in near[: self.limits.max_rows]:
@@ -119,7 +83,7 @@ class EncoderQueue:
             if batch and longest > 2 * min(len(other.ids) for other in [*batch, job]) + 8:
                 break  # it would be padded to more than twice its length
             batch.append(job)
-        self._waiting = [job for job in self._waiting if job not in batch]
+        self._queue = [job for job in self._queue if job not in batch]
         return batch
 
     def _run(self, batch: list[_Job]) -> None:
@@ -138,7 +102,7 @@ class EncoderQueue:
                     job.future.set_exception(error)
         if later:
             with self._changed:
-                self._waiting = [*later, *self._waiting]
+                self._queue = [*later, *self._queue]
         if ready:
             self._answer(ready)
             for job in ready:

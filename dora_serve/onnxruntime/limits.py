@@ -1,4 +1,4 @@
-"""What the engines that many ask at once refuse."""
+"""What the engines refuse."""
 
 from __future__ import annotations
 
@@ -24,8 +24,17 @@ class Limits:
     piece: int = 64
 
 
-def check_vocabulary(ids: Sequence[int], size: int) -> None:
-    """Raise `EngineError` for a token id that a model of `size` tokens does not have."""
-    wrong = next((i for i in ids if not 0 <= i < size), None)
-    if wrong is not None:
-        raise EngineError("no such token", found=wrong, expected=f"0 to {size - 1}")
+def check_rows(rows: Sequence[Sequence[int]], longest: int, vocabulary: int | None = None) -> None:
+    """Raise `EngineError` for no rows, a row that is empty or has more than `longest` tokens, and
+    for a token id that a model of `vocabulary` tokens does not have."""
+    lengths = [len(row) for row in rows] or [0]
+    if not min(lengths) or max(lengths) > longest:
+        raise EngineError(
+            "a prompt is empty or too long",
+            found=f"{min(lengths)} to {max(lengths)} tokens",
+            expected=f"1 to {longest}",
+        )
+    if vocabulary is not None:
+        wrong = [token for row in rows for token in row if not 0 <= token < vocabulary]
+        if wrong:
+            raise EngineError("no such token", found=wrong[0], expected=f"0 to {vocabulary - 1}")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +10,7 @@ import torch
 
 from converters.files.onnx_files import ENCODER, GENAI
 
+from .adapter_set import Adapters
 from .decoder import Decoder
 from .encoder import Encoder
 from .seq2seq import Seq2Seq
@@ -22,7 +22,7 @@ class OnnxDecoder:
     The rows run as one batch, right-padded, without anything cached before.
     """
 
-    def __init__(self, folder: Path, adapters: Sequence[str | None] | str | None = None) -> None:
+    def __init__(self, folder: Path, adapters: Adapters = None) -> None:
         self._decoder = Decoder(folder)
         self.adapters = adapters
 
@@ -30,26 +30,23 @@ class OnnxDecoder:
         from transformers.modeling_outputs import CausalLMOutput
 
         rows = _rows(input_ids, attention_mask)
-        one = isinstance(self.adapters, str) or self.adapters is None
-        wanted = [self.adapters] * len(rows) if one else self.adapters
-        logits = self._decoder.batch(rows, wanted).prefill_all()  # type: ignore[arg-type]
+        logits = self._decoder.batch(rows, self.adapters).prefill_all()
         padded = np.zeros((*input_ids.shape, logits.shape[-1]), np.float32)
         padded[:, : logits.shape[1]] = logits
         return CausalLMOutput(logits=torch.from_numpy(padded))
 
 
 class OnnxEncoder:
-    """The outputs of an encoder folder by name, padded with zeros; every row with one adapter."""
+    """The outputs of an encoder folder by name, padded with zeros, each row with its adapter."""
 
     def __init__(self, folder: Path) -> None:
         self._encoder = Encoder(folder)
-        self.adapters: str | None = None
+        self.adapters: Adapters = None
 
     def __call__(self, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> Any:
         from transformers.modeling_outputs import ModelOutput
 
-        rows = _rows(input_ids, attention_mask)
-        found = self._encoder.run(rows, self.adapters)
+        found = self._encoder.run(_rows(input_ids, attention_mask), self.adapters)
         outputs = {}
         for name in found[0]:
             arrays = [torch.from_numpy(row[name].copy()) for row in found]
@@ -62,7 +59,7 @@ class OnnxSeq2Seq:
 
     def __init__(self, folder: Path) -> None:
         self._model = Seq2Seq(folder)
-        self.adapters: Sequence[str | None] | str | None = None
+        self.adapters: Adapters = None
 
     def __call__(
         self,
@@ -79,13 +76,11 @@ class OnnxSeq2Seq:
 
 def _rows(ids: torch.Tensor, mask: torch.Tensor) -> list[list[int]]:
     """The rows without what pads them on the right."""
-    lengths = mask.sum(dim=1).tolist()
-    return [row[:n].tolist() for row, n in zip(ids, lengths, strict=True)]
+    return [row[:n].tolist() for row, n in zip(ids, mask.sum(dim=1).tolist(), strict=True)]
 
 
 def open_onnx(folder: Path) -> Any:
     """The model in an ONNX folder, by the files it has. `adapters` of it may be set."""
     if (folder / ENCODER).exists():
         return OnnxSeq2Seq(folder)
-    decoder = (folder / GENAI).exists()
-    return OnnxDecoder(folder) if decoder else OnnxEncoder(folder)
+    return OnnxDecoder(folder) if (folder / GENAI).exists() else OnnxEncoder(folder)

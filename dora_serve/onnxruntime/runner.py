@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Hashable, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
-from converters.files.onnx_files import ADAPTER_INDEX, LOGITS_POSITIONS, NO_ADAPTER
+from converters.files.onnx_files import ADAPTER_INDEX, LOGITS_POSITIONS
 
+from .adapter_set import row_index
+from .binding import Binding
 from .decoder_graph import DecoderGraph
 from .slots import Slots
 
@@ -24,18 +26,14 @@ class Runner:
     def __init__(self, graph: DecoderGraph, slots: Slots) -> None:
         self._graph, self._slots = graph, slots
         self._used: tuple[str, ...] = ()
-        self._bindings: dict[str, tuple[Hashable, _Binding]] = {}
+        self._bindings: dict[str, tuple[Hashable, Binding]] = {}
 
     def prefill(self, slot: int, tokens: Sequence[int], filled: int, adapter: str | None) -> Logits:
         """Add `tokens` behind the `filled` ones of `slot`; the logits `[vocab]` after the last."""
         used = () if adapter is None else (adapter,)
         binding = self._binding("prefill", slot, slot + 1, used)
-        end = filled + len(tokens)
-        ids = np.array([tokens], np.int64)
-        mask = np.ones((1, end), np.int64)
-        positions = np.arange(filled, end)[None]
-        index = self._index([adapter], used)
-        logits: Logits = binding.run(ids, mask, positions, index)[0, 0]
+        positions = np.arange(filled, filled + len(tokens))[None]
+        logits: Logits = self._run(binding, np.array([tokens]), positions, [adapter], used)[0]
         return logits
 
     def step(
@@ -44,11 +42,8 @@ class Runner:
         """Add one token to each of the first slots; the logits `[rows, vocab]` after it."""
         used = self._stack(adapters)
         binding = self._binding("step", 0, len(tokens), used)
-        ends = np.array(filled, np.int64)[:, None] + 1
-        mask = (np.arange(ends.max()) < ends).astype(np.int64)
-        ids = np.array(tokens, np.int64)[:, None]
-        result: Logits = binding.run(ids, mask, ends - 1, self._index(adapters, used))[:, 0]
-        return result
+        ids, positions = np.array(tokens)[:, None], np.array(filled)[:, None]
+        return self._run(binding, ids, positions, adapters, used)
 
     def _stack(self, adapters: Sequence[str | None]) -> tuple[str, ...]:
         """The adapters to compute with: those of before as long as most are needed, since putting
@@ -62,56 +57,31 @@ class Runner:
         self._used = tuple(kept)
         return self._used
 
-    def _index(self, adapters: Sequence[str | None], used: tuple[str, ...]) -> NDArray[np.int64]:
-        places = [NO_ADAPTER if name is None else used.index(name) for name in adapters]
-        return np.array(places, np.int64)
-
-    def _binding(self, kind: str, begin: int, end: int, used: tuple[str, ...]) -> _Binding:
+    def _binding(self, kind: str, begin: int, end: int, used: tuple[str, ...]) -> Binding:
         feeds = self._graph.adapter_set.stacked(used)
         key = (begin, end, self._slots.version, id(feeds))
         known = self._bindings.get(kind)
         if known is None or known[0] != key:
-            known = (key, _Binding(self._graph, self._slots.view(begin, end), feeds))
+            known = (key, Binding(self._graph, self._slots.view(begin, end), feeds))
             self._bindings[kind] = known
         return known[1]
 
-
-class _Binding:
-    """A graph bound to some slots (`cache`) and some adapters (`feeds`)."""
-
-    def __init__(self, graph: DecoderGraph, cache: Sequence[Any], feeds: dict[str, Any]) -> None:
-        from onnxruntime import OrtValue
-
-        self._graph = graph
-        self._feeds = feeds  # the binding reads the memory of these arrays
-        self._binding = graph.session.io_binding()
-        for name, value in zip(graph.cache, cache, strict=True):
-            self._binding.bind_ortvalue_input(f"past_key_values.{name}", value)
-            self._binding.bind_ortvalue_output(f"present.{name}", value)
-        for name, array in feeds.items():
-            self._binding.bind_ortvalue_input(name, OrtValue.ortvalue_from_numpy(array))
-        self._logits = len(graph.cache)
-
-    def run(
+    def _run(
         self,
+        binding: Binding,
         ids: NDArray[np.int64],
-        mask: NDArray[np.int64],
         positions: NDArray[np.int64],
-        index: NDArray[np.int64],
+        adapters: Sequence[str | None],
+        used: tuple[str, ...],
     ) -> Logits:
-        """The logits `[rows, 1, vocab]` behind the last of `ids [rows, length]`."""
-        from onnxruntime import OrtValue
-
-        binding = self._binding
-        binding.bind_cpu_input("input_ids", ids)
-        binding.bind_cpu_input("attention_mask", mask)
-        if self._graph.needs_positions:
-            binding.bind_cpu_input("position_ids", positions)
-        if self._graph.adapter_set.batched:
-            binding.bind_cpu_input(ADAPTER_INDEX, index)
-        wanted = np.full((len(ids), 1), ids.shape[1] - 1)
-        binding.bind_ortvalue_input(LOGITS_POSITIONS, OrtValue.ortvalue_from_numpy(wanted))
-        binding.bind_output("logits")  # anew, because its shape is another than in the last run
-        self._graph.session.run_with_iobinding(binding)
-        result: Logits = binding.get_outputs()[self._logits].numpy()
-        return result.astype(np.float32, copy=False)
+        """The logits `[rows, vocab]` after the last of `ids [rows, length]` at `positions`."""
+        ends = positions[:, -1:] + 1
+        feeds = {
+            "input_ids": ids,
+            "attention_mask": (np.arange(ends.max()) < ends).astype(np.int64),
+            "position_ids": positions,
+            LOGITS_POSITIONS: np.full((len(ids), 1), ids.shape[1] - 1),
+            ADAPTER_INDEX: row_index(adapters, used),
+        }
+        logits: Logits = binding.run(feeds)[:, 0]
+        return logits

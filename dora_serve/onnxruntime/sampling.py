@@ -23,15 +23,16 @@ class Sampling:
     """How a completion is drawn. `temperature` 0 is greedy; `seed` makes a draw repeatable.
 
     `stop`: texts that end a completion and are cut off. `logprobs`: how many of the likeliest
-    tokens to tell at every step, None for no log-probabilities. `top_k` 0 is no bound.
-    `min_tokens`: before so many, nothing but `max_tokens` ends it. `ignore_eos`: go on to
-    `max_tokens`.
+    tokens to tell at every step, None for no log-probabilities. `top_k` 0, `top_p` 1 and `min_p` 0
+    bound nothing. `min_tokens`: before so many, nothing but `max_tokens` ends it. `ignore_eos`: go
+    on to `max_tokens`.
     """
 
     max_tokens: int = 128
     temperature: float = 0.0
     top_p: float = 1.0
     top_k: int = 0
+    min_p: float = 0.0
     seed: int | None = None
     stop: tuple[str, ...] = ()
     logprobs: int | None = None
@@ -64,22 +65,31 @@ def likeliest(scores: NDArray[np.floating], count: int) -> NDArray[np.intp]:
     return candidates[np.argsort(-scores[candidates], kind="stable")][:count]
 
 
-def draw(logits: Logits, sampling: Sampling, generator: np.random.Generator) -> int:
-    """One token of `logits [vocab]`: the largest, or a draw from the smallest set of tokens whose
-    probabilities sum to `top_p`, among the `top_k` likeliest."""
-    check_finite(logits)
-    if sampling.temperature == 0:
-        return int(logits.argmax())
+def distribution(
+    logits: Logits, sampling: Sampling
+) -> tuple[NDArray[np.intp], NDArray[np.float64]]:
+    """The tokens that may be drawn from `logits [vocab]`, and their probabilities: of those at
+    least `min_p` times as likely as the likeliest, the `top_k` likeliest, and of these the fewest
+    whose probabilities sum to `top_p`."""
     scores = logits.astype(np.float64) / max(sampling.temperature, _COLDEST)
     probabilities = np.exp(scores - scores.max())
+    probabilities[probabilities < sampling.min_p] = 0
     probabilities /= probabilities.sum()
     if sampling.top_p == 1 and not sampling.top_k:
-        return int(generator.choice(len(probabilities), p=probabilities))
+        return np.arange(len(probabilities)), probabilities
     order = likeliest(probabilities, sampling.top_k or _NUCLEUS)
     if not sampling.top_k and probabilities[order].sum() < sampling.top_p:
         order = likeliest(probabilities, len(probabilities))
     probabilities = probabilities[order] / (probabilities[order].sum() if sampling.top_k else 1)
     before = np.cumsum(probabilities) - probabilities
     kept = before < sampling.top_p
-    chosen = probabilities[kept] / probabilities[kept].sum()
-    return int(generator.choice(order[kept], p=chosen))
+    return order[kept], probabilities[kept] / probabilities[kept].sum()
+
+
+def draw(logits: Logits, sampling: Sampling, generator: np.random.Generator) -> int:
+    """One token of `logits [vocab]`: the largest at temperature 0, else a draw."""
+    check_finite(logits)
+    if sampling.temperature == 0:
+        return int(logits.argmax())
+    tokens, probabilities = distribution(logits, sampling)
+    return int(generator.choice(tokens, p=probabilities))

@@ -1,6 +1,6 @@
 """Encoder-decoders (BART, T5) in ONNX Runtime: greedy and beam search with caches.
 
->>> from dora_serve.engines.onnx_seq2seq import Search, Seq2Seq
+>>> from dora_serve.onnxruntime import Search, Seq2Seq
 >>> model = Seq2Seq("onnx/")
 >>> for done in model.generate(["a long text"], Search(max_tokens=60, beams=4), ["news"]):
 ...     print(done.text)
@@ -15,13 +15,14 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from converters.files.json_files import read_json
-from converters.files.onnx_files import ADAPTER_INDEX, DECODER, ENCODER, NO_ADAPTER, WITH_PAST
+from converters.files.onnx_files import ADAPTER_INDEX, DECODER, ENCODER, WITH_PAST
 
-from .adapter_set import AdapterSet
+from .adapter_set import AdaptedFolder, Adapters, AdapterSet
 from .beams import Beams, Search, allowed
-from .decoder import Completion, Prompt
+from .decoder import Completion
+from .limits import check_rows
 from .sampling import check_finite, log_softmax
-from .session import EngineError, OnnxFolder, open_graph
+from .session import EngineError, Prompt, Session, padded
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -29,10 +30,7 @@ if TYPE_CHECKING:
     Array = NDArray[np.float32]
 
 
-Adapters = Sequence[str | None] | str | None
-
-
-class Seq2Seq(OnnxFolder):
+class Seq2Seq(AdaptedFolder):
     """An encoder-decoder folder as `dora-export onnx` writes it, with its adapters.
 
     `threads` None is one per core.
@@ -40,27 +38,13 @@ class Seq2Seq(OnnxFolder):
 
     def __init__(self, folder: str | Path, threads: int | None = None) -> None:
         super().__init__(folder)
-        self._encoder = open_graph(self.folder / ENCODER, threads)
-        self._first = open_graph(self.folder / DECODER, threads)
-        self._next = open_graph(self.folder / WITH_PAST, threads)
+        sessions = [Session(self.folder / n, threads) for n in (ENCODER, DECODER, WITH_PAST)]
+        self._encoder, self._first, self._next = sessions
         config = read_json(self.folder / "config.json")
         own = self.folder / "generation_config.json"
         self._config: dict[str, Any] = {**config, **(read_json(own) if own.exists() else {})}
-        self._present = [value.name for value in self._first.get_outputs()][1:]
-        self._set = AdapterSet(_Graphs(self._encoder, self._first, self._next))
-        self._set.add_all(self.folder)
-
-    @property
-    def adapters(self) -> tuple[str, ...]:
-        return self._set.names
-
-    def add_adapter(self, name: str, path: str | Path) -> None:
-        """Load an `.onnx_adapter` file under `name`, in place of an earlier one of that name."""
-        self._set.add(name, Path(path))
-
-    def remove_adapter(self, name: str) -> None:
-        """Forget an adapter; the graphs and the sessions stay as they are."""
-        self._set.remove(name)
+        self.adapter_set = AdapterSet(sessions)
+        self.adapter_set.add_all(self.folder)
 
     @property
     def eos(self) -> frozenset[int]:
@@ -74,10 +58,6 @@ class Seq2Seq(OnnxFolder):
         if not isinstance(found, int):
             raise EngineError("the configuration names no decoder_start_token_id", file=self.folder)
         return found
-
-    def encode(self, prompt: Prompt) -> list[int]:
-        """Token ids of a text, special tokens included; ids stay as they are."""
-        return list(self.tokenizer.encode(prompt).ids) if isinstance(prompt, str) else list(prompt)
 
     def logits(
         self,
@@ -160,72 +140,31 @@ def _until(tokens: list[int], ends: frozenset[int]) -> list[int]:
     return next((tokens[: i + 1] for i, token in enumerate(tokens) if token in ends), tokens)
 
 
-class _Graphs:
-    """Several sessions as one, for what can be given to any of them."""
-
-    def __init__(self, *sessions: Any) -> None:
-        self._sessions = sessions
-
-    def get_overridable_initializers(self) -> list[Any]:
-        values = [v for each in self._sessions for v in each.get_overridable_initializers()]
-        return list({value.name: value for value in values}.values())
-
-
 class _Batch:
     """Rows that are decoded together, with their caches."""
 
     def __init__(
         self, model: Seq2Seq, rows: Sequence[Sequence[int]], adapters: Adapters = None
     ) -> None:
-        self._model = model
-        self.rows = rows
-        lengths = [len(row) for row in rows]
         # T5 has relative positions and no largest length.
-        longest = model._config.get("max_position_embeddings") or max(lengths, default=0)
-        if not rows or not min(lengths) or max(lengths) > longest:
-            raise EngineError(
-                "a prompt is empty or too long",
-                found=f"{min(lengths, default=0)} to {max(lengths, default=0)} tokens",
-                expected=f"1 to {longest}",
-            )
-        pad = model._config.get("pad_token_id") or 0
-        ids = np.full((len(rows), max(lengths)), pad, np.int64)
-        self._mask = np.zeros_like(ids)
-        for i, row in enumerate(rows):
-            ids[i, : len(row)] = row
-            self._mask[i, : len(row)] = 1
-        self._adapters = self._chosen(adapters)
-        feeds = {"input_ids": ids, "attention_mask": self._mask}
-        (self._states,) = self._run(model._encoder, None, feeds)
+        longest = model._config.get("max_position_embeddings")
+        check_rows(rows, longest or max(map(len, rows), default=0))
+        self._model, self.rows = model, rows
+        self._adapters = model.adapter_set.feeds(model.adapter_set.per_row(adapters, len(rows)))
+        self._mask = padded([[1] * len(row) for row in rows], 0)
+        ids = padded(rows, model._config.get("pad_token_id") or 0)
+        feeds = {"input_ids": ids, "attention_mask": self._mask, **self._adapters}
+        (self._states,) = model._encoder.run(feeds).values()
         self._past: dict[str, Any] = {}
 
-    def _chosen(self, adapters: Adapters) -> dict[str, Any]:
-        """What the graphs are given for the rows' adapters."""
-        one = isinstance(adapters, str) or adapters is None
-        wanted: list[str | None] = [adapters] * len(self.rows) if one else list(adapters)  # type: ignore
-        if len(wanted) != len(self.rows):
-            raise EngineError(
-                "one adapter (or None) per row", found=len(wanted), expected=len(self.rows)
-            )
-        self._model._set.check(wanted)
-        used = tuple(dict.fromkeys(name for name in wanted if name is not None))
-        if not used:
-            return {}
-        index = [NO_ADAPTER if name is None else used.index(name) for name in wanted]
-        return {**self._model._set.stacked(used), ADAPTER_INDEX: np.array(index, np.int64)}
-
-    def _run(self, session: Any, outputs: list[str] | None, feeds: dict[str, Any]) -> list[Any]:
-        takes = {value.name for value in session.get_overridable_initializers()}
-        feeds = feeds | {n: array for n, array in self._adapters.items() if n in takes}
-        try:
-            found: list[Any] = session.run(outputs, feeds)
-            return found
-        except Exception as error:
-            raise EngineError(
-                "ONNX Runtime cannot run these rows",
-                file=self._model.folder,
-                found=str(error)[:300],
-            ) from None
+    def _decode(self, session: Session, feeds: dict[str, Any]) -> Array:
+        """The logits; the caches are kept for the next run."""
+        more = {"encoder_attention_mask": self._mask, **self._past, **self._adapters}
+        outputs = session.run({**feeds, **more})
+        logits: Array = outputs.pop("logits")
+        for name, cache in outputs.items():
+            self._past[name.replace("present", "past_key_values", 1)] = cache
+        return logits
 
     def start(self) -> Array:
         """Run the decoder's first token; the logits `[rows, vocab]` after it."""
@@ -234,24 +173,11 @@ class _Batch:
     def begin(self, tokens: NDArray[np.int64]) -> Array:
         """Run the decoder's first tokens `[rows, n]`; the logits after each of them."""
         feeds = {"input_ids": tokens, "encoder_hidden_states": self._states}
-        feeds["encoder_attention_mask"] = self._mask
-        logits, *caches = self._run(self._model._first, None, feeds)
-        self._past = {
-            name.replace("present", "past_key_values", 1): cache
-            for name, cache in zip(self._model._present, caches, strict=True)
-        }
-        result: Array = logits
-        return result
+        return self._decode(self._model._first, feeds)
 
     def step(self, tokens: NDArray[np.int64]) -> Array:
         """Add one token to every row; the logits `[rows, vocab]` after it."""
-        feeds = {"input_ids": tokens[:, None], "encoder_attention_mask": self._mask, **self._past}
-        names = [value.name for value in self._model._next.get_outputs()]
-        logits, *caches = self._run(self._model._next, names, feeds)
-        for name, cache in zip(names[1:], caches, strict=True):
-            self._past[name.replace("present", "past_key_values", 1)] = cache
-        result: Array = logits[:, -1]
-        return result
+        return self._decode(self._model._next, {"input_ids": tokens[:, None]})[:, -1]
 
     def widen(self, width: int) -> None:
         """Have every row `width` times, side by side."""

@@ -2,47 +2,89 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
 
 from converters.errors import DoraExportError, MissingError
 from converters.files.onnx_files import BATCHED, MODEL
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+Prompt = str | Sequence[int]
 
 
 class EngineError(DoraExportError, ValueError):
     """The engine cannot do what was asked of it."""
 
 
-def open_graph(path: Path, threads: int | None = None, spin: bool = True) -> Any:
-    """A session of the graph at `path`; `threads` None is one per core. `spin`: threads that have
-    nothing to do keep their core for a while, which is faster where nobody else wants it.
+class Session:
+    """ONNX Runtime's session of the graph at `path`. `types` of the inputs it needs and `defaults`,
+    the shapes of those it can do without, such as an adapter's; both and `outputs` by name.
+
+    `threads` None is one per core. `spin`: threads that have nothing to do keep their core for a
+    while, which is faster where nobody else wants it.
 
     Raises `MissingError` when there is no graph, `EngineError` when it cannot be loaded.
     """
-    import onnxruntime
 
-    if not path.exists():
-        raise MissingError("no ONNX graph here", file=path, remedy="make it: dora-export onnx")
-    options = onnxruntime.SessionOptions()
-    options.log_severity_level = 3
-    options.intra_op_num_threads = threads or 0
-    options.add_session_config_entry("session.intra_op.allow_spinning", str(int(spin)))
-    try:
-        return onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
-    except Exception as error:
-        raise EngineError(
-            "ONNX Runtime cannot load this graph",
-            file=path,
-            found=str(error)[:300],
-            remedy="export it again",
-        ) from None
+    def __init__(self, path: Path, threads: int | None = None, spin: bool = True) -> None:
+        import onnxruntime
+
+        self.path = path
+        if not path.exists():
+            raise MissingError("no ONNX graph here", file=path, remedy="make it: dora-export onnx")
+        options = onnxruntime.SessionOptions()
+        options.log_severity_level = 3
+        options.intra_op_num_threads = threads or 0
+        options.add_session_config_entry("session.intra_op.allow_spinning", str(int(spin)))
+        try:
+            providers = ["CPUExecutionProvider"]
+            self.inference: Any = onnxruntime.InferenceSession(path, options, providers=providers)
+        except Exception as error:
+            raise EngineError(
+                "ONNX Runtime cannot load this graph",
+                file=path,
+                found=str(error)[:300],
+                remedy="export it again",
+            ) from None
+        self.types: dict[str, str] = {v.name: v.type for v in self.inference.get_inputs()}
+        # An input with a default counts as an initializer.
+        defaults = self.inference.get_overridable_initializers()
+        self.defaults: dict[str, list[int | str]] = {v.name: list(v.shape) for v in defaults}
+        self.outputs: list[str] = [value.name for value in self.inference.get_outputs()]
+
+    def taken(self, feeds: Mapping[str, Any]) -> dict[str, Any]:
+        """Those of `feeds` that are inputs of this graph."""
+        return {n: array for n, array in feeds.items() if n in self.types or n in self.defaults}
+
+    def run(self, feeds: Mapping[str, Any]) -> dict[str, Any]:
+        """The outputs by name. Raises `EngineError` when the graph cannot be run with `feeds`."""
+        try:
+            found = self.inference.run(self.outputs, self.taken(feeds))
+        except Exception as error:
+            raise EngineError(
+                "ONNX Runtime cannot run these rows", file=self.path, found=str(error)[:300]
+            ) from None
+        return dict(zip(self.outputs, found, strict=True))
 
 
-def open_adaptable(folder: Path, threads: int | None = None, spin: bool = True) -> Any:
+def open_adaptable(folder: Path, threads: int | None = None, spin: bool = True) -> Session:
     """The graph of `folder` that takes another adapter in every row, else the one there is."""
     batched = folder / BATCHED
-    return open_graph(batched if batched.exists() else folder / MODEL, threads, spin)
+    return Session(batched if batched.exists() else folder / MODEL, threads, spin)
+
+
+def padded(rows: Sequence[Sequence[int]], value: int) -> NDArray[np.int64]:
+    """The rows `[rows, longest]`, filled with `value` behind their ends."""
+    filled = np.full((len(rows), max(map(len, rows))), value, np.int64)
+    for target, row in zip(filled, rows, strict=True):
+        target[: len(row)] = row
+    return filled
 
 
 class OnnxFolder:
@@ -64,6 +106,10 @@ class OnnxFolder:
         tokenizer.no_padding()
         tokenizer.no_truncation()
         return tokenizer
+
+    def encode(self, prompt: Prompt) -> list[int]:
+        """Token ids of a text, special tokens included; ids stay as they are."""
+        return list(self.tokenizer.encode(prompt).ids) if isinstance(prompt, str) else list(prompt)
 
 
 class _NoTokenizer:

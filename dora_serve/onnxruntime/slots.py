@@ -11,35 +11,26 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 if TYPE_CHECKING:
-    from numpy.typing import DTypeLike, NDArray
+    from numpy.typing import NDArray
+
+    from .decoder_graph import DecoderGraph
 
 _STEP = 64  # tokens: what a length is rounded up to
 
 
 class Slots:
-    """`arrays` caches of `heads` and `head_size`; at most `max_rows` slots, `max_length` tokens in
-    a slot and `max_bytes` in all. It begins empty and grows as far as rows need it.
+    """The caches of `graph` with at most `max_rows` slots and `max_bytes` in all. It begins empty
+    and grows as far as rows need it. `version` changes whenever the memory does."""
 
-    `version` changes whenever the memory does.
-    """
-
-    def __init__(
-        self,
-        arrays: int,
-        heads: int,
-        head_size: int,
-        dtype: DTypeLike,
-        max_rows: int,
-        max_length: int,
-        max_bytes: int,
-    ) -> None:
-        self._heads, self._head_size, self._dtype = heads, head_size, np.dtype(dtype)
-        self.token_bytes = arrays * heads * head_size * self._dtype.itemsize
+    def __init__(self, graph: DecoderGraph, max_rows: int, max_bytes: int) -> None:
+        self._heads, self._head_size = graph.heads, graph.head_size
+        self._dtype: np.dtype[Any] = np.dtype(graph.cache_type)
+        self.token_bytes = len(graph.cache) * graph.heads * graph.head_size * self._dtype.itemsize
         self.max_bytes = max_bytes
-        self.max_length = min(max_length, max_bytes // self.token_bytes)
+        self.max_length = min(graph.max_length, max_bytes // self.token_bytes)
         self.max_rows = max_rows
         self.rows = self.length = self.version = 0
-        self._arrays = [self._empty(0, 0) for _ in range(arrays)]
+        self._arrays = [self._empty(0, 0) for _ in graph.cache]
 
     def _empty(self, rows: int, length: int) -> NDArray[Any]:
         return np.zeros((rows, self._heads, length, self._head_size), self._dtype)

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
-from ipaddress import ip_address
 
 from fastapi import FastAPI
 
-from .guard import Guard
+from .guard import Guard, is_loopback
 from .routes import adapters, encoding, generating, operation, tokens
 from .routes.front import front
 from .state import State
@@ -48,13 +47,3 @@ def make_app(state: State, host: str, api_key: str | None) -> FastAPI:
         metrics=state.metrics,
     )
     return app
-
-
-def is_loopback(host: str) -> bool:
-    """Whether only this machine reaches what listens there."""
-    if host == "localhost":
-        return True
-    try:
-        return ip_address(host).is_loopback
-    except ValueError:
-        return False

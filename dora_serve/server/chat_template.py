@@ -70,21 +70,20 @@ class ChatTemplate:
         Raises `ApiError` when there is no template, or it refuses the messages.
         """
         try:
-            if self._template is None:
-                raise ApiError(
-                    "This model's tokenizer has no chat template: use /v1/completions.",
-                    code="no_chat_template",
-                )
-            special = {name: self._special(name) for name in _SPECIAL}
-            text: str = self._template.render(
+            text: str | None = self._template and self._template.render(
                 messages=messages,
                 add_generation_prompt=generation,
                 tools=None,
                 documents=None,
-                **special,
+                **{name: self._special(name) for name in _SPECIAL},
             )
-        except (TemplateError, TypeError, ValueError) as error:
+        except Exception as error:  # a template is a program of whoever made the model
             raise ApiError(f"the chat template: {error}", param="messages") from None
+        if text is None:
+            raise ApiError(
+                "This model's tokenizer has no chat template: use /v1/completions.",
+                code="no_chat_template",
+            )
         return text
 
     def _special(self, name: str) -> str:

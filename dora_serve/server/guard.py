@@ -6,8 +6,10 @@ import asyncio
 import hmac
 import json
 import logging
+import re
 import time
 from datetime import UTC, datetime
+from ipaddress import ip_address
 from typing import Any
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -18,7 +20,7 @@ from .wire.errors import ApiError
 
 _log = logging.getLogger("dora_serve.requests")
 _OPEN = {"/health", "/ready"}
-_LOCAL = {b"localhost", b"127.0.0.1"}
+_HOST = re.compile(r"(?:\[(?P<six>[^\[\]]+)\]|(?P<name>[^:\[\]]+))(?::\d*)?")
 _DRAIN = 4  # bodies' bounds that are read and dropped, so that a client gets to read the refusal
 _BODY_SECONDS = 60
 
@@ -74,8 +76,8 @@ class Guard:
 
     async def _pass(self, scope: Scope, receive: Receive, send: Send) -> None:
         headers = dict(scope["headers"])
-        host = headers.get(b"host", b"localhost")
-        if self._local and not host.startswith(b"[") and host.split(b":")[0] not in _LOCAL:
+        hosts = [value.decode("latin-1") for name, value in scope["headers"] if name == b"host"]
+        if self._local and not all(map(_is_here, hosts)):
             # A page from elsewhere may let its own name lead here, and then read the answers.
             raise ApiError("This server answers to localhost alone.", 403, code="other_host")
         if self._key is not None and scope["path"] not in self._open:
@@ -116,3 +118,19 @@ class Guard:
             message_ = f"The body is larger than {self._max_body} bytes."
             raise ApiError(message_, 413, code="body_too_large")
         return bytes(body)
+
+
+def _is_here(host: str) -> bool:
+    """Whether a Host header names this machine as a client on it would."""
+    found = _HOST.fullmatch(host)
+    return found is not None and is_loopback(found["six"] or found["name"])
+
+
+def is_loopback(host: str) -> bool:
+    """Whether only this machine reaches what listens there."""
+    if host.lower() == "localhost":
+        return True
+    try:
+        return ip_address(host).is_loopback
+    except ValueError:
+        return False

@@ -6,12 +6,13 @@ import asyncio
 from collections.abc import Callable, Sequence
 from typing import TypeVar
 
+from .wire.requests import Text
+
 T = TypeVar("T")
-Given = str | list[int]
 _LONG = 20_000  # characters, or tokens that were given, that are not worked on in the event loop
 
 
-async def each(work: Callable[[Given], T], inputs: Sequence[Given]) -> list[T]:
+async def each(work: Callable[[Text], T], inputs: Sequence[Text]) -> list[T]:
     """`work` of every input, in another thread when together they are long."""
     if sum(map(len, inputs)) < _LONG:
         return [work(given) for given in inputs]

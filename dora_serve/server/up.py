@@ -43,7 +43,8 @@ def up(
     """
     import uvicorn
 
-    from .app import is_loopback, make_app
+    from .app import make_app
+    from .guard import is_loopback
     from .prepare.child import make_plan
     from .registry import Registry
     from .state import State

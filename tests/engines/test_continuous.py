@@ -18,7 +18,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from converters.model.base import open_base
 from converters.targets.onnx import write_onnx
 from dora_serve import DoraExportError
-from dora_serve.onnxruntime.continuous import ContinuousDecoder, Update
+from dora_serve.onnxruntime.continuous import ContinuousDecoder, Delta
 from dora_serve.onnxruntime.decoder import Decoder
 from dora_serve.onnxruntime.decoder_graph import DecoderGraph
 from dora_serve.onnxruntime.generation import Detokenizer, StoppedText
@@ -42,7 +42,7 @@ class Answer:
     """Collects what one request is told."""
 
     def __init__(self) -> None:
-        self.updates: queue.Queue[Update] = queue.Queue()
+        self.updates: queue.Queue[Delta] = queue.Queue()
 
     def wait(self) -> tuple[list[int], str, str | None]:
         """Tokens, text and reason."""

@@ -1,31 +1,98 @@
-"""Chat templates come out as transformers renders them."""
+"""Chat templates come out as transformers renders them, or are refused with a reason."""
 
 from __future__ import annotations
 
+import json
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 from transformers import AutoTokenizer
 
 from dora_serve.server.chat_template import ChatTemplate
+from dora_serve.server.wire.errors import ApiError
 from tests.conftest import MODELS
 
-MESSAGES = [{"role": "user", "content": "count"}, {"role": "assistant", "content": "nine"}]
+MESSAGES = [{"role": "user", "content": "cöunt <b>"}, {"role": "assistant", "content": "nine"}]
 EACH = "{% for m in messages %}"
+Folder = Callable[..., Path]
 
 
+@pytest.fixture
+def base(tmp_path: Path) -> Folder:
+    """A base's folder with a template of one's own, in its own file or in the configuration."""
+
+    def make(template: str | None, **config: object) -> Path:
+        folder = Path(shutil.copytree(MODELS / "tiny-llama-base", tmp_path / "base"))
+        if template is not None:
+            (folder / "chat_template.jinja").write_text(template, encoding="utf-8")
+        file = folder / "tokenizer_config.json"
+        file.write_text(json.dumps({**json.loads(file.read_text()), **config}))
+        return folder
+
+    return make
+
+
+@pytest.mark.parametrize("generation", [False, True])
 @pytest.mark.parametrize(
     "template",
     [
         EACH + "{% generation %}{{ m.content }}{% endgeneration %}.{% endfor %}",
         "{% if tools is not none %}tools{% endif %}{{ documents is none }}",
         EACH + "{{ bos_token }}{{ m.content }}{{ eos_token }}{{ pad_token }}{% endfor %}",
+        EACH + "\n  {% if m.role == 'user' %}\n  {{ m.content }}\n  {% endif %}\n{% endfor %}\n",
+        EACH + "{{ m | tojson }}{{ m | tojson(indent=2) }}{% endfor %}",
+        EACH + "{% if loop.index == 2 %}{% break %}{% endif %}{{ m.content }}{% endfor %}",
+        EACH + "{{ m.content }}{% endfor %}{% if add_generation_prompt %}answer:{% endif %}",
+        "{{ strftime_now('%Y') }}{{ messages[0]['content'].strip().upper() }}",
     ],
 )
-def test_as_transformers(template: str, tmp_path: Path) -> None:
-    folder = Path(shutil.copytree(MODELS / "tiny-llama-base", tmp_path / "base"))
-    (folder / "chat_template.jinja").write_text(template)
+def test_as_transformers(template: str, generation: bool, base: Folder) -> None:
+    folder = base(template)
     tokenizer = AutoTokenizer.from_pretrained(folder)
-    expected = tokenizer.apply_chat_template(MESSAGES, tokenize=False)
-    assert ChatTemplate(folder).render(MESSAGES, False) == expected
+    expected = tokenizer.apply_chat_template(
+        MESSAGES, tokenize=False, add_generation_prompt=generation
+    )
+    assert expected
+    assert ChatTemplate(folder).render(MESSAGES, generation) == expected
+
+
+def test_where_a_template_lies(base: Folder) -> None:
+    folder = base("file", chat_template="configuration")
+    assert ChatTemplate(folder).render(MESSAGES, False) == "file"
+    (folder / "chat_template.jinja").unlink()
+    assert ChatTemplate(folder).render(MESSAGES, False) == "configuration"
+
+
+def test_the_default_of_several(base: Folder) -> None:
+    several = [{"name": n, "template": f"the {n}"} for n in ("tool_use", "default", "rag")]
+    folder = base(None, chat_template=several)
+    assert ChatTemplate(folder).render(MESSAGES, False) == "the default"
+
+
+def test_special_tokens_with_properties(base: Folder) -> None:
+    token = {"content": "<begin>", "lstrip": False}
+    folder = base("{{ bos_token }}|{{ sep_token }}|", bos_token=token, sep_token=None)
+    assert ChatTemplate(folder).render(MESSAGES, False) == "<begin>||"
+
+
+@pytest.mark.parametrize(
+    ("template", "says", "code"),
+    [
+        (None, "has no chat template", "no_chat_template"),
+        ("", "has no chat template", "no_chat_template"),
+        ("{{ raise_exception('only two turns') }}", "only two turns", None),
+        ("{% if %}", "the chat template", None),
+        ("{{ messages.append(1) }}", "the chat template", None),
+        ("{{ ''.__class__.__mro__[1].__subclasses__() }}", "the chat template", None),
+        ("{{ messages[0].content + 1 }}", "the chat template", None),
+        ("{{ range(10 ** 9) | list }}", "the chat template", None),
+        ("{{ 1 // 0 }}", "the chat template", None),
+        ("{% include '/etc/passwd' %}", "the chat template", None),
+    ],
+)
+def test_refusals(template: str | None, says: str, code: str | None, base: Folder) -> None:
+    with pytest.raises(ApiError, match=says) as caught:
+        ChatTemplate(base(template)).render(MESSAGES, False)
+    assert (caught.value.status, caught.value.code) == (400, code)

@@ -1,43 +1,249 @@
-"""What the log and the counters tell of a request that a bug ended."""
+"""What passes the guard and what does not, down to the near misses; and what it logs."""
 
 from __future__ import annotations
 
 import asyncio
 import json
 import logging
+from collections.abc import AsyncIterator, Sequence
+from typing import Any
 
 import httpx
 import pytest
-from fastapi import FastAPI
+from fastapi import FastAPI, Request
 
-from dora_serve.server.guard import Guard
+from dora_serve.server import guard
+from dora_serve.server.guard import Guard, is_loopback
 from dora_serve.server.metrics import Metrics
 from dora_serve.server.wire import errors
 
+BOUND = 100
 
-def test_a_bug_is_logged_and_counted_as_what_the_client_gets(
-    caplog: pytest.LogCaptureFixture,
-) -> None:
-    app, metrics = FastAPI(), Metrics()
+
+def make_app(
+    api_key: str | None = None, local: bool = False, metrics: Metrics | None = None
+) -> FastAPI:
+    """An application behind the guard that says how many bytes it was sent."""
+    app = FastAPI()
 
     @app.get("/bug")
     def bug() -> None:
         raise KeyError("a bug")
 
+    @app.api_route("/{path:path}", methods=["GET", "POST"])
+    async def size(request: Request) -> int:
+        return len(await request.body())
+
     errors.install(app)
     app.add_middleware(
-        Guard, api_key=None, max_body=100, local=False, page=frozenset(), metrics=metrics
+        Guard,
+        api_key=api_key,
+        max_body=BOUND,
+        local=local,
+        page=frozenset({"/", "/page.js"}),
+        metrics=metrics or Metrics(),
     )
+    return app
 
-    async def ask() -> httpx.Response:
+
+def ask(app: FastAPI, method: str = "GET", path: str = "/x", **more: Any) -> httpx.Response:
+    async def send() -> httpx.Response:
         transport = httpx.ASGITransport(app, raise_app_exceptions=False)
         async with httpx.AsyncClient(transport=transport, base_url="http://localhost") as client:
-            return await client.get("/bug")
+            return await client.request(method, f"http://localhost{path}", **more)
 
+    return asyncio.run(send())
+
+
+@pytest.mark.parametrize(
+    ("hosts", "fine"),
+    [
+        (["localhost"], True),
+        (["localhost:8000"], True),
+        (["LocalHost:80"], True),
+        (["127.0.0.1"], True),
+        (["127.0.0.1:65535"], True),
+        (["127.1.2.3"], True),
+        (["[::1]"], True),
+        (["[::1]:8000"], True),
+        (["localhost.evil.com"], False),
+        (["127.0.0.1.evil.com:80"], False),
+        (["evil-localhost"], False),
+        (["xlocalhost"], False),
+        (["localhostx"], False),
+        (["evil.com:localhost"], False),
+        (["localhost:80@evil.com"], False),
+        (["localhost:80:80"], False),
+        (["localhost evil.com"], False),
+        (["128.0.0.1"], False),
+        (["0.0.0.0"], False),
+        (["[::2]"], False),
+        (["[::1].evil.com"], False),
+        (["[localhost.evil.com]"], False),
+        (["[evil.com"], False),
+        (["::1"], False),
+        ([""], False),
+        ([":80"], False),
+        (["evil.com", "localhost"], False),
+        (["localhost", "evil.com"], False),
+        (["localhost", "localhost"], True),
+    ],
+)
+def test_hosts(hosts: Sequence[str], fine: bool) -> None:
+    headers = [("Host", host) for host in hosts]
+    answer = ask(make_app(local=True), headers=headers)
+    assert answer.status_code == (200 if fine else 403)
+    assert fine or answer.json()["error"]["code"] == "other_host"
+    assert ask(make_app(local=False), headers=headers).status_code == 200
+
+
+@pytest.mark.parametrize(
+    ("host", "found"),
+    [
+        ("localhost", True),
+        ("LOCALHOST", True),
+        ("127.0.0.1", True),
+        ("127.255.0.1", True),
+        ("::1", True),
+        ("0.0.0.0", False),
+        ("::", False),
+        ("126.0.0.1", False),
+        ("192.168.0.1", False),
+        ("localhost.", False),
+        ("example.com", False),
+        ("", False),
+    ],
+)
+def test_what_only_this_machine_reaches(host: str, found: bool) -> None:
+    assert is_loopback(host) is found
+
+
+@pytest.mark.parametrize(
+    ("given", "fine"),
+    [
+        ("Bearer secret", True),
+        ("bearer secret", False),
+        ("Bearer Secret", False),
+        ("Bearer secre", False),
+        ("Bearer secrets", False),
+        ("Bearer  secret", False),
+        ("Bearer", False),
+        ("Bearer ", False),
+        ("secret", False),
+        ("Basic secret", False),
+        ("Bearer secret, Bearer wrong", False),
+        ("", False),
+        (None, False),
+    ],
+)
+def test_keys(given: str | None, fine: bool) -> None:
+    headers = {} if given is None else {"Authorization": given}
+    answer = ask(make_app("secret"), headers=headers)
+    assert answer.status_code == (200 if fine else 401)
+    if not fine:
+        assert answer.json()["error"]["code"] == "invalid_api_key"
+        assert answer.headers["www-authenticate"] == "Bearer"
+    assert ask(make_app(None), headers=headers).status_code == 200
+
+
+@pytest.mark.parametrize(
+    ("path", "fine"),
+    [
+        ("/health", True),
+        ("/ready", True),
+        ("/", True),
+        ("/page.js", True),
+        ("/healthz", False),
+        ("/health/", False),
+        ("/Health", False),
+        ("/x/health", False),
+        ("/page.js.map", False),
+        ("/metrics", False),
+    ],
+)
+def test_paths_that_need_no_key(path: str, fine: bool) -> None:
+    assert ask(make_app("secret"), path=path).status_code == (200 if fine else 401)
+
+
+def in_pieces(size: int, piece: int) -> AsyncIterator[bytes]:
+    """A body whose size no header tells."""
+
+    async def pieces() -> AsyncIterator[bytes]:
+        for begin in range(0, size, piece):
+            yield b"x" * min(piece, size - begin)
+
+    return pieces()
+
+
+@pytest.mark.parametrize("piece", [None, 1, 7, BOUND, 10 * BOUND])
+@pytest.mark.parametrize(
+    ("size", "fine"),
+    [(0, True), (BOUND - 1, True), (BOUND, True), (BOUND + 1, False), (3 * BOUND, False)],
+)
+def test_bodies(size: int, fine: bool, piece: int | None) -> None:
+    content: Any = b"x" * size if piece is None else in_pieces(size, piece)
+    answer = ask(make_app(), "POST", content=content)
+    assert answer.status_code == (200 if fine else 413)
+    if fine:
+        assert answer.json() == size
+    else:
+        assert answer.json()["error"]["code"] == "body_too_large"
+
+
+@pytest.mark.parametrize(
+    ("announced", "read"), [(4 * BOUND, 1), (4 * BOUND + 1, 0), (10**30, 0), (None, 401)]
+)
+def test_how_much_of_too_large_a_body_is_read(announced: int | None, read: int) -> None:
+    """A client that is told no while it sends reads the answer only if what it sent is read; one
+    that sends without end is cut off."""
+    taken, sent = 0, []
+
+    async def receive() -> dict[str, Any]:
+        nonlocal taken
+        taken += 1
+        return {"type": "http.request", "body": b"x", "more_body": announced is None}
+
+    async def send(message: Any) -> None:
+        sent.append(message)
+
+    length = [] if announced is None else [(b"content-length", str(announced).encode())]
+    scope = {"type": "http", "method": "POST", "path": "/x", "headers": length, "query_string": b""}
+    asyncio.run(make_app()(scope, receive, send))
+    assert sent[0]["status"] == 413
+    assert taken == read
+
+
+@pytest.mark.parametrize(("leaves", "status", "code"), [(True, 499, None), (False, 408, "timeout")])
+def test_bodies_that_do_not_come(
+    leaves: bool, status: int, code: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(guard, "_BODY_SECONDS", 0.01)
+    sent: list[Any] = []
+
+    async def receive() -> dict[str, Any]:
+        if not leaves:
+            await asyncio.Event().wait()
+        return {"type": "http.disconnect"}
+
+    async def send(message: Any) -> None:
+        sent.append(message)
+
+    scope = {"type": "http", "method": "POST", "path": "/x", "headers": [], "query_string": b""}
+    asyncio.run(make_app()(scope, receive, send))
+    assert sent[0]["status"] == status
+    assert json.loads(sent[1]["body"])["error"]["code"] == code
+
+
+@pytest.mark.parametrize(("path", "status"), [("/bug", 500), ("/x", 200)])
+def test_what_is_logged_and_counted_is_what_the_client_gets(
+    path: str, status: int, caplog: pytest.LogCaptureFixture
+) -> None:
+    metrics = Metrics()
     caplog.set_level(logging.INFO, "dora_serve.requests")
-    assert asyncio.run(ask()).status_code == 500
-    told = [json.loads(r.message) for r in caplog.records if r.name == "dora_serve.requests"]
-    assert [(each["path"], each["status"]) for each in told] == [("/bug", 500)]
+    assert ask(make_app(metrics=metrics), path=path).status_code == status
+    (told,) = [json.loads(r.message) for r in caplog.records if r.name == "dora_serve.requests"]
+    pattern = {"/bug": "/bug", "/x": "/{path:path}"}[path]
+    assert (told["method"], told["path"], told["status"]) == ("GET", pattern, status)
     (counted,) = metrics.refused.collect()
     counts = {s.labels["status"]: s.value for s in counted.samples if s.name.endswith("_total")}
-    assert counts == {"500": 1.0}
+    assert counts == ({"500": 1.0} if status == 500 else {})

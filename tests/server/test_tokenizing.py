@@ -31,8 +31,8 @@ def engine(folder: str, used: Threads) -> Any:
         used.add(threading.current_thread())
         return real.encode(text, **more)
 
-    part = SimpleNamespace(encode=encode, tokenizer=SimpleNamespace(encode=encode))
-    return SimpleNamespace(limits=Limits(), graph=part, encoder=part)
+    part = SimpleNamespace(encode=encode, encoding=encode)
+    return SimpleNamespace(limits=Limits(), tokenizer=part, encoder=part)
 
 
 @pytest.mark.parametrize(("count", "in_loop"), [(3, True), (200, False)])

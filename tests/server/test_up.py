@@ -92,7 +92,8 @@ def test_a_base_alone_takes_runs_later_and_onnx_folders_are_served_as_they_are(
 def test_the_server_imports_no_torch() -> None:
     """Beside torch, ONNX Runtime reads several times slower."""
     code = (
-        "import json, sys, dora_serve.server.up, dora_serve.server.app, dora_serve.server.child;"
+        "import json, sys, dora_serve.server.up, dora_serve.server.app;"
+        "import dora_serve.server.prepare.child;"
         "print(json.dumps([name in sys.modules for name in ('torch', 'onnx', 'transformers')]))"
     )
     done = run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

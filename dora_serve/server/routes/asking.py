@@ -7,7 +7,7 @@ import time
 from collections.abc import AsyncGenerator, Sequence
 from functools import partial
 
-from dora_serve.onnxruntime.continuous import ContinuousDecoder, Request, Update
+from dora_serve.onnxruntime.continuous import ContinuousDecoder, Delta, Request
 from dora_serve.onnxruntime.sampling import Sampling
 
 from ..metrics import Metrics
@@ -42,14 +42,14 @@ class Asking:
         self._begin = time.monotonic()
         self._deadline = self._begin + timeout
         self._last: dict[int, float] = {}
-        self._news: asyncio.Queue[tuple[int, Update]] = asyncio.Queue()
+        self._news: asyncio.Queue[tuple[int, Delta]] = asyncio.Queue()
         self.prompt_tokens = sum(map(len, prompts))
         self.tokens = 0
         self._requests: dict[int, Request] = {}
         loop = asyncio.get_running_loop()
 
-        def tell(choice: int, update: Update) -> None:
-            loop.call_soon_threadsafe(self._news.put_nowait, (choice, update))
+        def tell(choice: int, delta: Delta) -> None:
+            loop.call_soon_threadsafe(self._news.put_nowait, (choice, delta))
 
         try:
             for prompt, draws in zip(prompts, samplings, strict=True):
@@ -62,14 +62,10 @@ class Asking:
             raise
         self._lengths = [0] * self.count
         served.requests += 1
-        self._count(metrics.prompt_tokens, self.prompt_tokens)
-        for prompt in prompts:
-            self._observe(metrics.prompt_length, len(prompt))
-        if served.model.adapter is not None:
-            self._count(metrics.adapter_requests, 1)
+        metrics.asked(served.model, [len(prompt) for prompt in prompts])
 
-    async def news(self) -> AsyncGenerator[tuple[int, Update], None]:
-        """Every choice's updates as they come, until all have ended.
+    async def news(self) -> AsyncGenerator[tuple[int, Delta], None]:
+        """Every choice's deltas as they come, until all have ended.
 
         Raises the error of a choice that failed, `ApiError` 504 when time is up; what has not ended
         by then, or when the caller goes, is cancelled.
@@ -78,14 +74,14 @@ class Asking:
             while self._requests:
                 try:
                     async with asyncio.timeout(self._deadline - time.monotonic()):
-                        choice, update = await self._news.get()
+                        choice, delta = await self._news.get()
                 except TimeoutError:
                     raise ApiError("the answer took too long", 504, code="timeout") from None
-                if update.error is not None:
+                if delta.error is not None:
                     del self._requests[choice]
-                    raise update.error
-                self._measure(choice, update)
-                yield choice, update
+                    raise delta.error
+                self._measure(choice, delta)
+                yield choice, delta
         finally:
             self.cancel()
 
@@ -94,28 +90,18 @@ class Asking:
         for request in self._requests.values():
             request.cancelled = True
 
-    def _measure(self, choice: int, update: Update) -> None:
-        now, metrics = time.monotonic(), self._metrics
-        count = len(update.tokens)
+    def _measure(self, choice: int, delta: Delta) -> None:
+        now, metrics, model = time.monotonic(), self._metrics, self._served.model
+        count = len(delta.tokens)
         self.tokens += count
         self._lengths[choice] += count
-        self._count(metrics.generation_tokens, count)
-        if self._served.model.adapter is not None:
-            self._count(metrics.adapter_tokens, count)
+        metrics.grew(model, count)
         if choice in self._last:
-            self._observe(metrics.between_tokens, now - self._last[choice])
+            metrics.between_tokens.labels(model.name).observe(now - self._last[choice])
         else:
-            self._observe(metrics.first_token, now - self._begin)
+            metrics.first_token.labels(model.name).observe(now - self._begin)
         self._last[choice] = now
-        if update.reason is not None:
+        if delta.reason is not None:
             del self._requests[choice]
-            name = self._served.model.name
-            metrics.success.labels(name, update.reason).inc()
-            self._observe(metrics.length, self._lengths[choice])
-            self._observe(metrics.latency, now - self._begin)
-
-    def _count(self, counter: object, amount: float) -> None:
-        counter.labels(self._served.model.name).inc(amount)  # type: ignore[attr-defined]
-
-    def _observe(self, histogram: object, value: float) -> None:
-        histogram.labels(self._served.model.name).observe(value)  # type: ignore[attr-defined]
+            metrics.answered(model, delta.reason, now - self._begin)
+            metrics.length.labels(model.name).observe(self._lengths[choice])

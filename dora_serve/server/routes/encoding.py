@@ -18,7 +18,7 @@ from ..registry import Served
 from ..state import note, state_of
 from ..wire import answers, pieces
 from ..wire.errors import ApiError
-from ..wire.requests import ClassifyRequest, EmbeddingRequest
+from ..wire.requests import ClassifyRequest, EmbeddingRequest, Text
 from ..wire.sending import while_there
 
 router = APIRouter()
@@ -28,8 +28,7 @@ router = APIRouter()
 async def classify(body: ClassifyRequest, request: Request) -> answers.Classification:
     """The class of a text, or of each of several."""
     served, engine = state_of(request).models.encoder(body.model, "logits", "classification")
-    inputs = [body.input] if isinstance(body.input, str) else body.input
-    head, outputs, used = await _run(request, served, engine, inputs, "classify")
+    head, outputs, used = await _run(request, served, engine, body.inputs, "classify")
     labels = []
     for i, row in enumerate(outputs):
         found = engine.encoder.classification(row["logits"])
@@ -60,7 +59,7 @@ async def _run(
     request: Request,
     served: Served,
     engine: EncoderQueue,
-    inputs: Sequence[str | list[int]],
+    inputs: Sequence[Text],
     prefix: str,
 ) -> tuple[dict[str, Any], list[dict[str, Any]], answers.Usage]:
     state = state_of(request)
@@ -68,38 +67,29 @@ async def _run(
     begin = time.monotonic()
     futures = [asyncio.wrap_future(each) for each in engine.submit(rows, served.model.adapter)]
     served.requests += 1
-    count = sum(len(ids) for ids, _ in rows)
-    name = served.model.name
+    lengths = [len(ids) for ids, _ in rows]
+    count, name = sum(lengths), served.model.name
     note(request, model=name, prompt_tokens=count)
-    state.metrics.prompt_tokens.labels(name).inc(count)
-    if served.model.adapter is not None:
-        state.metrics.adapter_requests.labels(name).inc()
+    state.metrics.asked(served.model, lengths)
     try:
         async with asyncio.timeout(state.options.timeout):
-            outputs = await while_there(request, _all(futures))
+            outputs = list(await while_there(request, asyncio.gather(*futures)))
     except TimeoutError:
         raise ApiError("the answer took too long", 504, code="timeout") from None
-    state.metrics.latency.labels(name).observe(time.monotonic() - begin)
-    state.metrics.success.labels(name, "stop").inc()
+    state.metrics.answered(served.model, "stop", time.monotonic() - begin)
     head = {"id": pieces.new_id(prefix), "created": int(time.time()), "model": name}
     return head, outputs, answers.Usage(**pieces.usage(count, 0))
 
 
-async def _all(futures: Sequence[asyncio.Future[dict[str, Any]]]) -> list[dict[str, Any]]:
-    return list(await asyncio.gather(*futures))
-
-
-async def encode(
-    engine: EncoderQueue, inputs: Sequence[str | list[int]]
-) -> list[tuple[list[int], list[int]]]:
+async def encode(engine: EncoderQueue, inputs: Sequence[Text]) -> list[tuple[list[int], list[int]]]:
     """Token ids and types of every text; ids stay as they are. Raises `ApiError` for too many."""
     if len(inputs) > engine.limits.max_waiting:
         raise ApiError(f"{len(inputs)} texts are more than can wait", param="input")
 
-    def row(text: str | list[int]) -> tuple[list[int], list[int]]:
+    def row(text: Text) -> tuple[list[int], list[int]]:
         if not isinstance(text, str):
             return text, [0] * len(text)
-        encoded = engine.encoder.encode(text)
+        encoded = engine.encoder.encoding(text)
         return list(encoded.ids), list(encoded.type_ids)
 
     return await tokenizing.each(row, inputs)

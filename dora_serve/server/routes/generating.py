@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import AsyncGenerator, Callable, Sequence
 from contextlib import aclosing
 from typing import Any
@@ -9,21 +10,21 @@ from typing import Any
 from fastapi import APIRouter, Request
 from fastapi.responses import JSONResponse, Response
 
-from dora_serve.onnxruntime.continuous import ContinuousDecoder, Update
+from dora_serve.onnxruntime.continuous import ContinuousDecoder, Delta
 
 from .. import tokenizing
 from ..state import note, state_of
 from ..wire import answers, pieces
 from ..wire.errors import ApiError
 from ..wire.pieces import Choice, Json
-from ..wire.requests import ChatRequest, CompletionRequest
+from ..wire.requests import ChatRequest, CompletionRequest, Text
 from ..wire.sending import EventStream, while_there
 from .asking import Asking, check_count
 
 router = APIRouter()
 
 # The JSON of a choice by its index, whole or what it grew by.
-Write = Callable[[int, Choice | Update], Json]
+Write = Callable[[int, Choice | Delta], Json]
 
 
 @router.post("/v1/completions", response_model=answers.Completion)
@@ -40,7 +41,7 @@ async def completions(body: CompletionRequest, request: Request) -> Response:
     decode = _decoder(engine)
     offsets = [0] * (len(prompts) * body.n)
 
-    def write(index: int, grown: Choice | Update) -> Json:
+    def write(index: int, grown: Choice | Delta) -> Json:
         told = None
         if body.logprobs is not None:
             told = pieces.completion_logprobs(grown, decode, offsets[index])
@@ -59,7 +60,8 @@ async def chat(body: ChatRequest, request: Request) -> Response:
     state = state_of(request)
     served, engine = state.models.decoder(body.model)
     messages = [message.plain() for message in body.messages]
-    text = served.template.render(messages, body.add_generation_prompt)
+    # Not in the event loop: a template is a program of whoever made the model.
+    text = await asyncio.to_thread(served.template.render, messages, body.add_generation_prompt)
     (prompt,) = await encode(engine, [text], special=False)
     wanted = body.max_completion_tokens or body.max_tokens
     _check_length(engine, prompt, wanted)
@@ -69,7 +71,7 @@ async def chat(body: ChatRequest, request: Request) -> Response:
     decode = _decoder(engine)
     begun: set[int] = set()
 
-    def write(index: int, grown: Choice | Update) -> Json:
+    def write(index: int, grown: Choice | Delta) -> Json:
         told = None if top is None else pieces.chat_logprobs(grown, decode)
         message = {"content": grown.text}
         if index not in begun:
@@ -85,12 +87,12 @@ async def chat(body: ChatRequest, request: Request) -> Response:
 
 
 async def encode(
-    engine: ContinuousDecoder, prompts: Sequence[str | list[int]], special: bool = True
+    engine: ContinuousDecoder, prompts: Sequence[Text], special: bool = True
 ) -> list[list[int]]:
     """Token ids of every text; ids stay as they are."""
-    tokenizer = engine.graph.tokenizer
+    tokenizer = engine.tokenizer
 
-    def ids(prompt: str | list[int]) -> list[int]:
+    def ids(prompt: Text) -> list[int]:
         if not isinstance(prompt, str):
             return prompt
         return list(tokenizer.encode(prompt, add_special_tokens=special).ids)
@@ -110,7 +112,7 @@ def _check_length(engine: ContinuousDecoder, prompt: Sequence[int], wanted: int 
 
 
 def _decoder(engine: ContinuousDecoder) -> Callable[[int], str]:
-    tokenizer = engine.graph.tokenizer
+    tokenizer = engine.tokenizer
     return lambda token: str(tokenizer.decode([token], skip_special_tokens=False))
 
 
@@ -132,8 +134,8 @@ async def _answer(
 async def _whole(request: Request, asking: Asking, head: Json, write: Write) -> Json:
     choices = [Choice() for _ in range(asking.count)]
     async with aclosing(asking.news()) as news:
-        async for index, update in news:
-            choices[index].add(update)
+        async for index, delta in news:
+            choices[index].add(delta)
     note(request, completion_tokens=asking.tokens, reason=choices[0].reason)
     written = [write(i, choice) for i, choice in enumerate(choices)]
     return {**head, "choices": written, "usage": pieces.usage(asking.prompt_tokens, asking.tokens)}
@@ -144,10 +146,10 @@ async def _events(
 ) -> AsyncGenerator[bytes, None]:
     more: dict[str, Any] = {"usage": None} if with_usage else {}
     async with aclosing(asking.news()) as news:
-        async for index, update in news:
-            note(request, completion_tokens=asking.tokens, reason=update.reason)
-            if update.text or update.logprobs or update.reason:
-                yield pieces.as_event({**head, "choices": [write(index, update)], **more})
+        async for index, delta in news:
+            note(request, completion_tokens=asking.tokens, reason=delta.reason)
+            if delta.text or delta.logprobs or delta.reason:
+                yield pieces.as_event({**head, "choices": [write(index, delta)], **more})
     if with_usage:
         used = pieces.usage(asking.prompt_tokens, asking.tokens)
         yield pieces.as_event({**head, "choices": [], "usage": used})

@@ -2,13 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from fastapi import APIRouter, Request
 
-from dora_serve.onnxruntime.continuous import ContinuousDecoder
-
-from ..registry import Served
 from ..state import state_of
 from ..wire import answers
 from ..wire.requests import DetokenizeRequest, TokenizeRequest
@@ -26,7 +21,7 @@ def tokenize(body: TokenizeRequest, request: Request) -> answers.Tokens:
     else:
         text = body.prompt or ""
     special = body.messages is None if body.add_special_tokens is None else body.add_special_tokens
-    encoded = _tokenizer(served).encode(text, add_special_tokens=special)
+    encoded = served.engine.tokenizer.encode(text, add_special_tokens=special)
     return answers.Tokens(
         count=len(encoded.ids),
         max_model_len=served.engine.max_length,
@@ -39,10 +34,6 @@ def tokenize(body: TokenizeRequest, request: Request) -> answers.Tokens:
 def detokenize(body: DetokenizeRequest, request: Request) -> answers.Text:
     """The text of tokens."""
     served = state_of(request).models.find(body.model)
-    return answers.Text(prompt=_tokenizer(served).decode(body.tokens, skip_special_tokens=False))
-
-
-def _tokenizer(served: Served) -> Any:
-    engine = served.engine
-    folder = engine.graph if isinstance(engine, ContinuousDecoder) else engine.encoder
-    return folder.tokenizer
+    return answers.Text(
+        prompt=served.engine.tokenizer.decode(body.tokens, skip_special_tokens=False)
+    )

@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from dora_serve.onnxruntime.continuous import Update
+from dora_serve.onnxruntime.continuous import Delta
 from dora_serve.onnxruntime.generation import Logprobs
 
 Json = dict[str, Any]
@@ -41,21 +41,21 @@ DONE = b"data: [DONE]\n\n"
 
 @dataclass
 class Choice:
-    """What a choice has become: its updates put together."""
+    """What a choice has become: its deltas put together."""
 
     text: str = ""
     tokens: list[int] = field(default_factory=list)
     logprobs: list[Logprobs] = field(default_factory=list)
     reason: str | None = None
 
-    def add(self, update: Update) -> None:
-        self.text += update.text
-        self.tokens += update.tokens
-        self.logprobs += update.logprobs
-        self.reason = update.reason
+    def add(self, delta: Delta) -> None:
+        self.text += delta.text
+        self.tokens += delta.tokens
+        self.logprobs += delta.logprobs
+        self.reason = delta.reason
 
 
-def completion_logprobs(grown: Choice | Update, decode: Decode, offset: int) -> Json:
+def completion_logprobs(grown: Choice | Delta, decode: Decode, offset: int) -> Json:
     """In the form of `/v1/completions`; `offset`: characters of the tokens before."""
     texts = [decode(token) for token in grown.tokens]
     offsets = []
@@ -78,7 +78,7 @@ def _by_text(best: Mapping[int, float], decode: Decode) -> dict[str, Any]:
     return texts
 
 
-def chat_logprobs(grown: Choice | Update, decode: Decode) -> Json:
+def chat_logprobs(grown: Choice | Delta, decode: Decode) -> Json:
     """In the form of `/v1/chat/completions`."""
     content = [
         {

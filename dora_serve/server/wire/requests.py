@@ -12,6 +12,7 @@ from dora_serve.onnxruntime.sampling import Sampling
 Token = Annotated[int, Field(ge=0, le=2**31 - 1)]
 Stop = Annotated[str, Field(min_length=1, max_length=1000)]
 Seed = Annotated[int, Field(ge=-(2**63), le=2**63 - 1)]
+Text = str | list[int]  # or its tokens
 Count = Annotated[int, Field(ge=1, le=2**31 - 1)]
 
 
@@ -24,6 +25,12 @@ class _Request(BaseModel):
         if isinstance(value, dict):
             json.dumps(value, ensure_ascii=False).encode()  # half a surrogate pair is no text
         return value
+
+
+def _each(given: Any) -> list[Text]:
+    """The texts of a field that takes one or several."""
+    several = isinstance(given, list) and given and not isinstance(given[0], int)
+    return list(given) if several else [given]
 
 
 class StreamOptions(_Request):
@@ -42,6 +49,7 @@ class _Generate(_Request):
     temperature: Annotated[float, Field(ge=0, le=100)] | None = None
     top_p: Annotated[float, Field(gt=0, le=1)] | None = None
     top_k: Annotated[int, Field(ge=-1, le=2**31 - 1)] = 0
+    min_p: Annotated[float, Field(ge=0, le=1)] = 0.0
     seed: Seed | None = None
     stop: Stop | Annotated[list[Stop], Field(max_length=16)] | None = None
     min_tokens: Annotated[int, Field(ge=0, le=2**31 - 1)] = 0
@@ -63,6 +71,7 @@ class _Generate(_Request):
             temperature=1.0 if self.temperature is None else self.temperature,
             top_p=1.0 if self.top_p is None else self.top_p,
             top_k=max(self.top_k, 0),
+            min_p=self.min_p,
             seed=None if self.seed is None else (self.seed + index) % 2**64,
             stop=tuple(stop),
             logprobs=logprobs,
@@ -82,11 +91,8 @@ class CompletionRequest(_Generate):
     suffix: None = None
 
     @property
-    def prompts(self) -> list[str | list[int]]:
-        prompt: Any = self.prompt
-        if isinstance(prompt, list) and prompt and not isinstance(prompt[0], int):
-            return list(prompt)
-        return [prompt]
+    def prompts(self) -> list[Text]:
+        return _each(self.prompt)
 
 
 class TextPart(_Request):
@@ -141,6 +147,10 @@ class ClassifyRequest(_Request):
     input: str | Annotated[list[str], Field(min_length=1)]
     user: str | None = None
 
+    @property
+    def inputs(self) -> list[Text]:
+        return _each(self.input)
+
 
 class EmbeddingRequest(_Request):
     """`POST /v1/embeddings`."""
@@ -152,11 +162,8 @@ class EmbeddingRequest(_Request):
     user: str | None = None
 
     @property
-    def inputs(self) -> list[str | list[int]]:
-        given: Any = self.input
-        if isinstance(given, list) and given and not isinstance(given[0], int):
-            return list(given)
-        return [given]
+    def inputs(self) -> list[Text]:
+        return _each(self.input)
 
 
 class TokenizeRequest(_Request):

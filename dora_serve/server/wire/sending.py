@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator, Awaitable, Coroutine
+from collections.abc import AsyncGenerator, Awaitable
 from contextlib import aclosing
 from typing import Any, TypeVar
 
@@ -16,7 +16,7 @@ from .errors import ApiError, as_api_error, event
 T = TypeVar("T")
 
 
-async def while_there(request: Request, work: Coroutine[Any, Any, T]) -> T:
+async def while_there(request: Request, work: Awaitable[T]) -> T:
     """What `work` returns; it is cancelled when the client leaves, and `ApiError` 499 raised, which
     nobody reads."""
     task = asyncio.ensure_future(work)
@@ -25,11 +25,12 @@ async def while_there(request: Request, work: Coroutine[Any, Any, T]) -> T:
     return task.result()
 
 
-async def _first(task: asyncio.Task[T], receive: Receive, timeout: float | None) -> bool:
+async def _first(task: asyncio.Future[T], receive: Receive, timeout: float | None) -> bool:
     """Whether `task` ends before the client leaves and time is up; else it is cancelled."""
     leaving = asyncio.ensure_future(_gone(receive))
     try:
-        await asyncio.wait({task, leaving}, timeout=timeout, return_when="FIRST_COMPLETED")
+        both: set[asyncio.Future[Any]] = {task, leaving}
+        await asyncio.wait(both, timeout=timeout, return_when="FIRST_COMPLETED")
         return task.done()
     finally:
         left = [each for each in (task, leaving) if not each.done()]

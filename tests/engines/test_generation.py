@@ -1,0 +1,158 @@
+"""Completions end where a plain reference ends them, and their pieces are the whole."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from dora_serve.onnxruntime.generation import Generation, StoppedText
+from dora_serve.onnxruntime.limits import check_rows
+from dora_serve.onnxruntime.sampling import Sampling
+from dora_serve.onnxruntime.session import EngineError
+from tests.engines.reference import Bytes, completed, stopped_at
+
+QUICK = settings(max_examples=120, deadline=None, derandomize=True, database=None)
+EOS, A, B, C = 0, *b"abc"
+STOPS = st.lists(st.text("abc", min_size=1, max_size=3), max_size=3)
+
+
+def logits(order: list[int] | tuple[int, ...]) -> np.ndarray:
+    """Logits whose largest are the tokens of `order`, in that order."""
+    values = np.zeros(256, np.float32)
+    values[list(order)] = np.arange(len(order), 0, -1)
+    return values
+
+
+def generation(sampling: Sampling, room: int = 99, eos: frozenset[int] | None = None) -> Generation:
+    ends = frozenset({EOS}) if eos is None else eos
+    return Generation(list(b"prompt"), sampling, ends, Bytes(), room)
+
+
+@QUICK
+@given(
+    steps=st.lists(st.permutations([EOS, A, B, C]), min_size=9, max_size=9),
+    stop=STOPS,
+    most=st.integers(1, 8),
+    least=st.integers(0, 9),
+    room=st.integers(1, 9),
+    ignore=st.booleans(),
+)
+def test_tokens_text_and_reason(
+    steps: list[list[int]], stop: list[str], most: int, least: int, room: int, ignore: bool
+) -> None:
+    sampling = Sampling(
+        max_tokens=most, min_tokens=least, stop=tuple(stop), ignore_eos=ignore, logprobs=1
+    )
+    done = generation(sampling, room)
+    told = ""
+    for order in steps:
+        done.take(logits(order))
+        assert done.text.startswith(told)  # what was told is never taken back
+        told = done.text
+        if done.reason is not None:
+            break
+    expected = completed(steps, sampling, frozenset({EOS}), room)
+    assert (done.tokens, done.text, done.reason) == expected
+    assert len(done.logprobs) == len(done.tokens)
+
+
+@pytest.mark.parametrize("least", [0, 1, 2, 5])
+def test_the_end_comes_no_earlier_than_min_tokens(least: int) -> None:
+    done = generation(Sampling(max_tokens=9, min_tokens=least))
+    while done.reason is None:
+        done.take(logits([EOS, A]))
+    assert (len(done.tokens), done.reason) == (least, "stop")
+
+
+@pytest.mark.parametrize(("most", "room", "count"), [(3, 9, 3), (9, 3, 3), (3, 3, 3), (1, 1, 1)])
+def test_the_nearest_bound_ends_it(most: int, room: int, count: int) -> None:
+    done = generation(Sampling(max_tokens=most), room)
+    while done.reason is None:
+        done.take(logits([A]))
+    assert (len(done.tokens), done.reason) == (count, "length")
+
+
+@pytest.mark.parametrize("end", [EOS, C])
+def test_every_end_of_several_ends_it(end: int) -> None:
+    done = generation(Sampling(), eos=frozenset({EOS, C}))
+    done.take(logits([A]))
+    done.take(logits([end, A]))
+    assert (done.tokens, done.text, done.reason) == ([A], "a", "stop")
+
+
+def test_an_unfinished_character_is_told_at_the_end_alone() -> None:
+    done = generation(Sampling(max_tokens=2))
+    done.take(logits([B]))
+    done.take(logits([0xE6]))
+    assert (done.text, done.reason) == ("b\ufffd", "length")
+    going = generation(Sampling(max_tokens=4))
+    told = []
+    for byte in "b水".encode():
+        going.take(logits([byte]))
+        told.append(going.text)
+    assert told == ["b", "b", "b", "b水"]
+
+
+def test_a_stop_text_that_only_the_end_completes() -> None:
+    done = generation(Sampling(max_tokens=2, stop=("b\ufffd",)))
+    done.take(logits([B]))
+    assert (done.text, done.reason) == ("", None)
+    done.take(logits([0xE6]))
+    assert (done.text, done.reason) == ("", "stop")
+
+
+def test_logprobs_are_of_what_was_drawn_from() -> None:
+    done = generation(Sampling(min_tokens=1, max_tokens=2, logprobs=2))
+    values = logits([EOS, A, B])
+    done.take(values)
+    ((own, best),) = done.logprobs
+    assert list(best) == [A, B]
+    rest = np.exp(np.delete(values, EOS).astype(np.float64))
+    assert own == best[A] == pytest.approx(2 - np.log(rest.sum()), abs=1e-5)
+    assert values[EOS] == 3  # the caller's logits are as they were
+
+
+@QUICK
+@given(pieces=st.lists(st.text("abc", max_size=4), max_size=8), stops=STOPS, data=st.data())
+def test_stop_texts_over_pieces(pieces: list[str], stops: list[str], data: st.DataObject) -> None:
+    early = data.draw(st.integers(0, len(pieces)))
+    stopped, text, told = StoppedText(stops), "", ""
+    for number, piece in enumerate(pieces):
+        before, text = len(text), text + piece
+        ended = stopped.add(piece, search=number >= early)
+        assert stopped.certain.startswith(told)
+        at = None if number < early else stopped_at(text, stops, before)
+        assert ended is (at is not None)
+        told = stopped.certain
+        if ended:
+            assert stopped.certain == text[:at]
+            return
+        held = text[len(stopped.certain) :]
+        begun = [n for s in stops for n in range(1, len(s)) if text.endswith(s[:n])]
+        assert len(held) == max(begun, default=0)  # no more and no less than may begin a stop text
+    stopped.release()
+    assert stopped.certain == text
+
+
+@pytest.mark.parametrize(
+    ("rows", "says"),
+    [
+        ([[0]], None),
+        ([[1, 2, 3]], None),
+        ([[1, 2, 3, 4]], "4 to 4 tokens"),
+        ([[1], [1, 2, 3, 4]], "1 to 4 tokens"),
+        ([[1], []], "0 to 1 tokens"),
+        ([], "0 to 0 tokens"),
+        ([[9], [0, 9]], None),
+        ([[9], [0, 10]], "no such token(.|\n)*10(.|\n)*0 to 9"),
+        ([[-1]], "no such token"),
+    ],
+)
+def test_rows_that_are_refused(rows: list[list[int]], says: str | None) -> None:
+    if says is None:
+        check_rows(rows, 3, 10)
+    else:
+        with pytest.raises(EngineError, match=says):
+            check_rows(rows, 3, 10)
