@@ -11,16 +11,6 @@ from .files.tensors import LazyTensor, LazyTensors
 from .updates.rank_one import RankOneSum
 from .updates.update import Update
 
-# transformers' head class suffix and PEFT's task type of each task a run can be for.
-HEADS = {
-    "causal-lm": ("ForCausalLM", "CAUSAL_LM"),
-    "sequence-classification": ("ForSequenceClassification", "SEQ_CLS"),
-    "question-answering": ("ForQuestionAnswering", "QUESTION_ANS"),
-    "seq2seq-lm": ("ForConditionalGeneration", "SEQ_2_SEQ_LM"),
-    "token-classification": ("ForTokenClassification", "TOKEN_CLS"),
-    "feature-extraction": ("Model", "FEATURE_EXTRACTION"),
-}
-
 
 class LazyUpdates(Mapping[str, Update]):
     """Module name → update; each access reads the update anew, so that none stays in memory."""
@@ -94,4 +84,4 @@ class Run:
         return None if components is None else components.rank
 
 
-__all__ = ["HEADS", "LazyTensor", "LazyUpdates", "RankOneSum", "Run", "Update", "strip_update"]
+__all__ = ["LazyTensor", "LazyUpdates", "RankOneSum", "Run", "Update", "strip_update"]

@@ -15,7 +15,8 @@ import torch
 from ..errors import RunError
 from ..files.tensors import LazyTensor, LazyTensors, load_finite, numel
 from ..model.base import INDEX_FILES, SINGLE_FILES, BaseModel, open_base
-from ..run import HEADS, LazyUpdates, Run
+from ..model.tasks import task_of
+from ..run import LazyUpdates, Run
 from ..updates.rank_one import RankOneSum
 from . import is_number
 from .peft_common import CONFIG_FILE, WEIGHT_FILES, open_weights, origin, read_config
@@ -145,7 +146,7 @@ def checkpoint_run(
         if name not in own and tensor.dtype.is_floating_point and not _BUFFER.fullmatch(name)
     }
     frozen = {f"{module}.weight" for module in parts}
-    task = _task(checkpoint.config)
+    task = task_of(checkpoint.config)
     heads = [tensor.shape[0] for name, tensor in rest.items() if _HEAD.fullmatch(name)]
     name = checkpoint.config.get("_name_or_path")
     return Run(
@@ -161,12 +162,3 @@ def checkpoint_run(
         files=(*checkpoint.shards, checkpoint.path / "config.json"),
         options=options,
     )
-
-
-def _task(config: Mapping[str, object]) -> str | None:
-    """The task by the class that saved the checkpoint."""
-    known = config.get("architectures")
-    name = str(known[0]) if isinstance(known, list) and known else ""
-    if name.endswith("LMHeadModel"):
-        return "causal-lm"
-    return next((task for task, (suffix, _) in HEADS.items() if name.endswith(suffix)), None)

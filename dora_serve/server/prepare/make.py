@@ -23,6 +23,7 @@ from converters.files.output import output_folder
 from converters.files.tensors import nbytes, numel
 from converters.model.base import BaseModel, open_base
 from converters.model.match import target_architecture
+from converters.model.tasks import task_of
 from converters.run import Run
 from converters.targets.onnx import add_adapters
 from dora_serve.api import write_onnx
@@ -32,7 +33,6 @@ from dora_serve.server.prepare import plan
 from dora_serve.server.prepare.onnx_folders import (
     SERVED,
     certified_modules,
-    own_task,
     read_onnx_folder,
 )
 
@@ -51,7 +51,7 @@ def make_plan(root: Path, base: str | None, dry: bool, say: Say) -> plan.Plan:
     problems = dict(found.problems)
     for name, model in _bases(found).items():
         members = found.of(model)
-        own = own_task(model.config)
+        own = task_of(model.config)
         tasks = dict.fromkeys([*([own] if own else []), *(m.run.task or own for m in members)])
         if not tasks:
             problems[name] = "its architecture is for no task that is served"

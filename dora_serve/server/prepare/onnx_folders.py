@@ -9,20 +9,11 @@ from typing import Any
 from converters.errors import TargetError
 from converters.files.json_files import read_json
 from converters.files.onnx_files import ENCODER, FOLDER, SUFFIX, read_adapter_file
-from converters.run import HEADS
+from converters.model.tasks import task_of
 
 from .plan import DECODES, Graph, Model, Module
 
 SERVED = (DECODES, "sequence-classification", "feature-extraction")
-
-
-def own_task(config: Mapping[str, object]) -> str | None:
-    """The task that a model's own architecture is for."""
-    known = config.get("architectures")
-    current = str(known[0]) if isinstance(known, list) and known else ""
-    if current.endswith("LMHeadModel"):
-        return DECODES
-    return next((task for task, (suffix, _) in HEADS.items() if current.endswith(suffix)), None)
 
 
 def read_onnx_folder(name: str, path: Path, taken: Collection[str]) -> tuple[Graph, list[Model]]:
@@ -30,7 +21,7 @@ def read_onnx_folder(name: str, path: Path, taken: Collection[str]) -> tuple[Gra
     `taken`. Raises `DoraExportError` for what is not served."""
     certificate: Mapping[str, Any] = read_json(path / "dora_export.json")
     decodes = (path / "genai_config.json").exists()
-    task = DECODES if decodes else own_task(read_json(path / "config.json"))
+    task = DECODES if decodes else task_of(read_json(path / "config.json"))
     if (path / ENCODER).exists() or task not in SERVED:
         raise TargetError("this task is not served", file=path, found=task or "an unknown task")
     if decodes and not _in_place(path):
