@@ -16,6 +16,7 @@ from converters.targets.lora_folder.adapter import write_adapter
 from converters.targets.merged.folder import write_merged
 from dora_serve.api import find_base
 from dora_serve.folder.cache import content_key
+from dora_serve.folder.pairing import other_name
 from dora_serve.proof.check import check
 
 from .job import Job, Record
@@ -41,12 +42,13 @@ def convert(job: Job) -> Record | None:
             warnings = write_merged(run, base, job.output, force=True).warnings
         else:
             known = None if job.base is None else open_base(job.base)
+            paired = other_name(run, known) if known is not None else None
             named = None if known is None else known.name  # the adapter's configuration has it
             key = content_key(run, known, to=job.to, target=job.target, named=named)
             if _is_done(job, key):
                 return None
             result = write_adapter(run, job.output, base=known, profile=job.target, force=True)
-            warnings = result.warnings
+            warnings = (*result.warnings, *([paired] if paired else []))
         for path in run.files:
             if path in before and state_at(path) != before[path]:
                 raise RunError(

@@ -14,7 +14,7 @@ from typing import Any
 
 from ..vllm.command import command_line, serve_options
 from ..vllm.fleet import Pool
-from ..vllm.plugin import RUNS
+from ..vllm.plugin import live_environment
 from . import PORT, Cluster
 
 Manifest = dict[str, Any]
@@ -35,12 +35,12 @@ def vllm_servers(
     yield _claim(cluster)
     labels = _names([name for name, _ in pools])
     for name, pool in pools:
-        options = serve_options(pool, dict.fromkeys(pool.ranks, pool.base.path), name)
+        options = serve_options(pool, dict.fromkeys(pool.ranks, pool.base.path))
         options.pop("lora-modules", None)
         options["model"] = cluster.there(pool.base.path)
         environment = dict(_QUIET)
         if pool.ranks:
-            environment |= {RUNS: str(cluster.at), "VLLM_ALLOW_RUNTIME_LORA_UPDATING": "1"}
+            environment |= live_environment(pool, str(cluster.at))
         more = ["--host", "0.0.0.0", "--port", str(PORT)]
         words = command_line(options, more=more)
         container = _container(cluster, image, words[:2], words[2:], environment)

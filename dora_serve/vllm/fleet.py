@@ -18,19 +18,21 @@ from converters.files.tensors import nbytes
 from converters.fit import fit_run
 from converters.model.base import BaseModel
 from converters.model.match import stored_name
+from converters.model.tasks import task_of
 from converters.targets.engines import PROFILES
 from converters.targets.lora_folder.adapter import plan_adapter
 
 from ..folder.inventory import Found, Member
 
 STEPS = PROFILES["vllm"].slots
+CLASSIFIES = "sequence-classification"
 _SLOTS = 16  # enough different adapters in one batch for most; each slot costs memory and time
 _SHARE = 0.25  # of what the weights leave of the memory; the rest is for the KV cache
 _IN_USE = 0.9  # vLLM's default --gpu-memory-utilization
 
 
 @dataclass(frozen=True)
-class Shape:
+class Matrix:
     """A matrix `[out, in]` of the base, or `count` of them in one tensor (experts)."""
 
     out: int
@@ -55,21 +57,24 @@ class Forced:
 
 @dataclass(frozen=True)
 class Pool:
-    """The members of one base that one server can serve together.
+    """The members of one base that one server can serve together; or a base alone.
 
-    `ranks`: per member, module → rank, pruned modules left out. `shapes`: every matrix of the
-    base. `itemsize`: bytes per element of the base, which the slots take over. `labels`: the
+    `name`: what clients call the base. `ranks`: per member, module → rank, pruned modules left
+    out. `matrices`: every matrix of the base. `itemsize`: bytes per element of the base, which the slots take over. `labels`: the
     most labels of a classification head. `start_rank`: the largest rank training began with.
+    `any_base`: the user gave the base, so runs that name another one are taken too.
     """
 
+    name: str
     base: BaseModel
     task: str | None
     ranks: Mapping[str, Mapping[str, int]]
-    shapes: Mapping[str, Shape]
+    matrices: Mapping[str, Matrix]
     itemsize: int
     base_bytes: int
-    start_rank: int
+    start_rank: int = 1
     memory: int | None = None
+    any_base: bool = False
     labels: int | None = None
     forced: Sequence[Forced] = ()
 
@@ -93,8 +98,8 @@ class Pool:
         """One slot of `rank` on the modules of `kinds`; None: on every matrix of the base."""
         wanted = None if kinds is None else set(kinds)
         return sum(
-            shape.nbytes(rank, self.itemsize)
-            for module, shape in self.shapes.items()
+            matrix.nbytes(rank, self.itemsize)
+            for module, matrix in self.matrices.items()
             if wanted is None or module.rsplit(".", 1)[-1] in wanted
         )
 
@@ -113,7 +118,7 @@ class Pool:
         """Per member, the bytes of a slot that hold its components."""
         return {
             name: sum(
-                self.shapes[module].nbytes(rank, self.itemsize) for module, rank in ranks.items()
+                self.matrices[module].nbytes(rank, self.itemsize) for module, rank in ranks.items()
             )
             for name, ranks in self.ranks.items()
         }
@@ -181,13 +186,18 @@ def step_for(rank: int) -> int:
 
 
 def plan_fleet(found: Found, memory: int | None = None) -> Fleet:
-    """Pool the members of `found` by base and task. `memory`: bytes of the device."""
+    """Pool the members of `found` by base and task; where there is none, each base is served alone.
+    `memory`: bytes of the device.
+
+    A base goes by its name, in the pools of a second task by `name-task`.
+    """
     problems = dict(found.problems)
     groups: dict[tuple[str, str | None], list[Member]] = {}
     for member in found.members.values():
-        groups.setdefault((str(member.base.path), member.run.task), []).append(member)
-    pools = []
-    for members in groups.values():
+        task = member.run.task or task_of(member.base.config)
+        groups.setdefault((found.name_of(member.base), task), []).append(member)
+    pools: list[Pool] = []
+    for (base, task), members in sorted(groups.items(), key=lambda g: g[0][1] == CLASSIFIES):
         ranks = {}
         for member in members:
             try:
@@ -195,21 +205,28 @@ def plan_fleet(found: Found, memory: int | None = None) -> Fleet:
             except DoraExportError as error:
                 problems[member.name] = str(error)
         if ranks:
-            pools.append(_pool([m for m in members if m.name in ranks], ranks, memory))
+            second = any(pool.base.path == members[0].base.path for pool in pools)
+            name = f"{base}-{task or 'other'}" if second else base
+            own = [member for member in members if member.name in ranks]
+            pools.append(_pool(name, task, own, ranks, memory, found.given is not None))
+    if not pools:
+        bases = found.bases if found.given is None else {found.given: found.bases[found.given]}
+        return Fleet([_alone(name, base, memory) for name, base in bases.items()], problems)
+    served = {pool.base.path for pool in pools}
+    for name, base in found.bases.items():
+        if base.path not in served:
+            problems.setdefault(name, "no adapter of this base is served: `base` chooses it")
     return Fleet(pools, problems)
 
 
-def alone(base: BaseModel) -> Pool:
+def _alone(name: str, base: BaseModel, memory: int | None) -> Pool:
     """A base, or a merged model, without adapters."""
-    return Pool(
-        base=base,
-        task=None,
-        ranks={},
-        shapes=matrices(base),
-        itemsize=base.dtype().itemsize,
-        base_bytes=sum(nbytes(tensor) for tensor in base.tensors.values()),
-        start_rank=1,
-    )
+    task = task_of(base.config)
+    return Pool(name, base, task, {}, _matrices(base), *_size(base), memory=memory)
+
+
+def _size(base: BaseModel) -> tuple[int, int]:
+    return base.dtype().itemsize, sum(nbytes(tensor) for tensor in base.tensors.values())
 
 
 def ranks_of(member: Member) -> dict[str, int]:
@@ -226,36 +243,42 @@ def ranks_of(member: Member) -> dict[str, int]:
 
 
 def _pool(
-    members: Sequence[Member], ranks: Mapping[str, Mapping[str, int]], memory: int | None
+    name: str,
+    task: str | None,
+    members: Sequence[Member],
+    ranks: Mapping[str, Mapping[str, int]],
+    memory: int | None,
+    any_base: bool,
 ) -> Pool:
     base = members[0].base
     start = [max(m.run.start_rank.values()) for m in members if m.run.start_rank]
     labels = [m.run.num_labels for m in members if m.run.num_labels]
     largest = {name: max(own.values(), default=0) for name, own in ranks.items()}
     return Pool(
-        base=base,
-        task=members[0].run.task,
-        ranks=ranks,
-        shapes=matrices(base),
-        itemsize=base.dtype().itemsize,
-        base_bytes=sum(nbytes(tensor) for tensor in base.tensors.values()),
+        name,
+        base,
+        task,
+        ranks,
+        _matrices(base),
+        *_size(base),
         start_rank=max([*start, *largest.values(), 1]),
         memory=memory,
-        labels=max(labels) if labels else None,
+        any_base=any_base,
+        labels=max(labels, default=None),
         forced=_forced(members, largest),
     )
 
 
-def matrices(base: BaseModel) -> dict[str, Shape]:
+def _matrices(base: BaseModel) -> dict[str, Matrix]:
     """Module → shape of every matrix of the base that an adapter could be on."""
     found = {}
     for name, tensor in base.tensors.items():
         module = name.removesuffix(".weight")
         if len(tensor.shape) == 2 and name != module:
-            found[module] = Shape(tensor.shape[0], tensor.shape[1])
+            found[module] = Matrix(tensor.shape[0], tensor.shape[1])
         elif len(tensor.shape) == 3:
             count, out, inn = tensor.shape
-            found[module] = Shape(out, inn, count)
+            found[module] = Matrix(out, inn, count)
     return found
 
 

@@ -12,7 +12,7 @@ import pytest
 
 from converters.errors import DoraExportError
 from dora_serve import read_run, write_onnx
-from dora_serve.server.prepare.child import make_plan
+from dora_serve.server.prepare.child import make_offer
 from dora_serve.server.up import up
 from tests.conftest import MODELS
 from tests.server.conftest import BASE, DOWN, SECOND, started
@@ -47,7 +47,7 @@ def test_what_cannot_be_served_does_not_hinder_the_rest(tmp_path: Path) -> None:
         shutil.copytree(MODELS / name, tmp_path / name)
     weights = tmp_path / "runs" / DOWN_PATH / "checkpoint" / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:1000])
-    plan = make_plan(tmp_path, None, dry=True)
+    plan = make_offer(tmp_path, None, dry=True)
     assert [model.name for model in plan.models] == [BASE, SECOND]
     assert str(weights) in plan.problems[DOWN]
 
@@ -58,7 +58,7 @@ def test_a_cache_that_does_not_stay_in_place_is_not_served(tmp_path: Path) -> No
     (folder / "model.onnx").touch()
     (folder / "dora_export.json").write_text("{}")
     (folder / "genai_config.json").write_text('{"search": {"past_present_share_buffer": false}}')
-    plan = make_plan(tmp_path, None, dry=True)
+    plan = make_offer(tmp_path, None, dry=True)
     assert plan.models == []
     assert "cannot be shared" in plan.problems["half"]
 
@@ -92,7 +92,8 @@ def test_a_base_alone_takes_runs_later_and_onnx_folders_are_served_as_they_are(
 def test_the_server_imports_no_torch() -> None:
     """Beside torch, ONNX Runtime reads several times slower."""
     code = (
-        "import json, sys, dora_serve.server.up, dora_serve.server.app, dora_serve.server.child;"
+        "import json, sys, dora_serve.server.up, dora_serve.server.app;"
+        "import dora_serve.server.prepare.child;"
         "print(json.dumps([name in sys.modules for name in ('torch', 'onnx', 'transformers')]))"
     )
     done = run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
