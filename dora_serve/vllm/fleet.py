@@ -60,9 +60,10 @@ class Pool:
     """The members of one base that one server can serve together; or a base alone.
 
     `name`: what clients call the base. `ranks`: per member, module → rank, pruned modules left
-    out. `matrices`: every matrix of the base. `itemsize`: bytes per element of the base, which the slots take over. `labels`: the
-    most labels of a classification head. `start_rank`: the largest rank training began with.
-    `any_base`: the user gave the base, so runs that name another one are taken too.
+    out. `matrices`: every matrix of the base. `itemsize`: bytes per element of the base, which the
+    slots take over. `start_rank`: the largest rank training began with. `any_base`: the user gave
+    the base, so runs that name another one are taken too. `labels`: the most labels of a
+    classification head.
     """
 
     name: str
