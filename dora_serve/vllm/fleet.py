@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 
 import torch
@@ -60,24 +60,42 @@ class Pool:
     """The members of one base that one server can serve together; or a base alone.
 
     `name`: what clients call the base. `ranks`: per member, module → rank, pruned modules left
-    out. `matrices`: every matrix of the base. `itemsize`: bytes per element of the base, which the
-    slots take over. `start_rank`: the largest rank training began with. `any_base`: the user gave
-    the base, so runs that name another one are taken too. `labels`: the most labels of a
-    classification head.
+    out. `start_rank`: the largest rank that training began with. `memory`: bytes of the device.
+    `any_base`: the user gave the base, so runs that name another one are taken too. `labels`: the
+    most labels of a classification head.
     """
 
     name: str
     base: BaseModel
     task: str | None
     ranks: Mapping[str, Mapping[str, int]]
-    matrices: Mapping[str, Matrix]
-    itemsize: int
-    base_bytes: int
     start_rank: int = 1
     memory: int | None = None
     any_base: bool = False
     labels: int | None = None
     forced: Sequence[Forced] = ()
+
+    @cached_property
+    def base_bytes(self) -> int:
+        return sum(nbytes(tensor) for tensor in self.base.tensors.values())
+
+    @cached_property
+    def itemsize(self) -> int:
+        """Bytes per element of the base, which the slots take over."""
+        return self.base.dtype().itemsize
+
+    @cached_property
+    def matrices(self) -> dict[str, Matrix]:
+        """Module → every matrix of the base that an adapter could be on."""
+        found = {}
+        for name, tensor in self.base.tensors.items():
+            module = name.removesuffix(".weight")
+            if len(tensor.shape) == 2 and name != module:
+                found[module] = Matrix(*tensor.shape)
+            elif len(tensor.shape) == 3:
+                count, out, inn = tensor.shape
+                found[module] = Matrix(out, inn, count)
+        return found
 
     @cached_property
     def max_lora_rank(self) -> int:
@@ -207,27 +225,24 @@ def plan_fleet(found: Found, memory: int | None = None) -> Fleet:
                 problems[member.name] = str(error)
         if ranks:
             second = any(pool.base.path == members[0].base.path for pool in pools)
-            name = f"{base}-{task or 'other'}" if second else base
-            own = [member for member in members if member.name in ranks]
-            pools.append(_pool(name, task, own, ranks, memory, found.given is not None))
+            pool = Pool(
+                f"{base}-{task or 'other'}" if second else base,
+                members[0].base,
+                task,
+                ranks,
+                memory=memory,
+                any_base=found.given is not None,
+            )
+            pools.append(_described(pool, [found.members[name] for name in ranks]))
     if not pools:
         bases = found.bases if found.given is None else {found.given: found.bases[found.given]}
-        return Fleet([_alone(name, base, memory) for name, base in bases.items()], problems)
+        alone = [Pool(n, b, task_of(b.config), {}, memory=memory) for n, b in bases.items()]
+        return Fleet(alone, problems)
     served = {pool.base.path for pool in pools}
-    for name, base in found.bases.items():
-        if base.path not in served:
+    for name, other in found.bases.items():
+        if other.path not in served:
             problems.setdefault(name, "no adapter of this base is served: `base` chooses it")
     return Fleet(pools, problems)
-
-
-def _alone(name: str, base: BaseModel, memory: int | None) -> Pool:
-    """A base, or a merged model, without adapters."""
-    task = task_of(base.config)
-    return Pool(name, base, task, {}, _matrices(base), *_size(base), memory=memory)
-
-
-def _size(base: BaseModel) -> tuple[int, int]:
-    return base.dtype().itemsize, sum(nbytes(tensor) for tensor in base.tensors.values())
 
 
 def ranks_of(member: Member) -> dict[str, int]:
@@ -243,44 +258,15 @@ def ranks_of(member: Member) -> dict[str, int]:
     }
 
 
-def _pool(
-    name: str,
-    task: str | None,
-    members: Sequence[Member],
-    ranks: Mapping[str, Mapping[str, int]],
-    memory: int | None,
-    any_base: bool,
-) -> Pool:
-    base = members[0].base
+def _described(pool: Pool, members: Sequence[Member]) -> Pool:
+    """The pool with what its members tell."""
     start = [max(m.run.start_rank.values()) for m in members if m.run.start_rank]
-    labels = [m.run.num_labels for m in members if m.run.num_labels]
-    largest = {name: max(own.values(), default=0) for name, own in ranks.items()}
-    return Pool(
-        name,
-        base,
-        task,
-        ranks,
-        _matrices(base),
-        *_size(base),
-        start_rank=max([*start, *largest.values(), 1]),
-        memory=memory,
-        any_base=any_base,
-        labels=max(labels, default=None),
-        forced=_forced(members, largest),
+    return replace(
+        pool,
+        start_rank=max([*start, *pool.largest.values(), 1]),
+        labels=max((m.run.num_labels for m in members if m.run.num_labels), default=None),
+        forced=_forced(members, pool.largest),
     )
-
-
-def _matrices(base: BaseModel) -> dict[str, Matrix]:
-    """Module → shape of every matrix of the base that an adapter could be on."""
-    found = {}
-    for name, tensor in base.tensors.items():
-        module = name.removesuffix(".weight")
-        if len(tensor.shape) == 2 and name != module:
-            found[module] = Matrix(tensor.shape[0], tensor.shape[1])
-        elif len(tensor.shape) == 3:
-            count, out, inn = tensor.shape
-            found[module] = Matrix(out, inn, count)
-    return found
 
 
 def _forced(members: Sequence[Member], largest: Mapping[str, int]) -> list[Forced]:

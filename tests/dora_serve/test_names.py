@@ -328,10 +328,10 @@ def test_a_run_that_names_another_base_is_not_paired_in_silence(
         assert f"the run names {named}" in given.warnings["run"]
         with pytest.raises(DoraExportError, match="not known"):
             read_member("run", run, [open_base(root / "llama")])
-    for named in ("org/llama", "/elsewhere/llama", "llama", None):
-        names_its_base(run, named)
+    for silent in ("org/llama", "/elsewhere/llama", "llama", None):
+        names_its_base(run, silent)
         found = discover(root)
-        assert found.members["run"].base is found.bases["llama"], named
+        assert found.members["run"].base is found.bases["llama"], silent
         assert not found.warnings
     # A folder that is there settles it: a namesake of other weights is not what was named.
     (tmp_path / "llama").symlink_to(llama_base)
