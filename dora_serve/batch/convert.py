@@ -34,21 +34,23 @@ def convert(job: Job) -> Record | None:
         before = {path: state_at(path) for path in Path(job.run).rglob("*")}
         run = read_run(job.run, ReadOptions(base=job.base))
         warnings = run.warnings
+        known: BaseModel | None
         if job.to == "merged":
-            base = find_base(run, job.base)
-            key = content_key(run, base, to=job.to, base_files=_files(base))
+            known = find_base(run, job.base)
+            key = content_key(run, known, to=job.to, base_files=_files(known))
             if _is_done(job, key):
                 return None
-            warnings = write_merged(run, base, job.output, force=True).warnings
+            warnings = write_merged(run, known, job.output, force=True).warnings
         else:
             known = None if job.base is None else open_base(job.base)
-            paired = other_name(run, known) if known is not None else None
             named = None if known is None else known.name  # the adapter's configuration has it
             key = content_key(run, known, to=job.to, target=job.target, named=named)
             if _is_done(job, key):
                 return None
             result = write_adapter(run, job.output, base=known, profile=job.target, force=True)
-            warnings = (*result.warnings, *([paired] if paired else []))
+            warnings = result.warnings
+        if job.base is not None and known is not None and (other := other_name(run, known)):
+            warnings = (*warnings, other)
         for path in run.files:
             if path in before and state_at(path) != before[path]:
                 raise RunError(
