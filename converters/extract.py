@@ -15,7 +15,9 @@ from .errors import BaseError, TargetError
 from .files.tensors import LazyTensor, is_copy_of, load_finite
 from .model.architecture import empty_model
 from .model.base import HEAD, BaseModel
-from .run import HEADS, LazyUpdates, Run
+from .model.tasks import TASKS, architecture_of, task_of
+from .model.tying import aliases
+from .run import LazyUpdates, Run
 from .updates.replaced import Replacement
 from .updates.update import Update
 
@@ -43,17 +45,17 @@ def difference(tuned: BaseModel, base: BaseModel) -> Run:
     num_labels = count if task in ("sequence-classification", "token-classification") else None
     model = empty_model(architecture, tuned.config, num_labels)
     linear = _linear_layers(model, task)
-    aliases = getattr(model, "all_tied_weights_keys", None) or {}
+    one = aliases(model)
 
     updates: dict[str, Callable[[], Update]] = {}
     whole: dict[str, LazyTensor] = {}
     unread = dict(tuned.tensors)
     for name in model.state_dict():
-        tensor, tied = _stored(tuned, name, aliases)
+        tensor, tied = _stored(tuned, name, one)
         if tensor is None:
             continue
         unread.pop(tensor.name, None)
-        before, _ = _stored(base, name, aliases)
+        before, _ = _stored(base, name, one)
         if before is not None and is_copy_of(tensor, before):
             continue
         module = name.removesuffix(".weight")
@@ -77,26 +79,19 @@ def difference(tuned: BaseModel, base: BaseModel) -> Run:
 
 def _architecture(tuned: BaseModel, base: BaseModel) -> tuple[str, str | None]:
     """The class of the tuned model and its task; None where it is the base's own class."""
-    names = []
-    for model in (tuned, base):
-        known = model.config.get("architectures")
-        names.append(str(known[0]) if isinstance(known, list) and known else "")
-    if names[0].endswith("LMHeadModel"):
-        return names[0], "causal-lm"
-    task = next((t for t, (suffix, _) in HEADS.items() if names[0].endswith(suffix)), None)
-    if not names[0] or (task is None and names[0] != names[1]):
+    name, own = architecture_of(tuned.config), architecture_of(base.config)
+    task = task_of(tuned.config)
+    if not name or (task is None and name != own):
         raise TargetError(
             "no adapter can name the class of the tuned model",
             file=tuned.path / "config.json",
-            found=names[0] or "no architectures",
-            expected=f"{names[1]}, or a class for " + ", ".join(HEADS),
+            found=name or "no architectures",
+            expected=f"{own}, or a class for " + ", ".join(TASKS),
         )
-    return names[0], task
+    return name, task
 
 
-def _stored(
-    model: BaseModel, name: str, aliases: Mapping[str, str]
-) -> tuple[LazyTensor | None, bool]:
+def _stored(model: BaseModel, name: str, one: Mapping[str, str]) -> tuple[LazyTensor | None, bool]:
     """The tensor that is loaded as `name`, and whether it is another one's that `name` is tied to.
 
     None where the file has neither.
@@ -104,7 +99,7 @@ def _stored(
     own = model.find(name)
     if own is not None:
         return model.tensors[own], False
-    source = model.find(aliases.get(name, "")) or (model.embedding if name == HEAD else None)
+    source = model.find(one.get(name, "")) or (model.embedding if name == HEAD else None)
     return (None if source is None else model.tensors[source]), True
 
 

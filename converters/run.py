@@ -12,16 +12,6 @@ from .files.tensors import LazyTensors
 from .updates.memo import Memo
 from .updates.update import Update
 
-# transformers' head class suffix and PEFT's task type of each task a run can be for.
-HEADS = {
-    "causal-lm": ("ForCausalLM", "CAUSAL_LM"),
-    "sequence-classification": ("ForSequenceClassification", "SEQ_CLS"),
-    "question-answering": ("ForQuestionAnswering", "QUESTION_ANS"),
-    "seq2seq-lm": ("ForConditionalGeneration", "SEQ_2_SEQ_LM"),
-    "token-classification": ("ForTokenClassification", "TOKEN_CLS"),
-    "feature-extraction": ("Model", "FEATURE_EXTRACTION"),
-}
-
 
 class LazyUpdates(Mapping[str, Update]):
     """Module name → update, read when it is asked for.

@@ -45,7 +45,7 @@ def walk(words: list[str]) -> tuple[set[str], Counter[str], int]:
         result = CliRunner().invoke(dora_export, words)
     finally:
         sys.setprofile(None)
-        threading.setprofile(None)  # type: ignore[arg-type]
+        threading.setprofile(None)
     return files, reads, result.exit_code
 
 

@@ -7,7 +7,9 @@ from collections.abc import Mapping
 from typing import Any
 
 from ..errors import BaseError, TargetError
+from .tasks import architecture_of
 
+_HEAD = re.compile(r"(For[A-Z]\w*|LMHeadModel|(?<=Marian)MTModel|Model|PreTrainedModel)$")
 # What transformers makes a module, or a name, of each of.
 _MOST = {r"n_layers?|\w+_layers|\w*experts": 2_000, "num_labels": 1_000_000}
 
@@ -16,14 +18,13 @@ def class_for(config: Mapping[str, object], suffix: str) -> str:
     """The family's class with the head `suffix`, for example `RobertaForSequenceClassification`."""
     import transformers
 
-    known = config.get("architectures")
-    current = str(known[0]) if isinstance(known, list) and known else ""
-    family = re.sub(r"(For[A-Z]\w*|LMHeadModel|Model|PreTrainedModel)$", "", current)
+    current = architecture_of(config)
+    family = _HEAD.sub("", current)
     name = family + suffix
     if not family or not hasattr(transformers, name):
         raise TargetError(
             "the base's family has no class for this task",
-            found=f"architectures: {known}, model_type: {config.get('model_type')}",
+            found=f"architectures: {current or None}, model_type: {config.get('model_type')}",
             expected=f"a transformers class …{suffix}",
             remedy="set architectures in the base's config.json",
         )
@@ -67,20 +68,3 @@ def _check_counts(config: Mapping[str, object]) -> None:
         for counts, most in _MOST.items():
             if isinstance(value, int) and value > most and re.fullmatch(counts, key):
                 raise ValueError(f"{key} is {value}, over {most}")
-
-
-def tensor_names(
-    architecture: str, config: Mapping[str, object], num_labels: int | None
-) -> list[str]:
-    """The tensor names of the class, tied aliases and non-persistent buffers left out."""
-    model = empty_model(architecture, config, num_labels)
-    return [name for name in model.state_dict() if name not in _tied(model)]
-
-
-def ties(architecture: str, config: Mapping[str, object]) -> bool:
-    """Whether the class has tensors that are others under a second name."""
-    return bool(_tied(empty_model(architecture, config)))
-
-
-def _tied(model: Any) -> Mapping[str, str]:
-    return getattr(model, "all_tied_weights_keys", None) or {}

@@ -56,7 +56,11 @@ class BaseModel:
         return sorted({name.split(".", 1)[0] + "." for name in self.tensors})
 
     def find(self, name: str) -> str | None:
-        """The base's own name of tensor `name`, with or without a model prefix; None if absent."""
+        """The base's own name of tensor `name`, with or without a model prefix; None if absent.
+
+        Lenient: it finds what is probably meant, and never validates that a class has a tensor of
+        that name. `Layout.find` tells names in memory.
+        """
         if name in self.tensors:
             return name
         shorter = [name[len(p) :] for p in _WRAPPER_PREFIXES if name.startswith(p)]

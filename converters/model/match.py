@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 
 from ..errors import BaseError, TargetError
 from ..files.tensors import LazyTensor, LazyTensors, is_copy_of, same_values
-from ..run import HEADS, Run
+from ..run import Run
+from .architecture import class_for
 from .base import HEAD, BaseModel
+from .tasks import architecture_of, task_of, usual_ending
+from .tying import new_embedding, tensor_names
 
 
 def stored_name(module: str, base: BaseModel) -> str:
@@ -98,29 +101,11 @@ def changed(
 def target_architecture(run: Run, base: BaseModel) -> tuple[str | None, list[str] | None]:
     """The class the run is for, and its tensor names where they are not the base's own."""
     current = architecture_of(base.config) or None
-    if run.task is None:
+    if run.task is None or run.task == task_of(base.config):
         return current, None
-    suffix = HEADS[run.task][0]
-    suffixes = [suffix]
-    if run.task == "causal-lm":  # so PEFT calls every model that writes text, images seen or not
-        suffixes += ["LMHeadModel", "ForConditionalGeneration"]
-    if run.task == "seq2seq-lm":
-        suffixes += ["MTModel"]  # Marian
-    if current is not None and current.endswith(tuple(suffixes)):
+    architecture = class_for(base.config, usual_ending(run.task))
+    if architecture == current:
         return current, None
-    from .architecture import class_for, tensor_names
-
-    architecture = class_for(base.config, suffix)
     if run.embedded_base is not None:
         return architecture, list(run.embedded_base)
     return architecture, tensor_names(architecture, base.config, run.num_labels)
-
-
-def new_embedding(base: BaseModel, replaced: LazyTensors) -> LazyTensor | None:
-    known = base.embedding
-    return next((t for name, t in replaced.items() if known and base.find(name) == known), None)
-
-
-def architecture_of(config: Mapping[str, object]) -> str:
-    known = config.get("architectures")
-    return str(known[0]) if isinstance(known, list) and known else ""

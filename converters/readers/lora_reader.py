@@ -19,7 +19,8 @@ from typing import NamedTuple
 
 from ..errors import RunError
 from ..files.tensors import LazyTensors
-from ..run import HEADS, LazyUpdates, Run
+from ..model.tasks import task_of
+from ..run import LazyUpdates, Run
 from ..updates.update import Update
 from . import is_number
 from .module import AdaptedModule, Modules
@@ -142,7 +143,7 @@ class CheckpointFiles(LoraFiles):
             if name not in own and tensor.dtype.is_floating_point and not _BUFFER.fullmatch(name)
         }
         frozen = {f"{module}.weight" for module in modules}
-        task = _task(self.config)
+        task = task_of(self.config)
         heads = [tensor.shape[0] for name, tensor in rest.items() if _HEAD.fullmatch(name)]
         base = self.config.get("_name_or_path")
         return Run(
@@ -156,12 +157,3 @@ class CheckpointFiles(LoraFiles):
             num_labels=heads[-1] if heads and task == "sequence-classification" else None,
             files=(*self._checkpoint.shards, self.config_path),
         )
-
-
-def _task(config: Mapping[str, object]) -> str | None:
-    """The task by the class that saved the checkpoint."""
-    known = config.get("architectures")
-    name = str(known[0]) if isinstance(known, list) and known else ""
-    if name.endswith("LMHeadModel"):
-        return "causal-lm"
-    return next((task for task, (suffix, _) in HEADS.items() if name.endswith(suffix)), None)

@@ -10,7 +10,7 @@ from typing import TypedDict
 from ..errors import BaseError, RunError
 from ..files.tensors import LazyTensors
 from ..model.base import CONV1D_FAMILIES, CONV1D_LAYERS, BaseModel, open_base
-from ..run import HEADS
+from ..model.tasks import task_of_peft
 from . import ReadOptions, is_number
 from .dora import HEAD_WEIGHTS
 from .patterns import PatternError, Patterns
@@ -26,8 +26,7 @@ class Origin(TypedDict):
 
 def origin(config: Mapping[str, object], replaced: LazyTensors) -> Origin:
     """Base model and task as the configuration names them."""
-    task_type = config.get("task_type")
-    task = next((task for task, (_, peft) in HEADS.items() if peft == task_type), None)
+    task = task_of_peft(config.get("task_type"))
     base = config.get("base_model_name_or_path")
     return {
         "base": str(base) if base else None,

@@ -18,6 +18,7 @@ import torch
 from ..errors import BaseError, TargetError
 from ..fit import FitReport
 from ..model.base import HEAD, BaseModel
+from ..model.tying import tied
 from ..run import Run
 from ..updates.rank_one import RankOneSum, stored_error
 from .engines import Profile
@@ -200,11 +201,8 @@ def _count(base: BaseModel, *names: str) -> int:
 
 def _check_tied(run: Run, base: BaseModel, names: dict[str, str]) -> None:
     """llama.cpp has one tensor for a tied pair and applies what is said of it to both sides."""
-    tied = base.find(HEAD) is None or bool(base.config.get("tie_word_embeddings"))
-    if not tied:
-        return
     for module, name in names.items():
-        if name in ("output.weight", "token_embd.weight"):
+        if name in ("output.weight", "token_embd.weight") and HEAD in tied(base.config):
             raise TargetError(
                 "llama.cpp cannot adapt the embedding or the head alone where they are tied",
                 file=run.path,

@@ -16,6 +16,7 @@ from converters.targets.lora_folder.adapter import write_adapter
 from converters.targets.merged.folder import write_merged
 from dora_serve.api import find_base
 from dora_serve.folder.cache import content_key
+from dora_serve.folder.pairing import other_name
 from dora_serve.proof.check import check
 
 from .job import Job, Record
@@ -33,12 +34,13 @@ def convert(job: Job) -> Record | None:
         before = {path: state_at(path) for path in Path(job.run).rglob("*")}
         run = read_run(job.run, ReadOptions(base=job.base))
         warnings = run.warnings
+        known: BaseModel | None
         if job.to == "merged":
-            base = find_base(run, job.base)
-            key = content_key(run, base, to=job.to, base_files=_files(base))
+            known = find_base(run, job.base)
+            key = content_key(run, known, to=job.to, base_files=_files(known))
             if _is_done(job, key):
                 return None
-            warnings = write_merged(run, base, job.output, force=True).warnings
+            warnings = write_merged(run, known, job.output, force=True).warnings
         else:
             known = None if job.base is None else open_base(job.base)
             named = None if known is None else known.name  # the adapter's configuration has it
@@ -47,6 +49,8 @@ def convert(job: Job) -> Record | None:
                 return None
             result = write_adapter(run, job.output, base=known, profile=job.target, force=True)
             warnings = result.warnings
+        if job.base is not None and known is not None and (other := other_name(run, known)):
+            warnings = (*warnings, other)
         for path in run.files:
             if path in before and state_at(path) != before[path]:
                 raise RunError(

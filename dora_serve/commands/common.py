@@ -6,7 +6,7 @@ import functools
 import json
 import re
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -253,6 +253,14 @@ def reports_errors(function: F) -> F:
 def warn(warnings: tuple[str, ...]) -> None:
     for warning in warnings:
         click.secho(f"warning: {in_flags(warning)}", fg="yellow", err=True)
+
+
+def left_out(problems: Mapping[str, str], warnings: Mapping[str, str]) -> None:
+    """Say what of a folder is not served and why, and what to know of the rest."""
+    for name, problem in problems.items():
+        first = in_flags(problem).splitlines()[0]
+        click.secho(f"left out: {name}: {first}", fg="yellow", err=True)
+    warn(tuple(f"{name}: {text}" for name, text in warnings.items()))
 
 
 def print_json(value: object) -> None:

@@ -11,12 +11,9 @@ import click
 from . import common
 
 if TYPE_CHECKING:
-    from converters.model.base import BaseModel
     from dora_serve.deploy import Cluster
     from dora_serve.folder.inventory import Found
     from dora_serve.vllm.fleet import Pool
-
-_CLASSIFIES = "sequence-classification"
 
 
 @click.command("deploy")
@@ -119,12 +116,11 @@ def command(
 def _embedded(cluster: Cluster, base: str | None) -> str | None:
     """The base as the servers see it; raises `DoraExportError` when there is nothing to serve."""
     from converters.errors import MissingError
-    from dora_serve.server.prepare.child import make_plan
+    from dora_serve.server.prepare.child import make_offer
 
-    plan = make_plan(cluster.root.resolve(), base, True)
-    for name, problem in plan.problems.items():
-        _left_out(name, problem)
-    if not plan.models:
+    offer = make_offer(cluster.root.resolve(), base, True)
+    common.left_out(offer.problems, offer.warnings)
+    if not offer.models:
         raise MissingError("nothing here can be served", file=cluster.root)
     return cluster.there(Path(base)) if base is not None and Path(base).exists() else base
 
@@ -135,34 +131,24 @@ def _pools(
     """What vLLM serves, by the name that clients call each base."""
     from converters.errors import RunError
     from dora_serve.folder.inventory import discover
-    from dora_serve.vllm.fleet import alone, plan_fleet
+    from dora_serve.vllm.fleet import CLASSIFIES, plan_fleet
 
     found = discover(folder, base)
     fleet = plan_fleet(found, memory)
-    for name, problem in fleet.problems.items():
-        _left_out(name, problem)
-    named: list[tuple[str, Pool]] = []
-    pools = fleet.pools or [alone(model) for model in found.bases.values()]
-    for pool in sorted(pools, key=lambda pool: pool.task == _CLASSIFIES):  # a decoder's name first
-        own = (name for name, model in found.bases.items() if model.path == pool.base.path)
-        name = next(own, _name(pool.base))
-        if target == "ray" and pool.task == _CLASSIFIES:
-            for member in pool.ranks:
-                _left_out(member, "Ray Serve LLM has no /classify; --engine onnxruntime has")
-            continue
-        if any(name == other for other, _ in named):  # the base is there for another task
-            name = f"{name}-{pool.task or 'other'}"
-        named.append((name, pool))
-    if not named:
+    common.left_out(fleet.problems, found.warnings)
+    pools = [p for p in fleet.pools if target != "ray" or p.task != CLASSIFIES]
+    refused = {
+        name: "Ray Serve LLM has no /classify; --engine onnxruntime has"
+        for pool in fleet.pools
+        if pool not in pools
+        for name in pool.ranks or [pool.name]
+    }
+    common.left_out(refused, {})
+    if not pools:
         raise RunError(
             "nothing here can be served by vLLM", file=folder, remedy="see dora-serve plan"
         )
-    return found, named
-
-
-def _name(base: BaseModel) -> str:
-    """Of a base that is not in the folder: its hub id, or its folder's name."""
-    return base.path.resolve().name if Path(base.name) == base.path else base.name
+    return found, [(pool.name, pool) for pool in pools]
 
 
 def _adapters(found: Found, pools: list[tuple[str, Pool]]) -> dict[str, Path]:
@@ -175,7 +161,3 @@ def _adapters(found: Found, pools: list[tuple[str, Pool]]) -> dict[str, Path]:
         for base, pool in pools
         for name in pool.ranks
     }
-
-
-def _left_out(name: str, problem: str) -> None:
-    click.secho(f"left out: {name}: {problem.splitlines()[0]}", fg="yellow", err=True)

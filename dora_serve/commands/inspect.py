@@ -106,6 +106,7 @@ def _describe(run: Run, base: Any) -> dict[str, Any]:
 
     from converters.errors import TargetError
     from converters.model.match import changed
+    from converters.model.tasks import task_of
     from converters.targets.engines import PROFILES
     from converters.targets.lora_folder.adapter import plan_adapter
 
@@ -129,7 +130,7 @@ def _describe(run: Run, base: Any) -> dict[str, Any]:
         "path": str(run.path),
         "method": run.method,
         "finished": run.finished,
-        "task": run.task,
+        "task": run.task or (None if base is None else task_of(base.config)),
         "num_labels": run.num_labels,
         "base": run.base,
         "components": {"start": sum(run.start_rank.values()), "kept": sum(values)},

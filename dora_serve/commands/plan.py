@@ -42,21 +42,24 @@ def command(
     commands = []
     for pool in fleet.pools:
         paths = {name: vllm_adapter_path(found.members[name]) for name in pool.ranks}
-        commands.append(serve_options(pool, paths, pool.base.path.name))
+        commands.append(serve_options(pool, paths))
     if yaml_path is not None:
         if len(commands) != 1:
             raise click.UsageError(f"--yaml takes one base, and there are {len(commands)}")
         yaml_path.write_text(yaml_file(commands[0]), encoding="utf-8")
-    if png is not None and fleet.pools:
+    if png is not None and any(pool.ranks for pool in fleet.pools):
         save_png(fleet, png)
     if as_json:
         lines = [command_line(options) for options in commands]
-        common.print_json({**view(fleet), "commands": lines})
+        told = {**view(fleet), "warnings": found.warnings, "commands": lines}
+        common.print_json(told)
         return
+    common.left_out({}, found.warnings)
     for line in table(fleet):
         click.echo(line)
     for options in commands:
         click.echo()
         click.echo(shell(command_line(options)))
     if commands:
-        click.echo(f"\n`dora-serve up {folder} --engine vllm` converts and runs this.")
+        given = f" --base {base}" if base else ""
+        click.echo(f"\n`dora-serve up {folder}{given} --engine vllm` converts and runs this.")

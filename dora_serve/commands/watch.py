@@ -47,15 +47,16 @@ def command(
     told: set[str] = set()
     last: set[str] = set()
     while True:
-        wanted, problems = desired(folder, base)
+        wanted = desired(folder, base)
         # A run that is half written, or away between two renames, is still wanted.
-        kept = last | problems.keys()
-        last = set(wanted)
-        lines = [f"left out: {name}: {text.splitlines()[0]}" for name, text in problems.items()]
+        kept = last | wanted.problems.keys()
+        last = set(wanted.adapters)
+        lines = [f"left out: {n}: {text.splitlines()[0]}" for n, text in wanted.problems.items()]
+        lines += [f"warning: {name}: {text}" for name, text in wanted.warnings.items()]
         failed = False
         for server in servers:
             try:
-                for change in reconcile(server, wanted, links(folder), kept):
+                for change in reconcile(server, wanted.adapters, links(folder), kept):
                     failed |= change.done == "failed"
                     line = f"{change.server} {change.done} {change.name} {change.error}".strip()
                     if change.done == "failed":

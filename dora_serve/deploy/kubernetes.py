@@ -13,7 +13,7 @@ from pathlib import Path
 
 from ..vllm.command import command_line, serve_options
 from ..vllm.fleet import Pool
-from ..vllm.plugin import RUNS
+from ..vllm.plugin import live_environment
 from . import PORT, Cluster
 
 TAKEN = ("/", "/cache", "/dev/shm")  # the folder cannot be there
@@ -27,13 +27,13 @@ def vllm_servers(cluster: Cluster, pools: Sequence[tuple[str, Pool]], image: str
     servers = []
     labels = _names([name for name, _ in pools])
     for name, pool in pools:
-        options = serve_options(pool, dict.fromkeys(pool.ranks, pool.base.path), name)
+        options = serve_options(pool, dict.fromkeys(pool.ranks, pool.base.path))
         options.pop("lora-modules", None)
         options["model"] = cluster.there(pool.base.path)
         words = command_line(options, more=_LISTEN)
         environment = {"DO_NOT_TRACK": "1", "HF_HUB_OFFLINE": "1"}  # everything is in the folder
         if pool.ranks:
-            environment |= {RUNS: str(cluster.at), "VLLM_ALLOW_RUNTIME_LORA_UPDATING": "1"}
+            environment |= live_environment(pool, str(cluster.at))
         servers.append(_server(labels[name], words, environment))
     return _manifests(cluster, image, servers, engine="vllm")
 

@@ -53,15 +53,15 @@ def _app(wanted: Arguments) -> FastAPI:
 
     from dora_serve.server.app import make_app
     from dora_serve.server.options import ServerOptions
-    from dora_serve.server.prepare.child import make_plan
+    from dora_serve.server.prepare.child import make_offer
     from dora_serve.server.registry import Registry
     from dora_serve.server.routes.adapters import router
     from dora_serve.server.state import State
 
     root = Path(wanted.folder).resolve()
     options = ServerOptions(threads=wanted.threads)
-    plan = make_plan(root, wanted.base, False)
-    state = State(root, Registry(plan, options), options)
+    offer = make_offer(root, wanted.base, False)
+    state = State(root, Registry(offer, options), options)
     app = make_app(state, "0.0.0.0", os.environ.get("DORA_SERVE_API_KEY"))
     for route in router.routes:
         own = Route(getattr(route, "path", ""), _refuse, methods=["POST"])

@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from contextlib import suppress
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from converters.errors import BaseError, DoraExportError, MissingError, RunError
+from converters.errors import DoraExportError, MissingError, RunError
 from converters.files.handles import State, reading, state_at
 from converters.files.onnx_files import is_onnx_folder
-from converters.model.base import BaseModel, fingerprint, open_base
+from converters.model.base import BaseModel, open_base
 from converters.readers import Reader, ReadOptions, is_run, read_run, readers
 from converters.run import Run
+
+from .names import name_elsewhere, names_below, own_name
+from .pairing import base_of, check_fits, is_named, other_name
 
 _WEIGHTS = ("*.safetensors", "pytorch_model*.bin", "*.safetensors.index.json")
 
@@ -34,19 +38,30 @@ class Member:
 
 @dataclass(frozen=True)
 class Found:
-    """What lies in a folder, each by its name. `problems`: why the rest cannot be served.
-
-    A name is the folder's own where it is the only one so called, else its path below the root.
+    """What lies in a folder, each by its name (see `names`). `problems`: why the rest cannot be
+    served. `bases` has those too that lie elsewhere: of members, and the one `given`, by its name.
     """
 
     bases: Mapping[str, BaseModel] = field(default_factory=dict)
     members: Mapping[str, Member] = field(default_factory=dict)
     onnx: Mapping[str, Path] = field(default_factory=dict)
     problems: Mapping[str, str] = field(default_factory=dict)
+    given: str | None = None
+
+    @property
+    def warnings(self) -> dict[str, str]:
+        """What to know of members that can be served."""
+        return {
+            name: "; ".join(m.run.warnings) for name, m in self.members.items() if m.run.warnings
+        }
 
     def of(self, base: BaseModel) -> list[Member]:
         """The members that belong to `base`."""
         return [member for member in self.members.values() if member.base.path == base.path]
+
+    def name_of(self, base: BaseModel) -> str:
+        """What `base` is called, which is one of `bases`."""
+        return next(name for name, known in self.bases.items() if known.path == base.path)
 
 
 def discover(root: Path, base: str | Path | None = None) -> Found:
@@ -57,32 +72,42 @@ def discover(root: Path, base: str | Path | None = None) -> Found:
     """
     if not root.is_dir():
         raise MissingError("no such folder", file=root, remedy="give the folder to serve")
-    paths = list(_walk(root, readers()))
-    names = _names(root, [path for path, _ in paths])
+    paths = dict(_walk(root, readers()))
+    names = names_below(root, list(paths))
     problems: dict[str, str] = {}
-    bases = {}
-    for path, kind in paths:
-        if kind == "model":
-            try:
-                bases[names[path]] = open_base(path)
-            except DoraExportError as error:
-                problems[names[path]] = str(error)
-    given = None if base is None else open_base(base)
+    bases: dict[str, BaseModel] = {}
+    for path in (path for path, kind in paths.items() if kind == "model"):
+        try:
+            bases[names[path]] = open_base(path)
+        except DoraExportError as error:
+            problems[names[path]] = str(error)
+    taken = {*names.values(), *map(own_name, names)}
+
+    def known(one: BaseModel) -> BaseModel:
+        """The same base as it is in `bases`, where it is put if need be."""
+        place = one.path.resolve()
+        own = next((each for each in bases.values() if each.path.resolve() == place), None)
+        return own or bases.setdefault(name_elsewhere(place, {*taken, *bases}), one)
+
+    here = list(bases.values())
+    given = None if base is None else known(open_base(base))
     members = {}
-    for path, kind in paths:
-        if kind == "run":
-            try:
-                members[names[path]] = read_member(names[path], path, list(bases.values()), given)
-            except DoraExportError as error:
-                problems[names[path]] = str(error)
-    onnx = {names[path]: path for path, kind in paths if kind == "onnx"}
-    return Found(bases, members, onnx, problems)
+    for path in (path for path, kind in paths.items() if kind == "run"):
+        try:
+            member = read_member(names[path], path, here, given)
+            members[member.name] = replace(member, base=known(member.base))
+        except DoraExportError as error:
+            problems[names[path]] = str(error)
+    onnx = {names[path]: path for path, kind in paths.items() if kind == "onnx"}
+    found = Found(bases, members, onnx, problems)
+    return found if given is None else replace(found, given=found.name_of(given))
 
 
 def read_member(
     name: str, path: Path, bases: Sequence[BaseModel], given: BaseModel | None = None
 ) -> Member:
-    """Read the run at `path`, which belongs to `given` or else to one of `bases`.
+    """Read the run at `path`, which belongs to `given` or else to one of `bases`. A run that names
+    another base than the one given has a warning.
 
     Raises `DoraExportError` when it cannot be read or its base is not known.
     """
@@ -91,14 +116,17 @@ def read_member(
     try:
         run = read_run(path, ReadOptions(base=None if given is None else given.path))
     except DoraExportError:
-        if given is not None or len(bases) != 1:
+        if given is not None:
             raise
-        # Some methods can only be read beside their base.
-        given = bases[0]
-        run = read_run(path, ReadOptions(base=given.path))
+        beside = _read_beside(path, bases)
+        if beside is None:
+            raise
+        run = beside
     base = given or base_of(run, bases)
     if given is not None or run.embedded_base is None:
         check_fits(run, base)
+    if given is not None and (warning := other_name(run, given)):
+        run = replace(run, warnings=(*run.warnings, warning))
     # Files above the folder are only known now.
     state = {
         file: before.get(file) if file.is_relative_to(path) else state_at(file)
@@ -107,70 +135,34 @@ def read_member(
     return Member(name, path, run, base, state)
 
 
+def _read_beside(path: Path, bases: Sequence[BaseModel]) -> Run | None:
+    """A run of a method that can only be read beside its base: the one it names, or the only one
+    that is here. None where it cannot be read so."""
+    for base in bases:
+        with suppress(DoraExportError):
+            run = read_run(path, ReadOptions(base=base.path))
+            if len(bases) == 1 or (run.base is not None and is_named(run.base, base)):
+                return run
+    return None
+
+
 def find_run(root: Path, name: str) -> Path | None:
-    """The folder of the run below `root` that is called `name`: by its path, or by its own name
-    where no other has it. None when there is none; nothing outside of `root` is found."""
+    """The folder of the run below `root` that is called `name`, or whose path below `root` it is.
+    None when there is none; nothing outside of `root` is found."""
     top = root.resolve()
     known = readers()
     try:
         path = (top / name).resolve()
         if path != top and path.is_relative_to(top) and path.is_dir():
             below = [p.name for p in path.iterdir()]
-            return path if _kind(path, below, known) == "run" else None
+            if _kind(path, below, known) == "run":
+                return path
     except (OSError, ValueError):  # no name of a file, or gone
         return None
-    folders = [path for path, kind in _walk(top, known) if kind == "run"]
-    names = {own: path for path, own in _names(top, folders).items()}
-    return names.get(name)
-
-
-def base_of(run: Run, bases: Sequence[BaseModel]) -> BaseModel:
-    """The one of `bases` that `run` was trained on: the one whose weights its checkpoint carries,
-    the one it names, or the only one whose matrices have the shapes of its updates.
-
-    Raises `BaseError` when that is none or several.
-    """
-    fitting = [base for base in bases if fits(run, base)]
-    if run.base is not None:
-        wanted = Path(run.base).name
-        named = [base for base in fitting if wanted in (base.path.name, Path(base.name).name)]
-        if len(named) == 1:
-            return named[0]
-        if not Path(run.base).exists() and not Path(run.base).is_absolute() and not fitting:
-            return open_base(run.base)
-    if len(fitting) == 1:
-        return fitting[0]
-    raise BaseError(
-        "the run's base is not known",
-        file=run.path,
-        found=f"{len(fitting)} bases that fit: {', '.join(base.name for base in fitting)}"
-        if fitting
-        else f"no base that fits among {len(bases)}"
-        + ("" if run.base is None else f"; the run names {run.base}"),
-        remedy="put the base into the folder, or pass --base",
-    )
-
-
-def fits(run: Run, base: BaseModel) -> bool:
-    """Whether `base` has every matrix that `run` updates, in its shape, and the frozen weights that
-    a checkpoint carries."""
-    if run.embedded_base is not None:
-        for module in run.updates:
-            own, weight = run.embedded_base.get(f"{module}.weight"), base.weight(module)
-            if own is None or weight is None or fingerprint(own) != fingerprint(weight):
-                return False
-        return True
-    try:
-        check_fits(run, base)
-    except BaseError:
-        return False
-    return True
-
-
-def check_fits(run: Run, base: BaseModel) -> None:
-    """Raise `BaseError` when a matrix that `run` updates is not in `base`, or of another shape."""
-    for module, shape in run.shapes.items():
-        base.is_transposed(module, shape, module in run.embeddings)
+    paths = dict(_walk(top, known))
+    named = {own: path for path, own in names_below(top, list(paths)).items()}
+    found = named.get(name)
+    return found if found is not None and paths[found] == "run" else None
 
 
 def _walk(root: Path, known: Sequence[Reader]) -> Iterator[tuple[Path, str]]:
@@ -203,12 +195,3 @@ def _kind(path: Path, files: Sequence[str], known: Sequence[Reader]) -> str | No
     except OSError:  # gone since its folder was listed
         return None
     return None
-
-
-def _names(root: Path, paths: Sequence[Path]) -> dict[Path, str]:
-    """The name of every folder; `root` itself goes by its own name."""
-    own = [path.resolve().name for path in paths]
-    return {
-        path: name if own.count(name) == 1 else path.relative_to(root).as_posix()
-        for path, name in zip(paths, own, strict=True)
-    }

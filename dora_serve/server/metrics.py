@@ -11,7 +11,7 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metri
 from dora_serve.onnxruntime.continuous import ContinuousDecoder
 
 if TYPE_CHECKING:
-    from .prepare.plan import Model
+    from .prepare.offer import OfferedModel
     from .registry import Registry
 
 _SECONDS = (0.001, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120)
@@ -57,7 +57,7 @@ class Metrics:
     def _histogram(self, name: str, about: str, buckets: Sequence[float]) -> Histogram:
         return Histogram(name, about, ["model_name"], buckets=buckets, registry=self.registry)
 
-    def asked(self, model: Model, lengths: Sequence[int]) -> None:
+    def asked(self, model: OfferedModel, lengths: Sequence[int]) -> None:
         """A request to `model` with prompts of so many tokens was accepted."""
         self.prompt_tokens.labels(model.name).inc(sum(lengths))
         for length in lengths:
@@ -65,13 +65,13 @@ class Metrics:
         if model.adapter is not None:
             self.adapter_requests.labels(model.name).inc()
 
-    def grew(self, model: Model, tokens: int) -> None:
+    def grew(self, model: OfferedModel, tokens: int) -> None:
         """A completion of `model` grew by so many tokens."""
         self.generation_tokens.labels(model.name).inc(tokens)
         if model.adapter is not None:
             self.adapter_tokens.labels(model.name).inc(tokens)
 
-    def answered(self, model: Model, reason: str, seconds: float) -> None:
+    def answered(self, model: OfferedModel, reason: str, seconds: float) -> None:
         """A completion or batch of `model` ended, so long after its request."""
         self.success.labels(model.name, reason).inc()
         self.latency.labels(model.name).observe(seconds)

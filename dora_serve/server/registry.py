@@ -14,7 +14,7 @@ from dora_serve.onnxruntime.encoder_queue import EncoderQueue
 
 from .chat_template import ChatTemplate
 from .options import ServerOptions
-from .prepare.plan import DECODES, Graph, Model, Plan
+from .prepare.offer import DECODES, Graph, Offer, OfferedModel
 from .wire.errors import ApiError
 
 Engine = ContinuousDecoder | EncoderQueue
@@ -24,7 +24,7 @@ Engine = ContinuousDecoder | EncoderQueue
 class Served:
     """A model and the engine that runs it. `requests`: how many named it so far."""
 
-    model: Model
+    model: OfferedModel
     engine: Engine
     template: ChatTemplate
     created: int = field(default_factory=lambda: int(time.time()))
@@ -32,17 +32,17 @@ class Served:
 
 
 class Registry:
-    """Opens every graph of `plan`; adapters are loaded when a request names them."""
+    """Opens every graph of `offer`; adapters are loaded when a request names them."""
 
-    def __init__(self, plan: Plan, options: ServerOptions) -> None:
-        self.graphs = {graph.folder: graph for graph in plan.graphs}
-        self._engines = {graph.folder: _open(graph, options) for graph in plan.graphs}
+    def __init__(self, offer: Offer, options: ServerOptions) -> None:
+        self.graphs = {graph.folder: graph for graph in offer.graphs}
+        self._engines = {graph.folder: _open(graph, options) for graph in offer.graphs}
         self._templates = {folder: ChatTemplate(Path(folder)) for folder in self.graphs}
         self._models: dict[str, Served] = {}
-        for model in plan.models:
+        for model in offer.models:
             self.add(model)
 
-    def add(self, model: Model) -> None:
+    def add(self, model: OfferedModel) -> None:
         """Serve `model`, in place of an earlier one of that name."""
         folder = model.folder
         self._models[model.name] = Served(model, self._engines[folder], self._templates[folder])

@@ -13,7 +13,7 @@ from converters.errors import MissingError
 
 from ..wording import in_flags
 from .options import ServerOptions
-from .prepare.plan import DECODES, Plan
+from .prepare.offer import DECODES, Offer
 
 _PATHS = {
     DECODES: "/v1/completions",
@@ -45,29 +45,31 @@ def up(
 
     from .app import make_app
     from .guard import is_loopback
-    from .prepare.child import make_plan
+    from .prepare.child import make_offer
     from .registry import Registry
     from .state import State
 
     options = options or ServerOptions()
     root = root.resolve()
-    plan = make_plan(root, base, dry_run)
-    for name, problem in plan.problems.items():
+    offer = make_offer(root, base, dry_run)
+    for name, problem in offer.problems.items():
         print(in_flags(f"not served: {name}\n  {problem}").replace("\n", "\n  "), file=sys.stderr)
-    if not plan.models:
+    for name, warning in offer.warnings.items():
+        print(in_flags(f"warning: {name}: {warning}"), file=sys.stderr)
+    if not offer.models:
         raise MissingError(
             "nothing here can be served",
             file=root,
             remedy="put a base model into the folder, and runs or adapters beside it",
         )
     url = f"http://{f'[{host}]' if ':' in host else host}:{port}"
-    print(table(plan, url, api_key is not None), flush=True)
+    print(table(offer, url, api_key is not None), flush=True)
     if dry_run:
         return 0
     if api_key is None and not is_loopback(host):
         print("Whoever reaches this port may ask: --api-key sets a key.", file=sys.stderr)
     logging.basicConfig(format="%(message)s", stream=sys.stderr, level=logging.INFO)
-    state = State(root, Registry(plan, options), options)
+    state = State(root, Registry(offer, options), options)
     app = make_app(state, host, api_key)
     config = uvicorn.Config(
         app, host=host, port=port, log_config=None, access_log=False, server_header=False
@@ -79,15 +81,15 @@ def up(
     return 0 if server.started else 1
 
 
-def table(plan: Plan, url: str, key: bool) -> str:
+def table(offer: Offer, url: str, key: bool) -> str:
     """What is served where, for a person, and a command to try it."""
-    width = max(len(model.name) for model in plan.models)
+    width = max(len(model.name) for model in offer.models)
     lines = [f"{url}  (a page to look and try; details: /dora/models; API: /openapi.json)", ""]
-    for model in plan.models:
+    for model in offer.models:
         method = "" if model.method is None else f", {model.method}"
         of = "" if model.base is None else f" of {model.base}"
         lines.append(f"  {model.name:<{width}}  {_PATHS[model.task]:<15}  {model.kind}{of}{method}")
-    last = plan.models[-1]
+    last = offer.models[-1]
     header = ' -H "Authorization: Bearer $DORA_SERVE_API_KEY"' if key else ""
     body = json.dumps({"model": last.name, **_EXAMPLES[last.task]})
     command = f"curl {url}{_PATHS[last.task]}{header} -H 'Content-Type: application/json' -d "

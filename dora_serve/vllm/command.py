@@ -11,22 +11,22 @@ from pathlib import Path
 
 from converters.errors import MissingError
 
-from .fleet import Pool
+from .fleet import CLASSIFIES, Pool
 
 Options = dict[str, str | int | bool | list[str]]
 
 
-def serve_options(pool: Pool, adapters: Mapping[str, Path], name: str) -> Options:
-    """Options of `vllm serve`, by long name without dashes. `name`: what clients call the base.
+def serve_options(pool: Pool, adapters: Mapping[str, Path]) -> Options:
+    """Options of `vllm serve`, by long name without dashes. `adapters`: name → folder.
 
     The dtype is the base's own: left to itself, vLLM rounds a float32 model to 16 bits.
     """
     options: Options = {
         "model": str(pool.base.path),
-        "served-model-name": name,
+        "served-model-name": pool.name,
         "dtype": str(pool.base.dtype()).removeprefix("torch."),
     }
-    if pool.task == "sequence-classification":
+    if pool.task == CLASSIFIES:
         options |= {"runner": "pooling", "convert": "classify"}
     if not adapters:
         return options
@@ -45,7 +45,7 @@ def serve_options(pool: Pool, adapters: Mapping[str, Path], name: str) -> Option
 
 
 def command_line(
-    options: Mapping[str, str | int | bool | list[str]],
+    options: Options,
     program: Sequence[str] = ("vllm", "serve"),
     more: Sequence[str] = (),
 ) -> list[str]:
@@ -75,7 +75,7 @@ def shell(words: Sequence[str]) -> str:
     return text.strip()
 
 
-def yaml_file(options: Mapping[str, str | int | bool | list[str]]) -> str:
+def yaml_file(options: Options) -> str:
     """The same for `vllm serve --config FILE`."""
     import yaml
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 
 import torch
@@ -18,19 +18,21 @@ from converters.files.tensors import nbytes
 from converters.fit import fit_run
 from converters.model.base import BaseModel
 from converters.model.match import stored_name
+from converters.model.tasks import task_of
 from converters.targets.engines import PROFILES
 from converters.targets.lora_folder.adapter import plan_adapter
 
 from ..folder.inventory import Found, Member
 
 STEPS = PROFILES["vllm"].slots
+CLASSIFIES = "sequence-classification"
 _SLOTS = 16  # enough different adapters in one batch for most; each slot costs memory and time
 _SHARE = 0.25  # of what the weights leave of the memory; the rest is for the KV cache
 _IN_USE = 0.9  # vLLM's default --gpu-memory-utilization
 
 
 @dataclass(frozen=True)
-class Shape:
+class Matrix:
     """A matrix `[out, in]` of the base, or `count` of them in one tensor (experts)."""
 
     out: int
@@ -55,23 +57,45 @@ class Forced:
 
 @dataclass(frozen=True)
 class Pool:
-    """The members of one base that one server can serve together.
+    """The members of one base that one server can serve together; or a base alone.
 
-    `ranks`: per member, module → rank, pruned modules left out. `shapes`: every matrix of the
-    base. `itemsize`: bytes per element of the base, which the slots take over. `labels`: the
-    most labels of a classification head. `start_rank`: the largest rank training began with.
+    `name`: what clients call the base. `ranks`: per member, module → rank, pruned modules left
+    out. `start_rank`: the largest rank that training began with. `memory`: bytes of the device.
+    `any_base`: the user gave the base, so runs that name another one are taken too. `labels`: the
+    most labels of a classification head.
     """
 
+    name: str
     base: BaseModel
     task: str | None
     ranks: Mapping[str, Mapping[str, int]]
-    shapes: Mapping[str, Shape]
-    itemsize: int
-    base_bytes: int
-    start_rank: int
+    start_rank: int = 1
     memory: int | None = None
+    any_base: bool = False
     labels: int | None = None
     forced: Sequence[Forced] = ()
+
+    @cached_property
+    def base_bytes(self) -> int:
+        return sum(nbytes(tensor) for tensor in self.base.tensors.values())
+
+    @cached_property
+    def itemsize(self) -> int:
+        """Bytes per element of the base, which the slots take over."""
+        return self.base.dtype().itemsize
+
+    @cached_property
+    def matrices(self) -> dict[str, Matrix]:
+        """Module → every matrix of the base that an adapter could be on."""
+        found = {}
+        for name, tensor in self.base.tensors.items():
+            module = name.removesuffix(".weight")
+            if len(tensor.shape) == 2 and name != module:
+                found[module] = Matrix(*tensor.shape)
+            elif len(tensor.shape) == 3:
+                count, out, inn = tensor.shape
+                found[module] = Matrix(out, inn, count)
+        return found
 
     @cached_property
     def max_lora_rank(self) -> int:
@@ -93,8 +117,8 @@ class Pool:
         """One slot of `rank` on the modules of `kinds`; None: on every matrix of the base."""
         wanted = None if kinds is None else set(kinds)
         return sum(
-            shape.nbytes(rank, self.itemsize)
-            for module, shape in self.shapes.items()
+            matrix.nbytes(rank, self.itemsize)
+            for module, matrix in self.matrices.items()
             if wanted is None or module.rsplit(".", 1)[-1] in wanted
         )
 
@@ -113,7 +137,7 @@ class Pool:
         """Per member, the bytes of a slot that hold its components."""
         return {
             name: sum(
-                self.shapes[module].nbytes(rank, self.itemsize) for module, rank in ranks.items()
+                self.matrices[module].nbytes(rank, self.itemsize) for module, rank in ranks.items()
             )
             for name, ranks in self.ranks.items()
         }
@@ -181,13 +205,18 @@ def step_for(rank: int) -> int:
 
 
 def plan_fleet(found: Found, memory: int | None = None) -> Fleet:
-    """Pool the members of `found` by base and task. `memory`: bytes of the device."""
+    """Pool the members of `found` by base and task; where there is none, each base is served alone.
+    `memory`: bytes of the device.
+
+    A base goes by its name, in the pools of a second task by `name-task`.
+    """
     problems = dict(found.problems)
     groups: dict[tuple[str, str | None], list[Member]] = {}
     for member in found.members.values():
-        groups.setdefault((str(member.base.path), member.run.task), []).append(member)
-    pools = []
-    for members in groups.values():
+        task = member.run.task or task_of(member.base.config)
+        groups.setdefault((found.name_of(member.base), task), []).append(member)
+    pools: list[Pool] = []
+    for (base, task), members in sorted(groups.items(), key=lambda g: g[0][1] == CLASSIFIES):
         ranks = {}
         for member in members:
             try:
@@ -195,21 +224,25 @@ def plan_fleet(found: Found, memory: int | None = None) -> Fleet:
             except DoraExportError as error:
                 problems[member.name] = str(error)
         if ranks:
-            pools.append(_pool([m for m in members if m.name in ranks], ranks, memory))
+            second = any(pool.base.path == members[0].base.path for pool in pools)
+            pool = Pool(
+                f"{base}-{task or 'other'}" if second else base,
+                members[0].base,
+                task,
+                ranks,
+                memory=memory,
+                any_base=found.given is not None,
+            )
+            pools.append(_described(pool, [found.members[name] for name in ranks]))
+    if not pools:
+        bases = found.bases if found.given is None else {found.given: found.bases[found.given]}
+        alone = [Pool(n, b, task_of(b.config), {}, memory=memory) for n, b in bases.items()]
+        return Fleet(alone, problems)
+    served = {pool.base.path for pool in pools}
+    for name, other in found.bases.items():
+        if other.path not in served:
+            problems.setdefault(name, "no adapter of this base is served: `base` chooses it")
     return Fleet(pools, problems)
-
-
-def alone(base: BaseModel) -> Pool:
-    """A base, or a merged model, without adapters."""
-    return Pool(
-        base=base,
-        task=None,
-        ranks={},
-        shapes=matrices(base),
-        itemsize=base.dtype().itemsize,
-        base_bytes=sum(nbytes(tensor) for tensor in base.tensors.values()),
-        start_rank=1,
-    )
 
 
 def ranks_of(member: Member) -> dict[str, int]:
@@ -225,38 +258,15 @@ def ranks_of(member: Member) -> dict[str, int]:
     }
 
 
-def _pool(
-    members: Sequence[Member], ranks: Mapping[str, Mapping[str, int]], memory: int | None
-) -> Pool:
-    base = members[0].base
+def _described(pool: Pool, members: Sequence[Member]) -> Pool:
+    """The pool with what its members tell."""
     start = [max(m.run.start_rank.values()) for m in members if m.run.start_rank]
-    labels = [m.run.num_labels for m in members if m.run.num_labels]
-    largest = {name: max(own.values(), default=0) for name, own in ranks.items()}
-    return Pool(
-        base=base,
-        task=members[0].run.task,
-        ranks=ranks,
-        shapes=matrices(base),
-        itemsize=base.dtype().itemsize,
-        base_bytes=sum(nbytes(tensor) for tensor in base.tensors.values()),
-        start_rank=max([*start, *largest.values(), 1]),
-        memory=memory,
-        labels=max(labels) if labels else None,
-        forced=_forced(members, largest),
+    return replace(
+        pool,
+        start_rank=max([*start, *pool.largest.values(), 1]),
+        labels=max((m.run.num_labels for m in members if m.run.num_labels), default=None),
+        forced=_forced(members, pool.largest),
     )
-
-
-def matrices(base: BaseModel) -> dict[str, Shape]:
-    """Module → shape of every matrix of the base that an adapter could be on."""
-    found = {}
-    for name, tensor in base.tensors.items():
-        module = name.removesuffix(".weight")
-        if len(tensor.shape) == 2 and name != module:
-            found[module] = Shape(tensor.shape[0], tensor.shape[1])
-        elif len(tensor.shape) == 3:
-            count, out, inn = tensor.shape
-            found[module] = Shape(out, inn, count)
-    return found
 
 
 def _forced(members: Sequence[Member], largest: Mapping[str, int]) -> list[Forced]:

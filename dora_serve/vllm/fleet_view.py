@@ -8,6 +8,7 @@ from pathlib import Path
 import click
 
 from ..commands.common import size
+from ..wording import in_flags
 from .fleet import Fleet, Pool, step_for
 
 
@@ -17,6 +18,7 @@ def as_json(fleet: Fleet) -> dict[str, object]:
 
 def _pool(pool: Pool) -> dict[str, object]:
     return {
+        "name": pool.name,
         "base": str(pool.base.path),
         "task": pool.task,
         "adapters": {
@@ -46,9 +48,12 @@ def _pool(pool: Pool) -> dict[str, object]:
 def table(fleet: Fleet) -> Iterator[str]:
     """The lines of the plan."""
     for pool in fleet.pools:
-        yield click.style(f"{pool.base.path.name}", bold=True) + (
+        yield click.style(pool.name, bold=True) + (
             f"  {pool.task or 'task not known'}, {size(pool.base_bytes)}"
         )
+        if not pool.ranks:
+            yield "  no adapters"
+            continue
         width = max(len(name) for name in pool.ranks)
         yield f"  {'adapter':<{width}}  modules  largest rank      used  of its slot"
         for name, ranks in pool.ranks.items():
@@ -59,7 +64,7 @@ def table(fleet: Fleet) -> Iterator[str]:
             )
         yield from _settings(pool)
     for name, problem in fleet.problems.items():
-        lines = problem.splitlines()
+        lines = in_flags(problem).splitlines()
         yield click.style(f"left out: {name}", fg="yellow") + f": {lines[0]}"
         yield from (line for line in lines if line.startswith("  to do"))
 
@@ -93,21 +98,18 @@ def save_png(fleet: Fleet, path: Path) -> None:
     """Per pool, what of every adapter's slot is used (needs matplotlib)."""
     from matplotlib.figure import Figure
 
-    rows = sum(len(pool.ranks) for pool in fleet.pools)
-    figure = Figure(figsize=(8, 1.2 * len(fleet.pools) + 0.35 * rows + 0.4), layout="constrained")
-    panels = figure.subplots(
-        len(fleet.pools),
-        1,
-        squeeze=False,
-        height_ratios=[len(pool.ranks) + 1 for pool in fleet.pools],
-    )
-    for (panel,), pool in zip(panels, fleet.pools, strict=True):
+    pools = [pool for pool in fleet.pools if pool.ranks]
+    rows = sum(len(pool.ranks) for pool in pools)
+    figure = Figure(figsize=(8, 1.2 * len(pools) + 0.35 * rows + 0.4), layout="constrained")
+    heights = [len(pool.ranks) + 1 for pool in pools]
+    panels = figure.subplots(len(pools), 1, squeeze=False, height_ratios=heights)
+    for (panel,), pool in zip(panels, pools, strict=True):
         names = list(pool.ranks)
         used = [pool.used[name] / 1e6 for name in names]
         panel.barh(names, [pool.slot / 1e6] * len(names), color="#d7dde4", label="padding")
         panel.barh(names, used, color="#2a6f97", label="components")
         panel.invert_yaxis()
         panel.set_xlabel("MB a slot")
-        panel.set_title(f"{pool.base.path.name}, --max-lora-rank {pool.max_lora_rank}", fontsize=10)
+        panel.set_title(f"{pool.name}, --max-lora-rank {pool.max_lora_rank}", fontsize=10)
         panel.legend(loc="lower right", fontsize=8)
     figure.savefig(path, dpi=130, format="png")

@@ -20,6 +20,7 @@ from converters.errors import DoraExportError, TargetError
 from converters.model.base import open_base
 
 from ..folder.inventory import Member, find_run, read_member
+from ..folder.names import own_name
 from .convert import vllm_adapter
 from .fleet import ranks_of
 
@@ -43,10 +44,12 @@ class _Served:
 
 class RunResolver(LoRAResolver):  # type: ignore[misc]
     """Serves the runs and adapters below `root`, by their path below it or by their own name where
-    no other has it. A run that changes is converted anew, and the next request gets it."""
+    no other has it. A run that changes is converted anew, and the next request gets it.
+    `any_base`: also those that name another base than the server's and fit it."""
 
-    def __init__(self, root: Path) -> None:
+    def __init__(self, root: Path, *, any_base: bool = False) -> None:
         self.root = root.resolve()
+        self._any_base = any_base
         self.models: Any = None  # vLLM's table of adapters, known from the first request on
         self._served: dict[str, _Served] = {}
         self._watching: asyncio.Task[None] | None = None
@@ -71,7 +74,16 @@ class RunResolver(LoRAResolver):  # type: ignore[misc]
         return LoRARequest(lora_name, 1, str(made.adapter), base_model_name=base_model_name)
 
     def _make(self, base: str, name: str, path: Path) -> _Served:
-        member = read_member(name, path, [], open_base(base))
+        known = open_base(base)
+        member = read_member(name, path, [known], known if self._any_base else None)
+        if str(member.base.path) != str(known.path):
+            raise TargetError(
+                f"the run {name} is of another base than the server's",
+                found=member.run.base,
+                expected=own_name(known.path),
+            )
+        for warning in member.run.warnings:
+            logger.warning("run %s: %s", name, warning)
         self._check(member)
         return _Served(base, path, member, vllm_adapter(member))
 

@@ -10,16 +10,17 @@ import click
 
 from converters.errors import RunError
 
+from ..commands.common import left_out
 from ..folder.cache import cache_folder
-from ..folder.inventory import Found, discover
+from ..folder.inventory import discover
 from .command import command_line, find_vllm, serve_options, shell
 from .convert import vllm_adapter, vllm_adapter_path
-from .fleet import Pool, alone, plan_fleet
+from .fleet import Fleet, Pool, plan_fleet
+from .plugin import live_environment
 from .supervisor import Supervisor
 
 # Neither vLLM nor the libraries under it report use; nothing is fetched that was not asked for.
 _QUIET = {"VLLM_NO_USAGE_STATS": "1", "DO_NOT_TRACK": "1", "HF_HUB_DISABLE_TELEMETRY": "1"}
-RUNS = "DORA_SERVE_RUNS"
 
 
 def up(
@@ -42,14 +43,15 @@ def up(
     """
     program = ["vllm", "serve"] if dry_run and vllm is None else find_vllm(vllm)
     found = discover(root, base)
-    pool = _pool(root, found, memory)
+    fleet = plan_fleet(found, memory)
+    left_out(fleet.problems, found.warnings)
+    pool = _pool(root, fleet)
     place = vllm_adapter_path if dry_run else vllm_adapter
     adapters = {}
     for name in pool.ranks:
         click.echo(f"adapter {name}", err=True)
         adapters[name] = place(found.members[name])
-    name = next((n for n, b in found.bases.items() if b.path == pool.base.path), pool.base.name)
-    options = serve_options(pool, adapters, name)
+    options = serve_options(pool, adapters)
     if live:
         options["enable-lora"] = True
     where = ["--host", host, "--port", str(port)]
@@ -58,30 +60,31 @@ def up(
     if api_key is not None:
         environment["VLLM_API_KEY"] = api_key
     if live:
-        environment |= {"VLLM_ALLOW_RUNTIME_LORA_UPDATING": "1", RUNS: str(root.resolve())}
+        environment |= live_environment(pool, str(root.resolve()))
     if dry_run:
         click.echo(shell(words))
         return
     url = f"http://{f'[{host}]' if ':' in host else host}:{port}"
     log = cache_folder() / "logs" / f"vllm-{port}.log"
     click.echo(f"log     {log}", err=True)
-    Supervisor(words, environment, f"{url}/health", log, _Report(url, name, list(adapters))).run()
+    Supervisor(
+        words, environment, f"{url}/health", log, _Report(url, pool.name, list(adapters))
+    ).run()
 
 
-def _pool(root: Path, found: Found, memory: int | None) -> Pool:
-    fleet = plan_fleet(found, memory)
-    for name, problem in fleet.problems.items():
-        click.secho(f"left out: {name}: {problem.splitlines()[0]}", fg="yellow", err=True)
+def _pool(root: Path, fleet: Fleet) -> Pool:
     if len(fleet.pools) == 1:
         return fleet.pools[0]
-    if not fleet.pools and len(found.bases) == 1:
-        return alone(*found.bases.values())
+    one_base = len({pool.base.path for pool in fleet.pools}) == 1
     raise RunError(
         "one vLLM serves one base",
         file=root,
-        found=", ".join(f"{pool.base.path} ({pool.task})" for pool in fleet.pools)
-        or f"{len(found.bases)} bases, no run",
-        remedy="choose with --base" if fleet.pools else "see dora-serve plan",
+        found=", ".join(f"{pool.name} ({pool.task or 'task not known'})" for pool in fleet.pools)
+        or "no base, no run",
+        expected="one base, and runs of one task",
+        remedy="put the runs of each task into a folder of their own"
+        if one_base
+        else "choose with --base; see dora-serve plan",
     )
 
 

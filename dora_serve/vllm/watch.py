@@ -31,14 +31,23 @@ class Change:
     error: str = ""
 
 
-def desired(root: Path, base: str | None) -> tuple[dict[str, Path], dict[str, str]]:
-    """Name → adapter folder of everything in `root`, converted where it was not; and what cannot
-    be an adapter, with the reason. The folders are links in `links(root)`.
+@dataclass(frozen=True)
+class Desired:
+    """Name → adapter folder of everything in a folder; what cannot be an adapter, with the reason;
+    and what to know of the rest."""
+
+    adapters: Mapping[str, Path]
+    problems: Mapping[str, str]
+    warnings: Mapping[str, str]
+
+
+def desired(root: Path, base: str | None) -> Desired:
+    """What servers should have of `root`, converted where it was not, in links in `links(root)`.
 
     Raises `RunError` when the runs are of several bases.
     """
     found = discover(root, base)
-    bases = {str(member.base.path) for member in found.members.values()}
+    bases = {found.name_of(member.base) for member in found.members.values()}
     if len(bases) > 1:
         raise RunError(
             "one server has one base",
@@ -52,7 +61,7 @@ def desired(root: Path, base: str | None) -> tuple[dict[str, Path], dict[str, st
             adapters[name] = _link(links(root), vllm_adapter(member))
         except DoraExportError as error:
             problems[name] = str(error)
-    return adapters, problems
+    return Desired(adapters, problems, found.warnings)
 
 
 def links(root: Path) -> Path:

@@ -9,10 +9,16 @@ from pathlib import Path
 from subprocess import run
 
 import pytest
+from transformers import (
+    Gemma3Config,
+    Gemma3ForConditionalGeneration,
+    MarianConfig,
+    MarianMTModel,
+)
 
 from converters.errors import DoraExportError
 from dora_serve import read_run, write_onnx
-from dora_serve.server.prepare.child import make_plan
+from dora_serve.server.prepare.child import make_offer
 from dora_serve.server.up import up
 from tests.conftest import MODELS
 from tests.server.conftest import BASE, DOWN, SECOND, started
@@ -47,9 +53,26 @@ def test_what_cannot_be_served_does_not_hinder_the_rest(tmp_path: Path) -> None:
         shutil.copytree(MODELS / name, tmp_path / name)
     weights = tmp_path / "runs" / DOWN_PATH / "checkpoint" / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:1000])
-    plan = make_plan(tmp_path, None, dry=True)
+    plan = make_offer(tmp_path, None, dry=True)
     assert [model.name for model in plan.models] == [BASE, SECOND]
     assert str(weights) in plan.problems[DOWN]
+
+
+def test_dry_run_tells_what_could_not_be_made(tmp_path: Path) -> None:
+    """A translator, and a decoder that sees images: each of its task, and neither is served."""
+    small = {"d_model": 16, "encoder_layers": 1, "decoder_layers": 1, "vocab_size": 40}
+    heads = {"encoder_attention_heads": 2, "decoder_attention_heads": 2}
+    tokens = {"pad_token_id": 39, "decoder_start_token_id": 39, "eos_token_id": 0}
+    MarianMTModel(MarianConfig(**small, **heads, **tokens)).save_pretrained(tmp_path / "marian")
+    size = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    text = {**size, "num_key_value_heads": 1, "intermediate_size": 16, "head_dim": 8}
+    sees = {**size, "intermediate_size": 16, "image_size": 28, "patch_size": 14}
+    config = Gemma3Config(text_config={**text, "vocab_size": 300}, vision_config=sees)
+    Gemma3ForConditionalGeneration(config).save_pretrained(tmp_path / "gemma")
+    offer = make_offer(tmp_path, None, dry=True)
+    assert offer.models == []
+    assert "found: seq2seq-lm" in offer.problems["marian"]
+    assert "models of more than text" in offer.problems["gemma"]
 
 
 def test_a_cache_that_does_not_stay_in_place_is_not_served(tmp_path: Path) -> None:
@@ -58,7 +81,7 @@ def test_a_cache_that_does_not_stay_in_place_is_not_served(tmp_path: Path) -> No
     (folder / "model.onnx").touch()
     (folder / "dora_export.json").write_text("{}")
     (folder / "genai_config.json").write_text('{"search": {"past_present_share_buffer": false}}')
-    plan = make_plan(tmp_path, None, dry=True)
+    plan = make_offer(tmp_path, None, dry=True)
     assert plan.models == []
     assert "cannot be shared" in plan.problems["half"]
 

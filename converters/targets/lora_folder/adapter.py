@@ -24,7 +24,8 @@ from ...fit import FitReport, fit_run
 from ...model.base import BaseModel
 from ...model.layout import is_parameter, split_slice
 from ...model.match import changed, check_frozen
-from ...run import HEADS, Run
+from ...model.tasks import peft_type
+from ...run import Run
 from ...updates.rank_one import stored_error
 from ..engines import PROFILES, Profile
 from .card import model_card
@@ -220,7 +221,7 @@ def _config(
     targets = (
         {module.split(".")[-1] for module in alive} if profile.uniform else set(alive) - parameters
     )
-    task = HEADS[run.task][1] if run.task is not None else None
+    task = peft_type(run.task) if run.task is not None else None
     return {
         "peft_type": "LORA",
         "task_type": task,

@@ -20,14 +20,13 @@ from ...files.tensors import (
 from ...model.base import HEAD, BaseModel
 from ...model.layout import Layout
 from ...model.match import (
-    architecture_of,
     changed,
     check_frozen,
     is_transposed,
-    new_embedding,
     stored_name,
     target_architecture,
 )
+from ...model.tying import copy_of_embedding, new_embedding, tied
 from ...run import Run
 
 
@@ -143,7 +142,7 @@ def plan_merge(run: Run, base: BaseModel, dtype: torch.dtype | None) -> MergePla
     if head is not None:
         module, _ = targets.get(HEAD, (None, False))
         last.append(OutputTensor(HEAD, head, dtype or head.dtype, module))
-    copy = _copy_of_embedding(run, base)
+    copy = copy_of_embedding(run, base)
     written = {n: tuple(t for t in tensors if t.name != copy) for n, tensors in shards.items()}
     return MergePlan(run, written, config)
 
@@ -226,18 +225,19 @@ def _untie(
     """
     whole = new_embedding(base, replaced)
     old = base.tensors.get(base.embedding or "")
-    causal = any(word in architecture_of(config) for word in ("CausalLM", "LMHeadModel"))
     module, _ = targets.get(base.embedding or "", (None, False))
+    head_changed = HEAD in replaced or HEAD in targets
+    if whole is None and module is None and not head_changed:
+        return None
+    known = tied(config)
+    causal = HEAD in known
     embedding_changed = module is not None and module not in run.tied
     if whole is not None and old is not None and whole.shape == old.shape and causal:
         embedding_changed = embedding_changed or HEAD not in run.replaced
-    head_changed = HEAD in replaced or HEAD in targets
     if not head_changed and not embedding_changed:
         return None
     if base.find(HEAD) is None and not causal and not head_changed:
-        from ...model.architecture import ties
-
-        if not ties(architecture_of(config), config):
+        if not known:
             return None
         raise TargetError(
             "the run changed an embedding that this architecture ties to other tensors",
@@ -252,13 +252,3 @@ def _untie(
     if HEAD in replaced or base.find(HEAD) is not None:
         return None
     return whole if whole is not None and HEAD in run.replaced else old
-
-
-def _copy_of_embedding(run: Run, base: BaseModel) -> str | None:
-    """A tied head that is stored all the same, where the run changes both: it would keep the old
-    values, and a head that differs is not tied when the model is loaded."""
-    head, embedding = base.tensors.get(HEAD), base.tensors.get(base.embedding or "")
-    if not run.tied or head is None or embedding is None or head is embedding:
-        return None
-    tied = base.config.get("tie_word_embeddings") is not False and HEAD not in run.replaced
-    return HEAD if tied and same_values(head, embedding) else None

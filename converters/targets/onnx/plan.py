@@ -16,7 +16,8 @@ from ...files.output import check_output
 from ...files.tensors import read_json
 from ...model.base import BaseModel
 from ...model.match import changed, check_frozen, target_architecture
-from ...run import HEADS, Run
+from ...model.tasks import task_of
+from ...run import Run
 from ..merged.plan import plan_merge
 from .decoder import PRECISIONS
 from .encoder import ENCODER_TASKS
@@ -106,13 +107,7 @@ def _task(base: BaseModel, runs: list[Run]) -> str | None:
     tasks = {run.task for run in runs if run.task is not None}
     if len(tasks) > 1:
         raise TargetError("the runs are for different tasks", found=", ".join(sorted(tasks)))
-    if tasks:
-        return tasks.pop()
-    known = base.config.get("architectures")
-    current = str(known[0]) if isinstance(known, list) and known else ""
-    if current.endswith("LMHeadModel"):
-        return "causal-lm"
-    return next((task for task, (suffix, _) in HEADS.items() if current.endswith(suffix)), None)
+    return tasks.pop() if tasks else task_of(base.config)
 
 
 def _check_adapters(adapters: Mapping[str, Run], base: BaseModel, *, heads: bool) -> None:

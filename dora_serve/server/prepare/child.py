@@ -9,18 +9,18 @@ from pathlib import Path
 
 from converters.errors import RunError
 
-from .plan import Addition, Failure, Model, Plan
+from .offer import Addition, Failure, Offer, OfferedModel
 
 
-def make_plan(root: Path, base: str | None, dry: bool) -> Plan:
+def make_offer(root: Path, base: str | None, dry: bool) -> Offer:
     """What is in `root`, made ready to be served. Raises `RunError` when it cannot be."""
     asked = json.dumps({"root": str(root), "base": base, "dry": dry})
-    return Plan.model_validate_json(_call(asked))
+    return Offer.model_validate_json(_call(asked))
 
 
-def add_model(wanted: Addition) -> Model:
+def add_model(wanted: Addition) -> OfferedModel:
     """One more run, made ready to be served. Raises `RunError` when it cannot be."""
-    return Model.model_validate_json(_call(wanted.model_dump_json()))
+    return OfferedModel.model_validate_json(_call(wanted.model_dump_json()))
 
 
 def _call(request: str) -> str:

@@ -23,16 +23,18 @@ from converters.files.output import output_folder
 from converters.files.tensors import nbytes, numel
 from converters.model.base import BaseModel, open_base
 from converters.model.match import target_architecture
+from converters.model.tasks import task_of
 from converters.run import Run
 from converters.targets.onnx import add_adapters
+from converters.targets.onnx.plan import plan_onnx
 from dora_serve.api import write_onnx
-from dora_serve.folder.cache import cached, member_key
-from dora_serve.folder.inventory import Found, Member, discover, read_member
-from dora_serve.server.prepare import plan
+from dora_serve.folder.cache import cache_folder, cached, member_key
+from dora_serve.folder.inventory import Member, discover, read_member
+from dora_serve.folder.names import names_inside
+from dora_serve.server.prepare import offer
 from dora_serve.server.prepare.onnx_folders import (
     SERVED,
     certified_modules,
-    own_task,
     read_onnx_folder,
 )
 
@@ -43,22 +45,22 @@ _BESIDE = {".json", ".jinja", ".txt", ".model"}
 Say = Callable[[str], None]
 
 
-def make_plan(root: Path, base: str | None, dry: bool, say: Say) -> plan.Plan:
+def make_offer(root: Path, base: str | None, dry: bool, say: Say) -> offer.Offer:
     """Discover what is in `root` and make what serving it needs; `dry` makes nothing."""
     found = discover(root, base)
-    graphs: list[plan.Graph] = []
-    models: list[plan.Model] = []
+    graphs: list[offer.Graph] = []
+    models: list[offer.OfferedModel] = []
     problems = dict(found.problems)
-    for name, model in _bases(found).items():
+    for name, model in found.bases.items():
         members = found.of(model)
-        own = own_task(model.config)
+        own = task_of(model.config)
         tasks = dict.fromkeys([*([own] if own else []), *(m.run.task or own for m in members)])
         if not tasks:
             problems[name] = "its architecture is for no task that is served"
         for task in tasks:
             runs = [member for member in members if (member.run.task or own) == task]
             try:
-                graph = _graph(name, model, task, runs, dry, say)
+                graph = _graph(name, model, task, runs, name == found.given, dry, say)
                 bare = [_base(name, model, graph)] if task == own else []
             except DoraExportError as error:
                 problems |= {n: str(error) for n in [name, *(m.name for m in runs)]}
@@ -70,23 +72,32 @@ def make_plan(root: Path, base: str | None, dry: bool, say: Say) -> plan.Plan:
                     models.append(_member(member, graph, dry, say))
                 except DoraExportError as error:
                     problems[member.name] = str(error)
+    inside: dict[str, list[offer.OfferedModel]] = {}
     for name, path in found.onnx.items():
         try:
-            graph, its_models = read_onnx_folder(name, path, {m.name for m in models})
-            graphs.append(graph)
-            models += its_models
+            graph, own_model, inside[name] = read_onnx_folder(name, path)
         except DoraExportError as error:
             problems[name] = str(error)
-    return plan.Plan(graphs=graphs, models=models, problems=problems)
+            continue
+        graphs.append(graph)
+        models.append(own_model)
+    called = names_inside(
+        {name: [m.name for m in adapters] for name, adapters in inside.items()},
+        {*found.bases, *found.members, *found.onnx, *found.problems},
+    )
+    for folder, adapters in inside.items():
+        models += [m.model_copy(update={"name": called[folder, m.name]}) for m in adapters]
+    return offer.Offer(graphs=graphs, models=models, problems=problems, warnings=found.warnings)
 
 
-def add(wanted: plan.Addition) -> plan.Model:
+def add(wanted: offer.Addition) -> offer.OfferedModel:
     """Make the adapter file of one more run.
 
     Raises `DoraExportError` when it cannot be read or belongs to none of the graphs.
     """
     bases = {graph.path: open_base(graph.path) for graph in wanted.graphs if graph.path}
-    member = read_member(wanted.name, Path(wanted.path), list(bases.values()))
+    given = next((bases[graph.path] for graph in wanted.graphs if graph.path and graph.given), None)
+    member = read_member(wanted.name, Path(wanted.path), list(bases.values()), given)
     for graph in wanted.graphs:
         if graph.path == str(member.base.path) and member.run.task in (None, graph.task):
             return _member(member, graph, False, print)
@@ -98,34 +109,31 @@ def add(wanted: plan.Addition) -> plan.Model:
     )
 
 
-def _bases(found: Found) -> dict[str, BaseModel]:
-    """The bases by name, those of members that lie elsewhere too."""
-    known = dict(found.bases)
-    paths = {base.path for base in known.values()}
-    for member in found.members.values():
-        if member.base.path not in paths:
-            paths.add(member.base.path)
-            known[Path(member.base.name).name] = member.base
-    return known
-
-
 def _graph(
-    name: str, base: BaseModel, task: str | None, members: list[Member], dry: bool, say: Say
-) -> plan.Graph:
+    name: str,
+    base: BaseModel,
+    task: str | None,
+    members: list[Member],
+    given: bool,
+    dry: bool,
+    say: Say,
+) -> offer.Graph:
     if task not in SERVED:
         raise TargetError("this task is not served", found=task, expected=", ".join(SERVED))
     first = members[0].run if members else None
     head = [target_architecture(first, base)[0], first.num_labels] if first else []
-    asked = [task] if task == plan.DECODES else [task, *head, bool(members)]
+    asked = [task] if task == offer.DECODES else [task, *head, bool(members)]
     folder = Path(f"{base.path} {task}")
-    if not dry:
+    if dry:
+        _plan(base, {} if first is None else {_NAME: first})
+    else:
 
         def make(target: Path) -> None:
             say(f"{name}: making its ONNX graph, once …")
             write_onnx(base, target, adapters={"first": first} if first else {})
 
         folder = cached(_base_key(base, asked), make)
-    return plan.Graph(folder=str(folder), task=task, base=name, path=str(base.path))
+    return offer.Graph(folder=str(folder), task=task, base=name, path=str(base.path), given=given)
 
 
 def _base_key(base: BaseModel, asked: Sequence[object]) -> str:
@@ -136,11 +144,11 @@ def _base_key(base: BaseModel, asked: Sequence[object]) -> str:
     return hashlib.sha256(json.dumps(said).encode()).hexdigest()[:32]
 
 
-def _base(name: str, base: BaseModel, graph: plan.Graph) -> plan.Model:
+def _base(name: str, base: BaseModel, graph: offer.Graph) -> offer.OfferedModel:
     file = base.path / FILE
     proof: dict[str, Any] = read_json(file) if file.exists() else {}
     merged = proof.get("kind") == "merged"
-    return plan.Model(
+    return offer.OfferedModel(
         name=name,
         kind="merged" if merged else "base",
         method=proof["run"]["method"] if merged else None,
@@ -154,11 +162,13 @@ def _base(name: str, base: BaseModel, graph: plan.Graph) -> plan.Model:
     )
 
 
-def _member(member: Member, graph: plan.Graph, dry: bool, say: Say) -> plan.Model:
+def _member(member: Member, graph: offer.Graph, dry: bool, say: Say) -> offer.OfferedModel:
     run, base = member.run, member.base
-    modules: dict[str, plan.Module] = {}
+    modules: dict[str, offer.Module] = {}
     file, size, parameters = None, 0, 0
-    if not dry:
+    if dry:
+        _plan(base, {_NAME: run})
+    else:
 
         def make(target: Path) -> None:
             say(f"{member.name}: making its adapter, once …")
@@ -170,8 +180,8 @@ def _member(member: Member, graph: plan.Graph, dry: bool, say: Say) -> plan.Mode
         size = file.stat().st_size
         parameters = sum(array.size for array in read_adapter_file(file).values())
         read = json.loads((folder / _MAP).read_text(encoding="utf-8"))
-        modules = {module: plan.Module(**numbers) for module, numbers in read.items()}
-    return plan.Model(
+        modules = {module: offer.Module(**numbers) for module, numbers in read.items()}
+    return offer.OfferedModel(
         name=member.name,
         kind="run",
         method=run.method,
@@ -183,6 +193,12 @@ def _member(member: Member, graph: plan.Graph, dry: bool, say: Say) -> plan.Mode
         parameters=parameters,
         bytes=size,
     )
+
+
+def _plan(base: BaseModel, adapters: Mapping[str, Run]) -> None:
+    """Raise `DoraExportError` where the graph, or a branch of it, could not be made."""
+    nowhere = cache_folder() / "planned"
+    plan_onnx(base, nowhere, run=None, adapters=adapters, precision="fp32", force=False)
 
 
 def _write(run: Run, base: BaseModel, graph: Path, target: Path) -> None:
@@ -213,15 +229,15 @@ def main() -> None:
     answer = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # what a library prints is no answer
     request = json.load(sys.stdin)
-    reply: plan.Plan | plan.Model | plan.Failure
+    reply: offer.Offer | offer.OfferedModel | offer.Failure
     try:
         if "path" in request:
-            reply = add(plan.Addition(**request))
+            reply = add(offer.Addition(**request))
         else:
             root, base, dry = Path(request["root"]), request["base"], request["dry"]
-            reply = make_plan(root, base, dry, lambda text: print(text, file=sys.stderr))
+            reply = make_offer(root, base, dry, lambda text: print(text, file=sys.stderr))
     except DoraExportError as error:
-        reply = plan.Failure(error=str(error))
+        reply = offer.Failure(error=str(error))
     with answer:
         answer.write(reply.model_dump_json())
 

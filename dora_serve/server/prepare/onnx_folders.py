@@ -2,35 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from converters.errors import TargetError
 from converters.files.json_files import read_json
 from converters.files.onnx_files import ENCODER, FOLDER, SUFFIX, read_adapter_file
-from converters.run import HEADS
+from converters.model.tasks import task_of
 
-from .plan import DECODES, Graph, Model, Module
+from .offer import DECODES, Graph, Module, OfferedModel
 
 SERVED = (DECODES, "sequence-classification", "feature-extraction")
 
 
-def own_task(config: Mapping[str, object]) -> str | None:
-    """The task that a model's own architecture is for."""
-    known = config.get("architectures")
-    current = str(known[0]) if isinstance(known, list) and known else ""
-    if current.endswith("LMHeadModel"):
-        return DECODES
-    return next((task for task, (suffix, _) in HEADS.items() if current.endswith(suffix)), None)
+def read_onnx_folder(name: str, path: Path) -> tuple[Graph, OfferedModel, list[OfferedModel]]:
+    """The graph at `path`, called `name`, as a model, and its adapters by their own names.
 
-
-def read_onnx_folder(name: str, path: Path, taken: Collection[str]) -> tuple[Graph, list[Model]]:
-    """The graph at `path`, called `name`, and its adapters, called as they are unless that name is
-    `taken`. Raises `DoraExportError` for what is not served."""
+    Raises `DoraExportError` for what is not served.
+    """
     certificate: Mapping[str, Any] = read_json(path / "dora_export.json")
     decodes = (path / "genai_config.json").exists()
-    task = DECODES if decodes else own_task(read_json(path / "config.json"))
+    task = DECODES if decodes else task_of(read_json(path / "config.json"))
     if (path / ENCODER).exists() or task not in SERVED:
         raise TargetError("this task is not served", file=path, found=task or "an unknown task")
     if decodes and not _in_place(path):
@@ -41,7 +34,7 @@ def read_onnx_folder(name: str, path: Path, taken: Collection[str]) -> tuple[Gra
         )
     graph = Graph(folder=str(path), task=task, base=name, path=None)
     run = certificate.get("run") or {}
-    merged = Model(
+    merged = OfferedModel(
         name=name,
         kind="merged" if run else "base",
         method=run.get("method"),
@@ -53,12 +46,12 @@ def read_onnx_folder(name: str, path: Path, taken: Collection[str]) -> tuple[Gra
         parameters=0,
         bytes=sum(file.stat().st_size for file in path.glob("model.onnx*")),
     )
-    models = [merged]
+    models = []
     for adapter, proof in (certificate.get("adapters") or {}).items():
         file = path / FOLDER / f"{adapter}{SUFFIX}"
         models.append(
-            Model(
-                name=f"{name}/{adapter}" if adapter in {*taken, name} else adapter,
+            OfferedModel(
+                name=adapter,
                 kind="adapter",
                 method=proof["run"]["method"],
                 folder=str(path),
@@ -70,7 +63,7 @@ def read_onnx_folder(name: str, path: Path, taken: Collection[str]) -> tuple[Gra
                 bytes=file.stat().st_size,
             )
         )
-    return graph, models
+    return graph, merged, models
 
 
 def certified_modules(certificate: Mapping[str, Any]) -> dict[str, Module]:

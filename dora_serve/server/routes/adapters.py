@@ -11,7 +11,7 @@ from fastapi.responses import PlainTextResponse
 from converters.errors import DoraExportError
 
 from ..prepare.child import add_model
-from ..prepare.plan import Addition
+from ..prepare.offer import Addition
 from ..state import State, state_of
 from ..wire.errors import ApiError
 from ..wire.requests import LoadRequest, UnloadRequest

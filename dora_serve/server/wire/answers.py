@@ -6,7 +6,7 @@ from typing import Literal
 
 from pydantic import BaseModel
 
-from ..prepare.plan import Module
+from ..prepare.offer import Module
 
 Finish = Literal["stop", "length"]
 

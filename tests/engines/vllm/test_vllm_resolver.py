@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 import subprocess
 import threading
@@ -115,6 +116,11 @@ def test_what_cannot_be_served_is_refused_with_the_reason(folder: Path, url: str
     (run,) = (later / "other" / "Checkpoint" / "Tiny_Llama_32").rglob("*Xsum--1*")
     told = refused(url, str(run.relative_to(folder)), openai.BadRequestError)
     assert "base" in told
+    stranger = lora(folder / BASE, later / "stranger", 2) / "adapter_config.json"
+    said = {**json.loads(stranger.read_text()), "base_model_name_or_path": "org/other"}
+    stranger.write_text(json.dumps(said))
+    told = refused(url, "later/stranger", openai.BadRequestError)
+    assert "the run names org/other" in told
     broken = lora(folder / BASE, later / "broken", 2)
     weights = broken / "adapter_model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-100])

@@ -27,15 +27,16 @@ class Module(_Fixed):
 
 class Graph(_Fixed):
     """An ONNX folder and the base it was made from. `path`: the base's folder, None for an ONNX
-    folder that was found as such."""
+    folder that was found as such. `given`: the user gave this base for all runs."""
 
     folder: str
     task: str
     base: str
     path: str | None
+    given: bool = False
 
 
-class Model(_Fixed):
+class OfferedModel(_Fixed):
     """What a request may name. `adapter`: the file of an adapter to `folder`'s graph, None for the
     graph as it is."""
 
@@ -51,12 +52,14 @@ class Model(_Fixed):
     bytes: int
 
 
-class Plan(_Fixed):
-    """All of it. `problems`: what lies in the folder and cannot be served, with the reason."""
+class Offer(_Fixed):
+    """All of it. `problems`: what lies in the folder and cannot be served, with the reason.
+    `warnings`: what is served all the same, with what to know of it."""
 
     graphs: list[Graph]
-    models: list[Model]
+    models: list[OfferedModel]
     problems: dict[str, str]
+    warnings: dict[str, str] = {}
 
 
 class Addition(_Fixed):
@@ -69,6 +72,6 @@ class Addition(_Fixed):
 
 
 class Failure(_Fixed):
-    """Why there is no plan or no model."""
+    """Why there is no offer or no model."""
 
     error: str

@@ -1,0 +1,82 @@
+"""Which task a transformers class is for, and what PEFT calls it: one table for everybody.
+
+The endings of class names decide, with what the configuration says where an ending is used for two
+tasks; names without such an ending are looked up in transformers' own lists of classes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+# Task → PEFT's task type, and the endings of the classes for it. The first ending is the usual one.
+TASKS = {
+    "causal-lm": ("CAUSAL_LM", ("ForCausalLM", "LMHeadModel")),
+    "sequence-classification": ("SEQ_CLS", ("ForSequenceClassification",)),
+    "question-answering": ("QUESTION_ANS", ("ForQuestionAnswering",)),
+    "seq2seq-lm": (
+        "SEQ_2_SEQ_LM",
+        ("ForConditionalGeneration", "MarianMTModel", "EncoderDecoderModel"),
+    ),
+    "token-classification": ("TOKEN_CLS", ("ForTokenClassification",)),
+    "feature-extraction": ("FEATURE_EXTRACTION", ("Model",)),
+}
+_ENDINGS = {ending: task for task, (_, endings) in TASKS.items() for ending in endings}
+# transformers' lists of classes, for names that end in none of these, and for what "Model" hides.
+_LISTS = {
+    "causal-lm": ("CAUSAL_LM", "IMAGE_TEXT_TO_TEXT"),
+    "question-answering": ("QUESTION_ANSWERING",),
+    "seq2seq-lm": ("SEQ_TO_SEQ_CAUSAL_LM", "SPEECH_SEQ_2_SEQ"),
+}
+
+
+def task_of(config: Mapping[str, object]) -> str | None:
+    """The task that the class in a `config.json` is for; None for one that is no task's here."""
+    name = architecture_of(config)
+    ending = next((e for e in sorted(_ENDINGS, key=len, reverse=True) if name.endswith(e)), None)
+    if ending == "ForConditionalGeneration" and not _encodes(config):
+        return "causal-lm"  # a decoder that sees or hears; so PEFT calls all that write text
+    if ending is None or name.endswith("HeadsModel"):
+        return _listed(name)
+    return _ENDINGS[ending]
+
+
+def architecture_of(config: Mapping[str, object]) -> str:
+    """The class in a `config.json`; empty where it names none."""
+    known = config.get("architectures")
+    return str(known[0]) if isinstance(known, list) and known else ""
+
+
+def usual_ending(task: str) -> str:
+    """What the classes for `task` end in, `ForCausalLM` for example."""
+    return TASKS[task][1][0]
+
+
+def peft_type(task: str) -> str:
+    """PEFT's `task_type` for `task`."""
+    return TASKS[task][0]
+
+
+def task_of_peft(task_type: object) -> str | None:
+    """The task of PEFT's `task_type`; None for another."""
+    return next((task for task, (peft, _) in TASKS.items() if peft == task_type), None)
+
+
+def _encodes(config: Mapping[str, object]) -> bool:
+    """Whether an encoder reads the text. Configurations that do not say so and are made of
+    several are of decoders with an encoder of images or sound."""
+    said = config.get("is_encoder_decoder")
+    parts = any(key.endswith("_config") and isinstance(v, dict) for key, v in config.items())
+    return said if isinstance(said, bool) else not parts
+
+
+def _listed(name: str) -> str | None:
+    try:
+        from transformers.models.auto import modeling_auto
+    except ImportError:
+        return None
+    for task, lists in _LISTS.items():
+        for kind in lists:
+            known = getattr(modeling_auto, f"MODEL_FOR_{kind}_MAPPING_NAMES", {})
+            if name and name in known.values():
+                return task
+    return None

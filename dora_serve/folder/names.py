@@ -1,0 +1,57 @@
+"""What each thing in a folder is called: one rule for every command, engine and resolver.
+
+1. What lies in the folder goes by its own name: its folder's, or the hub id where it lies as in the
+   hub's cache. Where two things have that name, runs or bases, each goes by its path below the
+   folder. Links are ways to a place and no names of it.
+2. What lies elsewhere (the base that was given, or one of the hub's cache) goes by its own name
+   too; where something in the folder has that, by as many folders more as tell it apart. So what
+   lies elsewhere renames nothing in the folder.
+3. An adapter inside an ONNX folder goes by its own name, else by `folder/adapter`.
+
+The path below the folder names a thing at any time and never another one, whatever arrives later:
+`find_run` understands it beside the name.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from pathlib import Path
+
+_SNAPSHOT = re.compile(r"(?:.*/)?models--([^/]+)/snapshots/[^/]+")
+
+
+def own_name(path: Path) -> str:
+    """A folder's name where it really lies, or the hub id of a snapshot in the hub's cache."""
+    place = path.resolve()
+    snapshot = _SNAPSHOT.fullmatch(place.as_posix())
+    return snapshot[1].replace("--", "/", 1) if snapshot else place.name
+
+
+def names_below(root: Path, paths: Sequence[Path]) -> dict[Path, str]:
+    """The name of every one of `paths`, which lie in `root` or are it."""
+    below = {path: path.relative_to(root).as_posix() for path in paths}
+    own = {path: own_name(path) for path in paths}
+    known = Counter([*own.values(), *(b for path, b in below.items() if b != own[path])])
+    return {path: own[path] if known[own[path]] == 1 else below[path] for path in paths}
+
+
+def name_elsewhere(path: Path, taken: Collection[str]) -> str:
+    """The name of what does not lie in the folder, where the names `taken` are the folder's."""
+    parts = path.resolve().parts
+    longer = ["/".join(parts[-count:]) for count in range(2, len(parts))]
+    names = (own_name(path), *longer, path.resolve().as_posix())
+    return next(name for name in names if name not in taken)
+
+
+def names_inside(
+    folders: Mapping[str, Iterable[str]], taken: Collection[str]
+) -> dict[tuple[str, str], str]:
+    """(folder, adapter) → name, for the adapters inside ONNX folders of these names."""
+    own = [(folder, adapter) for folder, adapters in folders.items() for adapter in adapters]
+    known = Counter([*taken, *folders, *(adapter for _, adapter in own)])
+    return {
+        (folder, adapter): adapter if known[adapter] == 1 else f"{folder}/{adapter}"
+        for folder, adapter in own
+    }

@@ -1,0 +1,83 @@
+"""Classes and tasks: the table agrees with transformers' own lists, family by family."""
+
+from __future__ import annotations
+
+import pytest
+from transformers import CONFIG_MAPPING
+from transformers.models.auto import modeling_auto
+
+from converters.model.architecture import class_for
+from converters.model.tasks import TASKS, peft_type, task_of, task_of_peft
+
+LISTS = {
+    "CAUSAL_LM": "causal-lm",
+    "SEQUENCE_CLASSIFICATION": "sequence-classification",
+    "QUESTION_ANSWERING": "question-answering",
+    "TOKEN_CLASSIFICATION": "token-classification",
+    "SEQ_TO_SEQ_CAUSAL_LM": "seq2seq-lm",
+    "IMAGE_TEXT_TO_TEXT": "causal-lm",
+}
+
+
+def listed(name: str) -> dict[str, str]:
+    known = getattr(modeling_auto, f"MODEL_FOR_{name}_MAPPING_NAMES")
+    return {kind: cls for kind, cls in known.items() if kind in CONFIG_MAPPING}
+
+
+@pytest.mark.parametrize("name", LISTS)
+def test_every_class_that_transformers_lists(name: str) -> None:
+    """An encoder that reads text, or sees, makes a model seq2seq, whatever list it is in."""
+    found, checked = {}, 0
+    for kind, cls in listed(name).items():
+        if "encoder-decoder" in kind or kind.startswith("musicgen"):  # made of others' configs
+            continue
+        config = CONFIG_MAPPING[kind]()
+        expected = LISTS[name]
+        if expected in ("causal-lm", "seq2seq-lm") and cls.endswith("ForConditionalGeneration"):
+            expected = "seq2seq-lm" if config.is_encoder_decoder else "causal-lm"
+        checked += 1
+        told = task_of({**config.to_diff_dict(), "architectures": [cls]})
+        if told != expected:
+            found[cls] = told
+    assert checked > 15
+    assert not found
+
+
+@pytest.mark.parametrize(
+    ("config", "task"),
+    [
+        ({"architectures": ["MarianMTModel"]}, "seq2seq-lm"),
+        ({"architectures": ["FSMTModel"]}, "feature-extraction"),
+        ({"architectures": ["GPT2LMHeadModel"]}, "causal-lm"),
+        ({"architectures": ["GPT2DoubleHeadsModel"]}, None),
+        ({"architectures": ["BertForMaskedLM"]}, None),
+        ({"architectures": ["BertModel"]}, "feature-extraction"),
+        ({"architectures": ["T5ForConditionalGeneration"]}, "seq2seq-lm"),
+        ({"architectures": ["XForConditionalGeneration"], "vision_config": {}}, "causal-lm"),
+        (
+            {
+                "architectures": ["XForConditionalGeneration"],
+                "vision_config": {},
+                "is_encoder_decoder": True,
+            },
+            "seq2seq-lm",
+        ),
+        ({"architectures": []}, None),
+        ({}, None),
+    ],
+)
+def test_names_that_mislead(config: dict[str, object], task: str | None) -> None:
+    assert task_of(config) == task
+
+
+def test_the_same_family_for_another_task() -> None:
+    config = {"architectures": ["MarianMTModel"], "model_type": "marian"}
+    assert class_for(config, "ForCausalLM") == "MarianForCausalLM"
+
+
+def test_peft_names_every_task_once() -> None:
+    from peft import TaskType
+
+    assert {task_of_peft(kind.value) for kind in TaskType} == set(TASKS)
+    assert [task_of_peft(peft_type(task)) for task in TASKS] == list(TASKS)
+    assert task_of_peft(None) is None
