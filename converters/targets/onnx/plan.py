@@ -18,9 +18,9 @@ from ...model.base import BaseModel
 from ...model.match import changed, check_frozen, target_architecture
 from ...run import HEADS, Run
 from ..merged.plan import plan_merge
-from .decoder import PRECISIONS
 from .encoder import ENCODER_TASKS
 from .seq2seq import SEQ2SEQ_TASK
+from .write import PRECISIONS
 
 _MERGED = "export it merged: `onnx`"
 _NAME = re.compile(r"[\w][\w.-]*")

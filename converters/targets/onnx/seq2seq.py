@@ -7,18 +7,21 @@ caches of keys and values: the decoder's own, and those over the encoder's outpu
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import onnx_ir as ir
 import torch
 
 from ...errors import BaseError, TargetError
 from ...files.onnx_files import ADAPTER_INDEX, DECODER, ENCODER, NO_ADAPTER, WITH_PAST
-from .export import DATA, check_graph, expected, export_graph, fused, save_all, shrunk
-from .linear import branches_behind, linear_sites, prune, three_axes
+from .branches import add_branches
+from .export import Part, fused
+from .linear import linear_sites, three_axes
 from .loaded import load_model, write_config
+from .surgery import optional_input
+from .write import GraphWriter
 
 SEQ2SEQ_TASK = "seq2seq-lm"
 _ROWS, _SOURCE, _TOKENS = "batch_size", "encoder_sequence_length", "decoder_sequence_length"
@@ -116,44 +119,24 @@ def build_seq2seq(model: Path, out: Path, precision: str, *, adaptable: bool) ->
         raise BaseError("the model lacks tensors", file=model, found=", ".join(missing[:8]))
     if not getattr(loaded.config, "d_model", None):
         raise TargetError("no ONNX export for this architecture", found=type(loaded).__name__)
-    graphs = {}
+    writer = GraphWriter(out, precision)
     for name, part in _parts(loaded).items():
-        graph = export_graph(part.module, part.example(2), part.axes, part.outputs, out, part.names)
+        graph = part.export()
         if adaptable:
             _adaptable(graph, loaded)
-        graph = fused(graph)
-        inputs = part.example(3)
-        check_graph(graph, expected(part.module, inputs), inputs, out)
-        graphs[name] = shrunk(graph, precision)
-    save_all(graphs, out, DATA)
+        writer.write(name, fused(graph), part.check)
     write_config(loaded, out, model)
 
 
-def _adaptable(graph: Any, loaded: Any) -> None:
+def _adaptable(model: ir.Model, loaded: Any) -> None:
     """A branch behind every linear layer; rows have no adapter where none are told."""
-    import numpy as np
-    from onnx import numpy_helper
-
-    sites = linear_sites(graph, loaded)
-    three_axes(graph, sites, loaded)
-    branches_behind(graph, sites, batched=True)
-    none = numpy_helper.from_array(np.array([NO_ADAPTER]), ADAPTER_INDEX)
-    graph.graph.initializer.append(none)
-    prune(graph.graph)
+    sites = linear_sites(model, loaded)
+    three_axes(model, sites, loaded)
+    optional_input(model.graph, ADAPTER_INDEX, np.array([NO_ADAPTER]), [_ROWS])
+    add_branches(model, sites, batched=True)
 
 
-@dataclass(frozen=True)
-class _Part:
-    """One graph: the module, its inputs for a number of rows, and the names of both sides."""
-
-    module: torch.nn.Module
-    example: Callable[[int], dict[str, Any]]
-    axes: dict[str, Any]
-    outputs: dict[str, list[str | int | None]]
-    names: list[str] | None = None
-
-
-def _parts(model: Any) -> dict[str, _Part]:
+def _parts(model: Any) -> dict[str, Part]:
     config = model.config
     layers = len(
         model.get_decoder().layers
@@ -200,13 +183,13 @@ def _parts(model: Any) -> dict[str, _Part]:
     logits: list[str | int | None] = [_ROWS, _TOKENS, None]
     past_axes = [{0: _ROWS, 2: _SOURCE if ".encoder." in kind else _PAST} for kind in kinds]
     return {
-        ENCODER: _Part(
+        ENCODER: Part(
             _Encoder(model),
             text,
             {"input_ids": source, "attention_mask": source},
             {"last_hidden_state": [_ROWS, _SOURCE, None]},
         ),
-        DECODER: _Part(
+        DECODER: Part(
             first,
             begin,
             {
@@ -216,7 +199,7 @@ def _parts(model: Any) -> dict[str, _Part]:
             },
             {"logits": logits, **{f"present.{k}": cache(k, _TOKENS) for k in kinds}},
         ),
-        WITH_PAST: _Part(
+        WITH_PAST: Part(
             _Next(model),
             go_on,
             {
