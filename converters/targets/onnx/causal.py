@@ -7,18 +7,17 @@ GroupQueryAttention, which writes keys and values in place, and experts are its 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from ...errors import BaseError, TargetError
+from ...errors import TargetError
 from ...files.onnx_files import BATCHED, GENAI, MODEL
 from .branches import Site, add_branches
 from .export import Axes, Part, check_graph, fused
 from .linear import linear_sites, three_axes
-from .loaded import load_model, write_config
+from .loaded import load_whole, write_config
 from .positions import add_positions
 from .write import GraphWriter
 
@@ -151,9 +150,7 @@ def build_causal(model: Path, out: Path, precision: str, *, adaptable: bool) -> 
 
     Raises `TargetError` when a graph would not compute what the model computes.
     """
-    loaded, missing = load_model(model, None, None)
-    if missing:
-        raise BaseError("the model lacks tensors", file=model, found=", ".join(missing[:8]))
+    loaded = load_whole(model)
     truth, sizes = _cached(loaded, _ids(loaded.config, rows=3, tokens=5))
     _plain_linears(loaded)
     exported = _part(loaded, sizes).export()
@@ -227,20 +224,19 @@ def _inputs(config: Any, sizes: _Sizes, *, rows: int, tokens: int, past: int) ->
 
 def _part(loaded: Any, sizes: _Sizes) -> Part:
     kinds = [f"{layer}.{kind}" for layer in range(sizes[0]) for kind in ("key", "value")]
-    tokens = {0: _ROWS, 1: _TOKENS}
-    axes: Mapping[str, Any] = {
+    tokens: Axes = (_ROWS, _TOKENS)
+    axes: dict[str, Axes | list[Axes]] = {
         "input_ids": tokens,
-        "attention_mask": {0: _ROWS, 1: _TOTAL},
+        "attention_mask": (_ROWS, _TOTAL),
         "position_ids": tokens,
-        "past": [{0: _ROWS, 2: _PAST}] * len(kinds),
+        "past": [(_ROWS, None, _PAST, None)] * len(kinds),
     }
-    outputs: Axes = {"logits": [_ROWS, _TOKENS, None]}
-    outputs |= {f"present.{kind}": [_ROWS, None, _TOTAL, None] for kind in kinds}
+    present: Axes = (_ROWS, None, _TOTAL, None)
     return Part(
         _Decoder(loaded),
         lambda rows: _inputs(loaded.config, sizes, rows=rows, tokens=4, past=3),
         axes,
-        outputs,
+        {"logits": (*tokens, None), **{f"present.{kind}": present for kind in kinds}},
         [*list(axes)[:3], *(f"past_key_values.{kind}" for kind in kinds)],
     )
 

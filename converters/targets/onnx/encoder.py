@@ -25,18 +25,16 @@ from .branches import add_branches
 from .export import Axes, Part, fused
 from .heads import Head, free_heads
 from .linear import linear_sites, three_axes
-from .loaded import load_model, write_config
+from .loaded import load_model, load_whole, write_config
 from .surgery import take
 from .write import GraphWriter
 
-OUTPUTS: dict[str, Axes] = {
-    "sequence-classification": {"logits": ["batch_size", None]},
-    "token-classification": {"logits": ["batch_size", "sequence_length", None]},
-    "question-answering": {
-        "start_logits": ["batch_size", "sequence_length"],
-        "end_logits": ["batch_size", "sequence_length"],
-    },
-    "feature-extraction": {"last_hidden_state": ["batch_size", "sequence_length", None]},
+_TOKENS: Axes = ("batch_size", "sequence_length")
+OUTPUTS: dict[str, dict[str, Axes]] = {
+    "sequence-classification": {"logits": ("batch_size", None)},
+    "token-classification": {"logits": (*_TOKENS, None)},
+    "question-answering": {"start_logits": _TOKENS, "end_logits": _TOKENS},
+    "feature-extraction": {"last_hidden_state": (*_TOKENS, None)},
 }
 ENCODER_TASKS = frozenset(OUTPUTS)
 
@@ -63,9 +61,7 @@ class _Encoder(torch.nn.Module):
 def build_encoder(model: Path, out: Path, task: str, precision: str) -> None:
     """Write the graph of the Hugging Face folder `model` into `out`, configuration and tokenizer
     beside it. Raises `TargetError` when the graph would not compute what the model computes."""
-    loaded, missing = load_model(model, None, None)
-    if missing:
-        raise BaseError("the model lacks tensors", file=model, found=", ".join(missing[:8]))
+    loaded = load_whole(model)
     part = _part(loaded, task)
     GraphWriter(out, precision).write(MODEL, fused(part.export()), part.check)
     write_config(loaded, out, model)
@@ -105,7 +101,7 @@ def build_adaptable_encoder(
 
 
 def _part(loaded: Any, task: str) -> Part:
-    axes = {name: {0: "batch_size", 1: "sequence_length"} for name in _inputs(loaded, 1)}
+    axes = dict.fromkeys(_inputs(loaded, 1), _TOKENS)
     return Part(_Encoder(loaded, task), lambda rows: _inputs(loaded, rows), axes, OUTPUTS[task])
 
 

@@ -19,22 +19,21 @@ from ...errors import TargetError
 OPSET = 20
 TOLERANCE = 1e-4  # of a float32 graph to the torch module, on outputs of size 1
 _SEEN = 1 << 20  # bytes; fusions look at no weights beyond
-Axes = dict[str, list[str | int | None]]
+Axes = tuple[str | None, ...]  # of a tensor: their names, None where the size is fixed
 
 
 @dataclass(frozen=True)
 class Part:
     """One graph to be: the module, its inputs for a number of rows, and the names of both sides.
 
-    `example`: rows → argument → tensor, or list of tensors. `axes` has the form of the arguments,
-    with the free axes of each tensor: axis → name. `outputs`: name → its axes' names, None for
-    those of fixed size. `names`: of all input tensors in order, by default those of the arguments.
+    `example`: rows → argument → tensor, or list of tensors. `axes` has the form of the arguments.
+    `outputs`: name → axes. `names`: of all input tensors in order, by default the arguments'.
     """
 
     module: torch.nn.Module
     example: Callable[[int], dict[str, Any]]
-    axes: Mapping[str, Any]
-    outputs: Axes
+    axes: Mapping[str, Axes | list[Axes]]
+    outputs: Mapping[str, Axes]
     names: Sequence[str] | None = None
 
     def export(self) -> ir.Model:
@@ -79,11 +78,11 @@ class Part:
 
 def _dims(axes: Any, known: dict[str, Any]) -> Any:
     """`axes` with torch's dimensions in place of their names, one per name."""
-    if isinstance(axes, str):
-        return known.setdefault(axes, torch.export.Dim(axes))
     if isinstance(axes, Mapping):
         return {key: _dims(value, known) for key, value in axes.items()}
-    return [_dims(value, known) for value in axes]
+    if isinstance(axes, list):
+        return [_dims(value, known) for value in axes]
+    return {i: known.setdefault(n, torch.export.Dim(n)) for i, n in enumerate(axes) if n}
 
 
 @contextlib.contextmanager

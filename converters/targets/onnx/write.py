@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -71,55 +71,38 @@ def shrunk(file: Path, precision: str, *, weights_only: bool = False) -> Any:
     processor has no VNNI), activations in 8, their range found anew in every run. int4, and int8
     with `weights_only`: weights in blocks of 32, computed in float32.
     """
-    graph = ir.load(file).graph
-    with quiet():
-        if precision == "fp16":
-            io = [str(value.name) for value in (*graph.inputs, *graph.outputs)]
-            return _float16(
-                file, [n for n in io if not n.startswith(("past_key_values.", "present."))]
-            )
-        given = set(graph.inputs)
-        kept = [str(n.name) for n in graph if n.op_type == "MatMul" and given & set(n.inputs)]
-        if precision == "int8" and not weights_only:
-            return _int8(file, kept)
-        return _blocks(file, kept, int(precision.removeprefix("int")))
-
-
-def _float16(file: Path, kept: list[str]) -> Any:
-    from onnxruntime.transformers.float16 import convert_float_to_float16
-
-    return convert_float_to_float16(str(file), keep_io_types=kept)
-
-
-def _int8(file: Path, kept: Sequence[str]) -> Any:
     import onnx
     from onnxruntime.quantization import quantize_dynamic
-
-    with tempfile.TemporaryDirectory(dir=file.parent) as folder:
-        path = Path(folder) / file.name
-        quantize_dynamic(
-            file,
-            path,
-            op_types_to_quantize=["MatMul"],
-            per_channel=True,
-            reduce_range=True,
-            nodes_to_exclude=list(kept),
-            use_external_data_format=True,
-            extra_options={"DefaultTensorType": onnx.TensorProto.FLOAT},
-        )
-        return onnx.load(path)
-
-
-def _blocks(file: Path, kept: Sequence[str], bits: int) -> Any:
     from onnxruntime.quantization.matmul_nbits_quantizer import MatMulNBitsQuantizer
+    from onnxruntime.transformers.float16 import convert_float_to_float16
 
-    quantizer = MatMulNBitsQuantizer(
-        str(file),
-        bits=bits,
-        block_size=_BLOCK,
-        is_symmetric=True,
-        accuracy_level=1,
-        nodes_to_exclude=kept,
-    )
-    quantizer.process()
-    return quantizer.model.model
+    graph = ir.load(file).graph
+    given = set(graph.inputs)
+    kept = [node.name for node in graph if node.op_type == "MatMul" and given & set(node.inputs)]
+    with quiet(), tempfile.TemporaryDirectory(dir=file.parent) as folder:
+        if precision == "fp16":
+            io = [str(value.name) for value in (*graph.inputs, *graph.outputs)]
+            same = [name for name in io if not name.startswith(("past_key_values.", "present."))]
+            return convert_float_to_float16(str(file), keep_io_types=same)
+        if precision == "int8" and not weights_only:
+            quantize_dynamic(
+                file,
+                Path(folder, file.name),
+                op_types_to_quantize=["MatMul"],
+                per_channel=True,
+                reduce_range=True,
+                nodes_to_exclude=kept,
+                use_external_data_format=True,
+                extra_options={"DefaultTensorType": onnx.TensorProto.FLOAT},
+            )
+            return onnx.load(Path(folder, file.name))
+        blocks = MatMulNBitsQuantizer(
+            str(file),
+            bits=int(precision.removeprefix("int")),
+            block_size=_BLOCK,
+            is_symmetric=True,
+            accuracy_level=1,
+            nodes_to_exclude=kept,
+        )
+        blocks.process()
+        return blocks.model.model
