@@ -27,7 +27,7 @@ from .heads import Head, free_heads
 from .linear import linear_sites, three_axes
 from .loaded import load_model, load_whole, write_config
 from .surgery import take
-from .write import GraphWriter
+from .write import GraphWriter, put_inside
 
 _TOKENS: Axes = ("batch_size", "sequence_length")
 OUTPUTS: dict[str, dict[str, Axes]] = {
@@ -64,6 +64,7 @@ def build_encoder(model: Path, out: Path, task: str, precision: str) -> None:
     loaded = load_whole(model)
     part = _part(loaded, task)
     GraphWriter(out, precision).write(MODEL, fused(part.export()), part.check)
+    put_inside(out / MODEL)
     write_config(loaded, out, model)
 
 

@@ -16,6 +16,7 @@ PRECISIONS = ("fp32", "fp16", "int8", "int4")
 DATA = "model.onnx.data"
 _DATA_FROM, _ALIGNED = 1024, 64  # bytes; smaller tensors stay inside the graph
 _BLOCK = 32
+_INSIDE = 900_000_000  # bytes of weights that a graph, which ends at 2 GB, may hold itself
 
 
 class GraphWriter:
@@ -39,6 +40,16 @@ class GraphWriter:
             if not exact:
                 small = shrunk(file, self._precision, weights_only=self._weights_only)
                 _save(ir.from_proto(small), self._folder / name, self._places)
+
+
+def put_inside(file: Path) -> None:
+    """Let a graph that is alone hold its weights itself, unless they are too large."""
+    import onnx
+
+    data = file.parent / DATA
+    if data.stat().st_size < _INSIDE:
+        onnx.save(onnx.load(file), file)
+        data.unlink()
 
 
 def _save(model: ir.Model, file: Path, places: dict[bytes, int]) -> None:
