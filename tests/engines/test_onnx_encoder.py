@@ -19,7 +19,7 @@ from converters.model.base import open_base
 from converters.readers import read_run
 from converters.run import Run
 from converters.targets.onnx import add_adapters, write_onnx
-from converters.targets.onnx.export import shrunk
+from converters.targets.onnx.write import shrunk
 from dora_serve.onnxruntime.encoder import Encoder
 from dora_serve.onnxruntime.session import EngineError
 from dora_serve.proof.onnxruntime import prove
@@ -174,7 +174,7 @@ def test_the_graph_is_fused_and_tells_nothing_of_this_machine(sample: Built) -> 
 def test_precisions(sample: Built, tmp_path: Path, precision: str, bound: float) -> None:
     full = Encoder(sample[2]).run(ROWS)
     (tmp_path / "config.json").write_bytes((sample[2] / "config.json").read_bytes())
-    model = shrunk(onnx.load(sample[2] / "model.onnx"), precision)
+    model = shrunk(sample[2] / "model.onnx", precision)
     kinds = {"fp16": "Cast", "int8": "MatMulInteger", "int4": "MatMulNBits"}
     assert kinds[precision] in {node.op_type for node in model.graph.node}
     onnx.save(model, tmp_path / "model.onnx")

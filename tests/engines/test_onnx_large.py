@@ -1,4 +1,4 @@
-"""Weights beside the graph while it is made, as for models beyond what a graph holds."""
+"""Weights that no fusion sees, as those of models beyond what a graph holds."""
 
 from __future__ import annotations
 
@@ -9,18 +9,19 @@ import onnx
 import pytest
 
 from converters.model.base import open_base
-from converters.targets.onnx import export, write_onnx
-from dora_serve import DoraExportError, Run, read_run, verify
+from converters.targets.onnx import export, write, write_onnx
+from dora_serve import Run, read_run, verify
+from dora_serve.onnxruntime.encoder import Encoder
 from tests.conftest import DATA, MODELS
-from tests.engines.encoders import check_adapters
+from tests.engines.encoders import ROWS, check_adapters, largest
 
 REFERENCE = DATA / "reference"
 
 
 @pytest.fixture(autouse=True)
 def everything_is_large(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(export, "LARGE", 0)
-    monkeypatch.setattr(export, "_OUTSIDE_FROM", 2048)
+    monkeypatch.setattr(export, "_SEEN", 2048)
+    monkeypatch.setattr(write, "_INSIDE", 0)
 
 
 def check(folder: Path) -> None:
@@ -28,7 +29,7 @@ def check(folder: Path) -> None:
     graphs = [onnx.load(p, load_external_data=False).graph for p in folder.glob("*.onnx")]
     outside = [t for g in graphs for t in g.initializer if t.data_location == 1]
     assert {entry.value for t in outside for entry in t.external_data[:1]} == {"model.onnx.data"}
-    assert not (folder / ".exported").exists()
+    assert {path.name for path in folder.iterdir() if path.is_dir()} <= {"adapters"}
 
 
 def reference(name: str) -> tuple[Run, Path]:
@@ -53,9 +54,14 @@ def test_merged_graphs(name: str, tmp_path: Path) -> None:
     assert verify(run, tmp_path / "out", base).passed
 
 
-def test_other_precisions_are_refused(tmp_path: Path) -> None:
+@pytest.mark.parametrize(("precision", "bound"), [("fp16", 5e-3), ("int8", 0.1), ("int4", 0.3)])
+def test_other_precisions(precision: str, bound: float, tmp_path: Path) -> None:
     run = read_run(next(MODELS.glob("runs/Checkpoint/Tiny_Roberta/*/*/*--1")))
     base = open_base(MODELS / "tiny-roberta-base")
-    with pytest.raises(DoraExportError, match="too large for this precision"):
-        write_onnx(base, tmp_path / "out", run=run, precision="int8")
-    assert list(tmp_path.iterdir()) == []
+    full, small = tmp_path / "fp32", tmp_path / precision
+    for out in (full, small):
+        write_onnx(base, out, run=run, precision=out.name)
+        check(out)
+    sizes = [(out / "model.onnx.data").stat().st_size for out in (small, full)]
+    assert sizes[0] < sizes[1]
+    assert 0 < largest(Encoder(small).run(ROWS), Encoder(full).run(ROWS)) <= bound

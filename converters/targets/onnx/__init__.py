@@ -25,8 +25,8 @@ from ...model.match import changed
 from ...run import LazyUpdates, Run
 from ..merged.folder import write_merged
 from .adapters import write_adapter_file
-from .branches import Site, input_shapes, sites_in
-from .decoder import build_decoder, place
+from .branches import input_shapes, sites_in
+from .decoder import build_decoder
 from .encoder import ENCODER_TASKS, build_adaptable_encoder, build_encoder
 from .heads import head_tensors
 from .plan import plan_added, plan_onnx, refuse
@@ -112,14 +112,10 @@ def _build_base(
 def _write_adapters(
     folder: Path, adapters: Mapping[str, Run], base: BaseModel
 ) -> dict[str, dict[str, int]]:
-    import onnx
-
-    sites: dict[str, Site] = {}
     shapes: dict[str, list[int | str]] = {}
     for file in graphs_in(folder):
-        graph = onnx.load(file, load_external_data=False).graph
-        sites |= sites_in(graph)
-        shapes |= input_shapes(graph)
+        shapes |= input_shapes(file)
+    sites = sites_in(shapes)
     (folder / FOLDER).mkdir(exist_ok=True)
     ranks = {}
     for name, run in adapters.items():
@@ -130,7 +126,7 @@ def _write_adapters(
         ranks[name] = write_adapter_file(
             folder / FOLDER / f"{name}{SUFFIX}",
             replace(run, updates=LazyUpdates(updates)),
-            lambda m, s: place(m, s, sites),
+            sites,
             head_tensors(run, base, shapes),
         )
     return ranks

@@ -6,10 +6,11 @@ graph's default of rank 0.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ...errors import TargetError
 from ...files.onnx_files import names
 from ...run import Run
 from .branches import Site
@@ -20,17 +21,22 @@ if TYPE_CHECKING:
 
     Array = NDArray[np.float32]
 
-# The sites of an update of that module and shape, each with the update's first row there.
-Place = Callable[[str, tuple[int, int]], list[tuple[Site, int]]]
-
 _VERSION = 1
+# Modules that the graph has in parts: Hugging Face name → the parts, in row order.
+_PACKED = {
+    "self_attn.qkv_proj": ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
+    "mlp.gate_up_proj": ("mlp.gate_proj", "mlp.up_proj"),
+}
 
 
 def write_adapter_file(
-    path: Path, run: Run, place: Place, heads: Mapping[str, Array] | None = None
+    path: Path, run: Run, sites: Mapping[str, Site], heads: Mapping[str, Array] | None = None
 ) -> dict[str, int]:
-    """Write the stripped `run`, A `[in, r]` and B `[r, out]` with scale 1, and the `heads` that it
-    brings, by input name; returns the ranks."""
+    """Write the stripped `run`, A `[in, r]` and B `[r, out]` with scale 1, for the `sites` of a
+    graph, by name, and the `heads` that it brings, by input name; returns the ranks.
+
+    Raises `TargetError` where the graph has no site for an update, or one of another shape.
+    """
     from onnxruntime import OrtValue
 
     parameters = {n: OrtValue.ortvalue_from_numpy(array) for n, array in (heads or {}).items()}
@@ -39,17 +45,41 @@ def write_adapter_file(
         update = run.updates[module].components()
         assert update is not None
         ranks[module] = update.rank
-        sites = place(module, update.shape)
+        own = _sites_of(module, update.shape, sites)
         if not update.rank:
             continue
         a, b = update.balanced()
-        for site, row in sites:
+        for site, row in own:
             name_a, name_b, _ = names(site.name)
             rows = b[row : row + site.out_features]
             for name, factor in ((name_a, a), (name_b, rows)):
                 parameters[name] = OrtValue.ortvalue_from_numpy(factor.T.contiguous().numpy())
     _export(path, parameters)
     return ranks
+
+
+def _sites_of(
+    module: str, shape: tuple[int, int], sites: Mapping[str, Site]
+) -> list[tuple[Site, int]]:
+    """The sites that compute an update of `shape [out, in]`, each with the update's first row
+    there."""
+    names = [module]
+    for packed, parts in _PACKED.items():
+        if module not in sites and module.endswith(packed):
+            names = [module.removesuffix(packed) + part for part in parts]
+    placed, row = [], 0
+    for site in (sites[name] for name in names if name in sites):
+        placed.append((site, row))
+        row += site.out_features
+    if not placed or row != shape[0] or any(s.in_features != shape[1] for s, _ in placed):
+        raise TargetError(
+            "the graph has no place for this module's update",
+            tensor=module,
+            found=[f"{s.name} [{s.out_features}, {s.in_features}]" for s, _ in placed] or "none",
+            expected=list(shape),
+            remedy="export it merged: dora-export onnx RUN OUT",
+        )
+    return placed
 
 
 def write_own_heads(path: Path, heads: Mapping[str, Array]) -> None:

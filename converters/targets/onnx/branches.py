@@ -10,11 +10,16 @@ adapters in the batch lie side by side, and a row of the batch computes with tho
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections import Counter
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from pathlib import Path
+
+import numpy as np
+import onnx_ir as ir
 
 from ...files.onnx_files import ADAPTER_INDEX, names
+from .surgery import Scope, graph_input, optional_input, replace, take
 
 
 @dataclass(frozen=True)
@@ -28,94 +33,61 @@ class Site:
     out_features: int
 
 
-def add_branches(model: Any, sites: Iterable[Site], batched: bool) -> None:
-    """Add a branch behind every site of the `ModelProto`, in place. Branches compute in float32,
-    in a float16 graph too."""
-    import numpy as np
-    from onnx import TensorProto, numpy_helper
-
+def add_branches(model: ir.Model, sites: Iterable[Site], batched: bool) -> None:
+    """Add a branch behind every site, in place; those of one module take the same A and B.
+    Branches compute in float32, in a float16 graph too."""
     graph = model.graph
-    by_name = {node.name: node for node in graph.node}
-    half = any(t.data_type == TensorProto.FLOAT16 for t in graph.initializer)
-    added: dict[str, list[Any]] = {}
+    nodes = {node.name: node for node in graph}
+    half = any(value.dtype == ir.DataType.FLOAT16 for value in graph.initializers.values())
     if batched:
-        _input(graph, ADAPTER_INDEX, TensorProto.INT64, ["batch_size"])
-        graph.initializer.append(numpy_helper.from_array(np.array([1, 2]), "lora/axes"))
-        graph.initializer.append(numpy_helper.from_array(np.float32(0), "lora/zero"))
+        index = adapter_index(graph)
+        shared = Scope(graph, "lora")
+        axes = shared.constant("axes", np.array([1, 2]))
+        zero = shared.constant("zero", np.array(0, np.float32))
+    used: Counter[str] = Counter()
     for site in sites:
-        node = by_name[site.node]
         a, b, owner = names(site.name)
-        rank = f"{site.name}.rank"
-        add_default(graph, a, np.zeros((site.in_features, 0), np.float32), [site.in_features, rank])
-        add_default(
-            graph, b, np.zeros((0, site.out_features), np.float32), [rank, site.out_features]
-        )
-        branch = _Branch(f"/{site.name}/lora")
-        hidden = branch.cast(node.input[0], TensorProto.FLOAT) if half else node.input[0]
-        hidden = branch("MatMul", hidden, a)
+        rank, width, height = f"{site.name}.rank", site.in_features, site.out_features
+        used[site.name] += 1
+        again = f"#{used[site.name]}" if used[site.name] > 1 else ""
+        branch = Scope(graph, f"/{site.name}{again}/lora")
+        hidden = take(nodes[site.node], 0)
+        if half:
+            hidden = branch("Cast", hidden, to=ir.DataType.FLOAT)
+        none = np.zeros((width, 0), np.float32)
+        hidden = branch("MatMul", hidden, optional_input(graph, a, none, [width, rank]))
         if batched:
-            add_default(graph, owner, np.zeros(0, np.int64), [rank])
-            own = branch("Equal", branch("Unsqueeze", ADAPTER_INDEX, "lora/axes"), owner)
+            owners = optional_input(graph, owner, np.zeros(0, np.int64), [rank])
+            own = branch("Equal", branch("Unsqueeze", index, axes), owners)
             # No product with 0, which an adapter that overflows would make NaN in others' rows.
-            hidden = branch("Where", own, hidden, "lora/zero")
-        update = branch("MatMul", hidden, b)
-        update = branch.cast(update, TensorProto.FLOAT16) if half else update
-        output = node.output[0]
-        node.output[0] = f"{output}/base"
-        branch("Add", node.output[0], update, output=output)
-        added[site.node] = branch.nodes
-    ordered = [n for node in graph.node for n in (node, *added.get(node.name, ()))]
-    del graph.node[:]
-    graph.node.extend(ordered)
+            hidden = branch("Where", own, hidden, zero)
+        none = np.zeros((0, height), np.float32)
+        update = branch("MatMul", hidden, optional_input(graph, b, none, [rank, height]))
+        if half:
+            update = branch("Cast", update, to=ir.DataType.FLOAT16)
+        output = nodes[site.node].outputs[0]
+        replace(output, branch("Add", output, update))
+    graph.sort()
 
 
-class _Branch:
-    """Makes nodes below one scope; each call returns the name of the node's output."""
-
-    def __init__(self, scope: str) -> None:
-        self._scope = scope
-        self.nodes: list[Any] = []
-
-    def __call__(
-        self, kind: str, *inputs: str, output: str | None = None, **attributes: Any
-    ) -> str:
-        from onnx import helper
-
-        name = f"{self._scope}/{kind}_{len(self.nodes)}"
-        output = output or f"{name}/output"
-        self.nodes.append(helper.make_node(kind, inputs, [output], name, **attributes))
-        return output
-
-    def cast(self, value: str, to: int) -> str:
-        return self("Cast", value, to=to)
+def adapter_index(graph: ir.Graph) -> ir.Value:
+    """The input that says for every row of the batch which adapter is its own."""
+    return graph_input(graph, ADAPTER_INDEX, ir.DataType.INT64, ["batch_size"])
 
 
-def add_default(graph: Any, name: str, value: Any, shape: list[int | str]) -> None:
-    """An input that need not be given: `value` is what it is then."""
-    from onnx import helper, numpy_helper
-
-    kind = helper.np_dtype_to_tensor_dtype(value.dtype)
-    _input(graph, name, kind, shape)
-    graph.initializer.append(numpy_helper.from_array(value, name))
-
-
-def _input(graph: Any, name: str, kind: int, shape: list[int | str]) -> None:
-    from onnx import helper
-
-    graph.input.append(helper.make_tensor_value_info(name, kind, shape))
-
-
-def input_shapes(graph: Any) -> dict[str, list[int | str]]:
-    """The axes of every input, a symbol's name where the size is free."""
+def input_shapes(file: Path) -> dict[str, list[int | str]]:
+    """The axes of every input of a graph, a symbol's name where the size is free."""
     return {
-        value.name: [dim.dim_param or dim.dim_value for dim in value.type.tensor_type.shape.dim]
-        for value in graph.input
+        str(value.name): [
+            axis if isinstance(axis, int) else str(axis.value) for axis in value.shape
+        ]
+        for value in ir.load(file).graph.inputs
+        if value.shape is not None
     }
 
 
-def sites_in(graph: Any) -> dict[str, Site]:
-    """The sites of a graph that has its branches already, by name."""
-    shapes = input_shapes(graph)
+def sites_in(shapes: Mapping[str, list[int | str]]) -> dict[str, Site]:
+    """The sites of a graph that has its branches already, by name, from its inputs' `shapes`."""
     found = {}
     for name in (n.removesuffix(".lora_A") for n in shapes if n.endswith(".lora_A")):
         a, b, _ = names(name)

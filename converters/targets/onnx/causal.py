@@ -7,19 +7,19 @@ GroupQueryAttention, which writes keys and values in place, and experts are its 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from ...errors import BaseError, TargetError
+from ...errors import TargetError
 from ...files.onnx_files import BATCHED, GENAI, MODEL
-from .branches import Site
-from .export import DATA, check_graph, export_graph, fused, save_all, shrunk
-from .linear import branches_behind, linear_sites, prune, three_axes
-from .loaded import load_model, write_config
+from .branches import Site, add_branches
+from .export import Axes, Part, check_graph, fused
+from .linear import linear_sites, three_axes
+from .loaded import load_whole, write_config
 from .positions import add_positions
+from .write import GraphWriter
 
 _NAME = "dora_export"  # of the attention and the experts, for transformers
 _ROWS, _TOKENS = "batch_size", "sequence_length"
@@ -150,29 +150,25 @@ def build_causal(model: Path, out: Path, precision: str, *, adaptable: bool) -> 
 
     Raises `TargetError` when a graph would not compute what the model computes.
     """
-    loaded, missing = load_model(model, None, None)
-    if missing:
-        raise BaseError("the model lacks tensors", file=model, found=", ".join(missing[:8]))
+    loaded = load_whole(model)
     truth, sizes = _cached(loaded, _ids(loaded.config, rows=3, tokens=5))
     _plain_linears(loaded)
-    exported = _export(loaded, sizes, out)
+    exported = _part(loaded, sizes).export()
     sites = linear_sites(exported, loaded)
     three_axes(exported, sites, loaded)
     head = _head(loaded, sites)
-    graphs = {}
+
+    def check(file: Path) -> None:
+        check_graph(file, [truth], _inputs(loaded.config, sizes, rows=3, tokens=5, past=0))
+
+    writer = GraphWriter(out, precision, weights_only=True)
     for name, batched in ((MODEL, False), (BATCHED, True))[: 2 if adaptable else 1]:
-        graph = type(exported)()
-        graph.CopyFrom(exported)
+        graph = exported.clone()
         if adaptable:
-            branches_behind(graph, sites, batched)
-        prune(graph.graph)
+            add_branches(graph, sites, batched)
         graph = fused(graph)
-        add_positions(graph.graph, head)
-        if not batched:
-            check = _inputs(loaded.config, sizes, rows=3, tokens=5, past=0)
-            check_graph(graph, [truth], check, out)
-        graphs[name] = shrunk(graph, precision, weights_only=True)
-    save_all(graphs, out, DATA)
+        add_positions(graph, head)
+        writer.write(name, graph, None if batched else check)
     write_config(loaded, out, model)
     (out / GENAI).write_text(json.dumps(_genai(loaded, sizes), indent=4))
 
@@ -226,21 +222,23 @@ def _inputs(config: Any, sizes: _Sizes, *, rows: int, tokens: int, past: int) ->
     }
 
 
-def _export(loaded: Any, sizes: _Sizes, out: Path) -> Any:
-    layers = sizes[0]
-    kinds = [f"{layer}.{kind}" for layer in range(layers) for kind in ("key", "value")]
-    inputs = _inputs(loaded.config, sizes, rows=2, tokens=4, past=3)
-    tokens = {0: _ROWS, 1: _TOKENS}
-    axes: Mapping[str, Any] = {
+def _part(loaded: Any, sizes: _Sizes) -> Part:
+    kinds = [f"{layer}.{kind}" for layer in range(sizes[0]) for kind in ("key", "value")]
+    tokens: Axes = (_ROWS, _TOKENS)
+    axes: dict[str, Axes | list[Axes]] = {
         "input_ids": tokens,
-        "attention_mask": {0: _ROWS, 1: _TOTAL},
+        "attention_mask": (_ROWS, _TOTAL),
         "position_ids": tokens,
-        "past": [{0: _ROWS, 2: _PAST}] * len(kinds),
+        "past": [(_ROWS, None, _PAST, None)] * len(kinds),
     }
-    outputs: dict[str, list[str | int | None]] = {"logits": [_ROWS, _TOKENS, None]}
-    outputs |= {f"present.{kind}": [_ROWS, None, _TOTAL, None] for kind in kinds}
-    names = [*list(inputs)[:3], *(f"past_key_values.{kind}" for kind in kinds)]
-    return export_graph(_Decoder(loaded), inputs, axes, outputs, out, names)
+    present: Axes = (_ROWS, None, _TOTAL, None)
+    return Part(
+        _Decoder(loaded),
+        lambda rows: _inputs(loaded.config, sizes, rows=rows, tokens=4, past=3),
+        axes,
+        {"logits": (*tokens, None), **{f"present.{kind}": present for kind in kinds}},
+        [*list(axes)[:3], *(f"past_key_values.{kind}" for kind in kinds)],
+    )
 
 
 def _genai(loaded: Any, sizes: _Sizes) -> dict[str, Any]:

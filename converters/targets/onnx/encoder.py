@@ -8,10 +8,11 @@ DeBERTa's relative positions are: rows with different adapters then take a run e
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Container, Mapping
 from pathlib import Path
 from typing import Any
 
+import onnx_ir as ir
 import torch
 
 from ...errors import BaseError
@@ -20,19 +21,20 @@ from ...model.base import BaseModel
 from ...model.match import target_architecture
 from ...run import Run
 from .adapters import write_own_heads
-from .export import DATA, check_graph, expected, export_graph, fused, save_all, shrunk
+from .branches import add_branches
+from .export import Axes, Part, fused
 from .heads import Head, free_heads
-from .linear import axes_of, branches_behind, linear_sites, prune, three_axes
-from .loaded import load_model, write_config
+from .linear import linear_sites, three_axes
+from .loaded import load_model, load_whole, write_config
+from .surgery import take
+from .write import GraphWriter, put_inside
 
-OUTPUTS: dict[str, dict[str, list[str | int | None]]] = {
-    "sequence-classification": {"logits": ["batch_size", None]},
-    "token-classification": {"logits": ["batch_size", "sequence_length", None]},
-    "question-answering": {
-        "start_logits": ["batch_size", "sequence_length"],
-        "end_logits": ["batch_size", "sequence_length"],
-    },
-    "feature-extraction": {"last_hidden_state": ["batch_size", "sequence_length", None]},
+_TOKENS: Axes = ("batch_size", "sequence_length")
+OUTPUTS: dict[str, dict[str, Axes]] = {
+    "sequence-classification": {"logits": ("batch_size", None)},
+    "token-classification": {"logits": (*_TOKENS, None)},
+    "question-answering": {"start_logits": _TOKENS, "end_logits": _TOKENS},
+    "feature-extraction": {"last_hidden_state": (*_TOKENS, None)},
 }
 ENCODER_TASKS = frozenset(OUTPUTS)
 
@@ -59,25 +61,11 @@ class _Encoder(torch.nn.Module):
 def build_encoder(model: Path, out: Path, task: str, precision: str) -> None:
     """Write the graph of the Hugging Face folder `model` into `out`, configuration and tokenizer
     beside it. Raises `TargetError` when the graph would not compute what the model computes."""
-    loaded, missing = load_model(model, None, None)
-    if missing:
-        raise BaseError("the model lacks tensors", file=model, found=", ".join(missing[:8]))
-    module = _Encoder(loaded, task)
-    graph = fused(_export(module, task, out))
-    _check(graph, module, out)
-    save_all({MODEL: shrunk(graph, precision)}, out, None)
+    loaded = load_whole(model)
+    part = _part(loaded, task)
+    GraphWriter(out, precision).write(MODEL, fused(part.export()), part.check)
+    put_inside(out / MODEL)
     write_config(loaded, out, model)
-
-
-def _check(graph: Any, module: _Encoder, out: Path) -> None:
-    inputs = _inputs(module.model, 3, 5)
-    check_graph(graph, expected(module, inputs), inputs, out)
-
-
-def _export(module: _Encoder, task: str, out: Path) -> Any:
-    inputs = _inputs(module.model, 2, 8)
-    axes = {name: {0: "batch_size", 1: "sequence_length"} for name in inputs}
-    return export_graph(module, inputs, axes, OUTPUTS[task], out)
 
 
 def build_adaptable_encoder(
@@ -92,37 +80,37 @@ def build_adaptable_encoder(
     with torch.no_grad():
         for name in missing:
             loaded.get_parameter(name).zero_()
-    module = _Encoder(loaded, task)
-    exported = _export(module, task, out)
+    part = _part(loaded, task)
+    exported = part.export()
     sites = linear_sites(exported, loaded)
-    shared = any(site.node in _shared(exported) for site in sites)
+    shared = _shared(exported, {site.node for site in sites})
     weights = {name: _head(loaded, name, labels) for name, labels in heads.items()}
     if weights:
         own = {n: array for head in weights.values() for n, array in head.inputs().items()}
         write_own_heads(out / OWN_HEADS, own)
-    graphs = {}
+    three_axes(exported, sites, loaded)
+    writer = GraphWriter(out, precision)
     for name, batched in ((MODEL, False), (BATCHED, True))[: 1 if shared else 2]:
-        graph = type(exported)()
-        graph.CopyFrom(exported)
-        three_axes(graph, sites, loaded)
+        graph = exported.clone()
         free_heads(graph, {s.node: weights[s.name] for s in sites if s.name in weights}, batched)
-        branches_behind(graph, [site for site in sites if site.name not in weights], batched)
+        add_branches(graph, [site for site in sites if site.name not in weights], batched)
         if any(heads.values()):
-            graph.graph.output[0].type.tensor_type.shape.dim[-1].dim_param = LABELS
-        graph = fused(graph)
-        prune(graph.graph)
-        if not batched:
-            _check(graph, module, out)
-        graphs[name] = shrunk(graph, precision)
-    save_all(graphs, out, DATA)
+            logits = graph.graph.outputs[0]
+            logits.shape = ir.Shape([*OUTPUTS[task]["logits"][:-1], LABELS])
+        writer.write(name, fused(graph), None if batched else part.check)
     write_config(loaded, out, base.path)
 
 
-def _inputs(model: Any, rows: int, length: int) -> dict[str, torch.Tensor]:
+def _part(loaded: Any, task: str) -> Part:
+    axes = dict.fromkeys(_inputs(loaded, 1), _TOKENS)
+    return Part(_Encoder(loaded, task), lambda rows: _inputs(loaded, rows), axes, OUTPUTS[task])
+
+
+def _inputs(model: Any, rows: int) -> dict[str, torch.Tensor]:
     """Token ids from a fixed seed, the last row padded."""
     import inspect
 
-    config = model.config
+    config, length = model.config, rows + 4
     generator = torch.Generator().manual_seed(0)
     low = min(5, config.vocab_size - 1)
     ids = torch.randint(low, config.vocab_size, (rows, length), generator=generator)
@@ -173,7 +161,7 @@ def _check_missing(
                 )
 
 
-def _shared(model: Any) -> set[str]:
-    """The nodes whose first input is not one row per row of the batch."""
-    axes = axes_of(model)
-    return {n.name for n in model.graph.node if axes.get(n.input[0], [0])[:1] != ["batch_size"]}
+def _shared(model: ir.Model, nodes: Container[str]) -> bool:
+    """Whether the first input of one of the nodes is not one row per row of the batch."""
+    shapes = [take(node, 0).shape for node in model.graph if node.name in nodes]
+    return any(shape is None or shape[0] != "batch_size" for shape in shapes)

@@ -10,18 +10,19 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import onnx_ir as ir
+from numpy.typing import NDArray
 
 from ...errors import TargetError
-from ...files.onnx_files import ADAPTER_INDEX, LABELS, head_names, heads_in
+from ...files.onnx_files import LABELS, head_names, heads_in
 from ...model.base import BaseModel
 from ...run import Run
+from .branches import adapter_index
+from .surgery import Scope, optional_input
 
-if TYPE_CHECKING:
-    import numpy as np
-    from numpy.typing import NDArray
-
-    Array = NDArray[np.float32]
+Array = NDArray[np.float32]
 
 
 @dataclass(frozen=True)
@@ -36,60 +37,40 @@ class Head:
 
     def inputs(self) -> dict[str, Array]:
         """Input name → its default."""
-        import numpy as np
-
         weight, bias = head_names(self.name)
         found = {weight: np.ascontiguousarray(self.weight.T)}
         return found if self.bias is None else {**found, bias: self.bias}
 
 
-def free_heads(model: Any, heads: Mapping[str, Head], batched: bool) -> None:
+def free_heads(model: ir.Model, heads: Mapping[str, Head], batched: bool) -> None:
     """Make the weight and bias of every head an input with a default; in place.
 
     `heads`: name of the head's MatMul node, which has three axes → head. Its bias is the other
     side of the Add behind it.
     """
-    import numpy as np
-    from onnx import helper, numpy_helper
-
     graph = model.graph
-    adds = {
-        name: node for node in graph.node if node.op_type == "Add" for name in list(node.input)[:2]
-    }
-    gathered = []
-    for node in graph.node:
-        head = heads.get(node.name)
-        if head is None:
-            continue
-        for name, value in head.inputs().items():
-            user = node if name == head_names(head.name)[0] else adds[node.output[0]]
+    nodes = {node.name: node for node in graph}
+    for name, head in heads.items():
+        node = nodes[name]
+        for input_name, value in head.inputs().items():
+            user, side = node, 1
+            if input_name != head_names(head.name)[0]:
+                user, product_side = next(iter(node.outputs[0].uses()))
+                side = 1 - product_side
             last = f"{head.name}.{LABELS}" if head.labels else value.shape[-1]
-            shape = [*value.shape[:-1], last]
-            taken = name
+            axes: list[int | str] = [*value.shape[:-1], last]
             if batched:
-                value, shape = value[None], [f"{head.name}.heads", *shape]
-                taken = f"{name}.row"
-                gathered.append(
-                    helper.make_node("Gather", [name, ADAPTER_INDEX], [taken], taken, axis=0)
+                stack = optional_input(
+                    graph, input_name, value[None], [f"{head.name}.heads", *axes]
                 )
+                scope = Scope(graph, f"{input_name}.row")
+                taken = scope("Gather", stack, adapter_index(graph), axis=0)
                 if user is not node:
-                    flat, taken = taken, f"{taken}.3d"
-                    gathered.append(
-                        helper.make_node("Unsqueeze", [flat, "heads/axis"], [taken], taken)
-                    )
-            if user is node:
-                user.input[1] = taken
+                    taken = scope("Unsqueeze", taken, scope.constant("axis", np.array([1])))
             else:
-                side = 1 if user.input[0] == node.output[0] else 0
-                user.input[side] = taken
-            kind = helper.np_dtype_to_tensor_dtype(value.dtype)
-            graph.input.append(helper.make_tensor_value_info(name, kind, shape))
-            graph.initializer.append(numpy_helper.from_array(value, name))
-    if gathered:
-        graph.initializer.append(numpy_helper.from_array(np.array([1]), "heads/axis"))
-        ordered = [*gathered, *graph.node]
-        del graph.node[:]
-        graph.node.extend(ordered)
+                taken = optional_input(graph, input_name, value, axes)
+            user.replace_input_with(side, taken)
+    graph.sort()
 
 
 def head_tensors(

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from ...errors import TargetError
+from ...errors import BaseError, TargetError
 from ..merged.folder import copy_companions
 
 
@@ -42,6 +42,14 @@ def load_model(
         transformers.logging.set_verbosity(level)
     known = dict(model.named_parameters())
     return model.eval(), sorted(set(info["missing_keys"]) & known.keys())
+
+
+def load_whole(path: Path) -> Any:
+    """The model in float32, in its own class. Raises `BaseError` when it lacks tensors."""
+    model, missing = load_model(path, None, None)
+    if missing:
+        raise BaseError("the model lacks tensors", file=path, found=", ".join(missing[:8]))
+    return model
 
 
 def write_config(model: Any, out: Path, source: Path) -> None:

@@ -19,9 +19,9 @@ from ...model.match import changed, check_frozen, target_architecture
 from ...model.tasks import task_of
 from ...run import Run
 from ..merged.plan import plan_merge
-from .decoder import PRECISIONS
 from .encoder import ENCODER_TASKS
 from .seq2seq import SEQ2SEQ_TASK
+from .write import PRECISIONS
 
 _MERGED = "export it merged: `onnx`"
 _NAME = re.compile(r"[\w][\w.-]*")

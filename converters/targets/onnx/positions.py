@@ -8,64 +8,29 @@ them, when it is empty.
 
 from __future__ import annotations
 
-from typing import Any
+import numpy as np
+import onnx_ir as ir
 
 from ...files.onnx_files import LOGITS_POSITIONS
-from .branches import add_default
+from .surgery import Scope, optional_input, take
 
 
-def add_positions(graph: Any, head: str) -> None:
+def add_positions(model: ir.Model, head: str) -> None:
     """Let the node `head` of a decoder, which makes logits of hidden states `[batch_size,
     sequence_length, hidden]`, compute those at `logits_positions` only. In place."""
-    import numpy as np
-    from onnx import helper, numpy_helper
-
-    add_default(graph, LOGITS_POSITIONS, np.zeros((0, 0), np.int64), ["batch_size", "wanted"])
-    graph.initializer.append(numpy_helper.from_array(np.array(0), "positions/none"))
-    place = next(i for i, node in enumerate(graph.node) if node.name == head)
-    hidden, chosen = graph.node[place].input[0], "positions/hidden"
-    for node in graph.node:  # the head's branch takes them too
-        node.input[:] = [chosen if taken == hidden else taken for taken in node.input]
-    nodes = [
-        helper.make_node("Size", [LOGITS_POSITIONS], ["positions/count"], "positions/Size"),
-        helper.make_node(
-            "Equal", ["positions/count", "positions/none"], ["positions/empty"], "positions/Equal"
-        ),
-        helper.make_node(
-            "If",
-            ["positions/empty"],
-            [chosen],
-            "positions/If",
-            then_branch=_everywhere(hidden),
-            else_branch=_wanted(hidden),
-        ),
-    ]
-    ordered = [*graph.node[:place], *nodes, *graph.node[place:]]
-    del graph.node[:]
-    graph.node.extend(ordered)
-
-
-def _everywhere(hidden: str) -> Any:
-    from onnx import helper
-
-    output = helper.make_empty_tensor_value_info("positions/all")
-    nodes = [helper.make_node("Identity", [hidden], [output.name], "positions/Identity")]
-    return helper.make_graph(nodes, "everywhere", [], [output])
-
-
-def _wanted(hidden: str) -> Any:
-    import numpy as np
-    from onnx import helper, numpy_helper
-
-    axes = numpy_helper.from_array(np.array([2]), "positions/axes")
-    index = "positions/index"
-    output = helper.make_empty_tensor_value_info("positions/some")
-    nodes = [
-        helper.make_node(
-            "Unsqueeze", [LOGITS_POSITIONS, axes.name], [index], "positions/Unsqueeze"
-        ),
-        helper.make_node(
-            "GatherND", [hidden, index], [output.name], "positions/GatherND", batch_dims=1
-        ),
-    ]
-    return helper.make_graph(nodes, "wanted", [], [output], initializer=[axes])
+    graph, none = model.graph, np.zeros((0, 0), np.int64)
+    positions = optional_input(graph, LOGITS_POSITIONS, none, ["batch_size", "wanted"])
+    hidden = take(graph.node(head), 0)
+    users = tuple(hidden.uses())  # the head's branch takes the same states as the head
+    ops = Scope(graph, "positions")
+    empty = ops("Equal", ops("Size", positions), ops.constant("none", np.array(0)))
+    all_states = ir.Graph([], [], nodes=[], name="everywhere")
+    all_states.outputs.append(Scope(all_states, "positions/everywhere")("Identity", hidden))
+    some = ir.Graph([], [], nodes=[], name="wanted")
+    at = Scope(some, "positions/wanted")
+    index = at("Unsqueeze", positions, at.constant("axes", np.array([2])))
+    some.outputs.append(at("GatherND", hidden, index, batch_dims=1))
+    chosen = ops("If", empty, then_branch=all_states, else_branch=some)
+    for user, place in users:
+        user.replace_input_with(place, chosen)
+    graph.sort()

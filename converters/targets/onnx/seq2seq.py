@@ -7,18 +7,21 @@ caches of keys and values: the decoder's own, and those over the encoder's outpu
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import onnx_ir as ir
 import torch
 
-from ...errors import BaseError, TargetError
+from ...errors import TargetError
 from ...files.onnx_files import ADAPTER_INDEX, DECODER, ENCODER, NO_ADAPTER, WITH_PAST
-from .export import DATA, check_graph, expected, export_graph, fused, save_all, shrunk
-from .linear import branches_behind, linear_sites, prune, three_axes
-from .loaded import load_model, write_config
+from .branches import add_branches
+from .export import Axes, Part, fused
+from .linear import linear_sites, three_axes
+from .loaded import load_whole, write_config
+from .surgery import optional_input
+from .write import GraphWriter
 
 SEQ2SEQ_TASK = "seq2seq-lm"
 _ROWS, _SOURCE, _TOKENS = "batch_size", "encoder_sequence_length", "decoder_sequence_length"
@@ -111,123 +114,85 @@ def build_seq2seq(model: Path, out: Path, precision: str, *, adaptable: bool) ->
 
     Raises `TargetError` when a graph would not compute what the model computes.
     """
-    loaded, missing = load_model(model, None, None)
-    if missing:
-        raise BaseError("the model lacks tensors", file=model, found=", ".join(missing[:8]))
+    loaded = load_whole(model)
     if not getattr(loaded.config, "d_model", None):
         raise TargetError("no ONNX export for this architecture", found=type(loaded).__name__)
-    graphs = {}
+    writer = GraphWriter(out, precision)
     for name, part in _parts(loaded).items():
-        graph = export_graph(part.module, part.example(2), part.axes, part.outputs, out, part.names)
+        graph = part.export()
         if adaptable:
             _adaptable(graph, loaded)
-        graph = fused(graph)
-        inputs = part.example(3)
-        check_graph(graph, expected(part.module, inputs), inputs, out)
-        graphs[name] = shrunk(graph, precision)
-    save_all(graphs, out, DATA)
+        writer.write(name, fused(graph), part.check)
     write_config(loaded, out, model)
 
 
-def _adaptable(graph: Any, loaded: Any) -> None:
+def _adaptable(model: ir.Model, loaded: Any) -> None:
     """A branch behind every linear layer; rows have no adapter where none are told."""
-    import numpy as np
-    from onnx import numpy_helper
-
-    sites = linear_sites(graph, loaded)
-    three_axes(graph, sites, loaded)
-    branches_behind(graph, sites, batched=True)
-    none = numpy_helper.from_array(np.array([NO_ADAPTER]), ADAPTER_INDEX)
-    graph.graph.initializer.append(none)
-    prune(graph.graph)
+    sites = linear_sites(model, loaded)
+    three_axes(model, sites, loaded)
+    optional_input(model.graph, ADAPTER_INDEX, np.array([NO_ADAPTER]), [_ROWS])
+    add_branches(model, sites, batched=True)
 
 
-@dataclass(frozen=True)
-class _Part:
-    """One graph: the module, its inputs for a number of rows, and the names of both sides."""
-
-    module: torch.nn.Module
-    example: Callable[[int], dict[str, Any]]
-    axes: dict[str, Any]
-    outputs: dict[str, list[str | int | None]]
-    names: list[str] | None = None
-
-
-def _parts(model: Any) -> dict[str, _Part]:
-    config = model.config
-    layers = len(
-        model.get_decoder().layers
-        if hasattr(model.get_decoder(), "layers")
-        else model.get_decoder().block
-    )
-    source = {0: _ROWS, 1: _SOURCE}
-    first = _First(model)
+def _parts(model: Any) -> dict[str, Part]:
+    decoder, words = model.get_decoder(), model.config.vocab_size - 3
+    layers = len(decoder.layers if hasattr(decoder, "layers") else decoder.block)
+    encoder, first = _Encoder(model), _First(model)
 
     def text(rows: int) -> dict[str, Any]:
-        ids = torch.arange(rows * (rows + 4)).view(rows, -1) % (config.vocab_size - 3) + 3
+        ids = torch.arange(rows * (rows + 4)).view(rows, -1) % words + 3
         mask = torch.ones_like(ids)
         mask[-1, rows + 1 :] = 0
         return {"input_ids": ids, "attention_mask": mask}
 
     def begin(rows: int) -> dict[str, Any]:
+        ids, mask = text(rows).values()
         with torch.inference_mode():
-            states = _Encoder(model)(**text(rows))
-        mask, tokens = text(rows)["attention_mask"], text(rows)["input_ids"][:, : rows + 1]
+            states = encoder(ids, mask)
         return {
             "encoder_attention_mask": mask,
-            "input_ids": tokens,
+            "input_ids": ids[:, : rows + 1],
             "encoder_hidden_states": states,
         }
 
     def go_on(rows: int) -> dict[str, Any]:
-        inputs = begin(rows)
+        mask, ids, _ = (inputs := begin(rows)).values()
         with torch.inference_mode():
             _, *past = first(**inputs)
-        token = inputs["input_ids"][:, :1]
-        mask = inputs["encoder_attention_mask"]
-        return {"encoder_attention_mask": mask, "input_ids": token, "past": past}
+        return {"encoder_attention_mask": mask, "input_ids": ids[:, :1], "past": past}
 
     kinds = [
-        f"{i}.{side}.{k}"
-        for i in range(layers)
+        f"{layer}.{side}.{kind}"
+        for layer in range(layers)
         for side in ("decoder", "encoder")
-        for k in ("key", "value")
+        for kind in ("key", "value")
     ]
+    source: Axes = (_ROWS, _SOURCE)
 
-    def cache(kind: str, length: str) -> list[str | int | None]:
-        return [_ROWS, None, _SOURCE if ".encoder." in kind else length, None]
+    def cache(kind: str, length: str) -> Axes:
+        return (_ROWS, None, _SOURCE if ".encoder." in kind else length, None)
 
-    logits: list[str | int | None] = [_ROWS, _TOKENS, None]
-    past_axes = [{0: _ROWS, 2: _SOURCE if ".encoder." in kind else _PAST} for kind in kinds]
+    present = {f"present.{k}": cache(k, _TOKENS) for k in kinds}
+    longer = {f"present.{k}": cache(k, f"{_PAST} + 1") for k in kinds if ".decoder." in k}
+    mask, tokens = "encoder_attention_mask", "input_ids"
     return {
-        ENCODER: _Part(
-            _Encoder(model),
+        ENCODER: Part(
+            encoder,
             text,
             {"input_ids": source, "attention_mask": source},
-            {"last_hidden_state": [_ROWS, _SOURCE, None]},
+            {"last_hidden_state": (*source, None)},
         ),
-        DECODER: _Part(
+        DECODER: Part(
             first,
             begin,
-            {
-                "encoder_attention_mask": source,
-                "input_ids": {0: _ROWS, 1: _TOKENS},
-                "encoder_hidden_states": source,
-            },
-            {"logits": logits, **{f"present.{k}": cache(k, _TOKENS) for k in kinds}},
+            {mask: source, tokens: (_ROWS, _TOKENS), "encoder_hidden_states": (*source, None)},
+            {"logits": (_ROWS, _TOKENS, None), **present},
         ),
-        WITH_PAST: _Part(
+        WITH_PAST: Part(
             _Next(model),
             go_on,
-            {
-                "encoder_attention_mask": source,
-                "input_ids": {0: _ROWS},
-                "past": past_axes,
-            },
-            {
-                "logits": [_ROWS, None, None],
-                **{f"present.{k}": cache(k, f"{_PAST} + 1") for k in kinds if ".decoder." in k},
-            },
-            ["encoder_attention_mask", "input_ids", *(f"past_key_values.{k}" for k in kinds)],
+            {mask: source, tokens: (_ROWS, None), "past": [cache(k, _PAST) for k in kinds]},
+            {"logits": (_ROWS, None, None), **longer},
+            [mask, tokens, *(f"past_key_values.{kind}" for kind in kinds)],
         ),
     }
