@@ -113,7 +113,7 @@ def test_verify_exits_1_for_an_artifact_of_another_run(
 SLOW = """
 import sys, time
 from pathlib import Path
-from converters.output import output_folder
+from converters.files.output import output_folder
 with output_folder(Path(sys.argv[1])) as folder:
     (folder / "part").write_text("half")
     print("writing", flush=True)

@@ -35,7 +35,7 @@ SUPERVISE = """
 import sys
 from pathlib import Path
 from converters.errors import DoraExportError
-from dora_serve.engines.supervisor import Supervisor
+from dora_serve.vllm.supervisor import Supervisor
 port, folder, server = sys.argv[1], Path(sys.argv[2]), sys.argv[3]
 said = (folder / "events").open("a", buffering=1)
 try:

@@ -387,7 +387,7 @@ def test_float16_with_adapters(roberta: Built, tmp_path: Path) -> None:
 
 def test_the_engine_needs_no_torch(sample: Built) -> None:
     code = (
-        "import sys; from dora_serve.engines.onnx_encoder import Encoder; "
+        "import sys; from dora_serve.onnxruntime.encoder import Encoder; "
         f"Encoder({str(sample[2])!r}).run([[7, 8]]); assert 'torch' not in sys.modules"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)

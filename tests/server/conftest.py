@@ -34,7 +34,7 @@ TEMPLATE = (
 _START = """
 import json, sys
 from pathlib import Path
-from dora_serve.engines.limits import Limits
+from dora_serve.onnxruntime.limits import Limits
 from dora_serve.server.options import ServerOptions
 from dora_serve.server.up import up
 root, port, key, options = json.loads(sys.argv[1])
