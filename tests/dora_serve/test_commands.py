@@ -12,11 +12,13 @@ from pathlib import Path
 
 import pytest
 
+from tests.processes import commands
+
 EXPORT = Path(sys.executable).parent / "dora-export"
 
 
 def export(*arguments: object) -> subprocess.CompletedProcess[str]:
-    words = [str(EXPORT), *(str(argument) for argument in arguments)]
+    words = [str(commands() / "dora-export"), *(str(argument) for argument in arguments)]
     return subprocess.run(words, capture_output=True, text=True, check=False)
 
 
