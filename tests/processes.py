@@ -21,6 +21,7 @@ import socket
 import subprocess
 import sys
 import tempfile
+import traceback
 from functools import cache
 from importlib import import_module
 from pathlib import Path
@@ -135,7 +136,7 @@ def _run(arguments: list[str]) -> NoReturn:
         if isinstance(code, str):
             print(code, file=sys.stderr)
     except BaseException:
-        sys.excepthook(*sys.exc_info())  # type: ignore[arg-type]
+        traceback.print_exc()
         code = 1
     sys.stdout.flush()
     sys.stderr.flush()

@@ -296,6 +296,6 @@ def test_nothing_is_asked_of_the_network_and_nothing_kept(
 
 
 def test_the_library_is_loaded_only_by_signing(signed: Path) -> None:
-    modules = "dora_serve.commands.check, dora_serve.commands.sign, dora_serve.signing"
+    modules = "dora_serve.commands.check, dora_serve.commands.sign, dora_serve.proof.signing"
     code = f"import sys, {modules}; sys.exit('model_signing' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], cwd=signed.parent).returncode == 0
