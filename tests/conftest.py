@@ -34,7 +34,15 @@ GROUPS = {
     "tests/dora_serve/test_batch_ray.py": "ray",
     "tests/server/": "server",
 }
-LONGEST = ("server", "ray", "tests/test_docs.py")
+LONGEST = (
+    "server",
+    "ray",
+    "tests/test_docs.py",
+    "tests/test_faults.py",
+    "tests/engines/test_onnx_families.py",
+    "tests/engines/test_onnx_encoder.py",
+    "tests/engines/test_onnx_decoder.py",
+)
 
 
 def group(item: pytest.Item) -> str:
