@@ -3,8 +3,11 @@ VENV := .venv
 BIN := $(VENV)/bin
 VLLM := .venv-vllm
 OUT := demo-out
+# A worker of the suite needs a core and about 3 GB.
+WORKERS ?= 2
+SPREAD := -n $(WORKERS) --dist loadgroup --no-loadscope-reorder
 
-.PHONY: setup demo test setup-vllm test-vllm lint bench matrix matrix-check faults fuzz audit
+.PHONY: setup demo test test-all setup-vllm test-vllm lint bench matrix matrix-check faults fuzz audit
 
 setup: $(VENV)/.ready
 
@@ -19,7 +22,12 @@ demo: setup
 	$(BIN)/python scripts/demo.py $(OUT)
 
 test: setup
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest $(SPREAD)
+
+# Every family of every kind, in vLLM too.
+test-all: setup setup-vllm
+	$(BIN)/python -m pytest $(SPREAD) -m ''
+	$(VLLM)/bin/python -m pytest -m '' tests/engines/vllm
 
 setup-vllm: $(VLLM)/.ready
 

@@ -62,7 +62,9 @@ class _Collector:
 def collect() -> Cells:
     collector = _Collector()
     with contextlib.redirect_stdout(io.StringIO()) as output:
-        code = pytest.main(["--collect-only", "-q", str(ROOT / "tests")], plugins=[collector])
+        code = pytest.main(
+            ["--collect-only", "-q", "-m", "", str(ROOT / "tests")], plugins=[collector]
+        )
     if code:
         raise SystemExit(f"the tests could not be collected:\n{output.getvalue()}")
     return collector.cells

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import os
 import signal
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch: tiny matrices, and tests side by side
+
 import pytest
 import torch
+from filelock import FileLock
 from peft import LoraConfig, get_peft_model
 from transformers import LlamaConfig, LlamaForCausalLM, RobertaConfig, RobertaForMaskedLM
 
@@ -22,6 +26,35 @@ MakeAdapter = Callable[..., Path]
 
 # A shell ignores Ctrl-C for what it runs in the background, and so would all that the tests start.
 signal.signal(signal.SIGINT, signal.default_int_handler)
+
+# What pytest-xdist gives to one worker: a file, or the files that share what is made once. Ray's
+# clusters do not run beside each other. The longest begin first, lest one of them ends alone.
+GROUPS = {
+    "tests/server/test_ray_serve.py": "ray",
+    "tests/dora_serve/test_batch_ray.py": "ray",
+    "tests/server/": "server",
+}
+LONGEST = (
+    "server",
+    "ray",
+    "tests/test_docs.py",
+    "tests/test_faults.py",
+    "tests/engines/test_onnx_families.py",
+    "tests/engines/test_onnx_encoder.py",
+    "tests/engines/test_onnx_decoder.py",
+)
+
+
+def group(item: pytest.Item) -> str:
+    path = item.path.relative_to(Path(__file__).parent.parent).as_posix()
+    return next((name for start, name in GROUPS.items() if path.startswith(start)), path)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        item.add_marker(pytest.mark.xdist_group(group(item)))
+    rank = {name: place for place, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: rank.get(group(item), len(rank)))
 
 
 def randomize(model: Any, words: tuple[str, ...] = ("lora_",)) -> None:
@@ -66,16 +99,27 @@ def tiny_llama(**changes: Any) -> LlamaForCausalLM:
     return LlamaForCausalLM(LlamaConfig(**{**values, **changes})).eval()
 
 
-@pytest.fixture(scope="session")
-def llama_base(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("llama") / "base"
-    tiny_llama().save_pretrained(folder)
+def made_once(factory: pytest.TempPathFactory, name: str, make: Callable[[Path], object]) -> Path:
+    """The folder `name` as `make` writes it, by the first worker that asks; nobody changes it."""
+    root = factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        root = root.parent  # the workers' common one
+    folder = root / "once" / name
+    folder.parent.mkdir(exist_ok=True)
+    with FileLock(f"{folder}.lock"):
+        if not folder.exists():
+            make(folder.with_name(f"{name}.part"))
+            folder.with_name(f"{name}.part").rename(folder)
     return folder
 
 
 @pytest.fixture(scope="session")
+def llama_base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return made_once(tmp_path_factory, "base", tiny_llama().save_pretrained)
+
+
+@pytest.fixture(scope="session")
 def roberta_base(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("roberta") / "base"
     torch.manual_seed(0)
     config = RobertaConfig(
         hidden_size=32,
@@ -85,14 +129,12 @@ def roberta_base(tmp_path_factory: pytest.TempPathFactory) -> Path:
         vocab_size=80,
         max_position_embeddings=40,
     )
-    RobertaForMaskedLM(config).save_pretrained(folder)
-    return folder
+    return made_once(tmp_path_factory, "roberta", RobertaForMaskedLM(config).save_pretrained)
 
 
 @pytest.fixture(scope="session")
 def llama_lora(llama_base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A PEFT adapter with rank and alpha patterns on linear layers."""
-    folder = tmp_path_factory.mktemp("llama") / "lora"
     config = LoraConfig(
         r=4,
         lora_alpha=6,
@@ -103,8 +145,7 @@ def llama_lora(llama_base: Path, tmp_path_factory: pytest.TempPathFactory) -> Pa
     )
     model = get_peft_model(LlamaForCausalLM.from_pretrained(llama_base), config)
     randomize(model)
-    model.save_pretrained(folder)
-    return folder
+    return made_once(tmp_path_factory, "lora", model.save_pretrained)
 
 
 @pytest.fixture

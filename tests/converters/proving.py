@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 
 from converters.model.base import open_base
 from converters.run import Run
-from dora_serve import merge, verify, write_adapter
+from dora_serve import merge, write_adapter
 from dora_serve.proof.live import load_base
 
 BOUND = 1e-4
@@ -57,7 +57,6 @@ def prove(
         assert max(result.errors.values()) <= REPACK
         model = PeftModel.from_pretrained(load_base(run, open_base(base)), str(out / target))
         _same(logits(model, inputs), truth, control)
-    assert verify(run, out / "merged", base).passed
 
 
 def _same(found: torch.Tensor, truth: torch.Tensor, control: torch.Tensor) -> None:

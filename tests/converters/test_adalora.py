@@ -203,6 +203,7 @@ def test_loralib_adalora_without_ranknum(tmp_path: Path) -> None:
     shutil.copytree(LORALIB / "run", tmp_path / "run")
     change_bin(tmp_path / "run", lambda state: _drop(state, "ranknum"))
     before, after = read_run(LORALIB / "run"), read_run(tmp_path / "run")
+    assert before.updates
     for module in before.updates:
         left, right = (run.updates[module].components() for run in (before, after))
         assert left is not None

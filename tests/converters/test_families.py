@@ -22,6 +22,7 @@ from tests.converters.families import (
     FAMILIES,
     MOE,
     PARAMETERS,
+    further,
     prove,
     same,
     save_adapter,
@@ -38,7 +39,7 @@ def cases() -> list[Any]:
             mark = pytest.mark.supports(
                 method="peft_lora", family=family, targets=("merged", "peft")
             )
-            result.append(pytest.param(family, tied, id=name, marks=mark))
+            result.append(pytest.param(family, tied, id=name, marks=(mark, *further(family))))
     return result
 
 
@@ -72,8 +73,14 @@ def fuse(base: Path) -> None:
 
 @pytest.mark.parametrize(
     ("family", "targets"),
-    [(family, ["gate_up_proj", "down_proj"]) for family in sorted(MOE)]
-    + [("mixtral", ["down_proj"]), ("qwen3-moe", ["gate_up_proj"])],
+    [
+        pytest.param(family, targets, marks=further(family))
+        for family, targets in (
+            *((family, ["gate_up_proj", "down_proj"]) for family in sorted(MOE)),
+            ("mixtral", ["down_proj"]),
+            ("qwen3-moe", ["gate_up_proj"]),
+        )
+    ],
 )
 def test_experts_of_a_base_that_stores_them_fused(
     tmp_path: Path, family: str, targets: list[str]

@@ -172,6 +172,7 @@ def test_float32_merge_against_float64(tmp_path: Path, llama_base: Path, llama_l
     merge(run, tmp_path / "out", base=llama_base)
     merged = load_file(tmp_path / "out" / "model.safetensors")
     base = load_file(llama_base / "model.safetensors")
+    assert len(run.updates) == 6
     for module in run.updates:
         update = run.updates[module].components()
         assert update is not None

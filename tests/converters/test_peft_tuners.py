@@ -24,7 +24,7 @@ from transformers import (
 from converters.errors import RunError
 from converters.run import Run
 from converters.updates.peft_layer import LayerUpdate
-from dora_serve import DoraExportError, ReadOptions, merge, read_run, verify, write_adapter
+from dora_serve import DoraExportError, ReadOptions, merge, read_run, write_adapter
 from dora_serve.proof.verify import logits, verification_batch
 from tests.conftest import tiny_llama
 
@@ -138,7 +138,6 @@ def compare(live: Any, adapter: Path, base: Path, out: Path, control: Any) -> Ru
     merged = logits(type(control).from_pretrained(out).eval(), inputs)
     assert float((merged - truth).abs().max()) <= 1e-4
     assert torch.equal(merged.argmax(-1), truth.argmax(-1))
-    assert verify(run, out, base).passed
     return run
 
 
@@ -223,7 +222,9 @@ def test_a_run_that_is_read_holds_no_base_weights(
     case: str, llama_base: Path, tmp_path: Path
 ) -> None:
     adapter = llama(llama_base, tmp_path / "adapter", case)
-    for update in read_run(adapter, ReadOptions(base=llama_base)).updates.values():
+    updates = read_run(adapter, ReadOptions(base=llama_base)).updates
+    assert updates
+    for update in updates.values():
         assert isinstance(update, LayerUpdate)
         assert update.layer.get_base_layer().weight.untyped_storage().nbytes() == 4
 

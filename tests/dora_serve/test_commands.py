@@ -12,11 +12,13 @@ from pathlib import Path
 
 import pytest
 
+from tests.processes import commands
+
 EXPORT = Path(sys.executable).parent / "dora-export"
 
 
 def export(*arguments: object) -> subprocess.CompletedProcess[str]:
-    words = [str(EXPORT), *(str(argument) for argument in arguments)]
+    words = [str(commands() / "dora-export"), *(str(argument) for argument in arguments)]
     return subprocess.run(words, capture_output=True, text=True, check=False)
 
 
@@ -113,7 +115,7 @@ def test_verify_exits_1_for_an_artifact_of_another_run(
 SLOW = """
 import sys, time
 from pathlib import Path
-from converters.output import output_folder
+from converters.files.output import output_folder
 with output_folder(Path(sys.argv[1])) as folder:
     (folder / "part").write_text("half")
     print("writing", flush=True)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -19,13 +18,13 @@ from dora_serve.commands import dora_serve
 from dora_serve.folder.inventory import discover
 from dora_serve.vllm.fleet import plan_fleet, step_for
 from tests.conftest import MODELS, randomize
+from tests.processes import commands
 
-DORA_SERVE = Path(sys.executable).parent / "dora-serve"
 LLAMA = MODELS / "tiny-llama-base"
 
 
 def serve(*words: object) -> subprocess.CompletedProcess[str]:
-    command = [str(DORA_SERVE), *map(str, words)]
+    command = [str(commands() / "dora-serve"), *map(str, words)]
     return subprocess.run(command, capture_output=True, text=True, check=False)
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 import subprocess
-import sys
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
@@ -15,8 +14,8 @@ from dora_serve import read_run
 from dora_serve.rankmap.html import save_html
 from tests.browser import chromium, quiet, screenshot, violations, watched
 from tests.conftest import MODELS
+from tests.processes import commands
 
-EXPORT = Path(sys.executable).parent / "dora-export"
 RUNS = MODELS / "runs/Checkpoint/Tiny_Llama/Lora_Rank=8"
 
 
@@ -51,7 +50,7 @@ def test_the_file_shows_what_training_left(browser: Browser, tmp_path: Path) -> 
         path = RUNS / task / f"Tiny_Llama--{task}--1"
         run = read_run(path).strip()
         file = tmp_path / f"{task}.html"
-        command = [str(EXPORT), "inspect", str(path), "--html", str(file)]
+        command = [str(commands() / "dora-export"), "inspect", str(path), "--html", str(file)]
         assert subprocess.run(command, capture_output=True).returncode == 0
         with quiet(browser, file.as_uri()) as page:
             expect(page).to_have_title(f"{path.name}: ranks")

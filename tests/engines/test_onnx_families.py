@@ -20,6 +20,7 @@ from dora_serve import Run, read_run, verify
 from dora_serve.onnxruntime.decoder import Decoder
 from dora_serve.onnxruntime.sampling import Sampling
 from tests.conftest import DATA, MODELS, randomize
+from tests.converters.families import further
 from tests.engines.decoders import PROMPTS, Case, check
 
 REFERENCE = DATA / "reference"
@@ -91,10 +92,11 @@ def lora(cls: Any, root: Path, name: str, **options: Any) -> Run:
 
 
 def supported(names: Any) -> list[Any]:
-    mark = pytest.mark.supports
-    return [
-        pytest.param(n, marks=mark(method="peft_lora", family=n, targets=("onnx",))) for n in names
-    ]
+    def marks(name: str) -> list[pytest.MarkDecorator]:
+        proves = pytest.mark.supports(method="peft_lora", family=name, targets=("onnx",))
+        return [proves, *further(name)]
+
+    return [pytest.param(name, marks=marks(name)) for name in names]
 
 
 @pytest.mark.parametrize("name", supported(FAMILIES))
@@ -114,7 +116,7 @@ def test_adapters(name: str, tmp_path: Path) -> None:
     assert len({token for row in written for token in row.tokens}) > 3  # it says different things
 
 
-@pytest.mark.parametrize("name", sorted(MOE))
+@pytest.mark.parametrize("name", [pytest.param(n, marks=further(n)) for n in sorted(MOE)])
 def test_experts_are_exported_merged(name: str, tmp_path: Path) -> None:
     cls = tiny(name, tmp_path)
     run = lora(

@@ -110,6 +110,7 @@ def test_beams_keep_their_adapter(built: Built) -> None:
 
 def test_verify_tries_the_run_alone_and_beside_others(built: Built) -> None:
     base, runs, out = built
+    assert runs.keys() == {"one", "two"}
     for run in runs.values():
         result = verify(run, out, base)
         assert result.passed

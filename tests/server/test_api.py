@@ -109,6 +109,7 @@ def test_logprobs_are_the_live_ones(client: openai.OpenAI, live: dict[str, Any])
     ids = prompt + tokenizer.convert_tokens_to_ids(choice.logprobs.tokens)
     with torch.inference_mode():
         truth = live[DOWN](input_ids=torch.tensor([ids])).logits[0].log_softmax(-1)
+    assert len(choice.logprobs.token_logprobs) > 1
     for i, (value, top) in enumerate(
         zip(choice.logprobs.token_logprobs, choice.logprobs.top_logprobs, strict=True)
     ):

@@ -25,7 +25,14 @@ from dora_serve import merge, read_run, verify, write_adapter
 from dora_serve.proof.verify import Verification
 from dora_serve.vllm.engine import Vllm, VllmError
 from tests.conftest import DATA, MODELS, randomize
-from tests.converters.families import DECODER, MOE, PARAMETERS, save_adapter, save_base
+from tests.converters.families import (
+    DECODER,
+    MOE,
+    PARAMETERS,
+    further,
+    save_adapter,
+    save_base,
+)
 from tests.converters.test_adalora import train
 from tests.converters.test_gated import ALPHA, RANK, gate_layers, write_adapter_folder
 from tests.converters.test_other_ranks import dylora_run
@@ -134,14 +141,15 @@ def family_run(family: str, folder: Path) -> tuple[Run, Path]:
 
 
 @pytest.mark.parametrize(
-    "family", [pytest.param(f, marks=supports("peft_lora", f)) for f in ADAPTED]
+    "family",
+    [pytest.param(f, marks=(supports("peft_lora", f), *further(f))) for f in ADAPTED],
 )
 def test_adapters_of_every_family(tmp_path: Path, family: str) -> None:
     run, base = family_run(family, tmp_path)
     in_vllm(run, base, tmp_path / "adapter")
 
 
-@pytest.mark.parametrize("family", MERGED)
+@pytest.mark.parametrize("family", [pytest.param(f, marks=further(f)) for f in MERGED])
 def test_merged_models_of_every_family(tmp_path: Path, family: str) -> None:
     run, base = family_run(family, tmp_path)
     in_vllm(run, base, tmp_path / "merged", adapter=False)

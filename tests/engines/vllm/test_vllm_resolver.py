@@ -99,14 +99,13 @@ def refused(url: str, name: str, kind: type[openai.APIStatusError]) -> str:
 
 
 @pytest.mark.parametrize(
-    "name", ["nothing", "../served", "/etc", "later/../../x", "a\0b", "x" * 5000, "", "later"]
+    "name", ["nothing", "../served", "/etc", "later/../../x", "a\0b", "x" * 5000, "later"]
 )
 def test_names_never_leave_the_folder(url: str, name: str, folder: Path) -> None:
     outside = folder.parent / "x"
     if not outside.exists():
         lora(folder / BASE, outside, 2)
-    if name:
-        assert "does not exist" in refused(url, name, openai.NotFoundError)
+    assert "does not exist" in refused(url, name, openai.NotFoundError)
 
 
 def test_what_cannot_be_served_is_refused_with_the_reason(folder: Path, url: str) -> None:

@@ -1,0 +1,103 @@
+"""`verify` itself: it passes what computes the run, on every kind of model, and nothing else."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import LoHaConfig, OFTConfig, get_peft_model
+from safetensors.torch import load_file, save_file
+from transformers import LlamaForCausalLM
+
+from converters.readers import ReadOptions
+from converters.run import Run
+from dora_serve import merge, read_run, verify, write_adapter
+from tests.converters.families import FAMILIES, MOE, PARAMETERS, further, save_adapter, save_base
+
+Change = Callable[[str, torch.Tensor], torch.Tensor]
+
+
+def changed(run: Path, out: Path, change: Change) -> Path:
+    """The adapter in `run` with other tensors."""
+    out.mkdir()
+    (out / "adapter_config.json").write_bytes((run / "adapter_config.json").read_bytes())
+    tensors = load_file(run / "adapter_model.safetensors")
+    save_file(
+        {n: change(n, t).contiguous() for n, t in tensors.items()},
+        out / "adapter_model.safetensors",
+    )
+    return out
+
+
+def scaled(share: float, word: str = "lora_B") -> Change:
+    return lambda name, tensor: tensor * share if word in name else tensor
+
+
+@pytest.mark.parametrize("family", [pytest.param(f, marks=further(f)) for f in FAMILIES])
+def test_every_family(tmp_path: Path, family: str) -> None:
+    base = tmp_path / "base"
+    more = PARAMETERS if family in MOE else {}
+    targets = {"gpt2": ["c_attn", "c_proj"], "distilbert": ["q_lin", "lin1"]}
+    save_adapter(
+        save_base(family, base),
+        base,
+        tmp_path / "lora",
+        target_modules=targets.get(family, "all-linear"),
+        fan_in_fan_out=family == "gpt2",
+        **more,
+    )
+
+    def read(folder: Path) -> Run:
+        return read_run(folder, ReadOptions(base=base))
+
+    run = read(tmp_path / "lora")
+    half = read(changed(tmp_path / "lora", tmp_path / "half", scaled(0.5)))
+    merge(run, tmp_path / "merged", base=base)
+    merge(half, tmp_path / "half-merged", base=base)
+    write_adapter(run, tmp_path / "adapter", base=base)
+    for name in ("merged", "adapter"):
+        found = verify(run, tmp_path / name, base)
+        assert found.passed
+        assert found.has_update
+        assert found.control > 10 * found.tolerance
+    for wrong in (tmp_path / "half-merged", base):
+        found = verify(run, wrong, base)
+        assert not found.passed
+        assert found.max_abs > found.tolerance
+
+
+@pytest.mark.parametrize(
+    "change",
+    [scaled(0.0), scaled(0.5), scaled(2.0), scaled(-1.0), scaled(0.99), scaled(0.5, "layers.1.")],
+    ids=["left out", "half", "double", "turned round", "almost", "one layer"],
+)
+@pytest.mark.parametrize("target", ["merged", "adapter"])
+def test_another_update(
+    target: str, change: Change, llama_base: Path, llama_lora: Path, tmp_path: Path
+) -> None:
+    write: Callable[..., Any] = merge if target == "merged" else write_adapter
+    write(changed(llama_lora, tmp_path / "other", change), tmp_path / "out", base=llama_base)
+    found = verify(read_run(llama_lora), tmp_path / "out", llama_base)
+    assert not found.passed
+    assert found.max_abs > found.tolerance
+
+
+@pytest.mark.parametrize(
+    "config", [LoHaConfig(r=4), OFTConfig(r=0, oft_block_size=8)], ids=["loha", "oft"]
+)
+def test_a_tuner_that_peft_computes(config: Any, llama_base: Path, tmp_path: Path) -> None:
+    config.task_type, config.target_modules = "CAUSAL_LM", {"q_proj", "down_proj"}
+    model = get_peft_model(LlamaForCausalLM.from_pretrained(llama_base), config)
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter += torch.randn(parameter.shape, generator=generator) * 0.3
+    model.save_pretrained(tmp_path / "tuned")
+    run = read_run(tmp_path / "tuned", ReadOptions(base=llama_base))
+    merge(run, tmp_path / "out", base=llama_base)
+    assert verify(run, tmp_path / "out", llama_base).passed
+    assert not verify(run, llama_base, llama_base).passed
