@@ -5,11 +5,15 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from .errors import RunError
 from .files.tensors import LazyTensor, LazyTensors
 from .updates.rank_one import RankOneSum
 from .updates.update import Update
+
+if TYPE_CHECKING:
+    from .fit import FitReport
 
 # transformers' head class suffix and PEFT's task type of each task a run can be for.
 HEADS = {
@@ -58,7 +62,8 @@ class Run:
     `embedded_base`: the frozen weights that a reference checkpoint carries, by tensor name.
     `base`: the base model the run names, a hub id. `start_rank`: rank per module before pruning.
     `embeddings`: the modules of `updates` that are embeddings, `[vocab, dim]`. `tied`: those whose
-    update also reaches the tensors that share their weight.
+    update also reaches the tensors that share their weight. `fit`: how the updates were cut, None
+    where they are as trained.
 
     A key of `updates` is a module, whose weight the update is for; or a parameter such as a bias
     `[n]`, which is seen as `[1, n]`; or `parameter[e]`, block e of a parameter `[E, …]`.
@@ -79,6 +84,7 @@ class Run:
     files: tuple[Path, ...] = ()
     options: Mapping[str, object] = field(default_factory=dict)
     warnings: tuple[str, ...] = ()
+    fit: FitReport | None = None
 
     def strip(self) -> Run:
         """The run without pruned components."""

@@ -139,7 +139,7 @@ def _base_key(base: BaseModel, asked: Sequence[object]) -> str:
 def _base(name: str, base: BaseModel, graph: plan.Graph) -> plan.Model:
     file = base.path / FILE
     proof: dict[str, Any] = read_json(file) if file.exists() else {}
-    merged = proof.get("kind") == "merged"
+    merged = proof.get("target") == "merged"
     return plan.Model(
         name=name,
         kind="merged" if merged else "base",

@@ -1,0 +1,139 @@
+"""Filling an ONNX folder as planned, and adding adapters to one."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Mapping
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ...certificate import FILE, certificate, file_record, write_json
+from ...files.json_files import read_json
+from ...files.onnx_files import FOLDER, SUFFIX, graphs_in, heads_in
+from ...files.output import addition
+from ...model.base import BaseModel
+from ...model.match import changed
+from ...run import LazyUpdates, Run
+from ..merged.folder import write_folder
+from ..merged.plan import plan_merge
+from .adapters import write_adapter_file
+from .branches import Site, input_shapes, sites_in
+from .decoder import build_decoder, place
+from .encoder import ENCODER_TASKS, build_adaptable_encoder, build_encoder
+from .heads import head_tensors
+from .plan import OnnxPlan, OnnxReport, plan_added, refuse
+from .seq2seq import SEQ2SEQ_TASK, build_seq2seq
+
+
+def write_graphs(folder: Path, plan: OnnxPlan) -> OnnxReport:
+    """Build what is planned in `folder`."""
+    details = {"precision": plan.precision}
+    if plan.merges:
+        merged = folder / ".merged"
+        merged.mkdir()
+        # float32, so that a quantized graph is rounded once from what was trained.
+        write_folder(merged, plan_merge(plan.run, plan.base, torch.float32), lambda _bytes: None)
+        _build(merged, folder, plan.task, plan.precision)
+        shutil.rmtree(merged)
+        modules = {
+            module: {
+                "start_rank": plan.run.start_rank.get(module),
+                "rank": plan.run.rank(module),
+            }
+            for module in plan.run.updates
+        }
+        return OnnxReport(modules, details)
+    _build_base(plan.base, plan.adapters, folder, plan.task, plan.precision)
+    ranks = _write_adapters(folder, plan.adapters, plan.base) if plan.adapters else {}
+    return OnnxReport(details=details, ranks=ranks)
+
+
+def _build(model: Path, folder: Path, task: str, precision: str) -> None:
+    """The graphs of a Hugging Face folder, without adapters."""
+    if task in ENCODER_TASKS:
+        build_encoder(model, folder, task, precision)
+    elif task == SEQ2SEQ_TASK:
+        build_seq2seq(model, folder, precision, adaptable=False)
+    else:
+        build_decoder(model, folder, precision, adaptable=False)
+
+
+def _build_base(
+    base: BaseModel, adapters: Mapping[str, Run] | None, folder: Path, task: str, precision: str
+) -> None:
+    """The graphs of the base, able to carry adapters unless None are asked for; those of an encoder
+    only where there are some, since they say what its head is."""
+    if adapters is None or (not adapters and task in ENCODER_TASKS):
+        _build(base.path, folder, task, precision)
+    elif task in ENCODER_TASKS:
+        build_adaptable_encoder(base, adapters, folder, task, precision)
+    elif task == SEQ2SEQ_TASK:
+        build_seq2seq(base.path, folder, precision, adaptable=True)
+    else:
+        build_decoder(base.path, folder, precision, adaptable=True)
+
+
+def _write_adapters(
+    folder: Path, adapters: Mapping[str, Run], base: BaseModel
+) -> dict[str, dict[str, int]]:
+    import onnx
+
+    sites: dict[str, Site] = {}
+    shapes: dict[str, list[int | str]] = {}
+    for file in graphs_in(folder):
+        graph = onnx.load(file, load_external_data=False).graph
+        sites |= sites_in(graph)
+        shapes |= input_shapes(graph)
+    (folder / FOLDER).mkdir(exist_ok=True)
+    ranks = {}
+    for name, run in adapters.items():
+        heads = heads_in(shapes)
+        own = {f"{module}.{part}" for module in heads for part in ("weight", "bias")}
+        refuse(run, sorted(changed(run, base).keys() - own))
+        updates = {m: partial(run.updates.__getitem__, m) for m in run.updates if m not in heads}
+        ranks[name] = write_adapter_file(
+            folder / FOLDER / f"{name}{SUFFIX}",
+            replace(run, updates=LazyUpdates(updates)),
+            lambda m, s: place(m, s, sites),
+            head_tensors(run, base, shapes),
+        )
+    return ranks
+
+
+def adapter_certificates(
+    adapters: Mapping[str, Run], base: BaseModel, ranks: Mapping[str, Mapping[str, int]]
+) -> dict[str, object]:
+    return {
+        name: certificate("onnx", run, base, {m: {"rank": r} for m, r in ranks[name].items()})
+        for name, run in adapters.items()
+    }
+
+
+def add_adapters(
+    folder: Path, adapters: Mapping[str, Run], base: BaseModel, force: bool, dry_run: bool
+) -> dict[str, dict[str, int]]:
+    """See `converters.targets.onnx.add_adapters`."""
+    if dry_run:
+        stripped = plan_added(folder, adapters, base, force=force)
+        return {n: {m: run.rank(m) or 0 for m in run.updates} for n, run in stripped.items()}
+    with addition(folder) as temporary:
+        stripped = plan_added(folder, adapters, base, force=force)
+        proof: dict[str, Any] = read_json(folder / FILE)
+        for file in graphs_in(folder):
+            shutil.copyfile(file, temporary / file.name)
+        ranks = _write_adapters(temporary, stripped, base)
+        proof["adapters"] |= adapter_certificates(adapters, base, ranks)
+        for name in adapters:  # what was measured was measured on the run of that name before
+            proof.get("accuracy", {}).pop(name, None)
+        added = [Path(FOLDER, f"{name}{SUFFIX}") for name in adapters]
+        records = {file.as_posix(): file_record(temporary / file) for file in added}
+        proof["files"] = {**proof.get("files", {}), **records}
+        write_json(temporary / FILE, proof)
+        (folder / FOLDER).mkdir(exist_ok=True)
+        for file in (*added, Path(FILE)):
+            (temporary / file).replace(folder / file)
+    return ranks
