@@ -10,7 +10,7 @@ from typing import Protocol, TypeGuard
 
 from ..errors import MissingError, RunError
 from ..files.handles import reading, there
-from ..options import ReadOptions
+from ..options import ReadOptions as ReadOptions
 from ..run import Run
 
 

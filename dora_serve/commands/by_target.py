@@ -63,10 +63,9 @@ def writes(
 ) -> click.Command:
     """The command that reads RUN and writes OUT for one of `choices`, by default `target`, or for
     `target` alone."""
-    callback = _write if choices else partial(_write, target=target)
-    command = TargetCommand(
-        verb, target=target, callback=common.reports_errors(callback), help=help
-    )
+    write: Any = _write if choices else partial(_write, target=target)
+    callback = common.reports_errors(write)
+    command = TargetCommand(verb, target=target, callback=callback, help=help)
     command.params = [
         click.Argument(["run"], type=common.INPUT),
         click.Argument(["out"], type=common.OUTPUT),

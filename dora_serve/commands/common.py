@@ -208,7 +208,7 @@ def show(artifact: Artifact, as_json: bool, *more: str, report: bool = True) -> 
         }
         print_json(said)
     else:
-        first, *lines = [*plan.lines(), *artifact.report.lines(), *more]
+        first, *lines = (*plan.lines(), *artifact.report.lines(), *more)
         would = "" if artifact.written else "would write "
         click.echo(f"{would}{artifact.path}: {first}, {size(plan.nbytes)}")
         for line in lines:

@@ -113,7 +113,7 @@ def test_verify_exits_1_for_an_artifact_of_another_run(
 SLOW = """
 import sys, time
 from pathlib import Path
-from converters.output import output_folder
+from converters.files.output import output_folder
 with output_folder(Path(sys.argv[1])) as folder:
     (folder / "part").write_text("half")
     print("writing", flush=True)
@@ -128,7 +128,7 @@ def test_a_stopped_command_leaves_nothing(tmp_path: Path, sent: signal.Signals) 
         [sys.executable, "-c", SLOW, str(target)], stdout=subprocess.PIPE, stderr=subprocess.PIPE
     ) as process:
         assert process.stdout is not None
-        process.stdout.readline()
+        assert process.stdout.readline() == b"writing\n"
         os.kill(process.pid, sent)
         assert process.wait(20) != 0
     deadline = time.monotonic() + 5

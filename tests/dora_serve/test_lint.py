@@ -22,7 +22,7 @@ from transformers import (
 
 from converters.lint import CHECKS, lint
 from converters.model.base import open_base
-from converters.targets.lora_folder.adapter import CONFIG, WEIGHTS
+from converters.targets.lora_folder import CONFIG, WEIGHTS
 from converters.targets.target import profiles
 from dora_serve import read_run, write_adapter
 from dora_serve.commands import dora_export

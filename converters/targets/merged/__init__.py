@@ -41,7 +41,8 @@ class Merged:
             raise TargetError(
                 "a merged model is made of its base", file=run.path, remedy="pass it with `base`"
             )
-        return plan_merge(run, base, options.dtype and getattr(torch, options.dtype))
+        dtype = None if options.dtype is None else getattr(torch, options.dtype)
+        return plan_merge(run, base, dtype)
 
     def holds(self, folder: Path) -> bool:
         weights = any(next(folder.glob(p), None) for p in ("*.safetensors", "*.bin"))
