@@ -25,14 +25,11 @@ def option(
     high: float | None = None,
     metavar: str | None = None,
     flag: str | None = None,
-    group: str | None = None,
 ) -> Any:
     """A field that users choose. `low`: the least whole number, or a bound that is not reached;
-    `flag`: its name on the command line, where it is another; of a `group` one may be given."""
+    `flag`: its name on the command line, where it is another."""
     about = {"help": help, "choices": tuple(choices), "low": low, "high": high}
-    return field(
-        default=default, metadata={**about, "metavar": metavar, "flag": flag, "group": group}
-    )
+    return field(default=default, metadata={**about, "metavar": metavar, "flag": flag})
 
 
 def names(options: type) -> list[str]:
@@ -92,18 +89,16 @@ class ReadOptions:
 class FitOptions:
     """To what an update is cut, see `fit_run`: one of them, or none for the whole update."""
 
-    max_rank: int | None = option(None, "Approximate: components per module.", low=1, group="fit")
+    max_rank: int | None = option(None, "Approximate: components per module.", low=1)
     energy: float | None = option(
         None,
         "Approximate: share of each module's squared singular values to keep.",
         low=0,
         high=1,
-        group="fit",
     )
     budget: int | None = option(
         None,
         "Approximate: parameters in all, spread over the modules where they matter most.",
         low=1,
         metavar="PARAMETERS",
-        group="fit",
     )

@@ -82,7 +82,7 @@ class Plan:
 
 
 class Target(Protocol):
-    """A format that a run is deployed in.
+    """A format that a run is deployed in. Who inherits this has what is the same for most.
 
     `options`: a frozen dataclass whose fields are made by `option`, all with defaults. `kind`: a
     whole "model", for which the base must be known, or an "adapter" beside it. `engines`: those
@@ -93,19 +93,24 @@ class Target(Protocol):
     name: str
     kind: Literal["model", "adapter"]
     options: type[Any]
-    engines: tuple[str, ...]
-    profile: Profile | None
+    engines: tuple[str, ...] = ()
+    profile: Profile | None = None
 
     def plan(self, run: Run, base: BaseModel | None, options: Any) -> Plan:
         """Plan to write `run`, which holds no pruned components. Raises `DoraExportError` for what
         the target cannot carry, naming the tensors and the remedy."""
+        raise NotImplementedError
 
-    def holds(self, folder: Path) -> bool:
+    def holds(self, folder: Path) -> bool:  # noqa: ARG002
         """Whether `folder`, which has no certificate, looks like this target's."""
+        return False
 
     def open(self, folder: Path, base: BaseModel, run: Run, engine: str) -> Model:
         """What is in `folder`, ready to compute in `engine`. `run` says which class and how many
         labels, and which of several adapters."""
+        from .model import open_in
+
+        return open_in(engine, folder, base, run)
 
 
 def targets() -> dict[str, Target]:

@@ -63,7 +63,7 @@ def writes(
 ) -> click.Command:
     """The command that reads RUN and writes OUT for one of `choices`, by default `target`, or for
     `target` alone."""
-    write: Any = _write if choices else partial(_write, target=target)
+    write: Any = _write if choices else partial(_write, target=str(target))
     callback = common.reports_errors(write)
     command = TargetCommand(verb, target=target, callback=callback, help=help)
     command.params = [
@@ -96,7 +96,7 @@ def _write(
 ) -> None:
     from dora_serve.api import export
 
-    common.one_of_each_group(FitOptions, options)
+    common.one_limit(options)
     read = {name: options.pop(name) for name in names(ReadOptions) if name in options}
     artifact = export(
         common.load_run(run, base, **read),

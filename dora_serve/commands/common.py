@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, Literal, TypeVar, get_args, get_type_hint
 
 import click
 
-from converters.options import ReadOptions
+from converters.options import FitOptions, ReadOptions, names
 
 from ..remote.local import Remote, is_url, local_values
 from ..wording import in_flags
@@ -22,6 +22,7 @@ from ..wording import in_flags
 if TYPE_CHECKING:
     from converters.run import Run
     from converters.targets.publish import Artifact
+    from converters.targets.target import Plan, Report
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -111,10 +112,7 @@ class Size(click.ParamType[int]):
 
 
 def flags(options: type) -> list[click.Option]:
-    """The options of a command for the fields of a dataclass that `converters.options.option` made.
-
-    Of several in one group one may be given, see `one_of_each_group`.
-    """
+    """The options of a command for the fields of a dataclass that `option` made."""
     hints = get_type_hints(options)
     return [_flag(each, hints[each.name]) for each in fields(options) if "help" in each.metadata]
 
@@ -157,16 +155,10 @@ def takes(options: type) -> Callable[[F], F]:
     return decorate
 
 
-def one_of_each_group(options: type, given: Mapping[str, Any]) -> None:
-    """Raise a usage error where several options of one group are given."""
-    groups: dict[str, list[str]] = {}
-    for each in fields(options):
-        if each.metadata.get("group"):
-            groups.setdefault(each.metadata["group"], []).append(each.name)
-    for members in groups.values():
-        if sum(given.get(name) is not None for name in members) > 1:
-            *first, last = (f"--{name.replace('_', '-')}" for name in members)
-            raise click.UsageError(f"give one of {', '.join(first)} and {last}")
+def one_limit(given: Mapping[str, Any]) -> None:
+    """Raise a usage error where several of `FitOptions` are given."""
+    if sum(given.get(name) is not None for name in names(FitOptions)) > 1:
+        raise click.UsageError("give one of --max-rank, --energy and --budget")
 
 
 def run_argument(function: F) -> F:
@@ -194,7 +186,8 @@ def load_run(run: Path, base: str | None, **options: Any) -> Run:
 
 def show(artifact: Artifact, as_json: bool, *more: str, report: bool = True) -> None:
     """Tell what was written, or what would be, and then `more`."""
-    plan = artifact.plan
+    plan: Plan = artifact.plan
+    told: Report = artifact.report
     if as_json:
         said = {
             "output": str(artifact.path),
@@ -202,13 +195,13 @@ def show(artifact: Artifact, as_json: bool, *more: str, report: bool = True) -> 
             "target": plan.target,
             "bytes": plan.nbytes,
             **plan.summary(),
-            **(artifact.report.summary() if report else {}),
+            **(told.summary() if report else {}),
             **({"accuracy": artifact.accuracy} if artifact.accuracy else {}),
             "warnings": list(artifact.warnings),
         }
         print_json(said)
     else:
-        first, *lines = (*plan.lines(), *artifact.report.lines(), *more)
+        first, *lines = (*plan.lines(), *told.lines(), *more)
         would = "" if artifact.written else "would write "
         click.echo(f"{would}{artifact.path}: {first}, {size(plan.nbytes)}")
         for line in lines:

@@ -45,7 +45,7 @@ def command(
     """
     from dora_serve.api import extract
 
-    common.one_of_each_group(FitOptions, options)
+    common.one_limit(options)
     artifact = extract(
         tuned, out, base=base, target=target, force=force, dry_run=dry_run, **options
     )

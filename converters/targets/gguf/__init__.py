@@ -19,7 +19,7 @@ class Gguf(LoraFolder):
     """A folder with one GGUF file, named like the folder."""
 
     name, profile = "gguf", PROFILES["gguf"]
-    engines = ()
+    engines: tuple[str, ...] = ()
 
     def plan(self, run: Run, base: BaseModel | None, options: AdapterOptions) -> GgufPlan:
         from .adapter import plan_gguf

@@ -7,15 +7,15 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING
 
 from ...options import DTYPES, option
-from ..engines import PROFILES, Profile
+from ..engines import PROFILES
+from ..target import Target
 
 if TYPE_CHECKING:
     from ...model.base import BaseModel
     from ...run import Run
-    from ..model import Model
     from .adapter import AdapterPlan
 
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
@@ -28,12 +28,10 @@ class AdapterOptions:
     dtype: str = option("float32", "Dtype of the stored factors.", choices=DTYPES)
 
 
-class LoraFolder:
+class LoraFolder(Target):
     """PEFT's folder, for the engine of `profile`."""
 
-    name: str
-    profile: Profile
-    kind: Literal["adapter"] = "adapter"
+    kind = "adapter"
     options = AdapterOptions
     engines: tuple[str, ...] = ("peft", "vllm")
 
@@ -42,16 +40,12 @@ class LoraFolder:
 
         from .adapter import plan_adapter
 
+        assert self.profile is not None
         return plan_adapter(run, base, self.profile, getattr(torch, options.dtype))
 
     def holds(self, folder: Path) -> bool:
         """A folder that names no engine is PEFT's."""
         return self.name == "peft" and (folder / CONFIG).is_file()
-
-    def open(self, folder: Path, base: BaseModel, run: Run, engine: str) -> Model:
-        from ..model import open_in
-
-        return open_in(engine, folder, base, run)
 
 
 class Peft(LoraFolder):

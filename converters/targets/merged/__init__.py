@@ -4,15 +4,15 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING
 
 from ...errors import TargetError
 from ...options import DTYPES, option
+from ..target import Target
 
 if TYPE_CHECKING:
     from ...model.base import BaseModel
     from ...run import Run
-    from ..model import Model
     from .plan import MergePlan
 
 
@@ -23,14 +23,13 @@ class MergeOptions:
     dtype: str | None = option(None, "Output dtype; default: the base's.", choices=DTYPES)
 
 
-class Merged:
+class Merged(Target):
     """A model without any adapter."""
 
     name = "merged"
-    kind: Literal["model"] = "model"
+    kind = "model"
     options = MergeOptions
     engines = ("transformers", "vllm")
-    profile = None
 
     def plan(self, run: Run, base: BaseModel | None, options: MergeOptions) -> MergePlan:
         import torch
@@ -47,8 +46,3 @@ class Merged:
     def holds(self, folder: Path) -> bool:
         weights = any(next(folder.glob(p), None) for p in ("*.safetensors", "*.bin"))
         return weights and (folder / "config.json").is_file()
-
-    def open(self, folder: Path, base: BaseModel, run: Run, engine: str) -> Model:
-        from ..model import open_in
-
-        return open_in(engine, folder, base, run)

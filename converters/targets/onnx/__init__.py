@@ -10,16 +10,16 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING
 
 from ...errors import TargetError
 from ...files.onnx_files import is_onnx_folder
 from ...options import option
+from ..target import Target
 
 if TYPE_CHECKING:
     from ...model.base import BaseModel
     from ...run import Run
-    from ..model import Model
     from ..publish import Artifact, Prove
     from .plan import OnnxPlan
 
@@ -35,14 +35,13 @@ class OnnxOptions:
     )
 
 
-class Onnx:
+class Onnx(Target):
     """A run merged into its base, as graphs. Adapters beside a base are planned by `plan_onnx`."""
 
     name = "onnx"
-    kind: Literal["model"] = "model"
+    kind = "model"
     options = OnnxOptions
     engines = ("onnxruntime",)
-    profile = None
 
     def plan(self, run: Run, base: BaseModel | None, options: OnnxOptions) -> OnnxPlan:
         from .plan import plan_onnx
@@ -53,11 +52,6 @@ class Onnx:
 
     def holds(self, folder: Path) -> bool:
         return is_onnx_folder(folder)
-
-    def open(self, folder: Path, base: BaseModel, run: Run, engine: str) -> Model:
-        from ..model import open_in
-
-        return open_in(engine, folder, base, run)
 
 
 def write_onnx(
