@@ -9,10 +9,13 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from converters.targets.target import Target, targets
+
 from ..wording import in_flags
 from . import common
 
 if TYPE_CHECKING:
+    from converters.model.base import BaseModel
     from converters.run import Run
 
 
@@ -102,13 +105,8 @@ def _modules(run: Run, ranks: Mapping[str, int]) -> dict[str, dict[str, float | 
 
 
 def _describe(run: Run, base: Any) -> dict[str, Any]:
-    import torch
-
-    from converters.errors import TargetError
     from converters.model.match import changed
     from converters.model.tasks import task_of
-    from converters.targets.engines import PROFILES
-    from converters.targets.lora_folder.adapter import plan_adapter
 
     stripped = run.strip()
     ranks: dict[str, int] = {}
@@ -118,13 +116,6 @@ def _describe(run: Run, base: Any) -> dict[str, Any]:
         ranks[module] = run.start_rank.get(module, 0) if rank is None else rank
         start += run.start_rank.get(module, ranks[module]) * sum(run.shapes[module])
         kept += ranks[module] * sum(run.shapes[module])
-    targets = {"merged": "yes"}
-    for name, profile in PROFILES.items():
-        try:
-            plan = plan_adapter(stripped, base, profile, torch.float32)
-            targets[name] = f"yes, {common.size(plan.nbytes)} in float32"
-        except TargetError as error:
-            targets[name] = "no: " + in_flags(error).replace("\n  ", "; ")
     values = list(ranks.values())
     return {
         "path": str(run.path),
@@ -139,7 +130,22 @@ def _describe(run: Run, base: Any) -> dict[str, Any]:
         "max_rank": max(values, default=0),
         "parameters": {"start": start, "kept": kept},
         "trained_whole": sorted(run.replaced if base is None else changed(run, base)),
-        "targets": targets,
+        "targets": {n: _accepts(target, stripped, base) for n, target in targets().items()},
         "ranks": ranks,
         "warnings": list(run.warnings),
     }
+
+
+def _accepts(target: Target, run: Run, base: BaseModel | None) -> str:
+    """Whether `target` takes the stripped `run` with its own options, and how large it gets."""
+    from converters.errors import DoraExportError
+
+    if base is None and target.kind == "model":
+        return "yes, if it fits the base (--base tells)"
+    try:
+        plan = target.plan(run, base, target.options())
+    except DoraExportError as error:
+        return "no: " + in_flags(error).replace("\n  ", "; ")
+    except ModuleNotFoundError as error:
+        return f"not installed: {error.name}"
+    return f"yes, {common.size(plan.nbytes)}"
