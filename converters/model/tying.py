@@ -67,6 +67,41 @@ def groups(base: BaseModel, architecture: str | None, num_labels: int | None) ->
     return _grouped(aliases(empty_model(str(architecture), base.config, num_labels)))
 
 
+def rows_in_memory(base: BaseModel, module: str) -> int:
+    """The number of rows of a module's weight, which may be tied to one that the base stores; 0
+    where the base's class has no such module."""
+    weight = base.weight(module)
+    architecture = architecture_of(base.config)
+    if weight is None and _known(architecture, base.config):
+        weight = empty_model(architecture, base.config).state_dict().get(f"{module}.weight")
+    return weight.shape[0] if weight is not None and weight.shape else 0
+
+
+def spreading(
+    tokens: Collection[str], base: BaseModel, architecture: str | None, num_labels: int | None
+) -> frozenset[str]:
+    """The modules of `tokens`, with single rows trained, whose rows are also those of what is tied
+    to them.
+
+    PEFT spreads those of the input embedding alone, and not where a tied side has rows of its own
+    (`set_additional_trainable_modules`).
+    """
+    if not tokens or not _known(architecture, base.config):
+        return frozenset(tokens)
+    model = empty_model(str(architecture), base.config, num_labels)
+    embedding = model.get_input_embeddings()
+    own = [name for name, module in model.named_modules() if module is embedding]
+    stay: set[str] = set()
+    for group in _grouped(aliases(model)):
+        sides = [name.removesuffix(".weight") for name in group]
+        found = [
+            token for token in tokens if any(f".{side}".endswith(f".{token}") for side in sides)
+        ]
+        if len(found) > 1 or not any(f".{own[0]}".endswith(f".{token}") for token in found):
+            stay.update(found)
+    return frozenset(tokens) - stay
+
+
 def new_embedding(base: BaseModel, replaced: LazyTensors) -> LazyTensor | None:
     """The input embedding among the tensors that a run trained whole."""
     known = base.embedding
@@ -91,12 +126,11 @@ def untied(
     Raises `TargetError` for a class whose tied sides cannot differ when it is loaded, and where the
     run enlarged one side and does not hold the other.
     """
-    names = (*run.updates, *run.replaced)
-    if all(_LAYER.search(name) for name in names):
+    if all(_LAYER.search(name) for name in (*run.updates, *run.replaced)):
         return run, base
-    shared = [
-        _Shared.of(run, base, find, group) for group in groups(base, architecture, run.num_labels)
-    ]
+    sharing = groups(base, architecture, run.num_labels)
+    shared = [_Shared.of(run, base, find, names) for names in sharing]
+    _check_biases(run, find, shared)
     touched = [one for one in shared if one.holder and one.changed]
     if not touched:
         return run, base
@@ -190,9 +224,7 @@ class _Shared:
         assert tensor is not None
         return tensor
 
-    def take_out(
-        self, name: str, updates: dict[str, str], replaced: dict[str, LazyTensor]
-    ) -> None:
+    def take_out(self, name: str, updates: dict[str, str], replaced: dict[str, LazyTensor]) -> None:
         for key in self.keys[name]:
             updates.pop(key, None)
             replaced.pop(key, None)
@@ -259,6 +291,23 @@ def _check_rows(run: Run, now: Mapping[str, LazyTensor | None]) -> None:
         )
 
 
+def _check_biases(run: Run, find: Callable[[str], str | None], shared: list[_Shared]) -> None:
+    """Raise `TargetError` for single rows of a head with a bias, which PEFT leaves out."""
+    biases = {name for one in shared for name in one.names}
+    everywhere = {m: key for one in shared for m, key in one.updates.items()}
+    sides = {m.removesuffix(".weight") for m, key in everywhere.items() if key in run.embeddings}
+    for module in (*run.embeddings, *sides):
+        bias = f"{module}.bias"
+        if bias in biases or find(bias) is not None:
+            raise TargetError(
+                "PEFT computes this module without its bias where single rows of it are trained, "
+                "so the model that was trained is not one of its class",
+                file=run.path,
+                tensor=bias,
+                remedy="serve it with PEFT on its base: PeftModel.from_pretrained(base, adapter)",
+            )
+
+
 def _named(tensor: LazyTensor, name: str) -> LazyTensor:
     own: Any = tensor
     renamed: LazyTensor = replace(own, name=name)
@@ -302,9 +351,7 @@ def _untied_config(
         raise _refusal(run, stuck[0], architecture, "is one module, or always tied, in this class")
     if _computes_by_tie(loaded) and _tie(loaded) != _tie(model):
         name = parted[0].names[-1]
-        raise _refusal(
-            run, name, architecture, "is tied, and untied the class computes otherwise"
-        )
+        raise _refusal(run, name, architecture, "is tied, and untied the class computes otherwise")
     return config, lambda group: all(name in one for name in group.names[1:])
 
 

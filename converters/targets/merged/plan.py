@@ -247,4 +247,3 @@ def _config(
     if dtype is not None:
         config["torch_dtype" if "torch_dtype" in config else "dtype"] = str(dtype)[len("torch.") :]
     return config
-
