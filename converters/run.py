@@ -103,8 +103,8 @@ class Run:
     `base`: the base model the run names, a hub id. `start_rank`: rank per module before pruning.
     `embeddings`: the modules of `updates` that are embeddings, `[vocab, dim]`. `tied`: those whose
     update also reaches the tensors that share their weight. `apart`: the tensors of `replaced` that
-    are copies of their own: what was tied to them keeps its values. `fit`: how the updates were cut, None
-    where they are as trained.
+    are copies of their own: what was tied to them keeps its values. `fit`: how the updates were
+    cut, None where they are as trained.
 
     A key of `updates` is a module, whose weight the update is for; or a parameter such as a bias
     `[n]`, which is seen as `[1, n]`; or `parameter[e]`, block e of a parameter `[E, …]`.
