@@ -1,0 +1,394 @@
+"""Small faults planted one at a time: does a test notice?
+
+    python scripts/mutants.py [--per-file 20 | --all] [--only updates] [--seed 0] [--jobs 2]
+
+A fault (mutant) is one change that mutmut's operators make to one place of a file in SOURCES:
+another number, operator or comparison, an argument left out, a condition turned round. First the
+tests run once as they are, and coverage tells which lines each of them reaches. Then every mutant
+is tried in a process of its own, forked from this one with torch imported already, by the tests
+that reach its line, the quickest first; the first that fails notices it. Prints a table and the
+mutants that nothing noticed; exit code 1 when less than `--least` percent were noticed.
+
+mutmut leaves out every decorated function and all that stands outside of functions, which here are
+the properties, contexts and constants, so its operators are used without its runner. Changes that
+say nothing are left out: the words of errors, annotations, docstrings, aliases of types,
+assertions, and arguments that only check (`strict`).
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import importlib.abc
+import importlib.util
+import json
+import os
+import random
+import re
+import resource
+import shutil
+import signal
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from importlib import import_module
+from importlib.machinery import ModuleSpec
+from pathlib import Path
+from types import ModuleType
+
+import coverage
+import libcst as cst
+import pytest
+from libcst.metadata import MetadataWrapper, ParentNodeProvider, PositionProvider
+from mutmut.mutation.mutators import mutation_operators, operator_arg_removal, operator_string
+
+ROOT = Path(__file__).parent.parent
+UPDATES = "tests/converters/test_updates_exact.py"
+FILES = "tests/converters/test_files_exact.py"
+MODEL = "tests/converters/test_model_exact.py"
+MERGE = "tests/converters/test_merge_exact.py"
+ADAPTER = "tests/converters/test_adapter_exact.py"
+GUARD = "tests/server/test_guard_exact.py"
+GENERATION = "tests/engines/test_generation_exact.py"
+WITH_MODELS = ["tests/converters/test_nothing_lost.py", "tests/converters/test_base.py"]
+# What is mutated → the tests that should notice.
+SOURCES = {
+    "converters/updates": [UPDATES],
+    "converters/files": [FILES],
+    "converters/model": [MODEL, MERGE, ADAPTER, *WITH_MODELS],
+    "converters/targets/*.py": [ADAPTER],
+    "converters/targets/merged": [MERGE, *WITH_MODELS],
+    "converters/targets/lora_folder": [ADAPTER],
+    "dora_serve/server/guard.py": [GUARD],
+    "dora_serve/onnxruntime/sampling.py": [GENERATION],
+    "dora_serve/onnxruntime/generation.py": [GENERATION],
+}
+# Imported before the fork, so that no mutant pays for it.
+PRELOAD = (
+    "click.testing gguf httpx hypothesis peft _pytest.assertion.rewrite encodings.idna safetensors.torch starlette.testclient "
+    "transformers.models.gpt2.modeling_gpt2 transformers.models.llama.modeling_llama "
+    "transformers.models.roberta.modeling_roberta"
+).split()
+SECONDS = 20.0  # of tests that a mutant is tried by at most; those that reach its line
+# Without what only serves a reader of failures, and without other packages' plugins.
+QUICK = ["-x", "--tb=line", "--assert=plain", "-p", "no:cacheprovider", "-p", "no:faulthandler"]
+MEMORY, DISK = 6 << 30, 1 << 30  # bytes that a mutant may take
+ALIAS = re.compile(r"_?[A-Z]\w*[a-z]\w*|__all__|_log")
+CHECKS = ("strict", "encoding", "separators")
+
+Change = tuple[cst.CSTNode, cst.CSTNode, "range | None"]
+Tests = dict[str, tuple[float, dict[str, list[int]]]]  # name → seconds, and the lines of each file
+
+
+@dataclass(frozen=True)
+class Mutant:
+    """A change of `file`: the text of its first line before and after, and the new source. `lines`:
+    those by which tests are found; None, what stands outside of functions: any of the file."""
+
+    file: str
+    line: int
+    before: str
+    after: str
+    lines: range | None
+    source: str
+
+
+def says_nothing(node: cst.CSTNode) -> bool:
+    """Whether no change inside of `node` is worth a test."""
+    match node:
+        case cst.Annotation() | cst.Decorator() | cst.Assert() | cst.Import() | cst.ImportFrom():
+            return True
+        case cst.If(test=cst.Name("TYPE_CHECKING")):
+            return True
+        case cst.Expr(value=cst.BaseString()):
+            return True
+        case cst.SimpleString(value=text):
+            return " " in text
+        case cst.Arg(keyword=cst.Name(word)):
+            return word in CHECKS
+        case cst.Call(func=cst.Name(name)) if name in ("len", "isinstance"):
+            return True
+        case cst.Call(func=cst.Name(name) | cst.Attribute(attr=cst.Name(name))):
+            made = name in ("bad", "kind", "_unknown") or name.endswith("Error")
+            return made and name != "ApiError"
+        case cst.Assign(targets=[cst.AssignTarget(target=cst.Name(name))]):
+            return ALIAS.fullmatch(name) is not None
+    return False
+
+
+def drops_check(call: cst.Call, change: cst.Call) -> bool:
+    gone = [arg for arg in call.args if not any(arg is kept for kept in change.args)]
+    return any(arg.keyword is not None and arg.keyword.value in CHECKS for arg in gone)
+
+
+class Finder(cst.CSTVisitor):
+    """Collects what can be changed in a module, into what, and on which lines it runs."""
+
+    METADATA_DEPENDENCIES = (PositionProvider, ParentNodeProvider)
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.found: list[Change] = []
+
+    def on_visit(self, node: cst.CSTNode) -> bool:
+        if says_nothing(node):
+            return False
+        for kind, operator in mutation_operators:
+            if not isinstance(node, kind):
+                continue
+            changes = list(operator(node))
+            if operator is operator_string:
+                changes = changes[:1]  # the others change the case of the letters
+            if operator is operator_arg_removal:
+                changes = [change for change in changes if not drops_check(node, change)]
+            self.found += [(node, change, self._lines(node)) for change in changes]
+        return True
+
+    def _lines(self, node: cst.CSTNode) -> range | None:
+        """The lines of the statement, or of the head of a compound one; None outside functions."""
+        lines, done, inside = None, False, False
+        while not isinstance(node, cst.Module):
+            simple, compound = (
+                isinstance(node, kind)
+                for kind in (cst.SimpleStatementLine, cst.BaseCompoundStatement)
+            )
+            position = self.get_metadata(PositionProvider, node, None)
+            whole = lines is None or isinstance(node, cst.FunctionDef)  # of a parameter's default
+            if position is not None and not done and (not compound or whole):
+                lines = range(position.start.line, position.end.line + 1)
+            done = done or simple or compound
+            inside = inside or isinstance(node, cst.FunctionDef)
+            node = self.get_metadata(ParentNodeProvider, node)
+        return lines if inside else None
+
+
+def mutants(file: str, choose: random.Random, most: int | None) -> tuple[int, list[Mutant]]:
+    """How many mutants `file` has, and `most` of them at random (None: all), in its order."""
+    wrapper = MetadataWrapper(cst.parse_module((ROOT / file).read_text()))
+    finder = Finder()
+    wrapper.visit(finder)
+    total = len(finder.found)
+    chosen = range(total) if most is None or most >= total else choose.sample(range(total), most)
+    old = wrapper.module.code.splitlines()
+    result = []
+    for node, change, lines in (finder.found[number] for number in sorted(chosen)):
+        code = cst.ensure_type(wrapper.module.deep_replace(node, change), cst.Module).code
+        new = code.splitlines()
+        first = next(n for n, pair in enumerate(zip(old, new, strict=False)) if len(set(pair)) > 1)
+        texts = old[first].strip(), new[first].strip()
+        result.append(Mutant(file, first + 1, *texts, lines, code))
+    return total, result
+
+
+class Mutated(importlib.abc.MetaPathFinder, importlib.abc.Loader):
+    """Imports the module of a mutant from the mutant's source."""
+
+    def __init__(self, mutant: Mutant) -> None:
+        self._mutant = mutant
+        self._name = mutant.file.removesuffix(".py").removesuffix("/__init__").replace("/", ".")
+
+    def find_spec(self, name: str, *_: object) -> ModuleSpec | None:
+        if name != self._name:
+            return None
+        package = self._mutant.file.endswith("__init__.py")
+        return importlib.util.spec_from_loader(name, self, is_package=package)
+
+    def exec_module(self, module: ModuleType) -> None:
+        module.__file__ = str(ROOT / self._mutant.file)
+        exec(compile(self._mutant.source, module.__file__, "exec"), module.__dict__)
+
+
+class Selected:
+    """Leaves the tests named, in their order."""
+
+    def __init__(self, names: Sequence[str]) -> None:
+        self._order = {name: number for number, name in enumerate(names)}
+
+    def pytest_collection_modifyitems(self, items: list[pytest.Item]) -> None:
+        items[:] = sorted(
+            (item for item in items if item.nodeid in self._order),
+            key=lambda item: self._order[item.nodeid],
+        )
+
+
+class Traced:
+    """Measures how long each test takes and which lines of `files` it reaches."""
+
+    def __init__(self, files: Sequence[str], report: Path) -> None:
+        self._files, self._report = files, report
+        self._seconds: dict[str, float] = {}
+        include = [str(ROOT / file) for file in files]
+        self._coverage = coverage.Coverage(data_file=None, config_file=False, include=include)
+        self._coverage.start()
+
+    @pytest.hookimpl(wrapper=True)
+    def pytest_runtest_protocol(self, item: pytest.Item) -> Iterator[None]:
+        self._coverage.switch_context(item.nodeid)
+        begin = time.monotonic()
+        result = yield
+        self._seconds[item.nodeid] = time.monotonic() - begin
+        return result  # type: ignore[return-value]
+
+    def pytest_sessionfinish(self) -> None:
+        self._coverage.stop()
+        data = self._coverage.get_data()
+        tests: Tests = {name: (seconds, {}) for name, seconds in self._seconds.items()}
+        for file in self._files:
+            for line, names in data.contexts_by_lineno(str(ROOT / file)).items():
+                for name in filter(None, names):
+                    tests[name][1].setdefault(file, []).append(line)
+        self._report.write_text(json.dumps(tests))
+
+
+def run_pytest(
+    work: Path, tests: Sequence[str], plugins: Callable[[], list[object]], seconds: float
+) -> int:
+    """Fork a process that runs pytest with its last word as exit status; returns its id. It ends
+    after `seconds`, whatever it does."""
+    child = os.fork()
+    if child:
+        return child
+    os.setsid()
+    signal.alarm(int(seconds) + 1)  # its default action needs no Python to run
+    size = int(Path("/proc/self/statm").read_text().split()[0]) * os.sysconf("SC_PAGE_SIZE")
+    resource.setrlimit(resource.RLIMIT_AS, (size + MEMORY,) * 2)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (DISK,) * 2)
+    out = os.open(work / "output", os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+    for stream in (1, 2):
+        os.dup2(out, stream)
+    code = 70
+    with contextlib.suppress(BaseException):
+        options = [*QUICK, f"--basetemp={work / 'tests'}", *tests]
+        code = int(pytest.main(options, plugins=plugins()))
+        sys.stdout.flush()
+    os._exit(code)
+
+
+def ended(child: int) -> tuple[int, int]:
+    """Wait for a child, or any (-1): its id, and 0 where all its tests passed."""
+    found, status = os.waitpid(child, 0)
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(found, signal.SIGKILL)  # what it may have started
+    return found, status
+
+
+def trace(work: Path, files: Sequence[str], tests: Sequence[str]) -> Tests:
+    """Run the tests as they are; raises `SystemExit` where one fails."""
+    work.mkdir()
+    report = work / "report.json"
+    child = run_pytest(work, tests, lambda: [Traced(files, report)], 3600)
+    if ended(child)[1] or not report.exists():
+        raise SystemExit("without a mutant, the tests fail:\n" + (work / "output").read_text())
+    found: Tests = json.loads(report.read_text())
+    return found
+
+
+def reaching(mutant: Mutant, tests: Tests) -> tuple[list[str], float]:
+    """The tests that reach a mutant, the quickest first, and the seconds that they take."""
+    names, sum_ = [], 0.0
+    for name, (seconds, lines) in sorted(tests.items(), key=lambda test: test[1][0]):
+        reached = lines.get(mutant.file, [])
+        if reached if mutant.lines is None else set(mutant.lines) & set(reached):
+            names.append(name)
+            sum_ += seconds
+            if sum_ > SECONDS:
+                break
+    return names, sum_
+
+
+def survivors(work: Path, planted: Sequence[tuple[Mutant, Tests]], jobs: int) -> list[Mutant]:
+    """The mutants that no test notices."""
+    running: dict[int, tuple[Mutant, Path]] = {}
+    alive = []
+
+    def collect() -> None:
+        child, status = ended(-1)
+        mutant, folder = running.pop(child)
+        shutil.rmtree(folder, ignore_errors=True)
+        if not status:
+            alive.append(mutant)
+            print(f"  {mutant.file}:{mutant.line}: {mutant.before}  →  {mutant.after}", flush=True)
+
+    for number, (mutant, tests) in enumerate(planted):
+        names, seconds = reaching(mutant, tests)
+        if not names:
+            alive.append(mutant)
+            print(f"  {mutant.file}:{mutant.line}: no test runs {mutant.before}", flush=True)
+            continue
+        if len(running) == jobs:
+            collect()
+        folder = work / str(number)
+        folder.mkdir()
+        files = list(dict.fromkeys(name.split("::")[0] for name in names))
+
+        def plugins(mutant: Mutant = mutant, names: list[str] = names) -> list[object]:
+            sys.meta_path.insert(0, Mutated(mutant))
+            return [Selected(names)]
+
+        child = run_pytest(folder, files, plugins, 60 + 10 * seconds)
+        running[child] = mutant, folder
+    while running:
+        collect()
+    return alive
+
+
+def table(rows: dict[str, tuple[int, int, int]]) -> str:
+    """Markdown of file → (mutants there are, tried, noticed)."""
+    lines = ["| file | mutants | tried | noticed | share |", "|---|---:|---:|---:|---:|"]
+    total = tuple(sum(row[n] for row in rows.values()) for n in range(3))
+    for file, (found, tried, noticed) in {**rows, "all": total}.items():
+        lines.append(f"| {file} | {found} | {tried} | {noticed} | {noticed / tried:.0%} |")
+    return "\n".join(lines)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--per-file", type=int, default=20)
+    parser.add_argument("--all", action="store_true", help="every mutant")
+    parser.add_argument("--only", default="", help="files whose path holds this")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--jobs", type=int, default=len(os.sched_getaffinity(0)))
+    parser.add_argument("--least", type=float, default=85.0)
+    options = parser.parse_args()
+
+    os.chdir(ROOT)
+    sys.path.insert(0, str(ROOT))
+    groups: dict[tuple[str, ...], list[str]] = {}
+    for source, tests in SOURCES.items():
+        paths = ROOT.glob(source if source.endswith(".py") else f"{source}/*.py")
+        files = sorted(path.relative_to(ROOT).as_posix() for path in paths)
+        groups.setdefault(tuple(tests), []).extend(f for f in files if options.only in f)
+    import torch
+    from hypothesis import Phase, settings
+
+    os.environ["PYTEST_DISABLE_PLUGIN_AUTOLOAD"] = "1"
+    settings.register_profile("mutants", phases=[Phase.explicit, Phase.generate], database=None)
+    settings.load_profile("mutants")
+    torch.set_num_threads(1)  # threads do not outlive a fork
+    for name in PRELOAD:
+        import_module(name)
+    totals: dict[str, int] = {}
+    planted: list[tuple[Mutant, Tests]] = []
+    with tempfile.TemporaryDirectory(prefix="mutants-") as folder:
+        work = Path(folder)
+        for number, (tests, files) in enumerate(groups.items()):
+            if not files:
+                continue
+            traced = trace(work / f"traced{number}", files, tests)
+            for file in files:
+                choose = random.Random(f"{options.seed} {file}")
+                most = None if options.all else options.per_file
+                totals[file], chosen = mutants(file, choose, most)
+                planted += [(mutant, traced) for mutant in chosen]
+        alive = survivors(work, planted, options.jobs)
+    tried = {file: sum(m.file == file for m, _ in planted) for file in totals}
+    lost = {file: sum(m.file == file for m in alive) for file in totals}
+    print(table({f: (totals[f], n, n - lost[f]) for f, n in tried.items() if n}))
+    share = 100 * (1 - len(alive) / len(planted))
+    return int(share < options.least)
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
