@@ -56,7 +56,7 @@ WITH_MODELS = ["tests/converters/test_nothing_lost.py", "tests/converters/test_b
 # What is mutated → the tests that should notice.
 SOURCES = {
     "converters/updates": [UPDATES],
-    "converters/files": [FILES],
+    "converters/files": [FILES, "tests/converters/test_pickles.py"],
     "converters/model": [MODEL, MERGE, ADAPTER, *WITH_MODELS],
     "converters/targets/*.py": [ADAPTER],
     "converters/targets/merged": [MERGE, *WITH_MODELS],
@@ -67,9 +67,9 @@ SOURCES = {
 }
 # Imported before the fork, so that no mutant pays for it.
 PRELOAD = (
-    "click.testing gguf httpx hypothesis peft _pytest.assertion.rewrite encodings.idna safetensors.torch starlette.testclient "
-    "transformers.models.gpt2.modeling_gpt2 transformers.models.llama.modeling_llama "
-    "transformers.models.roberta.modeling_roberta"
+    "_pytest.assertion.rewrite click.testing encodings.idna gguf httpx hypothesis onnxruntime peft "
+    "safetensors.torch starlette.testclient transformers.models.gpt2.modeling_gpt2 "
+    "transformers.models.llama.modeling_llama transformers.models.roberta.modeling_roberta"
 ).split()
 SECONDS = 20.0  # of tests that a mutant is tried by at most; those that reach its line
 # Without what only serves a reader of failures, and without other packages' plugins.

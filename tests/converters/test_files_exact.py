@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import io
 import json
 import os
@@ -12,6 +13,7 @@ import struct
 import subprocess
 import sys
 import threading
+import time
 import zipfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -820,6 +822,35 @@ def test_what_a_killed_command_left_is_removed(
         assert not (again / "half").exists()
 
 
+def test_a_system_that_cannot_exchange_two_names(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As on one whose C library has no `renameat2`."""
+    monkeypatch.setattr(ctypes, "CDLL", lambda _: object())
+    target = tmp_path / "out"
+    for content in ("old", "new"):
+        with output_folder(target) as folder:
+            (folder / content).write_text(content)
+        assert listing(target) == {content: content.encode()}
+        assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_a_killed_group_of_processes_leaves_nothing(tmp_path: Path) -> None:
+    """The janitor is in a group of its own, and outlives the one that is killed."""
+    command = [sys.executable, "-c", KILLED, str(tmp_path / "out")]
+    with subprocess.Popen(
+        command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, start_new_session=True
+    ) as process:
+        assert process.stdout is not None
+        folder = Path(process.stdout.readline().decode().strip())
+        assert folder.is_dir()
+        os.killpg(process.pid, signal.SIGKILL)
+    deadline = time.monotonic() + 30
+    while folder.exists() and time.monotonic() < deadline:
+        time.sleep(0.02)
+    assert listing(tmp_path) == {}
+
+
 def test_an_interrupted_command_with_resume_leaves_its_folder(tmp_path: Path) -> None:
     target = tmp_path / "out"
     for error in (SystemExit, KeyboardInterrupt):
@@ -859,6 +890,13 @@ def test_folders_that_only_look_like_ours_stay(tmp_path: Path) -> None:
     with output_folder(tmp_path / "out"):
         pass
     assert {path.name for path in tmp_path.iterdir()} == {*stays, "out", ".out.abcd4321.dora-tmp"}
+
+
+def test_what_cannot_be_removed_stays_and_stops_nothing(tmp_path: Path) -> None:
+    (tmp_path / ".adding.left.dora-tmp").write_text("no folder")
+    with addition(tmp_path):
+        pass
+    assert listing(tmp_path) == {".adding.left.dora-tmp": b"no folder"}
 
 
 def test_additions_are_made_one_at_a_time_and_disappear(tmp_path: Path) -> None:

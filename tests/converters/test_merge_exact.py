@@ -15,7 +15,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from converters.errors import BaseError, TargetError
+from converters.errors import BaseError, OutputError, TargetError
 from converters.files.output import JOURNAL
 from converters.files.tensors import open_file
 from converters.run import Run
@@ -632,6 +632,35 @@ def test_a_tokenizer_of_the_run_replaces_the_bases(tmp_path: Path) -> None:
         "chat_template.jinja": "run",
         "generation_config.json": "base",
     }
+
+
+def test_every_file_of_a_tokenizer_comes_from_the_run(tmp_path: Path) -> None:
+    """By the names that transformers' tokenizers give them."""
+    names = "tokenizer.json tokenizer_config.json special_tokens_map.json added_tokens.json "
+    names += "chat_template.jinja chat_template.json vocab.json merges.txt vocab.txt "
+    names += "tokenizer.model spiece.model sentencepiece.bpe.model spm.model source.spm "
+    names += "target.spm bpe.codes"
+    base = make_base(tmp_path / "base", {f"{Q}.weight": torch.ones(2, 2)})
+    run = make_run(tmp_path / "run", {Q: low_rank(2, 2)})
+    for name in names.split():
+        (run.path / name).write_text(name)
+        (base / name).write_text("base")
+    merge(run, tmp_path / "out", base=base)
+    assert [(tmp_path / "out" / name).read_text() for name in names.split()] == names.split()
+
+
+def test_a_full_output_is_replaced_only_by_force(tmp_path: Path) -> None:
+    base = make_base(tmp_path / "base", {f"{Q}.weight": torch.ones(2, 2)})
+    run = make_run(tmp_path / "run", {Q: low_rank(2, 2)})
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "old").touch()
+    with pytest.raises(OutputError, match="not empty"):
+        merge(run, tmp_path / "out", base=base)
+    merge(run, tmp_path / "out", base=base, force=True)
+    assert not (tmp_path / "out" / "old").exists()
+    for place in (base, run.path):
+        with pytest.raises(OutputError, match="inside an input"):
+            merge(run, place / "out", base=base)
 
 
 def test_links_out_of_the_base_are_not_followed(tmp_path: Path) -> None:
