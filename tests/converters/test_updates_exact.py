@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import numpy as np
 import pytest
 import torch
@@ -9,7 +11,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from converters.errors import TargetError
-from converters.updates.dense import DenseUpdate
 from converters.updates.magnitude import MagnitudeUpdate
 from converters.updates.rank_one import RankOneSum, cut, rank_for, stored_error, tail
 from converters.updates.stacked import Stacked
@@ -316,18 +317,22 @@ def test_stacked_block_by_block(step: int) -> None:
     assert torch.equal(torch.cat(blocks)[1], weight[1])
 
 
-def dense(matrix: torch.Tensor) -> DenseUpdate:
-    return DenseUpdate((matrix.shape[0], matrix.shape[1]), lambda start, stop: matrix[start:stop])
+@dataclass(frozen=True)
+class Dense:
+    """An update that is a matrix ΔW and not a sum of components."""
 
+    delta: torch.Tensor
+    whole: bool = False
 
-@pytest.mark.parametrize("step", [1, 2, 3, 5])
-def test_dense_block_by_block(step: int) -> None:
-    matrix, weight = torch.randn(5, 4), torch.randn(5, 4)
-    update = dense(matrix)
-    assert update.whole is False
-    assert update.components() is None
-    blocks = [update.merge(weight[n : n + step].clone(), n) for n in range(0, 5, step)]
-    assert torch.equal(torch.cat(blocks), weight + matrix)
+    @property
+    def shape(self) -> tuple[int, int]:
+        return self.delta.shape[0], self.delta.shape[1]
+
+    def components(self) -> None:
+        return None
+
+    def merge(self, rows: torch.Tensor, start: int) -> torch.Tensor:
+        return rows.add_(self.delta[start : start + rows.shape[0]])
 
 
 @pytest.mark.parametrize("step", [1, 2, 3, 5])
@@ -359,7 +364,7 @@ def test_a_magnitude_of_another_length_is_refused(shape: tuple[int, ...]) -> Non
 
 def test_what_is_no_sum_is_transposed_as_a_whole() -> None:
     matrix, weight = torch.randn(5, 4), torch.randn(4, 5)
-    update: Update = transposed(dense(matrix))
+    update: Update = transposed(Dense(matrix))
     assert (update.shape, update.whole, update.components()) == ((4, 5), True, None)
     rows = weight.clone()
     assert update.merge(rows, 0) is rows
