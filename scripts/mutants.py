@@ -2,17 +2,11 @@
 
     python scripts/mutants.py [--per-file 20 | --all] [--only updates] [--seed 0] [--jobs 2]
 
-A fault (mutant) is one change that mutmut's operators make to one place of a file in SOURCES:
-another number, operator or comparison, an argument left out, a condition turned round. First the
-tests run once as they are, and coverage tells which lines each of them reaches. Then every mutant
-is tried in a process of its own, forked from this one with torch imported already, by the tests
-that reach its line, the quickest first; the first that fails notices it. Prints a table and the
-mutants that nothing noticed; exit code 1 when less than `--least` percent were noticed.
-
-mutmut leaves out every decorated function and all that stands outside of functions, which here are
-the properties, contexts and constants, so its operators are used without its runner. Changes that
-say nothing are left out: the words of errors, annotations, docstrings, aliases of types,
-assertions, and arguments that only check (`strict`).
+A fault (mutant) is one change of one place of a file in SOURCES, see mutations.py. First the tests
+run once as they are, and coverage tells which lines each of them reaches. Then every mutant is
+tried in a process of its own, forked from this one with torch imported already, by the tests that
+reach its line, the quickest first; the first that fails notices it. Prints a table and the mutants
+that nothing noticed; exit code 1 when less than `--least` percent were noticed.
 """
 
 from __future__ import annotations
@@ -24,7 +18,6 @@ import importlib.util
 import json
 import os
 import random
-import re
 import resource
 import shutil
 import signal
@@ -32,19 +25,15 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
 from importlib import import_module
 from importlib.machinery import ModuleSpec
 from pathlib import Path
 from types import ModuleType
 
 import coverage
-import libcst as cst
 import pytest
-from libcst.metadata import MetadataWrapper, ParentNodeProvider, PositionProvider
-from mutmut.mutation.mutators import mutation_operators, operator_arg_removal, operator_string
+from mutations import ROOT, Mutant, mutants
 
-ROOT = Path(__file__).parent.parent
 UPDATES = "tests/converters/test_updates_exact.py"
 FILES = "tests/converters/test_files_exact.py"
 MODEL = "tests/converters/test_model_exact.py"
@@ -75,111 +64,8 @@ SECONDS = 20.0  # of tests that a mutant is tried by at most; those that reach i
 # Without what only serves a reader of failures, and without other packages' plugins.
 QUICK = ["-x", "--tb=line", "--assert=plain", "-p", "no:cacheprovider", "-p", "no:faulthandler"]
 MEMORY, DISK = 6 << 30, 1 << 30  # bytes that a mutant may take
-ALIAS = re.compile(r"_?[A-Z]\w*[a-z]\w*|__all__|_log")
-CHECKS = ("strict", "encoding", "separators")
 
-Change = tuple[cst.CSTNode, cst.CSTNode, "range | None"]
 Tests = dict[str, tuple[float, dict[str, list[int]]]]  # name → seconds, and the lines of each file
-
-
-@dataclass(frozen=True)
-class Mutant:
-    """A change of `file`: the text of its first line before and after, and the new source. `lines`:
-    those by which tests are found; None, what stands outside of functions: any of the file."""
-
-    file: str
-    line: int
-    before: str
-    after: str
-    lines: range | None
-    source: str
-
-
-def says_nothing(node: cst.CSTNode) -> bool:
-    """Whether no change inside of `node` is worth a test."""
-    match node:
-        case cst.Annotation() | cst.Decorator() | cst.Assert() | cst.Import() | cst.ImportFrom():
-            return True
-        case cst.If(test=cst.Name("TYPE_CHECKING")):
-            return True
-        case cst.Expr(value=cst.BaseString()):
-            return True
-        case cst.SimpleString(value=text):
-            return " " in text
-        case cst.Arg(keyword=cst.Name(word)):
-            return word in CHECKS
-        case cst.Call(func=cst.Name(name)) if name in ("len", "isinstance"):
-            return True
-        case cst.Call(func=cst.Name(name) | cst.Attribute(attr=cst.Name(name))):
-            made = name in ("bad", "kind", "_unknown") or name.endswith("Error")
-            return made and name != "ApiError"
-        case cst.Assign(targets=[cst.AssignTarget(target=cst.Name(name))]):
-            return ALIAS.fullmatch(name) is not None
-    return False
-
-
-def drops_check(call: cst.Call, change: cst.Call) -> bool:
-    gone = [arg for arg in call.args if not any(arg is kept for kept in change.args)]
-    return any(arg.keyword is not None and arg.keyword.value in CHECKS for arg in gone)
-
-
-class Finder(cst.CSTVisitor):
-    """Collects what can be changed in a module, into what, and on which lines it runs."""
-
-    METADATA_DEPENDENCIES = (PositionProvider, ParentNodeProvider)
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.found: list[Change] = []
-
-    def on_visit(self, node: cst.CSTNode) -> bool:
-        if says_nothing(node):
-            return False
-        for kind, operator in mutation_operators:
-            if not isinstance(node, kind):
-                continue
-            changes = list(operator(node))
-            if operator is operator_string:
-                changes = changes[:1]  # the others change the case of the letters
-            if operator is operator_arg_removal:
-                changes = [change for change in changes if not drops_check(node, change)]
-            self.found += [(node, change, self._lines(node)) for change in changes]
-        return True
-
-    def _lines(self, node: cst.CSTNode) -> range | None:
-        """The lines of the statement, or of the head of a compound one; None outside functions."""
-        lines, done, inside = None, False, False
-        while not isinstance(node, cst.Module):
-            simple, compound = (
-                isinstance(node, kind)
-                for kind in (cst.SimpleStatementLine, cst.BaseCompoundStatement)
-            )
-            position = self.get_metadata(PositionProvider, node, None)
-            whole = lines is None or isinstance(node, cst.FunctionDef)  # of a parameter's default
-            if position is not None and not done and (not compound or whole):
-                lines = range(position.start.line, position.end.line + 1)
-            done = done or simple or compound
-            inside = inside or isinstance(node, cst.FunctionDef)
-            node = self.get_metadata(ParentNodeProvider, node)
-        return lines if inside else None
-
-
-def mutants(file: str, choose: random.Random, most: int | None) -> tuple[int, list[Mutant]]:
-    """How many mutants `file` has, and `most` of them at random (None: all), in its order."""
-    wrapper = MetadataWrapper(cst.parse_module((ROOT / file).read_text()))
-    finder = Finder()
-    wrapper.visit(finder)
-    total = len(finder.found)
-    chosen = range(total) if most is None or most >= total else choose.sample(range(total), most)
-    old = wrapper.module.code.splitlines()
-    result = []
-    for node, change, lines in (finder.found[number] for number in sorted(chosen)):
-        code = cst.ensure_type(wrapper.module.deep_replace(node, change), cst.Module).code
-        new = code.splitlines()
-        first = next(n for n, pair in enumerate(zip(old, new, strict=False)) if len(set(pair)) > 1)
-        texts = old[first].strip(), new[first].strip()
-        result.append(Mutant(file, first + 1, *texts, lines, code))
-    return total, result
 
 
 class Mutated(importlib.abc.MetaPathFinder, importlib.abc.Loader):
@@ -229,7 +115,7 @@ class Traced:
         begin = time.monotonic()
         result = yield
         self._seconds[item.nodeid] = time.monotonic() - begin
-        return result  # type: ignore[return-value]
+        return result
 
     def pytest_sessionfinish(self) -> None:
         self._coverage.stop()
@@ -373,10 +259,10 @@ def main() -> int:
     planted: list[tuple[Mutant, Tests]] = []
     with tempfile.TemporaryDirectory(prefix="mutants-") as folder:
         work = Path(folder)
-        for number, (tests, files) in enumerate(groups.items()):
+        for number, (names, files) in enumerate(groups.items()):
             if not files:
                 continue
-            traced = trace(work / f"traced{number}", files, tests)
+            traced = trace(work / f"traced{number}", files, names)
             for file in files:
                 choose = random.Random(f"{options.seed} {file}")
                 most = None if options.all else options.per_file

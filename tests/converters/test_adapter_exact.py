@@ -270,8 +270,8 @@ def test_limits_approximate(tmp_path: Path, llama_base: Path, limit: dict[str, A
         update = run.updates[module]
         assert isinstance(update, RankOneSum)
         gap = found[f"{module}.weight"] - weights[f"{module}.weight"].double().numpy()
-        lost += np.linalg.norm(gap - truth(update)) ** 2
-        total += np.linalg.norm(truth(update)) ** 2
+        lost += float(np.linalg.norm(gap - truth(update))) ** 2
+        total += float(np.linalg.norm(truth(update))) ** 2
     assert fit["error"] == pytest.approx((lost / total) ** 0.5, rel=1e-3)
     assert len(result.warnings) == 1 and result.warnings[0].startswith("approximated")
     card = (tmp_path / "out" / "README.md").read_text()
@@ -531,10 +531,17 @@ def test_what_each_engine_reads() -> None:
     assert facts("peft") == (None, None, (True, True, False, False, True), True, None, (both,))
     vllm = (["classifier", "score"], 512, (False,) * 5, True, None, (both, scale))
     assert facts("vllm") == vllm
-    sglang = ([], None, (False, False, True, False, False), True, 9, (nothing,))
+    sglang: object = ([], None, (False, False, True, False, False), True, 9, (nothing,))
     assert facts("sglang") == sglang
     assert facts("lorax") == ([], None, (False, False, True, True, True), True, 24, (scale,))
-    gguf = ([], None, (False, True, False, False, False), False, None, ((False, True, False),))
+    gguf: object = (
+        [],
+        None,
+        (False, True, False, False, False),
+        False,
+        None,
+        ((False, True, False),),
+    )
     assert facts("gguf") == gguf
     assert PROFILES["vllm"].slots == (1, 8, 16, 32, 64, 128, 256, 320, 512)
     assert list(PROFILES["vllm"].older) == ["vLLM up to 0.30"]

@@ -36,7 +36,7 @@ def make_base(folder: Path, *shards: Mapping[str, torch.Tensor], **config: objec
     if len(shards) == 1:
         save_file(dict(shards[0]), folder / WEIGHTS, {"format": "pt"})
         return folder
-    weight_map = {}
+    weight_map: dict[str, str] = {}
     for number, tensors in enumerate(shards):
         file = f"model-{number + 1:05}-of-{len(shards):05}.safetensors"
         save_file(dict(tensors), folder / file, {"format": "pt"})

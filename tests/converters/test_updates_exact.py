@@ -301,7 +301,7 @@ def test_stacked_block_by_block(step: int) -> None:
         (torch.tensor([4, 6]), random_sum(2, 5, 1, seed=2)),
         (torch.tensor([1]), random_sum(1, 5, 0)),
     )
-    update = Stacked((7, 5), parts)
+    update: Update = Stacked((7, 5), parts)
     assert update.whole is False
     assert update.components() is None
     weight = torch.randn(7, 5)
@@ -338,7 +338,7 @@ class Dense:
 @pytest.mark.parametrize("step", [1, 2, 3, 5])
 def test_magnitude_block_by_block(step: int) -> None:
     delta, magnitude = random_sum(5, 4, 2), torch.rand(5) + 0.5
-    update = MagnitudeUpdate(magnitude, delta)
+    update: Update = MagnitudeUpdate(magnitude, delta)
     assert update.shape == (5, 4)
     assert update.whole is False
     assert update.components() is None
