@@ -39,18 +39,20 @@ FILES = "tests/converters/test_files_exact.py"
 MODEL = "tests/converters/test_model_exact.py"
 MERGE = "tests/converters/test_merge_exact.py"
 ADAPTER = "tests/converters/test_adapter_exact.py"
-GUARD = "tests/server/test_guard.py"
-DRAWING = ["tests/engines/test_sampling.py", "tests/engines/test_generation.py"]
+GUARD = ["tests/server/test_guard.py", "tests/server/test_guard_exact.py"]
+DRAWING = [
+    f"tests/engines/test_{name}.py" for name in ("sampling", "generation", "generation_exact")
+]
 WITH_MODELS = ["tests/converters/test_nothing_lost.py", "tests/converters/test_base.py"]
 # What is mutated → the tests that should notice.
 SOURCES = {
     "converters/updates": [UPDATES],
     "converters/files": [FILES, "tests/converters/test_pickles.py"],
-    "converters/model": [MODEL, MERGE, ADAPTER],
+    "converters/model": [MODEL, MERGE, ADAPTER, "tests/converters/test_families.py"],
     "converters/targets/*.py": [ADAPTER, "tests/converters/test_gguf.py"],
     "converters/targets/merged": [MERGE, *WITH_MODELS],
     "converters/targets/lora_folder": [ADAPTER],
-    "dora_serve/server/guard.py": [GUARD],
+    "dora_serve/server/guard.py": GUARD,
     "dora_serve/onnxruntime/sampling.py": DRAWING,
     "dora_serve/onnxruntime/generation.py": DRAWING,
 }
@@ -172,16 +174,25 @@ def trace(work: Path, files: Sequence[str], tests: Sequence[str]) -> Tests:
 
 
 def reaching(mutant: Mutant, tests: Tests) -> tuple[list[str], float]:
-    """The tests that reach a mutant, the quickest first, and the seconds that they take."""
-    names, sum_ = [], 0.0
-    for name, (seconds, lines) in sorted(tests.items(), key=lambda test: test[1][0]):
-        reached = lines.get(mutant.file, [])
-        if reached if mutant.lines is None else set(mutant.lines) & set(reached):
-            names.append(name)
-            sum_ += seconds
-            if sum_ > SECONDS:
-                break
-    return names, sum_
+    """The tests that reach a mutant, the quickest first, and the seconds that they take.
+
+    What stands outside of functions runs when a module is imported, so any test may show it: first
+    those that run anything of the file.
+    """
+
+    def rank(name: str) -> tuple[bool, float]:
+        seconds, lines = tests[name]
+        reached = set(lines.get(mutant.file, []))
+        return not (reached if mutant.lines is None else reached & set(mutant.lines)), seconds
+
+    names, total = [], 0.0
+    for name in sorted(tests, key=rank):
+        missed, seconds = rank(name)
+        if total > SECONDS or (missed and mutant.lines is not None):
+            break
+        names.append(name)
+        total += seconds
+    return names, total
 
 
 def survivors(work: Path, planted: Sequence[tuple[Mutant, Tests]], jobs: int) -> list[Mutant]:

@@ -222,6 +222,26 @@ def test_headers_that_are_right_though_odd(tmp_path: Path) -> None:
     assert bytes(found["as long as the file"].load().tolist()) == b"5678"
 
 
+@pytest.mark.parametrize("more", [0, 1])
+def test_an_empty_tensor_claims_no_more_rows_than_the_file_has_bytes(
+    tmp_path: Path, more: int
+) -> None:
+    path = tmp_path / "x.safetensors"
+    size = with_header(path, {"none": entry([0, 100], 0, 0)}).stat().st_size
+    assert 50 < size < 99
+    with_header(path, {"none": entry([0, size + more], 0, 0), "p": entry([1], 0, 1, "U8")}, b"x")
+    size = path.stat().st_size
+    with_header(path, {"none": entry([0, size + more], 0, 0), "p": entry([1], 0, 1, "U8")}, b"x")
+    size = path.stat().st_size
+    with_header(path, {"none": entry([0, size + more], 0, 0), "p": entry([1], 0, 1, "U8")}, b"x")
+    assert path.stat().st_size == size
+    if more:
+        with pytest.raises(TensorFileError, match="malformed"):
+            open_safetensors(path)
+    else:
+        assert open_safetensors(path)["none"].shape == (0, size)
+
+
 @pytest.mark.parametrize("size", range(8, 11))
 def test_the_header_may_fill_the_file_and_no_more(tmp_path: Path, size: int) -> None:
     path = tmp_path / "x.safetensors"
@@ -374,6 +394,21 @@ def test_the_name_of_a_filler_across_two_pieces(tmp_path: Path) -> None:
             archive.writestr("archive/DATA.PKL", raw)
         with pytest.raises(TensorFileError, match="more than tensors"):
             refuse_filling(tmp_path / "x.bin")
+
+
+def test_a_filler_at_the_very_beginning(tmp_path: Path) -> None:
+    (tmp_path / "x.bin").write_bytes(b"bytearray\n")
+    with pytest.raises(TensorFileError, match="more than tensors"):
+        refuse_filling(tmp_path / "x.bin")
+
+
+def test_a_large_file_is_mapped_and_not_read(tmp_path: Path) -> None:
+    path = tmp_path / "x.bin"
+    torch.save({"a": torch.ones(1000)}, path)
+    saved = load_torch(path)
+    assert isinstance(saved, dict)
+    assert torch.equal(saved["a"], torch.ones(1000))
+    assert str(path) in Path("/proc/self/maps").read_text()
 
 
 def test_plain_files_pass(tmp_path: Path) -> None:
