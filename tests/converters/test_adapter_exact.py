@@ -379,6 +379,22 @@ def test_whole_tensors_and_biases(tmp_path: Path) -> None:
     assert "classifier" not in str(caught.value.found)
 
 
+def test_whole_modules_without_a_base(tmp_path: Path) -> None:
+    """Inside the body by their own names, outside of it by the outermost."""
+    whole = {
+        "model.norm.weight": torch.ones(32),
+        "model.layers.0.mlp.down_proj.bias": torch.ones(32),
+        "score.dense.weight": torch.ones(2, 32),
+        "score.dense.bias": torch.ones(2),
+    }
+    run = make_run(tmp_path / "run", {Q0: 2}, replaced=lazy(tmp_path / "run", whole))
+    write_adapter(run, tmp_path / "out")
+    config, tensors = stored(tmp_path / "out")
+    assert sorted(config["modules_to_save"]) == ["model.norm", "score"]
+    assert config["bias"] == "all"
+    assert {f"base_model.model.{name}" for name in whole} <= tensors.keys()
+
+
 def test_a_head_that_was_resized_and_adapted(tmp_path: Path, llama_base: Path) -> None:
     whole = {"lm_head.weight": torch.randn(80, 32)}
     run = make_run(tmp_path / "run", {Q0: 2, HEAD: 2}, replaced=lazy(tmp_path / "run", whole))
@@ -650,6 +666,29 @@ def test_engines_of_one_rank_on_conv1d(tmp_path: Path) -> None:
         name = f"base_model.model.transformer.h.{layer}.mlp.c_fc.lora_"
         assert tuple(tensors[f"{name}A.weight"].shape) == (2, 16)
         assert tuple(tensors[f"{name}B.weight"].shape) == (64, 2)
+
+
+def test_kinds_of_one_name_in_two_places_of_a_layer(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    config = GPT2Config(n_embd=16, n_layer=3, n_head=2, vocab_size=40, n_positions=20)
+    GPT2LMHeadModel(config).save_pretrained(tmp_path / "base")
+    place = "transformer.h.{}.{}.c_proj"
+    shapes = {"attn": (16, 16), "mlp": (16, 64)}
+    adapted = [(0, "attn"), (1, "attn"), (2, "mlp")]
+    (tmp_path / "run").mkdir()
+    updates: dict[str, Update] = {
+        place.format(layer, part): low_rank(shapes[part], 2) for layer, part in adapted
+    }
+    run = Run(tmp_path / "run", "test", updates)
+    write_adapter(run, tmp_path / "out", base=tmp_path / "base", target="lorax")
+    _, tensors = stored(tmp_path / "out")
+    for layer in range(3):
+        for part, (out, inn) in shapes.items():
+            name = f"base_model.model.{place.format(layer, part)}.lora_"
+            a, b = tensors.pop(f"{name}A.weight"), tensors.pop(f"{name}B.weight")
+            assert (tuple(a.shape), tuple(b.shape)) == ((2, inn), (out, 2))
+            assert bool(a.any()) is ((layer, part) in adapted)
+    assert tensors == {}
 
 
 def test_classes_that_an_engine_does_not_adapt(tmp_path: Path) -> None:
