@@ -22,6 +22,8 @@ from converters.targets.merged import folder as merged
 from converters.targets.merged.folder import MergeResult
 from converters.targets.merged.stream import Progress
 
+from .folder.pairing import told
+
 if TYPE_CHECKING:
     from converters.targets.onnx import OnnxResult
 
@@ -66,9 +68,10 @@ def merge(
     continue this one. Raises `DoraExportError` with nothing written.
     """
     run = run if isinstance(run, Run) else read_run(run, ReadOptions(base=base))
+    model = find_base(run, base)
     return merged.write_merged(
-        run,
-        find_base(run, base),
+        run if base is None else told(run, model),
+        model,
         Path(output),
         dtype=dtype,
         force=force,
@@ -96,10 +99,11 @@ def write_adapter(
     update; the result's `fit` says the error. Raises `DoraExportError` with nothing written.
     """
     run = run if isinstance(run, Run) else read_run(run, ReadOptions(base=base))
+    model = None if base is None else open_base(base)
     return adapter.write_adapter(
-        run,
+        run if model is None else told(run, model),
         Path(output),
-        base=None if base is None else open_base(base),
+        base=model,
         profile=target,
         dtype=dtype,
         force=force,

@@ -7,16 +7,16 @@ import socket
 import time
 from pathlib import Path
 
-from converters.certificate import file_record
 from converters.errors import DoraExportError, RunError
 from converters.files.handles import state_at
+from converters.files.hashes import file_hash
 from converters.model.base import BaseModel, open_base
 from converters.readers import ReadOptions, read_run
 from converters.targets.lora_folder.adapter import write_adapter
 from converters.targets.merged.folder import write_merged
 from dora_serve.api import find_base
 from dora_serve.folder.cache import content_key
-from dora_serve.folder.pairing import other_name
+from dora_serve.folder.pairing import told
 from dora_serve.proof.check import check
 
 from .job import Job, Record
@@ -37,20 +37,20 @@ def convert(job: Job) -> Record | None:
         known: BaseModel | None
         if job.to == "merged":
             known = find_base(run, job.base)
+            run = run if job.base is None else told(run, known)
             key = content_key(run, known, to=job.to, base_files=_files(known))
             if _is_done(job, key):
                 return None
             warnings = write_merged(run, known, job.output, force=True).warnings
         else:
             known = None if job.base is None else open_base(job.base)
+            run = run if known is None else told(run, known)
             named = None if known is None else known.name  # the adapter's configuration has it
             key = content_key(run, known, to=job.to, target=job.target, named=named)
             if _is_done(job, key):
                 return None
             result = write_adapter(run, job.output, base=known, profile=job.target, force=True)
             warnings = result.warnings
-        if job.base is not None and known is not None and (other := other_name(run, known)):
-            warnings = (*warnings, other)
         for path in run.files:
             if path in before and state_at(path) != before[path]:
                 raise RunError(
@@ -75,11 +75,11 @@ def convert(job: Job) -> Record | None:
 
 
 def _files(base: BaseModel) -> dict[str, object]:
-    """What a merged model holds of its base beside the adapted weights."""
+    """What a merged model holds of its base beside the tensors."""
     return {
-        path.name: file_record(path, pieces=True)
+        path.name: file_hash(path)
         for path in sorted(base.path.iterdir())
-        if path.is_file()
+        if path.is_file() and path not in base.shards
     }
 
 

@@ -71,7 +71,7 @@ def write_merged(
     bar = progress(plan.nbytes) if progress is not None else nullcontext(_no_progress)
     with output_folder(target, resume) as folder, bar as advance:
         journal = Journal(folder, plan) if resume else None
-        rounding = _write_shards(folder, plan, advance, journal)
+        rounding = _write_shards(folder, plan, base, advance, journal)
         _write_index(folder, plan)
         write_json(folder / "config.json", plan.config)
         copy_companions(base.path, folder, run.path)
@@ -85,15 +85,15 @@ def write_merged(
 
 
 def _write_shards(
-    folder: Path, plan: MergePlan, advance: Progress, journal: Journal | None
+    folder: Path, plan: MergePlan, base: BaseModel, advance: Progress, journal: Journal | None
 ) -> dict[str, Rounding]:
     """Write the shards, but those that the journal knows to be whole."""
     if journal is None:
-        return write_shards(folder, plan.shards, plan.run, advance)
+        return write_shards(folder, plan.shards, plan.run, advance, hashes=base.hashes)
     done = journal.finished
     advance(sum(t.nbytes for name in done for t in plan.shards[name]))
     left = {name: tensors for name, tensors in plan.shards.items() if name not in done}
-    rounding = write_shards(folder, left, plan.run, advance, journal.add)
+    rounding = write_shards(folder, left, plan.run, advance, journal.add, base.hashes)
     return {**rounding, **{m: report for shard in done.values() for m, report in shard.items()}}
 
 

@@ -146,11 +146,10 @@ def _certificate(
             for module in run.updates
         }
         return certificate("onnx", run, base, modules, **details)
-    weights = [n.removesuffix(".weight") for n, t in base.tensors.items() if len(t.shape) == 2]
     return {
         "tool": tool(),
         "kind": "onnx",
-        "base": {"name": base.name, "fingerprint": base.fingerprint(weights)},
+        "base": {"name": base.name, "fingerprint": base.fingerprint},
         **details,
         "adapters": _adapter_certificates(adapters, base, ranks),
     }
