@@ -73,7 +73,7 @@ def told(run: Run, base: BaseModel) -> Run:
     if run.base is None or run.embedded_base is not None or is_named(run.base, base):
         return run
     warning = f"the run names {run.base} as its base; it goes with {base.name}, as was asked for"
-    return replace(run, warnings=(*run.warnings, warning))
+    return replace(run, warnings=tuple(dict.fromkeys((*run.warnings, warning))))
 
 
 def fits(run: Run, base: BaseModel) -> bool:

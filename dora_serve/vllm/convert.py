@@ -11,8 +11,9 @@ from converters.files.cache import cache_folder
 from converters.files.handles import reading
 from converters.files.hashes import Memory
 from converters.files.json_files import read_json
-from converters.targets.lora_folder.adapter import CONFIG, write_adapter
+from converters.targets.lora_folder import CONFIG
 
+from ..api import write_adapter
 from ..folder.cache import cached, member_key
 from ..folder.inventory import Member
 from ..proof.check import check
@@ -30,7 +31,7 @@ def vllm_adapter(member: Member) -> Path:
         return member.path.resolve()
     return cached(
         _key(member),
-        lambda folder: write_adapter(member.run, folder, base=member.base, profile=TARGET),
+        lambda folder: write_adapter(member.run, folder, base=member.base, target=TARGET),
     )
 
 

@@ -16,7 +16,6 @@ from typing import Any
 
 from converters.certificate import FILE, tool, write_certificate
 from converters.errors import DoraExportError, TargetError
-from converters.files.cache import cache_folder
 from converters.files.hashes import file_hash
 from converters.files.json_files import read_json
 from converters.files.onnx_files import FOLDER, MODEL, SUFFIX, read_adapter_file
@@ -147,7 +146,7 @@ def _base_key(base: BaseModel, asked: Sequence[object]) -> str:
 def _base(name: str, base: BaseModel, graph: offer.Graph) -> offer.OfferedModel:
     file = base.path / FILE
     proof: dict[str, Any] = read_json(file) if file.exists() else {}
-    merged = proof.get("kind") == "merged"
+    merged = proof.get("target") == "merged"
     return offer.OfferedModel(
         name=name,
         kind="merged" if merged else "base",
@@ -197,8 +196,7 @@ def _member(member: Member, graph: offer.Graph, dry: bool, say: Say) -> offer.Of
 
 def _plan(base: BaseModel, adapters: Mapping[str, Run]) -> None:
     """Raise `DoraExportError` where the graph, or a branch of it, could not be made."""
-    nowhere = cache_folder() / "planned"
-    plan_onnx(base, nowhere, run=None, adapters=adapters, precision="fp32", force=False)
+    plan_onnx(base, adapters=adapters)
 
 
 def _write(run: Run, base: BaseModel, graph: Path, target: Path) -> None:
