@@ -55,8 +55,9 @@ def make_offer(root: Path, base: str | None, dry: bool, say: Say) -> offer.Offer
         members = found.of(model)
         own = task_of(model.config)
         tasks = dict.fromkeys([*([own] if own else []), *(m.run.task or own for m in members)])
-        if not tasks:
+        if own is None:
             problems[name] = "its architecture is for no task that is served"
+            problems[name] += "; runs of it are, by their own" if tasks else ""
         for task in tasks:
             runs = [member for member in members if (member.run.task or own) == task]
             try:
