@@ -73,12 +73,12 @@ def cached(key: str, make: Callable[[Path], object]) -> Path:
 
 
 def _receipt(target: Path) -> Path:
-    """The file that says what `make` made at `target`; an empty object while it makes. It also says
-    that what is there is ours."""
+    """The file that says what `make` made at `target`, null while it makes; and so that what is
+    there is ours."""
     return target.parent / "receipts" / f"{target.name}.json"
 
 
-def _write_receipt(target: Path, content: dict[str, str]) -> None:
+def _write_receipt(target: Path, content: dict[str, str] | None) -> None:
     receipt = _receipt(target)
     new = receipt.with_suffix(".new")
     with reading(receipt, OutputError):
@@ -104,7 +104,7 @@ def _is_as_made(target: Path) -> bool:
         known = json.loads(_receipt(target).read_bytes())
         found = target.lstat()
         ours = stat.S_ISDIR(found.st_mode) and found.st_uid == os.geteuid()
-        return ours and bool(known) and _content(target) == known
+        return ours and _content(target) == known
     except (OSError, ValueError, OutputError):
         return False
 
@@ -123,7 +123,7 @@ def _clear(target: Path) -> None:
                 target.rename(aside / target.name)
                 done = f"moved to {aside}, and made anew"
             print(f"{target}: not what was made there; {done}", file=sys.stderr)
-    _write_receipt(target, {})
+    _write_receipt(target, None)
 
 
 @contextmanager

@@ -21,8 +21,8 @@ from converters.errors import BaseError, OutputError, TargetError
 from converters.files import hashes
 from converters.files.cache import private_cache
 from converters.files.hashes import file_hash
-from converters.model.base import open_base
 from converters.lint import lint
+from converters.model.base import open_base
 from converters.targets.onnx import add_adapters
 from dora_serve import merge, read_run, write_adapter
 from dora_serve.batch import plan_batch
