@@ -60,6 +60,8 @@ class Model:
 
 def logits(model: Any, inputs: Inputs) -> torch.Tensor:
     """All logits of a model, padded positions left out where they are per token."""
+    if isinstance(dtype := getattr(model, "dtype", None), torch.dtype):
+        inputs = {n: v.to(dtype) if v.is_floating_point() else v for n, v in inputs.items()}
     with torch.inference_mode():
         output = model(**inputs)
     if "start_logits" in output:

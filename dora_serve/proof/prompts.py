@@ -35,7 +35,7 @@ _TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.txt", "vocab.json", "
 
 @dataclass(frozen=True)
 class Prompts:
-    """`batches` of the model's inputs. `asked`: what they are. `left`: what was not asked, and why."""
+    """`batches` of a model's inputs. `asked`: what they are. `left`: what they are not, and why."""
 
     batches: list[Inputs]
     asked: tuple[str, ...]
