@@ -129,8 +129,8 @@ def test_one_side_of_what_is_tied(tmp_path: Path, name: str, side: str, way: str
 
 @pytest.mark.parametrize("name", ["qwen2", "qwen3.5, sees", "bart", "bert"])
 def test_added_tokens(tmp_path: Path, name: str) -> None:
-    """All that is tied has the rows that were added; a bias per token, which the run does not hold,
-    is asked for."""
+    """All that is tied has the rows that were added; BART's bias per token, which no adapter
+    holds, is asked for."""
     family = FAMILIES[name]
     base(family, tmp_path / "base")
 
@@ -146,7 +146,7 @@ def test_added_tokens(tmp_path: Path, name: str) -> None:
     live = PeftModel.from_pretrained(resized(), str(tmp_path / "lora")).eval()
     truth = logits(family, live)
     run = read_run(tmp_path / "lora", ReadOptions(base=tmp_path / "base"))
-    if name in ("bart", "bert"):
+    if name == "bart":
         with pytest.raises(DoraExportError, match="resize_token_embeddings"):
             merge(run, tmp_path / "merged", base=tmp_path / "base")
         return
@@ -155,7 +155,7 @@ def test_added_tokens(tmp_path: Path, name: str) -> None:
     assert merged.get_input_embeddings().weight is merged.get_output_embeddings().weight
     assert merged.config.get_text_config().vocab_size == 83
     assert apart(logits(family, merged), truth) < 1e-4
-    assert apart(logits(family, load(family, tmp_path / "base")), truth) > 1e-3
+    assert apart(logits(family, resized()), truth) > 1e-3
 
 
 def test_a_side_whose_added_rows_are_nowhere(tmp_path: Path) -> None:
