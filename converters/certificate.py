@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping
+from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
 
@@ -27,7 +28,7 @@ def sha256(path: Path) -> str:
 
 
 def certificate(
-    kind: str,
+    target: str,
     run: Run,
     base: BaseModel | None,
     modules: Mapping[str, Mapping[str, object]],
@@ -36,7 +37,7 @@ def certificate(
     """The certificate of one artifact: tool, inputs with hashes, base fingerprint, modules."""
     return {
         "tool": tool(),
-        "kind": kind,
+        "target": target,
         "run": {
             "path": run.path.name,
             "method": run.method,
@@ -56,6 +57,7 @@ def certificate(
             else Path(base.name).name,
             "fingerprint": base.fingerprint(run.updates),
         },
+        **({} if run.fit is None else {"fit": asdict(run.fit)}),
         **details,
         "warnings": list(run.warnings),
         "modules": dict(modules),

@@ -52,6 +52,21 @@ class FitReport:
             f"by at most {percent(self.errors[worst])} in one module ({worst})"
         )
 
+    def lines(self) -> list[str]:
+        """What is left of every module, and the error of each and of all."""
+        width = max(len(module) for module in self.ranks)
+        said = [
+            f"{module:<{width}}  rank {rank:>4}  error {percent(self.errors[module]):>9}"
+            for module, rank in self.ranks.items()
+        ]
+        said.append(
+            f"{'all':<{width}}  {self.parameters:,} parameters, error {percent(self.error)}"
+        )
+        if self.least is not None:
+            least = percent(self.least)
+            said.append(f"no distribution of this budget has an error below {least}")
+        return said
+
 
 @dataclass(frozen=True)
 class CurvePoint:
@@ -184,7 +199,16 @@ def fit_run(
         parameters=sum(rank * costs[module] for module, rank in ranks.items()),
         least=least,
     )
-    return replace(run, updates=updates), report
+    told = () if report.warning is None else (report.warning,)
+    return replace(run, updates=updates, fit=report, warnings=(*run.warnings, *told)), report
+
+
+def prepare(run: Run, base: BaseModel | None, **limit: float | None) -> Run:
+    """The run as a target takes it: without pruned components, and fitted where a limit of
+    `fit_run` is given."""
+    stripped = run.strip()
+    given = {name: value for name, value in limit.items() if value is not None}
+    return fit_run(stripped, base, **given)[0] if given else stripped  # type: ignore[arg-type]
 
 
 def _spectra(run: Run, base: BaseModel | None) -> dict[str, torch.Tensor]:

@@ -6,11 +6,15 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from .errors import RunError
 from .files.tensors import LazyTensors
 from .updates.memo import Memo
 from .updates.update import Update
+
+if TYPE_CHECKING:
+    from .fit import FitReport
 
 
 class LazyUpdates(Mapping[str, Update]):
@@ -98,7 +102,8 @@ class Run:
     `embedded_base`: the frozen weights that a reference checkpoint carries, by tensor name.
     `base`: the base model the run names, a hub id. `start_rank`: rank per module before pruning.
     `embeddings`: the modules of `updates` that are embeddings, `[vocab, dim]`. `tied`: those whose
-    update also reaches the tensors that share their weight.
+    update also reaches the tensors that share their weight. `fit`: how the updates were cut, None
+    where they are as trained.
 
     A key of `updates` is a module, whose weight the update is for; or a parameter such as a bias
     `[n]`, which is seen as `[1, n]`; or `parameter[e]`, block e of a parameter `[E, …]`.
@@ -119,6 +124,7 @@ class Run:
     files: tuple[Path, ...] = ()
     options: Mapping[str, object] = field(default_factory=dict)
     warnings: tuple[str, ...] = ()
+    fit: FitReport | None = None
 
     @cached_property
     def _updates(self) -> LazyUpdates:

@@ -1,9 +1,10 @@
 """From a finished dynamic-rank fine-tune to production.
 
-    >>> from dora_serve import merge, read_run, verify, write_adapter, write_onnx
+    >>> from dora_serve import export, merge, read_run, verify, write_adapter, write_onnx
     >>> run = read_run("run/")                      # any supported training run
     >>> merge(run, "out/", base="base/")            # a Hugging Face model folder
     >>> write_adapter(run, "adapter/", base="base/")  # a LoRA adapter, rank per module
+    >>> export(run, "any/", "vllm", base="base/")   # any installed target
     >>> write_onnx("base/", "onnx/", adapters={"name": run})  # one graph, many adapters
     >>> verify(run, "out/", base="base/").passed
     True
@@ -19,10 +20,11 @@ import converters as _converters  # noqa: F401  # keeps libraries silent, see SE
 
 if TYPE_CHECKING:
     from converters.errors import DoraExportError
-    from converters.readers import ReadOptions, read_run
+    from converters.options import ReadOptions
+    from converters.readers import read_run
     from converters.run import Run
 
-    from .api import diff, extract, merge, write_adapter, write_onnx
+    from .api import diff, export, extract, merge, write_adapter, write_onnx
     from .proof.verify import Verification, verify
 
 __all__ = [
@@ -31,6 +33,7 @@ __all__ = [
     "Run",
     "Verification",
     "diff",
+    "export",
     "extract",
     "merge",
     "read_run",
@@ -41,10 +44,11 @@ __all__ = [
 
 _HOMES = {
     "DoraExportError": "converters.errors",
-    "ReadOptions": "converters.readers",
+    "ReadOptions": "converters.options",
     "Run": "converters.run",
     "Verification": "dora_serve.proof.verify",
     "diff": "dora_serve.api",
+    "export": "dora_serve.api",
     "extract": "dora_serve.api",
     "merge": "dora_serve.api",
     "read_run": "converters.readers",

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from contextlib import AbstractContextManager
+from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import Any
 
 import torch
 
@@ -13,17 +12,13 @@ from converters.compare import Comparison, compare
 from converters.errors import MissingError, RunError
 from converters.extract import ENERGY, difference
 from converters.files.handles import there
+from converters.fit import prepare
 from converters.model.base import BaseModel, open_base
-from converters.readers import ReadOptions, is_run, read_run
+from converters.options import FitOptions, ReadOptions, chosen, names
+from converters.readers import is_run, read_run
 from converters.run import Run
-from converters.targets.lora_folder import adapter
-from converters.targets.lora_folder.adapter import AdapterResult
-from converters.targets.merged import folder as merged
-from converters.targets.merged.folder import MergeResult
-from converters.targets.merged.stream import Progress
-
-if TYPE_CHECKING:
-    from converters.targets.onnx import OnnxResult
+from converters.targets.publish import Artifact, Bar, publish
+from converters.targets.target import target_named
 
 
 def find_base(run: Run, base: str | Path | None) -> BaseModel:
@@ -38,42 +33,68 @@ def find_base(run: Run, base: str | Path | None) -> BaseModel:
         raise MissingError(
             "the base model is not known",
             file=run.path,
-            remedy=f"pass --base FOLDER_OR_HUB_ID{named}",
+            remedy=f"pass it with `base`{named}",
         )
     if there(Path(run.base)):
         raise MissingError(
             "the run names a local folder as its base, which is not followed by itself",
             file=run.path,
             found=run.base,
-            remedy=f"pass --base {run.base}",
+            remedy=f"pass {run.base} with `base`",
         )
     return open_base(run.base)
+
+
+def export(
+    run: Run | str | Path,
+    output: str | Path,
+    target: str,
+    *,
+    base: str | Path | BaseModel | None = None,
+    force: bool = False,
+    resume: bool = False,
+    dry_run: bool = False,
+    progress: Bar | None = None,
+    **options: Any,
+) -> Artifact:
+    """Write a run for any installed target: a folder that appears whole or not at all.
+
+    `options`: those of the target, and one of `max_rank`, `energy` (share of the squared singular
+    values to keep) and `budget` (parameters in all), which approximate the update. Without `base`
+    an adapter's names and shapes are not checked. `dry_run` checks all and writes nothing. Raises
+    `DoraExportError` with nothing written.
+    """
+    known = target_named(target)
+    limit = {name: options.pop(name, None) for name in names(FitOptions)}
+    chosen_options = chosen(known.options, options, target)
+    if isinstance(base, BaseModel):
+        model: BaseModel | None = base
+        run = run if isinstance(run, Run) else read_run(run, ReadOptions(base=base.path))
+    else:
+        run = run if isinstance(run, Run) else read_run(run, ReadOptions(base=base))
+        wanted = base is not None or known.kind == "model"
+        model = find_base(run, base) if wanted else None
+    plan = known.plan(prepare(run, model, **limit), model, chosen_options)
+    return publish(plan, output, force=force, resume=resume, dry_run=dry_run, progress=progress)
 
 
 def merge(
     run: Run | str | Path,
     output: str | Path,
     *,
-    base: str | Path | None = None,
-    dtype: torch.dtype | None = None,
+    base: str | Path | BaseModel | None = None,
+    dtype: torch.dtype | str | None = None,
     force: bool = False,
     resume: bool = False,
-    progress: Callable[[int], AbstractContextManager[Progress]] | None = None,
-) -> MergeResult:
+    progress: Bar | None = None,
+) -> Artifact:
     """Merge a run into its base: a folder that `AutoModel*.from_pretrained` loads.
 
     `dtype` None keeps the base's. `resume` continues a merge that was killed, and lets the next
     continue this one. Raises `DoraExportError` with nothing written.
     """
-    run = run if isinstance(run, Run) else read_run(run, ReadOptions(base=base))
-    return merged.write_merged(
-        run,
-        find_base(run, base),
-        Path(output),
-        dtype=dtype,
-        force=force,
-        resume=resume,
-        progress=progress,
+    return export(
+        run, output, "merged", base=base, dtype=dtype, force=force, resume=resume, progress=progress
     )
 
 
@@ -81,32 +102,14 @@ def write_adapter(
     run: Run | str | Path,
     output: str | Path,
     *,
-    base: str | Path | None = None,
+    base: str | Path | BaseModel | None = None,
     target: str = "peft",
-    dtype: torch.dtype = torch.float32,
     force: bool = False,
-    max_rank: int | None = None,
-    energy: float | None = None,
-    budget: int | None = None,
-) -> AdapterResult:
-    """Write a run as a LoRA adapter folder with another rank in every module.
-
-    Without `base`, names and shapes are not checked against it. One of `max_rank`, `energy` (share
-    of the squared singular values to keep) and `budget` (parameters in all) approximates the
-    update; the result's `fit` says the error. Raises `DoraExportError` with nothing written.
-    """
-    run = run if isinstance(run, Run) else read_run(run, ReadOptions(base=base))
-    return adapter.write_adapter(
-        run,
-        Path(output),
-        base=None if base is None else open_base(base),
-        profile=target,
-        dtype=dtype,
-        force=force,
-        max_rank=max_rank,
-        energy=energy,
-        budget=budget,
-    )
+    **options: Any,
+) -> Artifact:
+    """Write a run as an adapter, another rank in every module, for one of the targets that take
+    one; `options` as in `export`. Raises `DoraExportError` with nothing written."""
+    return export(run, output, target, base=base, force=force, **options)
 
 
 def write_onnx(
@@ -117,7 +120,8 @@ def write_onnx(
     adapters: Mapping[str, Run] | None = None,
     precision: str = "fp32",
     force: bool = False,
-) -> OnnxResult:
+    dry_run: bool = False,
+) -> Artifact:
     """Write `run` merged into `base`, or `base` with `adapters` (name → run), for ONNX Runtime.
     `{}` makes graphs of a decoder that adapters can be added to later.
 
@@ -128,18 +132,22 @@ def write_onnx(
     """
     from converters.targets import onnx
 
-    from .proof.onnxruntime import prove
-
     model = base if isinstance(base, BaseModel) else open_base(base)
-    beside = dict(adapters or {})
+
+    def prove(folder: Path) -> Mapping[str, object]:
+        from .proof.onnxruntime import prove
+
+        return prove(folder, model, run, adapters or {})
+
     return onnx.write_onnx(
         model,
         Path(output),
         run=run,
-        adapters=None if adapters is None else beside,
+        adapters=adapters,
         precision=precision,
         force=force,
-        prove=lambda folder: prove(folder, model, run, beside),
+        dry_run=dry_run,
+        prove=prove,
     )
 
 
@@ -148,32 +156,21 @@ def extract(
     output: str | Path,
     *,
     base: str | Path,
-    energy: float | None = None,
-    max_rank: int | None = None,
-    budget: int | None = None,
     target: str = "peft",
-    dtype: torch.dtype = torch.float32,
     force: bool = False,
-) -> AdapterResult:
-    """Write what the model `tuned` changed of `base` as a LoRA adapter folder.
+    dry_run: bool = False,
+    **options: Any,
+) -> Artifact:
+    """Write what the model `tuned` changed of `base` as an adapter; `options` as in `export`.
 
     Without `max_rank` or `budget`, every module keeps the share `energy` (by default 0.999) of its
     squared singular values. Tensors that changed and are no linear weights are carried whole.
     """
-    if max_rank is None and budget is None and energy is None:
-        energy = ENERGY
+    if all(options.get(name) is None for name in names(FitOptions)):
+        options["energy"] = ENERGY
     model = open_base(base)
-    return adapter.write_adapter(
-        tuned_run(tuned, model),
-        Path(output),
-        base=model,
-        profile=target,
-        dtype=dtype,
-        force=force,
-        max_rank=max_rank,
-        energy=energy,
-        budget=budget,
-    )
+    run = tuned_run(tuned, model)
+    return export(run, output, target, base=model, force=force, dry_run=dry_run, **options)
 
 
 def tuned_run(tuned: str | Path, base: BaseModel) -> Run:
@@ -214,6 +211,6 @@ def _side(side: Run | str | Path, base: BaseModel | None) -> Run:
         return read_run(side, ReadOptions(base=None if base is None else base.path)).strip()
     if base is None:
         raise MissingError(
-            "a model is compared by what it changed of its base", file=path, remedy="pass --base"
+            "a model is compared by what it changed of its base", file=path, remedy="pass `base`"
         )
     return difference(open_base(path), base)

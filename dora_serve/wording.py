@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 
-VERBS = frozenset("adapter check diff extract inspect lint merge onnx sign verify".split())
+VERBS = frozenset("adapter check diff export extract inspect lint merge onnx sign verify".split())
 
 
 def in_flags(text: object) -> str:

@@ -49,7 +49,7 @@ def fuzz(name: str, seconds: int, folder: Path) -> None:
         from tests.fuzz.mutate import mutated
         from tests.fuzz.targets import TARGETS
 
-        for late in ("converters.model.architecture", "converters.targets.gguf"):
+        for late in ("converters.model.architecture", "converters.targets.gguf.adapter"):
             import_module(late)
         readers()
     target, found = TARGETS[name], set()

@@ -73,7 +73,7 @@ def serve() -> None:
         listener.listen(64)
         print("ready", flush=True)
         while True:
-            ready, _, _ = select.select([listener, 0], [], [])
+            ready, _, _ = select.select([listener.fileno(), 0], [], [])
             if 0 in ready:
                 os._exit(0)
             asker, _ = listener.accept()
@@ -103,7 +103,7 @@ def _answer(asker: socket.socket) -> NoReturn:
         with contextlib.suppress(OSError):
             os.close(stream)
     ended = os.pidfd_open(child)
-    ready, _, _ = select.select([ended, asker], [], [])
+    ready, _, _ = select.select([ended, asker.fileno()], [], [])
     if ended not in ready:  # the asker is gone
         os.kill(child, signal.SIGTERM)
     _, status = os.waitpid(child, 0)

@@ -79,8 +79,8 @@ def output_folder(target: Path, resume: bool = False) -> Iterator[Path]:
     It lies beside `target` under a hidden name. SIGTERM counts as an error. A process that is
     killed is outlived by its janitor, which removes the folder; should that be killed too (or the
     machine stop), the lock on the folder is free and the next command with this target removes it.
-    With `resume`, the folder of a killed or interrupted process stays, and the next with `resume`
-    is given it when there is a `JOURNAL` in it; any other command removes it.
+    With `resume`, there is a `JOURNAL` in it, the folder of a killed or interrupted process stays,
+    and the next with `resume` is given it; any other command removes it.
     Raises `OutputError` when writing fails, or another command wrote `target` meanwhile.
     """
     target = target.resolve()
@@ -95,6 +95,8 @@ def output_folder(target: Path, resume: bool = False) -> Iterator[Path]:
     try:
         with _write_errors(target), _terminate_as_exit(), janitor:
             folder.chmod(0o777 & ~_umask())
+            if resume:
+                (folder / JOURNAL).touch()
             yield folder
             _sync_tree(folder)
             if empty and not _is_empty(target):

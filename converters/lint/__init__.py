@@ -1,7 +1,7 @@
 """Would an engine compute with a LoRA adapter what PEFT computes?
 
 A check is a function from an adapter, as it lies on disk, to findings; each file of this package
-holds those of one kind. The facts of the engines are in `converters/writers/profiles.py`.
+holds those of one kind. The facts of the engines are in `converters/targets/engines.py`.
 """
 
 from __future__ import annotations
@@ -10,8 +10,9 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from ..model.base import BaseModel
+from ..targets.target import profiles
 from . import features, fit, names, scales, values
-from .finding import ENGINES, Check, Finding, open_adapter
+from .finding import Check, Finding, open_adapter
 from .heal import heal
 
 CHECKS: tuple[Check, ...] = (
@@ -32,9 +33,9 @@ def lint(
     Without `base` nothing is compared with it. Errors come first. Raises `DoraExportError` when
     there is no adapter, or its files are damaged.
     """
-    adapter = open_adapter(folder, base, targets or tuple(ENGINES))
+    adapter = open_adapter(folder, base, targets or tuple(profiles()))
     findings = [finding for check in CHECKS for finding in check(adapter)]
     return sorted(findings, key=lambda finding: _ORDER.index(finding.severity))
 
 
-__all__ = ["CHECKS", "ENGINES", "Finding", "heal", "lint"]
+__all__ = ["CHECKS", "Finding", "heal", "lint"]

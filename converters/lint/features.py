@@ -7,7 +7,7 @@ from collections.abc import Iterator
 
 from ..model.base import CONV1D_FAMILIES, CONV1D_LAYERS
 from ..readers.peft_lora import BASE_CHANGING
-from ..targets.lora_folder.adapter import CONFIG
+from ..targets.lora_folder import CONFIG
 from .finding import PEFTS_OWN, Adapter, Finding
 
 # Field of the configuration → tensors it brings along.

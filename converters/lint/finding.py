@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Literal
@@ -14,22 +14,13 @@ from ..files.tensors import LazyTensor, LazyTensors, open_file, read_json
 from ..model.base import BaseModel
 from ..readers.patterns import Patterns
 from ..readers.run_folder import CONFIG_FILE, WEIGHT_FILES
-from ..targets.engines import PROFILES, Profile
+from ..targets.engines import Profile
+from ..targets.target import profiles
 
 Severity = Literal["error", "warning", "info"]
 
 PREFIX = "base_model.model."
 PEFTS_OWN = ("peft", "transformers")  # where PEFT's layers compute
-_PEFT = PROFILES["peft"]
-# The engines a PEFT folder can go to. transformers has PEFT's layers and a loader of its own, which
-# needs no prefix and does not find the magnitudes of DoRA (`transformers/integrations/peft.py`).
-ENGINES: dict[str, Profile] = {
-    "peft": _PEFT,
-    "transformers": replace(
-        _PEFT, name="transformers", prefix=False, features=_PEFT.features - {"use_dora"}
-    ),
-    **{name: profile for name, profile in PROFILES.items() if name != "peft"},
-}
 _FACTOR = re.compile(r"(.+)\.(?:lora_(A|B)(\.\w+)?\.weight|lora_embedding_(A|B)(\.\w+)?)")
 
 
@@ -150,8 +141,9 @@ def open_adapter(folder: Path, base: BaseModel | None, targets: Iterable[str]) -
             file=folder,
             expected=f"{CONFIG_FILE} and {' or '.join(WEIGHT_FILES)}",
         )
-    unknown = set(targets) - ENGINES.keys()
+    known = profiles()
+    unknown = set(targets) - known.keys()
     if unknown:
-        raise RunError("unknown target", found=", ".join(unknown), expected=", ".join(ENGINES))
-    engines = tuple(ENGINES[name] for name in targets)
+        raise RunError("unknown target", found=", ".join(unknown), expected=", ".join(known))
+    engines = tuple(known[name] for name in targets)
     return Adapter(folder, read_json(config), open_file(weights), base, engines)

@@ -8,30 +8,32 @@ from pathlib import Path
 
 from ..errors import RunError
 from ..files.output import save_tensors
+from ..fit import prepare
 from ..model.base import BaseModel
 from ..readers import ReadOptions, read_run
 from ..readers.run_folder import CONFIG_FILE
-from ..targets.engines import PROFILES
-from ..targets.lora_folder.adapter import WEIGHTS, AdapterResult, write_adapter
+from ..targets.lora_folder import WEIGHTS
+from ..targets.publish import Artifact, publish
+from ..targets.target import targets
 from .finding import PREFIX, Adapter, open_adapter
 
 
 def heal(
     folder: Path, target: Path, engine: str, base: BaseModel | None = None, force: bool = False
-) -> AdapterResult:
+) -> Artifact:
     """Read the adapter in `folder` under the names PEFT knows and write it for `engine`.
 
     Scales are folded in, zero modules left out (or put in, where the engine needs them), float64
     narrowed. Raises `DoraExportError` for what cannot be healed by writing it anew.
     """
     adapter = open_adapter(folder, base, (engine,))
-    profile = engine if engine in PROFILES else "peft"  # what is no target of its own loads PEFT's
+    known = targets()
+    writer = known.get(engine, known["peft"])  # what is no target of its own loads PEFT's
     options = ReadOptions(base=None if base is None else base.path)
     with tempfile.TemporaryDirectory() as name:
         source = _renamed(adapter, Path(name)) if _misnamed(adapter) else folder
-        return write_adapter(
-            read_run(source, options), target, base=base, profile=profile, force=force
-        )
+        run = prepare(read_run(source, options), base)
+        return publish(writer.plan(run, base, writer.options()), target, force=force)
 
 
 def _misnamed(adapter: Adapter) -> bool:

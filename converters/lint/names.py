@@ -8,7 +8,7 @@ from collections.abc import Iterator
 
 from ..model.base import HEAD
 from ..targets.engines import Profile
-from ..targets.lora_folder.adapter import CONFIG
+from ..targets.lora_folder import CONFIG
 from .finding import PEFTS_OWN, PREFIX, Adapter, Finding
 
 _LAYER = re.compile(r"(.*?)\.(\d{1,9})\.(?:(.+)\.)?([^.]+)")

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 
 from ..readers import is_number
 from ..targets.engines import Profile, Reading
-from ..targets.lora_folder.adapter import CONFIG
+from ..targets.lora_folder import CONFIG
 from .finding import Adapter, Finding
 
 _FUSED = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))

@@ -4,35 +4,16 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from importlib.metadata import entry_points
 from pathlib import Path
 from typing import Protocol, TypeGuard
 
 from ..errors import MissingError, RunError
 from ..files.handles import reading, there
+from ..options import ReadOptions as ReadOptions
 from ..run import Run
 from .run_folder import RunFolder as RunFolder
-
-
-@dataclass(frozen=True)
-class ReadOptions:
-    """What a run may leave out and the user then has to say; None where not said.
-
-    `base`: the base model, for methods whose tensors mean nothing without its configuration.
-    `method`: the reader to use where several fit. `rank`: how many components of a nested adapter
-    (DyLoRA) are used. `gate`: the name of the gate vector beside lora_A and lora_B. `parts`: the
-    other folders or files of a run that is stored in parts.
-    """
-
-    lora_alpha: float | None = None
-    start_rank: int | None = None
-    task_info: Path | None = None
-    base: str | Path | None = None
-    method: str | None = None
-    rank: int | None = None
-    gate: str | None = None
-    parts: tuple[Path, ...] = ()
 
 
 def is_number(value: object) -> TypeGuard[float]:

@@ -10,7 +10,7 @@ ggml-org/llama.cpp `src/llama-adapter.{h,cpp}`, `convert_lora_to_gguf.py`.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 
 @dataclass(frozen=True)
@@ -40,7 +40,6 @@ class Profile:
     lacks. `prefix`: it knows a tensor only by PEFT's prefix. `conv1d`: it reads PEFT's adapters
     on Conv1D layers.
     `reading`: how it takes the scale; `older`: versions that took it another way.
-    `writer`: the entry point in `dora_serve.writers` that writes its format.
     """
 
     name: str
@@ -59,7 +58,6 @@ class Profile:
     slots: tuple[int, ...] = ()
     reading: Reading = field(default_factory=Reading)
     older: Mapping[str, Reading] = field(default_factory=dict)
-    writer: str = "adapter"
 
     def adapts(self, module: str, model_type: object) -> bool:
         """Whether it adapts `module` of a base of this type, as far as the type is known."""
@@ -153,7 +151,11 @@ PROFILES = {
             embeddings=True,
             conv1d=False,
             reading=Reading(stored_rank=True),
-            writer="gguf",
         ),
     )
 }
+PEFT = PROFILES["peft"]
+# It needs no prefix and does not find the magnitudes of DoRA (`transformers/integrations/peft.py`).
+TRANSFORMERS = replace(
+    PEFT, name="transformers", prefix=False, features=PEFT.features - {"use_dora"}
+)

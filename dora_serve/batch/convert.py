@@ -12,9 +12,8 @@ from converters.errors import DoraExportError, RunError
 from converters.files.handles import state_at
 from converters.model.base import BaseModel, open_base
 from converters.readers import ReadOptions, read_run
-from converters.targets.lora_folder.adapter import write_adapter
-from converters.targets.merged.folder import write_merged
-from dora_serve.api import find_base
+from converters.targets.target import target_named
+from dora_serve.api import export, find_base
 from dora_serve.folder.cache import content_key
 from dora_serve.folder.pairing import other_name
 from dora_serve.proof.check import check
@@ -34,22 +33,19 @@ def convert(job: Job) -> Record | None:
         before = {path: state_at(path) for path in Path(job.run).rglob("*")}
         run = read_run(job.run, ReadOptions(base=job.base))
         warnings = run.warnings
-        known: BaseModel | None
-        if job.to == "merged":
-            known = find_base(run, job.base)
-            key = content_key(run, known, to=job.to, base_files=_files(known))
-            if _is_done(job, key):
-                return None
-            warnings = write_merged(run, known, job.output, force=True).warnings
-        else:
-            known = None if job.base is None else open_base(job.base)
-            named = None if known is None else known.name  # the adapter's configuration has it
-            key = content_key(run, known, to=job.to, target=job.target, named=named)
-            if _is_done(job, key):
-                return None
-            result = write_adapter(run, job.output, base=known, profile=job.target, force=True)
-            warnings = result.warnings
-        if job.base is not None and known is not None and (other := other_name(run, known)):
+        name = job.target if job.to == "adapter" else job.to
+        base, said = None, dict[str, object]()
+        if target_named(name).kind == "model":
+            base = find_base(run, job.base)
+            said["base_files"] = _files(base)
+        elif job.base is not None:
+            base = open_base(job.base)
+            said["named"] = base.name  # the adapter's configuration has it
+        key = content_key(run, base, target=name, **said)
+        if _is_done(job, key):
+            return None
+        warnings = export(run, job.output, name, base=base, force=True).warnings
+        if job.base is not None and base is not None and (other := other_name(run, base)):
             warnings = (*warnings, other)
         for path in run.files:
             if path in before and state_at(path) != before[path]:

@@ -12,8 +12,9 @@ from pathlib import Path, PurePosixPath
 from converters.errors import DoraExportError
 from converters.files.handles import check_file, there
 from converters.files.json_files import unique_keys
+from converters.targets.target import targets
 
-FORMS = ("adapter", "merged")
+ADAPTER = "adapter"  # for the target that the command names
 _KEYS = {"run", "base", "name", "to"}
 _LARGEST = 100_000_000
 _LONGEST = 200  # bytes of a folder's name; the hidden one it is written in has some more
@@ -32,6 +33,11 @@ class Entry:
     name: str
     base: str | None = None
     to: str | None = None
+
+
+def forms() -> list[str]:
+    """What can be made of a run: an adapter, or one of the targets that are whole models."""
+    return [ADAPTER, *(name for name, target in targets().items() if target.kind == "model")]
 
 
 def read_manifest(path: Path) -> list[Entry]:
@@ -129,9 +135,9 @@ def _entry(path: Path, where: str, value: object) -> Entry:
             raise ManifestError(f"{where}: {key} is not a name", file=path, found=_short(text))
     if "run" not in said:
         raise ManifestError(f"{where} names no run", file=path, found=_short(value))
-    if said.get("to", FORMS[0]) not in FORMS:
+    if said.get("to", ADAPTER) not in (known := forms()):
         raise ManifestError(
-            f"{where}: no such form", file=path, found=said["to"], expected=" or ".join(FORMS)
+            f"{where}: no such form", file=path, found=said["to"], expected=" or ".join(known)
         )
     name = said.get("name", Path(os.path.abspath(said["run"])).name)  # noqa: PTH100 keeps links
     base = said.get("base")

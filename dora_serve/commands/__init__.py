@@ -15,6 +15,7 @@ _EXPORT_VERBS = {
     "inspect": "Show a run: method, ranks, sizes, and what each target accepts.",
     "merge": "Merge a run into its base model: a Hugging Face folder.",
     "adapter": "Repack a run as a compact LoRA adapter, another rank per module.",
+    "export": "Write a run for any installed target.",
     "extract": "Write what a tuned model changed of its base as an adapter.",
     "diff": "Compare the updates of two runs, adapters or models.",
     "onnx": "Export for ONNX Runtime: merged, or one graph with many adapters.",

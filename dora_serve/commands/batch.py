@@ -10,8 +10,10 @@ from pathlib import Path
 
 import click
 
+from ..batch.manifest import forms
 from ..wording import in_flags
 from . import common
+from .by_target import adapters
 
 
 @click.command("batch")
@@ -20,12 +22,18 @@ from . import common
 @common.base_option
 @click.option(
     "--to",
-    type=click.Choice(["adapter", "merged"]),
+    type=click.Choice(forms()),
     default="adapter",
     show_default=True,
     help="What to make of the runs that say nothing.",
 )
-@common.target_option
+@click.option(
+    "--target",
+    type=click.Choice(adapters()),
+    default="peft",
+    show_default=True,
+    help="What the adapters are written for.",
+)
 @click.option("--workers", type=click.IntRange(1), help="Processes; default: one for each core.")
 @click.option("--ray", metavar="ADDRESS", help="Convert on this Ray cluster: HOST:PORT.")
 @common.dry_run_option

@@ -58,7 +58,7 @@ def command(
             click.echo(f"{difference.where}: {difference.found}; expected {difference.expected}")
         pieces = 0 if public_key is not None else result.files - result.whole
         click.echo(
-            f"{artifact}: {result.kind}, {result.files} files"
+            f"{artifact}: {result.target}, {result.files} files"
             + (f", {pieces} of them compared in pieces (--record for every byte)" if pieces else "")
             + ("" if result.weights is None else f", {result.weights} base weights")
             + ("" if public_key is None else ", signed with this key")

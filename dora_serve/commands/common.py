@@ -8,22 +8,21 @@ import re
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import Field, fields, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, TypeVar
+from typing import TYPE_CHECKING, Any, Literal, TypeVar, get_args, get_type_hints
 
 import click
 
-from converters.targets.engines import PROFILES
+from converters.options import FitOptions, ReadOptions, names
 
 from ..remote.local import Remote, is_url, local_values
 from ..wording import in_flags
 
 if TYPE_CHECKING:
-    import torch
-
-    from converters.fit import FitReport
     from converters.run import Run
+    from converters.targets.publish import Artifact
+    from converters.targets.target import Plan, Report
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -49,10 +48,9 @@ EXTRAS = {
     "uvicorn": "serve",
     "vllm": "vllm",
 }
-DTYPES = ("float32", "float16", "bfloat16")
 
 
-class Place(click.Path):
+class PathOrUrl(click.Path):
     """A path; where `role` is one, also a URL, which `reports_errors` makes a local path of."""
 
     def __init__(self, role: Literal["input", "output"] | None = None) -> None:
@@ -86,7 +84,7 @@ class Source(click.ParamType[Any]):
         return value
 
 
-FOLDER, INPUT, OUTPUT = Place(), Place("input"), Place("output")
+FOLDER, INPUT, OUTPUT = PathOrUrl(), PathOrUrl("input"), PathOrUrl("output")
 SOURCE = Source()
 
 
@@ -114,33 +112,59 @@ class Size(click.ParamType[int]):
         return int(float(number) * (1024 if binary else 1000) ** power)
 
 
-_PART = "Another folder or file of RUN, where it is stored in parts (DLoRA); may be given again."
+def flags(options: type) -> list[click.Option]:
+    """The options of a command for the fields of a dataclass that `option` made."""
+    hints = get_type_hints(options)
+    return [_flag(each, hints[each.name]) for each in fields(options) if "help" in each.metadata]
 
 
-def run_options(function: F) -> F:
-    """The options for what a run may leave out."""
-    for decorate in (
-        click.option("--part", "parts", type=INPUT, multiple=True, help=_PART),
-        click.option(
-            "--gate",
-            metavar="NAME",
-            help="ALoRA, SoRA: name of the gate vector, where it is not recognised.",
-        ),
-        click.option(
-            "--rank", type=click.IntRange(1), help="DyLoRA: how many nested components to use."
-        ),
-        click.option("--method", help="The run's method, where several fit."),
-        click.option("--task-info", type=INPUT, help="task_info.json, if not beside the run."),
-        click.option("--start-rank", type=click.IntRange(1), help="The run's initial rank."),
-        click.option("--lora-alpha", type=float, help="The run's lora_alpha, if it holds none."),
-    ):
-        function = decorate(function)
-    return function
+def _flag(field: Field[Any], hint: Any) -> click.Option:
+    about = field.metadata
+    kinds = [kind for kind in get_args(hint) if kind is not type(None)] or [hint]
+    kind: Any = kinds[0]
+    low, high = about["low"], about["high"]
+    if about["choices"]:
+        kind = click.Choice(about["choices"])
+    elif kind is Path:
+        kind = INPUT
+    elif kind is int and low is not None:
+        kind = click.IntRange(low, high)
+    elif kind is float and low is not None:
+        kind = click.FloatRange(low, high, min_open=True)
+    several = isinstance(field.default, tuple)
+    switch = kind is bool
+    return click.Option(
+        [f"--{(about['flag'] or field.name).replace('_', '-')}", field.name],
+        type=None if switch else kind,
+        is_flag=switch,
+        multiple=several,
+        default=field.default if several or switch or field.default is not None else None,
+        show_default=isinstance(field.default, str),
+        metavar=about["metavar"],
+        help=about["help"],
+    )
+
+
+def takes(options: type) -> Callable[[F], F]:
+    """Give a command the flags of a dataclass."""
+
+    def decorate(function: F) -> F:
+        known = function.__dict__.setdefault("__click_params__", [])
+        known.extend(reversed(flags(options)))
+        return function
+
+    return decorate
+
+
+def one_limit(given: Mapping[str, Any]) -> None:
+    """Raise a usage error where several of `FitOptions` are given."""
+    if sum(given.get(name) is not None for name in names(FitOptions)) > 1:
+        raise click.UsageError("give one of --max-rank, --energy and --budget")
 
 
 def run_argument(function: F) -> F:
     """The RUN argument and the options for what a run may leave out."""
-    return click.argument("run", type=INPUT)(run_options(function))
+    return click.argument("run", type=INPUT)(takes(ReadOptions)(function))
 
 
 base_option = click.option(
@@ -151,74 +175,46 @@ base_option = click.option(
 )
 json_option = click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 force_option = click.option("--force", is_flag=True, help="Replace an existing output.")
-target_option = click.option(
-    "--target",
-    type=click.Choice(list(PROFILES)),
-    default="peft",
-    show_default=True,
-    help="The engine that will load the adapter.",
-)
 dry_run_option = click.option("--dry-run", is_flag=True, help="Check and show the plan only.")
-
-
-def fit_options(function: F) -> F:
-    """--max-rank, --energy and --budget, one at most, passed on as the dict `limit`."""
-
-    @click.option("--max-rank", type=click.IntRange(1), help="Approximate: components per module.")
-    @click.option(
-        "--energy",
-        type=click.FloatRange(0, 1, min_open=True),
-        help="Approximate: share of each module's squared singular values to keep.",
-    )
-    @click.option(
-        "--budget",
-        type=click.IntRange(1),
-        metavar="PARAMETERS",
-        help="Approximate: parameters in all, spread over the modules where they matter most.",
-    )
-    @functools.wraps(function)
-    def wrapped(
-        *args: Any, max_rank: int | None, energy: float | None, budget: int | None, **kwargs: Any
-    ) -> Any:
-        given = {"max_rank": max_rank, "energy": energy, "budget": budget}
-        limit = {name: value for name, value in given.items() if value is not None}
-        if len(limit) > 1:
-            raise click.UsageError("give one of --max-rank, --energy and --budget")
-        return function(*args, limit=limit, **kwargs)
-
-    return wrapped  # type: ignore[return-value]
-
-
-def show_fit(fit: FitReport) -> None:
-    """What fitting left of every module, and the error of each and of all."""
-    from converters.fit import percent
-
-    width = max(len(module) for module in fit.ranks)
-    for module, rank in fit.ranks.items():
-        click.echo(f"  {module:<{width}}  rank {rank:>4}  error {percent(fit.errors[module]):>9}")
-    click.echo(f"  {'all':<{width}}  {fit.parameters:,} parameters, error {percent(fit.error)}")
-    if fit.least is not None:
-        click.echo(f"  no distribution of this budget has an error below {percent(fit.least)}")
 
 
 def load_run(run: Path, base: str | None, **options: Any) -> Run:
     """Read RUN with the options of `run_argument`."""
-    from converters.readers import ReadOptions, read_run
+    from converters.readers import read_run
 
     return read_run(run, ReadOptions(base=base, **options))
 
 
-def torch_dtype(name: str | None) -> torch.dtype | None:
-    import torch
-
-    return None if name is None else getattr(torch, name)
+def show(artifact: Artifact, as_json: bool, *more: str, report: bool = True) -> None:
+    """Tell what was written, or what would be, and then `more`."""
+    plan: Plan = artifact.plan
+    told: Report = artifact.report
+    if as_json:
+        said = {
+            "output": str(artifact.path),
+            "written": artifact.written,
+            "target": plan.target,
+            "bytes": plan.nbytes,
+            **plan.summary(),
+            **(told.summary() if report else {}),
+            **({"accuracy": artifact.accuracy} if artifact.accuracy else {}),
+            "warnings": list(artifact.warnings),
+        }
+        print_json(said)
+    else:
+        first, *lines = (*plan.lines(), *told.lines(), *more)
+        would = "" if artifact.written else "would write "
+        click.echo(f"{would}{artifact.path}: {first}, {size(plan.nbytes)}")
+        for line in lines:
+            click.echo(f"  {line}")
+    warn(artifact.warnings)
 
 
 def reports_errors(function: F) -> F:
     """Turn a `DoraExportError`, or an optional package that is not installed, into a red message on
     stderr (or JSON) and exit code 1.
 
-    Places given as URLs are local paths for the function.
+    Paths given as URLs are local paths for the function.
     """
 
     @functools.wraps(function)

@@ -9,10 +9,13 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from converters.targets.target import Target, targets
+
 from ..wording import in_flags
 from . import common
 
 if TYPE_CHECKING:
+    from converters.model.base import BaseModel
     from converters.run import Run
 
 
@@ -23,6 +26,7 @@ if TYPE_CHECKING:
 @click.option("--html", type=common.FOLDER, help="Write the rank map as one standalone HTML file.")
 @click.option("--curve", is_flag=True, help="Show what an adapter of less size would lose.")
 @click.option("--curve-png", type=common.FOLDER, help="Write that curve as a PNG file.")
+@common.force_option
 @common.json_option
 @common.reports_errors
 def command(
@@ -32,6 +36,7 @@ def command(
     html: Path | None,
     curve: bool,
     curve_png: Path | None,
+    force: bool,
     as_json: bool,
     **options: Any,
 ) -> None:
@@ -42,20 +47,24 @@ def command(
     from converters import fit
     from converters.model.base import open_base
     from dora_serve.rankmap.html import save_html
+    from dora_serve.rankmap.output import check_output_file
     from dora_serve.rankmap.picture import save_curve, save_png, terminal_map
 
+    for file in filter(None, (png, html, curve_png)):
+        check_output_file(file, force)
     loaded = common.load_run(run, base, **options)
     model = None if base is None else open_base(base)
     info = _describe(loaded, model)
     largest = max(loaded.start_rank.values(), default=0)
     if png is not None:
-        save_png(info["ranks"], largest, png, f"{loaded.path.parent.name}: ranks")
+        save_png(info["ranks"], largest, png, f"{loaded.path.parent.name}: ranks", force)
     facts = _facts(info)
     if html is not None:
-        save_html(_modules(loaded, info["ranks"]), facts, html, f"{loaded.path.parent.name}: ranks")
+        title = f"{loaded.path.parent.name}: ranks"
+        save_html(_modules(loaded, info["ranks"]), facts, html, title, force)
     points = fit.curve(loaded.strip(), model) if curve or curve_png is not None else []
     if curve_png is not None:
-        save_curve(points, curve_png, f"{loaded.path.parent.name}: size and error")
+        save_curve(points, curve_png, f"{loaded.path.parent.name}: size and error", force)
     if curve:
         info["curve"] = [asdict(point) for point in points]
     if as_json:
@@ -102,13 +111,8 @@ def _modules(run: Run, ranks: Mapping[str, int]) -> dict[str, dict[str, float | 
 
 
 def _describe(run: Run, base: Any) -> dict[str, Any]:
-    import torch
-
-    from converters.errors import TargetError
     from converters.model.match import changed
     from converters.model.tasks import task_of
-    from converters.targets.engines import PROFILES
-    from converters.targets.lora_folder.adapter import plan_adapter
 
     stripped = run.strip()
     ranks: dict[str, int] = {}
@@ -118,13 +122,6 @@ def _describe(run: Run, base: Any) -> dict[str, Any]:
         ranks[module] = run.start_rank.get(module, 0) if rank is None else rank
         start += run.start_rank.get(module, ranks[module]) * sum(run.shapes[module])
         kept += ranks[module] * sum(run.shapes[module])
-    targets = {"merged": "yes"}
-    for name, profile in PROFILES.items():
-        try:
-            plan = plan_adapter(stripped, base, profile, torch.float32)
-            targets[name] = f"yes, {common.size(plan.nbytes)} in float32"
-        except TargetError as error:
-            targets[name] = "no: " + in_flags(error).replace("\n  ", "; ")
     values = list(ranks.values())
     return {
         "path": str(run.path),
@@ -139,7 +136,22 @@ def _describe(run: Run, base: Any) -> dict[str, Any]:
         "max_rank": max(values, default=0),
         "parameters": {"start": start, "kept": kept},
         "trained_whole": sorted(run.replaced if base is None else changed(run, base)),
-        "targets": targets,
+        "targets": {n: _accepts(target, stripped, base) for n, target in targets().items()},
         "ranks": ranks,
         "warnings": list(run.warnings),
     }
+
+
+def _accepts(target: Target, run: Run, base: BaseModel | None) -> str:
+    """Whether `target` takes the stripped `run` with its own options, and how large it gets."""
+    from converters.errors import DoraExportError
+
+    if base is None and target.kind == "model":
+        return "yes, if it fits the base (--base tells)"
+    try:
+        plan = target.plan(run, base, target.options())
+    except DoraExportError as error:
+        return "no: " + in_flags(error).replace("\n  ", "; ")
+    except ModuleNotFoundError as error:
+        return f"not installed: {error.name}"
+    return f"yes, {common.size(plan.nbytes)}"

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from converters.targets.engines import PROFILES
+from converters.targets.target import profiles
 
 from ..wording import in_flags
 from . import common
@@ -18,7 +18,7 @@ from . import common
 if TYPE_CHECKING:
     from converters.lint import Finding
 
-TARGETS = (*PROFILES, "transformers")  # has PEFT's layers, and a loader of its own
+TARGETS = tuple(profiles())
 _COLORS = {"error": "red", "warning": "yellow", "info": "cyan", "ok": "green"}
 _SHOWN = 5
 

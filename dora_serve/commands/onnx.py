@@ -9,17 +9,19 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from converters.options import ReadOptions
+from converters.targets.onnx import OnnxOptions
+
 from . import common
 
 if TYPE_CHECKING:
-    from converters.model.base import BaseModel
     from converters.run import Run
 
 _NAMED = re.compile(r"([\w][\w.-]*)=(.+)")
 
 
 @click.command("onnx")
-@common.run_options
+@common.takes(ReadOptions)
 @click.argument(
     "paths",
     metavar="[RUN] OUT",
@@ -38,13 +40,7 @@ _NAMED = re.compile(r"([\w][\w.-]*)=(.+)")
     help="A run to put beside the base as an adapter; may be given again.",
 )
 @click.option("--add", is_flag=True, help="Add the adapters to OUT, which was written with some.")
-@click.option(
-    "--precision",
-    type=click.Choice(["fp32", "fp16", "int8", "int4"]),
-    default="fp32",
-    show_default=True,
-    help="Of the base's weights; adapters stay float32.",
-)
+@common.takes(OnnxOptions)
 @common.dry_run_option
 @common.force_option
 @common.json_option
@@ -81,71 +77,35 @@ def command(
     adapters = dict(_named(text, base, options) for text in adapter_runs)
     run = None if adapters else common.load_run(paths[0], base, **options)
     model = find_base(run or next(iter(adapters.values())), base)
-    if dry_run:
-        _show_plan(out, model, run, adapters, precision, add=add, force=force, as_json=as_json)
-        return
-    if sys.stderr.isatty():
-        click.echo("building the graph and comparing it with the live run …", err=True)
     if add:
-        ranks = add_adapters(out, adapters, model, force=force)
-        accuracy: Any = {}
+        ranks = add_adapters(out, adapters, model, force=force, dry_run=dry_run)
         warnings = tuple(w for each in adapters.values() for w in each.warnings)
-    else:
-        result = write_onnx(
-            model, out, run=run, adapters=adapters, precision=precision, force=force
-        )
-        ranks, accuracy, warnings = result.ranks, result.accuracy, result.warnings
-    if as_json:
-        info = {"output": str(out), "written": True, "adapters": ranks, "warnings": list(warnings)}
-        made = {} if add else {"precision": precision, "accuracy": accuracy}
-        common.print_json({**info, **made})
-    else:
-        size = common.size(sum(p.stat().st_size for p in out.rglob("*") if p.is_file()))
-        done = "adapters added" if add else f"ONNX graph, {precision}"
-        click.echo(f"{out}: {done}, {size}")
-        for name, numbers in (accuracy or {}).items():
-            click.echo(
-                f"  {name}: logits within {numbers['max_abs']:.1e} of the live run, "
-                f"top-1 {numbers['top1']:.1%}"
-            )
-        for name, modules in ranks.items():
-            click.echo(f"  adapter {name}: ranks up to {max(modules.values(), default=0)}")
-    common.warn(warnings)
-
-
-def _show_plan(
-    out: Path,
-    base: BaseModel,
-    run: Run | None,
-    adapters: dict[str, Run],
-    precision: str,
-    *,
-    add: bool,
-    force: bool,
-    as_json: bool,
-) -> None:
-    from converters.targets.onnx.plan import plan_added, plan_onnx
-
-    graphs: tuple[str, ...] = ()
-    if add:
-        stripped = plan_added(out, adapters, base, force=force)
-    else:
-        plan = plan_onnx(base, out, run=run, adapters=adapters, precision=precision, force=force)
-        graphs, stripped = plan.graphs, plan.adapters or {}
-    ranks = {n: {m: each.rank(m) or 0 for m in each.updates} for n, each in stripped.items()}
-    warnings = tuple(w for each in (run, *adapters.values()) if each for w in each.warnings)
-    if as_json:
-        info = {"output": str(out), "written": False, "graphs": graphs, "adapters": ranks}
-        common.print_json({**info, "warnings": list(warnings)})
-    else:
-        if graphs:
-            click.echo(f"would write {out}: {', '.join(graphs)}, {precision}")
-        for name, modules in ranks.items():
-            verb = "would add to" if add else "would write"
-            click.echo(
-                f"{verb} {out}: adapter {name}, ranks up to {max(modules.values(), default=0)}"
-            )
-    common.warn(warnings)
+        said = {"output": str(out), "written": not dry_run, "adapters": ranks}
+        if as_json:
+            common.print_json({**said, "warnings": list(warnings)})
+        for name, modules in ({} if as_json else ranks).items():
+            would = "would be added" if dry_run else "added"
+            largest = max(modules.values(), default=0)
+            click.echo(f"{out}: adapter {name} {would}, ranks up to {largest}")
+        common.warn(warnings)
+        return
+    if sys.stderr.isatty() and not dry_run:
+        click.echo("building the graph and comparing it with the live run …", err=True)
+    artifact = write_onnx(
+        model,
+        out,
+        run=run,
+        adapters=adapters or None,
+        precision=precision,
+        force=force,
+        dry_run=dry_run,
+    )
+    proved = (
+        f"{name}: logits within {numbers['max_abs']:.1e} of the live run, "
+        f"top-1 {numbers['top1']:.1%}"
+        for name, numbers in artifact.accuracy.items()
+    )
+    common.show(artifact, as_json, *proved)
 
 
 def _named(text: str, base: str | None, options: dict[str, Any]) -> tuple[str, Run]:

@@ -9,6 +9,8 @@ from typing import Any
 
 import click
 
+from converters.targets.target import targets
+
 from . import common
 
 
@@ -18,7 +20,7 @@ from . import common
 @common.base_option
 @click.option(
     "--engine",
-    type=click.Choice(["transformers", "peft", "onnxruntime", "vllm"]),
+    type=click.Choice(sorted({name for t in targets().values() for name in t.engines})),
     help="Engine that loads the artifact; default: the one that fits.",
 )
 @common.json_option

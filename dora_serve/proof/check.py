@@ -35,7 +35,7 @@ class Check:
     """`files` were compared, `whole` of them by every byte, the others by size and 16 pieces;
     `weights`: base weights compared, None where no base was given."""
 
-    kind: str
+    target: str
     files: int
     whole: int
     weights: int | None
@@ -70,7 +70,7 @@ def check(artifact: str | Path, base: str | Path | BaseModel | None = None) -> C
         weights = len(known)
         found += _compare_base(model, known)
     whole = sum("sha256" in record for record in records.values())
-    return Check(str(proof.get("kind")), len(records), whole, weights, tuple(found))
+    return Check(str(proof.get("target")), len(records), whole, weights, tuple(found))
 
 
 def record(artifact: str | Path) -> None:

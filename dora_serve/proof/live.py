@@ -17,6 +17,7 @@ from converters.model.base import HEAD, BaseModel
 from converters.model.layout import Layout, Place
 from converters.model.match import target_architecture
 from converters.run import Run
+from converters.targets.opening import load_base
 from converters.updates.rank_one import RankOneSum
 from converters.updates.update import Update
 
@@ -131,49 +132,6 @@ def _replace(owner: torch.nn.Module, attribute: str, weight: torch.Tensor) -> Ca
     own = getattr(owner, attribute)
     setattr(owner, attribute, torch.nn.Parameter(weight, requires_grad=False))
     return lambda: setattr(owner, attribute, own)
-
-
-def load_base(run: Run, base: BaseModel) -> Any:
-    """The base as transformers loads it, float32, in the class the run was trained in."""
-    import transformers
-
-    architecture, _ = target_architecture(run, base)
-    config = transformers.AutoConfig.from_pretrained(base.path)
-    if run.num_labels is not None:
-        config.num_labels = run.num_labels
-    cls = getattr(transformers, architecture) if architecture else transformers.AutoModel
-    level = transformers.logging.get_verbosity()
-    # The base lacks a head that the run brings, or has one of another size.
-    transformers.logging.set_verbosity_error()
-    transformers.logging.disable_progress_bar()
-    try:
-        model = cls.from_pretrained(
-            base.path,
-            config=config,
-            dtype=torch.float32,
-            ignore_mismatched_sizes=run.num_labels is not None,
-            attn_implementation=attention(config),
-        ).eval()
-    finally:
-        transformers.logging.set_verbosity(level)
-    if run.replaced:
-        _resize(model, run)
-    return model
-
-
-def attention(config: Any) -> str | None:
-    """The implementation of attention that computes what the configuration says; None for
-    transformers' default, which leaves the soft cap of Gemma 2 out."""
-    return "eager" if getattr(config, "attn_logit_softcapping", None) else None
-
-
-def _resize(model: Any, run: Run) -> None:
-    """Give the embedding as many rows as the one that the run brings."""
-    embedding = model.get_input_embeddings()
-    name = next(n for n, module in model.named_modules() if module is embedding)
-    tensor = run.replaced.get(f"{name}.weight")
-    if tensor is not None and tensor.shape != embedding.weight.shape:
-        model.resize_token_embeddings(tensor.shape[0], mean_resizing=False)
 
 
 def _load_run_tensors(model: Any, run: Run) -> None:

@@ -19,56 +19,42 @@ from converters.errors import MissingError, RunError
 from converters.files.json_files import read_json
 from converters.model.base import BaseModel
 from converters.run import Run
+from converters.targets.model import Inputs, Model, Reading, equal_choices, logits
 
 from ..onnxruntime.model import open_onnx
 from .live import LiveModel
-from .verify import (
-    REDUCED_SHARE,
-    TOLERANCE,
-    Inputs,
-    Verification,
-    has_update,
-    logits,
-    verification_batch,
-)
+from .prompts import verification_batch
 
-_SHARES = {"fp16": REDUCED_SHARE, "int8": 0.5, "int4": 0.5}
+_SHARES = {"fp16": 0.05, "int8": 0.5, "int4": 0.5}
 _TOP1 = {"int8": 0.9, "int4": 0.9}
 
 
-def verify_onnx(run: Run, path: Path, base: BaseModel) -> Verification:
-    """Compare the live `run` with an ONNX folder: merged, or with the run as one of its adapters,
-    which is found by its files' hashes and tried alone and beside the others in a batch."""
-    if not (path / CERTIFICATE).exists():
+def open_folder(folder: Path, _base: BaseModel, run: Run) -> Model:
+    """An ONNX folder: merged, or with `run` as one of its adapters, which is found by its files'
+    hashes and tried alone and beside the others in a batch."""
+    if not (folder / CERTIFICATE).exists():
         raise MissingError(
             "this ONNX folder has no certificate, so what it should compute is not known",
-            file=path / CERTIFICATE,
-            remedy="make it with dora-export onnx",
+            file=folder / CERTIFICATE,
+            remedy="make it with `onnx`",
         )
-    certificate = read_json(path / CERTIFICATE)
+    certificate = read_json(folder / CERTIFICATE)
     precision = str(certificate.get("precision"))
-    name, others = _adapter(run, path, certificate)
-    model = open_onnx(path)
-    live = LiveModel(run, base)
-    inputs = verification_batch(live.model)
-    truth = logits(live.model, inputs)
-    live.detach()
-    control = float((logits(live.model, inputs) - truth).abs().max())
-    model.adapters = name
-    found = [logits(model, inputs)]
-    if others:
-        found.append(_mixed(model, inputs, name, others))
-    share = _SHARES.get(precision)
-    return Verification(
-        engine="onnxruntime",
-        dtype=precision,
-        tolerance=TOLERANCE if share is None else max(TOLERANCE, share * control),
-        max_abs=max(float((each - truth).abs().max()) for each in found),
-        top1=min(float((each.argmax(-1) == truth.argmax(-1)).double().mean()) for each in found),
-        control=control,
-        has_update=has_update(run),
-        top1_bound=_TOP1.get(precision, 1.0),
-    )
+    name, others = _adapter(run, folder, certificate)
+    model = open_onnx(folder)
+
+    def read(inputs: Inputs) -> Reading:
+        model.adapters = name
+        found = [logits(model, inputs)]
+        if others:
+            found.append(_mixed(model, inputs, name, others))
+        return Reading(
+            torch.stack(found),
+            lambda live: logits(live, inputs)[None],
+            lambda _live, truth: min(equal_choices(each, truth[0]) for each in found),
+        )
+
+    return Model(read, precision, share=_SHARES.get(precision, 0.0), top1=_TOP1.get(precision, 1.0))
 
 
 def _adapter(
@@ -86,7 +72,7 @@ def _adapter(
         "the run is not among the folder's adapters",
         file=path,
         found=", ".join(adapters),
-        remedy="add it: dora-export onnx --add",
+        remedy="add it (`onnx` with `add`)",
     )
 
 

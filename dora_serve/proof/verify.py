@@ -2,30 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
-
-import torch
 
 from converters.certificate import FILE as CERTIFICATE
-from converters.errors import MissingError, RunError
-from converters.files.onnx_files import is_onnx_folder
-from converters.files.tensors import open_safetensors, read_json
+from converters.errors import RunError
+from converters.files.json_files import read_json
 from converters.fit import fit_run
 from converters.model.base import BaseModel, open_base
 from converters.run import Run
-from converters.targets.lora_folder.adapter import CONFIG as ADAPTER_CONFIG
-from converters.targets.lora_folder.adapter import WEIGHTS as ADAPTER_WEIGHTS
+from converters.targets.model import Inputs, logits
+from converters.targets.target import target_of
 
-from .live import LiveModel, attention, load_base
+from .live import LiveModel
+from .prompts import inputs_of, verification_batch
 
 TOLERANCE = 1e-4  # float32 logits, max abs; DESIGN bound for float32 engines
-REDUCED_SHARE = 0.05  # a float16/bfloat16 adapter: share of the update's own effect on the logits
-TIES_SHARE = 0.01  # a merged model of such a dtype: share of the rounding's own effect
-
-Inputs = dict[str, torch.Tensor]
+TIES_SHARE = 0.01  # a merged model of less than float32: share of the rounding's own effect
 
 
 @dataclass(frozen=True)
@@ -57,132 +50,33 @@ class Verification:
         return close and (self.control_fails or not self.has_update)
 
 
-def verification_batch(model: Any, rows: int = 4, length: int = 16, seed: int = 0) -> Inputs:
-    """Token ids from a fixed seed, the last row padded; decoder inputs for encoder-decoders.
-    Pixels for models of images."""
-    config = model.config
-    generator = torch.Generator().manual_seed(seed)
-    if model.main_input_name == "pixel_values":
-        size = config.image_size
-        height, width = (size, size) if isinstance(size, int) else size
-        shape = (rows, config.num_channels, height, width)
-        return {"pixel_values": torch.randn(shape, generator=generator)}
-    text = config.get_text_config()
-    vocab, pad = text.vocab_size, getattr(text, "pad_token_id", None)
-    ids = torch.randint(min(5, vocab - 1), vocab, (rows, length), generator=generator)
-    mask = torch.ones_like(ids)
-    if pad is not None:
-        mask[-1, length - length // 4 :] = 0
-        ids[mask == 0] = pad
-    inputs = {"input_ids": ids, "attention_mask": mask}
-    if config.is_encoder_decoder:
-        inputs["decoder_input_ids"] = torch.randint(
-            min(5, vocab - 1), vocab, (rows, length // 2), generator=generator
-        )
-    return inputs
-
-
-def logits(model: Any, inputs: Inputs) -> torch.Tensor:
-    """All logits of a model, padded positions left out where they are per token."""
-    with torch.inference_mode():
-        output = model(**inputs)
-    if "start_logits" in output:
-        result = torch.stack([output.start_logits, output.end_logits])
-        padded: torch.Tensor = result.masked_fill(inputs["attention_mask"] == 0, 0.0)
-        return padded
-    result = output.logits if "logits" in output else output.last_hidden_state
-    ids = inputs.get("input_ids")
-    if ids is not None and result.dim() == 3 and result.shape[:2] == ids.shape:
-        result = result * inputs["attention_mask"].unsqueeze(-1)
-    flat: torch.Tensor = result.float()
-    return flat
-
-
-@dataclass(frozen=True)
-class Reading:
-    """What an engine computed, and how the same is asked of a transformers model.
-
-    `values`: the artifact's, any shape. `measure(model)`: those of a transformers model.
-    `top1(model, values)`: the share of its choices, with its `values`, that the engine made too.
-    """
-
-    values: torch.Tensor
-    measure: Callable[[Any], torch.Tensor]
-    top1: Callable[[Any, torch.Tensor], float]
-
-
-def read_logits(model: Any) -> Reading:
-    """The logits of a model that is called like a transformers model."""
-    inputs = verification_batch(model)
-    found = logits(model, inputs)
-
-    def top1(_model: Any, values: torch.Tensor) -> float:
-        return float((found.argmax(-1) == values.argmax(-1)).double().mean())
-
-    return Reading(found, lambda other: logits(other, inputs), top1)
-
-
-def _transformers(artifact: Path, _run: Run, _base: BaseModel) -> Reading:
-    import transformers
-
-    known = read_json(artifact / "config.json").get("architectures")
-    if not isinstance(known, list) or not hasattr(transformers, str(known[0])):
-        raise RunError("unknown architecture", file=artifact / "config.json", found=known)
-    transformers.logging.disable_progress_bar()
-    cls = getattr(transformers, str(known[0]))
-    config = transformers.AutoConfig.from_pretrained(artifact)
-    model = cls.from_pretrained(
-        artifact, dtype=torch.float32, attn_implementation=attention(config)
-    )
-    return read_logits(model.eval())
-
-
-def _peft(artifact: Path, run: Run, base: BaseModel) -> Reading:
-    from peft import PeftModel
-
-    model = PeftModel.from_pretrained(load_base(run, base), str(artifact))
-    return read_logits(model.float().eval())
-
-
-def _vllm(artifact: Path, run: Run, base: BaseModel) -> Reading:
-    from .vllm import read_vllm
-
-    return read_vllm(artifact, run, base)
-
-
-ENGINES: dict[str, Callable[[Path, Run, BaseModel], Reading]] = {
-    "transformers": _transformers,
-    "peft": _peft,
-    "vllm": _vllm,
-}
-
-
 def verify(
     run: Run, artifact: str | Path, base: str | Path | BaseModel, engine: str | None = None
 ) -> Verification:
-    """Compare the live model of `run` with `artifact` in `engine` (by default the one that fits).
+    """Compare the live model of `run` with `artifact` in `engine` (by default its target's first).
 
     A float32 artifact must equal the live model within 1e-4 on every logit. A merged model of a
     narrower dtype must equal the live model whose merged weights are rounded once, within the same
     bound or 1 % of what the rounding changed (sums of another order round near ties the other
-    way); an adapter of a narrower dtype may differ by 5 % of the update's own effect. A
-    fitted adapter is compared with the live run fitted to the limit its certificate names. vLLM
-    is asked for log-probabilities and tokens, see `vllm_proof`; for ONNX folders see `onnx_proof`.
+    way); what is stored or computed less exactly may differ by the share of the update's own
+    effect that its target names (`Model.share`). A fitted artifact is compared with the live run
+    fitted to the limit its certificate names.
     """
     path = Path(artifact)
     base = base if isinstance(base, BaseModel) else open_base(base)
-    if is_onnx_folder(path):
-        from .onnxruntime import verify_onnx
-
-        _check_engine(path, engine, ("onnxruntime",), "an ONNX folder")
-        return verify_onnx(run, path, base)
-    adapter = (path / ADAPTER_CONFIG).is_file()
-    fits = ("peft", "vllm") if adapter else ("transformers", "vllm")
-    engine = _check_engine(path, engine, fits, "an adapter" if adapter else "a model folder")
-    dtype = _artifact_dtype(path, adapter)
-    reading = ENGINES[engine](path, run, base)
-
-    fit = _fit_limit(path) if adapter else None
+    target = target_of(path)
+    if engine is not None and engine not in target.engines:
+        raise RunError(
+            f"the engine {engine} does not load this artifact",
+            file=path,
+            found=target.name,
+            expected=" or ".join(target.engines) or "none",
+        )
+    engine = engine or next(iter(target.engines), "")
+    fit = _fit_limit(path)
+    model = target.open(path, base, run, engine)
+    reading = model.read(inputs_of(run, base))
+    model = replace(model, read=lambda _inputs: reading)  # its weights are let go
     unfitted = None
     if fit is not None:
         whole = reading.measure(LiveModel(run, base).model)
@@ -193,17 +87,15 @@ def verify(
     top1 = reading.top1(live.model, truth)
     live.detach()
     without = reading.measure(live.model)
-    tolerance = TOLERANCE
-    if dtype != torch.float32 and adapter:
-        tolerance = max(TOLERANCE, REDUCED_SHARE * float((without - truth).abs().max()))
-    elif dtype != torch.float32:
-        live.fold_rounded(dtype)
+    tolerance = max(TOLERANCE, model.share * float((without - truth).abs().max()))
+    if model.rounded is not None:
+        live.fold_rounded(model.rounded)
         unrounded, truth = truth, reading.measure(live.model)
         tolerance = max(TOLERANCE, TIES_SHARE * float((truth - unrounded).abs().max()))
         top1 = reading.top1(live.model, truth)
     return Verification(
         engine=engine,
-        dtype=str(dtype).removeprefix("torch."),
+        dtype=model.dtype,
         tolerance=tolerance,
         max_abs=float((reading.values - truth).abs().max()),
         top1=top1,
@@ -211,18 +103,8 @@ def verify(
         has_update=has_update(run),
         fit=fit,
         unfitted=unfitted,
+        top1_bound=model.top1,
     )
-
-
-def _check_engine(path: Path, wanted: str | None, fits: tuple[str, ...], kind: str) -> str:
-    if wanted is not None and wanted not in fits:
-        raise RunError(
-            f"the engine {wanted} does not load this artifact",
-            file=path,
-            found=kind,
-            expected=" or ".join(fits),
-        )
-    return wanted or fits[0]
 
 
 def has_update(run: Run) -> bool:
@@ -232,7 +114,7 @@ def has_update(run: Run) -> bool:
 
 
 def _fit_limit(path: Path) -> dict[str, float] | None:
-    """How the certificate says the adapter was fitted, None where it was not."""
+    """How the certificate says the run was fitted, None where it was not."""
     file = path / CERTIFICATE
     fit = read_json(file).get("fit") if file.is_file() else None
     if fit is None:
@@ -245,16 +127,4 @@ def _fit_limit(path: Path) -> dict[str, float] | None:
     return limit
 
 
-def _artifact_dtype(path: Path, adapter: bool) -> torch.dtype:
-    files = [path / ADAPTER_WEIGHTS] if adapter else sorted(path.glob("*.safetensors"))
-    if not files:
-        gguf = next(path.glob("*.gguf"), None)
-        raise MissingError(
-            "no artifact here" if gguf is None else "GGUF files are not read here",
-            file=gguf or path,
-            expected="a merged model, an adapter or an ONNX folder",
-            remedy=None if gguf is None else "verify the same run's adapter for --target peft",
-        )
-    dtypes = {t.dtype for file in files for t in open_safetensors(file).values()}
-    floating = [dtype for dtype in dtypes if dtype.is_floating_point]
-    return min(floating, key=lambda dtype: dtype.itemsize)
+__all__ = ["Inputs", "Verification", "has_update", "logits", "verification_batch", "verify"]

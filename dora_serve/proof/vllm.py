@@ -7,7 +7,6 @@ tokens that follow the prompt greedily. Of a classifier: its logits.
 from __future__ import annotations
 
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -16,18 +15,20 @@ from converters.errors import TargetError
 from converters.files.tensors import read_json
 from converters.model.base import BaseModel
 from converters.run import Run
-from converters.targets.lora_folder.adapter import CONFIG as ADAPTER_CONFIG
+from converters.targets.lora_folder import CONFIG as ADAPTER_CONFIG
+from converters.targets.lora_folder import WEIGHTS as ADAPTER_WEIGHTS
+from converters.targets.model import Inputs, Model, Reading, equal_choices
+from converters.targets.opening import of_weights
 
 from ..vllm.engine import Answer, Vllm
 from ..vllm.fleet import step_for
-from .verify import Reading, verification_batch
 
 TOKENS = 32
 _CLASSIFIER = "sequence-classification"
 
 
-def read_vllm(artifact: Path, run: Run, base: BaseModel) -> Reading:
-    """Run `artifact`, a model or an adapter of `base`, in vLLM.
+def open_folder(folder: Path, base: BaseModel, run: Run) -> Model:
+    """`folder`, a model or an adapter of `base`, in vLLM.
 
     Raises `TargetError` for a task that is not compared there.
     """
@@ -37,26 +38,29 @@ def read_vllm(artifact: Path, run: Run, base: BaseModel) -> Reading:
     if task not in ("causal-lm", _CLASSIFIER):
         raise TargetError(
             "verify does not know what to ask of vLLM for this task",
-            file=artifact,
+            file=folder,
             found=task,
             expected=f"causal-lm or {_CLASSIFIER}",
         )
-    config = AutoConfig.from_pretrained(base.path)
-    inputs = verification_batch(SimpleNamespace(config=config, main_input_name="input_ids"))
-    lengths = inputs["attention_mask"].sum(dim=1).tolist()
-    rows = [row[:n].tolist() for row, n in zip(inputs["input_ids"], lengths, strict=True)]
-    length = min(max(lengths) + TOKENS, getattr(config, "max_position_embeddings", 1 << 20))
-    adapter = artifact if (artifact / ADAPTER_CONFIG).is_file() else None
-    model = artifact if adapter is None else base.path
+    longest = getattr(AutoConfig.from_pretrained(base.path), "max_position_embeddings", 1 << 20)
+    adapter = folder if (folder / ADAPTER_CONFIG).is_file() else None
     labels = run.num_labels or 0 if task == _CLASSIFIER else 0
     lora = None if adapter is None else _lora_settings(adapter, labels)
-    engine = Vllm(model, length, lora, labels)
-    try:
-        if task == _CLASSIFIER:
-            return _classified(torch.tensor(engine.classify(rows, adapter)), rows)
-        return _completed(engine.complete(rows, length - max(lengths), adapter), rows)
-    finally:
-        engine.close()
+
+    def read(inputs: Inputs) -> Reading:
+        lengths = inputs["attention_mask"].sum(dim=1).tolist()
+        rows = [row[:n].tolist() for row, n in zip(inputs["input_ids"], lengths, strict=True)]
+        length = min(max(lengths) + TOKENS, longest)
+        engine = Vllm(base.path if adapter else folder, length, lora, labels)
+        try:
+            if task == _CLASSIFIER:
+                return _classified(torch.tensor(engine.classify(rows, adapter)), rows)
+            return _completed(engine.complete(rows, length - max(lengths), adapter), rows)
+        finally:
+            engine.close()
+
+    files = [folder / ADAPTER_WEIGHTS] if adapter else sorted(folder.glob("*.safetensors"))
+    return of_weights(read, files, merged=adapter is None)
 
 
 def _lora_settings(adapter: Path, labels: int) -> dict[str, Any]:
@@ -111,6 +115,6 @@ def _classified(values: torch.Tensor, rows: list[list[int]]) -> Reading:
             return torch.cat([model(torch.tensor([row])).logits.float() for row in rows])
 
     def top1(_model: Any, other: torch.Tensor) -> float:
-        return float((values.argmax(-1) == other.argmax(-1)).double().mean())
+        return equal_choices(values, other)
 
     return Reading(values, measure, top1)

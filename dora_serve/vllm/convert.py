@@ -6,8 +6,9 @@ from pathlib import Path
 
 from converters.certificate import FILE as CERTIFICATE
 from converters.files.json_files import read_json
-from converters.targets.lora_folder.adapter import CONFIG, write_adapter
+from converters.targets.lora_folder import CONFIG
 
+from ..api import write_adapter
 from ..folder.cache import cache_folder, cached, member_key
 from ..folder.inventory import Member
 
@@ -24,7 +25,7 @@ def vllm_adapter(member: Member) -> Path:
         return member.path.resolve()
     return cached(
         _key(member),
-        lambda folder: write_adapter(member.run, folder, base=member.base, profile=TARGET),
+        lambda folder: write_adapter(member.run, folder, base=member.base, target=TARGET),
     )
 
 

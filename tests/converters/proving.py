@@ -13,8 +13,8 @@ from safetensors.torch import load_file
 
 from converters.model.base import open_base
 from converters.run import Run
+from converters.targets.opening import load_base
 from dora_serve import merge, write_adapter
-from dora_serve.proof.live import load_base
 
 BOUND = 1e-4
 REPACK = 1e-6
@@ -54,7 +54,7 @@ def prove(
     _same(logits(merged, inputs), truth, control)
     for target in targets:
         result = write_adapter(run, out / target, base=base, target=target)
-        assert max(result.errors.values()) <= REPACK
+        assert max(result.report.errors.values()) <= REPACK
         model = PeftModel.from_pretrained(load_base(run, open_base(base)), str(out / target))
         _same(logits(model, inputs), truth, control)
 

@@ -33,7 +33,7 @@ def reaches_its_bound(run: Run, base: Path, out: Path) -> None:
         write_adapter(run, out / "refused", base=base)
     assert not (out / "refused").exists()
     result = write_adapter(run, out / "adapter", base=base, energy=ENERGY)
-    assert result.fit is not None
+    assert result.plan.run.fit is not None
     assert any("approximated" in text for text in result.warnings)
     merge(run, out / "merged", base=base)
     merged = load_file(out / "merged" / "model.safetensors")
@@ -51,11 +51,11 @@ def reaches_its_bound(run: Run, base: Path, out: Path) -> None:
         else:
             found = torch.zeros_like(delta)
         error = float((found - delta).norm() / delta.norm())
-        assert error == pytest.approx(result.fit.errors[module], abs=1e-3)
+        assert error == pytest.approx(result.plan.run.fit.errors[module], abs=1e-3)
         assert error <= math.sqrt(1 - ENERGY) + 1e-3
         missed += float((found - delta).norm() ** 2)
         whole += float(delta.norm() ** 2)
-    assert math.sqrt(missed / whole) == pytest.approx(result.fit.error, abs=1e-3)
+    assert math.sqrt(missed / whole) == pytest.approx(result.plan.run.fit.error, abs=1e-3)
 
 
 @pytest.mark.parametrize("case", sorted(LLAMA.keys() - NO_MATRIX))

@@ -22,7 +22,7 @@ from converters.files.tensors import open_safetensors, same_values
 from converters.updates.rank_one import RankOneSum, rank_for
 from converters.updates.stacked import Stacked
 from dora_serve import merge
-from dora_serve.vllm.fleet import Shape
+from dora_serve.vllm.fleet import Matrix
 from tests.conftest import randomize
 
 ELEMENTS = "converters.targets.merged.stream.BLOCK_ELEMENTS"
@@ -241,4 +241,4 @@ def test_another_command_wrote_the_output_meanwhile(tmp_path: Path) -> None:
 
 
 def test_experts_count_in_a_slot_of_vllm() -> None:
-    assert Shape(4, 6, 3).nbytes(8, 2) == 3 * Shape(4, 6).nbytes(8, 2) == 3 * 8 * 10 * 2
+    assert Matrix(4, 6, 3).nbytes(8, 2) == 3 * Matrix(4, 6).nbytes(8, 2) == 3 * 8 * 10 * 2

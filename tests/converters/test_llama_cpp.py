@@ -12,7 +12,7 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import AutoModelForCausalLM
 
-from converters.targets.gguf import permute
+from converters.targets.gguf.adapter import permute
 from dora_serve import read_run, write_adapter
 from dora_serve.proof.verify import logits
 from tests.conftest import randomize

@@ -16,8 +16,9 @@ from peft import PeftModel
 from safetensors.torch import load_file
 
 from converters.model.base import open_base
+from converters.targets.opening import load_base
 from dora_serve import DoraExportError, merge, read_run, verify, write_adapter
-from dora_serve.proof.live import LiveModel, load_base
+from dora_serve.proof.live import LiveModel
 from tests.conftest import DATA
 
 ROOT = DATA / "reference"

@@ -201,7 +201,7 @@ def test_without_the_flag_nothing_is_kept(
 ) -> None:
     target = tmp_path / "work" / "out"
     stop(llama_lora, base, target)
-    assert merge(llama_lora, target, base=base).resumed == ()
+    assert merge(llama_lora, target, base=base).report.resumed == ()
     assert left(target) == []
     assert content(target) == undisturbed
 

@@ -194,4 +194,4 @@ def test_the_command_offers_every_profile() -> None:
         for parameter in adapter_command.command.params
         if parameter.name == "target" and isinstance(parameter.type, click.Choice)
     )
-    assert list(choices) == list(PROFILES)
+    assert sorted(choices) == sorted(PROFILES)

@@ -288,7 +288,7 @@ def test_a_folder_of_runs_and_bases(llama_lora: Path, llama_base: Path, tmp_path
         ('{"run": "RUN", "name": "theirs"}', "not empty"),
         ('{"run": "RUN"}\n{"run": "RUN"}', "to one place"),
         ('{"run": "RUN", "name": "a"}\n{"run": "RUN", "name": "a/b"}', "to one place"),
-        ('{"run": "RUN", "to": "onnx"}', "adapter or merged"),
+        ('{"run": "RUN", "to": "nowhere"}', "adapter or merged"),
         ('{"run": "RUN", "bse": "x"}', "mean nothing"),
         ('{"run": "RUN", "run": "x"}', "twice"),
         ('{"run": "RUN"}\n{"name": "x"}', "line 2 names no run"),

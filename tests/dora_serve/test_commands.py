@@ -130,7 +130,7 @@ def test_a_stopped_command_leaves_nothing(tmp_path: Path, sent: signal.Signals) 
         [sys.executable, "-c", SLOW, str(target)], stdout=subprocess.PIPE, stderr=subprocess.PIPE
     ) as process:
         assert process.stdout is not None
-        process.stdout.readline()
+        assert process.stdout.readline() == b"writing\n"
         os.kill(process.pid, sent)
         assert process.wait(20) != 0
     deadline = time.monotonic() + 5

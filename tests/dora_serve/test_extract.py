@@ -52,8 +52,8 @@ def test_a_merged_run_comes_back(run: Path, tmp_path: Path) -> None:
     base = MODELS / ("tiny-llama-base" if "Llama" in run.name else "tiny-roberta-base")
     merge(run, tmp_path / "merged", base=base)
     result = extract(tmp_path / "merged", tmp_path / "out", base=base, energy=EXACT)
-    assert result.fit is not None
-    assert result.fit.error <= 1e-5
+    assert result.plan.run.fit is not None
+    assert result.plan.run.fit.error <= 1e-5
     found = diff(run, tmp_path / "out", base=base)
     assert found.total.relative is not None
     assert found.total.relative <= 1e-5
@@ -96,11 +96,11 @@ def test_a_low_energy_loses_what_it_says(llama_base: Path, tmp_path: Path) -> No
     model = LlamaForCausalLM.from_pretrained(llama_base)
     tuned(model, ("proj",), rank=12).save_pretrained(tmp_path / "m")
     result = extract(tmp_path / "m", tmp_path / "out", base=llama_base, energy=0.7)
-    assert result.fit is not None
-    assert 0.1 < result.fit.error <= 0.3**0.5
+    assert result.plan.run.fit is not None
+    assert 0.1 < result.plan.run.fit.error <= 0.3**0.5
     assert any("approximated" in warning for warning in result.warnings)
     found = diff(tmp_path / "m", tmp_path / "out", base=llama_base)
-    assert found.total.relative == pytest.approx(result.fit.error, rel=1e-4)
+    assert found.total.relative == pytest.approx(result.plan.run.fit.error, rel=1e-4)
 
 
 def test_conv1d_weights_biases_and_a_tied_embedding(tmp_path: Path) -> None:

@@ -90,7 +90,7 @@ def test_verify_proves_what_was_stored_and_tells_what_the_fit_changed(tmp_path: 
 
 def test_without_a_limit_nothing_is_approximated(tmp_path: Path) -> None:
     result = write_adapter(RUN, tmp_path / "out", base=BASE)
-    assert result.fit is None
+    assert result.plan.run.fit is None
     assert verify(read_run(RUN), tmp_path / "out", BASE).fit is None
     cut_nothing = export("adapter", RUN, tmp_path / "same", "--base", BASE, "--max-rank", 12)
     assert "approximated" not in cut_nothing.stderr
@@ -139,8 +139,8 @@ def test_a_trained_bias_stays_where_the_fit_drops_the_module(tmp_path: Path) -> 
     model.save_pretrained(tmp_path / "run")
     run = read_run(tmp_path / "run")
     result = write_adapter(run, tmp_path / "out", base=tmp_path / "base", budget=50)
-    assert result.fit is not None
-    assert sorted(result.fit.ranks.values()) == [0, 1]
+    assert result.plan.run.fit is not None
+    assert sorted(result.plan.run.fit.ranks.values()) == [0, 1]
     proof = verify(run, tmp_path / "out", tmp_path / "base")
     assert proof.max_abs <= 1e-5
 
@@ -164,8 +164,8 @@ def test_inspect_shows_the_curve(tmp_path: Path) -> None:
     assert str(points[9]["parameters"]) in shown
     chosen = points[9]
     result = write_adapter(RUN, tmp_path / "out", budget=chosen["parameters"])
-    assert result.fit is not None
-    assert result.fit.error == pytest.approx(chosen["error"])
+    assert result.plan.run.fit is not None
+    assert result.plan.run.fit.error == pytest.approx(chosen["error"])
     assert result.plan.nbytes == 4 * chosen["parameters"] + sum(
         4 * torch.Size(tensor.shape).numel() for tensor in result.plan.whole.values()
     )

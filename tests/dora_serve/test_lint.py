@@ -20,9 +20,10 @@ from transformers import (
     LlamaForCausalLM,
 )
 
-from converters.lint import CHECKS, ENGINES, lint
+from converters.lint import CHECKS, lint
 from converters.model.base import open_base
-from converters.targets.lora_folder.adapter import CONFIG, WEIGHTS
+from converters.targets.lora_folder import CONFIG, WEIGHTS
+from converters.targets.target import profiles
 from dora_serve import read_run, write_adapter
 from dora_serve.commands import dora_export
 from dora_serve.commands.lint import TARGETS
@@ -352,7 +353,7 @@ def test_what_is_no_adapter(tmp_path: Path, llama_base: Path, full: Path) -> Non
 
 
 def test_the_command_offers_every_engine() -> None:
-    assert set(TARGETS) == ENGINES.keys()
+    assert set(TARGETS) == profiles().keys()
     assert len(CHECKS) >= 15
 
 

@@ -58,7 +58,7 @@ def test_dry_run_checks_and_writes_nothing(tmp_path: Path) -> None:
     assert info["graphs"] == ["model.onnx", "batched.onnx"]
     assert max(info["adapters"]["down"].values()) == 12
     merged = export(DOWN, out, "--base", BASE, "--dry-run", "--precision", "int8")
-    assert merged.stdout == f"would write {out}: model.onnx, int8\n"
+    assert merged.stdout.startswith(f"would write {out}: model.onnx, int8, ")
     other = MODELS / "tiny-roberta-base"
     for arguments in ([DOWN, out], ["--adapter", DOWN, out], ["--add", "--adapter", DOWN, out]):
         assert export(*arguments, "--base", other, "--dry-run").exit_code == 1

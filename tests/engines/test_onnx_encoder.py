@@ -19,7 +19,7 @@ from converters.model.base import open_base
 from converters.readers import read_run
 from converters.run import Run
 from converters.targets.onnx import add_adapters, write_onnx
-from converters.targets.onnx.write import shrunk
+from converters.targets.onnx.graph_file import shrunk
 from dora_serve.onnxruntime.encoder import Encoder
 from dora_serve.onnxruntime.session import EngineError
 from dora_serve.proof.onnxruntime import prove

@@ -9,7 +9,7 @@ import onnx
 import pytest
 
 from converters.model.base import open_base
-from converters.targets.onnx import export, write, write_onnx
+from converters.targets.onnx import export, graph_file, write_onnx
 from dora_serve import Run, read_run, verify
 from dora_serve.onnxruntime.encoder import Encoder
 from tests.conftest import DATA, MODELS
@@ -21,7 +21,7 @@ REFERENCE = DATA / "reference"
 @pytest.fixture(autouse=True)
 def everything_is_large(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(export, "_SEEN", 2048)
-    monkeypatch.setattr(write, "_INSIDE", 0)
+    monkeypatch.setattr(graph_file, "_INSIDE", 0)
 
 
 def check(folder: Path) -> None:

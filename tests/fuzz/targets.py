@@ -21,9 +21,8 @@ from converters.errors import DoraExportError
 from converters.files.onnx_files import read_adapter_file
 from converters.files.tensors import open_file
 from converters.model.base import open_base
-from converters.targets.lora_folder.adapter import write_adapter
 from converters.targets.merged.plan import plan_merge
-from dora_serve import ReadOptions, merge, read_run
+from dora_serve import ReadOptions, export, merge, read_run
 from dora_serve.api import find_base
 from dora_serve.proof.check import check
 from tests.conftest import tiny_llama
@@ -205,14 +204,9 @@ def _read_base(folder: Path, data: bytes) -> None:
     (folder / "base/config.json").write_bytes(data)
     run = read_run(folder / "adapter")
     shutil.rmtree(folder / "out", ignore_errors=True)
-    for write in (
-        lambda base: merge(run, folder / "out/merged", base=base.path),
-        lambda base: write_adapter(run, folder / "out/gguf", base=base, profile="gguf"),
-    ):
-        try:
-            write(open_base(folder / "base"))
-        except DoraExportError:
-            continue
+    for target in ("merged", "gguf"):
+        with contextlib.suppress(DoraExportError):
+            export(run, folder / "out" / target, target, base=open_base(folder / "base"))
 
 
 def _base_and_adapter(folder: Path) -> list[bytes]:

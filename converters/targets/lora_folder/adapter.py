@@ -9,96 +9,138 @@ every module is padded with zeros to the largest.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
-from importlib.metadata import entry_points
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Protocol
+from typing import Any
 
 import torch
 
-from ...certificate import certificate, write_certificate, write_json
+from ...certificate import write_json
 from ...errors import TargetError
-from ...files.output import check_output, output_folder, save_tensors
-from ...files.tensors import LazyTensor, load_finite
-from ...fit import FitReport, fit_run
+from ...files.output import save_tensors
+from ...files.tensors import LazyTensor, load_finite, numel
 from ...model.base import BaseModel
 from ...model.layout import is_parameter, split_slice
 from ...model.match import changed, check_frozen
 from ...model.tasks import peft_type
 from ...run import Run
-from ...updates.rank_one import stored_error
-from ..engines import PROFILES, Profile
+from ...updates.rank_one import RankOneSum, stored_error
+from ..engines import Profile
+from ..target import Plan, Progress, Report
+from . import CONFIG, WEIGHTS
 from .card import model_card
 from .experts import padded, stacked, transposed_modules
 from .padding import absent_modules
 from .whole import whole_modules
 
-WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
 _PREFIX = "base_model.model."
+_LOSS = 0.05  # above this share of an update lost to rounding the user is warned
 
 
 @dataclass(frozen=True)
-class AdapterPlan:
-    """What will be written, from ranks and names.
+class AdapterReport(Report):
+    """`errors`: per module ‖stored ΔW − ΔW‖/‖ΔW‖, ΔW as fitted."""
 
-    `ranks`: start rank and rank per module. `stored`: rank, out and in of every module as stored,
-    those included that the run has not and the engine needs, as zeros.
-    """
+    errors: Mapping[str, float] = field(default_factory=dict)
 
-    config: dict[str, object]
-    ranks: dict[str, tuple[int | None, int]]
-    whole: dict[str, LazyTensor]
-    nbytes: int
-    stored: dict[str, tuple[int, int, int]]
+    def summary(self) -> dict[str, Any]:
+        return {"errors": dict(self.errors)}
 
-
-@dataclass(frozen=True)
-class AdapterResult:
-    """What was written, and per module ‖stored ΔW − ΔW‖/‖ΔW‖, ΔW as fitted. `fit`: what fitting
-    cost, None where the adapter is the whole update."""
-
-    path: Path
-    plan: AdapterPlan
-    errors: dict[str, float]
-    warnings: tuple[str, ...]
-    fit: FitReport | None = None
+    def lines(self) -> list[str]:
+        if not self.errors:
+            return []
+        return [f"largest relative error of storing: {max(self.errors.values()):.1e}"]
 
 
-class AdapterFormat(Protocol):
-    """A format of adapters, registered under `dora_serve.writers` and named by `Profile.writer`."""
+@dataclass(frozen=True, kw_only=True)
+class AdapterPlan(Plan):
+    """`ranks`: start rank and rank per module. `whole`: what is stored whole. `stored`: rank, out
+    and in of every module as stored, those included that the engine needs as zeros."""
 
-    def plan(
-        self, run: Run, base: BaseModel | None, profile: Profile, dtype: torch.dtype
-    ) -> AdapterPlan:
-        """Plan the adapter of `run`; raises `TargetError` for what the target cannot carry."""
+    config: Mapping[str, object]
+    ranks: Mapping[str, tuple[int | None, int]]
+    whole: Mapping[str, LazyTensor]
+    stored: Mapping[str, tuple[int, int, int]]
+    dtype: torch.dtype
 
-    def save(
-        self,
-        folder: Path,
-        name: str,
-        run: Run,
-        plan: AdapterPlan,
-        dtype: torch.dtype,
-        fit: FitReport | None,
-    ) -> dict[str, float]:
-        """Fill `folder`, which will be called `name`; returns ‖stored ΔW − ΔW‖/‖ΔW‖ per module."""
+    def summary(self) -> dict[str, Any]:
+        ranks = {module: rank for module, (_, rank) in self.ranks.items()}
+        return {
+            "ranks": ranks,
+            "max_rank": max(ranks.values(), default=0),
+            "modules_to_save": self.config["modules_to_save"],
+            "whole": sorted(self.whole),
+            "fit": None if self.run.fit is None else asdict(self.run.fit),
+        }
 
+    def lines(self) -> list[str]:
+        ranks = [rank for _, rank in self.ranks.values()]
+        said = [
+            f"LoRA adapter for {self.target}, {sum(map(bool, ranks))} of {len(ranks)} modules, "
+            f"ranks up to {max(ranks, default=0)}, {len(self.whole)} tensors whole"
+        ]
+        return said if self.run.fit is None else [*said, *self.run.fit.lines()]
 
-def adapter_format(profile: Profile) -> AdapterFormat:
-    """The installed format that `profile` names."""
-    (point,) = entry_points(group="dora_serve.writers", name=profile.writer)
-    found: AdapterFormat = point.load()()
-    return found
+    def write(self, folder: Path, name: str, progress: Progress) -> AdapterReport:
+        errors = self.save(folder, name)
+        progress(self.nbytes)
+        lossy = [module for module, error in errors.items() if error > _LOSS]
+        warning = f"{self.dtype} loses more than 5 % of the update in {len(lossy)} modules"
+        modules = {
+            module: {"start_rank": start, "rank": rank, "error": errors.get(module, 0.0)}
+            for module, (start, rank) in self.ranks.items()
+        }
+        details = {
+            "dtype": str(self.dtype).removeprefix("torch."),
+            "replaced": sorted(self.whole),
+        }
+        warnings = (f"{warning}: use float32",) if lossy else ()
+        return AdapterReport(modules, details, warnings, errors)
+
+    def save(self, folder: Path, name: str) -> dict[str, float]:
+        """Fill `folder`; returns ‖stored ΔW − ΔW‖/‖ΔW‖ per module."""
+        tensors: dict[str, torch.Tensor] = {}
+        errors: dict[str, float] = {}
+        blocks: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}
+        for module, (rank, out, inn) in self.stored.items():
+            if not rank:
+                continue
+            a, b = (
+                torch.zeros(rank, inn, dtype=self.dtype),
+                torch.zeros(out, rank, dtype=self.dtype),
+            )
+            update = self.components(module)
+            if update is not None:
+                a[: update.rank], b[:, : update.rank] = update.balanced()
+                errors[module] = stored_error(update, a, b)
+            if is_parameter(module):
+                blocks[module] = a, b
+            else:
+                tensors |= _named(module, a, b, module in self.run.embeddings)
+        for module, (a, b) in stacked(blocks).items():
+            tensors |= _named(module, a, b, embedding=False)
+        saved = self.config["modules_to_save"]
+        for name, tensor in self.whole.items():
+            module, _, kind = name.rpartition(".")
+            inside = isinstance(saved, list) and any(f"{name}.".startswith(f"{m}.") for m in saved)
+            adapted = self.stored.get(module, (0,))[0] > 0 and not inside
+            key = f"{module}.base_layer.{kind}" if adapted else name
+            tensors[_PREFIX + key] = load_finite(tensor).to(self.dtype)
+        save_tensors(tensors, folder / WEIGHTS)
+        write_json(folder / CONFIG, self.config)
+        (folder / "README.md").write_text(model_card(self))
+        return errors
+
+    def components(self, module: str) -> RankOneSum | None:
+        """What of a stored module is no zeros."""
+        update = self.run.updates[module].components() if module in self.run.updates else None
+        return update if update is not None and update.rank else None
 
 
 def plan_adapter(
     run: Run, base: BaseModel | None, profile: Profile, dtype: torch.dtype
 ) -> AdapterPlan:
     """Plan the adapter of `run`; raises `TargetError` for what the target cannot carry."""
-    return adapter_format(profile).plan(run, base, profile, dtype)
-
-
-def _plan(run: Run, base: BaseModel | None, profile: Profile, dtype: torch.dtype) -> AdapterPlan:
     if not run.updates:
         raise TargetError(
             "the run trained no matrix that a LoRA adapter could update",
@@ -132,9 +174,20 @@ def _plan(run: Run, base: BaseModel | None, profile: Profile, dtype: torch.dtype
         "bias": "all" if biases else "none",
         "fan_in_fan_out": bool(transposed & alive.keys()),
     }
-    elements = sum(_numel(tensor) for tensor in whole.values())
+    elements = sum(numel(tensor) for tensor in whole.values())
     elements += sum(rank * (out + inn) for rank, out, inn in stored.values())
-    return AdapterPlan(config, ranks, whole, elements * dtype.itemsize, stored)
+    return AdapterPlan(
+        target=profile.name,
+        run=run,
+        base=base,
+        nbytes=elements * dtype.itemsize,
+        warnings=run.warnings,
+        config=config,
+        ranks=ranks,
+        whole=whole,
+        stored=stored,
+        dtype=dtype,
+    )
 
 
 def _stored(
@@ -240,115 +293,6 @@ def _config(
     }
 
 
-def prepare(
-    run: Run,
-    base: BaseModel | None,
-    max_rank: int | None = None,
-    energy: float | None = None,
-    budget: int | None = None,
-) -> tuple[Run, FitReport | None]:
-    """The run without pruned components, fitted where a limit of `fit_run` is given."""
-    stripped = run.strip()
-    if max_rank is None and energy is None and budget is None:
-        return stripped, None
-    return fit_run(stripped, base, max_rank=max_rank, energy=energy, budget=budget)
-
-
-def write_adapter(
-    run: Run,
-    target: Path,
-    *,
-    base: BaseModel | None = None,
-    profile: str = "peft",
-    dtype: torch.dtype = torch.float32,
-    force: bool = False,
-    max_rank: int | None = None,
-    energy: float | None = None,
-    budget: int | None = None,
-) -> AdapterResult:
-    """Write `run` as a LoRA adapter folder for the target named `profile` (see PROFILES).
-
-    `max_rank`, `energy` or `budget` approximates it, see `fit_run`. Raises `DoraExportError`, with
-    nothing written, when the target cannot carry the run.
-    """
-    if profile not in PROFILES:
-        raise TargetError("unknown target", found=profile, expected=", ".join(PROFILES))
-    inputs = [run.path, *([base.path] if base is not None else [])]
-    check_output(target, force, inputs)
-    stripped, fit = prepare(run, base, max_rank, energy, budget)
-    output = adapter_format(PROFILES[profile])
-    plan = output.plan(stripped, base, PROFILES[profile], dtype)
-    check_output(target, force, inputs, plan.nbytes)
-    with output_folder(target) as folder:
-        errors = output.save(folder, target.name, stripped, plan, dtype, fit)
-        warnings = (*run.warnings, *_loss_warnings(errors, dtype))
-        if fit is not None and fit.warning is not None:
-            warnings = (*warnings, fit.warning)
-        modules = {
-            module: {"start_rank": start, "rank": rank, "error": errors.get(module, 0.0)}
-            for module, (start, rank) in plan.ranks.items()
-        }
-        proof = certificate(
-            "adapter",
-            run,
-            base,
-            modules,
-            target=profile,
-            dtype=str(dtype).removeprefix("torch."),
-            replaced=sorted(plan.whole),
-            fit=None if fit is None else asdict(fit),
-        )
-        write_certificate(folder, proof)
-    return AdapterResult(target, plan, errors, warnings, fit)
-
-
-class LoraFolder:
-    """PEFT's folder: `adapter_config.json` and `adapter_model.safetensors`."""
-
-    def plan(
-        self, run: Run, base: BaseModel | None, profile: Profile, dtype: torch.dtype
-    ) -> AdapterPlan:
-        return _plan(run, base, profile, dtype)
-
-    def save(
-        self,
-        folder: Path,
-        name: str,
-        run: Run,
-        plan: AdapterPlan,
-        dtype: torch.dtype,
-        fit: FitReport | None,
-    ) -> dict[str, float]:
-        tensors: dict[str, torch.Tensor] = {}
-        errors: dict[str, float] = {}
-        blocks: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}
-        for module, (rank, out, inn) in plan.stored.items():
-            if not rank:
-                continue
-            a, b = torch.zeros(rank, inn, dtype=dtype), torch.zeros(out, rank, dtype=dtype)
-            update = run.updates[module].components() if module in run.updates else None
-            if update is not None and update.rank:
-                a[: update.rank], b[:, : update.rank] = update.balanced()
-                errors[module] = stored_error(update, a, b)
-            if is_parameter(module):
-                blocks[module] = a, b
-            else:
-                tensors |= _named(module, a, b, module in run.embeddings)
-        for module, (a, b) in stacked(blocks).items():
-            tensors |= _named(module, a, b, embedding=False)
-        saved = plan.config["modules_to_save"]
-        for name, tensor in plan.whole.items():
-            module, _, kind = name.rpartition(".")
-            inside = isinstance(saved, list) and any(f"{name}.".startswith(f"{m}.") for m in saved)
-            adapted = plan.stored.get(module, (0,))[0] > 0 and not inside
-            key = f"{module}.base_layer.{kind}" if adapted else name
-            tensors[_PREFIX + key] = load_finite(tensor).to(dtype)
-        save_tensors(tensors, folder / WEIGHTS)
-        write_json(folder / CONFIG, plan.config)
-        (folder / "README.md").write_text(model_card(run, plan.config, plan.ranks, fit))
-        return errors
-
-
 def _named(
     module: str, a: torch.Tensor, b: torch.Tensor, embedding: bool
 ) -> dict[str, torch.Tensor]:
@@ -361,10 +305,3 @@ def _named(
         f"{_PREFIX}{module}.lora_A.weight": a.contiguous(),
         f"{_PREFIX}{module}.lora_B.weight": b.contiguous(),
     }
-
-
-def _loss_warnings(errors: Mapping[str, float], dtype: torch.dtype) -> list[str]:
-    lossy = {module: error for module, error in errors.items() if error > 0.05}
-    if not lossy:
-        return []
-    return [f"{dtype} loses more than 5 % of the update in {len(lossy)} modules: use float32"]

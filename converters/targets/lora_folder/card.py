@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from typing import TYPE_CHECKING
 
-from ...fit import FitReport, percent
-from ...run import Run
+from ...fit import percent
+
+if TYPE_CHECKING:
+    from .adapter import AdapterPlan
 
 _PEFT_USAGE = """```python
 from peft import PeftModel
@@ -13,16 +15,10 @@ model = PeftModel.from_pretrained(base_model, "path/to/this/folder")
 ```"""
 
 
-def model_card(
-    run: Run,
-    config: Mapping[str, object],
-    ranks: Mapping[str, tuple[int | None, int]],
-    fit: FitReport | None = None,
-    library: str = "peft",
-    usage: str = _PEFT_USAGE,
-) -> str:
+def model_card(plan: AdapterPlan, library: str = "peft", usage: str = _PEFT_USAGE) -> str:
     """Markdown with the hub's metadata block; `usage`: how `library` loads it."""
-    base = config.get("base_model_name_or_path")
+    run, ranks, fit = plan.run, plan.ranks, plan.run.fit
+    base = plan.config.get("base_model_name_or_path")
     kept = sum(rank for _, rank in ranks.values())
     started = sum(start or 0 for start, _ in ranks.values())
     rows = "\n".join(

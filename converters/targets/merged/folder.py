@@ -1,23 +1,20 @@
-"""The merged model: a Hugging Face folder that `from_pretrained` loads, with the base's shards."""
+"""Writing a merged model's folder: shards, index, configuration, and what lies beside them."""
 
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
-import torch
-
-from ...certificate import FILE, certificate, write_certificate, write_json
+from ...certificate import FILE, write_json
 from ...errors import BaseError
-from ...files.output import check_output, output_folder
-from ...model.base import BaseModel
-from ...run import Run
+from ...files.output import JOURNAL
+from ..target import Progress, Report
 from .journal import Journal
-from .plan import MergePlan, plan_merge
-from .stream import Progress, Rounding, write_shards
+from .plan import MergePlan
+from .stream import Rounding, write_shards
 
 _COPIED = {".json", ".txt", ".model", ".jinja", ".tiktoken", ".spm", ".vocab", ".bpe"}
 _OWN_FILES = {"config.json", "adapter_config.json", FILE}
@@ -35,53 +32,53 @@ LOSS_WARNING = 0.05
 
 
 @dataclass(frozen=True)
-class MergeResult:
-    """What was written. `rounding`: per module, what survived the output dtype. `resumed`: the
-    shards that a killed merge had finished."""
+class MergeReport(Report):
+    """`rounding`: per module, what survived the output dtype. `resumed`: the shards that a killed
+    merge had finished."""
 
-    path: Path
-    plan: MergePlan
-    rounding: dict[str, Rounding]
-    warnings: tuple[str, ...]
+    rounding: Mapping[str, Rounding] = field(default_factory=dict)
     resumed: tuple[str, ...] = ()
 
+    def summary(self) -> dict[str, Any]:
+        lost = {module: report.lost for module, report in self.rounding.items()}
+        return {"lost_to_rounding": lost, "resumed": list(self.resumed)}
 
-def write_merged(
-    run: Run,
-    base: BaseModel,
-    target: Path,
-    *,
-    dtype: torch.dtype | None = None,
-    force: bool = False,
-    resume: bool = False,
-    progress: Callable[[int], AbstractContextManager[Progress]] | None = None,
-) -> MergeResult:
-    """Merge `run` into `base` and write the result to the folder `target`.
+    def lines(self) -> list[str]:
+        said = []
+        if self.resumed:
+            said.append(f"{len(self.resumed)} shard(s) are of a killed merge")
+        if self.rounding:
+            worst = max(report.lost for report in self.rounding.values())
+            said.append(f"rounding took at most {worst:.2%} of a module's update")
+        return said
 
-    Memory: one block of rows per thread and the components of one module, never a whole matrix.
-    `dtype` None keeps each tensor's dtype; `progress` opens a bar for a number of bytes. With
-    `resume`, a merge that is killed leaves its finished shards for the next with `resume`, which
-    checks every byte of them by hash. Raises `DoraExportError`, with nothing written, when the run
-    does not fit the base or the output cannot be written.
-    """
-    check_output(target, force, [run.path, base.path])
-    stripped = run.strip()
-    plan = plan_merge(stripped, base, dtype)
-    check_output(target, force, [run.path, base.path], plan.nbytes, resume)
-    bar = progress(plan.nbytes) if progress is not None else nullcontext(_no_progress)
-    with output_folder(target, resume) as folder, bar as advance:
-        journal = Journal(folder, plan) if resume else None
-        rounding = _write_shards(folder, plan, advance, journal)
-        _write_index(folder, plan)
-        write_json(folder / "config.json", plan.config)
-        copy_companions(base.path, folder, run.path)
-        warnings = (*run.warnings, *_loss_warnings(rounding))
-        proof = _certificate(plan.run, base, plan, rounding, dtype)
-        # Hashing every byte would cost half as much again as the merge.
-        write_certificate(folder, proof, pieces=True)
-    if journal is None:
-        return MergeResult(target, plan, rounding, warnings)
-    return MergeResult(target, plan, rounding, (*warnings, *journal.notes), tuple(journal.finished))
+
+def write_folder(folder: Path, plan: MergePlan, progress: Progress) -> MergeReport:
+    """Fill `folder` as planned."""
+    journal = Journal(folder, plan) if (folder / JOURNAL).exists() else None
+    rounding = _write_shards(folder, plan, progress, journal)
+    _write_index(folder, plan)
+    write_json(folder / "config.json", plan.config)
+    copy_companions(plan.base.path, folder, plan.run.path)
+    modules = {
+        module: {
+            "start_rank": plan.run.start_rank.get(module),
+            "rank": rank,
+            "relative_update": rounding[module].relative_update,
+            "rounding": {
+                "cosine": rounding[module].cosine,
+                "norm_ratio": rounding[module].norm_ratio,
+                "lost": rounding[module].lost,
+            },
+        }
+        for module, rank in plan.ranks.items()
+    }
+    details = {
+        "dtype": None if plan.dtype is None else str(plan.dtype).removeprefix("torch."),
+        "replaced": sorted(t.name for t in plan.tensors if t.name in plan.run.replaced),
+    }
+    notes, resumed = ((), ()) if journal is None else (journal.notes, tuple(journal.finished))
+    return MergeReport(modules, details, (*_loss_warnings(rounding), *notes), rounding, resumed)
 
 
 def _write_shards(
@@ -95,10 +92,6 @@ def _write_shards(
     left = {name: tensors for name, tensors in plan.shards.items() if name not in done}
     rounding = write_shards(folder, left, plan.run, advance, journal.add)
     return {**rounding, **{m: report for shard in done.values() for m, report in shard.items()}}
-
-
-def _no_progress(_bytes: int) -> None:
-    """Nobody is watching."""
 
 
 def _write_index(folder: Path, plan: MergePlan) -> None:
@@ -157,33 +150,3 @@ def _loss_warnings(rounding: dict[str, Rounding]) -> list[str]:
         f"{len(lossy)} of {len(rounding)} modules (worst: {worst}, {lossy[worst]:.0%}); "
         "use `dtype` float32, or deploy an adapter"
     ]
-
-
-def _certificate(
-    run: Run,
-    base: BaseModel,
-    plan: MergePlan,
-    rounding: dict[str, Rounding],
-    dtype: torch.dtype | None,
-) -> dict[str, object]:
-    modules = {
-        module: {
-            "start_rank": run.start_rank.get(module),
-            "rank": rank,
-            "relative_update": rounding[module].relative_update,
-            "rounding": {
-                "cosine": rounding[module].cosine,
-                "norm_ratio": rounding[module].norm_ratio,
-                "lost": rounding[module].lost,
-            },
-        }
-        for module, rank in plan.ranks.items()
-    }
-    return certificate(
-        "merged",
-        run,
-        base,
-        modules,
-        dtype=None if dtype is None else str(dtype).removeprefix("torch."),
-        replaced=sorted(t.name for t in plan.tensors if t.name in run.replaced),
-    )

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -28,6 +29,10 @@ from ...model.match import (
 )
 from ...model.tying import copy_of_embedding, new_embedding, tied
 from ...run import Run
+from ..target import Plan, Progress
+
+if TYPE_CHECKING:
+    from .folder import MergeReport
 
 
 @dataclass(frozen=True)
@@ -54,16 +59,19 @@ class OutputTensor:
         )
 
 
-@dataclass(frozen=True)
-class MergePlan:
+@dataclass(frozen=True, kw_only=True)
+class MergePlan(Plan):
     """The output's shards in order, and the configuration beside them.
 
-    `run`: the run with its updates keyed by the tensors on disk.
+    `run`: the run with its updates keyed by the tensors on disk. `dtype`: of the output, None for
+    each tensor's own.
     """
 
-    run: Run
+    pieces = True
+    base: BaseModel
     shards: Mapping[str, tuple[OutputTensor, ...]]
     config: Mapping[str, object]
+    dtype: torch.dtype | None
 
     @property
     def ranks(self) -> Mapping[str, int | None]:
@@ -71,12 +79,36 @@ class MergePlan:
         return self.run.ranks
 
     @property
-    def nbytes(self) -> int:
-        return sum(tensor.nbytes for shard in self.shards.values() for tensor in shard)
-
-    @property
     def tensors(self) -> list[OutputTensor]:
         return [tensor for shard in self.shards.values() for tensor in shard]
+
+    def summary(self) -> dict[str, Any]:
+        start = self.run.start_rank
+        kept = sum(start.get(name, 0) if r is None else r for name, r in self.ranks.items())
+        return {
+            "method": self.run.method,
+            "finished": self.run.finished,
+            "shards": {name: len(tensors) for name, tensors in self.shards.items()},
+            "merged": [tensor.name for tensor in self.tensors if tensor.module],
+            "copied": sum(tensor.is_copy for tensor in self.tensors),
+            "modules": len(self.ranks),
+            "components": {"start": sum(start.values()), "kept": kept},
+        }
+
+    def lines(self) -> list[str]:
+        parts = self.summary()["components"]
+        return [
+            f"merged {len(self.ranks)} modules ({parts['kept']} of {parts['start']} components "
+            f"survived training) into {len(self.tensors)} tensors in {len(self.shards)} shard(s)"
+        ]
+
+    def write(self, folder: Path, name: str, progress: Progress) -> MergeReport:  # noqa: ARG002
+        """Memory: one block of rows per thread and the components of one module, never a whole
+        matrix. Where a killed merge left its journal, its finished shards are checked by hash and
+        kept."""
+        from .folder import write_folder
+
+        return write_folder(folder, self, progress)
 
 
 def plan_merge(run: Run, base: BaseModel, dtype: torch.dtype | None) -> MergePlan:
@@ -144,7 +176,16 @@ def plan_merge(run: Run, base: BaseModel, dtype: torch.dtype | None) -> MergePla
         last.append(OutputTensor(HEAD, head, dtype or head.dtype, module))
     copy = copy_of_embedding(run, base)
     written = {n: tuple(t for t in tensors if t.name != copy) for n, tensors in shards.items()}
-    return MergePlan(run, written, config)
+    return MergePlan(
+        target="merged",
+        run=run,
+        base=base,
+        nbytes=sum(tensor.nbytes for tensors in written.values() for tensor in tensors),
+        warnings=run.warnings,
+        shards=written,
+        config=config,
+        dtype=dtype,
+    )
 
 
 def _shard_name(path: Path) -> str:

@@ -27,6 +27,7 @@ from ...files.handles import opened
 from ...files.tensors import DTYPE_NAMES, SafetensorsTensor, byte_view, nbytes, rows_and_columns
 from ...run import Run
 from ...updates.update import Update, transposed
+from ..target import Progress
 from .plan import OutputTensor
 
 BLOCK_ELEMENTS = 512 << 10  # 2 MiB in float32: stays in the cache, and amortizes the calls
@@ -37,7 +38,6 @@ _REPORT_EVERY = 8
 _NO_KERNEL_COPY = (errno.EXDEV, errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP)
 
 Job = Callable[[], None]
-Progress = Callable[[int], None]  # told the bytes just written, from any thread
 Finished = Callable[[str, Mapping[str, "Rounding"]], None]  # a file on the disk, its modules
 
 # A file that is to be told when it is finished waits for few others: a merge that is killed then

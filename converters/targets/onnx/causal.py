@@ -16,10 +16,10 @@ from ...errors import TargetError
 from ...files.onnx_files import BATCHED, GENAI, MODEL
 from .branches import Site, add_branches
 from .export import Axes, Part, check_graph, fused
+from .graph_file import GraphWriter
 from .linear import linear_sites, three_axes
 from .loaded import load_whole, write_config
 from .positions import add_positions
-from .write import GraphWriter
 
 _NAME = "dora_export"  # of the attention and the experts, for transformers
 _ROWS, _TOKENS = "batch_size", "sequence_length"

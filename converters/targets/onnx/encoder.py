@@ -23,11 +23,11 @@ from ...run import Run
 from .adapters import write_own_heads
 from .branches import add_branches
 from .export import Axes, Part, fused
+from .graph_file import GraphWriter, put_inside
 from .heads import Head, free_heads
 from .linear import linear_sites, three_axes
 from .loaded import load_model, load_whole, write_config
 from .surgery import take
-from .write import GraphWriter, put_inside
 
 _TOKENS: Axes = ("batch_size", "sequence_length")
 OUTPUTS: dict[str, dict[str, Axes]] = {

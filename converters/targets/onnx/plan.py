@@ -4,54 +4,114 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 
-from ...certificate import FILE
+from ...certificate import FILE, tool
 from ...errors import TargetError
 from ...files.onnx_files import BATCHED, DECODER, ENCODER, MODEL, WITH_PAST
-from ...files.output import check_output
-from ...files.tensors import read_json
+from ...files.tensors import numel, read_json
+from ...model.architecture import empty_model
 from ...model.base import BaseModel
 from ...model.match import changed, check_frozen, target_architecture
-from ...model.tasks import task_of
+from ...model.tasks import architecture_of, task_of
 from ...run import Run
 from ..merged.plan import plan_merge
+from ..target import Plan, Progress, Report
+from . import PRECISIONS
 from .encoder import ENCODER_TASKS
+from .encoder import _heads as heads_of
 from .seq2seq import SEQ2SEQ_TASK
-from .write import PRECISIONS
 
 _MERGED = "export it merged: `onnx`"
+_BYTES = {"fp32": 4, "fp16": 2, "int8": 1, "int4": 0.5}  # of a weight, at least
 _NAME = re.compile(r"[\w][\w.-]*")
 
 
 @dataclass(frozen=True)
-class OnnxPlan:
+class OnnxReport(Report):
+    """`ranks`: adapter → module → rank."""
+
+    ranks: Mapping[str, Mapping[str, int]] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, kw_only=True)
+class OnnxPlan(Plan):
     """`graphs`: their files; an encoder's batched one is left out where it cannot be.
 
-    `adapters`: name → stripped run; None for graphs without branches.
+    `adapters`: name → stripped run; None for graphs without branches. `merges`: whether `run` goes
+    into the weights; else it is one of the adapters, or None.
     """
 
+    run: Run
+    base: BaseModel
     task: str
     graphs: tuple[str, ...]
-    adapters: dict[str, Run] | None
-    warnings: tuple[str, ...]
+    adapters: Mapping[str, Run] | None
+    precision: str
+    merges: bool
+
+    @property
+    def inputs(self) -> list[Path]:
+        runs = [self.run] if self.merges else list((self.adapters or {}).values())
+        return [self.base.path, *(run.path for run in runs)]
+
+    def summary(self) -> dict[str, Any]:
+        adapters = (self.adapters or {}).items()
+        return {
+            "precision": self.precision,
+            "graphs": list(self.graphs),
+            "adapters": {n: {m: run.rank(m) or 0 for m in run.updates} for n, run in adapters},
+        }
+
+    def lines(self) -> list[str]:
+        ranks = self.summary()["adapters"].items()
+        return [
+            f"{', '.join(self.graphs)}, {self.precision}",
+            *(f"adapter {n}: ranks up to {max(own.values(), default=0)}" for n, own in ranks),
+        ]
+
+    def write(self, folder: Path, name: str, progress: Progress) -> OnnxReport:  # noqa: ARG002
+        from .write import write_graphs
+
+        report = write_graphs(folder, self)
+        progress(self.nbytes)
+        return report
+
+    def certificate(self, report: Report) -> dict[str, object]:
+        from .write import adapter_certificates
+
+        if self.merges:
+            return super().certificate(report)
+        assert isinstance(report, OnnxReport)
+        base = self.base
+        weights = [n.removesuffix(".weight") for n, t in base.tensors.items() if len(t.shape) == 2]
+        return {
+            "tool": tool(),
+            "target": self.target,
+            "base": {"name": base.name, "fingerprint": base.fingerprint(weights)},
+            **report.details,
+            "adapters": adapter_certificates(self.adapters or {}, base, report.ranks),
+        }
 
 
 def plan_onnx(
     base: BaseModel,
-    target: Path,
     *,
-    run: Run | None,
-    adapters: Mapping[str, Run] | None,
-    precision: str,
-    force: bool,
+    run: Run | None = None,
+    adapters: Mapping[str, Run] | None = None,
+    precision: str = "fp32",
 ) -> OnnxPlan:
-    """What `write_onnx` writes. Raises `DoraExportError` when it may not, or cannot."""
-    runs = [*([run] if run is not None else []), *(adapters or {}).values()]
-    check_output(target, force, [base.path, *(each.path for each in runs)])
+    """What `write_onnx` writes. Raises `DoraExportError` for what graphs cannot carry, and
+    `ModuleNotFoundError` where what builds them is not installed."""
+    import onnx  # noqa: F401
+
+    stripped = None if adapters is None else {n: each.strip() for n, each in adapters.items()}
+    merged = None if run is None else run.strip()
+    runs = [merged] if merged is not None else list((stripped or {}).values())
     if precision not in PRECISIONS:
         raise TargetError("unknown precision", found=precision, expected=", ".join(PRECISIONS))
     task = _task(base, runs)
@@ -64,16 +124,28 @@ def plan_onnx(
             found=base.config.get("architectures"),
             remedy="deploy the merged model (`merge`)",
         )
-    _check_adapters(adapters or {}, base, heads=task in ENCODER_TASKS)
-    stripped = None if adapters is None else {n: each.strip() for n, each in adapters.items()}
-    if run is not None:
-        plan_merge(run.strip(), base, torch.float32)
-    free = stripped is not None and task not in ENCODER_TASKS
-    carries = run is None and (bool(stripped) or free)
+    _check_adapters(stripped or {}, base, task)
+    if merged is not None:
+        plan_merge(merged, base, torch.float32)
+    carries = merged is None and (
+        bool(stripped) or (stripped is not None and task not in ENCODER_TASKS)
+    )
     graphs: tuple[str, ...] = (MODEL, BATCHED) if carries else (MODEL,)
     if task == SEQ2SEQ_TASK:
         graphs = (ENCODER, DECODER, WITH_PAST)
-    return OnnxPlan(task, graphs, stripped, tuple(w for each in runs for w in each.warnings))
+    elements = sum(numel(tensor) for tensor in base.tensors.values())
+    return OnnxPlan(
+        target="onnx",
+        run=merged or next(iter((stripped or {}).values()), Run(base.path, "none", {})),
+        base=base,
+        nbytes=int(elements * _BYTES[precision]),
+        warnings=tuple(dict.fromkeys(w for each in runs for w in each.warnings)),
+        task=task,
+        graphs=graphs,
+        adapters=stripped,
+        precision=precision,
+        merges=merged is not None,
+    )
 
 
 def plan_added(
@@ -97,7 +169,7 @@ def plan_added(
             found=", ".join(taken),
             remedy="choose another name, or pass `force` to replace it",
         )
-    _check_adapters(adapters, base, heads=_task(base, list(adapters.values())) in ENCODER_TASKS)
+    _check_adapters(adapters, base, _task(base, list(adapters.values())))
     _check_base(proof, adapters, base, folder)
     return {name: run.strip() for name, run in adapters.items()}
 
@@ -110,18 +182,15 @@ def _task(base: BaseModel, runs: list[Run]) -> str | None:
     return tasks.pop() if tasks else task_of(base.config)
 
 
-def _check_adapters(adapters: Mapping[str, Run], base: BaseModel, *, heads: bool) -> None:
-    """Raise an error for an adapter that is of another base, or that a graph cannot carry.
-
-    `heads`: whether the graph has inputs for heads trained whole, which are then checked later.
-    """
+def _check_adapters(adapters: Mapping[str, Run], base: BaseModel, task: str | None) -> None:
+    """Raise an error for an adapter that is of another base, or that a graph cannot carry."""
     for name, run in adapters.items():
         if not _NAME.fullmatch(name):
             raise TargetError("not a name for an adapter", found=name, expected="letters, - _ .")
         check_frozen(run, base)
-        target_architecture(run, base)
-        whole = [] if heads else sorted(changed(run, base))
-        refuse(run, [*whole, *sorted(run.embeddings)])
+        architecture, _ = target_architecture(run, base)
+        whole = changed(run, base).keys() - _own_heads(run, base, architecture, task)
+        refuse(run, [*sorted(whole), *sorted(run.embeddings)])
         for module, rank in run.strip().ranks.items():
             if rank is None:
                 raise TargetError(
@@ -138,6 +207,15 @@ def _check_adapters(adapters: Mapping[str, Run], base: BaseModel, *, heads: bool
                     remedy=_MERGED,
                 )
             base.is_transposed(module, run.shapes[module])
+
+
+def _own_heads(run: Run, base: BaseModel, architecture: str | None, task: str | None) -> set[str]:
+    """The tensors that the graph has inputs for, as an adapter may bring them."""
+    if task not in ENCODER_TASKS:
+        return set()
+    cls = architecture or architecture_of(base.config)
+    heads = heads_of(empty_model(cls, base.config, run.num_labels), task)
+    return {f"{module}.{part}" for module in heads for part in ("weight", "bias")}
 
 
 def refuse(run: Run, tensors: list[str]) -> None:

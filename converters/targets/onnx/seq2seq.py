@@ -18,10 +18,10 @@ from ...errors import TargetError
 from ...files.onnx_files import ADAPTER_INDEX, DECODER, ENCODER, NO_ADAPTER, WITH_PAST
 from .branches import add_branches
 from .export import Axes, Part, fused
+from .graph_file import GraphWriter
 from .linear import linear_sites, three_axes
 from .loaded import load_whole, write_config
 from .surgery import optional_input
-from .write import GraphWriter
 
 SEQ2SEQ_TASK = "seq2seq-lm"
 _ROWS, _SOURCE, _TOKENS = "batch_size", "encoder_sequence_length", "decoder_sequence_length"

@@ -1,119 +1,135 @@
-"""Graphs written in a precision, their weights beside them, equal ones once."""
+"""Filling an ONNX folder as planned, and adding adapters to one."""
 
 from __future__ import annotations
 
-import hashlib
-import tempfile
-from collections.abc import Callable
+import shutil
+from collections.abc import Mapping
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-import onnx_ir as ir
+import torch
 
-from .export import quiet
-
-PRECISIONS = ("fp32", "fp16", "int8", "int4")
-DATA = "model.onnx.data"
-_DATA_FROM, _ALIGNED = 1024, 64  # bytes; smaller tensors stay inside the graph
-_BLOCK = 32
-_INSIDE = 900_000_000  # bytes of weights that a graph, which ends at 2 GB, may hold itself
-
-
-class GraphWriter:
-    """Writes the graphs of one folder in one precision, over one file of weights."""
-
-    def __init__(self, folder: Path, precision: str, *, weights_only: bool = False) -> None:
-        self._folder, self._precision, self._weights_only = folder, precision, weights_only
-        self._places: dict[bytes, int] = {}
-
-    def write(
-        self, name: str, model: ir.Model, check: Callable[[Path], None] | None = None
-    ) -> None:
-        """Write a float32 graph, which is no longer whole afterwards; `check` is given its file
-        before it is made smaller."""
-        with tempfile.TemporaryDirectory(dir=self._folder) as beside:
-            exact = self._precision == "fp32"
-            file = (self._folder if exact else Path(beside)) / name
-            _save(model, file, self._places if exact else {})
-            if check is not None:
-                check(file)
-            if not exact:
-                small = shrunk(file, self._precision, weights_only=self._weights_only)
-                _save(ir.from_proto(small), self._folder / name, self._places)
+from ...certificate import FILE, certificate, file_record, write_json
+from ...files.json_files import read_json
+from ...files.onnx_files import FOLDER, SUFFIX, graphs_in, heads_in
+from ...files.output import addition
+from ...model.base import BaseModel
+from ...model.match import changed
+from ...run import LazyUpdates, Run
+from ..merged.folder import write_folder
+from ..merged.plan import plan_merge
+from .adapters import write_adapter_file
+from .branches import input_shapes, sites_in
+from .decoder import build_decoder
+from .encoder import ENCODER_TASKS, build_adaptable_encoder, build_encoder
+from .heads import head_tensors
+from .plan import OnnxPlan, OnnxReport, plan_added, refuse
+from .seq2seq import SEQ2SEQ_TASK, build_seq2seq
 
 
-def put_inside(file: Path) -> None:
-    """Let a graph that is alone hold its weights itself, unless they are too large."""
-    import onnx
-
-    data = file.parent / DATA
-    if data.stat().st_size < _INSIDE:
-        onnx.save(onnx.load(file), file)
-        data.unlink()
-
-
-def _save(model: ir.Model, file: Path, places: dict[bytes, int]) -> None:
-    """Write a graph, and its weights into the file beside it, which has those at `places`: digest
-    → offset."""
-    with (file.parent / DATA).open("ab") as stream:
-        for name, value in model.graph.initializers.items():
-            tensor = value.const_value
-            if tensor is None or tensor.nbytes < _DATA_FROM:
-                continue
-            raw = tensor.tobytes()
-            digest = hashlib.sha256(raw).digest()
-            if digest not in places:
-                stream.write(bytes(-stream.tell() % _ALIGNED))
-                places[digest] = stream.tell()
-                stream.write(raw)
-            place, shape = places[digest], ir.Shape(tensor.shape.numpy())
-            value.const_value = ir.ExternalTensor(
-                DATA, place, len(raw), tensor.dtype, shape=shape, name=name, base_dir=file.parent
-            )
-    ir.save(model, file)
+def write_graphs(folder: Path, plan: OnnxPlan) -> OnnxReport:
+    """Build what is planned in `folder`."""
+    details = {"precision": plan.precision}
+    if plan.merges:
+        merged = folder / ".merged"
+        merged.mkdir()
+        # float32, so that a quantized graph is rounded once from what was trained.
+        write_folder(merged, plan_merge(plan.run, plan.base, torch.float32), lambda _bytes: None)
+        _build(merged, folder, plan.task, plan.precision)
+        shutil.rmtree(merged)
+        modules = {
+            module: {
+                "start_rank": plan.run.start_rank.get(module),
+                "rank": plan.run.rank(module),
+            }
+            for module in plan.run.updates
+        }
+        return OnnxReport(modules, details)
+    _build_base(plan.base, plan.adapters, folder, plan.task, plan.precision)
+    ranks = _write_adapters(folder, plan.adapters, plan.base) if plan.adapters else {}
+    return OnnxReport(details=details, ranks=ranks)
 
 
-def shrunk(file: Path, precision: str, *, weights_only: bool = False) -> Any:
-    """The `ModelProto` of a float32 graph in another precision, its weights inside; what adapters
-    bring stays float32.
+def _build(model: Path, folder: Path, task: str, precision: str) -> None:
+    """The graphs of a Hugging Face folder, without adapters."""
+    if task in ENCODER_TASKS:
+        build_encoder(model, folder, task, precision)
+    elif task == SEQ2SEQ_TASK:
+        build_seq2seq(model, folder, precision, adaptable=False)
+    else:
+        build_decoder(model, folder, precision, adaptable=False)
 
-    fp16: caches too, other inputs and outputs stay float32.
-    int8: weights in 7 bits per output channel (products of two 8-bit numbers overflow where the
-    processor has no VNNI), activations in 8, their range found anew in every run. int4, and int8
-    with `weights_only`: weights in blocks of 32, computed in float32.
-    """
-    import onnx
-    from onnxruntime.quantization import quantize_dynamic
-    from onnxruntime.quantization.matmul_nbits_quantizer import MatMulNBitsQuantizer
-    from onnxruntime.transformers.float16 import convert_float_to_float16
 
-    graph = ir.load(file).graph
-    given = set(graph.inputs)
-    kept = [node.name for node in graph if node.op_type == "MatMul" and given & set(node.inputs)]
-    with quiet(), tempfile.TemporaryDirectory(dir=file.parent) as folder:
-        if precision == "fp16":
-            io = [str(value.name) for value in (*graph.inputs, *graph.outputs)]
-            same = [name for name in io if not name.startswith(("past_key_values.", "present."))]
-            return convert_float_to_float16(str(file), keep_io_types=same)
-        if precision == "int8" and not weights_only:
-            quantize_dynamic(
-                file,
-                Path(folder, file.name),
-                op_types_to_quantize=["MatMul"],
-                per_channel=True,
-                reduce_range=True,
-                nodes_to_exclude=kept,
-                use_external_data_format=True,
-                extra_options={"DefaultTensorType": onnx.TensorProto.FLOAT},
-            )
-            return onnx.load(Path(folder, file.name))
-        blocks = MatMulNBitsQuantizer(
-            str(file),
-            bits=int(precision.removeprefix("int")),
-            block_size=_BLOCK,
-            is_symmetric=True,
-            accuracy_level=1,
-            nodes_to_exclude=kept,
+def _build_base(
+    base: BaseModel, adapters: Mapping[str, Run] | None, folder: Path, task: str, precision: str
+) -> None:
+    """The graphs of the base, able to carry adapters unless None are asked for; those of an encoder
+    only where there are some, since they say what its head is."""
+    if adapters is None or (not adapters and task in ENCODER_TASKS):
+        _build(base.path, folder, task, precision)
+    elif task in ENCODER_TASKS:
+        build_adaptable_encoder(base, adapters, folder, task, precision)
+    elif task == SEQ2SEQ_TASK:
+        build_seq2seq(base.path, folder, precision, adaptable=True)
+    else:
+        build_decoder(base.path, folder, precision, adaptable=True)
+
+
+def _write_adapters(
+    folder: Path, adapters: Mapping[str, Run], base: BaseModel
+) -> dict[str, dict[str, int]]:
+    shapes: dict[str, list[int | str]] = {}
+    for file in graphs_in(folder):
+        shapes |= input_shapes(file)
+    sites = sites_in(shapes)
+    (folder / FOLDER).mkdir(exist_ok=True)
+    ranks = {}
+    for name, run in adapters.items():
+        heads = heads_in(shapes)
+        own = {f"{module}.{part}" for module in heads for part in ("weight", "bias")}
+        refuse(run, sorted(changed(run, base).keys() - own))
+        updates = {m: partial(run.updates.__getitem__, m) for m in run.updates if m not in heads}
+        ranks[name] = write_adapter_file(
+            folder / FOLDER / f"{name}{SUFFIX}",
+            replace(run, updates=LazyUpdates(updates)),
+            sites,
+            head_tensors(run, base, shapes),
         )
-        blocks.process()
-        return blocks.model.model
+    return ranks
+
+
+def adapter_certificates(
+    adapters: Mapping[str, Run], base: BaseModel, ranks: Mapping[str, Mapping[str, int]]
+) -> dict[str, object]:
+    return {
+        name: certificate("onnx", run, base, {m: {"rank": r} for m, r in ranks[name].items()})
+        for name, run in adapters.items()
+    }
+
+
+def add_adapters(
+    folder: Path, adapters: Mapping[str, Run], base: BaseModel, force: bool, dry_run: bool
+) -> dict[str, dict[str, int]]:
+    """See `converters.targets.onnx.add_adapters`."""
+    if dry_run:
+        stripped = plan_added(folder, adapters, base, force=force)
+        return {n: {m: run.rank(m) or 0 for m in run.updates} for n, run in stripped.items()}
+    with addition(folder) as temporary:
+        stripped = plan_added(folder, adapters, base, force=force)
+        proof: dict[str, Any] = read_json(folder / FILE)
+        for file in graphs_in(folder):
+            shutil.copyfile(file, temporary / file.name)
+        ranks = _write_adapters(temporary, stripped, base)
+        proof["adapters"] |= adapter_certificates(adapters, base, ranks)
+        for name in adapters:  # what was measured was measured on the run of that name before
+            proof.get("accuracy", {}).pop(name, None)
+        added = [Path(FOLDER, f"{name}{SUFFIX}") for name in adapters]
+        records = {file.as_posix(): file_record(temporary / file) for file in added}
+        proof["files"] = {**proof.get("files", {}), **records}
+        write_json(temporary / FILE, proof)
+        (folder / FOLDER).mkdir(exist_ok=True)
+        for file in (*added, Path(FILE)):
+            (temporary / file).replace(folder / file)
+    return ranks

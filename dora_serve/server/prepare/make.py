@@ -28,7 +28,7 @@ from converters.run import Run
 from converters.targets.onnx import add_adapters
 from converters.targets.onnx.plan import plan_onnx
 from dora_serve.api import write_onnx
-from dora_serve.folder.cache import cache_folder, cached, member_key
+from dora_serve.folder.cache import cached, member_key
 from dora_serve.folder.inventory import Member, discover, read_member
 from dora_serve.folder.names import names_inside
 from dora_serve.server.prepare import offer
@@ -147,7 +147,7 @@ def _base_key(base: BaseModel, asked: Sequence[object]) -> str:
 def _base(name: str, base: BaseModel, graph: offer.Graph) -> offer.OfferedModel:
     file = base.path / FILE
     proof: dict[str, Any] = read_json(file) if file.exists() else {}
-    merged = proof.get("kind") == "merged"
+    merged = proof.get("target") == "merged"
     return offer.OfferedModel(
         name=name,
         kind="merged" if merged else "base",
@@ -197,8 +197,7 @@ def _member(member: Member, graph: offer.Graph, dry: bool, say: Say) -> offer.Of
 
 def _plan(base: BaseModel, adapters: Mapping[str, Run]) -> None:
     """Raise `DoraExportError` where the graph, or a branch of it, could not be made."""
-    nowhere = cache_folder() / "planned"
-    plan_onnx(base, nowhere, run=None, adapters=adapters, precision="fp32", force=False)
+    plan_onnx(base, adapters=adapters)
 
 
 def _write(run: Run, base: BaseModel, graph: Path, target: Path) -> None:

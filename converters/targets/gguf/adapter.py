@@ -9,21 +9,20 @@ conversion of adapted weights is known to do no more than that.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
-from ..errors import BaseError, TargetError
-from ..fit import FitReport
-from ..model.base import HEAD, BaseModel
-from ..model.tying import tied
-from ..run import Run
-from ..updates.rank_one import RankOneSum, stored_error
-from .engines import Profile
-from .lora_folder.adapter import AdapterPlan, LoraFolder
-from .lora_folder.card import model_card
+from ...errors import BaseError, TargetError
+from ...model.base import HEAD, BaseModel
+from ...model.tying import tied
+from ...run import Run
+from ...updates.rank_one import RankOneSum, stored_error
+from ..lora_folder.adapter import AdapterPlan
+from ..lora_folder.card import model_card
 
 if TYPE_CHECKING:
     import gguf
@@ -53,96 +52,86 @@ llama-cli -m base.gguf --lora {name}.gguf
 ```"""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class GgufPlan(AdapterPlan):
     """`names`: module → tensor of the base. `heads`: module → heads whose rows are permuted."""
 
     architecture: str
-    names: dict[str, str]
-    heads: dict[str, int]
+    names: Mapping[str, str]
+    heads: Mapping[str, int]
 
-
-class GgufAdapter:
-    """A folder with one GGUF file, named like the folder."""
-
-    def plan(
-        self, run: Run, base: BaseModel | None, profile: Profile, dtype: torch.dtype
-    ) -> GgufPlan:
+    def save(self, folder: Path, name: str) -> dict[str, float]:
         gguf = _gguf()
-        if base is None:
-            raise TargetError(
-                "a GGUF adapter names its base's architecture, which is not known",
-                file=run.path,
-                remedy="pass the base model with `base`",
-            )
-        plan = LoraFolder().plan(run, base, profile, dtype)
-        architecture, permuted = _family(base)
-        layers = _count(base, "n_layer", "num_hidden_layers")
-        if layers > len(base.tensors):  # a table is made of them
-            raise BaseError(
-                "the base's configuration has more layers than the base has tensors",
-                file=base.path / "config.json",
-                found=layers,
-                expected=f"at most {len(base.tensors)}",
-            )
-        known = {name: arch for arch, name in gguf.MODEL_ARCH_NAMES.items()}[architecture]
-        table = gguf.get_tensor_name_map(known, layers)
-        names = {}
-        heads = {}
-        for module in plan.stored:
-            name = table.get_name(f"{module}.weight", try_suffixes=(".weight",))
-            if name is None:
-                raise TargetError(
-                    f"llama.cpp's {architecture} has no tensor for this module",
-                    file=run.path,
-                    tensor=module,
-                    remedy="deploy the merged model (`merge`)",
-                )
-            names[module] = name
-            if permuted and module.endswith((".q_proj", ".k_proj")):
-                heads[module] = _heads(base, module, plan.stored[module][1])
-        _check_tied(run, base, names)
-        return GgufPlan(**vars(plan), architecture=architecture, names=names, heads=heads)
-
-    def save(
-        self,
-        folder: Path,
-        name: str,
-        run: Run,
-        plan: AdapterPlan,
-        dtype: torch.dtype,
-        fit: FitReport | None,
-    ) -> dict[str, float]:
-        assert isinstance(plan, GgufPlan)
-        gguf = _gguf()
-        alpha = float(max(rank for rank, _, _ in plan.stored.values()))
-        writer = gguf.GGUFWriter(folder / f"{name}.gguf", plan.architecture)
+        alpha = float(max(rank for rank, _, _ in self.stored.values()))
+        writer = gguf.GGUFWriter(folder / f"{name}.gguf", self.architecture)
         writer.add_type("adapter")
         writer.add_string("adapter.type", "lora")
         writer.add_float32(ALPHA, alpha)
         errors: dict[str, float] = {}
-        for module, (rank, out, inn) in plan.stored.items():
+        for module, (rank, out, inn) in self.stored.items():
             if not rank:
                 continue
-            a, b = torch.zeros(rank, inn, dtype=dtype), torch.zeros(out, rank, dtype=dtype)
-            update = run.updates[module].components()
-            if update is not None and update.rank:
-                a, b = (factor.to(dtype) for factor in _folded(update, alpha).balanced())
+            a, b = (
+                torch.zeros(rank, inn, dtype=self.dtype),
+                torch.zeros(out, rank, dtype=self.dtype),
+            )
+            update = self.components(module)
+            if update is not None:
+                a, b = (factor.to(self.dtype) for factor in _folded(update, alpha).balanced())
                 errors[module] = stored_error(update, a, b.double() * (alpha / rank))
-            if module in plan.heads:
-                b = permute(b, plan.heads[module])
-            if module in run.embeddings:  # llama.cpp looks rows of lora_a up by token
+            if module in self.heads:
+                b = permute(b, self.heads[module])
+            if module in self.run.embeddings:  # llama.cpp looks rows of lora_a up by token
                 a, b = b, a.T
             for factor, tensor in (("lora_a", a), ("lora_b", b)):
-                _add(writer, f"{plan.names[module]}.{factor}", tensor)
+                _add(writer, f"{self.names[module]}.{factor}", tensor)
         writer.write_header_to_file()
         writer.write_kv_data_to_file()
         writer.write_tensors_to_file()
         writer.close()
-        usage = _USAGE.format(name=name)
-        card = model_card(run, plan.config, plan.ranks, fit, library="gguf", usage=usage)
+        card = model_card(self, library="gguf", usage=_USAGE.format(name=name))
         (folder / "README.md").write_text(card)
         return errors
+
+
+def plan_gguf(plan: AdapterPlan) -> GgufPlan:
+    """The plan of the same adapter as a GGUF file; raises `DoraExportError` for what llama.cpp has
+    no place for."""
+    gguf = _gguf()
+    run, base = plan.run, plan.base
+    if base is None:
+        raise TargetError(
+            "a GGUF adapter names its base's architecture, which is not known",
+            file=run.path,
+            remedy="pass the base model with `base`",
+        )
+    architecture, permuted = _family(base)
+    layers = _count(base, "n_layer", "num_hidden_layers")
+    if layers > len(base.tensors):  # a table is made of them
+        raise BaseError(
+            "the base's configuration has more layers than the base has tensors",
+            file=base.path / "config.json",
+            found=layers,
+            expected=f"at most {len(base.tensors)}",
+        )
+    known = {name: arch for arch, name in gguf.MODEL_ARCH_NAMES.items()}[architecture]
+    table = gguf.get_tensor_name_map(known, layers)
+    names = {}
+    heads = {}
+    for module in plan.stored:
+        name = table.get_name(f"{module}.weight", try_suffixes=(".weight",))
+        if name is None:
+            raise TargetError(
+                f"llama.cpp's {architecture} has no tensor for this module",
+                file=run.path,
+                tensor=module,
+                remedy="deploy the merged model (`merge`)",
+            )
+        names[module] = name
+        if permuted and module.endswith((".q_proj", ".k_proj")):
+            heads[module] = _heads(base, module, plan.stored[module][1])
+    _check_tied(run, base, names)
+    return GgufPlan(**vars(plan), architecture=architecture, names=names, heads=heads)
 
 
 def permute(rows: torch.Tensor, heads: int) -> torch.Tensor:
