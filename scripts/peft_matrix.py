@@ -55,7 +55,7 @@ BERT = {**TEXT, "intermediate_size": 80, "max_position_embeddings": 64, "pad_tok
 OPT = {**TEXT, "ffn_dim": 80, "word_embed_proj_dim": 40, "max_position_embeddings": 64}
 GPT = {"vocab_size": 96, "n_embd": 40, "n_layer": 2, "n_head": 4, "n_positions": 64}
 VIT = {"hidden_size": 40, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 80}
-CONV = {"depths": [1, 1], "num_channels": 3, "image_size": 32}
+CONV = {"depths": [1, 1], "num_channels": 3, "image_size": 32, "layer_scale_init_value": 1.0}
 EXPERTS = {**TEXT, **HALF, "num_local_experts": 4, "num_experts_per_tok": 2, "head_dim": 8}
 
 # Name → the class of transformers and its configuration.
@@ -305,7 +305,7 @@ def page(results: list[tuple[Case, dict[str, str]]]) -> str:
                 counts[verb][state] += 1
             if why:
                 reasons[verb, f"{state}: {why}"][case.config.__name__.removesuffix("Config")] += 1
-    return json.dumps([counts, [(k, v) for k, v in reasons.items()]], default=str, indent=1)
+    return json.dumps([counts, list(reasons.items())], default=str, indent=1)
 
 
 def main() -> int:

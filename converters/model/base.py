@@ -16,6 +16,7 @@ from ..files.tensors import (
     LazyTensor,
     LazyTensors,
     byte_view,
+    convolution_matrix,
     nbytes,
     numel,
     open_file,
@@ -99,6 +100,8 @@ class BaseModel:
             )
         square = shape[0] == shape[1]
         stored = rows_and_columns(weight.shape)
+        if len(weight.shape) > 2 and convolution_matrix(weight.shape) == shape:
+            return False
         if stored == shape and not square:
             return False
         if weight.shape == shape[::-1] and not embedding:

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from converters.errors import RunError
-from converters.files.tensors import rows_and_columns
+from converters.files.tensors import convolution_matrix, rows_and_columns
 from converters.model.base import HEAD, BaseModel
 from converters.model.layout import Layout, Place
 from converters.model.match import target_architecture
@@ -102,7 +102,9 @@ class LiveModel:
     def _place(self, name: str, update: Update) -> tuple[Any, str, Place]:
         layer = self._layer(name)
         if layer is not None:
-            rows, columns = rows_and_columns(tuple(layer.weight.shape))
+            shape = tuple(layer.weight.shape)
+            matrix = convolution_matrix if len(shape) > 2 else rows_and_columns
+            rows, columns = matrix(shape)
             return layer, "weight", Place(f"{name}.weight", 0, rows, columns, _is_conv1d(layer))
         place = self._layout.place(name, update.shape)
         if place is None:
