@@ -12,7 +12,6 @@ with such layers, and keep their options.
 from __future__ import annotations
 
 import argparse
-import ast
 import contextlib
 import copy
 import io
@@ -26,9 +25,10 @@ import time
 import traceback
 import warnings
 from collections import Counter, defaultdict
-from collections.abc import Iterator
+from collections.abc import Callable
+from functools import cache
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
@@ -36,176 +36,54 @@ import peft
 import torch
 import transformers
 from peft import PeftModel, get_peft_model
-from peft.tuners.lora import config as lora_config
+from peft_cases import MODELS, Case, cases
 
 from converters.errors import DoraExportError
 from converters.readers import ReadOptions, read_run
+from converters.run import Run
 from dora_serve import api
 from dora_serve.proof.verify import verify
 
-ROOT = Path(__file__).parent.parent
 BOUND = 1e-4
 EQUAL, REFUSED, DIFFERENT, TRACEBACK = "equal", "refused", "different", "traceback"
 NOT_MADE = "not made by PEFT"
 VERBS = ("merge", "adapter", "verify")
 
-TEXT = {"vocab_size": 96, "hidden_size": 40, "num_hidden_layers": 2, "num_attention_heads": 4}
-HALF = {"num_key_value_heads": 2, "intermediate_size": 80, "pad_token_id": 0}
-BERT = {**TEXT, "intermediate_size": 80, "max_position_embeddings": 64, "pad_token_id": 0}
-OPT = {**TEXT, "ffn_dim": 80, "word_embed_proj_dim": 40, "max_position_embeddings": 64}
-GPT = {"vocab_size": 96, "n_embd": 40, "n_layer": 2, "n_head": 4, "n_positions": 64}
-VIT = {"hidden_size": 40, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 80}
-CONV = {"depths": [1, 1], "num_channels": 3, "image_size": 32, "layer_scale_init_value": 1.0}
-EXPERTS = {**TEXT, **HALF, "num_local_experts": 4, "num_experts_per_tok": 2, "head_dim": 8}
+HEAD = """# PEFT's own configurations
 
-# Name → the class of transformers and its configuration.
-MODELS: dict[str, tuple[str, dict[str, Any]]] = {
-    "OPT": ("OPTForCausalLM", OPT),
-    "GPT2": ("GPT2LMHeadModel", GPT),
-    "GPT2 untied": ("GPT2LMHeadModel", {**GPT, "tie_word_embeddings": False}),
-    "GPTJ": ("GPTJForCausalLM", {**GPT, "rotary_dim": 4}),
-    "Llama": ("LlamaForCausalLM", {**TEXT, **HALF}),
-    "Qwen2": ("Qwen2ForCausalLM", {**TEXT, **HALF}),
-    "Gemma3": ("Gemma3ForCausalLM", {**TEXT, **HALF, "head_dim": 8, "sliding_window": 8}),
-    "T5": (
-        "T5ForConditionalGeneration",
-        {"vocab_size": 96, "d_model": 40, "d_ff": 80, "d_kv": 10, "num_layers": 2, "num_heads": 4},
-    ),
-    "Bart": (
-        "BartForConditionalGeneration",
-        {"vocab_size": 96, "d_model": 40, "max_position_embeddings": 64}
-        | {f"{s}_{k}": n for s in ("encoder", "decoder") for k, n in
-           (("layers", 2), ("attention_heads", 4), ("ffn_dim", 80))},
-    ),
-    "Bert": ("BertModel", BERT),
-    "Roberta": ("RobertaModel", BERT),
-    "Deberta": ("DebertaModel", {**BERT, "relative_attention": True, "pos_att_type": ["c2p"]}),
-    "DebertaV2": ("DebertaV2Model", BERT),
-    "DebertaV2 conv": ("DebertaV2Model", {**BERT, "conv_kernel_size": 3}),
-    "DebertaV2 groups": ("DebertaV2Model", {**BERT, "conv_kernel_size": 3, "conv_groups": 2}),
-    "Bert classifier": ("BertForSequenceClassification", BERT),
-    "Roberta classifier": ("RobertaForSequenceClassification", BERT),
-    "Llama classifier": ("LlamaForSequenceClassification", {**TEXT, **HALF}),
-    "Llama4": (
-        "Llama4ForCausalLM",
-        {**EXPERTS, "intermediate_size_mlp": 80, "interleave_moe_layer_step": 1},
-    ),
-    "GptOss": ("GptOssForCausalLM", EXPERTS),
-    "ViT": (
-        "ViTForImageClassification", {**VIT, "num_channels": 5, "patch_size": 3, "image_size": 9}
-    ),
-    "ViT 8": (
-        "ViTForImageClassification",
-        {**VIT, "hidden_size": 32, "num_channels": 8, "patch_size": 3, "image_size": 9},
-    ),
-    "ViT 1x1": ("ViTForImageClassification", {**VIT, "patch_size": 1, "image_size": 3}),
-    "ConvNext": ("ConvNextForImageClassification", {**CONV, "hidden_sizes": [8, 16],
-                                                    "num_stages": 2, "patch_size": 4}),
-    "RegNet": (
-        "RegNetForImageClassification",
-        {**CONV, "hidden_sizes": [16, 32], "embedding_size": 8, "groups_width": 8},
-    ),
-    "VideoMAE": (
-        "VideoMAEForVideoClassification",
-        {**VIT, "image_size": 8, "patch_size": 4, "num_frames": 4, "num_channels": 3},
-    ),
-    "Siglip": ("SiglipVisionModel", {**VIT, "patch_size": 4, "image_size": 16}),
-}  # fmt: skip
+The tables of tuners and options that PEFT {version} tests itself with, {count} configurations, each
+on a small model of transformers with random weights: PEFT makes and saves the adapter with random
+weights, `merge`, `adapter` (for PEFT) and `verify` take it, and what transformers or PEFT then
+loads is compared with PEFT's live model. Equal means within 1e-4 of the largest value.
 
-# A model of PEFT's tables → ours. A custom one also says which layer each of its layers becomes.
-NAMED = {
-    "OPT": "OPT", "GPT2": "GPT2", "GPTJ": "GPTJ", "LlamaForCausalLM": "Llama", "qwen2": "Qwen2",
-    "Gemma3": "Gemma3", "T5": "T5", "Bart": "Bart", "BertModel": "Bert", "RobertaModel": "Roberta",
-    "DebertaModel": "Deberta", "DebertaV2Model": "DebertaV2", "tiny-random-BertForSeq":
-    "Bert classifier", "RobertaForSeq": "Roberta classifier", "LlamaForSeq": "Llama classifier",
-    "Llama4": "Llama4", "GptOss": "GptOss",
-}  # fmt: skip
-_MLP = ("OPT", {"lin0": "fc1", "lin1": "fc2", "emb": "embed_tokens"})
-_CONV = {"conv2d": "projection", "lin0": "q_proj", "conv3d": "projection", "conv1d": "conv.conv"}
-CUSTOM: dict[str, tuple[str, dict[str, str]]] = {
-    "MLP": _MLP, "MLP2": _MLP, "MlpUsingParameters": _MLP,
-    "MLP_LayerNorm": ("OPT", {"layernorm0": "final_layer_norm", "layernorm1":
-                              "self_attn_layer_norm", **_MLP[1]}),
-    "EmbConv1D": ("GPT2 untied", {"emb": "wte", "conv1d": "c_attn", "lin0": "lm_head"}),
-    "Conv1d": ("DebertaV2 conv", _CONV), "Conv1dBigger": ("DebertaV2 conv", _CONV),
-    "Conv1dGroups": ("DebertaV2 groups", _CONV),
-    "Conv2d": ("ViT", _CONV), "Conv2d2": ("ViT 8", _CONV), "Conv2d1x1": ("ViT 1x1", _CONV),
-    "Conv2dGroups": ("ConvNext", {"conv2d": "dwconv"}),
-    "Conv2dGroups2": ("RegNet", {"conv2d": "layer.1.convolution"}),
-    "Conv3d": ("VideoMAE", {**_CONV, "lin0": "query"}),
-    "MHA": ("Siglip", {"mha": "attention", "lin0": "fc1"}),
-}  # fmt: skip
-# Folder, file, and the name of its table; of custom models, or with the models in a second table.
-TABLES = {
-    "test_custom_models.py": "TEST_CASES",
-    "test_decoder_models.py": "PEFT_DECODER_MODELS_TO_TEST",
-    "test_encoder_decoder_models.py": "PEFT_ENCODER_DECODER_MODELS_TO_TEST",
-    "test_feature_extraction_models.py": "PEFT_FEATURE_EXTRACTION_MODELS_TO_TEST",
-    "test_seq_classifier.py": "PEFT_SEQ_CLS_MODELS_TO_TEST",
-    "test_target_parameters.py": "ALL_CONFIGS",
-}
+Models of PEFT's tests that are no classes of transformers became the nearest ones: convolutions are
+those of ViT, VideoMAE, ConvNeXT, RegNet and DeBERTa, torch's MultiheadAttention is SigLIP's, the
+Conv1D is GPT-2's.
+
+Made by `python scripts/peft_matrix.py TESTS --output docs/peft.md`, with the folder `tests` of a
+checkout of huggingface/peft (`make peft-matrix PEFT_TESTS=TESTS`); some minutes on one core. One
+configuration of each kind is in the test suite (`tests/converters/test_peft_layers.py`).
+"""
 
 
-class Case(NamedTuple):
-    """One configuration of PEFT's tables, on a model of ours."""
-
-    table: str
-    model: str
-    config: type[Any]
-    options: dict[str, Any]
-
-    def __str__(self) -> str:
-        return f"{self.table} {self.model} {self.config.__name__} {self.options}"
-
-
-def tables(path: Path) -> dict[str, Any]:
-    """The lists that a file of PEFT's tests assigns, evaluated with PEFT's names alone."""
-    names = {**vars(peft), **vars(lora_config)}
-    found = {}
-    for node in ast.parse(path.read_text()).body:
-        if isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Name):
-            name = node.targets[0].id
-            if name in ("TEST_CASES", "ALL_CONFIGS") or name.endswith("_MODELS_TO_TEST"):
-                found[name] = eval(compile(ast.Expression(node.value), path.name, "eval"), names)
-    return found
+def make(name: str, folder: Path) -> Any:
+    """Save a model of ours with random weights, wide enough for updates to be seen; returns it."""
+    kind, options = MODELS[name]
+    torch.manual_seed(0)
+    cls = getattr(transformers, kind)
+    model = cls(cls.config_class(**options)).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(5.0 if parameter.dim() > 1 and parameter.std() < 0.1 else 1.0)
+    model.save_pretrained(folder)
+    return model
 
 
-def renamed(value: Any, names: dict[str, str]) -> Any:
-    """The options of a custom model for ours: names of its layers become ours."""
-    if isinstance(value, dict):
-        return {renamed(k, names): renamed(v, names) for k, v in value.items()}
-    if isinstance(value, list):
-        return [renamed(item, names) for item in value]
-    if isinstance(value, str):
-        return re.sub(r"\b(\w+?)(?=\.weight$|$)", lambda m: names.get(m[1], m[1]), value)
-    return value
-
-
-def cases(tests: Path) -> Iterator[Case]:
-    for file, table in TABLES.items():
-        found = tables(tests / file)
-        if table == "TEST_CASES":
-            for _, model, config, options in found[table]:
-                name, names = CUSTOM[model]
-                own = renamed(options, names)
-                for key in ("target_modules", "feedforward_modules"):
-                    if isinstance(own.get(key), str):  # a pattern for the whole of a name
-                        own[key] = rf".*\.{own[key]}"
-                if "target_svd_config" in own:
-                    start = "model.decoder.layers.0."
-                    own["target_svd_config"] = {start + k: v for k, v in
-                                                own["target_svd_config"].items()}  # fmt: skip
-                yield Case(file, name, config, own)
-            continue
-        rows = found["ALL_CONFIGS"]
-        if table != "ALL_CONFIGS":
-            rows = [(model, *row) for model in found[table] for row in rows]
-        for model, config, options in rows:
-            yield Case(file, next(n for k, n in NAMED.items() if k in model), config, options)
-
-
-def load(folder: Path, name: str) -> Any:
-    return getattr(transformers, name).from_pretrained(folder, dtype=torch.float32).eval()
+def load(model: Any, folder: Path) -> Any:
+    """`model` as loading it from `folder` gives it, which names it in PEFT's configuration."""
+    fresh = copy.deepcopy(model)
+    fresh.config._name_or_path = fresh.name_or_path = str(folder)
+    return fresh
 
 
 def outputs(model: Any) -> torch.Tensor:
@@ -217,95 +95,130 @@ def outputs(model: Any) -> torch.Tensor:
         frames = [config.num_frames] if hasattr(config, "num_frames") else []
         inputs = {"pixel_values": torch.randn(3, *frames, *size, generator=seed)}
     else:
-        inputs = {"input_ids": torch.randint(5, 96, (3, 24), generator=seed)}
+        inputs = {"input_ids": torch.randint(1, 96, (3, 64), generator=seed)}
         if config.is_encoder_decoder:
-            inputs["decoder_input_ids"] = torch.randint(5, 96, (3, 12), generator=seed)
+            inputs["decoder_input_ids"] = torch.randint(1, 96, (3, 32), generator=seed)
     with torch.no_grad():
         found = model(**inputs)
     wanted = ("logits", "last_hidden_state", "pooler_output")
     return torch.cat([found[key].float().flatten() for key in wanted if found.get(key) is not None])
 
 
-def judge(found: torch.Tensor, truth: torch.Tensor) -> str:
-    error = float((found - truth).abs().max() / max(1.0, float(truth.abs().max())))
-    return EQUAL if error <= BOUND else f"{DIFFERENT}: by {error:.1e} of the largest value"
-
-
-def train(case: Case, base: Path, out: Path) -> None:
-    """An adapter whose every trained number was moved, as PEFT saves it."""
+def train(case: Case, model: Any, out: Path) -> None:
+    """An adapter of `model` whose every trained number was moved, as PEFT saves it."""
     torch.manual_seed(0)
-    config = case.config(**copy.deepcopy(case.options))
-    model = get_peft_model(load(base, MODELS[case.model][0]), config)
+    tuned = get_peft_model(model, case.config(**copy.deepcopy(case.options)))
     with torch.no_grad():
-        for parameter in model.parameters():
+        for parameter in tuned.parameters():
             if parameter.requires_grad:
                 parameter.add_(torch.randn(parameter.shape) * 0.1)
-    model.save_pretrained(out)
+    tuned.save_pretrained(out)
 
 
-def reason(error: DoraExportError) -> str:
-    return " ".join(error.message.split())
-
-
-def run(case: Case, base: Path, work: Path) -> dict[str, str]:
-    """Verb → what became of it, and why."""
-    kind = MODELS[case.model][0]
+def run(case: Case, base: Path, model: Any, work: Path) -> dict[str, str]:
+    """Verb → what became of it, and why; `model` is the base, loaded."""
     adapter, merged, written = work / "run", work / "merged", work / "written"
     try:
-        train(case, base, adapter)
-        live = PeftModel.from_pretrained(load(base, kind), str(adapter)).eval()
+        train(case, load(model, base), adapter)
+        live = PeftModel.from_pretrained(load(model, base), str(adapter)).eval()
         truth = outputs(live)
     except Exception as error:
-        return {"merge": f"{NOT_MADE}: {type(error).__name__}: {str(error)[:150]}"}
-    results: dict[str, str] = {}
+        said = re.sub(r"\(nf=.*?\)|model\.\S+", "…", " ".join(str(error).split()))
+        return dict.fromkeys(VERBS, f"{NOT_MADE}: {type(error).__name__}: {said[:120]}")
+    without = outputs(model)
+    same = without.shape == truth.shape  # prompt learning makes the output longer
+    effect = float((without - truth).abs().max()) if same else float("inf")
+    results = {} if effect > 100 * BOUND else {"effect": f"{effect:.1e}"}
 
-    def attempt(verb: str, judged: Any) -> bool:
+    def judge(found: torch.Tensor) -> str:
+        if found.shape != truth.shape:
+            return f"{DIFFERENT}: {list(found.shape)} values"
+        error = float((found - truth).abs().max())
+        close = error <= BOUND * max(1.0, float(truth.abs().max()))
+        return EQUAL if close and error <= effect / 20 else f"{DIFFERENT}: {error:.1e}"
+
+    def attempt(verb: str, judged: Callable[[], str]) -> bool:
         try:
             results[verb] = judged()
         except DoraExportError as error:
-            results[verb] = f"{REFUSED}: {reason(error)}"
-        except Exception:
-            results[verb] = f"{TRACEBACK}: {traceback.format_exc().splitlines()[-1]}"
+            results[verb] = f"{REFUSED}: {' '.join(error.message.split())}"
+        except Exception as error:
+            results[verb] = f"{TRACEBACK}: {type(error).__name__}: {' '.join(str(error).split())}"
             traceback.print_exc()
         return results[verb] == EQUAL
 
+    @cache
+    def read() -> Run:
+        return read_run(adapter, ReadOptions(base=base))
+
     def merge() -> str:
-        api.merge(read_run(adapter, ReadOptions(base=base)), merged, base=base)
-        said = json.loads((merged / "config.json").read_text())["architectures"][0]
-        if bool((outputs(load(base, kind)) - truth).abs().max() <= BOUND):
-            results["effect"] = "none"
-        return judge(outputs(load(merged, said)), truth)
+        api.merge(read(), merged, base=base)
+        name = json.loads((merged / "config.json").read_text())["architectures"][0]
+        return judge(outputs(getattr(transformers, name).from_pretrained(merged).eval()))
 
     def write() -> str:
-        api.write_adapter(read_run(adapter, ReadOptions(base=base)), written, base=base)
-        return judge(outputs(PeftModel.from_pretrained(load(base, kind), str(written))), truth)
+        api.write_adapter(read(), written, base=base)
+        return judge(outputs(PeftModel.from_pretrained(load(model, base), str(written)).eval()))
 
     def proof() -> str:
-        result = verify(read_run(adapter, ReadOptions(base=base)), merged, base)
-        return EQUAL if result.passed else f"{DIFFERENT}: {result}"
+        result = verify(read(), merged, base)
+        return EQUAL if result.passed else f"{DIFFERENT}: {result.max_abs:.1e}"
 
     if attempt("merge", merge):
         attempt("verify", proof)
     else:
         with contextlib.suppress(Exception):
-            if judge(outputs(live.merge_and_unload()), truth) == EQUAL:
+            if judge(outputs(live.merge_and_unload())) == EQUAL:
                 results["PEFT merges"] = "yes"
     attempt("adapter", write)
     return results
 
 
+def table(title: str, rows: list[tuple[Case, str, bool]]) -> str:
+    """Why, with the configurations and tuners that it concerns; how many of them PEFT merges."""
+    groups: dict[str, list[tuple[str, bool]]] = defaultdict(list)
+    for case, why, merges in rows:
+        groups[why].append((case.config.__name__.removesuffix("Config"), merges))
+    lines = [
+        f"## {title}",
+        "",
+        "| why | configurations | PEFT merges | tuners |",
+        "|---|--:|--:|---|",
+    ]
+    for why, found in sorted(groups.items(), key=lambda item: -len(item[1])):
+        tuners = ", ".join(sorted({tuner for tuner, _ in found}))
+        merged = sum(merges for _, merges in found)
+        lines.append(f"| {why.replace('|', '/')} | {len(found)} | {merged or ''} | {tuners} |")
+    return "\n".join([*lines, ""])
+
+
 def page(results: list[tuple[Case, dict[str, str]]]) -> str:
-    """The tables of docs/peft.md."""
-    counts: dict[str, Counter[str]] = {verb: Counter() for verb in VERBS}
-    reasons: dict[tuple[str, str], Counter[str]] = defaultdict(Counter)
-    for case, found in results:
-        for verb in VERBS:
-            state, _, why = found.get(verb, "").partition(": ")
-            if state:
-                counts[verb][state] += 1
-            if why:
-                reasons[verb, f"{state}: {why}"][case.config.__name__.removesuffix("Config")] += 1
-    return json.dumps([counts, list(reasons.items())], default=str, indent=1)
+    """The text of docs/peft.md."""
+    counts = {
+        verb: Counter(r.get(verb, "").partition(": ")[0] for _, r in results) for verb in VERBS
+    }
+    states = (EQUAL, REFUSED, DIFFERENT, TRACEBACK, NOT_MADE)
+    lines = [HEAD.format(count=len(results), version=peft.__version__)]
+    lines += ["| | " + " | ".join(states) + " |", "|---" + "|--:" * len(states) + "|"]
+    lines += [f"| {v} | " + " | ".join(str(c[s]) for s in states) + " |" for v, c in counts.items()]
+    parts = ["\n".join([*lines, ""])]
+
+    def rows(state: str, verb: str, merged: bool = False) -> list[tuple[Case, str, bool]]:
+        found = [(case, r, r.get(verb, "").partition(": ")) for case, r in results]
+        return [
+            (case, why, "PEFT merges" in r)
+            for case, r, (own, _, why) in found
+            if own == state and (not merged or r["merge"] == EQUAL)
+        ]
+
+    parts.append(table("Refused by merge, and so by all", rows(REFUSED, "merge")))
+    parts.append(table("Merged, and refused as an adapter", rows(REFUSED, "adapter", True)))
+    for verb in VERBS:
+        for state in (DIFFERENT, TRACEBACK, *((REFUSED,) if verb == "verify" else ())):
+            if wrong := rows(state, verb):
+                parts.append(table(f"{verb}: {state}", wrong))
+    parts.append(table("Not made by PEFT itself on the class chosen here", rows(NOT_MADE, "merge")))
+    return "\n".join(parts)
 
 
 def main() -> int:
@@ -318,20 +231,18 @@ def main() -> int:
     warnings.simplefilter("ignore")
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
-    results = []
+    results: list[tuple[Case, dict[str, str]]] = []
+    made: dict[str, Any] = {}
     with tempfile.TemporaryDirectory() as folder:
         for case in cases(arguments.tests):
             if not re.search(arguments.only, str(case)):
                 continue
             base, work = Path(folder) / case.model.replace(" ", "-"), Path(folder) / "work"
-            if not base.exists():
-                kind, options = MODELS[case.model]
-                torch.manual_seed(0)
-                cls = getattr(transformers, kind)
-                cls(cls.config_class(**options)).save_pretrained(base)
+            if case.model not in made:
+                made[case.model] = make(case.model, base)
             start = time.monotonic()
             with contextlib.redirect_stdout(io.StringIO()):
-                found = run(case, base, work)
+                found = run(case, base, made[case.model], work)
             shutil.rmtree(work, ignore_errors=True)
             results.append((case, found))
             print(f"{time.monotonic() - start:.1f}s {case}\n    {found}", flush=True)

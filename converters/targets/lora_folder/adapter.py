@@ -237,7 +237,7 @@ def _check_target(
     biases: list[str],
     kernels: Collection[str],
 ) -> None:
-    cannot = []
+    cannot: list[str] = []
     if not profile.convolutions:
         cannot += kernels
     if profile.kinds is not None:
