@@ -15,7 +15,7 @@ import transformers
 from peft import PeftModel, get_peft_model
 
 from converters.errors import RunError, TargetError
-from dora_serve import ReadOptions, merge, read_run, write_adapter
+from dora_serve import ReadOptions, merge, read_run, write_adapter, write_onnx
 
 VIT = {"hidden_size": 20, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 30}
 TEXT = {"vocab_size": 60, **VIT, "conv_kernel_size": 3}
@@ -142,6 +142,14 @@ def test_an_adapter_on_convolutions_needs_no_base(bases: Path, tmp_path: Path) -
     assert far(truth, outputs(written)) <= 1e-4
     with pytest.raises(TargetError, match="cannot carry"):
         write_adapter(read_run(adapter), tmp_path / "vllm", target="vllm")
+
+
+def test_an_onnx_graph_has_no_branch_for_a_convolution(bases: Path, tmp_path: Path) -> None:
+    base = bases / "conv1d"
+    options = {"task_type": "FEATURE_EXTRACTION"}
+    adapter = train(base, "conv1d", "LoraConfig", options, tmp_path / "adapter")
+    with pytest.raises(TargetError, match="cannot carry"):
+        write_onnx(base, tmp_path / "onnx", adapters={"a": read_run(adapter)})
 
 
 @pytest.mark.parametrize(

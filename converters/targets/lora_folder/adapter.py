@@ -21,7 +21,7 @@ from ...files.output import save_tensors
 from ...files.tensors import LazyTensor, load_finite, numel
 from ...model.base import BaseModel
 from ...model.layout import is_parameter, split_slice
-from ...model.match import changed, check_frozen
+from ...model.match import changed, check_frozen, kernels_of
 from ...model.tasks import peft_type
 from ...run import Run
 from ...updates.rank_one import RankOneSum, stored_error
@@ -170,7 +170,7 @@ def plan_adapter(
                 remedy="merge it (`merge`), or approximate it with `energy` or `max_rank`",
             )
         ranks[module] = (run.start_rank.get(module), rank)
-    kernels = _kernels(run, base)
+    kernels = kernels_of(run, base)
     _check_target(run, profile, whole, ranks, modules, biases, kernels)
     if base is not None:
         _check_family(run, base, profile)
@@ -197,15 +197,6 @@ def plan_adapter(
         kernels=kernels,
         dtype=dtype,
     )
-
-
-def _kernels(run: Run, base: BaseModel | None) -> dict[str, tuple[int, ...]]:
-    """The modules that are convolutions, by the run or by the base."""
-    if base is None:
-        return dict(run.kernels)
-    weights = {name: base.weight(name) for name in run.updates if not is_parameter(name)}
-    shapes = {name: weight.shape for name, weight in weights.items() if weight is not None}
-    return {name: shape[1:] for name, shape in shapes.items() if len(shape) > 2}
 
 
 def _stored(
