@@ -17,6 +17,7 @@ from ..files.hashes import TensorHashes
 from ..files.tensors import (
     LazyTensor,
     LazyTensors,
+    convolution_matrix,
     nbytes,
     open_file,
     read_json,
@@ -98,6 +99,8 @@ class BaseModel:
             )
         square = shape[0] == shape[1]
         stored = rows_and_columns(weight.shape)
+        if len(weight.shape) > 2 and convolution_matrix(weight.shape) == shape:
+            return False
         if stored == shape and not square:
             return False
         if weight.shape == shape[::-1] and not embedding:

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from ..errors import BaseError, TargetError
 from ..files.handles import reading
 from ..files.hashes import Memory
-from ..files.tensors import LazyTensor, LazyTensors, is_copy_of, same_values
+from ..files.tensors import LazyTensor, LazyTensors, convolution_matrix, is_copy_of, same_values
 from ..run import Run
 from .architecture import class_for
 from .base import HEAD, BaseModel
@@ -33,6 +33,19 @@ def is_transposed(
     if whole is not None and whole.shape == shape:
         return False
     return base.is_transposed(module, shape, module in run.embeddings)
+
+
+def kernels_of(run: Run, base: BaseModel | None) -> dict[str, tuple[int, ...]]:
+    """`[in, *kernel]` of the modules that are convolutions, by the run and by the base."""
+    if base is None:
+        return dict(run.kernels)
+    weights = {module: base.weight(module) for module in run.updates}
+    shapes = {module: tensor.shape for module, tensor in weights.items() if tensor is not None}
+    return {
+        module: shape[1:]
+        for module, shape in shapes.items()
+        if len(shape) > 2 and convolution_matrix(shape) == run.shapes[module]
+    }
 
 
 def check_frozen(run: Run, base: BaseModel) -> None:

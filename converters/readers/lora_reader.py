@@ -85,6 +85,7 @@ class LoraFiles(ABC):
                 {name: how.shape or modules[name].shape for name, how in read.items()},
             ),
             start_rank={name: how.start_rank for name, how in read.items()},
+            kernels={name: module.kernel for name, module in modules.items() if module.kernel},
             options=options or {},
         )
 

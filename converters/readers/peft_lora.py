@@ -1,9 +1,9 @@
 """LoRA adapters as PEFT saves them (huggingface/peft, `src/peft/tuners/lora/`).
 
 Scale alpha/r, or alpha/√r with rsLoRA, with each module's own rank and alpha. Read here: linear
-layers, Conv1D, embeddings, parameters (`target_parameters`), `modules_to_save`, trained biases and
-`lora_bias`, resized embeddings, single trained tokens (`trainable_token_indices`). What is not read
-is an error that says so.
+layers, Conv1D, convolutions, torch's MultiheadAttention, embeddings, parameters
+(`target_parameters`), `modules_to_save`, trained biases and `lora_bias`, resized embeddings, single
+trained tokens (`trainable_token_indices`). What is not read is an error that says so.
 """
 
 from __future__ import annotations
@@ -31,6 +31,7 @@ from .peft_common import Scaling, broken_promises
 from .peft_parameters import TOKENS, parameter_updates, parameters, token_rows
 from .run_folder import CONFIG_FILE, WEIGHT_FILES, RunFolder
 
+_OUT = ".base_layer.out_proj"
 _BIAS, _EMBEDDING = ".lora_B.bias", ".lora_embedding_A"
 _MAGNITUDES = (".lora_magnitude_vector", ".lora_magnitude_vector.weight")  # read by peft_dora
 _LORA = re.compile(r"(.+)\.(?:lora_(A|B)\.weight|lora_embedding_(A|B))")
@@ -74,15 +75,18 @@ class PeftLoraReader:
         updates: dict[str, Callable[[], Update]] = {}
         shapes: dict[str, tuple[int, int]] = {}
         start_rank: dict[str, int] = {}
+        kernels: dict[str, tuple[int, ...]] = {}
         named = parameters(config, pairs, config_path)
         for name, module in pairs.items():
             rank, shape = module.pair(), module.shape
             if name in named:
                 rank, loaders = parameter_updates(named[name], module, rank, scaling)
             else:
-                scale = scaling.of(name, rank)
-                loaders = {name: partial(_update, module, scale, name in embeddings)}
+                own_name, times = _attention(name, pairs)
+                scale = times * scaling.of(name.removesuffix(_OUT), rank)
+                loaders = {own_name: partial(_update, module, scale, name in embeddings)}
                 shape = shape[::-1] if name in embeddings else shape
+                kernels |= {own_name: module.kernel} if module.kernel else {}
             updates |= loaders
             shapes |= dict.fromkeys(loaders, shape)
             start_rank |= dict.fromkeys(loaders, rank)
@@ -105,8 +109,22 @@ class PeftLoraReader:
             start_rank=start_rank,
             embeddings=frozenset(embeddings | tokens),
             tied=_spreading(tokens, run, options),
+            kernels=kernels,
             warnings=broken_promises(config, files.tensors),
         )
+
+
+def _attention(name: str, pairs: Collection[str]) -> tuple[str, int]:
+    """What the pair `name` updates, and how often PEFT adds it there.
+
+    On torch's own MultiheadAttention PEFT puts one pair on `in_proj_weight` and one on the linear
+    layer `out_proj` inside; its `merge`, which its forward pass uses, adds the latter twice.
+    """
+    if f"{name}{_OUT}" in pairs:
+        return f"{name}.in_proj_weight", 1
+    if name.endswith(_OUT) and name.removesuffix(_OUT) in pairs:
+        return name.replace(_OUT, ".out_proj"), 2
+    return name, 1
 
 
 def _more_than_pairs(folder: RunFolder) -> bool:

@@ -9,13 +9,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from importlib.util import find_spec
-from typing import Any, ClassVar, Protocol
+from typing import Any, Protocol
 
 import torch
 
 from converters.errors import RunError
 from converters.files.json_files import read_json
-from converters.files.tensors import rows_and_columns
+from converters.files.tensors import convolution_matrix, rows_and_columns
 from converters.model.base import BaseModel
 from converters.model.layout import Layout, Place
 from converters.model.match import target_architecture
@@ -32,10 +32,13 @@ _CONFIG = "adapter_config.json"
 class Truth(Protocol):
     """The live model of a run in float32, eval mode.
 
-    `name`: who computes it. `loaded`: what transformers said of loading the base.
+    `loaded`: what transformers said of loading the base.
     """
 
-    name: ClassVar[str]
+    @property
+    def name(self) -> str:
+        """Who computes it."""
+
     loaded: Loaded
 
     @property
@@ -209,7 +212,9 @@ class LiveModel:
     def _place(self, name: str, update: Update) -> tuple[Any, str, Place]:
         layer = self._layer(name)
         if layer is not None:
-            rows, columns = rows_and_columns(tuple(layer.weight.shape))
+            shape = tuple(layer.weight.shape)
+            matrix = convolution_matrix if len(shape) > 2 else rows_and_columns
+            rows, columns = matrix(shape)
             return layer, "weight", Place(f"{name}.weight", 0, rows, columns, _is_conv1d(layer))
         place = self._layout.place(name, update.shape)
         if place is None:

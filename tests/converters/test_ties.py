@@ -61,7 +61,8 @@ def logits(family: Family, model: Any) -> torch.Tensor:
     sound = torch.randn(2, 8, 40, generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
         inputs = {name: sound if name == "input_features" else ids for name in family.inputs}
-        return model(**inputs).logits
+        found: torch.Tensor = model(**inputs).logits
+    return found
 
 
 def apart(left: torch.Tensor, right: torch.Tensor) -> float:

@@ -261,16 +261,17 @@ def _merge_job(
     reports: dict[str, Rounding],
     progress: Progress,
 ) -> Job:
-    rows, columns = rows_and_columns(tensor.source.shape)
-
     def merge() -> None:
-        step = max(1, BLOCK_ELEMENTS // columns) if columns else 1
+        rows, columns = rows_and_columns(tensor.source.shape)
         update: Update | None = None
         if tensor.module is not None:
             update = run.take(tensor.module)
             update = transposed(update) if tensor.transposed else update
-            step = max(1, rows) if update.whole else step
+            rows, columns = update.shape
             reports[tensor.module] = Rounding()
+        step = max(1, BLOCK_ELEMENTS // columns) if columns else 1
+        if update is not None and update.whole:
+            step = max(1, rows)
         for number, start in enumerate(range(0, rows, step)):
             count = min(step, rows - start)
             out = _merge_block(tensor, update, start, count, columns, number, reports)

@@ -16,7 +16,7 @@ from ...files.onnx_files import BATCHED, DECODER, ENCODER, MODEL, WITH_PAST
 from ...files.tensors import numel, read_json
 from ...model.architecture import empty_model
 from ...model.base import BaseModel
-from ...model.match import changed, check_frozen, target_architecture
+from ...model.match import changed, check_frozen, kernels_of, target_architecture
 from ...model.tasks import architecture_of, task_of
 from ...run import Run
 from ..merged.plan import plan_merge
@@ -189,7 +189,7 @@ def _check_adapters(adapters: Mapping[str, Run], base: BaseModel, task: str | No
         check_frozen(run, base)
         architecture, _ = target_architecture(run, base)
         whole = changed(run, base).keys() - _own_heads(run, base, architecture, task)
-        refuse(run, [*sorted(whole), *sorted(run.embeddings)])
+        refuse(run, [*sorted(whole), *sorted(run.embeddings), *kernels_of(run, base)])
         for module, rank in run.strip().ranks.items():
             if rank is None:
                 raise TargetError(
