@@ -33,7 +33,7 @@ def aliases(model: Any) -> Mapping[str, str]:
         other = first.setdefault(id(parameter), name)
         if other != name and name not in found and name not in found.values():
             found[name] = found.get(other, other)
-    return {name: found[source] if source in found else source for name, source in found.items()}
+    return {name: found.get(source, source) for name, source in found.items()}
 
 
 def tied(config: Mapping[str, object]) -> Collection[str]:
