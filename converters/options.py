@@ -1,6 +1,6 @@
 """Options, declared once: fields of a frozen dataclass, of which flags and keywords are made.
 
-Light to import, so that `--help` is.
+Light to import, so that a help text is.
 """
 
 from __future__ import annotations

@@ -24,6 +24,8 @@ GENAI = "genai_config.json"  # beside a decoder, as onnxruntime-genai reads it
 ENCODER = "encoder_model.onnx"
 DECODER, WITH_PAST = "decoder_model.onnx", "decoder_with_past_model.onnx"
 
+PRECISIONS = ("fp32", "fp16", "int8", "int4")
+
 FOLDER, SUFFIX = "adapters", ".onnx_adapter"
 OWN_HEADS = f"base_heads{SUFFIX}"
 

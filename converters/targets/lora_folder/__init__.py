@@ -12,13 +12,13 @@ from typing import TYPE_CHECKING
 from ...options import DTYPES, option
 from ..engines import PROFILES
 from ..target import Target
+from .names import CONFIG
+from .names import WEIGHTS as WEIGHTS
 
 if TYPE_CHECKING:
     from ...model.base import BaseModel
     from ...run import Run
     from .adapter import AdapterPlan
-
-WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
 
 
 @dataclass(frozen=True)

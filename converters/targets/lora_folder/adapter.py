@@ -28,9 +28,9 @@ from ...run import Run
 from ...updates.rank_one import RankOneSum, stored_error
 from ..engines import Profile
 from ..target import Plan, Progress, Report
-from . import CONFIG, WEIGHTS
 from .card import model_card
 from .experts import padded, stacked, transposed_modules
+from .names import CONFIG, WEIGHTS
 from .padding import absent_modules
 from .whole import whole_modules
 

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ...errors import TargetError
-from ...files.onnx_files import is_onnx_folder
+from ...files.onnx_files import PRECISIONS, is_onnx_folder
 from ...options import option
 from ..target import Target
 
@@ -22,8 +22,6 @@ if TYPE_CHECKING:
     from ...run import Run
     from ..publish import Artifact, Prove
     from .plan import OnnxPlan
-
-PRECISIONS = ("fp32", "fp16", "int8", "int4")
 
 
 @dataclass(frozen=True)

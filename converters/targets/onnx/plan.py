@@ -12,7 +12,7 @@ import torch
 
 from ...certificate import FILE, tool
 from ...errors import TargetError
-from ...files.onnx_files import BATCHED, DECODER, ENCODER, MODEL, WITH_PAST
+from ...files.onnx_files import BATCHED, DECODER, ENCODER, MODEL, PRECISIONS, WITH_PAST
 from ...files.tensors import numel, read_json
 from ...model.architecture import empty_model
 from ...model.base import BaseModel
@@ -21,7 +21,6 @@ from ...model.tasks import architecture_of, task_of
 from ...run import Run
 from ..merged.plan import plan_merge
 from ..target import Plan, Progress, Report
-from . import PRECISIONS
 from .encoder import ENCODER_TASKS
 from .encoder import _heads as heads_of
 from .seq2seq import SEQ2SEQ_TASK
