@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from contextlib import suppress
+from dataclasses import replace
 
 from ..errors import BaseError, TargetError
 from ..files.tensors import LazyTensor, LazyTensors, is_copy_of, same_values
 from ..run import Run
 from .architecture import class_for
 from .base import HEAD, BaseModel
+from .layout import Layout
 from .tasks import architecture_of, task_of, usual_ending
 from .tying import new_embedding, tensor_names
 
@@ -109,3 +112,115 @@ def target_architecture(run: Run, base: BaseModel) -> tuple[str | None, list[str
     if run.embedded_base is not None:
         return architecture, list(run.embedded_base)
     return architecture, tensor_names(architecture, base.config, run.num_labels)
+
+
+def lies_plainly(run: Run, base: BaseModel) -> bool:
+    """Whether every module and tensor of the run is on disk under the very name it has in the run,
+    so that a merge need not know the class."""
+    modules = (
+        f"{module}.weight" in base.tensors or module in base.tensors for module in run.updates
+    )
+    return all(modules) and all(name in base.tensors for name in run.replaced)
+
+
+def resolved(run: Run, base: BaseModel) -> Run:
+    """The run under the names that its modules have in the class it is for (of a multimodal base
+    that is the whole model, also where the text model alone was trained).
+
+    Raises `BaseError` for a module that this class has under no name that transformers knows. Of a
+    class that transformers does not know, names are looked up in the base's files, with a warning
+    where they are not the very same.
+    """
+    whole, text = classes(run, base)
+    if not whole.names.state:
+        return _looked_up(run, base)
+    modules, through_text = {}, False
+    for module in run.updates:
+        found = whole.names.module(module)
+        if found is None and text is not None:
+            found = _in_whole(module, text, whole)
+            through_text |= found is not None
+        if found is None:
+            raise _unknown_module(run, base, whole, module)
+        modules[module] = found
+    tensors = {}
+    for name in (*run.replaced, *(run.embedded_base or ())):
+        found = whole.names.tensor(name)
+        if through_text and text is not None and name not in whole.names.state:
+            found = _in_whole(name, text, whole) or found
+        tensors[name] = found or name
+    return _renamed(run, modules, tensors)
+
+
+def as_trained(run: Run, base: BaseModel) -> tuple[Run, Layout]:
+    """As `resolved`, but a run of the text model alone of a multimodal base keeps the names of that
+    model; and the layout of the class whose names they are."""
+    whole, text = classes(run, base)
+    under_whole = resolved(run, base)
+    if text is None or all(whole.names.module(module) is not None for module in run.updates):
+        return under_whole, whole
+    modules = {module: text.names.module(module) or module for module in run.updates}
+    tensors = {name: text.names.tensor(name) or name for name in run.replaced}
+    return _renamed(run, modules, tensors), text
+
+
+def classes(run: Run, base: BaseModel) -> tuple[Layout, Layout | None]:
+    """The class that the run is for, and the one of the text model alone, in which a run on a
+    multimodal base may have been trained; None where the base has none."""
+    architecture, _ = target_architecture(run, base)
+    whole = Layout(base, architecture, run.num_labels)
+    task = run.task or task_of(base.config)
+    if isinstance(base.config.get("text_config"), dict) and task is not None:
+        with suppress(TargetError):
+            other = class_for(base.config, usual_ending(task))
+            if other != architecture:
+                return whole, Layout(base, other, run.num_labels)
+    return whole, None
+
+
+def _in_whole(name: str, text: Layout, whole: Layout) -> str | None:
+    """What the whole model calls the module or tensor `name` of the text model alone: both are
+    loaded from one tensor on disk."""
+    for ending in (".weight", ""):
+        own = text.names.tensor(name + ending)
+        disk = text.find(own) if own is not None else None
+        found = whole.names.tensor(disk) if disk is not None else None
+        if found is not None:
+            return found.removesuffix(ending)
+    return None
+
+
+def _renamed(run: Run, modules: Mapping[str, str], tensors: Mapping[str, str]) -> Run:
+    same = all(old == new for names in (modules, tensors) for old, new in names.items())
+    return run if same else run.renamed(modules, tensors)
+
+
+def _looked_up(run: Run, base: BaseModel) -> Run:
+    other = {
+        module: found
+        for module in run.updates
+        if f"{module}.weight" not in base.tensors and module not in base.tensors
+        if (found := base.find(f"{module}.weight") or base.find(module)) is not None
+    }
+    if not other:
+        return run
+    module, found = next(iter(other.items()))
+    warning = (
+        f"transformers does not know the base's class, so {module} is taken for {found} of the "
+        f"base by the look of its name, and {len(other) - 1} more modules likewise"
+    )
+    return replace(run, warnings=(*run.warnings, warning))
+
+
+def _unknown_module(run: Run, base: BaseModel, layout: Layout, module: str) -> BaseError:
+    kind = module.rsplit(".", 1)[-1]
+    like = [name for name in layout.names.state if f".{kind}." in name][:2]
+    meant = base.find(f"{module}.weight") or base.find(module)
+    return BaseError(
+        "the base has no module of this name",
+        file=run.path,
+        tensor=module,
+        found=None if meant is None else f"no other name than {meant} is like it",
+        expected=f"a name of {layout.names.architecture}, such as {', '.join(like) or 'none'}",
+        remedy="is this the base it was trained on? if it is, rename the run's tensors",
+    )

@@ -38,7 +38,8 @@ class Profile:
     none. `uniform`: it stores every kind of module in every layer at one rank, so
     that what the run lacks is written as zeros; `drops`: it leaves out a kind that one layer
     lacks. `prefix`: it knows a tensor only by PEFT's prefix. `conv1d`: it reads PEFT's adapters
-    on Conv1D layers.
+    on Conv1D layers. `text_models`: it loads the text model of a multimodal base by itself, where
+    that was trained; else always the whole.
     `reading`: how it takes the scale; `older`: versions that took it another way.
     """
 
@@ -55,6 +56,7 @@ class Profile:
     drops: bool = False
     prefix: bool = False
     conv1d: bool = True
+    text_models: bool = False
     slots: tuple[int, ...] = ()
     reading: Reading = field(default_factory=Reading)
     older: Mapping[str, Reading] = field(default_factory=dict)
@@ -104,6 +106,7 @@ PROFILES = {
             embeddings=True,
             features=_PEFT_FEATURES,
             prefix=True,
+            text_models=True,
             reading=Reading(patterns=True, rslora=True),
         ),
         Profile(

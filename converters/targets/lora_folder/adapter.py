@@ -20,8 +20,9 @@ from ...errors import TargetError
 from ...files.output import save_tensors
 from ...files.tensors import LazyTensor, load_finite, numel
 from ...model.base import BaseModel
-from ...model.layout import is_parameter, split_slice
-from ...model.match import changed, check_frozen
+from ...model.layout import Layout, is_parameter, split_slice
+from ...model.match import as_trained, changed, check_frozen, classes, resolved
+from ...model.names import PEFT_PREFIX
 from ...model.tasks import peft_type
 from ...run import Run
 from ...updates.rank_one import RankOneSum, stored_error
@@ -33,7 +34,6 @@ from .experts import padded, stacked, transposed_modules
 from .padding import absent_modules
 from .whole import whole_modules
 
-_PREFIX = "base_model.model."
 _LOSS = 0.05  # above this share of an update lost to rounding the user is warned
 
 
@@ -125,7 +125,7 @@ class AdapterPlan(Plan):
             inside = isinstance(saved, list) and any(f"{name}.".startswith(f"{m}.") for m in saved)
             adapted = self.stored.get(module, (0,))[0] > 0 and not inside
             key = f"{module}.base_layer.{kind}" if adapted else name
-            tensors[_PREFIX + key] = load_finite(tensor).to(self.dtype)
+            tensors[PEFT_PREFIX + key] = load_finite(tensor).to(self.dtype)
         save_tensors(tensors, folder / WEIGHTS)
         write_json(folder / CONFIG, self.config)
         (folder / "README.md").write_text(model_card(self))
@@ -149,10 +149,12 @@ def plan_adapter(
             remedy="merge it (`merge`)",
         )
     transposed: set[str] = set()
+    layout = None
     if base is not None:
-        transposed = transposed_modules(run, base, profile)
+        run, layout = named_for(run, base, profile)
+        transposed = transposed_modules(run, base, layout, profile)
         check_frozen(run, base)
-    whole = changed(run, base)
+    whole = changed(run, base, None if layout is None else layout.find)
     modules, biases = whole_modules(run, base, whole)
     ranks: dict[str, tuple[int | None, int]] = {}
     for module, rank in run.ranks.items():
@@ -188,6 +190,13 @@ def plan_adapter(
         stored=stored,
         dtype=dtype,
     )
+
+
+def named_for(run: Run, base: BaseModel, profile: Profile) -> tuple[Run, Layout]:
+    """The run under the names of the class that the engine loads, and that class's layout."""
+    if profile.text_models:
+        return as_trained(run, base)
+    return resolved(run, base), classes(run, base)[0]
 
 
 def _stored(
@@ -298,10 +307,10 @@ def _named(
 ) -> dict[str, torch.Tensor]:
     if embedding:  # PEFT stores ΔE = (B·A)ᵀ: A [r, vocab], B [dim, r]
         return {
-            f"{_PREFIX}{module}.lora_embedding_A": b.T.contiguous(),
-            f"{_PREFIX}{module}.lora_embedding_B": a.T.contiguous(),
+            f"{PEFT_PREFIX}{module}.lora_embedding_A": b.T.contiguous(),
+            f"{PEFT_PREFIX}{module}.lora_embedding_B": a.T.contiguous(),
         }
     return {
-        f"{_PREFIX}{module}.lora_A.weight": a.contiguous(),
-        f"{_PREFIX}{module}.lora_B.weight": b.contiguous(),
+        f"{PEFT_PREFIX}{module}.lora_A.weight": a.contiguous(),
+        f"{PEFT_PREFIX}{module}.lora_B.weight": b.contiguous(),
     }

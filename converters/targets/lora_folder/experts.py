@@ -14,7 +14,7 @@ import torch
 from ...errors import TargetError
 from ...model.base import BaseModel
 from ...model.layout import FUSED, Layout, split_slice
-from ...model.match import is_transposed, target_architecture
+from ...model.match import is_transposed
 from ...run import Run
 from ..engines import Profile
 
@@ -57,9 +57,8 @@ def stacked(
     return result
 
 
-def transposed_modules(run: Run, base: BaseModel, profile: Profile) -> set[str]:
+def transposed_modules(run: Run, base: BaseModel, layout: Layout, profile: Profile) -> set[str]:
     """The modules stored as [in, out]; raises an error for what is not in the model in memory."""
-    layout = Layout(base, target_architecture(run, base)[0], run.num_labels)
     fused_matters = "target_parameters" in profile.features
     result = set()
     for module, shape in run.shapes.items():

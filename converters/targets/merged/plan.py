@@ -24,6 +24,8 @@ from ...model.match import (
     changed,
     check_frozen,
     is_transposed,
+    lies_plainly,
+    resolved,
     stored_name,
     target_architecture,
 )
@@ -124,6 +126,8 @@ def plan_merge(run: Run, base: BaseModel, dtype: torch.dtype | None) -> MergePla
             found=f"quantization_config, and the dtype {dtype} wanted",
             remedy="merge into the base before it was quantized",
         )
+    if not lies_plainly(run, base):
+        run = resolved(run, base)
     architecture, expected = target_architecture(run, base)
     layout = Layout(base, architecture, run.num_labels)
     run = layout.on_disk(run)
