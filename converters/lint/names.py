@@ -7,6 +7,8 @@ from collections import Counter
 from collections.abc import Iterator
 
 from ..model.base import HEAD
+from ..model.names import unwrapped
+from ..model.tasks import POOLING, task_of_peft
 from ..targets.engines import Profile
 from ..targets.lora_folder import CONFIG
 from .finding import PEFTS_OWN, PREFIX, Adapter, Finding
@@ -89,10 +91,11 @@ def incomplete(adapter: Adapter) -> Iterator[Finding]:
 
 def unknown_modules(adapter: Adapter) -> Iterator[Finding]:
     """Experts are left out: their names in memory differ from those on disk."""
-    if adapter.base is None:
-        return
     for module in (*adapter.pairs, *adapter.embeddings):
-        if ".experts" not in module and adapter.base.weight(module) is None:
+        if ".experts" in module:
+            continue
+        meant = adapter.meant(module)
+        if meant is None:
             yield Finding(
                 "no-such-module",
                 "error",
@@ -100,9 +103,46 @@ def unknown_modules(adapter: Adapter) -> Iterator[Finding]:
                 module,
                 "the base has no such module: this part of the adapter would do nothing",
                 module,
-                f"a module of {adapter.base.name}",
+                f"a module of {adapter.base.name if adapter.base else 'the base'}",
                 "use the base it was trained on, or rename the module",
             )
+            continue
+        deaf = adapter.where(
+            lambda engine, m=module, name=meant: not _finds(adapter, engine, m, name)
+        )
+        if deaf:
+            yield Finding(
+                "other-name",
+                "error",
+                deaf,
+                module,
+                "the engine has no module of this name: this part of the adapter would do nothing",
+                module,
+                meant,
+                _REWRITE,
+            )
+
+
+def _finds(adapter: Adapter, engine: Profile, module: str, meant: str) -> bool:
+    """Whether `engine` takes the stored `module` for `meant`."""
+    known = adapter.classes
+    if engine.name in PEFTS_OWN:
+        name = adapter.loaded[module]
+        if known is None:
+            return name == unwrapped(name)
+        return known.whole.names.has(name) or (
+            known.text is not None and known.text.names.has(name)
+        )
+    plain = module.replace(PREFIX, "") if engine.name == "vllm" else module
+    if known is None:
+        return plain == unwrapped(plain)
+    # Where vLLM pools, it looks for a module with and without the name of the body.
+    pools = engine.name == "vllm" and task_of_peft(adapter.config.get("task_type")) in POOLING
+    return (
+        plain == meant
+        or known.whole.names.older(plain) == meant
+        or (pools and plain.removeprefix("model.") == meant.removeprefix("model."))
+    )
 
 
 def targeted(adapter: Adapter) -> Iterator[Finding]:
@@ -121,7 +161,7 @@ def targeted(adapter: Adapter) -> Iterator[Finding]:
             )
         return
     for module in (*adapter.pairs, *adapter.embeddings):
-        if ".experts" not in module and not _matches(adapter, module):
+        if ".experts" not in module and not _matches(adapter, adapter.loaded[module]):
             yield Finding(
                 "not-targeted",
                 "error",
@@ -223,7 +263,7 @@ def _layers(adapter: Adapter, head: str, stem: str, kind: str) -> set[int]:
         return {int(match[2]) for match in found if match and match[1] == head}
     numbers = {int(m[2]) for name in adapter.base.tensors if (m := _LAYER.fullmatch(name))}
     names = {n: ".".join(filter(None, (head, str(n), stem, kind))) for n in numbers}
-    return {n for n, name in names.items() if adapter.base.weight(name) is not None}
+    return {n for n, name in names.items() if adapter.meant(name) is not None}
 
 
 def tied(adapter: Adapter) -> Iterator[Finding]:

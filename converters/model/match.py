@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from contextlib import suppress
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 from ..errors import BaseError, TargetError
 from ..files.tensors import LazyTensor, LazyTensors, is_copy_of, same_values
@@ -104,14 +104,18 @@ def changed(
 def target_architecture(run: Run, base: BaseModel) -> tuple[str | None, list[str] | None]:
     """The class the run is for, and its tensor names where they are not the base's own."""
     current = architecture_of(base.config) or None
-    if run.task is None or run.task == task_of(base.config):
-        return current, None
-    architecture = class_for(base.config, usual_ending(run.task))
-    if architecture == current:
+    architecture = _class_for(run.task, base)
+    if architecture == current or architecture is None:
         return current, None
     if run.embedded_base is not None:
         return architecture, list(run.embedded_base)
     return architecture, tensor_names(architecture, base.config, run.num_labels)
+
+
+def _class_for(task: str | None, base: BaseModel) -> str | None:
+    if task is None or task == task_of(base.config):
+        return architecture_of(base.config) or None
+    return class_for(base.config, usual_ending(task))
 
 
 def lies_plainly(run: Run, base: BaseModel) -> bool:
@@ -123,6 +127,52 @@ def lies_plainly(run: Run, base: BaseModel) -> bool:
     return all(modules) and all(name in base.tensors for name in run.replaced)
 
 
+@dataclass(frozen=True)
+class Classes:
+    """`whole`: the class that a run is for. `text`: that of the text model alone, in which a run on
+    a multimodal base may have been trained; None where the base has none."""
+
+    whole: Layout
+    text: Layout | None
+
+    @property
+    def known(self) -> bool:
+        """Whether transformers knows the class."""
+        return bool(self.whole.names.state)
+
+    def module(self, name: str) -> str | None:
+        """What the whole model calls a module, parameter or block; None where it has none that
+        transformers knows under this name."""
+        return self.whole.names.module(name) or self._through_text(name, (".weight", ""))
+
+    def tensor(self, name: str) -> str | None:
+        """As `module`, for a tensor."""
+        return self.whole.names.tensor(name) or self._through_text(name, ("",))
+
+    def _through_text(self, name: str, endings: tuple[str, ...]) -> str | None:
+        """By the tensor on disk that the text model and the whole one are both loaded from."""
+        for ending in endings if self.text is not None else ():
+            own = self.text.names.tensor(name + ending)
+            disk = self.text.find(own) if own is not None else None
+            found = self.whole.names.tensor(disk) if disk is not None else None
+            if found is not None:
+                return found.removesuffix(ending)
+        return None
+
+
+def classes(task: str | None, num_labels: int | None, base: BaseModel) -> Classes:
+    """The classes that a run for `task` is for; raises `TargetError` where the base's family has
+    none."""
+    architecture = _class_for(task, base)
+    whole, text = Layout(base, architecture, num_labels), None
+    task = task or task_of(base.config)
+    if isinstance(base.config.get("text_config"), dict) and task is not None:
+        with suppress(TargetError):
+            name = class_for(base.config, usual_ending(task))
+            text = Layout(base, name, num_labels) if name != architecture else None
+    return Classes(whole, text)
+
+
 def resolved(run: Run, base: BaseModel) -> Run:
     """The run under the names that its modules have in the class it is for (of a multimodal base
     that is the whole model, also where the text model alone was trained).
@@ -131,63 +181,30 @@ def resolved(run: Run, base: BaseModel) -> Run:
     class that transformers does not know, names are looked up in the base's files, with a warning
     where they are not the very same.
     """
-    whole, text = classes(run, base)
-    if not whole.names.state:
+    known = classes(run.task, run.num_labels, base)
+    if not known.known:
         return _looked_up(run, base)
-    modules, through_text = {}, False
+    modules = {}
     for module in run.updates:
-        found = whole.names.module(module)
-        if found is None and text is not None:
-            found = _in_whole(module, text, whole)
-            through_text |= found is not None
+        found = known.module(module)
         if found is None:
-            raise _unknown_module(run, base, whole, module)
+            raise _unknown_module(run, base, known.whole, module)
         modules[module] = found
-    tensors = {}
-    for name in (*run.replaced, *(run.embedded_base or ())):
-        found = whole.names.tensor(name)
-        if through_text and text is not None and name not in whole.names.state:
-            found = _in_whole(name, text, whole) or found
-        tensors[name] = found or name
+    tensors = {n: known.tensor(n) or n for n in (*run.replaced, *(run.embedded_base or ()))}
     return _renamed(run, modules, tensors)
 
 
 def as_trained(run: Run, base: BaseModel) -> tuple[Run, Layout]:
     """As `resolved`, but a run of the text model alone of a multimodal base keeps the names of that
     model; and the layout of the class whose names they are."""
-    whole, text = classes(run, base)
+    known = classes(run.task, run.num_labels, base)
     under_whole = resolved(run, base)
+    whole, text = known.whole, known.text
     if text is None or all(whole.names.module(module) is not None for module in run.updates):
         return under_whole, whole
     modules = {module: text.names.module(module) or module for module in run.updates}
     tensors = {name: text.names.tensor(name) or name for name in run.replaced}
     return _renamed(run, modules, tensors), text
-
-
-def classes(run: Run, base: BaseModel) -> tuple[Layout, Layout | None]:
-    """The class that the run is for, and the one of the text model alone, in which a run on a
-    multimodal base may have been trained; None where the base has none."""
-    architecture, _ = target_architecture(run, base)
-    whole = Layout(base, architecture, run.num_labels)
-    task = run.task or task_of(base.config)
-    if isinstance(base.config.get("text_config"), dict) and task is not None:
-        with suppress(TargetError):
-            other = class_for(base.config, usual_ending(task))
-            if other != architecture:
-                return whole, Layout(base, other, run.num_labels)
-    return whole, None
-
-
-def _in_whole(name: str, text: Layout, whole: Layout) -> str | None:
-    """What the whole model calls the module or tensor `name` of the text model alone: both are
-    loaded from one tensor on disk."""
-    for ending in (".weight", ""):
-        own = text.names.tensor(name + ending)
-        disk = text.find(own) if own is not None else None
-        found = whole.names.tensor(disk) if disk is not None else None
-        if found is not None:
-            return found.removesuffix(ending)
-    return None
 
 
 def _renamed(run: Run, modules: Mapping[str, str], tensors: Mapping[str, str]) -> Run:

@@ -110,6 +110,18 @@ class Names:
             return name, None
         return renamed, pattern
 
+    def has(self, module: str) -> bool:
+        """Whether a module with a weight, or a parameter, has this very name in memory."""
+        return f"{module}.weight" in self.state or module in self.state
+
+    def older(self, module: str) -> str:
+        """The name in memory of a module that an older version of transformers called `module`."""
+        try:
+            from transformers.core_model_loading import rename_source_key
+        except ImportError:
+            return module
+        return rename_source_key(f"{module}.weight", *self.conversions)[0].removesuffix(".weight")
+
     def tensor(self, name: str) -> str | None:
         """The tensor in memory that is meant by `name`; a name that loading converts, such as an
         expert's, stays as it is. None where the class has nothing of that name."""

@@ -196,7 +196,7 @@ def named_for(run: Run, base: BaseModel, profile: Profile) -> tuple[Run, Layout]
     """The run under the names of the class that the engine loads, and that class's layout."""
     if profile.text_models:
         return as_trained(run, base)
-    return resolved(run, base), classes(run, base)[0]
+    return resolved(run, base), classes(run.task, run.num_labels, base).whole
 
 
 def _stored(
