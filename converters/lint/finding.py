@@ -102,6 +102,10 @@ class Adapter:
         owners = {str(name).rpartition(".")[0] for name in names}
         return any(f".{module.removesuffix('.base_layer')}".endswith(f".{o}") for o in owners)
 
+    @property
+    def task(self) -> str | None:
+        return task_of_peft(self.config.get("task_type"))
+
     @cached_property
     def classes(self) -> Classes | None:
         """The classes that the base is loaded as; None without a base, or where transformers does
@@ -109,7 +113,7 @@ class Adapter:
         if self.base is None:
             return None
         with suppress(BaseError, TargetError):
-            found = classes(task_of_peft(self.config.get("task_type")), None, self.base)
+            found = classes(self.task, None, self.base)
             return found if found.known else None
         return None
 
@@ -123,16 +127,14 @@ class Adapter:
 
     @cached_property
     def loaded(self) -> Mapping[str, str]:
-        """Stored module → the module that PEFT takes it for."""
-        modules = (*self.pairs, *self.embeddings)
-        result = {module: module for module in modules}
-        if self.classes is not None:
-            found = self.classes
-            for layout in (found.text, found.whole):
-                if layout is not None:
-                    names = as_peft_loads(layout.names, modules)
-                    result |= {m: name for m, name in names.items() if layout.names.has(name)}
-        return result
+        """Stored module → the module of the base that PEFT takes it for. Without a base: that of
+        the very name."""
+        stored = {f.key: f.module for f in self.factors if ".experts" not in f.module}
+        if self.classes is None:
+            return {m: m for k, m in stored.items() if k.startswith(PREFIX) and m == unwrapped(m)}
+        found = self.classes
+        text = {} if found.text is None else as_peft_loads(found.text.names, stored)
+        return {**text, **as_peft_loads(found.whole.names, stored)}
 
     @cached_property
     def embeddings(self) -> list[str]:

@@ -7,9 +7,10 @@ from collections import Counter
 from collections.abc import Iterator
 
 from ..model.base import HEAD
-from ..model.names import unwrapped
-from ..model.tasks import POOLING, task_of_peft
-from ..targets.engines import Profile
+from ..model.match import Classes
+from ..model.names import auto_class, unwrapped
+from ..model.tasks import POOLING
+from ..targets.engines import VLLM_TEXT_NAMES, Profile
 from ..targets.lora_folder import CONFIG
 from .finding import PEFTS_OWN, PREFIX, Adapter, Finding
 
@@ -19,7 +20,7 @@ _REWRITE = "`lint` with `fix` writes the names PEFT knows"
 
 def prefix(adapter: Adapter) -> Iterator[Finding]:
     for factor in adapter.factors:
-        if not factor.key.startswith(PREFIX):
+        if not factor.key.startswith(PREFIX) and factor.module not in adapter.loaded:
             for severity, targets in adapter.graded(lambda engine: engine.prefix):
                 yield Finding(
                     "prefix",
@@ -126,23 +127,56 @@ def unknown_modules(adapter: Adapter) -> Iterator[Finding]:
 def _finds(adapter: Adapter, engine: Profile, module: str, meant: str) -> bool:
     """Whether `engine` takes the stored `module` for `meant`."""
     known = adapter.classes
-    if engine.name in PEFTS_OWN:
-        name = adapter.loaded[module]
-        if known is None:
-            return name == unwrapped(name)
-        return known.whole.names.has(name) or (
-            known.text is not None and known.text.names.has(name)
-        )
-    plain = module.replace(PREFIX, "") if engine.name == "vllm" else module
+    if engine.name == "peft":
+        return module in adapter.loaded
+    if engine.name == "transformers":
+        return _loads(known, module)
+    if engine.name != "vllm":
+        return module == meant
+    plain = module.replace(PREFIX, "")
+    forms = {meant}
+    if known is not None and known.base.config.get("text_config") is not None:
+        own = meant.removeprefix("model.").replace("language_model.", "language_model.model.", 1)
+        forms.add(own)
+        if known.base.config.get("model_type") in VLLM_TEXT_NAMES:
+            forms.add(meant.replace("model.language_model.", "model.", 1))
+    if adapter.task in POOLING:
+        forms |= {meant.removeprefix("model."), f"model.{meant}"}
+    return plain in forms
+
+
+def _loads(known: Classes | None, module: str) -> bool:
+    """Whether transformers' own loader finds it, which reads the names of an adapter as those of a
+    checkpoint."""
+    plain = module.replace(PREFIX, "")
     if known is None:
         return plain == unwrapped(plain)
-    # Where vLLM pools, it looks for a module with and without the name of the body.
-    pools = engine.name == "vllm" and task_of_peft(adapter.config.get("task_type")) in POOLING
-    return (
-        plain == meant
-        or known.whole.names.older(plain) == meant
-        or (pools and plain.removeprefix("model.") == meant.removeprefix("model."))
+    layouts = [layout for layout in (known.whole, known.text) if layout is not None]
+    return any(
+        layout.names.rename(f"{plain}.weight")[0] in layout.names.state for layout in layouts
     )
+
+
+def text_model(adapter: Adapter) -> Iterator[Finding]:
+    """Names of the text model alone, which `AutoModelFor…` does not make of every base."""
+    known, targets = adapter.classes, adapter.where(lambda engine: engine.name in PEFTS_OWN)
+    if known is None or known.text is None or not targets:
+        return
+    names = known.text.names
+    for module in adapter.loaded:
+        if names.has(adapter.loaded[module]) and not known.whole.names.has(adapter.loaded[module]):
+            auto = auto_class(known.base.config, adapter.task)
+            yield Finding(
+                "text-model",
+                "info" if auto == names.architecture else "warning",
+                targets,
+                module,
+                f"the adapter is for the text model alone: right in {names.architecture} only",
+                f"{names.architecture}, where AutoModel makes a {auto}",
+                f"the base loaded as {names.architecture}",
+                "load it in that class, or serve it with vLLM (`adapter` with `target` vllm)",
+            )
+            return
 
 
 def targeted(adapter: Adapter) -> Iterator[Finding]:
@@ -161,7 +195,9 @@ def targeted(adapter: Adapter) -> Iterator[Finding]:
             )
         return
     for module in (*adapter.pairs, *adapter.embeddings):
-        if ".experts" not in module and not _matches(adapter, adapter.loaded[module]):
+        if ".experts" not in module and not _matches(
+            adapter, adapter.loaded.get(module) or adapter.meant(module) or module
+        ):
             yield Finding(
                 "not-targeted",
                 "error",
@@ -287,4 +323,4 @@ def tied(adapter: Adapter) -> Iterator[Finding]:
             )
 
 
-CHECKS = (prefix, duplicates, incomplete, unknown_modules, targeted, kinds, gaps, tied)
+CHECKS = (prefix, duplicates, incomplete, unknown_modules, text_model, targeted, kinds, gaps, tied)

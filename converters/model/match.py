@@ -132,6 +132,7 @@ class Classes:
     """`whole`: the class that a run is for. `text`: that of the text model alone, in which a run on
     a multimodal base may have been trained; None where the base has none."""
 
+    base: BaseModel
     whole: Layout
     text: Layout | None
 
@@ -170,7 +171,7 @@ def classes(task: str | None, num_labels: int | None, base: BaseModel) -> Classe
         with suppress(TargetError):
             name = class_for(base.config, usual_ending(task))
             text = Layout(base, name, num_labels) if name != architecture else None
-    return Classes(whole, text)
+    return Classes(base, whole, text)
 
 
 def resolved(run: Run, base: BaseModel) -> Run:

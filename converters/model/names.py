@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from functools import cached_property, lru_cache
 from typing import Any
 
@@ -23,6 +23,15 @@ _ADAPTER = re.compile(
     r"\.(lora_(?:[ABE]|embedding_[AB]|magnitude_vector))\.(?!weight$|bias$)([^.]+)"
     r"(?=\.weight$|\.bias$|$)"
 )
+# Task → the list of classes that transformers' `AutoModelFor…` chooses from.
+_AUTO = {
+    "causal-lm": "CAUSAL_LM",
+    "sequence-classification": "SEQUENCE_CLASSIFICATION",
+    "token-classification": "TOKEN_CLASSIFICATION",
+    "question-answering": "QUESTION_ANSWERING",
+    "seq2seq-lm": "SEQ_TO_SEQ_CAUSAL_LM",
+    "feature-extraction": "MODEL",
+}
 _SLICE = re.compile(r"(.+)\[(\d{1,9})\]")
 
 
@@ -114,14 +123,6 @@ class Names:
         """Whether a module with a weight, or a parameter, has this very name in memory."""
         return f"{module}.weight" in self.state or module in self.state
 
-    def older(self, module: str) -> str:
-        """The name in memory of a module that an older version of transformers called `module`."""
-        try:
-            from transformers.core_model_loading import rename_source_key
-        except ImportError:
-            return module
-        return rename_source_key(f"{module}.weight", *self.conversions)[0].removesuffix(".weight")
-
     def tensor(self, name: str) -> str | None:
         """The tensor in memory that is meant by `name`; a name that loading converts, such as an
         expert's, stays as it is. None where the class has nothing of that name."""
@@ -147,29 +148,43 @@ class Names:
         return {unwrapped(name): name for name in self.state if unwrapped(name) != name}
 
 
-def as_peft_loads(names: Names, modules: Iterable[str]) -> Mapping[str, str]:
-    """Module as stored in a LoRA folder → the module that PEFT takes it for, on `names`' class:
-    since transformers 5 PEFT converts old names as loading a checkpoint does."""
-    modules = list(modules)
+def as_peft_loads(names: Names, stored: Mapping[str, str]) -> Mapping[str, str]:
+    """Of `stored`, key of a LoRA factor → module: module → the module that PEFT takes it for on
+    `names`' class, where that has one. Since transformers 5 PEFT converts old names as loading a
+    checkpoint does."""
+    keys = {f"{key.rpartition('.lora_')[0]}.lora_A.weight": stored[key] for key in stored}
     try:
         from peft import LoraConfig
         from peft.utils.transformers_weight_conversion import (
             convert_peft_adapter_state_dict_for_transformers as convert,
         )
     except ImportError:
-        return {module: module for module in modules}
-    import torch
+        loaded = keys
+    else:
+        import torch
 
-    # PEFT hands the tensors on under their new names: the number of rows tells them apart.
-    stored = {
-        f"{PEFT_PREFIX}{module}.lora_A.weight": torch.empty(number, 1, device="meta")
-        for number, module in enumerate(modules)
+        # PEFT hands the tensors on under their new names: the number of rows tells them apart.
+        rows = {key: torch.empty(n, 1, device="meta") for n, key in enumerate(keys)}
+        modules = list(keys.values())
+        found = convert(names.model, LoraConfig(target_modules=modules), rows)
+        loaded = {key: modules[tensor.shape[0]] for key, tensor in found.items()}
+    ours = {
+        module: key.removeprefix(PEFT_PREFIX).removesuffix(".lora_A.weight")
+        for key, module in loaded.items()
+        if key.startswith(PEFT_PREFIX)
     }
-    loaded = convert(names.model, LoraConfig(target_modules=modules), stored)
-    return {
-        modules[tensor.shape[0]]: key.removeprefix(PEFT_PREFIX).removesuffix(".lora_A.weight")
-        for key, tensor in loaded.items()
-    }
+    return {module: name for module, name in ours.items() if names.has(name)}
+
+
+def auto_class(config: Mapping[str, object], task: str | None) -> str | None:
+    """The class that transformers' `AutoModelFor…` makes of a base for `task`."""
+    from transformers.models.auto import modeling_auto
+
+    kind = _AUTO[task or "causal-lm"]
+    name = "MODEL_MAPPING_NAMES" if kind == "MODEL" else f"MODEL_FOR_{kind}_MAPPING_NAMES"
+    known = getattr(modeling_auto, name, {})
+    found = known.get(config.get("model_type"))
+    return found if isinstance(found, str) else None
 
 
 @lru_cache(maxsize=8)

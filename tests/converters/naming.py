@@ -20,6 +20,7 @@ from tests.conftest import randomize
 from tests.converters.families import DECODER, ENCODER
 
 PREFIX = "base_model.model."
+LANGUAGE = r".*language_model.*\.(q_proj|v_proj|down_proj)"
 TEXT = {**DECODER, "head_dim": 8}
 VISION = {"hidden_size": 32, "intermediate_size": 48, "num_attention_heads": 4}
 QWEN_VISION = {
@@ -118,7 +119,7 @@ def _qwen3_5() -> Any:
 
 
 def _qwen2() -> Any:
-    return transformers.Qwen2Config(**DECODER)
+    return transformers.Qwen2Config(**DECODER, tie_word_embeddings=True)
 
 
 FAMILIES = {
@@ -138,16 +139,35 @@ FAMILIES = {
         task="SEQ_CLS",
         targets=("query", "value"),
     ),
-    "llava": Family("LlavaForConditionalGeneration", _llava, "LlavaForConditionalGeneration"),
-    "gemma3": Family("Gemma3ForConditionalGeneration", _gemma3, "Gemma3ForConditionalGeneration"),
+    "llava": Family(
+        "LlavaForConditionalGeneration",
+        _llava,
+        "LlavaForConditionalGeneration",
+        targets=LANGUAGE,
+    ),
+    "gemma3": Family(
+        "Gemma3ForConditionalGeneration",
+        _gemma3,
+        "Gemma3ForConditionalGeneration",
+        targets=LANGUAGE,
+    ),
     "qwen2-vl": Family(
-        "Qwen2VLForConditionalGeneration", _qwen2_vl, "Qwen2VLForConditionalGeneration"
+        "Qwen2VLForConditionalGeneration",
+        _qwen2_vl,
+        "Qwen2VLForConditionalGeneration",
+        targets=LANGUAGE,
     ),
     "qwen3-vl": Family(
-        "Qwen3VLForConditionalGeneration", _qwen3_vl, "Qwen3VLForConditionalGeneration"
+        "Qwen3VLForConditionalGeneration",
+        _qwen3_vl,
+        "Qwen3VLForConditionalGeneration",
+        targets=LANGUAGE,
     ),
     "qwen3.5": Family(
-        "Qwen3_5ForConditionalGeneration", _qwen3_5, "Qwen3_5ForConditionalGeneration"
+        "Qwen3_5ForConditionalGeneration",
+        _qwen3_5,
+        "Qwen3_5ForConditionalGeneration",
+        targets=LANGUAGE,
     ),
     "qwen3.5, text": Family("Qwen3_5ForConditionalGeneration", _qwen3_5, "Qwen3_5ForCausalLM"),
 }
@@ -194,7 +214,8 @@ OTHERS: dict[str, Callable[[str], str]] = {
 def stranger(key: str) -> str:
     """Under a root that no class and no version has."""
     inner = key.removeprefix(PREFIX)
-    return f"{PREFIX}whatever.{re.sub(r'^(model[.]language_model|model|transformer|bert)[.]', '', inner)}"
+    body = re.sub(r"^(model[.]language_model|model|transformer|bert)[.]", "", inner)
+    return f"{PREFIX}whatever.{body}"
 
 
 def make(folder: Path, family: Family) -> None:
