@@ -195,6 +195,28 @@ def resolved(run: Run, base: BaseModel) -> Run:
     return _renamed(run, modules, tensors)
 
 
+def check_fits(run: Run, base: BaseModel) -> None:
+    """Raise `BaseError` when a matrix that `run` updates is not in `base`, or of another shape. Of
+    a quantized base, whose files hold other shapes, the class is asked."""
+    packed = "quantization_config" in base.config
+    known = None if lies_plainly(run, base) and not packed else _classes_of(run, base)
+    if known is None or not known.known:
+        for module, shape in run.shapes.items():
+            if not packed or base.weight(module) is None:
+                base.is_transposed(module, shape, module in run.embeddings)
+        return
+    run = resolved(run, base)
+    for module, shape in run.shapes.items():
+        if known.whole.place(module, shape) is None:
+            raise _unknown_module(run, base, known.whole, module)
+
+
+def _classes_of(run: Run, base: BaseModel) -> Classes | None:
+    with suppress(TargetError):
+        return classes(run.task, run.num_labels, base)
+    return None
+
+
 def as_trained(run: Run, base: BaseModel) -> tuple[Run, Layout]:
     """As `resolved`, but a run of the text model alone of a multimodal base keeps the names of that
     model; and the layout of the class whose names they are."""

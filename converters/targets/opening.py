@@ -11,7 +11,8 @@ from ..errors import RunError
 from ..files.json_files import read_json
 from ..files.tensors import open_safetensors
 from ..model.base import BaseModel
-from ..model.match import target_architecture
+from ..model.match import as_trained, target_architecture
+from ..readers import ReadOptions, read_run
 from ..run import Run
 from .model import Model, read_logits
 
@@ -37,7 +38,10 @@ def open_peft(folder: Path, base: BaseModel, run: Run) -> Model:
     """An adapter folder, on `base` in the class that `run` was trained in, float32."""
     from peft import PeftModel
 
-    model = PeftModel.from_pretrained(load_base(run, base), str(folder))
+    # An adapter for the text model alone of a multimodal base is one in that class only.
+    _, layout = as_trained(read_run(folder, ReadOptions(base=base.path)), base)
+    loaded = load_base(run, base, layout.names.architecture)
+    model = PeftModel.from_pretrained(loaded, str(folder))
     files = sorted(folder.glob("adapter_model.safetensors"))
     return of_weights(read_logits(model.float().eval()), files, merged=False)
 
@@ -56,11 +60,14 @@ def of_weights(read: Any, files: list[Path], *, merged: bool) -> Model:
     )
 
 
-def load_base(run: Run, base: BaseModel) -> Any:
-    """The base as transformers loads it, float32, in the class the run was trained in."""
+def load_base(run: Run, base: BaseModel, architecture: str | None = None) -> Any:
+    """The base as transformers loads it, float32, in `architecture`; None for the class that the
+    run is for."""
     import transformers
 
     cls, config = class_of(run, base)
+    if architecture not in (None, cls.__name__):
+        cls, config = getattr(transformers, str(architecture)), None
     level = transformers.logging.get_verbosity()
     # The base lacks a head that the run brings, or has one of another size.
     transformers.logging.set_verbosity_error()

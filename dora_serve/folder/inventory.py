@@ -12,11 +12,12 @@ from converters.errors import DoraExportError, MissingError, RunError
 from converters.files.handles import State, reading, state_at
 from converters.files.onnx_files import is_onnx_folder
 from converters.model.base import BaseModel, open_base
+from converters.model.match import check_fits
 from converters.readers import Reader, ReadOptions, is_run, read_run, readers
 from converters.run import Run
 
 from .names import name_elsewhere, names_below, own_name
-from .pairing import base_of, check_fits, is_named, other_name
+from .pairing import base_of, is_named, other_name
 
 _WEIGHTS = ("*.safetensors", "pytorch_model*.bin", "*.safetensors.index.json")
 

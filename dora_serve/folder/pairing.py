@@ -13,6 +13,7 @@ from pathlib import Path
 from converters.errors import BaseError, DoraExportError, MissingError
 from converters.files.handles import there
 from converters.model.base import BaseModel, fingerprint, open_base
+from converters.model.match import check_fits
 from converters.run import Run
 
 from .names import own_name
@@ -87,12 +88,6 @@ def fits(run: Run, base: BaseModel) -> bool:
     except BaseError:
         return False
     return True
-
-
-def check_fits(run: Run, base: BaseModel) -> None:
-    """Raise `BaseError` when a matrix that `run` updates is not in `base`, or of another shape."""
-    for module, shape in run.shapes.items():
-        base.is_transposed(module, shape, module in run.embeddings)
 
 
 def _is_hub_id(name: str) -> bool:

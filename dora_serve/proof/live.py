@@ -15,7 +15,7 @@ from converters.errors import RunError
 from converters.files.tensors import rows_and_columns
 from converters.model.base import HEAD, BaseModel
 from converters.model.layout import Layout, Place
-from converters.model.match import target_architecture
+from converters.model.match import resolved, target_architecture
 from converters.run import Run
 from converters.targets.opening import load_base
 from converters.updates.rank_one import RankOneSum
@@ -33,6 +33,7 @@ class LiveModel:
     """
 
     def __init__(self, run: Run, base: BaseModel) -> None:
+        run = resolved(run, base)
         self.model = load_base(run, base)
         _load_run_tensors(self.model, run)
         self._run = run

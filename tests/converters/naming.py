@@ -218,10 +218,12 @@ def stranger(key: str) -> str:
     return f"{PREFIX}whatever.{body}"
 
 
-def make(folder: Path, family: Family) -> None:
+def make(folder: Path, family: Family, **changes: Any) -> None:
     """A random base and an adapter on it, as PEFT saves it: `folder`/base and `folder`/lora."""
     torch.manual_seed(0)
-    model = getattr(transformers, family.saved)(family.config())
+    config = family.config()
+    config.update(changes)
+    model = getattr(transformers, family.saved)(config)
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
         for parameter in model.parameters():

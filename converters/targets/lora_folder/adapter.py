@@ -8,7 +8,7 @@ every module is padded with zeros to the largest.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,7 @@ from ...errors import TargetError
 from ...files.output import save_tensors
 from ...files.tensors import LazyTensor, load_finite, numel
 from ...model.base import BaseModel
-from ...model.layout import Layout, is_parameter, split_slice
+from ...model.layout import Layout, split_slice
 from ...model.match import as_trained, changed, check_frozen, classes, resolved
 from ...model.names import PEFT_PREFIX
 from ...model.tasks import peft_type
@@ -30,7 +30,7 @@ from ..engines import Profile
 from ..target import Plan, Progress, Report
 from . import CONFIG, WEIGHTS
 from .card import model_card
-from .experts import padded, stacked, transposed_modules
+from .experts import padded, parameters, stacked, transposed_modules
 from .padding import absent_modules
 from .whole import whole_modules
 
@@ -54,10 +54,12 @@ class AdapterReport(Report):
 
 @dataclass(frozen=True, kw_only=True)
 class AdapterPlan(Plan):
-    """`ranks`: start rank and rank per module. `whole`: what is stored whole. `stored`: rank, out
-    and in of every module as stored, those included that the engine needs as zeros."""
+    """`parameters`: what of `stored` is no module. `ranks`: start rank and rank per module.
+    `whole`: what is stored whole. `stored`: rank, out and in of every module as stored, those
+    included that the engine needs as zeros."""
 
     config: Mapping[str, object]
+    parameters: frozenset[str]
     ranks: Mapping[str, tuple[int | None, int]]
     whole: Mapping[str, LazyTensor]
     stored: Mapping[str, tuple[int, int, int]]
@@ -113,7 +115,7 @@ class AdapterPlan(Plan):
             if update is not None:
                 a[: update.rank], b[:, : update.rank] = update.balanced()
                 errors[module] = stored_error(update, a, b)
-            if is_parameter(module):
+            if module in self.parameters:
                 blocks[module] = a, b
             else:
                 tensors |= _named(module, a, b, module in self.run.embeddings)
@@ -165,13 +167,16 @@ def plan_adapter(
                 remedy="merge it (`merge`), or approximate it with `energy` or `max_rank`",
             )
         ranks[module] = (run.start_rank.get(module), rank)
-    _check_target(run, profile, whole, ranks, modules, biases)
+    kept = parameters(run, layout)
+    _check_target(run, profile, whole, ranks, modules, biases, sorted(kept))
     if base is not None:
         _check_family(run, base, profile)
-    stored = padded(_stored(ranks, {**run.shapes, **absent_modules(run, base, profile)}, profile))
+    stored = padded(
+        _stored(ranks, {**run.shapes, **absent_modules(run, base, layout, profile)}, profile)
+    )
     alive = {module: rank for module, (rank, _, _) in stored.items() if rank}
     config = {
-        **_config(run, base, alive, profile),
+        **_config(run, base, alive, profile, kept),
         "modules_to_save": modules or None,
         "bias": "all" if biases else "none",
         "fan_in_fan_out": bool(transposed & alive.keys()),
@@ -185,6 +190,7 @@ def plan_adapter(
         nbytes=elements * dtype.itemsize,
         warnings=run.warnings,
         config=config,
+        parameters=kept,
         ranks=ranks,
         whole=whole,
         stored=stored,
@@ -226,6 +232,7 @@ def _check_target(
     ranks: Mapping[str, tuple[int | None, int]],
     modules: list[str],
     biases: list[str],
+    parameters: Collection[str],
 ) -> None:
     cannot = []
     if profile.kinds is not None:
@@ -239,7 +246,7 @@ def _check_target(
     if profile.whole_modules is not None:
         cannot += [name for name in whole if name.removesuffix(".weight") in ranks]
     if "target_parameters" not in profile.features:
-        cannot += [name for name in ranks if is_parameter(name)]
+        cannot += parameters
     cannot += [name for name in ranks if name.endswith(".bias") or name in run.tied]
     cannot = list(dict.fromkeys(cannot))
     if cannot:
@@ -274,15 +281,17 @@ def _check_family(run: Run, base: BaseModel, profile: Profile) -> None:
 
 
 def _config(
-    run: Run, base: BaseModel | None, alive: Mapping[str, int], profile: Profile
+    run: Run,
+    base: BaseModel | None,
+    alive: Mapping[str, int],
+    profile: Profile,
+    parameters: Collection[str],
 ) -> dict[str, object]:
-    parameters = {split_slice(name)[0] for name in alive if is_parameter(name)}
+    owned = {split_slice(name)[0] for name in alive if name in parameters}
     alive = {split_slice(name)[0]: rank for name, rank in alive.items()}
     default = max(alive.values())
     patterns = {f"^{module}": rank for module, rank in alive.items() if rank != default}
-    targets = (
-        {module.split(".")[-1] for module in alive} if profile.uniform else set(alive) - parameters
-    )
+    targets = {module.split(".")[-1] for module in alive} if profile.uniform else set(alive) - owned
     task = peft_type(run.task) if run.task is not None else None
     return {
         "peft_type": "LORA",
@@ -298,7 +307,7 @@ def _config(
         "init_lora_weights": True,
         "use_rslora": False,
         "use_dora": False,
-        **({"target_parameters": sorted(parameters)} if parameters else {}),
+        **({"target_parameters": sorted(owned)} if owned else {}),
     }
 
 
