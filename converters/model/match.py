@@ -257,7 +257,7 @@ def _unknown_module(run: Run, base: BaseModel, layout: Layout, module: str) -> B
     like = [name for name in layout.names.state if f".{kind}." in name][:2]
     meant = base.find(f"{module}.weight") or base.find(module)
     return BaseError(
-        "the base has no module of this name",
+        "the base has no such module, under any name that is known",
         file=run.path,
         tensor=module,
         found=None if meant is None else f"no other name than {meant} is like it",

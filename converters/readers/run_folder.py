@@ -50,11 +50,13 @@ class RunFolder:
             self._json[name] = read_json(self.path / name)
         return self._json[name]
 
-    def tensors(self, file: Path) -> LazyTensors:
-        """The tensors of a `.safetensors`, `.bin` or `.pt` file, by their names there."""
-        if file not in self._tensors:
-            self._tensors[file] = open_file(file)
-        return self._tensors[file]
+    def tensors(self, file: str | Path) -> LazyTensors:
+        """The tensors of a `.safetensors`, `.bin` or `.pt` file, by their names there. `file`: its
+        path, or its name in this folder."""
+        path = file if isinstance(file, Path) else self.path / file
+        if path not in self._tensors:
+            self._tensors[path] = open_file(path)
+        return self._tensors[path]
 
     def below(self, name: str) -> RunFolder:
         """The folder of that name inside this one."""

@@ -165,7 +165,7 @@ def test_a_name_that_no_class_has(tmp_path: Path, made: Callable[[str], Path], f
         assert not computed(engine, family, base, lora, truth)
     assert "no-such-module" in errors(lora, base, "vllm")
     for write in (merge, write_adapter):
-        with pytest.raises(BaseError, match="no module of this name"):
+        with pytest.raises(BaseError, match="no such module"):
             write(read(lora, base), tmp_path / "out", base=base)
     assert not (tmp_path / "out").exists()
     assert not fits(read(lora, base), open_base(base))
