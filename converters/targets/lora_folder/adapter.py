@@ -24,6 +24,7 @@ from ...model.layout import Layout, split_slice
 from ...model.match import as_trained, changed, check_frozen, classes, resolved
 from ...model.names import PEFT_PREFIX
 from ...model.tasks import peft_type
+from ...model.tying import untied
 from ...run import Run
 from ...updates.rank_one import RankOneSum, stored_error
 from ..engines import Profile
@@ -151,13 +152,15 @@ def plan_adapter(
             remedy="merge it (`merge`)",
         )
     transposed: set[str] = set()
-    layout = None
+    own, layout = base, None
     if base is not None:
         run, layout = named_for(run, base, profile)
-        transposed = transposed_modules(run, base, layout, profile)
-        check_frozen(run, base)
-    whole = changed(run, base, None if layout is None else layout.find)
-    modules, biases = whole_modules(run, base, whole)
+        architecture = layout.names.architecture
+        run, own = untied(run, base, architecture, layout.find, together=False)
+        transposed = transposed_modules(run, own, layout, profile)
+        check_frozen(run, own)
+    whole = changed(run, own, None if layout is None else layout.find)
+    modules, biases = whole_modules(run, own, whole)
     ranks: dict[str, tuple[int | None, int]] = {}
     for module, rank in run.ranks.items():
         if rank is None:
