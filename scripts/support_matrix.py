@@ -42,11 +42,27 @@ integration checks that it is current.
 """
 
 
+NAMES = """
+## Names
+
+What an engine does with a LoRA folder whose modules are called as other tools call them. Every row
+is a test that loads the file as it lies there into the engine: a dot where the engine computes what
+was trained. Where there is none it does nothing with the file, without a word, and `lint` says so.
+Merges, and adapters that are written anew (`adapter`, `lint --fix`), are right for every row.
+
+| family | form of name | {engines} | proved by |
+|---|---|{rule}|---|
+"""
+ENGINES = ("peft", "transformers")
+
+
 class _Collector:
-    """Keeps what the collected tests claim: (method, family) → target → test names."""
+    """Keeps what the collected tests claim: (method, family) → target → test names, and the same of
+    (family, form of name) → engine."""
 
     def __init__(self) -> None:
         self.cells: Cells = defaultdict(lambda: defaultdict(set))
+        self.names: Cells = defaultdict(lambda: defaultdict(set))
 
     def pytest_collection_finish(self, session: pytest.Session) -> None:
         for item in session.items:
@@ -57,9 +73,13 @@ class _Collector:
                         raise pytest.UsageError(f"{item.nodeid}: unknown target {target}")
                     key = (mark.kwargs["method"], mark.kwargs["family"])
                     self.cells[key][target].add(name)
+            for mark in item.iter_markers("named"):
+                name = f"{item.path.relative_to(ROOT)}::{getattr(item, 'originalname', item.name)}"
+                for engine in ("", *mark.kwargs["computes"]):
+                    self.names[mark.kwargs["family"], mark.kwargs["form"]][engine].add(name)
 
 
-def collect() -> Cells:
+def collect() -> tuple[Cells, Cells]:
     collector = _Collector()
     with contextlib.redirect_stdout(io.StringIO()) as output:
         code = pytest.main(
@@ -67,26 +87,32 @@ def collect() -> Cells:
         )
     if code:
         raise SystemExit(f"the tests could not be collected:\n{output.getvalue()}")
-    return collector.cells
+    return collector.cells, collector.names
 
 
-def page(cells: Cells) -> str:
+def rows(cells: Cells, columns: tuple[str, ...]) -> list[str]:
+    lines = []
+    for (first, second), found in sorted(cells.items()):
+        dots = " | ".join("●" if column in found else "" for column in columns)
+        tests = ", ".join(f"`{n}`" for n in sorted({n for names in found.values() for n in names}))
+        lines.append(f"| {first} | {second} | {dots} | {tests} |\n")
+    return lines
+
+
+def page(cells: Cells, names: Cells) -> str:
     lines = [HEAD.format(targets=" | ".join(TARGETS), rule="|".join(":-:" for _ in TARGETS))]
-    for (method, family), targets in sorted(cells.items()):
-        dots = " | ".join("●" if target in targets else "" for target in TARGETS)
-        tests = ", ".join(
-            f"`{n}`" for n in sorted({n for names in targets.values() for n in names})
-        )
-        lines.append(f"| {method} | {family} | {dots} | {tests} |\n")
+    lines += rows(cells, TARGETS)
     methods, families = {m for m, _ in cells}, {f for _, f in cells}
     lines.append(f"\n{len(methods)} methods, {len(families)} families, {len(cells)} rows.\n")
+    lines.append(NAMES.format(engines=" | ".join(ENGINES), rule="|".join(":-:" for _ in ENGINES)))
+    lines += rows(names, ENGINES)
     return "".join(lines)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--check", action="store_true", help="exit 1 when the page is not current")
-    current = page(collect())
+    current = page(*collect())
     if not parser.parse_args().check:
         PAGE.write_text(current)
     elif not PAGE.exists() or PAGE.read_text() != current:

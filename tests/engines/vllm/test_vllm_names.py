@@ -114,11 +114,6 @@ def engine(
     patch.undo()
 
 
-@pytest.mark.named(family="qwen2", form="PEFT", computes=("vllm",))
-@pytest.mark.named(family="qwen2", form="PEFT's prefix twice", computes=("vllm",))
-@pytest.mark.named(family="qwen2", form="no prefix", computes=("vllm",))
-@pytest.mark.named(family="qwen2, embedding", form="PEFT", computes=("vllm",))
-@pytest.mark.named(family="qwen2, embedding", form="body twice", computes=("vllm",))
 def test_lint_says_what_vllm_computes(engine: Engine, tmp_path: Path) -> None:
     clean, base = engine.folder / "lora", engine.folder / "base"
     truth, plain = engine.truth(clean), engine.truth(None)
