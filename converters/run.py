@@ -70,6 +70,15 @@ class LazyUpdates(Mapping[str, Update]):
             self[module]
         return self._ranks[module]
 
+    def renamed(self, names: Mapping[str, str]) -> LazyUpdates:
+        """The same updates under other names; those that `names` lacks keep theirs."""
+        new = type(self)(
+            {names.get(m, m): partial(self.take, m) for m in self},
+            {names.get(m, m): shape for m, shape in self.known_shapes.items()},
+        )
+        new._ranks = {names.get(m, m): rank for m, rank in self._ranks.items()}
+        return new
+
     @classmethod
     def of(cls, updates: Mapping[str, Update]) -> LazyUpdates:
         """`updates` themselves where they are lazy."""
@@ -147,6 +156,25 @@ class Run:
         Reads what has not been read yet. A merge therefore asks when it has written.
         """
         return {module: self._updates.rank(module) for module in self.updates}
+
+    def renamed(self, modules: Mapping[str, str], tensors: Mapping[str, str]) -> Run:
+        """The run with other names of modules, and of the tensors trained whole or frozen; those
+        that have none keep their own. Raises `RunError` where two become one."""
+        for names, old in ((modules, self.updates), (tensors, self.replaced)):
+            new = [names.get(name, name) for name in old]
+            if len(set(new)) < len(new):
+                twice = next(name for name in new if new.count(name) > 1)
+                raise RunError("two names in the run are one module", file=self.path, tensor=twice)
+        frozen = self.embedded_base
+        return replace(
+            self,
+            updates=self._updates.renamed(modules),
+            replaced={tensors.get(name, name): t for name, t in self.replaced.items()},
+            embedded_base=frozen and {tensors.get(name, name): t for name, t in frozen.items()},
+            start_rank={modules.get(m, m): rank for m, rank in self.start_rank.items()},
+            embeddings=frozenset(modules.get(m, m) for m in self.embeddings),
+            tied=frozenset(modules.get(m, m) for m in self.tied),
+        )
 
     def rank(self, module: str) -> int | None:
         """The rank of one update as it stands; None where it has none."""

@@ -64,12 +64,27 @@ checks that it is current.
 """
 
 
+NAMES = """
+## Names
+
+What an engine does with a LoRA folder whose modules are called as other tools call them. Every row
+is a test that loads the file as it lies there into the engine: a dot where the engine computes what
+was trained. Where there is none it does nothing with the file, without a word, and `lint` says so.
+Merges, and adapters that are written anew (`adapter`, `lint --fix`), are right for every row.
+
+| family | form of name | {engines} | proved by |
+|---|---|{rule}|---|
+"""
+ENGINES = ("peft", "transformers")
+
+
 class _Collector:
-    """Keeps what the collected tests claim: (method, family) → target → test names, and
-    (family, tied side) → way → what becomes of it."""
+    """Keeps what the collected tests claim: (method, family) → target → test names, (family, form
+    of name) → engine → test names, and (family, tied side) → way → what becomes of it."""
 
     def __init__(self) -> None:
         self.cells: Cells = defaultdict(lambda: defaultdict(set))
+        self.names: Cells = defaultdict(lambda: defaultdict(set))
         self.ties: Ties = defaultdict(dict)
         self.proof = ""
 
@@ -86,6 +101,10 @@ class _Collector:
                         raise pytest.UsageError(f"{item.nodeid}: unknown target {target}")
                     key = (mark.kwargs["method"], mark.kwargs["family"])
                     self.cells[key][target].add(name)
+            for mark in item.iter_markers("named"):
+                name = f"{item.path.relative_to(ROOT)}::{getattr(item, 'originalname', item.name)}"
+                for engine in ("", *mark.kwargs["computes"]):
+                    self.names[mark.kwargs["family"], mark.kwargs["form"]][engine].add(name)
 
 
 def collect() -> _Collector:
@@ -99,16 +118,22 @@ def collect() -> _Collector:
     return collector
 
 
-def page(cells: Cells) -> str:
+def rows(cells: Cells, columns: tuple[str, ...]) -> list[str]:
+    lines = []
+    for (first, second), found in sorted(cells.items()):
+        dots = " | ".join("●" if column in found else "" for column in columns)
+        tests = ", ".join(f"`{n}`" for n in sorted({n for names in found.values() for n in names}))
+        lines.append(f"| {first} | {second} | {dots} | {tests} |\n")
+    return lines
+
+
+def page(cells: Cells, names: Cells) -> str:
     lines = [HEAD.format(targets=" | ".join(TARGETS), rule="|".join(":-:" for _ in TARGETS))]
-    for (method, family), targets in sorted(cells.items()):
-        dots = " | ".join("●" if target in targets else "" for target in TARGETS)
-        tests = ", ".join(
-            f"`{n}`" for n in sorted({n for names in targets.values() for n in names})
-        )
-        lines.append(f"| {method} | {family} | {dots} | {tests} |\n")
+    lines += rows(cells, TARGETS)
     methods, families = {m for m, _ in cells}, {f for _, f in cells}
     lines.append(f"\n{len(methods)} methods, {len(families)} families, {len(cells)} rows.\n")
+    lines.append(NAMES.format(engines=" | ".join(ENGINES), rule="|".join(":-:" for _ in ENGINES)))
+    lines += rows(names, ENGINES)
     return "".join(lines)
 
 
@@ -126,7 +151,7 @@ def main() -> None:
     parser.add_argument("--check", action="store_true", help="exit 1 when the page is not current")
     found = collect()
     check = parser.parse_args().check
-    for path, current in ((PAGE, page(found.cells)), (TIES, ties_page(found))):
+    for path, current in ((PAGE, page(found.cells, found.names)), (TIES, ties_page(found))):
         if not check:
             path.write_text(current)
         elif not path.exists() or path.read_text() != current:

@@ -4,14 +4,19 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Literal
 
-from ..errors import MissingError, RunError
+from ..errors import BaseError, MissingError, RunError, TargetError
 from ..files.tensors import LazyTensor, LazyTensors, open_file, read_json
 from ..model.base import BaseModel
+from ..model.match import Classes, classes
+from ..model.names import PEFT_PREFIX as PREFIX
+from ..model.names import as_peft_loads, unwrapped
+from ..model.tasks import task_of_peft
 from ..readers.patterns import Patterns
 from ..readers.run_folder import CONFIG_FILE, WEIGHT_FILES
 from ..targets.engines import Profile
@@ -19,7 +24,6 @@ from ..targets.target import profiles
 
 Severity = Literal["error", "warning", "info"]
 
-PREFIX = "base_model.model."
 PEFTS_OWN = ("peft", "transformers")  # where PEFT's layers compute
 _FACTOR = re.compile(r"(.+)\.(?:lora_(A|B)(\.\w+)?\.weight|lora_embedding_(A|B)(\.\w+)?)")
 
@@ -97,6 +101,40 @@ class Adapter:
         names = parameters if isinstance(parameters, list) else []
         owners = {str(name).rpartition(".")[0] for name in names}
         return any(f".{module.removesuffix('.base_layer')}".endswith(f".{o}") for o in owners)
+
+    @property
+    def task(self) -> str | None:
+        return task_of_peft(self.config.get("task_type"))
+
+    @cached_property
+    def classes(self) -> Classes | None:
+        """The classes that the base is loaded as; None without a base, or where transformers does
+        not know them."""
+        if self.base is None:
+            return None
+        with suppress(BaseError, TargetError):
+            found = classes(self.task, None, self.base)
+            return found if found.known else None
+        return None
+
+    def meant(self, module: str) -> str | None:
+        """What the base calls the module that is stored as `module`; None where it has none of a
+        name that transformers knows."""
+        plain = unwrapped(module)
+        if self.classes is not None:
+            return self.classes.module(plain)
+        return plain if self.base is None or self.base.weight(plain) is not None else None
+
+    @cached_property
+    def loaded(self) -> Mapping[str, str]:
+        """Stored module → the module of the base that PEFT takes it for. Without a base: that of
+        the very name."""
+        stored = {f.key: f.module for f in self.factors if ".experts" not in f.module}
+        if self.classes is None:
+            return {m: m for k, m in stored.items() if k.startswith(PREFIX) and m == unwrapped(m)}
+        found = self.classes
+        text = {} if found.text is None else as_peft_loads(found.text.names, stored)
+        return {**text, **as_peft_loads(found.whole.names, stored)}
 
     @cached_property
     def embeddings(self) -> list[str]:

@@ -13,10 +13,10 @@ _OTHER = "pass the base the adapter was trained on"
 
 def shapes(adapter: Adapter) -> Iterator[Finding]:
     for module, (a, b) in adapter.pairs.items():
-        weight = None if adapter.base is None else adapter.base.weight(module)
-        if weight is None or ".experts" in module:
+        stored = _shape(adapter, module)
+        if stored is None or ".experts" in module:
             continue
-        shape = rows_and_columns(weight.shape)
+        shape = rows_and_columns(stored)
         found = (b.shape[0], a.shape[-1])
         if found not in (shape, shape[::-1]):
             yield Finding(
@@ -24,6 +24,17 @@ def shapes(adapter: Adapter) -> Iterator[Finding]:
                 "the update does not fit the base weight", str(list(found)), str(list(shape)),
                 _OTHER,
             )  # fmt: skip
+
+
+def _shape(adapter: Adapter, module: str) -> tuple[int, ...] | None:
+    """The shape of a weight in memory: on disk a quantized one has another."""
+    if adapter.base is None:
+        return None
+    if adapter.classes is not None:
+        state, name = adapter.classes.whole.names.state, adapter.meant(module)
+        return state.get(f"{name}.weight") or state.get(str(name))
+    weight = adapter.base.weight(module)
+    return None if weight is None or "quantization_config" in adapter.base.config else weight.shape
 
 
 def fingerprints(adapter: Adapter) -> Iterator[Finding]:

@@ -6,9 +6,11 @@ import re
 from collections import Counter
 from collections.abc import Iterator
 
-from ..model.tasks import architecture_of
+from ..model.match import Classes
+from ..model.names import auto_class, unwrapped
+from ..model.tasks import POOLING, architecture_of
 from ..model.tying import groups
-from ..targets.engines import Profile
+from ..targets.engines import VLLM_TEXT_NAMES, Profile
 from ..targets.lora_folder import CONFIG
 from .finding import PEFTS_OWN, PREFIX, Adapter, Finding
 
@@ -18,7 +20,7 @@ _REWRITE = "`lint` with `fix` writes the names PEFT knows"
 
 def prefix(adapter: Adapter) -> Iterator[Finding]:
     for factor in adapter.factors:
-        if not factor.key.startswith(PREFIX):
+        if not factor.key.startswith(PREFIX) and factor.module not in adapter.loaded:
             for severity, targets in adapter.graded(lambda engine: engine.prefix):
                 yield Finding(
                     "prefix",
@@ -90,10 +92,11 @@ def incomplete(adapter: Adapter) -> Iterator[Finding]:
 
 def unknown_modules(adapter: Adapter) -> Iterator[Finding]:
     """Experts are left out: their names in memory differ from those on disk."""
-    if adapter.base is None:
-        return
     for module in (*adapter.pairs, *adapter.embeddings):
-        if ".experts" not in module and adapter.base.weight(module) is None:
+        if ".experts" in module:
+            continue
+        meant = adapter.meant(module)
+        if meant is None:
             yield Finding(
                 "no-such-module",
                 "error",
@@ -101,9 +104,79 @@ def unknown_modules(adapter: Adapter) -> Iterator[Finding]:
                 module,
                 "the base has no such module: this part of the adapter would do nothing",
                 module,
-                f"a module of {adapter.base.name}",
+                f"a module of {adapter.base.name if adapter.base else 'the base'}",
                 "use the base it was trained on, or rename the module",
             )
+            continue
+        deaf = adapter.where(
+            lambda engine, m=module, name=meant: not _finds(adapter, engine, m, name)
+        )
+        if deaf:
+            yield Finding(
+                "other-name",
+                "error",
+                deaf,
+                module,
+                "the engine has no module of this name: this part of the adapter would do nothing",
+                module,
+                meant,
+                _REWRITE,
+            )
+
+
+def _finds(adapter: Adapter, engine: Profile, module: str, meant: str) -> bool:
+    """Whether `engine` takes the stored `module` for `meant`."""
+    known = adapter.classes
+    if engine.name == "peft":
+        return module in adapter.loaded
+    if engine.name == "transformers":
+        return _loads(known, module)
+    if engine.name != "vllm":
+        return module == meant
+    plain = module.replace(PREFIX, "")
+    forms = {meant}
+    if known is not None and known.base.config.get("text_config") is not None:
+        own = meant.removeprefix("model.").replace("language_model.", "language_model.model.", 1)
+        forms.add(own)
+        if known.base.config.get("model_type") in VLLM_TEXT_NAMES:
+            forms.add(meant.replace("model.language_model.", "model.", 1))
+    if adapter.task in POOLING:
+        forms |= {meant.removeprefix("model."), f"model.{meant}"}
+    return plain in forms
+
+
+def _loads(known: Classes | None, module: str) -> bool:
+    """Whether transformers' own loader finds it, which reads the names of an adapter as those of a
+    checkpoint."""
+    plain = module.replace(PREFIX, "")
+    if known is None:
+        return plain == unwrapped(plain)
+    layouts = [layout for layout in (known.whole, known.text) if layout is not None]
+    return any(
+        layout.names.rename(f"{plain}.weight")[0] in layout.names.state for layout in layouts
+    )
+
+
+def text_model(adapter: Adapter) -> Iterator[Finding]:
+    """Names of the text model alone, which `AutoModelFor…` does not make of every base."""
+    known, targets = adapter.classes, adapter.where(lambda engine: engine.name in PEFTS_OWN)
+    if known is None or known.text is None or not targets:
+        return
+    names = known.text.names
+    for module in adapter.loaded:
+        if names.has(adapter.loaded[module]) and not known.whole.names.has(adapter.loaded[module]):
+            auto = auto_class(known.base.config, adapter.task)
+            yield Finding(
+                "text-model",
+                "info" if auto == names.architecture else "warning",
+                targets,
+                module,
+                f"the adapter is for the text model alone: right in {names.architecture} only",
+                f"{names.architecture}, where AutoModel makes a {auto}",
+                f"the base loaded as {names.architecture}",
+                "load it in that class, or serve it with vLLM (`adapter` with `target` vllm)",
+            )
+            return
 
 
 def targeted(adapter: Adapter) -> Iterator[Finding]:
@@ -122,7 +195,9 @@ def targeted(adapter: Adapter) -> Iterator[Finding]:
             )
         return
     for module in (*adapter.pairs, *adapter.embeddings):
-        if ".experts" not in module and not _matches(adapter, module):
+        if ".experts" not in module and not _matches(
+            adapter, adapter.loaded.get(module) or adapter.meant(module) or module
+        ):
             yield Finding(
                 "not-targeted",
                 "error",
@@ -224,7 +299,7 @@ def _layers(adapter: Adapter, head: str, stem: str, kind: str) -> set[int]:
         return {int(match[2]) for match in found if match and match[1] == head}
     numbers = {int(m[2]) for name in adapter.base.tensors if (m := _LAYER.fullmatch(name))}
     names = {n: ".".join(filter(None, (head, str(n), stem, kind))) for n in numbers}
-    return {n for n, name in names.items() if adapter.base.weight(name) is not None}
+    return {n for n, name in names.items() if adapter.meant(name) is not None}
 
 
 def tied(adapter: Adapter) -> Iterator[Finding]:
@@ -249,4 +324,4 @@ def tied(adapter: Adapter) -> Iterator[Finding]:
                 )
 
 
-CHECKS = (prefix, duplicates, incomplete, unknown_modules, targeted, kinds, gaps, tied)
+CHECKS = (prefix, duplicates, incomplete, unknown_modules, text_model, targeted, kinds, gaps, tied)

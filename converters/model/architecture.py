@@ -49,8 +49,12 @@ def empty_model(
     try:
         _check_counts(values)
         kind = transformers.CONFIG_MAPPING[str(values.pop("model_type"))]
+        made, model = kind.from_dict(values), getattr(transformers, architecture)
+        text = getattr(made, "sub_configs", {}).get("text_config")
+        if text is not None and model.config_class is text:
+            made = made.get_text_config()  # the text model alone of a multimodal base
         with torch.device("meta"):
-            return getattr(transformers, architecture)(kind.from_dict(values))
+            return model(made)
     except Exception as error:
         raise BaseError(
             "transformers cannot make this model from the base's config.json",

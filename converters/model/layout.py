@@ -8,7 +8,6 @@ of what: it is applied to tensors of row numbers, as loading applies it to the w
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Callable
 from copy import deepcopy
 from dataclasses import dataclass, replace
@@ -24,18 +23,12 @@ from ..updates.rank_one import RankOneSum
 from ..updates.stacked import Stacked
 from ..updates.update import Update
 from .base import HEAD, BaseModel
+from .names import Names
+from .names import split_slice as split_slice
 
 # The parameters of fused experts in the order in which their module registers them: PEFT's wrappers
 # nest by it, the first innermost.
 FUSED = ("gate_up_proj", "down_proj")
-
-_SLICE = re.compile(r"(.+)\[(\d{1,9})\]")
-
-
-def split_slice(name: str) -> tuple[str, int | None]:
-    """`experts.gate_up_proj[3]` → (`experts.gate_up_proj`, 3); other names → (name, None)."""
-    match = _SLICE.fullmatch(name)
-    return (match[1], int(match[2])) if match else (name, None)
 
 
 def is_parameter(name: str) -> bool:
@@ -83,8 +76,7 @@ class Layout:
         self, base: BaseModel, architecture: str | None, num_labels: int | None = None
     ) -> None:
         self._base = base
-        self._architecture = architecture
-        self._num_labels = num_labels
+        self.names = Names(base, architecture, num_labels)
 
     def find(self, name: str) -> str | None:
         """The tensor on disk that is the tensor `name` in memory, None where there is none."""
@@ -148,13 +140,13 @@ class Layout:
 
     def place(self, name: str, shape: tuple[int, int]) -> Place | None:
         """Where the update `name`, of `shape [out, in]`, goes in memory; None: nowhere known."""
-        if self._model is None:
+        if self.names.model is None:
             return None
         stem, index = split_slice(name)
-        parameter = next((n for n in (f"{stem}.weight", stem) if n in self._state), None)
+        parameter = next((n for n in (f"{stem}.weight", stem) if n in self.names.state), None)
         if parameter is None:
             return self._older(name)
-        full = self._state[parameter]
+        full = self.names.state[parameter]
         rows, columns = rows_and_columns(full)
         start = 0
         if index is not None:
@@ -177,17 +169,17 @@ class Layout:
             )
         transposed = (rows, columns) != shape
         if rows == columns and index is not None:
-            owner = self._model.get_submodule(parameter.rpartition(".")[0])
+            owner = self.names.model.get_submodule(parameter.rpartition(".")[0])
             transposed = bool(getattr(owner, "is_transposed", False))
         return Place(parameter, start, rows, columns, transposed)
 
     def _older(self, name: str) -> Place | None:
         """The place of a module of the form on disk, such as `experts.3.gate_proj`."""
-        if not any(self._conversions):
+        if not any(self.names.conversions):
             return None
         tensor = f"{name}.weight"
-        parameter, pattern = self._rename(tensor)
-        full = self._state.get(parameter)
+        parameter, pattern = self.names.rename(tensor)
+        full = self.names.state.get(parameter)
         if full is None:
             return None
         if pattern is None:
@@ -205,7 +197,7 @@ class Layout:
     ) -> dict[str, tuple[Callable[[], Update], str, tuple[int, int]]]:
         """Tensor on disk → (its update, the module it comes from, the update's shape)."""
         disk = self._renamed.get(parameter)
-        total = math.prod(self._state[parameter][:-1])
+        total = math.prod(self.names.state[parameter][:-1])
         if disk is not None and [place.rows for place, _ in parts] == [total]:
             module = parts[0][1]
             return {disk: (_loader(run, module), module, run.shapes[module])}
@@ -236,7 +228,7 @@ class Layout:
     def _pieces(self, parameter: str) -> list[_Piece]:
         disk = self._renamed.get(parameter)
         if disk is not None:
-            return [_Piece(disk, torch.arange(math.prod(self._state[parameter][:-1])))]
+            return [_Piece(disk, torch.arange(math.prod(self.names.state[parameter][:-1])))]
         if parameter not in self._groups:
             return []
         group = self._groups[parameter]
@@ -246,7 +238,7 @@ class Layout:
 
     def _transposed(self, group: _Group) -> _Piece:
         """A fused tensor that is transposed on loading, where its shape is not the one already."""
-        (name, _), full = group.members[0], self._state[group.key]
+        (name, _), full = group.members[0], self.names.state[group.key]
         shape = self._base.tensors[name].shape
         only = len(group.members) == 1 and len(group.converter.operations) == 1
         if not only or len(full) != 3 or sorted(shape) != sorted(full):
@@ -267,13 +259,15 @@ class Layout:
             spans.append((name, total, total + rows))
             total += rows
         try:
-            traced = converter.convert(group.key, model=self._model, config=self._model.config)
+            traced = converter.convert(
+                group.key, model=self.names.model, config=self.names.model.config
+            )
         except Exception as error:
             raise self._unknown(group.key, f"{type(error).__name__}: {error}") from None
         result: dict[str, list[_Piece]] = {}
         for parameter, value in traced.items():
             numbers = value[0] if isinstance(value, list) else value
-            full = self._state.get(parameter)
+            full = self.names.state.get(parameter)
             if full is None or numbers.shape != (*full[:-1], 1):
                 raise self._unknown(parameter, f"{list(numbers.shape)} for {full}")
             position = torch.full((total,), -1)
@@ -285,9 +279,9 @@ class Layout:
         """Name in the form on disk → the rows of `parameter` that it holds."""
         from transformers.core_model_loading import revert_weight_conversion
 
-        full = self._state[parameter]
+        full = self.names.state[parameter]
         tracer = torch.arange(math.prod(full[:-1])).view(*full[:-1], 1)
-        state = revert_weight_conversion(self._model, {parameter: tracer})
+        state = revert_weight_conversion(self.names.model, {parameter: tracer})
         return {name: rows.flatten() for name, rows in state.items()}
 
     def _unknown(self, parameter: str, found: str) -> BaseError:
@@ -300,55 +294,19 @@ class Layout:
         )
 
     @cached_property
-    def _model(self) -> Any:
-        import transformers
-
-        from .architecture import empty_model
-
-        known = self._base.config.get("model_type") in transformers.CONFIG_MAPPING
-        if self._architecture is None or not known or not hasattr(transformers, self._architecture):
-            return None
-        return empty_model(self._architecture, self._base.config, self._num_labels)
-
-    @cached_property
-    def _state(self) -> dict[str, tuple[int, ...]]:
-        """The shapes in memory."""
-        return {name: tuple(tensor.shape) for name, tensor in self._model.state_dict().items()}
-
-    @cached_property
-    def _conversions(self) -> tuple[list[Any], list[Any]]:
-        try:
-            from transformers.conversion_mapping import get_model_conversion_mapping
-            from transformers.core_model_loading import WeightConverter
-        except ImportError:
-            return [], []  # transformers 4 has the names on disk in memory
-        found = get_model_conversion_mapping(self._model)
-        converters = [entry for entry in found if isinstance(entry, WeightConverter)]
-        return [entry for entry in found if entry not in converters], converters
-
-    def _rename(self, name: str) -> tuple[str, str | None]:
-        """The parameter that a tensor on disk becomes (the first of several), and the pattern of
-        the conversion that makes it, None for a mere change of name."""
-        from transformers.core_model_loading import rename_source_key
-
-        prefix, state = self._model.base_model_prefix, self._state
-        renamed, pattern = rename_source_key(name, *self._conversions, prefix, state)
-        if renamed not in state and name in state:
-            return name, None
-        return renamed, pattern
-
-    @cached_property
     def _sources(self) -> tuple[dict[str, str], dict[str, _Group]]:
         renamed: dict[str, str] = {}
         groups: dict[str, _Group] = {}
-        if self._model is None or not any(self._conversions):
+        if self.names.model is None or not any(self.names.conversions):
             return renamed, groups
         from transformers.core_model_loading import dot_natural_key
 
-        converters = {p: entry for entry in self._conversions[1] for p in entry.source_patterns}
+        converters = {
+            p: entry for entry in self.names.conversions[1] for p in entry.source_patterns
+        }
         for name in sorted(self._base.tensors, key=dot_natural_key):
-            parameter, pattern = self._rename(name)
-            if parameter not in self._state:
+            parameter, pattern = self.names.rename(name)
+            if parameter not in self.names.state:
                 continue
             if pattern is None:
                 renamed.setdefault(parameter, name)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from contextlib import suppress
+from dataclasses import dataclass, replace
 
 from ..errors import BaseError, TargetError
 from ..files.handles import reading
@@ -11,6 +13,7 @@ from ..files.tensors import LazyTensor, LazyTensors, convolution_matrix, is_copy
 from ..run import Run
 from .architecture import class_for
 from .base import HEAD, BaseModel
+from .layout import Layout
 from .tasks import architecture_of, task_of, usual_ending
 from .tying import new_embedding, tensor_names
 
@@ -128,11 +131,163 @@ def changed(
 def target_architecture(run: Run, base: BaseModel) -> tuple[str | None, list[str] | None]:
     """The class the run is for, and its tensor names where they are not the base's own."""
     current = architecture_of(base.config) or None
-    if run.task is None or run.task == task_of(base.config):
-        return current, None
-    architecture = class_for(base.config, usual_ending(run.task))
-    if architecture == current:
+    architecture = _class_for(run.task, base)
+    if architecture == current or architecture is None:
         return current, None
     if run.embedded_base is not None:
         return architecture, list(run.embedded_base)
     return architecture, tensor_names(architecture, base.config, run.num_labels)
+
+
+def _class_for(task: str | None, base: BaseModel) -> str | None:
+    if task is None or task == task_of(base.config):
+        return architecture_of(base.config) or None
+    return class_for(base.config, usual_ending(task))
+
+
+def lies_plainly(run: Run, base: BaseModel) -> bool:
+    """Whether every module and tensor of the run is on disk under the very name it has in the run,
+    so that a merge need not know the class."""
+    modules = (
+        f"{module}.weight" in base.tensors or module in base.tensors for module in run.updates
+    )
+    return all(modules) and all(name in base.tensors for name in run.replaced)
+
+
+@dataclass(frozen=True)
+class Classes:
+    """`whole`: the class that a run is for. `text`: that of the text model alone, in which a run on
+    a multimodal base may have been trained; None where the base has none."""
+
+    base: BaseModel
+    whole: Layout
+    text: Layout | None
+
+    @property
+    def known(self) -> bool:
+        """Whether transformers knows the class."""
+        return bool(self.whole.names.state)
+
+    def module(self, name: str) -> str | None:
+        """What the whole model calls a module, parameter or block; None where it has none that
+        transformers knows under this name."""
+        return self.whole.names.module(name) or self._through_text(name, (".weight", ""))
+
+    def tensor(self, name: str) -> str | None:
+        """As `module`, for a tensor."""
+        return self.whole.names.tensor(name) or self._through_text(name, ("",))
+
+    def _through_text(self, name: str, endings: tuple[str, ...]) -> str | None:
+        """By the tensor on disk that the text model and the whole one are both loaded from."""
+        for ending in endings if self.text is not None else ():
+            own = self.text.names.tensor(name + ending)
+            disk = self.text.find(own) if own is not None else None
+            found = self.whole.names.tensor(disk) if disk is not None else None
+            if found is not None:
+                return found.removesuffix(ending)
+        return None
+
+
+def classes(task: str | None, num_labels: int | None, base: BaseModel) -> Classes:
+    """The classes that a run for `task` is for; raises `TargetError` where the base's family has
+    none."""
+    architecture = _class_for(task, base)
+    whole, text = Layout(base, architecture, num_labels), None
+    task = task or task_of(base.config)
+    if isinstance(base.config.get("text_config"), dict) and task is not None:
+        with suppress(TargetError):
+            name = class_for(base.config, usual_ending(task))
+            text = Layout(base, name, num_labels) if name != architecture else None
+    return Classes(base, whole, text)
+
+
+def resolved(run: Run, base: BaseModel) -> Run:
+    """The run under the names that its modules have in the class it is for (of a multimodal base
+    that is the whole model, also where the text model alone was trained).
+
+    Raises `BaseError` for a module that this class has under no name that transformers knows. Of a
+    class that transformers does not know, names are looked up in the base's files, with a warning
+    where they are not the very same.
+    """
+    known = classes(run.task, run.num_labels, base)
+    if not known.known:
+        return _looked_up(run, base)
+    modules = {}
+    for module in run.updates:
+        found = known.module(module)
+        if found is None:
+            raise _unknown_module(run, base, known.whole, module)
+        modules[module] = found
+    tensors = {n: known.tensor(n) or n for n in (*run.replaced, *(run.embedded_base or ()))}
+    return _renamed(run, modules, tensors)
+
+
+def check_names(run: Run, base: BaseModel) -> None:
+    """Raise `BaseError` when a matrix that `run` updates is not in `base`, or of another shape. Of
+    a quantized base, whose files hold other shapes, the class is asked."""
+    packed = "quantization_config" in base.config
+    known = None if lies_plainly(run, base) and not packed else _classes_of(run, base)
+    if known is None or not known.known:
+        for module, shape in run.shapes.items():
+            if not packed or base.weight(module) is None:
+                base.is_transposed(module, shape, module in run.embeddings)
+        return
+    run = resolved(run, base)
+    for module, shape in run.shapes.items():
+        if known.whole.place(module, shape) is None:
+            raise _unknown_module(run, base, known.whole, module)
+
+
+def _classes_of(run: Run, base: BaseModel) -> Classes | None:
+    with suppress(TargetError):
+        return classes(run.task, run.num_labels, base)
+    return None
+
+
+def as_trained(run: Run, base: BaseModel) -> tuple[Run, Layout]:
+    """As `resolved`, but a run of the text model alone of a multimodal base keeps the names of that
+    model; and the layout of the class whose names they are."""
+    known = classes(run.task, run.num_labels, base)
+    under_whole = resolved(run, base)
+    whole, text = known.whole, known.text
+    if text is None or all(whole.names.module(module) is not None for module in run.updates):
+        return under_whole, whole
+    modules = {module: text.names.module(module) or module for module in run.updates}
+    tensors = {name: text.names.tensor(name) or name for name in run.replaced}
+    return _renamed(run, modules, tensors), text
+
+
+def _renamed(run: Run, modules: Mapping[str, str], tensors: Mapping[str, str]) -> Run:
+    same = all(old == new for names in (modules, tensors) for old, new in names.items())
+    return run if same else run.renamed(modules, tensors)
+
+
+def _looked_up(run: Run, base: BaseModel) -> Run:
+    other = {
+        module: found
+        for module in run.updates
+        if f"{module}.weight" not in base.tensors and module not in base.tensors
+        if (found := base.find(f"{module}.weight") or base.find(module)) is not None
+    }
+    if not other:
+        return run
+    module, found = next(iter(other.items()))
+    warning = (
+        f"transformers does not know the base's class, so {module} is taken for {found} of the "
+        f"base by the look of its name, and {len(other) - 1} more modules likewise"
+    )
+    return replace(run, warnings=(*run.warnings, warning))
+
+
+def _unknown_module(run: Run, base: BaseModel, layout: Layout, module: str) -> BaseError:
+    kind = module.rsplit(".", 1)[-1]
+    like = [name for name in layout.names.state if f".{kind}." in name][:2]
+    meant = base.find(f"{module}.weight") or base.find(module)
+    return BaseError(
+        "the base has no such module, under any name that is known",
+        file=run.path,
+        tensor=module,
+        found=None if meant is None else f"no other name than {meant} is like it",
+        expected=f"a name of {layout.names.architecture}, such as {', '.join(like) or 'none'}",
+        remedy="is this the base it was trained on? if it is, rename the run's tensors",
+    )

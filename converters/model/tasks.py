@@ -20,6 +20,7 @@ TASKS = {
     "token-classification": ("TOKEN_CLS", ("ForTokenClassification",)),
     "feature-extraction": ("FEATURE_EXTRACTION", ("Model",)),
 }
+POOLING = ("feature-extraction", "sequence-classification", "token-classification")
 _ENDINGS = {ending: task for task, (_, endings) in TASKS.items() for ending in endings}
 # transformers' lists of classes, for names that end in none of these, and for what "Model" hides.
 _LISTS = {

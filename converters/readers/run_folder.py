@@ -7,14 +7,14 @@ from collections.abc import Mapping
 from functools import cached_property
 from pathlib import Path
 
-from ..errors import MissingError
+from ..errors import MissingError, RunError
 from ..files.tensors import LazyTensors, open_file, read_json
 from ..model.base import INDEX_FILES, SINGLE_FILES, BaseModel, open_base
+from ..model.names import adapter_in, unwrapped, without_adapter
 
 # What PEFT and its forks save.
 CONFIG_FILE = "adapter_config.json"
 WEIGHT_FILES = ("adapter_model.safetensors", "adapter_model.bin")
-_PREFIX = "base_model.model."
 
 # With bias="all" PEFT also saves the wrapper's copies of a head it saves under its own name; in a
 # state dict as the model has it there is only the wrapper's.
@@ -51,7 +51,8 @@ class RunFolder:
         return self._json[name]
 
     def tensors(self, file: str | Path) -> LazyTensors:
-        """The tensors of a `.safetensors`, `.bin` or `.pt` file, by their names there."""
+        """The tensors of a `.safetensors`, `.bin` or `.pt` file, by their names there. `file`: its
+        path, or its name in this folder."""
         path = file if isinstance(file, Path) else self.path / file
         if path not in self._tensors:
             self._tensors[path] = open_file(path)
@@ -73,13 +74,14 @@ class RunFolder:
 
     @cached_property
     def adapter(self) -> LazyTensors:
-        """The tensors of the adapter by name without PEFT's prefix; raises `MissingError`."""
+        """The tensors of the adapter by name without PEFT's prefix, the segments of wrappers and
+        the name of the adapter; raises `MissingError`, and `RunError` for several adapters."""
         file = self.adapter_file
         if file is None:
             raise MissingError(
                 "the adapter has no weights", file=self.path, expected=" or ".join(WEIGHT_FILES)
             )
-        names = {name.removeprefix(_PREFIX): t for name, t in self.tensors(file).items()}
+        names = _plain(self.tensors(file), file)
         saved = {_SAVED.sub("", name): t for name, t in names.items() if _SAVED.search(name)}
         own = {n: t for n, t in names.items() if _ORIGINAL not in n and not _SAVED.search(n)}
         return {**saved, **own}
@@ -89,3 +91,17 @@ class RunFolder:
         """The model folder as transformers saves it, None where this is none."""
         whole = self.has("config.json") and self.first(*SINGLE_FILES, *INDEX_FILES) is not None
         return open_base(self.path) if whole else None
+
+
+def _plain(tensors: LazyTensors, file: Path) -> LazyTensors:
+    named = {name for key in tensors if (name := adapter_in(key)) is not None}
+    plain = {without_adapter(unwrapped(key)): tensor for key, tensor in tensors.items()}
+    if len(named) > 1 or len(plain) < len(tensors):
+        raise RunError(
+            "several adapters in one file",
+            file=file,
+            found=", ".join(sorted(named)) or ", ".join(list(tensors)[:4]),
+            expected="one tensor of a name",
+            remedy="save each adapter by itself",
+        )
+    return plain

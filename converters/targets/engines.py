@@ -38,7 +38,8 @@ class Profile:
     none. `uniform`: it stores every kind of module in every layer at one rank, so
     that what the run lacks is written as zeros; `drops`: it leaves out a kind that one layer
     lacks. `prefix`: it knows a tensor only by PEFT's prefix. `conv1d`: it reads PEFT's adapters
-    on Conv1D layers.
+    on Conv1D layers. `text_models`: it loads the text model of a multimodal base by itself, where
+    that was trained; else always the whole.
     `reading`: how it takes the scale; `older`: versions that took it another way.
     """
 
@@ -56,6 +57,7 @@ class Profile:
     drops: bool = False
     prefix: bool = False
     conv1d: bool = True
+    text_models: bool = False
     slots: tuple[int, ...] = ()
     reading: Reading = field(default_factory=Reading)
     older: Mapping[str, Reading] = field(default_factory=dict)
@@ -89,6 +91,8 @@ _VLLM_UNADAPTED = {
     **dict.fromkeys(_VLLM_WITHOUT, frozenset({ALL})),
     **dict.fromkeys(_VLLM_WITHOUT_HEAD, frozenset({"lm_head", "embed_out"})),
 }
+# Multimodal types whose class takes `model.…` for the text model (`hf_to_vllm_mapper`).
+VLLM_TEXT_NAMES = frozenset("ernie4_5_vl_moe mistral3 paddleocr_vl qwen2_5_vl qwen2_vl".split())
 _PEFT_FEATURES = frozenset(
     "use_dora lora_bias target_parameters trainable_token_indices layer_replication "
     "alora_invocation_tokens".split()
@@ -106,6 +110,7 @@ PROFILES = {
             convolutions=True,
             features=_PEFT_FEATURES,
             prefix=True,
+            text_models=True,
             reading=Reading(patterns=True, rslora=True),
         ),
         Profile(

@@ -9,11 +9,13 @@ from typing import Any
 
 import torch
 
-from ..errors import ArtifactError, BaseError
+from ..errors import ArtifactError, BaseError, DoraExportError
 from ..files.json_files import read_json
 from ..files.tensors import open_safetensors
 from ..model.base import BaseModel
+from ..model.match import as_trained
 from ..model.tasks import architecture_of, task_of
+from ..readers import ReadOptions, read_run
 from ..run import Run
 from .model import Model, read_logits
 
@@ -63,7 +65,12 @@ def open_peft(folder: Path, base: BaseModel, run: Run) -> Model:
 
     Raises `ArtifactError` where PEFT does not load it.
     """
-    model = load(run, base, seed=1).model
+    try:
+        # An adapter for the text model alone of a multimodal base is one in that class only.
+        _, layout = as_trained(read_run(folder, ReadOptions(base=base.path)), base)
+    except DoraExportError as error:
+        raise _refused("PEFT", folder, error) from error
+    model = load(run, base, seed=1, architecture=layout.names.architecture).model
     try:
         loaded = attach(model, folder)
     except Exception as error:
@@ -99,12 +106,17 @@ def load_base(run: Run, base: BaseModel) -> Any:
     return load(run, base).model
 
 
-def load(run: Run, base: BaseModel, seed: int = 0) -> Loaded:
-    """`load_base`, and what was missing. `seed` is that of the weights that the base lacks.
+def load(run: Run, base: BaseModel, seed: int = 0, architecture: str | None = None) -> Loaded:
+    """`load_base`, and what was missing. `seed` is that of the weights that the base lacks;
+    `architecture` the class where it is not the one that the run is for.
 
     Raises `BaseError` where transformers does not load it.
     """
     cls, config = class_of(run, base)
+    if architecture not in (None, cls.__name__):
+        import transformers
+
+        cls, config = getattr(transformers, str(architecture)), None
     try:
         loaded = _load(cls, base.path, config, seed, ignore_mismatched_sizes=bool(run.num_labels))
     except Exception as error:

@@ -14,7 +14,7 @@ from pathlib import Path
 from converters.errors import BaseError, DoraExportError, MissingError
 from converters.files.handles import there
 from converters.model.base import BaseModel, open_base
-from converters.model.match import check_frozen
+from converters.model.match import check_frozen, check_names
 from converters.run import Run
 
 from .names import own_name
@@ -94,8 +94,7 @@ def check_fits(run: Run, base: BaseModel) -> None:
     base in bfloat16 is of that base.
     """
     if run.embedded_base is None:
-        for module, shape in run.shapes.items():
-            base.is_transposed(module, shape, module in run.embeddings)
+        check_names(run, base)
         return
     for module in run.updates:
         if f"{module}.weight" not in run.embedded_base or base.weight(module) is None:

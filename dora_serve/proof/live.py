@@ -18,7 +18,7 @@ from converters.files.json_files import read_json
 from converters.files.tensors import convolution_matrix, rows_and_columns
 from converters.model.base import BaseModel
 from converters.model.layout import Layout, Place
-from converters.model.match import target_architecture
+from converters.model.match import resolved, target_architecture
 from converters.run import Run
 from converters.targets.opening import Loaded, attach, load
 from converters.updates.rank_one import RankOneSum
@@ -146,6 +146,7 @@ class LiveModel:
     name = "live"
 
     def __init__(self, run: Run, base: BaseModel) -> None:
+        run = resolved(run, base)
         self.loaded = load(run, base)
         self.model = self.loaded.model
         _load_run_tensors(self.model, run)

@@ -240,11 +240,14 @@ def test_the_tokenizer_that_was_saved_with_the_run(tmp_path: Path) -> None:
 
 
 def test_a_state_dict_as_the_model_has_it(tmp_path: Path) -> None:
-    """Factors under the adapter's name are not taken for whole tensors; the head is read."""
+    """Factors under the adapter's name are read as such, and not taken for whole tensors; the head
+    is read; of two adapters in one file none is."""
     tiny_llama().save_pretrained(tmp_path / "base")
     lora = {"target_modules": ["k_proj"], "modules_to_save": ["lm_head"]}
     run = make(tmp_path / "base", tmp_path / "run", **lora)
     expected = read_run(run).replaced["lm_head.weight"].load()
+    module = "model.layers.0.self_attn.k_proj"
+    update = read_run(run).updates[module].components()
     file = run / "adapter_model.safetensors"
     saved = load_file(file)
     head = saved.pop("base_model.model.lm_head.weight")
@@ -252,8 +255,15 @@ def test_a_state_dict_as_the_model_has_it(tmp_path: Path) -> None:
     wrapped["base_model.model.lm_head.original_module.weight"] = head * 0
     save_file({**saved, **wrapped}, file)
     assert torch.equal(read_run(run).replaced["lm_head.weight"].load(), expected)
-    save_file({n.replace(".weight", ".default.weight"): t for n, t in saved.items()}, file)
-    with pytest.raises(DoraExportError, match="`lint` with `fix`"):
+    named = {n.replace(".weight", ".default.weight"): t for n, t in saved.items()}
+    save_file(named, file)
+    again = read_run(run)
+    found = again.updates[module].components()
+    assert update is not None and found is not None and not again.replaced
+    assert torch.equal(found.a, update.a) and torch.equal(found.b, update.b)
+    other = {n.replace(".default", ".other"): t.clone() for n, t in named.items()}
+    save_file({**named, **other}, file)
+    with pytest.raises(DoraExportError, match="several adapters"):
         read_run(run)
 
 

@@ -20,8 +20,9 @@ from ...errors import TargetError
 from ...files.output import save_tensors
 from ...files.tensors import LazyTensor, load_finite, numel
 from ...model.base import BaseModel
-from ...model.layout import Layout, is_parameter, split_slice
-from ...model.match import changed, check_frozen, kernels_of, target_architecture
+from ...model.layout import Layout, split_slice
+from ...model.match import as_trained, changed, check_frozen, classes, kernels_of, resolved
+from ...model.names import PEFT_PREFIX
 from ...model.tasks import peft_type
 from ...model.tying import untied
 from ...run import Run
@@ -29,12 +30,11 @@ from ...updates.rank_one import RankOneSum, stored_error
 from ..engines import Profile
 from ..target import Plan, Progress, Report
 from .card import model_card
-from .experts import padded, stacked, transposed_modules
+from .experts import padded, parameters, stacked, transposed_modules
 from .names import CONFIG, WEIGHTS
 from .padding import absent_modules
 from .whole import whole_modules
 
-_PREFIX = "base_model.model."
 _NO_MODULE = (".bias", ".in_proj_weight")  # parameters that no pair of an adapter is for
 _LOSS = 0.05  # above this share of an update lost to rounding the user is warned
 
@@ -56,11 +56,13 @@ class AdapterReport(Report):
 
 @dataclass(frozen=True, kw_only=True)
 class AdapterPlan(Plan):
-    """`ranks`: start rank and rank per module. `whole`: what is stored whole. `stored`: rank, out
-    and in of every module as stored, those included that the engine needs as zeros. `kernels`:
-    `[in, *kernel]` of those that are convolutions."""
+    """`parameters`: what of `stored` is no module. `ranks`: start rank and rank per module.
+    `whole`: what is stored whole. `stored`: rank, out and in of every module as stored, those
+    included that the engine needs as zeros. `kernels`: `[in, *kernel]` of those that are
+    convolutions."""
 
     config: Mapping[str, object]
+    parameters: frozenset[str]
     ranks: Mapping[str, tuple[int | None, int]]
     whole: Mapping[str, LazyTensor]
     stored: Mapping[str, tuple[int, int, int]]
@@ -117,7 +119,7 @@ class AdapterPlan(Plan):
             if update is not None:
                 a[: update.rank], b[:, : update.rank] = update.balanced()
                 errors[module] = stored_error(update, a, b)
-            if is_parameter(module):
+            if module in self.parameters:
                 blocks[module] = a, b
             elif module in self.kernels:
                 ones = [1] * (len(self.kernels[module]) - 1)
@@ -133,7 +135,7 @@ class AdapterPlan(Plan):
             inside = isinstance(saved, list) and any(f"{name}.".startswith(f"{m}.") for m in saved)
             adapted = self.stored.get(module, (0,))[0] > 0 and not inside
             key = f"{module}.base_layer.{kind}" if adapted else name
-            tensors[_PREFIX + key] = load_finite(tensor).to(self.dtype)
+            tensors[PEFT_PREFIX + key] = load_finite(tensor).to(self.dtype)
         save_tensors(tensors, folder / WEIGHTS)
         write_json(folder / CONFIG, self.config)
         (folder / "README.md").write_text(model_card(self))
@@ -157,14 +159,14 @@ def plan_adapter(
             remedy="merge it (`merge`)",
         )
     transposed: set[str] = set()
-    own = base
+    own, layout = base, None
     if base is not None:
-        architecture, _ = target_architecture(run, base)
-        find = Layout(base, architecture, run.num_labels).find
-        run, own = untied(run, base, architecture, find, together=False)
-        transposed = transposed_modules(run, own, profile)
+        run, layout = named_for(run, base, profile)
+        architecture = layout.names.architecture
+        run, own = untied(run, base, architecture, layout.find, together=False)
+        transposed = transposed_modules(run, own, layout, profile)
         check_frozen(run, own)
-    whole = changed(run, own)
+    whole = changed(run, own, None if layout is None else layout.find)
     modules, biases = whole_modules(run, own, whole)
     ranks: dict[str, tuple[int | None, int]] = {}
     for module, rank in run.ranks.items():
@@ -176,13 +178,16 @@ def plan_adapter(
             )
         ranks[module] = (run.start_rank.get(module), rank)
     kernels = kernels_of(run, base)
-    _check_target(run, profile, whole, ranks, modules, biases, kernels)
+    kept = parameters(run, layout)
+    _check_target(run, profile, whole, ranks, modules, biases, sorted(kept), kernels)
     if base is not None:
         _check_family(run, base, profile)
-    stored = padded(_stored(ranks, {**run.shapes, **absent_modules(run, base, profile)}, profile))
+    stored = padded(
+        _stored(ranks, {**run.shapes, **absent_modules(run, base, layout, profile)}, profile)
+    )
     alive = {module: rank for module, (rank, _, _) in stored.items() if rank}
     config = {
-        **_config(run, base, alive, profile),
+        **_config(run, base, alive, profile, kept),
         "modules_to_save": modules or None,
         "bias": "all" if biases else "none",
         "fan_in_fan_out": bool(transposed & alive.keys()),
@@ -196,12 +201,20 @@ def plan_adapter(
         nbytes=elements * dtype.itemsize,
         warnings=run.warnings,
         config=config,
+        parameters=kept,
         ranks=ranks,
         whole=whole,
         stored=stored,
         kernels=kernels,
         dtype=dtype,
     )
+
+
+def named_for(run: Run, base: BaseModel, profile: Profile) -> tuple[Run, Layout]:
+    """The run under the names of the class that the engine loads, and that class's layout."""
+    if profile.text_models:
+        return as_trained(run, base)
+    return resolved(run, base), classes(run.task, run.num_labels, base).whole
 
 
 def _stored(
@@ -220,10 +233,6 @@ def _stored(
     return stored
 
 
-def _numel(tensor: LazyTensor) -> int:
-    return int(torch.Size(tensor.shape).numel())
-
-
 def _check_target(
     run: Run,
     profile: Profile,
@@ -231,6 +240,7 @@ def _check_target(
     ranks: Mapping[str, tuple[int | None, int]],
     modules: list[str],
     biases: list[str],
+    parameters: Collection[str],
     kernels: Collection[str],
 ) -> None:
     cannot: list[str] = []
@@ -247,7 +257,7 @@ def _check_target(
     if profile.whole_modules is not None:
         cannot += [name for name in whole if name.removesuffix(".weight") in ranks]
     if "target_parameters" not in profile.features:
-        cannot += [name for name in ranks if is_parameter(name)]
+        cannot += parameters
     cannot += [name for name in ranks if name.endswith(_NO_MODULE) or name in run.tied]
     cannot = list(dict.fromkeys(cannot))
     if cannot:
@@ -282,15 +292,17 @@ def _check_family(run: Run, base: BaseModel, profile: Profile) -> None:
 
 
 def _config(
-    run: Run, base: BaseModel | None, alive: Mapping[str, int], profile: Profile
+    run: Run,
+    base: BaseModel | None,
+    alive: Mapping[str, int],
+    profile: Profile,
+    parameters: Collection[str],
 ) -> dict[str, object]:
-    parameters = {split_slice(name)[0] for name in alive if is_parameter(name)}
+    owned = {split_slice(name)[0] for name in alive if name in parameters}
     alive = {split_slice(name)[0]: rank for name, rank in alive.items()}
     default = max(alive.values())
     patterns = {f"^{module}": rank for module, rank in alive.items() if rank != default}
-    targets = (
-        {module.split(".")[-1] for module in alive} if profile.uniform else set(alive) - parameters
-    )
+    targets = {module.split(".")[-1] for module in alive} if profile.uniform else set(alive) - owned
     task = peft_type(run.task) if run.task is not None else None
     return {
         "peft_type": "LORA",
@@ -306,7 +318,7 @@ def _config(
         "init_lora_weights": True,
         "use_rslora": False,
         "use_dora": False,
-        **({"target_parameters": sorted(parameters)} if parameters else {}),
+        **({"target_parameters": sorted(owned)} if owned else {}),
     }
 
 
@@ -315,10 +327,10 @@ def _named(
 ) -> dict[str, torch.Tensor]:
     if embedding:  # PEFT stores ΔE = (B·A)ᵀ: A [r, vocab], B [dim, r]
         return {
-            f"{_PREFIX}{module}.lora_embedding_A": b.T.contiguous(),
-            f"{_PREFIX}{module}.lora_embedding_B": a.T.contiguous(),
+            f"{PEFT_PREFIX}{module}.lora_embedding_A": b.T.contiguous(),
+            f"{PEFT_PREFIX}{module}.lora_embedding_B": a.T.contiguous(),
         }
     return {
-        f"{_PREFIX}{module}.lora_A.weight": a.contiguous(),
-        f"{_PREFIX}{module}.lora_B.weight": b.contiguous(),
+        f"{PEFT_PREFIX}{module}.lora_A.weight": a.contiguous(),
+        f"{PEFT_PREFIX}{module}.lora_B.weight": b.contiguous(),
     }

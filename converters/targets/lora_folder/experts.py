@@ -13,8 +13,8 @@ import torch
 
 from ...errors import TargetError
 from ...model.base import BaseModel
-from ...model.layout import FUSED, Layout, split_slice
-from ...model.match import is_transposed, target_architecture
+from ...model.layout import FUSED, Layout, is_parameter, split_slice
+from ...model.match import is_transposed
 from ...run import Run
 from ..engines import Profile
 
@@ -57,16 +57,26 @@ def stacked(
     return result
 
 
-def transposed_modules(run: Run, base: BaseModel, profile: Profile) -> set[str]:
+def parameters(run: Run, layout: Layout | None) -> frozenset[str]:
+    """The keys of `run.updates` that are parameters, or blocks of one, and no modules: of fused
+    experts also a bias."""
+    known = layout.names.state if layout is not None else ()
+    return frozenset(name for name in run.updates if is_parameter(name) or name in known)
+
+
+def transposed_modules(run: Run, base: BaseModel, layout: Layout, profile: Profile) -> set[str]:
     """The modules stored as [in, out]; raises an error for what is not in the model in memory."""
-    layout = Layout(base, target_architecture(run, base)[0], run.num_labels)
     fused_matters = "target_parameters" in profile.features
+    packed = "quantization_config" in base.config  # its files hold other shapes
     result = set()
     for module, shape in run.shapes.items():
-        place = None if base.weight(module) is not None else layout.place(module, shape)
-        stem, _ = split_slice(module)
+        plain = base.weight(module) is not None and not (packed and layout.names.state)
+        place = None if plain else layout.place(module, shape)
+        stem, block = split_slice(module)
         if place is not None:
             in_memory = place.parameter in (stem, f"{stem}.weight")
+            if place.transposed and block is None:
+                result.add(module)
         else:
             in_memory = not (fused_matters and _EXPERT.search(module) and layout.is_fused(module))
             if is_transposed(run, base, run.replaced, module, shape):

@@ -7,6 +7,7 @@ import re
 from ...errors import TargetError
 from ...files.tensors import rows_and_columns
 from ...model.base import BaseModel
+from ...model.layout import Layout
 from ...run import Run
 from ..engines import Profile
 
@@ -15,13 +16,13 @@ _LAYER = re.compile(r"(.*?)\.(\d{1,9})\.(?:(.+)\.)?([^.]+)")
 
 
 def absent_modules(
-    run: Run, base: BaseModel | None, profile: Profile
+    run: Run, base: BaseModel | None, layout: Layout | None, profile: Profile
 ) -> dict[str, tuple[int, int]]:
     """The modules, `[out, in]`, of the kinds that the run adapted in other layers, and of those
     that `profile` loads only together with them."""
     if not profile.uniform:
         return {}
-    if base is None:
+    if base is None or layout is None:
         raise TargetError(
             f"an adapter for {profile.name} holds every kind of module in every layer, so its "
             "layers must be known",
@@ -36,12 +37,18 @@ def absent_modules(
         if match is None or (match[1], match[3] or "", match[4]) in seen:
             continue
         seen.add((match[1], match[3] or "", match[4]))
-        transposed = base.is_transposed(module, shape)
+        rows_first = _shape(base, layout, module) == shape
         kinds = next((group for group in profile.together if match[4] in group), (match[4],))
         for layer, kind in ((layer, kind) for layer in layers for kind in kinds):
             name = ".".join(filter(None, (match[1], str(layer), match[3], kind)))
-            weight = base.weight(name)
-            if name not in run.updates and weight is not None:
-                rows, columns = rows_and_columns(weight.shape)
-                absent[name] = (columns, rows) if transposed else (rows, columns)
+            found = _shape(base, layout, name)
+            if name not in run.updates and found is not None:
+                absent[name] = found if rows_first else found[::-1]
     return absent
+
+
+def _shape(base: BaseModel, layout: Layout, module: str) -> tuple[int, int] | None:
+    """The rows and columns of a weight in memory: on disk a quantized one has others."""
+    weight = base.weight(module) if not layout.names.state else None
+    shape = layout.names.state.get(f"{module}.weight") if weight is None else weight.shape
+    return None if shape is None else rows_and_columns(shape)

@@ -24,6 +24,8 @@ from ...model.match import (
     changed,
     check_frozen,
     is_transposed,
+    lies_plainly,
+    resolved,
     stored_name,
     target_architecture,
 )
@@ -124,6 +126,8 @@ def plan_merge(run: Run, base: BaseModel, dtype: torch.dtype | None) -> MergePla
             found=f"quantization_config, and the dtype {dtype} wanted",
             remedy="merge into the base before it was quantized",
         )
+    if not lies_plainly(run, base):
+        run = resolved(run, base)
     given = base
     architecture, _ = target_architecture(run, base)
     run, base = untied(run, base, architecture, Layout(base, architecture, run.num_labels).find)

@@ -16,7 +16,7 @@ from ...files.onnx_files import BATCHED, DECODER, ENCODER, MODEL, PRECISIONS, WI
 from ...files.tensors import numel, read_json
 from ...model.architecture import empty_model
 from ...model.base import BaseModel
-from ...model.match import changed, check_frozen, kernels_of, target_architecture
+from ...model.match import changed, check_frozen, kernels_of, resolved, target_architecture
 from ...model.tasks import architecture_of, task_of
 from ...run import Run
 from ..merged.plan import plan_merge
@@ -107,7 +107,11 @@ def plan_onnx(
     `ModuleNotFoundError` where what builds them is not installed."""
     import onnx  # noqa: F401
 
-    stripped = None if adapters is None else {n: each.strip() for n, each in adapters.items()}
+    stripped = (
+        None
+        if adapters is None
+        else {n: resolved(each.strip(), base) for n, each in adapters.items()}
+    )
     merged = None if run is None else run.strip()
     runs = [merged] if merged is not None else list((stripped or {}).values())
     if precision not in PRECISIONS:
@@ -169,7 +173,7 @@ def plan_added(
         )
     _check_adapters(adapters, base, _task(base, list(adapters.values())))
     _check_base(proof, base, folder)
-    return {name: run.strip() for name, run in adapters.items()}
+    return {name: resolved(run.strip(), base) for name, run in adapters.items()}
 
 
 def _task(base: BaseModel, runs: list[Run]) -> str | None:

@@ -1,0 +1,253 @@
+"""Tiny models, adapters on them, and the forms of names in which runs and other tools store one."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from peft import LoraConfig, get_peft_model
+from safetensors.torch import load_file, save_file
+
+from converters.targets.lora_folder import CONFIG, WEIGHTS
+from tests.conftest import randomize
+from tests.converters.families import DECODER, ENCODER
+
+PREFIX = "base_model.model."
+LANGUAGE = r".*language_model.*\.(q_proj|v_proj|down_proj)"
+TEXT = {**DECODER, "head_dim": 8}
+VISION = {"hidden_size": 32, "intermediate_size": 48, "num_attention_heads": 4}
+QWEN_VISION = {
+    "depth": 1,
+    "hidden_size": 32,
+    "num_heads": 4,
+    "patch_size": 4,
+    "spatial_merge_size": 2,
+    "temporal_patch_size": 2,
+}
+TOKENS = {
+    "image_token_id": 70,
+    "video_token_id": 71,
+    "vision_start_token_id": 72,
+    "vision_end_token_id": 73,
+}
+ROPE = {"rope_type": "default", "mrope_section": [2, 1, 1]}
+
+
+@dataclass(frozen=True)
+class Family:
+    """`saved`: the class of the base on disk. `trained`: the class that the run was trained in, and
+    that a user loads to apply it. `task`: what the run says of it."""
+
+    saved: str
+    config: Callable[[], Any]
+    trained: str
+    task: str | None = "CAUSAL_LM"
+    targets: str | tuple[str, ...] = ("q_proj", "v_proj", "down_proj")
+
+
+def _llava() -> Any:
+    return transformers.LlavaConfig(
+        text_config=transformers.LlamaConfig(**DECODER),
+        vision_config=transformers.CLIPVisionConfig(
+            **VISION, num_hidden_layers=2, image_size=16, patch_size=4
+        ),
+        image_token_index=70,
+    )
+
+
+def _gemma3() -> Any:
+    return transformers.Gemma3Config(
+        text_config=TEXT,
+        vision_config={**VISION, "num_hidden_layers": 1, "image_size": 16, "patch_size": 4},
+        mm_tokens_per_image=4,
+        image_token_index=70,
+        boi_token_index=71,
+        eoi_token_index=72,
+    )
+
+
+def _qwen2_vl() -> Any:
+    return transformers.Qwen2VLConfig(
+        text_config={**DECODER, "rope_scaling": {"type": "mrope", "mrope_section": [1, 1, 2]}},
+        vision_config={**QWEN_VISION, "embed_dim": 32, "mlp_ratio": 2},
+        **TOKENS,
+    )
+
+
+def _qwen3_vl() -> Any:
+    return transformers.Qwen3VLConfig(
+        text_config={**TEXT, "rope_scaling": ROPE},
+        vision_config={
+            **QWEN_VISION,
+            "intermediate_size": 48,
+            "out_hidden_size": 32,
+            "num_position_embeddings": 16,
+            "deepstack_visual_indexes": [0],
+        },
+        **TOKENS,
+    )
+
+
+def _qwen3_5() -> Any:
+    rope = {**ROPE, "rope_theta": 10000.0, "partial_rotary_factor": 0.5, "mrope_interleaved": True}
+    linear = {"linear_num_key_heads": 2, "linear_num_value_heads": 4}
+    return transformers.Qwen3_5Config(
+        text_config={
+            **TEXT,
+            **linear,
+            "linear_key_head_dim": 8,
+            "linear_value_head_dim": 8,
+            "full_attention_interval": 2,
+            "rope_parameters": {**rope, "mrope_section": [1, 1, 0]},
+        },
+        vision_config={
+            **QWEN_VISION,
+            "intermediate_size": 48,
+            "out_hidden_size": 32,
+            "num_position_embeddings": 16,
+            "in_channels": 3,
+        },
+        **TOKENS,
+    )
+
+
+def _qwen2() -> Any:
+    return transformers.Qwen2Config(**DECODER, tie_word_embeddings=True)
+
+
+FAMILIES = {
+    "qwen2": Family("Qwen2ForCausalLM", _qwen2, "Qwen2ForCausalLM"),
+    "qwen2, base of AutoModel": Family("Qwen2Model", _qwen2, "Qwen2ForCausalLM"),
+    "qwen2, embedding": Family("Qwen2ForCausalLM", _qwen2, "Qwen2Model", task="FEATURE_EXTRACTION"),
+    "gpt2": Family(
+        "GPT2LMHeadModel",
+        lambda: transformers.GPT2Config(n_embd=32, n_layer=2, n_head=4, vocab_size=80),
+        "GPT2LMHeadModel",
+        targets=("c_attn", "mlp.c_proj"),
+    ),
+    "bert": Family(
+        "BertForSequenceClassification",
+        lambda: transformers.BertConfig(**ENCODER),
+        "BertForSequenceClassification",
+        task="SEQ_CLS",
+        targets=("query", "value"),
+    ),
+    "llava": Family(
+        "LlavaForConditionalGeneration",
+        _llava,
+        "LlavaForConditionalGeneration",
+        targets=LANGUAGE,
+    ),
+    "gemma3": Family(
+        "Gemma3ForConditionalGeneration",
+        _gemma3,
+        "Gemma3ForConditionalGeneration",
+        targets=LANGUAGE,
+    ),
+    "qwen2-vl": Family(
+        "Qwen2VLForConditionalGeneration",
+        _qwen2_vl,
+        "Qwen2VLForConditionalGeneration",
+        targets=LANGUAGE,
+    ),
+    "qwen3-vl": Family(
+        "Qwen3VLForConditionalGeneration",
+        _qwen3_vl,
+        "Qwen3VLForConditionalGeneration",
+        targets=LANGUAGE,
+    ),
+    "qwen3.5": Family(
+        "Qwen3_5ForConditionalGeneration",
+        _qwen3_5,
+        "Qwen3_5ForConditionalGeneration",
+        targets=LANGUAGE,
+    ),
+    "qwen3.5, text": Family("Qwen3_5ForConditionalGeneration", _qwen3_5, "Qwen3_5ForCausalLM"),
+}
+
+
+def _blocks(segment: str) -> Callable[[str], str]:
+    return lambda key: re.sub(r"((?:layers|layer|h|blocks)\.\d+)\.", rf"\1.{segment}.", key)
+
+
+def _transformers4(key: str) -> str:
+    inner = key.removeprefix(PREFIX)
+    for new, old in (("model.language_model.", "language_model.model."), ("model.", "")):
+        if inner.startswith(new):
+            return PREFIX + inner.replace(new, old, 1)
+    return key
+
+
+def _qwen2_vl_4(key: str) -> str:
+    return key.replace("model.language_model.", "model.").replace("model.visual.", "visual.")
+
+
+# Form → what it makes of a key that PEFT saves.
+WRAPPED: dict[str, Callable[[str], str]] = {
+    "torch.compile, outside": lambda key: "_orig_mod." + key,
+    "torch.compile": lambda key: key.replace(PREFIX, PREFIX + "_orig_mod.", 1),
+    "torch.compile, per block": _blocks("_orig_mod"),
+    "FSDP": _blocks("_fsdp_wrapped_module"),
+    "FSDP, outside": lambda key: "_fsdp_wrapped_module." + key,
+    "checkpointing": _blocks("_checkpoint_wrapped_module"),
+    "DDP": lambda key: "module." + key,
+    "DDP, inside": lambda key: key.replace(PREFIX, PREFIX + "module.", 1),
+    "PEFT's prefix twice": lambda key: PREFIX + key,
+    "no prefix": lambda key: key.removeprefix(PREFIX),
+    "the adapter's name": lambda key: re.sub(r"(lora_[AB])\.", r"\1.default.", key),
+}
+OTHERS: dict[str, Callable[[str], str]] = {
+    "AutoModel": lambda key: re.sub(rf"^{PREFIX}(model|transformer|bert)\.", PREFIX, key),
+    "transformers 4": _transformers4,
+    "transformers 4, qwen2-vl": _qwen2_vl_4,
+    "body twice": lambda key: key.replace(PREFIX, PREFIX + "model.", 1),
+}
+
+
+def stranger(key: str) -> str:
+    """Under a root that no class and no version has."""
+    inner = key.removeprefix(PREFIX)
+    body = re.sub(r"^(model[.]language_model|model|transformer|bert)[.]", "", inner)
+    return f"{PREFIX}whatever.{body}"
+
+
+def make(folder: Path, family: Family, **changes: Any) -> None:
+    """A random base and an adapter on it, as PEFT saves it: `folder`/base and `folder`/lora."""
+    torch.manual_seed(0)
+    config = family.config()
+    config.update(changes)
+    model = getattr(transformers, family.saved)(config)
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.dim() > 1:
+                parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.08)
+    model.save_pretrained(folder / "base")
+    targets = list(family.targets) if isinstance(family.targets, tuple) else family.targets
+    lora = LoraConfig(r=4, lora_alpha=8, target_modules=targets, task_type=family.task)
+    peft = get_peft_model(load(family, folder / "base"), lora)
+    randomize(peft, ("lora_", "modules_to_save"))
+    peft.save_pretrained(folder / "lora")
+
+
+def load(family: Family, folder: Path) -> Any:
+    """The base in `folder`, in the class that the run was trained in."""
+    return getattr(transformers, family.trained).from_pretrained(folder).eval()
+
+
+def renamed(lora: Path, out: Path, form: Callable[[str], str]) -> Path:
+    """A copy of an adapter with other names of its factors."""
+    out.mkdir()
+    shutil.copy(lora / CONFIG, out)
+    tensors = load_file(lora / WEIGHTS)
+    new = {form(key) if "lora_" in key else key: tensor for key, tensor in tensors.items()}
+    assert json.loads((out / CONFIG).read_text())["peft_type"] == "LORA"
+    save_file(new, out / WEIGHTS)
+    return out
