@@ -9,7 +9,7 @@ is an error that says so.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -18,13 +18,15 @@ import torch
 
 from ..errors import RunError
 from ..files.tensors import LazyTensor, load_finite, numel
+from ..model.base import HEAD, open_base
+from ..model.tying import tied
 from ..run import LazyUpdates, Run
 from ..updates.rank_one import RankOneSum
 from ..updates.update import Update
 from . import ReadOptions
 from .lora_reader import AdapterFiles
 from .module import AdaptedModule, adapted, grouped
-from .peft_common import Scaling, broken_promises
+from .peft_common import Scaling, is_variant, of_training_alone, refuse_variant
 from .peft_parameters import TOKENS, parameter_updates, parameters, token_rows
 from .run_folder import CONFIG_FILE, WEIGHT_FILES, RunFolder
 
@@ -35,12 +37,6 @@ _LORA = re.compile(r"(.+)\.(?:lora_(A|B)\.weight|lora_embedding_(A|B))")
 # Initialisations that change the base weights: the adapter is right on the changed base only.
 BASE_CHANGING = ("pissa", "olora", "corda", "loftq", "lora_ga")
 _OTHERS = ("use_dora", "use_mora")  # readers of their own
-_UNREAD = {
-    "layer_replication": "replicated layers",
-    "alora_invocation_tokens": "activated LoRA",
-    "kasa_config": "KaSA, which takes components out of the base",
-    "ensure_weight_tying": "one update of an embedding and the head tied to it",
-}
 
 
 class PeftLoraReader:
@@ -51,13 +47,16 @@ class PeftLoraReader:
 
     def detect(self, folder: RunFolder) -> RunFolder | None:
         config = folder.adapter_config
-        own = config.get("peft_type") == "LORA" and not any(config.get(key) for key in _OTHERS)
-        return folder if own and not _more_than_pairs(folder) else None
+        kind = config.get("peft_type") == "LORA" or config.get("invocation_string")
+        own = kind and not any(config.get(key) for key in _OTHERS)
+        return folder if own and (is_variant(config) or not _more_than_pairs(folder)) else None
 
     def read(self, folder: RunFolder, options: ReadOptions) -> Run:
+        config, config_path = folder.adapter_config, folder.path / CONFIG_FILE
+        refuse_variant(config, config_path)
+        _refuse_changed_base(config, config_path)
         files = AdapterFiles(folder)
-        config, config_path = files.config, files.config_path
-        _refuse_unread(config, config_path)
+        files.tensors = {n: t for n, t in files.tensors.items() if not of_training_alone(config, n)}
         pairs, others = grouped(files.tensors, _LORA)
         tokens, biases, embeddings = (
             {name.removesuffix(end): t for name, t in files.tensors.items() if name.endswith(end)}
@@ -101,8 +100,7 @@ class PeftLoraReader:
             updates=LazyUpdates(updates, shapes),
             start_rank=start_rank,
             embeddings=frozenset(embeddings | tokens),
-            tied=frozenset(tokens),
-            warnings=broken_promises(config, files.tensors),
+            tied=frozenset(_with_what_is_tied(tokens, options)),
         )
 
 
@@ -112,15 +110,7 @@ def _more_than_pairs(folder: RunFolder) -> bool:
     return any(module.parts.keys() - {"A", "B"} for module in modules.values())
 
 
-def _refuse_unread(config: Mapping[str, object], path: Path) -> None:
-    for key, meaning in _UNREAD.items():
-        if config.get(key):
-            raise RunError(
-                f"{key} ({meaning}) is not read by this reader",
-                file=path,
-                found=f"{key}: {str(config[key])[:80]}",
-                remedy="merging it as plain LoRA would compute something else",
-            )
+def _refuse_changed_base(config: Mapping[str, object], path: Path) -> None:
     init = str(config.get("init_lora_weights", "")).lower()
     if init.startswith(BASE_CHANGING):
         raise RunError(
@@ -131,6 +121,16 @@ def _refuse_unread(config: Mapping[str, object], path: Path) -> None:
             remedy="save it with PEFT's path_initial_model_for_weight_conversion, "
             "which makes a plain LoRA adapter",
         )
+
+
+def _with_what_is_tied(tokens: Collection[str], options: ReadOptions) -> Collection[str]:
+    """The embeddings whose rows are also those of what is tied to them: all, unless a tied side has
+    rows of its own, which PEFT stores only where they differ, or alone."""
+    if not tokens:
+        return ()
+    names = [HEAD] if options.base is None else tied(open_base(options.base).config)
+    sides = tuple(f".{name}".removesuffix(".weight") for name in names)
+    return () if any(f".{module}".endswith(sides) for module in tokens) else tokens
 
 
 def _update(module: AdaptedModule, scale: float, embedding: bool) -> Update:

@@ -38,6 +38,7 @@ def command(
     Exit code 0 when they agree, 1 when not. The negative control leaves the update out: it must
     fail, or the comparison would prove nothing.
     """
+    from converters.run import NO_UPDATE
     from dora_serve.api import find_base
     from dora_serve.proof.verify import verify
 
@@ -59,5 +60,5 @@ def command(
             )
         verdict = "PASSED" if result.passed else "FAILED"
         click.secho(verdict, fg="green" if result.passed else "red", bold=True)
-    common.warn(loaded.warnings)
+    common.warn((*loaded.warnings, *(() if result.has_update else (NO_UPDATE,))))
     sys.exit(0 if result.passed else 1)

@@ -23,7 +23,7 @@ from ...model.base import BaseModel
 from ...model.layout import is_parameter, split_slice
 from ...model.match import changed, check_frozen
 from ...model.tasks import peft_type
-from ...run import Run
+from ...run import NO_UPDATE, Run
 from ...updates.rank_one import RankOneSum, stored_error
 from ..engines import Profile
 from ..target import Plan, Progress, Report
@@ -31,7 +31,7 @@ from . import CONFIG, WEIGHTS
 from .card import model_card
 from .experts import padded, stacked, transposed_modules
 from .padding import absent_modules
-from .whole import whole_modules
+from .whole import completed, whole_modules, with_heads
 
 _PREFIX = "base_model.model."
 _LOSS = 0.05  # above this share of an update lost to rounding the user is warned
@@ -125,7 +125,8 @@ class AdapterPlan(Plan):
             inside = isinstance(saved, list) and any(f"{name}.".startswith(f"{m}.") for m in saved)
             adapted = self.stored.get(module, (0,))[0] > 0 and not inside
             key = f"{module}.base_layer.{kind}" if adapted else name
-            tensors[_PREFIX + key] = load_finite(tensor).to(self.dtype)
+            real = tensor.dtype.is_floating_point
+            tensors[_PREFIX + key] = load_finite(tensor).to(self.dtype) if real else tensor.load()
         save_tensors(tensors, folder / WEIGHTS)
         write_json(folder / CONFIG, self.config)
         (folder / "README.md").write_text(model_card(self))
@@ -152,8 +153,9 @@ def plan_adapter(
     if base is not None:
         transposed = transposed_modules(run, base, profile)
         check_frozen(run, base)
-    whole = changed(run, base)
+    whole = with_heads(run, base, changed(run, base), profile)
     modules, biases = whole_modules(run, base, whole)
+    whole = completed(base, run, whole, modules)
     ranks: dict[str, tuple[int | None, int]] = {}
     for module, rank in run.ranks.items():
         if rank is None:
@@ -181,7 +183,7 @@ def plan_adapter(
         run=run,
         base=base,
         nbytes=elements * dtype.itemsize,
-        warnings=run.warnings,
+        warnings=(*run.warnings, *(() if any(r for _, r in ranks.values()) else (NO_UPDATE,))),
         config=config,
         ranks=ranks,
         whole=whole,

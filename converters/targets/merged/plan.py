@@ -30,6 +30,7 @@ from ...model.match import (
 from ...model.tying import copy_of_embedding, new_embedding, tied
 from ...run import Run
 from ..target import Plan, Progress
+from .companions import Companions, companions
 
 if TYPE_CHECKING:
     from .folder import MergeReport
@@ -72,6 +73,7 @@ class MergePlan(Plan):
     shards: Mapping[str, tuple[OutputTensor, ...]]
     config: Mapping[str, object]
     dtype: torch.dtype | None
+    companions: Companions
 
     @property
     def ranks(self) -> Mapping[str, int | None]:
@@ -175,16 +177,18 @@ def plan_merge(run: Run, base: BaseModel, dtype: torch.dtype | None) -> MergePla
         module, _ = targets.get(HEAD, (None, False))
         last.append(OutputTensor(HEAD, head, dtype or head.dtype, module))
     copy = copy_of_embedding(run, base)
+    beside = companions(base.path, run, base)
     written = {n: tuple(t for t in tensors if t.name != copy) for n, tensors in shards.items()}
     return MergePlan(
         target="merged",
         run=run,
         base=base,
         nbytes=sum(tensor.nbytes for tensors in written.values() for tensor in tensors),
-        warnings=run.warnings,
+        warnings=(*run.warnings, *beside.left),
         shards=written,
         config=config,
         dtype=dtype,
+        companions=beside,
     )
 
 
