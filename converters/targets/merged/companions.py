@@ -117,14 +117,14 @@ def _pipeline(folder: Path) -> dict[str, Path]:
         if name in ("", "."):
             continue
         way = PurePosixPath(name)
-        if way.is_absolute() or ".." in way.parts or not (folder / way).is_dir():
+        if way.is_absolute() or ".." in way.parts:
             raise BaseError(
-                "a module of the pipeline is no folder beside it",
+                "a module of the pipeline lies outside of the folder",
                 file=listed,
                 found=name,
-                remedy="download the base again, all of it",
+                expected="a sub-folder",
             )
-        files |= _below(folder, name)
+        files |= _below(folder, name)  # a module without parameters may have none
     return files
 
 
