@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TypedDict
 
 from ..errors import BaseError, MissingError, RunError
+from ..files.handles import there
 from ..files.tensors import LazyTensors
 from ..model.base import CONV1D_FAMILIES, CONV1D_LAYERS, BaseModel, open_base
 from ..model.tasks import task_of_peft
@@ -94,10 +95,10 @@ def known_base(said: str | Path | None, named: str | None) -> BaseModel | None:
     local cache; its paths are not followed."""
     if said is not None:
         return open_base(said)
-    if named and not Path(named).is_absolute() and not Path(named).exists():
+    if named and not Path(named).is_absolute() and not there(Path(named)):
         try:
             return open_base(named)
-        except MissingError:
+        except (MissingError, BaseError):
             pass
     return None
 

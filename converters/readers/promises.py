@@ -24,9 +24,8 @@ from .run_folder import CONFIG_FILE, RunFolder
 
 # Switches that a reader reads, or that say nothing of the weights.
 _SWITCHES = frozenset(
-    "inference_mode init_lora_weights init_weights fan_in_fan_out use_rslora use_dora use_mora "
-    "lora_bias ensure_weight_tying dora_simple peft_is_trainable is_trainable "
-    "use_original_init megatron_core enable_lora".split()
+    "inference_mode init_lora_weights fan_in_fan_out use_rslora use_dora use_mora lora_bias "
+    "ensure_weight_tying dora_simple".split()
 )
 # Beside the adapter's own file; PEFT loads none of them.
 _VALUE_HEADS = ("value_head.safetensors", "value_head.bin")
@@ -42,7 +41,7 @@ def checked(run: Run, folder: RunFolder, options: ReadOptions) -> Run:
     """`run` with warnings of what its folder has and no reader reads, and of what its configuration
     names and may be lost.
 
-    Raises `RunError`, with the file and what it lacks, for whole modules, heads, tokens and biases
+    Raises `LostError`, with the file and what it lacks, for whole modules, heads, tokens and biases
     that are trained by the configuration, that the base's class has, and that are not there.
     """
     config, path = folder.adapter_config, folder.path / CONFIG_FILE
@@ -95,8 +94,12 @@ def _unknown(config: Mapping[str, object]) -> Iterator[str]:
         )
 
 
+class LostError(RunError):
+    """Something that was trained, by the configuration, is not in the run's files."""
+
+
 class _Promises:
-    """What a configuration says was trained. Each check yields warnings, and raises `RunError`
+    """What a configuration says was trained. Each check yields warnings, and raises `LostError`
     where it is certain that something is lost."""
 
     def __init__(
@@ -243,9 +246,9 @@ class _Promises:
         heads = HEADS.get(task_of_peft(self._config.get("task_type")) or "", ())
         return name.endswith(".bias") and not any(_below(name, str(e)) for e in (*entries, *heads))
 
-    def _lost(self, promise: str, missing: list[str]) -> RunError:
+    def _lost(self, promise: str, missing: list[str]) -> LostError:
         more = f" and {len(missing) - 4} more" if len(missing) > 4 else ""
-        return RunError(
+        return LostError(
             f"the configuration says that {promise}, and the file lacks it",
             file=self._file,
             tensor=missing[0],

@@ -24,7 +24,7 @@ from converters.run import NO_UPDATE
 from dora_serve import ReadOptions, merge, read_run, verify, write_adapter
 from dora_serve.proof.verify import logits, verification_batch
 from tests.conftest import randomize, tiny_llama
-from tests.dora_serve.exporting import good
+from tests.dora_serve.exporting import bad, good
 
 BOUND = 1e-6  # of the largest logit
 FILE, CONFIG = "adapter_model.safetensors", "adapter_config.json"
@@ -136,13 +136,14 @@ def test_what_was_trained_and_is_not_in_the_file_is_refused(tmp_path: Path, case
     run = run_of(base, tmp_path / "run", **config)
     whole = live(base, run)
     truth = logits(whole, verification_batch(whole))
-    read_run(run, ReadOptions(base=base))
+    good("lint", run, "--base", base, "--target", "peft")
     drop(run, word)
     with pytest.raises(RunError) as error:
         merge(run, tmp_path / "merged", base=base)
     assert named in str(error.value.tensor) and error.value.remedy
     assert error.value.file == run / FILE
     assert not (tmp_path / "merged").exists()
+    assert "promise" in bad("lint", run, "--base", base, "--target", "peft")
     try:  # PEFT does not load it, or computes something else than was trained
         left = live(base, run)
     except KeyError:
