@@ -77,7 +77,7 @@ def refuse_variant(config: Mapping[str, object], path: Path) -> None:
     for key, reason in _OTHER.items():
         if config.get(key):
             raise RunError(
-                f"this is no plain LoRA ({key}): {reason}",
+                f"a variant of LoRA that is not read ({key}): {reason}",
                 file=path,
                 found=f"{key}: {str(config[key])[:80]}",
                 remedy="serve it with PEFT on its base: PeftModel.from_pretrained(base, adapter)",
