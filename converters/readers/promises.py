@@ -135,8 +135,8 @@ class _Promises:
                 name: entry for name in names if _below(name, entry) and not self._holds(name)
             }
         if missing:
-            names = ", ".join(dict.fromkeys(missing.values()))
-            raise self._lost(f"{names} was trained whole (modules_to_save)", list(missing))
+            modules = ", ".join(dict.fromkeys(missing.values()))
+            raise self._lost(f"{modules} was trained whole (modules_to_save)", list(missing))
         sides = self._other_sides()
         if sides:
             raise self._lost("both sides of a tied pair are stored (ensure_weight_tying)", sides)
