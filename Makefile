@@ -7,7 +7,7 @@ OUT := demo-out
 WORKERS ?= 2
 SPREAD := -n $(WORKERS) --dist loadgroup --no-loadscope-reorder
 
-.PHONY: setup demo test test-all setup-vllm test-vllm lint bench matrix matrix-check faults fuzz mutants audit
+.PHONY: setup demo test test-all setup-vllm test-vllm lint bench matrix matrix-check faults fuzz mutants audit peft-matrix
 
 setup: $(VENV)/.ready
 
@@ -54,6 +54,10 @@ matrix: setup
 
 matrix-check: setup
 	$(BIN)/python scripts/support_matrix.py --check
+
+# PEFT_TESTS: the folder `tests` of a checkout of huggingface/peft.
+peft-matrix: setup
+	$(BIN)/python scripts/peft_matrix.py $(PEFT_TESTS) --output docs/peft.md
 
 bench: setup
 	$(BIN)/python scripts/bench_merge.py

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -29,13 +30,24 @@ class AdaptedModule:
         return next(iter(self.parts.values())).path
 
     def pair(self, names: tuple[str, str] = ("lora_A", "lora_B")) -> int:
-        """The rank of A `[r, in]` and B `[out, r]`, which the method stores under `names`; raises
-        `RunError` when they do not fit each other."""
+        """The rank of A `[r, in]` and B `[out, r]`, which the method stores under `names`; those
+        of a convolution are `[r, in, *kernel]` and `[out, r, 1, …]`. Raises `RunError` when they do
+        not fit each other."""
         for part, name in zip("AB", names, strict=True):
             if part not in self.parts:
                 raise self.incomplete(name, " and ".join(names))
         a, b = self.parts["A"], self.parts["B"]
-        if len(a.shape) != 2 or len(b.shape) != 2 or a.shape[0] != b.shape[1]:
+        matrices = len(a.shape) == len(b.shape) >= 2 and set(b.shape[2:]) <= {1}
+        groups, left = divmod(a.shape[0], b.shape[1] or 1) if matrices else (1, 0)
+        if self.kernel and groups > 1 and not left:
+            raise self.error(
+                "a convolution in groups, whose weight cannot hold the update: "
+                f"{names[0]} reads the channels of all groups",
+                names[1],
+                found=f"{groups} groups",
+                remedy="serve it with PEFT on its base: PeftModel.from_pretrained(base, adapter)",
+            )
+        if not matrices or a.shape[0] != b.shape[1]:
             raise self.error(
                 f"{' and '.join(names)} are of different rank (or not of linear layers)",
                 names[1],
@@ -45,9 +57,15 @@ class AdaptedModule:
         return a.shape[0]
 
     @property
+    def kernel(self) -> tuple[int, ...]:
+        """`[in, *kernel]` of a convolution, empty of a linear layer."""
+        shape = self.parts["A"].shape if "A" in self.parts else ()
+        return shape[1:] if len(shape) > 2 else ()
+
+    @property
     def shape(self) -> tuple[int, int]:
-        """`[out, in]` of the weight that the pair is for."""
-        return self.parts["B"].shape[0], self.parts["A"].shape[1]
+        """`[out, in]` of the weight that the pair is for, a convolution's seen as a matrix."""
+        return self.parts["B"].shape[0], math.prod(self.parts["A"].shape[1:])
 
     def need(self, part: str, size: int, expected: str) -> None:
         """Raise `RunError` unless `part` is there and holds `size` numbers; `expected` says what a
@@ -93,7 +111,7 @@ class AdaptedModule:
 
     def sum(self, scale: float, weights: str | None = None) -> RankOneSum:
         """ΔW = scale·B·diag(weights)·A from tensor data."""
-        a, b = self.load("A"), self.load("B")
+        a, b = self.load("A").flatten(1), self.load("B").flatten(1)
         c = self.load(weights).flatten() if weights else torch.ones(a.shape[0])
         # float64 for the product, so that scale·c is rounded once.
         return RankOneSum(a, (c.double() * scale).float(), b)

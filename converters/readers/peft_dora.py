@@ -1,7 +1,7 @@
 """Weight-decomposed DoRA as PEFT saves it: a LoRA adapter with `use_dora`, and a magnitude beside
 each lora_A and lora_B (huggingface/peft, `src/peft/tuners/lora/dora.py`).
 
-Read here: linear layers, Conv1D and embeddings, whose norm is over the vocabulary.
+Read here: linear layers, Conv1D, convolutions, and embeddings, whose norm is over the vocabulary.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from functools import partial
 from pathlib import Path
 
 from ..errors import RunError
-from ..files.tensors import LazyTensor, LazyTensors, load_finite
+from ..files.tensors import LazyTensor, LazyTensors, load_finite, numel
 from ..run import LazyUpdates, Run
 from ..updates.magnitude import MagnitudeUpdate
 from ..updates.update import Update, transposed
@@ -71,7 +71,7 @@ def _check(module: str, magnitude: LazyTensor, tensors: LazyTensors, file: Path)
             tensor=magnitude.name,
             expected=f"{module}.lora_A.weight and {module}.lora_B.weight",
         )
-    if magnitude.shape != factor.shape[:1]:
+    if numel(magnitude) != factor.shape[0]:
         raise RunError(
             "the magnitude does not fit lora_B",
             file=file,
@@ -86,4 +86,4 @@ def _update(run: Run, module: str, magnitude: LazyTensor) -> Update:
     assert delta is not None
     if module in run.embeddings:  # stored as [vocab, dim]: `in` is the first axis
         return transposed(MagnitudeUpdate(load_finite(magnitude), delta.transposed()))
-    return MagnitudeUpdate(load_finite(magnitude), delta)
+    return MagnitudeUpdate(load_finite(magnitude).flatten(), delta)

@@ -1,9 +1,9 @@
 """LoRA adapters as PEFT saves them (huggingface/peft, `src/peft/tuners/lora/`).
 
 Scale alpha/r, or alpha/√r with rsLoRA, with each module's own rank and alpha. Read here: linear
-layers, Conv1D, embeddings, parameters (`target_parameters`), `modules_to_save`, trained biases and
-`lora_bias`, resized embeddings, single trained tokens (`trainable_token_indices`). What is not read
-is an error that says so.
+layers, Conv1D, convolutions, torch's MultiheadAttention, embeddings, parameters
+(`target_parameters`), `modules_to_save`, trained biases and `lora_bias`, resized embeddings, single
+trained tokens (`trainable_token_indices`). What is not read is an error that says so.
 """
 
 from __future__ import annotations
@@ -18,8 +18,9 @@ import torch
 
 from ..errors import RunError
 from ..files.tensors import LazyTensor, load_finite, numel
-from ..model.base import HEAD, open_base
-from ..model.tying import tied
+from ..model.base import open_base
+from ..model.match import target_architecture
+from ..model.tying import spreading
 from ..run import LazyUpdates, Run
 from ..updates.rank_one import RankOneSum
 from ..updates.update import Update
@@ -30,6 +31,7 @@ from .peft_common import Scaling, is_variant, of_training_alone, refuse_variant
 from .peft_parameters import TOKENS, parameter_updates, parameters, token_rows
 from .run_folder import CONFIG_FILE, WEIGHT_FILES, RunFolder
 
+_OUT = ".base_layer.out_proj"
 _BIAS, _EMBEDDING = ".lora_B.bias", ".lora_embedding_A"
 _MAGNITUDES = (".lora_magnitude_vector", ".lora_magnitude_vector.weight")  # read by peft_dora
 _LORA = re.compile(r"(.+)\.(?:lora_(A|B)\.weight|lora_embedding_(A|B))")
@@ -70,15 +72,18 @@ class PeftLoraReader:
         updates: dict[str, Callable[[], Update]] = {}
         shapes: dict[str, tuple[int, int]] = {}
         start_rank: dict[str, int] = {}
+        kernels: dict[str, tuple[int, ...]] = {}
         named = parameters(config, pairs, config_path)
         for name, module in pairs.items():
             rank, shape = module.pair(), module.shape
             if name in named:
                 rank, loaders = parameter_updates(named[name], module, rank, scaling)
             else:
-                scale = scaling.of(name, rank)
-                loaders = {name: partial(_update, module, scale, name in embeddings)}
+                own_name, times = _attention(name, pairs)
+                scale = times * scaling.of(name.removesuffix(_OUT), rank)
+                loaders = {own_name: partial(_update, module, scale, name in embeddings)}
                 shape = shape[::-1] if name in embeddings else shape
+                kernels |= {own_name: module.kernel} if module.kernel else {}
             updates |= loaders
             shapes |= dict.fromkeys(loaders, shape)
             start_rank |= dict.fromkeys(loaders, rank)
@@ -100,8 +105,22 @@ class PeftLoraReader:
             updates=LazyUpdates(updates, shapes),
             start_rank=start_rank,
             embeddings=frozenset(embeddings | tokens),
-            tied=frozenset(_with_what_is_tied(tokens, options)),
+            tied=_spreading(tokens, run, options),
+            kernels=kernels,
         )
+
+
+def _attention(name: str, pairs: Collection[str]) -> tuple[str, int]:
+    """What the pair `name` updates, and how often PEFT adds it there.
+
+    On torch's own MultiheadAttention PEFT puts one pair on `in_proj_weight` and one on the linear
+    layer `out_proj` inside; its `merge`, which its forward pass uses, adds the latter twice.
+    """
+    if f"{name}{_OUT}" in pairs:
+        return f"{name}.in_proj_weight", 1
+    if name.endswith(_OUT) and name.removesuffix(_OUT) in pairs:
+        return name.replace(_OUT, ".out_proj"), 2
+    return name, 1
 
 
 def _more_than_pairs(folder: RunFolder) -> bool:
@@ -123,14 +142,13 @@ def _refuse_changed_base(config: Mapping[str, object], path: Path) -> None:
         )
 
 
-def _with_what_is_tied(tokens: Collection[str], options: ReadOptions) -> Collection[str]:
-    """The embeddings whose rows are also those of what is tied to them: all, unless a tied side has
-    rows of its own, which PEFT stores only where they differ, or alone."""
-    if not tokens:
-        return ()
-    names = [HEAD] if options.base is None else tied(open_base(options.base).config)
-    sides = tuple(f".{name}".removesuffix(".weight") for name in names)
-    return () if any(f".{module}".endswith(sides) for module in tokens) else tokens
+def _spreading(tokens: Collection[str], run: Run, options: ReadOptions) -> frozenset[str]:
+    """The embeddings whose trained rows are also those of what is tied to them."""
+    if not tokens or options.base is None:
+        return frozenset(tokens)
+    base = open_base(options.base)
+    architecture, _ = target_architecture(run, base)
+    return spreading(tokens, base, architecture, run.num_labels)
 
 
 def _update(module: AdaptedModule, scale: float, embedding: bool) -> Update:

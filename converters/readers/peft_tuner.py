@@ -3,11 +3,12 @@
 
 The base's architecture is built without memory, PEFT loads the adapter into it, and the `merge()`
 of each PEFT layer turns base weight into deployed weight: no tuner's formula is repeated here.
-Not read: convolutions, and tuners that have no weight to merge into, which are errors.
+Not read: tuners that have no weight to merge into, which are errors.
 """
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Mapping
 from dataclasses import replace
@@ -17,8 +18,10 @@ from typing import Any
 import torch
 
 from ..errors import BaseError, RunError
-from ..files.tensors import LazyTensor, LazyTensors, load_finite
+from ..files.tensors import LazyTensor, LazyTensors, convolution_matrix, load_finite
 from ..model.base import BaseModel
+from ..model.layout import Layout
+from ..model.match import target_architecture
 from ..run import Run
 from ..updates.peft_layer import LayerUpdate, MergedBias, merge_layer
 from ..updates.update import Update
@@ -79,8 +82,9 @@ class PeftTunerReader:
         names = set(_empty(run, base).state_dict())
         whole = {own: t for name, t in tensors.items() if (own := _base_name(name)) in names}
         run = replace(run, **origin(config, whole))
+        layout = Layout(base, target_architecture(run, base)[0], run.num_labels)
         model = _empty(run, base)
-        needed = _needed(tensors, base) if kind in _FROM_BASE else {}
+        needed = _needed(tensors, layout) if kind in _FROM_BASE else {}
         _give_memory(model, whole, needed)
         _check_patterns(config, [name for name, _ in model.named_modules()], config_path)
         layers = _load(model, folder.path, file)
@@ -102,9 +106,9 @@ class PeftTunerReader:
             if kind == "TRAINABLE_TOKENS" and layer.tied_adapter is not None:
                 tied |= embeddings
             elif kind not in ("BEFT", "LN_TUNING"):
-                updates[module] = _update(module, layer, inner, file)
+                updates[module] = _update(module, layer, inner, kind, file)
             if kind == "BEFT" or (kind in _CHANGE_BIAS and inner.bias is not None):
-                whole[f"{module}.bias"] = _bias(module, layer, inner, base, file)
+                whole[f"{module}.bias"] = _bias(module, layer, inner, layout, file)
         # An adapter on an embedding or head may carry its untouched base weight along.
         replaced = {n: t for n, t in whole.items() if n.removesuffix(".weight") not in updates}
         return replace(
@@ -159,7 +163,6 @@ def _find_base(config: Mapping[str, object], options: ReadOptions, path: Path) -
 def _empty(run: Run, base: BaseModel) -> Any:
     """The model the run was trained in, on the meta device."""
     from ..model.architecture import empty_model
-    from ..model.match import target_architecture
 
     architecture, _ = target_architecture(run, base)
     if architecture is None:
@@ -176,15 +179,12 @@ def _base_name(name: str) -> str:
     return name.replace(".base_layer.", ".").replace(".ln_tuning_layers.", ".")
 
 
-def _needed(tensors: Mapping[str, LazyTensor], base: BaseModel) -> dict[str, LazyTensor]:
+def _needed(tensors: Mapping[str, LazyTensor], layout: Layout) -> dict[str, LazyTensor]:
     """The base's weights and biases of the modules that have a tensor in the adapter."""
     owners = {name[:end] for name in tensors for end, char in enumerate(name) if char == "."}
-    found: dict[str, LazyTensor] = {}
-    for owner in owners:
-        weight, bias = base.weight(owner), base.find(f"{owner}.bias")
-        found |= {} if weight is None else {f"{owner}.weight": weight}
-        found |= {} if bias is None else {f"{owner}.bias": base.tensors[bias]}
-    return found
+    names = [f"{owner}.{kind}" for owner in owners for kind in ("weight", "bias")]
+    found = {name: layout.tensor(name) for name in names}
+    return {name: tensor for name, tensor in found.items() if tensor is not None}
 
 
 def _give_memory(
@@ -281,35 +281,42 @@ def _load(model: Any, folder: Path, file: Path) -> dict[str, Any]:
     return {n: layer for n, layer in root.named_modules() if isinstance(layer, BaseTunerLayer)}
 
 
-def _update(module: str, layer: Any, inner: Any, file: Path) -> LayerUpdate:
+def _update(module: str, layer: Any, inner: Any, kind: str, file: Path) -> LayerUpdate:
     weight = inner.weight
-    if weight.dim() != 2:
+    if kind == "OFT" and math.prod(weight.shape[2:]) > 1:
+        raise RunError(
+            "OFT of a convolution turns overlapping pieces of its input, which no weight does",
+            file=file,
+            tensor=module,
+            found=f"{type(inner).__name__}, weight {list(weight.shape)}",
+            remedy="serve it with PEFT on its base: PeftModel.from_pretrained(base, adapter)",
+        )
+    if weight.dim() < 2:
         raise RunError(
             "adapters on this kind of layer are not read",
             file=file,
             tensor=module,
             found=f"{type(inner).__name__}, weight {list(weight.shape)}",
-            expected="a linear layer, Conv1D or embedding",
+            expected="a linear layer, Conv1D, convolution or embedding",
             remedy="merge it with PEFT: merge_and_unload()",
         )
     conv1d = type(inner).__name__ == "Conv1D"
     # The weight is given to the layer when it is merged; until then it needs no memory.
     inner.weight = torch.nn.Parameter(torch.zeros(()).expand(weight.shape), requires_grad=False)
-    rows, columns = weight.shape
+    rows, columns = convolution_matrix(weight.shape)
     shape = (columns, rows) if conv1d else (rows, columns)
     return LayerUpdate(module, layer, shape, conv1d, file)
 
 
-def _bias(module: str, layer: Any, inner: Any, base: BaseModel, file: Path) -> MergedBias:
-    names = [base.find(f"{module}.{kind}") for kind in ("weight", "bias")]
-    if inner.bias is None or None in names:
+def _bias(module: str, layer: Any, inner: Any, layout: Layout, file: Path) -> MergedBias:
+    weight, bias = (layout.tensor(f"{module}.{kind}") for kind in ("weight", "bias"))
+    if inner.bias is None or weight is None or bias is None:
         raise RunError(
             "the adapter trained a bias that the base does not have, so it cannot be merged",
             file=file,
             tensor=f"{module}.bias",
             remedy="serve it with PEFT on its base: PeftModel.from_pretrained(base, adapter)",
         )
-    weight, bias = (base.tensors[str(name)] for name in names)
 
     def calculate() -> torch.Tensor:
         _, merged = merge_layer(layer, load_finite(weight), load_finite(bias), module, file)

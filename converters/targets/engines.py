@@ -31,7 +31,7 @@ class Profile:
     """`whole_modules`: modules trained whole that it loads, None for any. `max_rank`: its limit,
     and `slots`: the values its own limit may be set to.
 
-    `biases`, `embeddings`: whether it loads trained biases and adapters on embeddings.
+    `biases`, `embeddings`, `convolutions`: whether it loads trained biases and adapters on those.
     `features`: further fields of the configuration that it understands.
     `kinds`: last names of the modules it can adapt, None for any. `unadapted`: model type → those
     that it cannot adapt there, `ALL` for every one. `together`: kinds that it loads only all or
@@ -47,6 +47,7 @@ class Profile:
     max_rank: int | None
     biases: bool
     embeddings: bool
+    convolutions: bool = False
     features: frozenset[str] = frozenset()
     kinds: frozenset[str] | None = None
     unadapted: Mapping[str, frozenset[str]] = field(default_factory=dict)
@@ -102,6 +103,7 @@ PROFILES = {
             None,
             biases=True,
             embeddings=True,
+            convolutions=True,
             features=_PEFT_FEATURES,
             prefix=True,
             reading=Reading(patterns=True, rslora=True),

@@ -18,8 +18,8 @@ from ..errors import RunError
 class LayerUpdate:
     """W' as `merge` of the PEFT `layer` makes it from W.
 
-    `shape`: the weight's, `[out, in]`. `flip`: whether the layer holds its weight the other way
-    round, as `[in, out]`. `module` and `file` are for errors.
+    `shape`: the weight's, `[out, in]`, a convolution's seen as a matrix. `flip`: whether the layer
+    holds its weight the other way round, as `[in, out]`. `module` and `file` are for errors.
     """
 
     module: str
@@ -30,10 +30,10 @@ class LayerUpdate:
     whole: bool = True
 
     def merge(self, rows: torch.Tensor, start: int) -> torch.Tensor:  # noqa: ARG002
-        weight = rows.T if self.flip else rows
+        weight = rows.T if self.flip else rows.view(self.layer.get_base_layer().weight.shape)
         # PEFT changes some weights through a flat view, which only contiguous ones have.
         merged, _ = merge_layer(self.layer, weight.contiguous(), None, self.module, self.file)
-        return rows.copy_(merged.T if self.flip else merged)
+        return rows.copy_(merged.T if self.flip else merged.reshape(rows.shape))
 
     def components(self) -> None:
         return None

@@ -842,17 +842,12 @@ def test_a_killed_command_with_resume_leaves_its_folder_to_the_next(tmp_path: Pa
     assert sorted(path.name for path in tmp_path.iterdir()) == ["out"]
 
 
-@pytest.mark.parametrize("resume", [True, False])
 @pytest.mark.parametrize("words", [("resume",), ("resume", "journal")])
-def test_what_a_killed_command_left_is_removed(
-    tmp_path: Path, words: tuple[str, ...], resume: bool
-) -> None:
-    if resume and "journal" in words:
-        pytest.skip("that one is continued")
+def test_what_a_killed_command_left_is_removed(tmp_path: Path, words: tuple[str, ...]) -> None:
     target = tmp_path / "out"
     folder = killed(target, *words)
     assert folder.is_dir()
-    with output_folder(target, resume=resume) as again:
+    with output_folder(target) as again:
         assert again != folder and not folder.exists()
         assert not (again / "half").exists()
 

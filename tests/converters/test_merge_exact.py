@@ -30,6 +30,10 @@ CONFIG = {"model_type": "llama", "architectures": ["LlamaForCausalLM"], "vocab_s
 WEIGHTS = "model.safetensors"
 
 
+# A class that transformers does not have, whose parts are told by the configuration alone.
+OTHER = {"architectures": ["PartsForCausalLM"], "model_type": "parts"}
+
+
 def make_base(folder: Path, *shards: Mapping[str, torch.Tensor], **config: object) -> Path:
     folder.mkdir(parents=True)
     (folder / "config.json").write_text(json.dumps({**CONFIG, **config}))
@@ -478,7 +482,9 @@ def test_a_tied_pair_trained_whole(tmp_path: Path, both: str) -> None:
 def test_the_vocabulary_of_a_model_of_several_parts(tmp_path: Path) -> None:
     tensors = {EMBED: torch.randn(6, 4), HEAD: torch.randn(6, 4), f"{Q}.weight": torch.ones(4, 4)}
     text = {"vocab_size": 6, "other": 1}
-    base = make_base(tmp_path / "base", tensors, text_config=text, tie_word_embeddings=False)
+    base = make_base(
+        tmp_path / "base", tensors, text_config=text, tie_word_embeddings=False, **OTHER
+    )
     whole = {EMBED: torch.randn(7, 4), HEAD: torch.randn(7, 4)}
     run = make_run(tmp_path / "run", {Q: low_rank(4, 4)}, replaced=lazy(tmp_path / "run", whole))
     merge(run, tmp_path / "out", base=base)

@@ -8,7 +8,7 @@ every module is padded with zeros to the largest.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -20,9 +20,10 @@ from ...errors import TargetError
 from ...files.output import save_tensors
 from ...files.tensors import LazyTensor, load_finite, numel
 from ...model.base import BaseModel
-from ...model.layout import is_parameter, split_slice
-from ...model.match import changed, check_frozen
+from ...model.layout import Layout, is_parameter, split_slice
+from ...model.match import changed, check_frozen, kernels_of, target_architecture
 from ...model.tasks import peft_type
+from ...model.tying import untied
 from ...run import NO_UPDATE, Run
 from ...updates.rank_one import RankOneSum, stored_error
 from ..engines import Profile
@@ -34,6 +35,7 @@ from .padding import absent_modules
 from .whole import completed, whole_modules, with_heads
 
 _PREFIX = "base_model.model."
+_NO_MODULE = (".bias", ".in_proj_weight")  # parameters that no pair of an adapter is for
 _LOSS = 0.05  # above this share of an update lost to rounding the user is warned
 
 
@@ -55,12 +57,14 @@ class AdapterReport(Report):
 @dataclass(frozen=True, kw_only=True)
 class AdapterPlan(Plan):
     """`ranks`: start rank and rank per module. `whole`: what is stored whole. `stored`: rank, out
-    and in of every module as stored, those included that the engine needs as zeros."""
+    and in of every module as stored, those included that the engine needs as zeros. `kernels`:
+    `[in, *kernel]` of those that are convolutions."""
 
     config: Mapping[str, object]
     ranks: Mapping[str, tuple[int | None, int]]
     whole: Mapping[str, LazyTensor]
     stored: Mapping[str, tuple[int, int, int]]
+    kernels: Mapping[str, tuple[int, ...]]
     dtype: torch.dtype
 
     def summary(self) -> dict[str, Any]:
@@ -115,6 +119,10 @@ class AdapterPlan(Plan):
                 errors[module] = stored_error(update, a, b)
             if is_parameter(module):
                 blocks[module] = a, b
+            elif module in self.kernels:
+                ones = [1] * (len(self.kernels[module]) - 1)
+                a, b = a.view(rank, *self.kernels[module]), b.view(out, rank, *ones)
+                tensors |= _named(module, a, b, embedding=False)
             else:
                 tensors |= _named(module, a, b, module in self.run.embeddings)
         for module, (a, b) in stacked(blocks).items():
@@ -150,12 +158,16 @@ def plan_adapter(
             remedy="merge it (`merge`)",
         )
     transposed: set[str] = set()
+    own = base
     if base is not None:
-        transposed = transposed_modules(run, base, profile)
-        check_frozen(run, base)
-    whole = with_heads(run, base, changed(run, base), profile)
-    modules, biases = whole_modules(run, base, whole)
-    whole = completed(base, run, whole, modules)
+        architecture, _ = target_architecture(run, base)
+        find = Layout(base, architecture, run.num_labels).find
+        run, own = untied(run, base, architecture, find, together=False)
+        transposed = transposed_modules(run, own, profile)
+        check_frozen(run, own)
+    whole = with_heads(run, own, changed(run, own), profile)
+    modules, biases = whole_modules(run, own, whole)
+    whole = completed(own, run, whole, modules)
     ranks: dict[str, tuple[int | None, int]] = {}
     for module, rank in run.ranks.items():
         if rank is None:
@@ -165,7 +177,8 @@ def plan_adapter(
                 remedy="merge it (`merge`), or approximate it with `energy` or `max_rank`",
             )
         ranks[module] = (run.start_rank.get(module), rank)
-    _check_target(run, profile, whole, ranks, modules, biases)
+    kernels = kernels_of(run, base)
+    _check_target(run, profile, whole, ranks, modules, biases, kernels)
     if base is not None:
         _check_family(run, base, profile)
     stored = padded(_stored(ranks, {**run.shapes, **absent_modules(run, base, profile)}, profile))
@@ -188,6 +201,7 @@ def plan_adapter(
         ranks=ranks,
         whole=whole,
         stored=stored,
+        kernels=kernels,
         dtype=dtype,
     )
 
@@ -219,8 +233,11 @@ def _check_target(
     ranks: Mapping[str, tuple[int | None, int]],
     modules: list[str],
     biases: list[str],
+    kernels: Collection[str],
 ) -> None:
-    cannot = []
+    cannot: list[str] = []
+    if not profile.convolutions:
+        cannot += kernels
     if profile.kinds is not None:
         cannot += [name for name in ranks if name.split(".")[-1] not in profile.kinds]
     if profile.whole_modules is not None:
@@ -233,7 +250,7 @@ def _check_target(
         cannot += [name for name in whole if name.removesuffix(".weight") in ranks]
     if "target_parameters" not in profile.features:
         cannot += [name for name in ranks if is_parameter(name)]
-    cannot += [name for name in ranks if name.endswith(".bias") or name in run.tied]
+    cannot += [name for name in ranks if name.endswith(_NO_MODULE) or name in run.tied]
     cannot = list(dict.fromkeys(cannot))
     if cannot:
         more = f" and {len(cannot) - 6} more" if len(cannot) > 6 else ""
