@@ -17,6 +17,13 @@ if TYPE_CHECKING:
     from .fit import FitReport
 
 
+# A warning: PEFT and others make an adapter that does nothing, until it is trained and saved.
+NO_UPDATE = (
+    "the update is zero everywhere: training changed nothing, or what it changed is not in the "
+    "run's files"
+)
+
+
 class LazyUpdates(Mapping[str, Update]):
     """Module name → update, read when it is asked for.
 

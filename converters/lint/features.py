@@ -5,8 +5,11 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 
+from ..errors import DoraExportError
 from ..model.base import CONV1D_FAMILIES, CONV1D_LAYERS
+from ..readers import ReadOptions, read_run
 from ..readers.peft_lora import BASE_CHANGING
+from ..readers.promises import LostError
 from ..targets.lora_folder import CONFIG
 from .finding import PEFTS_OWN, Adapter, Finding
 
@@ -139,4 +142,19 @@ def orientation(adapter: Adapter) -> Iterator[Finding]:
         )  # fmt: skip
 
 
-CHECKS = (kind, features, whole_tensors, embeddings, initialisation, orientation)
+def promises(adapter: Adapter) -> Iterator[Finding]:
+    """What the configuration says was trained and the file lacks: PEFT refuses some of it, and
+    every engine computes without it."""
+    try:
+        base = None if adapter.base is None else adapter.base.path
+        read_run(adapter.path, ReadOptions(base=base))
+    except LostError as lost:
+        yield Finding(
+            "promise", "error", adapter.all, str(lost.tensor), lost.message,
+            str(lost.found), str(lost.expected), str(lost.remedy),
+        )  # fmt: skip
+    except DoraExportError:
+        return  # told by the checks of what is there
+
+
+CHECKS = (kind, features, whole_tensors, embeddings, initialisation, orientation, promises)

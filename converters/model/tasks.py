@@ -21,6 +21,12 @@ TASKS = {
     "feature-extraction": ("FEATURE_EXTRACTION", ("Model",)),
 }
 POOLING = ("feature-extraction", "sequence-classification", "token-classification")
+# Task → the heads that PEFT trains and saves whole without being told, of whatever a model has.
+HEADS = {
+    "sequence-classification": ("classifier", "score"),
+    "token-classification": ("classifier", "score"),
+    "question-answering": ("qa_outputs",),
+}
 _ENDINGS = {ending: task for task, (_, endings) in TASKS.items() for ending in endings}
 # transformers' lists of classes, for names that end in none of these, and for what "Model" hides.
 _LISTS = {

@@ -100,6 +100,9 @@ def read_run(path: str | Path, options: ReadOptions | None = None) -> Run:
             from .parts import read_parts
 
             run = read_parts(run, options)
+        from .promises import checked
+
+        run = checked(run, found, options)
     if not run.updates and not run.replaced:
         raise RunError("the run adapted nothing", file=run.path)
     return run

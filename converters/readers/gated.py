@@ -15,12 +15,13 @@ from ..run import Run
 from . import ReadOptions
 from .lora_reader import Adaptation, AdapterFiles, CheckpointFiles, LoraFiles
 from .module import AdaptedModule, Modules, adapted
+from .peft_common import is_variant
 from .run_folder import CONFIG_FILE, RunFolder
 
 GATES = ("gate", "lora_gate", "alpha", "lora_scaler")
 _TYPES = (None, "LORA", "ALORA", "SORA")
 _SORA = ".lora"  # SoRA keeps factors and gate in a module of their own below the layer
-_UNREAD = ("rank_pattern", "alpha_pattern", "use_rslora", "kasa_config")
+_UNREAD = ("rank_pattern", "alpha_pattern", "use_rslora")
 
 
 class GatedLoraReader:
@@ -65,7 +66,8 @@ class GatedLoraReader:
 def _tensors(folder: RunFolder) -> LazyTensors:
     """The tensors that may be a gated run's, none where another method claims the folder."""
     if folder.has(CONFIG_FILE):
-        own = folder.adapter_config.get("peft_type") in _TYPES
+        config = folder.adapter_config
+        own = config.get("peft_type") in _TYPES and not is_variant(config)
         return folder.adapter if own and folder.adapter_file is not None else {}
     tensors = {} if folder.checkpoint is None else folder.checkpoint.tensors
     # E in a checkpoint is AdaLoRA, whose scale has another divisor.

@@ -7,7 +7,8 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TypedDict
 
-from ..errors import BaseError, RunError
+from ..errors import BaseError, MissingError, RunError
+from ..files.handles import there
 from ..files.tensors import LazyTensors
 from ..model.base import CONV1D_FAMILIES, CONV1D_LAYERS, BaseModel, open_base
 from ..model.tasks import task_of_peft
@@ -65,28 +66,57 @@ def refuse_unread(replaced: Iterable[str], file: Path, word: str = "lora_") -> N
             )
 
 
-def broken_promises(config: Mapping[str, object], held: Iterable[str]) -> tuple[str, ...]:
-    """A warning for each module that the configuration says was trained whole, or in single rows,
-    and that none of the `held` tensor names is of: what was trained may be lost.
+# PEFT's variants of LoRA, by the key of the configuration: what they compute in evaluation.
+_PLAIN = "velora_config", "monteclora_config"  # LoRA; they train it in another way
+_OTHER = {
+    "kasa_config": "KaSA takes the smallest singular components out of the base's weight, and "
+    "weighs its own",
+    "use_bdlora": "BD-LoRA's factors are block-diagonal, stored as their blocks alone",
+    "arrow_config": "Arrow routes each token to the adapters that fit it",
+    "alora_invocation_tokens": "activated LoRA (aLoRA) acts only behind its invocation",
+    "invocation_string": "activated LoRA (aLoRA) acts only behind its invocation",
+    "use_qalora": "QA-LoRA sums up groups of the input first",
+    "layer_replication": "it was trained on a base with layers repeated",
+}
+# What a variant stores that only its training reads.
+_TRAINING = ("lora_velora_embed", "lora_monteclora_sampler")
 
-    No error, because PEFT passes over names that the model does not have. `classifier` and `score`
-    it adds by itself, for whichever the model has.
-    """
-    parts = {part for name in held for part in name.split(".")}
-    saved = config.get("modules_to_save")
-    names = [str(name) for name in saved] if isinstance(saved, list) else []
-    lost = [name for name in names if name.rpartition(".")[2] not in parts]
-    if len(lost) < len(names):
-        lost = [name for name in lost if name not in ("classifier", "score")]
-    said = dict.fromkeys(lost, "modules_to_save")
-    tokens = config.get("trainable_token_indices")
-    if tokens and "trainable_tokens_delta" not in parts:
-        said["tokens of the embedding"] = "trainable_token_indices"
-    return tuple(
-        f"the configuration says that {name} was trained ({key}), and the file holds nothing of "
-        "it: without that it is not the model that was trained"
-        for name, key in said.items()
-    )
+
+def is_variant(config: Mapping[str, object]) -> bool:
+    """Whether the tensors beside lora_A and lora_B, if there are any, are of a variant of LoRA
+    that PEFT knows."""
+    return any(config.get(key) for key in (*_PLAIN, *_OTHER))
+
+
+def refuse_variant(config: Mapping[str, object], path: Path) -> None:
+    """Raise `RunError` for a variant of LoRA that is no LoRA in evaluation."""
+    for key, reason in _OTHER.items():
+        if config.get(key):
+            raise RunError(
+                f"a variant of LoRA that is not read ({key}): {reason}",
+                file=path,
+                found=f"{key}: {str(config[key])[:80]}",
+                remedy="serve it with PEFT on its base: PeftModel.from_pretrained(base, adapter)",
+            )
+
+
+def of_training_alone(config: Mapping[str, object], name: str) -> bool:
+    """Whether the tensor `name` is one that a variant trains with and evaluates without."""
+    variant = any(config.get(key) for key in _PLAIN)
+    return variant and any(f".{part}" in name for part in _TRAINING)
+
+
+def known_base(said: str | Path | None, named: str | None) -> BaseModel | None:
+    """The base that the user `said`, else the hub model that the run `named`, where it is in the
+    local cache; its paths are not followed."""
+    if said is not None:
+        return open_base(said)
+    if named and not Path(named).is_absolute() and not there(Path(named)):
+        try:
+            return open_base(named)
+        except (MissingError, BaseError):
+            pass
+    return None
 
 
 def need_base(options: ReadOptions, what: str, file: Path) -> BaseModel:

@@ -27,7 +27,7 @@ from ..updates.update import Update
 from . import ReadOptions
 from .lora_reader import AdapterFiles
 from .module import AdaptedModule, adapted, grouped
-from .peft_common import Scaling, broken_promises
+from .peft_common import Scaling, is_variant, of_training_alone, refuse_variant
 from .peft_parameters import TOKENS, parameter_updates, parameters, token_rows
 from .run_folder import CONFIG_FILE, WEIGHT_FILES, RunFolder
 
@@ -39,12 +39,6 @@ _LORA = re.compile(r"(.+)\.(?:lora_(A|B)\.weight|lora_embedding_(A|B))")
 # Initialisations that change the base weights: the adapter is right on the changed base only.
 BASE_CHANGING = ("pissa", "olora", "corda", "loftq", "lora_ga")
 _OTHERS = ("use_dora", "use_mora")  # readers of their own
-_UNREAD = {
-    "layer_replication": "replicated layers",
-    "alora_invocation_tokens": "activated LoRA",
-    "kasa_config": "KaSA, which takes components out of the base",
-    "ensure_weight_tying": "one update of an embedding and the head tied to it",
-}
 
 
 class PeftLoraReader:
@@ -55,13 +49,16 @@ class PeftLoraReader:
 
     def detect(self, folder: RunFolder) -> RunFolder | None:
         config = folder.adapter_config
-        own = config.get("peft_type") == "LORA" and not any(config.get(key) for key in _OTHERS)
-        return folder if own and not _more_than_pairs(folder) else None
+        kind = config.get("peft_type") == "LORA" or config.get("invocation_string")
+        own = kind and not any(config.get(key) for key in _OTHERS)
+        return folder if own and (is_variant(config) or not _more_than_pairs(folder)) else None
 
     def read(self, folder: RunFolder, options: ReadOptions) -> Run:
+        config, config_path = folder.adapter_config, folder.path / CONFIG_FILE
+        refuse_variant(config, config_path)
+        _refuse_changed_base(config, config_path)
         files = AdapterFiles(folder)
-        config, config_path = files.config, files.config_path
-        _refuse_unread(config, config_path)
+        files.tensors = {n: t for n, t in files.tensors.items() if not of_training_alone(config, n)}
         pairs, others = grouped(files.tensors, _LORA)
         tokens, biases, embeddings = (
             {name.removesuffix(end): t for name, t in files.tensors.items() if name.endswith(end)}
@@ -110,7 +107,6 @@ class PeftLoraReader:
             embeddings=frozenset(embeddings | tokens),
             tied=_spreading(tokens, run, options),
             kernels=kernels,
-            warnings=broken_promises(config, files.tensors),
         )
 
 
@@ -133,15 +129,7 @@ def _more_than_pairs(folder: RunFolder) -> bool:
     return any(module.parts.keys() - {"A", "B"} for module in modules.values())
 
 
-def _refuse_unread(config: Mapping[str, object], path: Path) -> None:
-    for key, meaning in _UNREAD.items():
-        if config.get(key):
-            raise RunError(
-                f"{key} ({meaning}) is not read by this reader",
-                file=path,
-                found=f"{key}: {str(config[key])[:80]}",
-                remedy="merging it as plain LoRA would compute something else",
-            )
+def _refuse_changed_base(config: Mapping[str, object], path: Path) -> None:
     init = str(config.get("init_lora_weights", "")).lower()
     if init.startswith(BASE_CHANGING):
         raise RunError(

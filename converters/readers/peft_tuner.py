@@ -17,9 +17,9 @@ from typing import Any
 
 import torch
 
-from ..errors import BaseError, MissingError, RunError
+from ..errors import BaseError, RunError
 from ..files.tensors import LazyTensor, LazyTensors, convolution_matrix, load_finite
-from ..model.base import BaseModel, open_base
+from ..model.base import BaseModel
 from ..model.layout import Layout
 from ..model.match import target_architecture
 from ..run import Run
@@ -27,7 +27,7 @@ from ..updates.peft_layer import LayerUpdate, MergedBias, merge_layer
 from ..updates.update import Update
 from . import ReadOptions
 from .patterns import PatternError, Patterns
-from .peft_common import origin
+from .peft_common import known_base, origin
 from .run_folder import CONFIG_FILE, WEIGHT_FILES, RunFolder
 
 _TUNERS = frozenset(
@@ -147,16 +147,11 @@ def _refuse_unmergeable(kind: str, config: Mapping[str, object], path: Path) -> 
 
 
 def _find_base(config: Mapping[str, object], options: ReadOptions, path: Path) -> BaseModel:
-    """The base the user names, else the hub model of the configuration; its paths are not
-    followed."""
-    if options.base is not None:
-        return open_base(options.base)
+    """The base the user names, else the hub model of the configuration."""
     named = str(config.get("base_model_name_or_path") or "")
-    if named and not Path(named).is_absolute() and not Path(named).exists():
-        try:
-            return open_base(named)
-        except MissingError:
-            pass
+    base = known_base(options.base, named)
+    if base is not None:
+        return base
     raise RunError(
         f"{config['peft_type']} adapters can only be read with their base model",
         file=path,

@@ -25,7 +25,7 @@ from ...model.match import as_trained, changed, check_frozen, classes, kernels_o
 from ...model.names import PEFT_PREFIX
 from ...model.tasks import peft_type
 from ...model.tying import untied
-from ...run import Run
+from ...run import NO_UPDATE, Run
 from ...updates.rank_one import RankOneSum, stored_error
 from ..engines import Profile
 from ..target import Plan, Progress, Report
@@ -33,7 +33,7 @@ from .card import model_card
 from .experts import padded, parameters, stacked, transposed_modules
 from .names import CONFIG, WEIGHTS
 from .padding import absent_modules
-from .whole import whole_modules
+from .whole import completed, whole_modules, with_heads
 
 _NO_MODULE = (".bias", ".in_proj_weight")  # parameters that no pair of an adapter is for
 _LOSS = 0.05  # above this share of an update lost to rounding the user is warned
@@ -135,7 +135,9 @@ class AdapterPlan(Plan):
             inside = isinstance(saved, list) and any(f"{name}.".startswith(f"{m}.") for m in saved)
             adapted = self.stored.get(module, (0,))[0] > 0 and not inside
             key = f"{module}.base_layer.{kind}" if adapted else name
-            tensors[PEFT_PREFIX + key] = load_finite(tensor).to(self.dtype)
+            real = tensor.dtype.is_floating_point
+            stored = load_finite(tensor).to(self.dtype) if real else tensor.load()
+            tensors[PEFT_PREFIX + key] = stored
         save_tensors(tensors, folder / WEIGHTS)
         write_json(folder / CONFIG, self.config)
         (folder / "README.md").write_text(model_card(self))
@@ -167,7 +169,9 @@ def plan_adapter(
         transposed = transposed_modules(run, own, layout, profile)
         check_frozen(run, own)
     whole = changed(run, own, None if layout is None else layout.find)
+    whole = with_heads(run, own, whole, profile)
     modules, biases = whole_modules(run, own, whole)
+    whole = completed(own, run, whole, modules)
     ranks: dict[str, tuple[int | None, int]] = {}
     for module, rank in run.ranks.items():
         if rank is None:
@@ -199,7 +203,7 @@ def plan_adapter(
         run=run,
         base=base,
         nbytes=elements * dtype.itemsize,
-        warnings=run.warnings,
+        warnings=(*run.warnings, *(() if any(r for _, r in ranks.values()) else (NO_UPDATE,))),
         config=config,
         parameters=kept,
         ranks=ranks,

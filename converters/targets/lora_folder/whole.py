@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
-from ...files.tensors import LazyTensor
+from ...files.tensors import LazyTensor, LazyTensors
 from ...model.base import BaseModel
+from ...model.tasks import HEADS
 from ...run import Run
+from ..engines import Profile
 
 
 def whole_modules(
@@ -39,3 +41,42 @@ def _kept(base: BaseModel | None, whole: Mapping[str, LazyTensor]) -> set[str]:
     names = base.tensors if base is not None else ()
     kept = [name for name in names if not f".{name}".endswith(endings)]
     return {part for name in kept for part in name.split(".")[:2]}
+
+
+def with_heads(
+    run: Run, base: BaseModel | None, whole: Mapping[str, LazyTensor], profile: Profile
+) -> dict[str, LazyTensor]:
+    """`whole` with the head of a classifier, which PEFT expects of the adapter, trained or not;
+    where the engine takes heads at all."""
+    heads = [
+        name
+        for name in HEADS.get(run.task or "", ())
+        if profile.whole_modules is None or name in profile.whole_modules
+    ]
+    known = {**({} if base is None else base.tensors), **run.replaced}
+    return {**{n: t for n, t in known.items() if n.split(".", 1)[0] in heads}, **whole}
+
+
+def completed(
+    base: BaseModel | None, run: Run, whole: Mapping[str, LazyTensor], modules: Iterable[str]
+) -> dict[str, LazyTensor]:
+    """`whole` with what training left as it was of `modules`, as the run holds it or the base: PEFT
+    loads a module whole or not at all."""
+    result = dict(whole)
+    for module in modules:
+        result = {**_inside(module, run.replaced), **result}
+        if base is None:
+            continue
+        for name in _inside(module, whole):
+            kind = name[len(module) :]
+            stored = base.find(name) or ""
+            if stored.endswith(kind):
+                stem = stored.removesuffix(kind)
+                beside = _inside(stem, base.tensors)
+                named = {module + other[len(stem) :]: t for other, t in beside.items()}
+                result = {**named, **result}
+    return result
+
+
+def _inside(module: str, tensors: LazyTensors) -> dict[str, LazyTensor]:
+    return {name: t for name, t in tensors.items() if name.startswith(f"{module}.")}

@@ -2,29 +2,19 @@
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from ...certificate import FILE, write_json
-from ...errors import BaseError
+from ...certificate import write_json
 from ...files.output import JOURNAL
+from ...run import NO_UPDATE
 from ..target import Progress, Report
 from .journal import Journal
 from .plan import MergePlan
 from .stream import Rounding, write_shards
 
-_COPIED = {".json", ".txt", ".model", ".jinja", ".tiktoken", ".spm", ".vocab", ".bpe"}
-_OWN_FILES = {"config.json", "adapter_config.json", FILE}
-# What `save_pretrained` of a tokenizer writes, of any kind.
-_TOKENIZER = {
-    *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"),
-    *("chat_template.jinja", "chat_template.json", "vocab.json", "merges.txt", "vocab.txt"),
-    *("tokenizer.model", "spiece.model", "sentencepiece.bpe.model", "spm.model"),
-    *("source.spm", "target.spm", "bpe.codes"),
-}
 _INDEX = "model.safetensors.index.json"
 
 # Above this share of an update lost to rounding the user is warned.
@@ -59,7 +49,7 @@ def write_folder(folder: Path, plan: MergePlan, progress: Progress) -> MergeRepo
     rounding = _write_shards(folder, plan, progress, journal)
     _write_index(folder, plan)
     write_json(folder / "config.json", plan.config)
-    copy_companions(plan.base.path, folder, plan.run.path)
+    plan.companions.copy(folder)
     modules = {
         module: {
             "start_rank": plan.run.start_rank.get(module),
@@ -78,7 +68,10 @@ def write_folder(folder: Path, plan: MergePlan, progress: Progress) -> MergeRepo
         "replaced": sorted(t.name for t in plan.tensors if t.name in plan.run.replaced),
     }
     notes, resumed = ((), ()) if journal is None else (journal.notes, tuple(journal.finished))
-    return MergeReport(modules, details, (*_loss_warnings(rounding), *notes), rounding, resumed)
+    updated = any(report.relative_update for report in rounding.values())
+    zero = (NO_UPDATE,) if plan.ranks and not updated else ()
+    warnings = (*zero, *_loss_warnings(rounding), *notes)
+    return MergeReport(modules, details, warnings, rounding, resumed)
 
 
 def _write_shards(
@@ -99,44 +92,6 @@ def _write_index(folder: Path, plan: MergePlan) -> None:
     if len(plan.shards) > 1:
         files = {t.name: name for name, tensors in plan.shards.items() for t in tensors}
         write_json(folder / _INDEX, {"metadata": {"total_size": plan.nbytes}, "weight_map": files})
-
-
-def copy_companions(source: Path, folder: Path, run: Path | None = None) -> None:
-    """Tokenizer, generation configuration and the like of the base in `source`; weights and code
-    stay behind. A tokenizer that was saved with the run takes the place of the base's: tokens may
-    have been added, and the chat template is the one of the training."""
-    own = run is not None and (run / "tokenizer_config.json").is_file()
-    for path in source.iterdir():
-        known = path.suffix in _COPIED or path.name.upper().startswith(("LICENSE", "NOTICE"))
-        left = path.name in _OWN_FILES or path.name.endswith(".index.json")
-        if path.is_file() and known and not left and not (own and path.name in _TOKENIZER):
-            _copy(path, source, folder)
-    if run is not None and own:
-        for name in sorted(_TOKENIZER):
-            if (run / name).is_file():
-                _copy(run / name, run, folder)
-
-
-def _copy(path: Path, source: Path, folder: Path) -> None:
-    _check_inside(path, source)
-    shutil.copyfile(path, folder / path.name)
-
-
-def _check_inside(path: Path, source: Path) -> None:
-    """Raise `BaseError` for a link out of the folder, whose content nobody meant to pass on; the
-    links of a hub cache's snapshot lead to its blobs."""
-    own = source.resolve()
-    blobs = own.parent.parent / "blobs"
-    real = path.resolve()
-    if not real.is_relative_to(own) and not (
-        own.parent.name == "snapshots" and blobs in real.parents
-    ):
-        raise BaseError(
-            "a file to be copied is a link out of its folder",
-            file=path,
-            found=real,
-            remedy="copy the file into the folder, if it is meant",
-        )
 
 
 def _loss_warnings(rounding: dict[str, Rounding]) -> list[str]:

@@ -32,6 +32,7 @@ from ...model.match import (
 from ...model.tying import new_embedding, untied
 from ...run import Run
 from ..target import Plan, Progress
+from .companions import Companions, companions
 
 if TYPE_CHECKING:
     from .folder import MergeReport
@@ -74,6 +75,7 @@ class MergePlan(Plan):
     shards: Mapping[str, tuple[OutputTensor, ...]]
     config: Mapping[str, object]
     dtype: torch.dtype | None
+    companions: Companions
 
     @property
     def ranks(self) -> Mapping[str, int | None]:
@@ -175,16 +177,18 @@ def plan_merge(run: Run, base: BaseModel, dtype: torch.dtype | None) -> MergePla
         new = output(name, tensor)
         last.append(replace(new, dtype=added) if new.dtype.is_floating_point else new)
 
+    beside = companions(given.path, run, given)
     written = {name: tuple(tensors) for name, tensors in shards.items()}
     plan = MergePlan(
         target="merged",
         run=run,
         base=given,
         nbytes=sum(tensor.nbytes for tensors in written.values() for tensor in tensors),
-        warnings=run.warnings,
+        warnings=(*run.warnings, *beside.left),
         shards=written,
         config=_config(run, base, architecture, dtype, embedding),
         dtype=dtype,
+        companions=beside,
     )
     if embedding is not None:
         _check_rows(run, given, plan, architecture, embedding.shape[0])

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from ...errors import BaseError, TargetError
-from ..merged.folder import copy_companions
+from ..merged.companions import companions
 
 
 def load_model(
@@ -53,6 +53,6 @@ def load_whole(path: Path) -> Any:
 
 
 def write_config(model: Any, out: Path, source: Path) -> None:
-    copy_companions(source, out)
+    companions(source).copy(out)
     model.config.architectures = [type(model).__name__]
     model.config.save_pretrained(out)

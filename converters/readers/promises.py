@@ -1,0 +1,280 @@
+"""What adapter_config.json promises, compared with what the files hold.
+
+PEFT refuses some adapters that lack what their configuration names, and of others it takes the
+base's values, or fresh ones, in silence. Here neither is merged: without what was trained it is not
+the model that was trained.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import replace
+from pathlib import Path
+
+from ..errors import DoraExportError, RunError
+from ..model.architecture import empty_model
+from ..model.base import BaseModel
+from ..model.match import target_architecture
+from ..model.tasks import HEADS, task_of_peft
+from ..model.tying import aliases
+from ..run import Run
+from . import ReadOptions
+from .peft_common import known_base
+from .run_folder import CONFIG_FILE, RunFolder
+
+# Switches that a reader reads, or that say nothing of the weights.
+_SWITCHES = frozenset(
+    "inference_mode init_lora_weights fan_in_fan_out use_rslora use_dora use_mora lora_bias "
+    "ensure_weight_tying dora_simple".split()
+)
+# Beside the adapter's own file; PEFT loads none of them.
+_VALUE_HEADS = ("value_head.safetensors", "value_head.bin")
+_PARTS = {
+    "new_embeddings.safetensors": "rows of the embedding for tokens that training added",
+    "new_embeddings.bin": "rows of the embedding for tokens that training added",
+    "non_lora_trainables.safetensors": "modules that were trained beside the adapter",
+    "non_lora_trainables.bin": "modules that were trained beside the adapter",
+}
+
+
+def checked(run: Run, folder: RunFolder, options: ReadOptions) -> Run:
+    """`run` with warnings of what its folder has and no reader reads, and of what its configuration
+    names and may be lost.
+
+    Raises `LostError`, with the file and what it lacks, for whole modules, heads, tokens and biases
+    that are trained by the configuration, that the base's class has, and that are not there.
+    """
+    config, path = folder.adapter_config, folder.path / CONFIG_FILE
+    if not config:
+        return run
+    _refuse_parts(folder)
+    promises = _Promises(run, config, path, options)
+    promises.tokens()
+    warnings = (
+        *(_value_head(name) for name in _VALUE_HEADS if folder.has(name)),
+        *_unknown(config),
+        *promises.modules(),
+        *promises.biases(),
+        *promises.targets(),
+    )
+    return replace(run, warnings=tuple(dict.fromkeys((*run.warnings, *warnings))))
+
+
+def _refuse_parts(folder: RunFolder) -> None:
+    for name, meaning in _PARTS.items():
+        if folder.has(name):
+            raise RunError(
+                f"the run has a part that is not read: {meaning}",
+                file=folder.path / name,
+                remedy="put it into the base and name that as `base`, or train and save it with "
+                "PEFT's modules_to_save; where it is not needed, take the file away",
+            )
+
+
+def _value_head(name: str) -> str:
+    return f"{name} is left out: the head of a reward or value model, which no target has"
+
+
+def _unknown(config: Mapping[str, object]) -> Iterator[str]:
+    """A warning that names the switches nobody here knows. Of other tuners PEFT knows its own."""
+    known = _SWITCHES
+    if config.get("peft_type") not in ("LORA", None):
+        try:
+            from peft import PEFT_TYPE_TO_CONFIG_MAPPING
+
+            own = PEFT_TYPE_TO_CONFIG_MAPPING[str(config["peft_type"])]
+            known |= own.__dataclass_fields__.keys()
+        except (ImportError, KeyError):
+            pass
+    names = [key for key, value in config.items() if value is True and key not in known]
+    if names:
+        yield (
+            f"{CONFIG_FILE} switches on what is not known here: {', '.join(sorted(names))}; if it "
+            "changes what the adapter computes, the result is wrong"
+        )
+
+
+class LostError(RunError):
+    """Something that was trained, by the configuration, is not in the run's files."""
+
+
+class _Promises:
+    """What a configuration says was trained. Each check yields warnings, and raises `LostError`
+    where it is certain that something is lost."""
+
+    def __init__(
+        self, run: Run, config: Mapping[str, object], path: Path, options: ReadOptions
+    ) -> None:
+        self._run, self._config, self._path, self._options = run, config, path, options
+        self._held = {*run.replaced, *run.updates, *(f"{m}.weight" for m in run.updates)}
+
+    def modules(self) -> Iterator[str]:
+        """Modules trained whole: PEFT wants each tensor of each module whose name ends so."""
+        config = self._config
+        saved = config.get("modules_to_save")
+        said = [str(name) for name in saved] if isinstance(saved, list) else []
+        own = HEADS.get(task_of_peft(config.get("task_type")) or "", ())
+        entries = list(dict.fromkeys((*said, *own)))
+        missing: dict[str, str] = {}
+        for entry in entries:
+            held = [name for name in self._held if _below(name, entry)]
+            base = self._base
+            if base is None:
+                if not held and entry in said and entry not in own:
+                    yield _may_be_lost(entry, "modules_to_save")
+                continue
+            stored = [name for name in base.tensors if _below(name, entry)]
+            if stored and all(self._holds(name) for name in stored):
+                continue
+            names = self._class_names
+            if names is None:
+                names = stored
+                if not held and not stored and entry in said:
+                    yield _may_be_lost(entry, "modules_to_save")
+            missing |= {
+                name: entry for name in names if _below(name, entry) and not self._holds(name)
+            }
+        if missing:
+            modules = ", ".join(dict.fromkeys(missing.values()))
+            raise self._lost(f"{modules} was trained whole (modules_to_save)", list(missing))
+        sides = self._other_sides()
+        if sides:
+            raise self._lost("both sides of a tied pair are stored (ensure_weight_tying)", sides)
+
+    def tokens(self) -> None:
+        """Single rows of embeddings: one stored delta for each embedding named."""
+        indices = self._config.get("trainable_token_indices")
+        if not indices or self._config.get("peft_type") == "TRAINABLE_TOKENS":
+            return
+        rows = self._run.embeddings & self._run.updates.keys()
+        names = [str(name) for name in indices] if isinstance(indices, dict) else []
+        lost = [name for name in names if not any(module.endswith(name) for module in rows)]
+        if rows and lost and self._base is not None and self._aliases:
+            # What is tied to an embedding that was trained follows it.
+            sides = [side.removesuffix(".weight") for side in self._aliases]
+            lost = [name for name in lost if not any(side.endswith(name) for side in sides)]
+        elif rows and self._base is None:
+            lost = []
+        if lost or not rows:
+            missing = [f"{name}.token_adapter" for name in lost or ["the embedding"]]
+            raise self._lost("tokens were trained (trainable_token_indices)", missing)
+
+    def biases(self) -> Iterator[str]:
+        """Biases: of the layers, `bias`, and of the factors, `lora_bias`."""
+        run, kind = self._run, str(self._config.get("bias") or "none")
+        if self._config.get("lora_bias"):
+            plain = [m for m in run.updates if m not in run.embeddings and not m.endswith(".bias")]
+            lost = [f"{m}.lora_B.bias" for m in plain if f"{m}.bias" not in run.updates]
+            if lost:
+                raise self._lost("biases were trained (lora_bias)", lost)
+        if kind == "none" or any(self._is_bias(name) for name in run.replaced):
+            return
+        if self._base is None:
+            yield _may_be_lost("the biases", f"bias: {kind}")
+            return
+        lost = [name for name in self._base.tensors if self._is_bias(name)]
+        if kind != "all":
+            layers = [f"{module}.bias" for module in run.updates]
+            lost = [name for name in lost if any(_same(name, layer) for layer in layers)]
+        if lost:
+            raise self._lost(f"biases were trained (bias: {kind})", lost)
+
+    def targets(self) -> Iterator[str]:
+        """Names of target_modules that the base has and that have no tensor in the file."""
+        said = self._config.get("target_modules")
+        names = [str(name) for name in said] if isinstance(said, list) else []
+        lost = [name for name in names if not _within(name, self._held)]
+        if lost and self._base is not None:
+            lost = [name for name in lost if _within(name, self._base.tensors)]
+        if lost:
+            yield (
+                f"the configuration names {', '.join(sorted(lost))} in target_modules, and the "
+                "file holds nothing of it: is it the whole adapter?"
+            )
+
+    @property
+    def _file(self) -> Path:
+        return self._run.files[0] if self._run.files else self._path
+
+    @property
+    def _base(self) -> BaseModel | None:
+        if not hasattr(self, "_opened"):
+            self._opened = known_base(self._options.base, self._run.base)
+        return self._opened
+
+    @property
+    def _model(self) -> object | None:
+        """The model that the run was trained in, without weights; None where it is not known."""
+        if not hasattr(self, "_built"):
+            self._built: object | None = None
+            try:
+                assert self._base is not None
+                architecture, _ = target_architecture(self._run, self._base)
+                if architecture is not None:
+                    labels = self._run.num_labels
+                    self._built = empty_model(architecture, self._base.config, labels)
+            except DoraExportError:
+                pass  # said where the model is needed
+        return self._built
+
+    @property
+    def _class_names(self) -> list[str] | None:
+        return None if self._model is None else list(self._model.state_dict())  # type: ignore[attr-defined]
+
+    @property
+    def _aliases(self) -> Mapping[str, str]:
+        return {} if self._model is None else aliases(self._model)
+
+    def _other_sides(self) -> list[str]:
+        """Tensors tied to one that was trained, which ensure_weight_tying stores too."""
+        if not self._config.get("ensure_weight_tying") or self._base is None:
+            return []
+        whole = {f"{module}.weight" for module in self._run.updates.keys() - self._run.tied}
+        trained = whole | self._run.replaced.keys()
+        return [
+            name
+            for name, source in self._aliases.items()
+            if source in trained and not self._holds(name)
+        ]
+
+    def _holds(self, name: str) -> bool:
+        return any(_same(name, held) for held in self._held)
+
+    def _is_bias(self, name: str) -> bool:
+        saved = self._config.get("modules_to_save")
+        entries = saved if isinstance(saved, list) else []
+        heads = HEADS.get(task_of_peft(self._config.get("task_type")) or "", ())
+        return name.endswith(".bias") and not any(_below(name, str(e)) for e in (*entries, *heads))
+
+    def _lost(self, promise: str, missing: list[str]) -> LostError:
+        more = f" and {len(missing) - 4} more" if len(missing) > 4 else ""
+        return LostError(
+            f"the configuration says that {promise}, and the file lacks it",
+            file=self._file,
+            tensor=missing[0],
+            found=f"nothing of {', '.join(missing[:4])}{more}",
+            expected="what was trained, or it is not the model that was trained",
+            remedy="save it again with PEFT, or correct adapter_config.json where that was not "
+            "trained",
+        )
+
+
+def _may_be_lost(name: str, key: str) -> str:
+    return (
+        f"the configuration says that {name} was trained ({key}), and the file holds nothing of "
+        "it: name the `base`, which tells whether it is lost"
+    )
+
+
+def _same(name: str, other: str) -> bool:
+    """Whether two names are of one tensor, one of them perhaps without the model's prefix."""
+    return f".{name}".endswith(f".{other}") or f".{other}".endswith(f".{name}")
+
+
+def _below(name: str, entry: str) -> bool:
+    """Whether PEFT takes the tensor `name` for one of a module that `entry` names."""
+    return any(name[:end].endswith(entry) for end, char in enumerate(name) if char == ".")
+
+
+def _within(name: str, tensors: Iterable[str]) -> bool:
+    return any(f".{name}." in f".{tensor}." for tensor in tensors)

@@ -1,0 +1,186 @@
+"""What lies beside a base's weights, and which of it goes along with the merged model.
+
+Files of the folder itself by what they are for; of its sub-folders only those that something of
+these files names: the modules of a sentence-transformers pipeline, and further chat templates.
+Others hold the base once more in another format, whose weights would be the old ones.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+
+from ...certificate import FILE
+from ...errors import BaseError
+from ...files.json_files import parse_json, read_json
+from ...model.base import BaseModel
+from ...model.tasks import task_of
+from ...run import Run
+
+_COPIED = {".json", ".txt", ".model", ".jinja", ".tiktoken", ".spm", ".vocab", ".bpe"}
+_OWN_FILES = {"config.json", "adapter_config.json", FILE}
+# What `save_pretrained` of a tokenizer writes, of any kind.
+_TOKENIZER = {
+    *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"),
+    *("chat_template.jinja", "chat_template.json", "vocab.json", "merges.txt", "vocab.txt"),
+    *("tokenizer.model", "spiece.model", "sentencepiece.bpe.model", "spm.model"),
+    *("source.spm", "target.spm", "bpe.codes"),
+}
+_TEMPLATES = "additional_chat_templates"
+# A sentence-transformers pipeline: which modules there are, and what else it says of them.
+_MODULES = "modules.json"
+_LARGEST = 1_000_000
+_NO_CODE = "nothing of it is executed here, and it is not passed on"
+
+
+@dataclass(frozen=True)
+class Companions:
+    """`files`: name in the output → where it lies. `left`: what stays behind, and why."""
+
+    files: Mapping[str, Path]
+    left: tuple[str, ...] = ()
+
+    def copy(self, folder: Path) -> None:
+        for name, path in self.files.items():
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(path, folder / name)
+
+
+def companions(source: Path, run: Run | None = None, base: BaseModel | None = None) -> Companions:
+    """Tokenizer, generation configuration, pooling layers and the like of the model in `source`,
+    for `run` merged into `base`; weights and code stay behind.
+
+    A tokenizer that was saved with the run takes the place of the base's, and so does a pipeline.
+    A pipeline stays behind where the run is for another task than embeddings. Raises `BaseError`
+    for a model with code of its own, and for links out of a folder.
+    """
+    _refuse_code(source)
+    files, left = {}, []
+    saved = run.path if run is not None else None
+    tokenizer = saved is not None and (saved / "tokenizer_config.json").is_file()
+    embeds = run is None or base is None or _embeds(run, base)
+    pipeline = saved if saved is not None and (saved / _MODULES).is_file() else source
+    whole = _pipeline(pipeline) if (pipeline / _MODULES).is_file() else {}
+    for path in sorted(source.iterdir()):
+        name = path.name
+        known = path.suffix in _COPIED or name.upper().startswith(("LICENSE", "NOTICE"))
+        own = name in _OWN_FILES or name.endswith(".index.json")
+        if path.is_file() and known and not own and not (tokenizer and name in _TOKENIZER):
+            files[name] = path
+    if saved is not None and tokenizer:
+        files |= {name: saved / name for name in _TOKENIZER if (saved / name).is_file()}
+    files |= _below((saved if saved is not None and tokenizer else source), _TEMPLATES)
+    if embeds:
+        files |= whole
+    elif whole:
+        files = {name: path for name, path in files.items() if not _of_pipeline(name)}
+        left.append(
+            f"{', '.join(sorted({name.partition('/')[0] for name in whole}))} stay behind: they "
+            "make embeddings, which the merged model is not for"
+        )
+    kept = {name.partition("/")[0] for name in (*files, *whole)}
+    left += list(_left_behind(source, kept))
+    for path in files.values():
+        folder = saved if saved is not None and path.is_relative_to(saved) else source
+        _check_inside(path, folder)
+    return Companions(files, tuple(left))
+
+
+def _embeds(run: Run, base: BaseModel) -> bool:
+    return run.task in (None, "feature-extraction", task_of(base.config))
+
+
+def _of_pipeline(name: str) -> bool:
+    kind = name.startswith(("sentence_", "config_sentence_transformers"))
+    return name == _MODULES or (kind and name.endswith(".json"))
+
+
+def _pipeline(folder: Path) -> dict[str, Path]:
+    """The files of the pipeline in `folder`, those of its sub-folders too."""
+    listed = folder / _MODULES
+    _check_inside(listed, folder)
+    try:
+        small = listed.stat().st_size <= _LARGEST
+        modules = parse_json(listed.read_bytes()) if small else None
+    except (ValueError, RecursionError):
+        modules = None
+    if not isinstance(modules, list) or not all(isinstance(each, dict) for each in modules):
+        raise BaseError("not a list of modules", file=listed, expected="sentence-transformers' own")
+    files = {path.name: path for path in folder.iterdir() if _of_pipeline(path.name)}
+    for module in modules:
+        kind, name = str(module.get("type", "")), str(module.get("path", ""))
+        code = f"{kind.partition('.')[0]}.py"
+        if (folder / code).is_file():
+            raise _own_code(listed, f"{kind} in {code}")
+        if name in ("", "."):
+            continue
+        way = PurePosixPath(name)
+        if way.is_absolute() or ".." in way.parts:
+            raise BaseError(
+                "a module of the pipeline lies outside of the folder",
+                file=listed,
+                found=name,
+                expected="a sub-folder",
+            )
+        files |= _below(folder, name)  # a module without parameters may have none
+    return files
+
+
+def _below(folder: Path, name: str) -> dict[str, Path]:
+    """The files in the sub-folder `name`, at any depth, by their names in `folder`."""
+    below = folder / name
+    if not below.is_dir():
+        return {}
+    _check_inside(below, folder)
+    found = [path for path in sorted(below.rglob("*")) if path.is_file()]
+    code = next((path for path in found if path.suffix == ".py"), None)
+    if code is not None:
+        raise _own_code(code, code.name)
+    return {path.relative_to(folder).as_posix(): path for path in found}
+
+
+def _left_behind(source: Path, kept: set[str]) -> Iterator[str]:
+    shown = [path for path in sorted(source.iterdir()) if not path.name.startswith(".")]
+    folders = [path.name for path in shown if path.is_dir() and path.name not in kept]
+    folders = [name for name in folders if not name.startswith("__")]
+    if folders:
+        yield f"sub-folders of the base stay behind: {', '.join(folders[:8])}"
+    code = [path.name for path in shown if path.suffix == ".py"]
+    if code:
+        yield f"code beside the base stays behind: {', '.join(code[:8])}"
+
+
+def _refuse_code(source: Path) -> None:
+    """Raise `BaseError` where transformers would take code out of the folder."""
+    for path in sorted(source.glob("*config.json")):
+        if path.name != "adapter_config.json" and read_json(path).get("auto_map"):
+            raise _own_code(path, "auto_map")
+
+
+def _own_code(file: Path, found: str) -> BaseError:
+    return BaseError(
+        f"the base has code of its own; {_NO_CODE}",
+        file=file,
+        found=found,
+        remedy="where transformers has the same model, name a copy of the base without auto_map "
+        "and code; else merge it with PEFT (merge_and_unload)",
+    )
+
+
+def _check_inside(path: Path, source: Path) -> None:
+    """Raise `BaseError` for a link out of the folder, whose content nobody meant to pass on; the
+    links of a hub cache's snapshot lead to its blobs."""
+    own = source.resolve()
+    blobs = own.parent.parent / "blobs"
+    real = path.resolve()
+    if not real.is_relative_to(own) and not (
+        own.parent.name == "snapshots" and blobs in real.parents
+    ):
+        raise BaseError(
+            "a file to be copied is a link out of its folder",
+            file=path,
+            found=real,
+            remedy="copy the file into the folder, if it is meant",
+        )
