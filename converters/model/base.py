@@ -16,13 +16,13 @@ from ..files.tensors import (
     LazyTensor,
     LazyTensors,
     byte_view,
-    convolution_matrix,
     nbytes,
     numel,
     open_file,
     read_json,
     rows_and_columns,
 )
+from ..updates.update import convolution_matrix
 
 SINGLE_FILES = ("model.safetensors", "pytorch_model.bin")
 INDEX_FILES = ("model.safetensors.index.json", "pytorch_model.bin.index.json")

@@ -92,10 +92,9 @@ class Layout:
         return plain if plain is not None or name == HEAD else self._renamed.get(name)
 
     def tensor(self, name: str) -> LazyTensor | None:
-        """The tensor on disk that is the tensor `name` in memory, None where there is none; for a
-        head that the base does not hold, the embedding it is tied to."""
-        disk = self.find(name) or (self._base.embedding if name == HEAD else None)
-        return None if disk is None else self._base.tensors[disk]
+        """The same tensor; for a head that the base lacks, the embedding it is tied to."""
+        tied = self._base.embedding if name == HEAD else None
+        return self._base.tensors.get(self.find(name) or tied or "")
 
     def is_fused(self, module: str) -> bool:
         """Whether the weight of `module`, a name on disk, is a part of a parameter in memory."""

@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from ..errors import BaseError, TargetError
-from ..files.tensors import LazyTensor, LazyTensors, convolution_matrix, is_copy_of, same_values
+from ..files.tensors import LazyTensor, LazyTensors, is_copy_of, same_values
 from ..run import Run
+from ..updates.update import convolution_matrix
 from .architecture import class_for
 from .base import HEAD, BaseModel
 from .tasks import architecture_of, task_of, usual_ending

@@ -18,13 +18,13 @@ from typing import Any
 import torch
 
 from ..errors import BaseError, MissingError, RunError
-from ..files.tensors import LazyTensor, LazyTensors, convolution_matrix, load_finite
+from ..files.tensors import LazyTensor, LazyTensors, load_finite
 from ..model.base import BaseModel, open_base
 from ..model.layout import Layout
 from ..model.match import target_architecture
 from ..run import Run
 from ..updates.peft_layer import LayerUpdate, MergedBias, merge_layer
-from ..updates.update import Update
+from ..updates.update import Update, convolution_matrix
 from . import ReadOptions
 from .patterns import PatternError, Patterns
 from .peft_common import origin

@@ -12,14 +12,14 @@ from typing import Any
 import torch
 
 from converters.errors import RunError
-from converters.files.tensors import convolution_matrix, rows_and_columns
+from converters.files.tensors import rows_and_columns
 from converters.model.base import HEAD, BaseModel
 from converters.model.layout import Layout, Place
 from converters.model.match import target_architecture
 from converters.run import Run
 from converters.targets.opening import load_base
 from converters.updates.rank_one import RankOneSum
-from converters.updates.update import Update
+from converters.updates.update import Update, convolution_matrix
 
 Slot = tuple[torch.nn.Module, str]  # a module and the name of its parameter
 
