@@ -77,3 +77,7 @@ class OutputError(DoraExportError, OSError):
 
 class TargetError(DoraExportError, ValueError):
     """The deployment target cannot carry what the run trained."""
+
+
+class ArtifactError(DoraExportError, ValueError):
+    """What was written does not load in its engine."""

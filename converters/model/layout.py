@@ -18,7 +18,7 @@ from typing import Any
 import torch
 
 from ..errors import BaseError
-from ..files.tensors import LazyTensor, rows_and_columns
+from ..files.tensors import rows_and_columns
 from ..run import LazyUpdates, Run
 from ..updates.rank_one import RankOneSum
 from ..updates.stacked import Stacked
@@ -90,11 +90,6 @@ class Layout:
         """The tensor on disk that is the tensor `name` in memory, None where there is none."""
         plain = self._base.find(name)
         return plain if plain is not None or name == HEAD else self._renamed.get(name)
-
-    def tensor(self, name: str) -> LazyTensor | None:
-        """The same tensor; for a head that the base lacks, the embedding it is tied to."""
-        tied = self._base.embedding if name == HEAD else None
-        return self._base.tensors.get(self.find(name) or tied or "")
 
     def is_fused(self, module: str) -> bool:
         """Whether the weight of `module`, a name on disk, is a part of a parameter in memory."""

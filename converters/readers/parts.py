@@ -93,6 +93,7 @@ def _join(left: Run, right: Run) -> Run:
         embeddings=left.embeddings | right.embeddings,
         tied=left.tied | right.tied,
         kernels={**left.kernels, **right.kernels},
+        apart=left.apart | right.apart,
         files=tuple(dict.fromkeys((*left.files, *right.files))),
         options={**left.options, **right.options},
         warnings=tuple(dict.fromkeys((*left.warnings, *right.warnings))),

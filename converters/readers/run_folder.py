@@ -52,7 +52,7 @@ class RunFolder:
 
     def tensors(self, file: str | Path) -> LazyTensors:
         """The tensors of a `.safetensors`, `.bin` or `.pt` file, by their names there."""
-        path = self.path / file
+        path = file if isinstance(file, Path) else self.path / file
         if path not in self._tensors:
             self._tensors[path] = open_file(path)
         return self._tensors[path]

@@ -7,7 +7,7 @@ PEFT), `dora_serve` those that it brings itself, so that nothing here knows of i
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from importlib.metadata import entry_points
 from pathlib import Path
@@ -22,70 +22,86 @@ if TYPE_CHECKING:
     from ..run import Run
 
 Inputs = dict[str, torch.Tensor]
+_OUTPUTS = ("logits", "logits_per_image", "last_hidden_state")  # the first there is compared
 
 
 @dataclass(frozen=True)
 class Reading:
     """What an engine computed, and how the same is asked of a transformers model.
 
-    `values`: the artifact's, any shape. `measure(model)`: those of a transformers model.
-    `top1(model, values)`: the share of its choices, with its `values`, that the engine made too.
+    `values`: the artifact's, of any shapes. `measure(model)`: those of a transformers model.
+    `top1(model, values, within)`: the share of its choices, with its `values`, that the engine made
+    too; what is as likely within that bound counts as the same choice.
     """
 
-    values: torch.Tensor
-    measure: Callable[[Any], torch.Tensor]
-    top1: Callable[[Any, torch.Tensor], float]
+    values: Sequence[torch.Tensor]
+    measure: Callable[[Any], Sequence[torch.Tensor]]
+    top1: Callable[[Any, Sequence[torch.Tensor], float], float]
 
 
 @dataclass(frozen=True)
 class Model:
-    """An artifact in an engine. `read(inputs)`: what it computes for a batch of a model's inputs.
+    """An artifact in an engine. `read(batches)`: what it computes for batches of a model's inputs.
 
     `dtype`: what it stores or computes in. `rounded`: the weights hold the update, rounded to that
     torch dtype. `share`: how far it may be from the live model, as a share of the update's own
-    effect; 0 for exact ones. `top1`: the least share of choices that must be equal.
+    effect; 0 for exact ones. `top1`: the least share of choices that must be equal. `missing`,
+    `unexpected`: tensors that the engine reports it did not find, or found no place for.
     """
 
-    read: Callable[[Inputs], Reading]
+    read: Callable[[Sequence[Inputs]], Reading]
     dtype: str = "float32"
     rounded: torch.dtype | None = None
     share: float = 0.0
     top1: float = 1.0
+    missing: frozenset[str] = frozenset()
+    unexpected: frozenset[str] = frozenset()
 
 
 def logits(model: Any, inputs: Inputs) -> torch.Tensor:
     """All logits of a model, padded positions left out where they are per token."""
+    if isinstance(dtype := getattr(model, "dtype", None), torch.dtype):
+        inputs = {n: v.to(dtype) if v.is_floating_point() else v for n, v in inputs.items()}
     with torch.inference_mode():
         output = model(**inputs)
     if "start_logits" in output:
         result = torch.stack([output.start_logits, output.end_logits])
-        padded: torch.Tensor = result.masked_fill(inputs["attention_mask"] == 0, 0.0)
+        padded: torch.Tensor = result.masked_fill(inputs["attention_mask"] == 0, 0.0).float()
         return padded
-    result = output.logits if "logits" in output else output.last_hidden_state
+    result = next(output[name] for name in _OUTPUTS if name in output)
     ids = inputs.get("input_ids")
     if ids is not None and result.dim() == 3 and result.shape[:2] == ids.shape:
         result = result * inputs["attention_mask"].unsqueeze(-1)
+    if ids is None and "pooler_output" in output:  # what comes after the hidden states
+        result = torch.cat([result.flatten(1), output.pooler_output.flatten(1)], dim=1)
     flat: torch.Tensor = result.float()
     return flat
 
 
-def read_logits(model: Any) -> Callable[[Inputs], Reading]:
+def read_logits(model: Any) -> Callable[[Sequence[Inputs]], Reading]:
     """`Model.read` of a model that is called like a transformers model."""
 
-    def read(inputs: Inputs) -> Reading:
-        found = logits(model, inputs)
+    def read(batches: Sequence[Inputs]) -> Reading:
+        found = [logits(model, inputs) for inputs in batches]
         return Reading(
             found,
-            lambda other: logits(other, inputs),
-            lambda _model, values: equal_choices(found, values),
+            lambda other: [logits(other, inputs) for inputs in batches],
+            lambda _model, values, within: equal_choices(found, values, within),
         )
 
     return read
 
 
-def equal_choices(one: torch.Tensor, other: torch.Tensor) -> float:
-    """The share of equal argmax."""
-    return float((one.argmax(-1) == other.argmax(-1)).double().mean())
+def equal_choices(
+    found: Sequence[torch.Tensor], truth: Sequence[torch.Tensor], within: float = 0.0
+) -> float:
+    """The share of positions whose largest number in `found` is the largest in `truth` too, or
+    less than `within` on either side away from it."""
+    same = []
+    for one, other in zip(found, truth, strict=True):
+        chosen = other.gather(-1, one.argmax(-1, keepdim=True)).squeeze(-1)
+        same.append((chosen >= other.amax(-1) - 2 * within).flatten())
+    return float(torch.cat(same).double().mean())
 
 
 def open_in(engine: str, folder: Path, base: BaseModel, run: Run) -> Model:

@@ -1,101 +1,214 @@
-"""Artifacts loaded by the libraries that serve them: transformers and PEFT."""
+"""Models loaded by the libraries that serve them: transformers and PEFT, float32."""
 
 from __future__ import annotations
 
+import warnings
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from ..errors import RunError
+from ..errors import ArtifactError, BaseError
 from ..files.json_files import read_json
 from ..files.tensors import open_safetensors
 from ..model.base import BaseModel
-from ..model.match import target_architecture
+from ..model.tasks import architecture_of, task_of
 from ..run import Run
 from .model import Model, read_logits
 
 _NARROW = 0.05  # of an update's own effect, for an adapter of less than float32
+_AUTO = {
+    "causal-lm": "AutoModelForCausalLM",
+    "sequence-classification": "AutoModelForSequenceClassification",
+    "question-answering": "AutoModelForQuestionAnswering",
+    "seq2seq-lm": "AutoModelForSeq2SeqLM",
+    "token-classification": "AutoModelForTokenClassification",
+    "feature-extraction": "AutoModel",
+}
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """A model, and what transformers or PEFT says of loading it: `missing` tensors begin at random,
+    `unexpected` ones are left out."""
+
+    model: Any
+    missing: frozenset[str]
+    unexpected: frozenset[str]
 
 
 def open_transformers(folder: Path, _base: BaseModel, _run: Run) -> Model:
-    """A model folder, in the class that its configuration names, float32."""
+    """A model folder, in the class that its configuration names.
+
+    Raises `ArtifactError` where transformers does not load it.
+    """
     import transformers
 
     file = folder / "config.json"
-    known = read_json(file).get("architectures")
-    if not isinstance(known, list) or not hasattr(transformers, str(known[0])):
-        raise RunError("unknown architecture", file=file, found=known)
-    transformers.logging.disable_progress_bar()
-    cls = getattr(transformers, str(known[0]))
-    config = transformers.AutoConfig.from_pretrained(folder)
-    model = cls.from_pretrained(folder, dtype=torch.float32, attn_implementation=attention(config))
-    return of_weights(read_logits(model.eval()), sorted(folder.glob("*.safetensors")), merged=True)
+    known = architecture_of(read_json(file))
+    if not hasattr(transformers, known):
+        raise ArtifactError("unknown architecture", file=file, found=known or None)
+    # What transformers makes at random must not be the same in the model that this is compared to.
+    try:
+        config = transformers.AutoConfig.from_pretrained(folder, trust_remote_code=False)
+        loaded = _load(getattr(transformers, known), folder, config, seed=1)
+    except Exception as error:
+        raise _refused("transformers", folder, error) from error
+    return of_weights(loaded, sorted(folder.glob("*.safetensors")), merged=True)
 
 
 def open_peft(folder: Path, base: BaseModel, run: Run) -> Model:
-    """An adapter folder, on `base` in the class that `run` was trained in, float32."""
-    from peft import PeftModel
+    """An adapter folder, on `base` in the class that `run` was trained in.
 
-    model = PeftModel.from_pretrained(load_base(run, base), str(folder))
-    files = sorted(folder.glob("adapter_model.safetensors"))
-    return of_weights(read_logits(model.float().eval()), files, merged=False)
+    Raises `ArtifactError` where PEFT does not load it.
+    """
+    model = load(run, base, seed=1).model
+    try:
+        loaded = attach(model, folder)
+    except Exception as error:
+        raise _refused("PEFT", folder, error) from error
+    return of_weights(loaded, sorted(folder.glob("adapter_model.safetensors")), merged=False)
 
 
-def of_weights(read: Any, files: list[Path], *, merged: bool) -> Model:
+def of_weights(loaded: Loaded, files: list[Path], *, merged: bool) -> Model:
     """A model of the narrowest dtype in `files`, and what that allows it to differ by."""
+    return Model(
+        read_logits(loaded.model),
+        missing=loaded.missing,
+        unexpected=loaded.unexpected,
+        **allowed(files, merged=merged),
+    )
+
+
+def allowed(files: list[Path], *, merged: bool) -> dict[str, Any]:
+    """The fields of `Model` that the narrowest dtype in `files` decides."""
     dtypes = {tensor.dtype for file in files for tensor in open_safetensors(file).values()}
     floating = [dtype for dtype in dtypes if dtype.is_floating_point]
     dtype = min(floating, key=lambda dtype: dtype.itemsize, default=torch.float32)
     exact = dtype == torch.float32
-    return Model(
-        read,
-        str(dtype).removeprefix("torch."),
-        rounded=dtype if merged and not exact else None,
-        share=0.0 if merged or exact else _NARROW,
-    )
+    return {
+        "dtype": str(dtype).removeprefix("torch."),
+        "rounded": dtype if merged and not exact else None,
+        "share": 0.0 if merged or exact else _NARROW,
+    }
 
 
 def load_base(run: Run, base: BaseModel) -> Any:
     """The base as transformers loads it, float32, in the class the run was trained in."""
-    import transformers
+    return load(run, base).model
 
+
+def load(run: Run, base: BaseModel, seed: int = 0) -> Loaded:
+    """`load_base`, and what was missing. `seed` is that of the weights that the base lacks.
+
+    Raises `BaseError` where transformers does not load it.
+    """
     cls, config = class_of(run, base)
-    level = transformers.logging.get_verbosity()
-    # The base lacks a head that the run brings, or has one of another size.
-    transformers.logging.set_verbosity_error()
-    transformers.logging.disable_progress_bar()
     try:
-        model = cls.from_pretrained(
-            base.path,
-            config=config,
-            dtype=torch.float32,
-            ignore_mismatched_sizes=run.num_labels is not None,
-            attn_implementation=attention(config),
-        ).eval()
-    finally:
-        transformers.logging.set_verbosity(level)
+        loaded = _load(cls, base.path, config, seed, ignore_mismatched_sizes=bool(run.num_labels))
+    except Exception as error:
+        raise BaseError(
+            "transformers does not load this base",
+            file=base.path,
+            found=f"{type(error).__name__}: {str(error)[:600]}",
+            expected=f"a {cls.__name__}",
+        ) from error
     if run.replaced:
-        _resize(model, run)
-    return model
+        _resize(loaded.model, run)
+    return loaded
 
 
 def class_of(run: Run, base: BaseModel) -> tuple[Any, Any]:
-    """The class the run was trained in, and its configuration."""
+    """The class the run was trained in, and its configuration: the base's own where that is for the
+    run's task, else the one that transformers' Auto class for the task takes.
+
+    Raises `BaseError` where transformers has none.
+    """
     import transformers
 
-    architecture, _ = target_architecture(run, base)
-    config = transformers.AutoConfig.from_pretrained(base.path)
+    try:
+        config = transformers.AutoConfig.from_pretrained(base.path, trust_remote_code=False)
+    except (OSError, ValueError) as error:
+        raise BaseError(
+            "transformers does not know this base", file=base.path, found=str(error)[:600]
+        ) from error
     if run.num_labels is not None:
         config.num_labels = run.num_labels
-    mapping = transformers.AutoModel._model_mapping
-    return getattr(transformers, architecture) if architecture else mapping[type(config)], config
+    own = architecture_of(base.config)
+    if own and run.task in (None, task_of(base.config)):
+        cls = getattr(transformers, own, None)
+    else:
+        mapping = getattr(transformers, _AUTO[run.task or "feature-extraction"])._model_mapping
+        cls = mapping.get(type(config), None)
+    if cls is None:
+        raise BaseError(
+            "transformers has no class for this base and task",
+            file=base.path,
+            found=f"{own or config.model_type}, {run.task or 'no task'}",
+        )
+    return cls, config
+
+
+def attach(model: Any, folder: Path, *, inside: bool = False) -> Loaded:
+    """`model` with the adapter in `folder`, which PEFT puts into it in place; `inside`: into the
+    model without its head, which is what some were trained on.
+
+    The two halves of `PeftModel.from_pretrained`, because the second tells what was missing.
+    """
+    from peft import PeftConfig, get_peft_model
+
+    inner = model.base_model if inside else model
+    config = PeftConfig.from_pretrained(str(folder))
+    config.inference_mode = True
+    if inside:
+        config.task_type = None
+    mapping = getattr(inner, "_checkpoint_conversion_mapping", {})
+    with warnings.catch_warnings(), torch.random.fork_rng(devices=[]):
+        warnings.simplefilter("ignore")
+        torch.manual_seed(0)
+        told = get_peft_model(inner, config).load_adapter(
+            str(folder), "default", key_mapping=mapping
+        )
+    missing = frozenset(name for name in told.missing_keys if "vblora_vector_bank" not in name)
+    return Loaded(model.float().eval(), missing, frozenset(told.unexpected_keys))
 
 
 def attention(config: Any) -> str | None:
     """The implementation of attention that computes what the configuration says; None for
     transformers' default, which leaves the soft cap of Gemma 2 out."""
     return "eager" if getattr(config, "attn_logit_softcapping", None) else None
+
+
+def _load(cls: Any, folder: Path, config: Any, seed: int, **options: Any) -> Loaded:
+    import transformers
+
+    level = transformers.logging.get_verbosity()
+    transformers.logging.set_verbosity_error()  # what is missing is told by the result
+    transformers.logging.disable_progress_bar()
+    try:
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            model, told = cls.from_pretrained(
+                folder,
+                config=config,
+                dtype=torch.float32,
+                attn_implementation=attention(config),
+                output_loading_info=True,
+                **options,
+            )
+    finally:
+        transformers.logging.set_verbosity(level)
+    missing = {*told["missing_keys"], *(each[0] for each in told["mismatched_keys"])}
+    return Loaded(model.eval(), frozenset(missing), frozenset(told["unexpected_keys"]))
+
+
+def _refused(engine: str, folder: Path, error: Exception) -> ArtifactError:
+    return ArtifactError(
+        f"{engine} does not load it",
+        file=folder,
+        found=f"{type(error).__name__}: {str(error)[:600]}",
+    )
 
 
 def _resize(model: Any, run: Run) -> None:

@@ -5,13 +5,17 @@ from __future__ import annotations
 import sys
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
+from converters.errors import visible
 from converters.targets.target import targets
 
 from . import common
+
+if TYPE_CHECKING:
+    from dora_serve.proof.verify import Verification
 
 
 @click.command("verify")
@@ -35,8 +39,8 @@ def command(
 ) -> None:
     """Compare ARTIFACT with the live, unmerged model of RUN: numbers and a verdict.
 
-    Exit code 0 when they agree, 1 when not. The negative control leaves the update out: it must
-    fail, or the comparison would prove nothing.
+    Exit code 0 when they agree, 1 when not, or when ARTIFACT does not load. The negative control
+    leaves the update out: it must fail, or the comparison would prove nothing.
     """
     from dora_serve.api import find_base
     from dora_serve.proof.verify import verify
@@ -44,20 +48,39 @@ def command(
     loaded = common.load_run(run, base, **options)
     result = verify(loaded, artifact, find_base(loaded, base), engine)
     if as_json:
-        common.print_json({**asdict(result), "passed": result.passed})
+        numbers = {**asdict(result), "passed": result.passed}
+        common.print_json({k: None if v != v else v for k, v in numbers.items()})
     else:
-        click.echo(f"engine              {result.engine} ({result.dtype})")
-        click.echo(f"max abs difference  {result.max_abs:.2e}   (at most {result.tolerance:.0e})")
-        click.echo(f"top-1 agreement     {result.top1:.2%}")
-        control = "fails, as it must" if result.control_fails else "does not fail"
-        click.echo(f"update left out     {result.control:.2e}   ({control})")
-        if result.fit is not None:
-            limit = ", ".join(f"{name} {value}" for name, value in result.fit.items())
-            click.echo(f"fitted              {limit}: the truth above is the live run so fitted")
-            click.echo(
-                f"to the whole run    {result.unfitted:.2e}   (what the fit changed; no bound)"
-            )
+        if result.truth:
+            _print_numbers(result)
+        for reason in result.failures:
+            click.echo(f"fault               {visible(reason)}")
         verdict = "PASSED" if result.passed else "FAILED"
         click.secho(verdict, fg="green" if result.passed else "red", bold=True)
-    common.warn(loaded.warnings)
+    common.warn((*loaded.warnings, *result.warnings))
     sys.exit(0 if result.passed else 1)
+
+
+def _print_numbers(result: Verification) -> None:
+    told = {"peft": "PEFT's own model", "live": "the base with the updates beside its layers"}
+    lines = {
+        "engine": f"{result.engine} ({result.dtype})",
+        "truth": f"{result.truth}: {told[result.truth]}",
+        "prompts": "; ".join((*result.asked, *result.left)),
+        "max abs difference": f"{result.max_abs:.2e}   (at most {result.tolerance:.1e})",
+        "float32 noise": f"{result.noise:.2e}   (of the truth, against {result.noise_of})",
+        "top-1 agreement": f"{result.top1:.2%}",
+    }
+    control = "fails, as it must" if result.control_fails else "does not fail"
+    lines["update left out"] = f"{result.control:.2e}   ({control})"
+    if result.rounding is not None:
+        lines["rounding"] = (
+            f"{result.rounding:.2e}   (what it changed; at most {result.lost:.2%} of a module's "
+            "update)"
+        )
+    if result.fit is not None:
+        limit = ", ".join(f"{name} {value}" for name, value in result.fit.items())
+        lines["fitted"] = f"{limit}: the truth above is the live run so fitted"
+        lines["to the whole run"] = f"{result.unfitted:.2e}   (what the fit changed; no bound)"
+    for name, text in lines.items():
+        click.echo(f"{name:<20}{text}")

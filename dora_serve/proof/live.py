@@ -1,39 +1,150 @@
-"""The unmerged model: a transformers model with its updates attached, as training ran it.
+"""The unmerged model: what training left, computed without ever being merged.
 
-It is the truth that every artifact is compared with, so it takes a way of its own: transformers
-loads the base, and the updates act as branches beside the layers, never inside the weights.
+It is the truth that every artifact is compared with, so nothing of what writes artifacts is in it:
+transformers builds, ties and loads the base; PEFT puts its own layers into it where it made the
+run, and otherwise the updates act as branches beside the layers.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Iterator
+from importlib.util import find_spec
+from typing import Any, ClassVar, Protocol
 
 import torch
 
 from converters.errors import RunError
+from converters.files.json_files import read_json
 from converters.files.tensors import rows_and_columns
-from converters.model.base import HEAD, BaseModel
+from converters.model.base import BaseModel
 from converters.model.layout import Layout, Place
 from converters.model.match import target_architecture
 from converters.run import Run
-from converters.targets.opening import load_base
+from converters.targets.opening import Loaded, attach, load
 from converters.updates.rank_one import RankOneSum
 from converters.updates.update import Update, convolution_matrix
 
 Slot = tuple[torch.nn.Module, str]  # a module and the name of its parameter
 
+_CONFIG = "adapter_config.json"
+
+
+class Truth(Protocol):
+    """The live model of a run in float32, eval mode.
+
+    `name`: who computes it. `loaded`: what transformers said of loading the base.
+    """
+
+    name: ClassVar[str]
+    loaded: Loaded
+
+    @property
+    def model(self) -> Any:
+        """The model of transformers that computes."""
+
+    def detach(self) -> None:
+        """Take the updates off: the base with the run's heads, the negative control."""
+
+    def folded(self) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        """Fold the updates into the weights, one by one: the weight before and after, of those that
+        change. What a weight is tied to does not get its update."""
+
+
+def truth_of(run: Run, base: BaseModel) -> Truth:
+    """PEFT's own model where PEFT made the run and loads its folder as it is; else ours."""
+    if _is_peft(run):
+        for inside in (False, True):
+            truth = PeftTruth.of(run, base, inside)
+            if truth is not None:
+                return truth
+    return LiveModel(run, base)
+
+
+def fold_rounded(truth: Truth, dtype: torch.dtype) -> float:
+    """Make of `truth` what a merged model of `dtype` is expected to hold: the updates in the
+    weights, every weight rounded once. Returns the largest share of one update that rounding took.
+    """
+    lost = [0.0]
+    with torch.no_grad():
+        for before, after in truth.folded():
+            rounding = (after.to(dtype).float() - after).norm()
+            update = (after - before).norm()
+            lost.append(float(rounding / update) if update else 0.0)
+        for parameter in truth.model.parameters():
+            parameter.copy_(parameter.to(dtype))
+    return max(lost)
+
+
+class PeftTruth:
+    """The model that PEFT makes of the base and the run's folder."""
+
+    name = "peft"
+
+    def __init__(self, loaded: Loaded, adapted: Loaded) -> None:
+        from peft.tuners.tuners_utils import BaseTunerLayer
+        from peft.utils.other import ModulesToSaveWrapper
+
+        self.loaded, self._adapted = loaded, adapted
+        modules = list(adapted.model.modules())
+        self._layers = [m for m in modules if isinstance(m, BaseTunerLayer)]
+        self._switched = [
+            *self._layers,
+            *(
+                module
+                for module in modules
+                if hasattr(module, "_disable_adapters")
+                and not isinstance(module, BaseTunerLayer | ModulesToSaveWrapper)
+            ),
+        ]
+
+    @classmethod
+    def of(cls, run: Run, base: BaseModel, inside: bool) -> PeftTruth | None:
+        """None where PEFT does not load every tensor of the run, and nothing else, as it is."""
+        loaded = load(run, base)
+        try:
+            adapted = attach(loaded.model, run.path, inside=inside)
+        except Exception:
+            return None
+        return None if adapted.missing or adapted.unexpected else cls(loaded, adapted)
+
+    @property
+    def model(self) -> Any:
+        return self._adapted.model
+
+    def detach(self) -> None:
+        for module in self._switched:
+            module.enable_adapters(False)
+
+    def folded(self) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        for module in self._switched:
+            module.enable_adapters(True)
+        for layer in self._layers:
+            inner = layer.get_base_layer()
+            own = dict(inner.named_parameters(recurse=False))
+            for name, parameter in own.items():
+                copy = parameter.detach().clone(memory_format=torch.contiguous_format)
+                setattr(inner, name, torch.nn.Parameter(copy, requires_grad=False))
+            with torch.no_grad():
+                layer.merge()
+            for name, parameter in own.items():
+                after = getattr(inner, name)
+                if not torch.equal(parameter, after):
+                    yield parameter, after
+
 
 class LiveModel:
-    """The live model of a run in float32, eval mode. `detach()` leaves the updates out.
+    """The live model by branches.
 
     Sums of rank-1 components act as branches beside the layers. Other updates, and those of
     parameters that are no layer's weight (fused experts, biases), have no form beside the weight:
     there the layer computes with the deployed weight.
     """
 
+    name = "live"
+
     def __init__(self, run: Run, base: BaseModel) -> None:
-        self.model = load_base(run, base)
+        self.loaded = load(run, base)
+        self.model = self.loaded.model
         _load_run_tensors(self.model, run)
         self._run = run
         architecture, _ = target_architecture(run, base)
@@ -49,7 +160,7 @@ class LiveModel:
                 self._undo.append(layer.register_forward_hook(hook).remove)
             else:
                 deployed.append(name)
-        for (owner, attribute), weight in self._deployed(deployed).items():
+        for (owner, attribute), (_, weight) in self._deployed(deployed).items():
             self._undo.append(_replace(owner, attribute, weight))
 
     def detach(self) -> None:
@@ -58,18 +169,14 @@ class LiveModel:
             undo()
         self._undo = []
 
-    def fold_rounded(self, dtype: torch.dtype) -> None:
-        """Fold the updates into the weights, rank-1 sums in float64, every weight rounded once.
-
-        This is what a merged model of `dtype` is expected to hold.
-        """
+    def folded(self) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        """Rank-1 sums are added in float64."""
         self.detach()
-        with torch.no_grad():
-            for (owner, attribute), weight in self._deployed(list(self._run.updates)).items():
-                # A weight of its own: what it is tied to does not get the update.
-                _replace(owner, attribute, weight)
-            for parameter in self.model.parameters():
-                parameter.copy_(parameter.to(dtype))
+        for (owner, attribute), (own, weight) in self._deployed(list(self._run.updates)).items():
+            # A weight of its own: what it is tied to does not get the update.
+            _replace(owner, attribute, weight)
+            if not torch.equal(own, weight):
+                yield own, weight
 
     def _layer(self, name: str) -> Any:
         """The module of that name where it has a weight, else None."""
@@ -79,18 +186,18 @@ class LiveModel:
             return None
         return layer if hasattr(layer, "weight") else None
 
-    def _deployed(self, names: list[str]) -> dict[Slot, torch.Tensor]:
-        """The parameters that `names` update, with the updates in them, as the model stores them,
-        float32."""
-        result: dict[Slot, torch.Tensor] = {}
+    def _deployed(self, names: list[str]) -> dict[Slot, tuple[torch.Tensor, torch.Tensor]]:
+        """The parameters that `names` update, without and with the updates in them, as the model
+        stores them, float32."""
+        result: dict[Slot, tuple[torch.Tensor, torch.Tensor]] = {}
         for name in names:
             update = self._run.updates[name]
             owner, attribute, place = self._place(name, update)
             own = getattr(owner, attribute)
             if (owner, attribute) not in result:
                 copy = own.detach().clone(memory_format=torch.contiguous_format)
-                result[owner, attribute] = copy
-            matrix = result[owner, attribute].view(-1, place.columns)
+                result[owner, attribute] = own, copy
+            matrix = result[owner, attribute][1].view(-1, place.columns)
             _update(matrix[place.start : place.start + place.rows], update, place.transposed)
             if name in self._run.tied:
                 shared = self.model.named_parameters(remove_duplicate=False)
@@ -111,6 +218,20 @@ class LiveModel:
             raise RunError("the model has no such module", file=self._run.path, tensor=name)
         owner, _, attribute = place.parameter.rpartition(".")
         return self.model.get_submodule(owner), attribute, place
+
+
+def _is_peft(run: Run) -> bool:
+    """Whether the folder of `run` is all of it, and PEFT's: not fitted, not in parts, and with a
+    scale that the folder says."""
+    file = run.path / _CONFIG
+    ours = run.fit is not None or not run.method.startswith("peft_") or " + " in run.method
+    if ours or not file.is_file() or find_spec("peft") is None:
+        return False
+    config = read_json(file)
+    # What PEFT imports by the name that a configuration gives is never imported here.
+    return (config.get("peft_type") != "LORA" or "lora_alpha" in config) and not config.get(
+        "megatron_config"
+    )
 
 
 def _is_conv1d(layer: object) -> bool:
@@ -137,25 +258,28 @@ def _replace(owner: torch.nn.Module, attribute: str, weight: torch.Tensor) -> Ca
 
 
 def _load_run_tensors(model: Any, run: Run) -> None:
-    """Put in the tensors the run brings: its heads, and a checkpoint's own frozen weights."""
+    """Put in the tensors the run brings: its heads, and a checkpoint's own frozen weights.
+
+    What an adapter brings is a tensor of its own from then on, whatever transformers tied it to: so
+    PEFT trains it. A checkpoint was saved by a model that kept its ties.
+    """
     brought = {**(run.embedded_base or {}), **run.replaced}
     state = model.state_dict(keep_vars=True)
-    head = state.get(HEAD)
-    one_side = head is not None and any(state.get(name) is head for name in brought)
-    if run.embedded_base is None and one_side:
-        # One side of a tied pair, trained alone, is a tensor of its own from then on.
-        model.lm_head.weight = torch.nn.Parameter(head.detach().clone())
-        state = model.state_dict()
-    with torch.no_grad():
-        for name, tensor in brought.items():
-            if name not in state:
-                raise RunError(
-                    "the model has no such tensor",
-                    file=tensor.path,
-                    tensor=name,
-                    remedy="is this the base the run was trained on?",
-                )
-            state[name].copy_(tensor.load())
+    for name, tensor in brought.items():
+        if name not in state:
+            raise RunError(
+                "the model has no such tensor",
+                file=tensor.path,
+                tensor=name,
+                remedy="is this the base the run was trained on?",
+            )
+        if run.embedded_base is None and isinstance(state[name], torch.nn.Parameter):
+            owner, _, attribute = name.rpartition(".")
+            value = tensor.load().to(torch.float32)
+            _replace(model.get_submodule(owner), attribute, value.reshape(state[name].shape))
+        else:
+            with torch.no_grad():
+                state[name].copy_(tensor.load())
 
 
 def _branch(
@@ -164,10 +288,11 @@ def _branch(
     def add(
         _layer: torch.nn.Module, inputs: tuple[torch.Tensor, ...], output: torch.Tensor
     ) -> torch.Tensor:
+        a, b, c = (part.to(output.dtype) for part in (update.a, update.b, update.c))
         if embedding:
-            hidden = torch.nn.functional.embedding(inputs[0], update.b) * update.c
-            return output + hidden @ update.a
-        hidden = torch.nn.functional.linear(inputs[0], update.a) * update.c
-        return output + torch.nn.functional.linear(hidden, update.b)
+            hidden = torch.nn.functional.embedding(inputs[0], b) * c
+            return output + hidden @ a
+        hidden = torch.nn.functional.linear(inputs[0], a) * c
+        return output + torch.nn.functional.linear(hidden, b)
 
     return add

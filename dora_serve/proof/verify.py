@@ -2,43 +2,65 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 from converters.certificate import FILE as CERTIFICATE
-from converters.errors import RunError
+from converters.errors import BaseError, RunError, TargetError
 from converters.files.json_files import read_json
 from converters.fit import fit_run
 from converters.model.base import BaseModel, open_base
 from converters.run import Run
-from converters.targets.model import Inputs, logits
+from converters.targets.model import Inputs, Model, Reading, logits
+from converters.targets.opening import Loaded, load
 from converters.targets.target import target_of
 
-from .live import LiveModel
-from .prompts import inputs_of, verification_batch
+from .live import fold_rounded, truth_of
+from .noise import difference, noise
+from .prompts import Prompts, prompts_of, verification_batch
 
 TOLERANCE = 1e-4  # float32 logits, max abs; DESIGN bound for float32 engines
+NOISE = 4  # of the float32 noise: two computations of it, each with a margin of two
 TIES_SHARE = 0.01  # a merged model of less than float32: share of the rounding's own effect
+_LOST = 0.05  # share of one update lost to rounding that is worth a warning
+_FAR = 10  # how many times the bound the control should be
 
 
 @dataclass(frozen=True)
 class Verification:
-    """`max_abs`: largest logit difference to the truth. `control`: the same with the update left
-    out, which must be larger than the tolerance or nothing was tested. `top1`: share of equal
-    argmax. For an adapter that was fitted, the truth is the live run fitted in the same way;
-    `fit` is how, and `unfitted` the largest logit difference to the run as it was trained.
-    `top1_bound`: the share of equal argmax that passes, below 1 for quantized graphs."""
+    """`truth`: who computed the live model, "peft" or "live" (branches beside the layers).
+    `tolerance`: the bound. `noise`: the float32 noise of the live model on these prompts, measured
+    against `noise_of`. `max_abs`: largest logit difference to the truth. `control`: the same with
+    the update left out, which must be larger than the tolerance or nothing was tested; of a run
+    without updates, with what it trained whole left out. `top1`: share of equal argmax.
+
+    For an adapter that was fitted, the truth is the live run fitted in the same way; `fit` is how,
+    and `unfitted` the largest logit difference to the run as it was trained. For a merged model of
+    less than float32, the truth is rounded in the same way; `rounding` is what that changed, and
+    `lost` the largest share of one update that it took. `top1_bound`: the share of equal argmax
+    that passes, below 1 for quantized graphs. `asked`: the prompts. `left`: what they are not.
+    `failures`: reasons beside the numbers, which are not there where the artifact did not load."""
 
     engine: str
-    dtype: str
-    tolerance: float
-    max_abs: float
-    top1: float
-    control: float
-    has_update: bool
+    dtype: str = ""
+    truth: str = ""
+    tolerance: float = TOLERANCE
+    noise: float = 0.0
+    noise_of: str = ""
+    max_abs: float = math.nan
+    top1: float = 0.0
+    control: float = 0.0
+    has_update: bool = True
     fit: dict[str, float] | None = None
     unfitted: float | None = None
+    rounding: float | None = None
+    lost: float | None = None
     top1_bound: float = 1.0
+    asked: tuple[str, ...] = ()
+    left: tuple[str, ...] = ()
+    failures: tuple[str, ...] = ()
+    warnings: tuple[str, ...] = ()
 
     @property
     def control_fails(self) -> bool:
@@ -47,7 +69,7 @@ class Verification:
     @property
     def passed(self) -> bool:
         close = self.max_abs <= self.tolerance and self.top1 >= self.top1_bound
-        return close and (self.control_fails or not self.has_update)
+        return close and not self.failures and (self.control_fails or not self.has_update)
 
 
 def verify(
@@ -55,12 +77,13 @@ def verify(
 ) -> Verification:
     """Compare the live model of `run` with `artifact` in `engine` (by default its target's first).
 
-    A float32 artifact must equal the live model within 1e-4 on every logit. A merged model of a
-    narrower dtype must equal the live model whose merged weights are rounded once, within the same
-    bound or 1 % of what the rounding changed (sums of another order round near ties the other
-    way); what is stored or computed less exactly may differ by the share of the update's own
-    effect that its target names (`Model.share`). A fitted artifact is compared with the live run
-    fitted to the limit its certificate names.
+    A float32 artifact must equal the live model on every logit within 1e-4, or four times the
+    live model's own float32 noise where that is more. A merged model of a narrower dtype must equal
+    the live model whose merged weights are rounded once, within the same bound or 1 % of what the
+    rounding changed (sums of another order round near ties the other way); what is stored or
+    computed less exactly may differ by the share of the update's own effect that its target names
+    (`Model.share`). A fitted artifact is compared with the live run fitted to the limit its
+    certificate names. One that does not load has failed.
     """
     path = Path(artifact)
     base = base if isinstance(base, BaseModel) else open_base(base)
@@ -74,43 +97,122 @@ def verify(
         )
     engine = engine or next(iter(target.engines), "")
     fit = _fit_limit(path)
-    model = target.open(path, base, run, engine)
-    reading = model.read(inputs_of(run, base))
-    model = replace(model, read=lambda _inputs: reading)  # its weights are let go
+    prompts = prompts_of(run, base)
+    try:
+        model = target.open(path, base, run, engine)
+        reading = model.read(prompts.batches)
+    except (BaseError, RunError, TargetError):
+        raise  # of what was asked, not of the artifact
+    except Exception as error:
+        return Verification(engine, fit=fit, failures=(_reason(error),))
+    model = replace(model, read=lambda _batches: reading)  # its weights are let go
     unfitted = None
     if fit is not None:
-        whole = reading.measure(LiveModel(run, base).model)
-        unfitted = float((reading.values - whole).abs().max())
+        whole = reading.measure(truth_of(run, base).model)
+        unfitted = difference(reading.values, whole)
         run, _ = fit_run(run.strip(), base, **fit)  # type: ignore[arg-type]
-    live = LiveModel(run, base)
+    found = _compare(run, base, model, reading, prompts)
+    return replace(found, engine=engine, fit=fit, unfitted=unfitted)
+
+
+def _compare(
+    run: Run, base: BaseModel, model: Model, reading: Reading, prompts: Prompts
+) -> Verification:
+    live = truth_of(run, base)
     truth = reading.measure(live.model)
-    top1 = reading.top1(live.model, truth)
+    failures = _badly_loaded(model, live.loaded, run)
+    if [t.shape for t in truth] != [t.shape for t in reading.values]:
+        shapes = " and ".join(
+            str([list(t.shape) for t in side]) for side in (reading.values, truth)
+        )
+        failures.append(f"its outputs have another shape than the live model's: {shapes}")
+        return Verification("", model.dtype, live.name, failures=tuple(failures))
+    noisy, noise_of = noise(live.model, reading.measure, truth)
+    tolerance = exact = max(TOLERANCE, NOISE * noisy)
+    top1 = reading.top1(live.model, truth, exact)
     live.detach()
     without = reading.measure(live.model)
-    tolerance = max(TOLERANCE, model.share * float((without - truth).abs().max()))
+    control, has_update = difference(without, truth), True
+    rounding = lost = None
+    if control == 0:
+        has_update = next(live.folded(), None) is not None
+        if not has_update and run.replaced:
+            control = difference(reading.measure(load(run, base).model), truth)
+            has_update = control > 0
+    tolerance = max(exact, model.share * control)
     if model.rounded is not None:
-        live.fold_rounded(model.rounded)
+        lost = fold_rounded(live, model.rounded)
         unrounded, truth = truth, reading.measure(live.model)
-        tolerance = max(TOLERANCE, TIES_SHARE * float((truth - unrounded).abs().max()))
-        top1 = reading.top1(live.model, truth)
+        rounding = difference(truth, unrounded)
+        tolerance = max(exact, TIES_SHARE * rounding)
+        top1 = reading.top1(live.model, truth, exact)
+    max_abs = difference(reading.values, truth)
+    if not max_abs <= tolerance and (both := model.missing & live.loaded.missing):
+        failures.append(
+            f"neither it nor the base holds, so that they begin at random: {_some(both)}"
+        )
     return Verification(
-        engine=engine,
-        dtype=model.dtype,
+        "",
+        model.dtype,
+        live.name,
         tolerance=tolerance,
-        max_abs=float((reading.values - truth).abs().max()),
+        noise=noisy,
+        noise_of=noise_of,
+        max_abs=max_abs,
         top1=top1,
-        control=float((without - truth).abs().max()),
-        has_update=has_update(run),
-        fit=fit,
-        unfitted=unfitted,
+        control=control,
+        has_update=has_update,
+        rounding=rounding,
+        lost=lost,
         top1_bound=model.top1,
+        asked=prompts.asked,
+        left=prompts.left,
+        failures=tuple(failures),
+        warnings=tuple(_warnings(control, tolerance, has_update, lost)),
     )
 
 
-def has_update(run: Run) -> bool:
-    """Whether anything of the run's updates is left to compare."""
-    updates = (run.updates[module].components() for module in run.updates)
-    return any(update is None or update.strip().rank for update in updates)
+def _badly_loaded(model: Model, base: Loaded, run: Run) -> list[str]:
+    """What the artifact lacks or has too much of, where its base does not."""
+    lacks = (model.missing - base.missing) | (model.missing & run.replaced.keys())
+    more = model.unexpected - base.unexpected
+    said = []
+    if lacks:
+        said.append(f"it lacks tensors, which begin at random: {_some(lacks)}")
+    if more:
+        said.append(f"it holds tensors that have no place in its class: {_some(more)}")
+    return said
+
+
+def _warnings(control: float, tolerance: float, has_update: bool, lost: float | None) -> list[str]:
+    said = []
+    if not has_update:
+        said.append(
+            "the run's update is zero everywhere: the artifact is the base, and nothing of "
+            "the run was proved"
+        )
+    elif tolerance < control < _FAR * tolerance:
+        said.append(
+            f"the update's own effect is only {control / tolerance:.1f} times the bound: a small "
+            "fault in it would not be seen"
+        )
+    if lost is not None and lost > _LOST:
+        said.append(
+            f"rounding to the output dtype lost {lost:.0%} of a module's update; use `dtype` "
+            "float32, or deploy an adapter"
+        )
+    return said
+
+
+def _some(names: frozenset[str] | set[str]) -> str:
+    shown = sorted(names)
+    more = f" and {len(shown) - 6} more" if len(shown) > 6 else ""
+    return ", ".join(shown[:6]) + more
+
+
+def _reason(error: Exception) -> str:
+    text = str(error) if hasattr(error, "remedy") else f"{type(error).__name__}: {error}"
+    return f"it does not load: {text[:1200]}"
 
 
 def _fit_limit(path: Path) -> dict[str, float] | None:
@@ -127,4 +229,4 @@ def _fit_limit(path: Path) -> dict[str, float] | None:
     return limit
 
 
-__all__ = ["Inputs", "Verification", "has_update", "logits", "verification_batch", "verify"]
+__all__ = ["Inputs", "Verification", "logits", "verification_batch", "verify"]

@@ -6,6 +6,7 @@ tokens that follow the prompt greedily. Of a classifier: its logits.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from converters.run import Run
 from converters.targets.lora_folder import CONFIG as ADAPTER_CONFIG
 from converters.targets.lora_folder import WEIGHTS as ADAPTER_WEIGHTS
 from converters.targets.model import Inputs, Model, Reading, equal_choices
-from converters.targets.opening import of_weights
+from converters.targets.opening import allowed
 
 from ..vllm.engine import Answer, Vllm
 from ..vllm.fleet import step_for
@@ -47,9 +48,9 @@ def open_folder(folder: Path, base: BaseModel, run: Run) -> Model:
     labels = run.num_labels or 0 if task == _CLASSIFIER else 0
     lora = None if adapter is None else _lora_settings(adapter, labels)
 
-    def read(inputs: Inputs) -> Reading:
-        lengths = inputs["attention_mask"].sum(dim=1).tolist()
-        rows = [row[:n].tolist() for row, n in zip(inputs["input_ids"], lengths, strict=True)]
+    def read(batches: Sequence[Inputs]) -> Reading:
+        rows = [row for inputs in batches for row in _rows(inputs)]
+        lengths = [len(row) for row in rows]
         length = min(max(lengths) + TOKENS, longest)
         engine = Vllm(base.path if adapter else folder, length, lora, labels)
         try:
@@ -60,7 +61,13 @@ def open_folder(folder: Path, base: BaseModel, run: Run) -> Model:
             engine.close()
 
     files = [folder / ADAPTER_WEIGHTS] if adapter else sorted(folder.glob("*.safetensors"))
-    return of_weights(read, files, merged=adapter is None)
+    return Model(read, **allowed(files, merged=adapter is None))
+
+
+def _rows(inputs: Inputs) -> list[list[int]]:
+    """The rows without what pads them on the right."""
+    lengths = inputs["attention_mask"].sum(dim=1).tolist()
+    return [row[:n].tolist() for row, n in zip(inputs["input_ids"], lengths, strict=True)]
 
 
 def _lora_settings(adapter: Path, labels: int) -> dict[str, Any]:
@@ -77,24 +84,32 @@ def _lora_settings(adapter: Path, labels: int) -> dict[str, Any]:
 def _completed(answers: list[Answer], rows: list[list[int]]) -> Reading:
     values = torch.tensor([p for each in answers for at in each.logprobs for p in at.values()])
 
-    def measure(model: Any) -> torch.Tensor:
+    def measure(model: Any) -> list[torch.Tensor]:
         found = []
         for row, answer in zip(rows, answers, strict=True):
-            with torch.inference_mode():
-                logits = model(torch.tensor([row])).logits[0].float()
+            logits = _logits(model, row)
             for at, known in zip(logits.log_softmax(-1), answer.logprobs, strict=True):
                 found.append(at[list(known)])
-        return torch.cat(found)
+        return [torch.cat(found)]
 
-    def top1(model: Any, _values: torch.Tensor) -> float:
-        same = total = 0
+    def top1(model: Any, _values: Sequence[torch.Tensor], within: float) -> float:
+        chosen, likely = [], []
         for row, answer in zip(rows, answers, strict=True):
-            expected = greedy(model, row, len(answer.tokens))
-            same += sum(a == b for a, b in zip(expected, answer.tokens, strict=True))
-            total += len(expected)
-        return same / total
+            if answer.tokens:
+                logits = _logits(model, [*row, *answer.tokens[:-1]])[len(row) - 1 :]
+                chosen.append(
+                    torch.nn.functional.one_hot(torch.tensor(answer.tokens), logits.shape[-1])
+                )
+                likely.append(logits)
+        return equal_choices(chosen, likely, within) if chosen else 1.0
 
-    return Reading(values, measure, top1)
+    return Reading([values], measure, top1)
+
+
+def _logits(model: Any, row: list[int]) -> torch.Tensor:
+    with torch.inference_mode():
+        logits: torch.Tensor = model(input_ids=torch.tensor([row])).logits[0].float()
+    return logits
 
 
 def greedy(model: Any, prompt: list[int], count: int) -> list[int]:
@@ -110,11 +125,12 @@ def greedy(model: Any, prompt: list[int], count: int) -> list[int]:
 
 
 def _classified(values: torch.Tensor, rows: list[list[int]]) -> Reading:
-    def measure(model: Any) -> torch.Tensor:
+    def measure(model: Any) -> list[torch.Tensor]:
         with torch.inference_mode():
-            return torch.cat([model(torch.tensor([row])).logits.float() for row in rows])
+            found = [model(input_ids=torch.tensor([row])).logits.float() for row in rows]
+        return [torch.cat(found)]
 
-    def top1(_model: Any, other: torch.Tensor) -> float:
-        return equal_choices(values, other)
+    def top1(_model: Any, truth: Sequence[torch.Tensor], within: float) -> float:
+        return equal_choices([values], truth, within)
 
-    return Reading(values, measure, top1)
+    return Reading([values], measure, top1)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -11,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 import transformers
+from blake3 import blake3
 from safetensors.torch import load_file, save_file
 
 from converters.errors import BaseError, DoraExportError, MissingError, TargetError
@@ -160,17 +160,19 @@ def test_the_dtype_of_most_bytes(tmp_path: Path) -> None:
     assert make_base(tmp_path / "two", tensors).dtype() == torch.float32
 
 
-@pytest.mark.parametrize("size", [1, 5, 1024, 1025, 20_000])
+@pytest.mark.parametrize("size", [0, 1, 1024, (1 << 20) - 1, 1 << 20, (1 << 20) + 1])
 def test_fingerprints(tmp_path: Path, size: int) -> None:
-    """SHA-256 of dtype, shape and 16 evenly spaced pieces of 1024 elements."""
-    data = torch.randn(size)
-    base = make_base(tmp_path / "base", {"m.weight": data, "b": torch.ones(2)})
-    digest = hashlib.sha256(f"torch.float32 [{size}]".encode())
-    last = max(0, size - 1024)
-    for start in sorted({last * i // 15 for i in range(16)}):
-        digest.update(data[start : start + 1024].numpy().tobytes())
-    assert base.fingerprint(["m", "none"]) == {"m.weight": digest.hexdigest()}
-    assert set(base.fingerprint(["m", "b"])) == {"m.weight", "b"}
+    """BLAKE3 of dtype, shape and every element, which are read in blocks."""
+    data, bias = torch.randn(size), torch.ones(2)
+    base = make_base(tmp_path / "base", {"m.weight": data, "b": bias})
+    said = f"torch.float32 [{size}]".encode()
+    assert base.fingerprint == {
+        "m.weight": blake3(said + data.numpy().tobytes()).hexdigest(),
+        "b": blake3(b"torch.float32 [2]" + bias.numpy().tobytes()).hexdigest(),
+    }
+    assert base.unlike(base.fingerprint) == []
+    assert base.unlike({**base.fingerprint, "b": "x", "c": "y"}) == ["b", "c"]
+    assert base.unlike({"b": base.fingerprint["b"]}) == ["m.weight"]
 
 
 # --- folders
