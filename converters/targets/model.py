@@ -62,7 +62,7 @@ def logits(model: Any, inputs: Inputs) -> torch.Tensor:
     """All logits of a model, padded positions left out where they are per token."""
     if isinstance(dtype := getattr(model, "dtype", None), torch.dtype):
         inputs = {n: v.to(dtype) if v.is_floating_point() else v for n, v in inputs.items()}
-    with torch.inference_mode():
+    with torch.no_grad():  # in inference mode PEFT cannot merge, as some of its layers do
         output = model(**inputs)
     if "start_logits" in output:
         result = torch.stack([output.start_logits, output.end_logits])
