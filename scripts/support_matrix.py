@@ -1,4 +1,5 @@
-"""Write docs/support-matrix.md from the tests that carry the marker `supports`.
+"""Write docs/support-matrix.md from the tests that carry the marker `supports`, and docs/ties.md
+from those that carry `ties`.
 
     python scripts/support_matrix.py [--check]
 
@@ -19,9 +20,12 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 PAGE = ROOT / "docs" / "support-matrix.md"
+TIES = ROOT / "docs" / "ties.md"
+WAYS = ("whole", "lora", "tokens")
 TARGETS = ("merged", "peft", "vllm", "sglang", "lorax", "gguf", "onnx")
 
 Cells = dict[tuple[str, str], dict[str, set[str]]]
+Ties = dict[tuple[str, str], dict[str, str]]
 
 HEAD = """# Support matrix
 
@@ -41,17 +45,42 @@ integration checks that it is current.
 |---|---|{rule}|---|
 """
 
+TIES_HEAD = """# Tied weights
+
+What becomes of a run that trained one side of a tensor that the model's class has under several
+names: the side whole (`modules_to_save`), by LoRA, or in single rows (`trainable_token_indices`).
+●: the merged model, and but for single rows the adapter, computes what PEFT's live model computes;
+whoever keeps the old value is then a tensor of its own, and the configuration says so. Else the
+reason for which it is refused. Every cell is a case of `{test}`.
+
+Which sides there are is asked of the class that transformers builds (`all_tied_weights_keys`), so
+families that are not listed are treated alike.
+
+Made by `python scripts/support_matrix.py` from the tests' `ties` markers; continuous integration
+checks that it is current.
+
+| family | side | {ways} |
+|---|---|{rule}|
+"""
+
 
 class _Collector:
-    """Keeps what the collected tests claim: (method, family) → target → test names."""
+    """Keeps what the collected tests claim: (method, family) → target → test names, and
+    (family, tied side) → way → what becomes of it."""
 
     def __init__(self) -> None:
         self.cells: Cells = defaultdict(lambda: defaultdict(set))
+        self.ties: Ties = defaultdict(dict)
+        self.proof = ""
 
     def pytest_collection_finish(self, session: pytest.Session) -> None:
         for item in session.items:
+            name = f"{item.path.relative_to(ROOT)}::{getattr(item, 'originalname', item.name)}"
+            for mark in item.iter_markers("ties"):
+                family, side, way, outcome = mark.args
+                self.ties[family, side][way] = outcome
+                self.proof = name
             for mark in item.iter_markers("supports"):
-                name = f"{item.path.relative_to(ROOT)}::{getattr(item, 'originalname', item.name)}"
                 for target in mark.kwargs["targets"]:
                     if target not in TARGETS:
                         raise pytest.UsageError(f"{item.nodeid}: unknown target {target}")
@@ -59,7 +88,7 @@ class _Collector:
                     self.cells[key][target].add(name)
 
 
-def collect() -> Cells:
+def collect() -> _Collector:
     collector = _Collector()
     with contextlib.redirect_stdout(io.StringIO()) as output:
         code = pytest.main(
@@ -67,7 +96,7 @@ def collect() -> Cells:
         )
     if code:
         raise SystemExit(f"the tests could not be collected:\n{output.getvalue()}")
-    return collector.cells
+    return collector
 
 
 def page(cells: Cells) -> str:
@@ -83,14 +112,25 @@ def page(cells: Cells) -> str:
     return "".join(lines)
 
 
+def ties_page(found: _Collector) -> str:
+    rule = "|".join(":-:" for _ in WAYS)
+    lines = [TIES_HEAD.format(test=found.proof, ways=" | ".join(WAYS), rule=rule)]
+    for (family, side), ways in found.ties.items():
+        cells = " | ".join(ways.get(way, "") for way in WAYS)
+        lines.append(f"| {family} | `{side}` | {cells} |\n")
+    return "".join(lines)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--check", action="store_true", help="exit 1 when the page is not current")
-    current = page(collect())
-    if not parser.parse_args().check:
-        PAGE.write_text(current)
-    elif not PAGE.exists() or PAGE.read_text() != current:
-        sys.exit("docs/support-matrix.md is not current: run python scripts/support_matrix.py")
+    found = collect()
+    check = parser.parse_args().check
+    for path, current in ((PAGE, page(found.cells)), (TIES, ties_page(found))):
+        if not check:
+            path.write_text(current)
+        elif not path.exists() or path.read_text() != current:
+            sys.exit(f"{path.name} is not current: run python scripts/support_matrix.py")
 
 
 if __name__ == "__main__":

@@ -27,7 +27,7 @@ _LAYER = re.compile(r"\.\d+\.")
 def aliases(model: Any) -> Mapping[str, str]:
     """Tensor name → the one it is tied to, for a model of transformers, both as in memory: what its
     class declares, and parameters that are one object."""
-    found = dict(getattr(model, "all_tied_weights_keys", None) or {})
+    found: dict[str, str] = dict(getattr(model, "all_tied_weights_keys", None) or {})
     first: dict[int, str] = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):
         other = first.setdefault(id(parameter), name)
@@ -139,7 +139,7 @@ def untied(
         config, still = _untied_config(run, base, architecture, parted)
         alone = [one for one in shared if one.holder and (one in parted or not still(one))]
     else:
-        config, alone = base.config, []
+        config, alone = dict(base.config), []
     updates = {module: module for module in run.updates}
     replaced = dict(run.replaced)
     added: dict[str, LazyTensor] = {}

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from importlib.util import find_spec
-from typing import Any, ClassVar, Protocol
+from typing import Any, Protocol
 
 import torch
 
@@ -32,10 +32,13 @@ _CONFIG = "adapter_config.json"
 class Truth(Protocol):
     """The live model of a run in float32, eval mode.
 
-    `name`: who computes it. `loaded`: what transformers said of loading the base.
+    `loaded`: what transformers said of loading the base.
     """
 
-    name: ClassVar[str]
+    @property
+    def name(self) -> str:
+        """Who computes it."""
+
     loaded: Loaded
 
     @property

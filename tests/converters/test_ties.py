@@ -8,7 +8,7 @@ are parted.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -21,338 +21,7 @@ from converters.errors import DoraExportError
 from converters.readers import ReadOptions
 from dora_serve import merge, read_run, write_adapter
 from tests.conftest import randomize
-
-DECODER = {
-    "hidden_size": 32,
-    "num_hidden_layers": 1,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "head_dim": 8,
-    "intermediate_size": 48,
-    "vocab_size": 80,
-    "pad_token_id": 0,
-}
-ENCODER = {
-    "hidden_size": 32,
-    "num_hidden_layers": 1,
-    "num_attention_heads": 4,
-    "intermediate_size": 48,
-    "vocab_size": 80,
-    "max_position_embeddings": 40,
-    "pad_token_id": 0,
-}
-TRANSLATOR = {
-    "d_model": 32,
-    "encoder_layers": 1,
-    "decoder_layers": 1,
-    "encoder_attention_heads": 4,
-    "decoder_attention_heads": 4,
-    "encoder_ffn_dim": 48,
-    "decoder_ffn_dim": 48,
-    "vocab_size": 80,
-    "max_position_embeddings": 40,
-    "pad_token_id": 0,
-    "bos_token_id": 1,
-    "eos_token_id": 2,
-    "decoder_start_token_id": 2,
-}
-T5 = {
-    "d_model": 32,
-    "d_kv": 8,
-    "d_ff": 48,
-    "num_layers": 1,
-    "num_heads": 4,
-    "vocab_size": 80,
-    "decoder_start_token_id": 0,
-}
-EYES = {
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "num_hidden_layers": 1,
-    "num_attention_heads": 4,
-    "image_size": 16,
-    "patch_size": 4,
-}
-HYBRID = {
-    **DECODER,
-    "num_hidden_layers": 2,
-    "linear_num_key_heads": 2,
-    "linear_num_value_heads": 4,
-    "linear_key_head_dim": 8,
-    "linear_value_head_dim": 8,
-    "full_attention_interval": 2,
-    "tie_word_embeddings": True,
-    "rope_parameters": {
-        "rope_type": "default",
-        "rope_theta": 10000.0,
-        "mrope_section": [1, 1, 0],
-        "partial_rotary_factor": 0.5,
-        "mrope_interleaved": True,
-    },
-}
-WHISPER = {
-    **{key: value for key, value in TRANSLATOR.items() if key != "max_position_embeddings"},
-    "num_mel_bins": 8,
-    "max_source_positions": 20,
-    "max_target_positions": 20,
-    "decoder_start_token_id": 3,
-    "suppress_tokens": None,
-    "begin_suppress_tokens": None,
-}
-SHARED = ("model.shared", "model.encoder.embed_tokens", "model.decoder.embed_tokens", "lm_head")
-
-
-@dataclass(frozen=True)
-class Family:
-    """`sides`: the modules that share a weight. `inner`: a layer that is adapted beside a side.
-    `silent`: sides that the class does not compute with. `refused`: whether it cannot be untied.
-    `biased`: whether the head has a bias, which PEFT leaves out where single rows are trained."""
-
-    model: str
-    config: str
-    values: dict[str, Any]
-    sides: tuple[str, ...]
-    inner: str
-    silent: tuple[str, ...] = ()
-    refused: bool = False
-    biased: bool = False
-    inputs: tuple[str, ...] = ("input_ids",)
-    default: bool = field(default=False, kw_only=True)
-
-
-PAIR = ("input_ids", "decoder_input_ids")
-EMBED = ("model.embed_tokens", "lm_head")
-SEES = ("model.language_model.embed_tokens", "lm_head")
-FAMILIES = {
-    "qwen2": Family(
-        "Qwen2ForCausalLM",
-        "Qwen2Config",
-        {**DECODER, "tie_word_embeddings": True},
-        EMBED,
-        "q_proj",
-        default=True,
-    ),
-    "llama, untied": Family(
-        "LlamaForCausalLM",
-        "LlamaConfig",
-        {**DECODER, "tie_word_embeddings": False},
-        EMBED,
-        "q_proj",
-    ),
-    "gemma": Family("GemmaForCausalLM", "GemmaConfig", DECODER, EMBED, "q_proj"),
-    "gpt2": Family(
-        "GPT2LMHeadModel",
-        "GPT2Config",
-        {"n_embd": 32, "n_layer": 1, "n_head": 4, "vocab_size": 80, "n_positions": 40},
-        ("transformer.wte", "lm_head"),
-        "c_attn",
-    ),
-    "opt": Family(
-        "OPTForCausalLM",
-        "OPTConfig",
-        {**ENCODER, "ffn_dim": 48, "word_embed_proj_dim": 32},
-        ("model.decoder.embed_tokens", "lm_head"),
-        "q_proj",
-    ),
-    "mamba": Family(
-        "MambaForCausalLM",
-        "MambaConfig",
-        {"hidden_size": 32, "num_hidden_layers": 1, "vocab_size": 80, "state_size": 4},
-        ("backbone.embeddings", "lm_head"),
-        "in_proj",
-    ),
-    "t5": Family(
-        "T5ForConditionalGeneration",
-        "T5Config",
-        T5,
-        ("shared", "encoder.embed_tokens", "decoder.embed_tokens", "lm_head"),
-        "q",
-        silent=("shared",),
-        inputs=PAIR,
-        default=True,
-    ),
-    "umt5": Family(
-        "UMT5ForConditionalGeneration",
-        "UMT5Config",
-        T5,
-        ("shared", "encoder.embed_tokens", "decoder.embed_tokens", "lm_head"),
-        "q",
-        silent=("shared",),
-        inputs=PAIR,
-    ),
-    "longt5": Family(
-        "LongT5ForConditionalGeneration",
-        "LongT5Config",
-        {**T5, "local_radius": 4},
-        ("shared", "encoder.embed_tokens", "decoder.embed_tokens", "lm_head"),
-        "q",
-        silent=("shared",),
-        inputs=PAIR,
-    ),
-    "switch": Family(
-        "SwitchTransformersForConditionalGeneration",
-        "SwitchTransformersConfig",
-        {**T5, "num_sparse_encoder_layers": 0, "num_sparse_decoder_layers": 0},
-        ("shared", "encoder.embed_tokens", "decoder.embed_tokens", "lm_head"),
-        "q",
-        refused=True,
-        inputs=PAIR,
-    ),
-    "bart": Family(
-        "BartForConditionalGeneration",
-        "BartConfig",
-        TRANSLATOR,
-        SHARED,
-        "q_proj",
-        silent=SHARED[:1],
-        inputs=PAIR,
-        default=True,
-    ),
-    "mbart": Family(
-        "MBartForConditionalGeneration",
-        "MBartConfig",
-        TRANSLATOR,
-        SHARED,
-        "q_proj",
-        silent=SHARED[:1],
-        inputs=PAIR,
-    ),
-    "marian": Family(
-        "MarianMTModel",
-        "MarianConfig",
-        TRANSLATOR,
-        SHARED,
-        "q_proj",
-        silent=SHARED[:1],
-        inputs=PAIR,
-    ),
-    "pegasus": Family(
-        "PegasusForConditionalGeneration",
-        "PegasusConfig",
-        TRANSLATOR,
-        SHARED,
-        "q_proj",
-        silent=SHARED[:1],
-        inputs=PAIR,
-    ),
-    "whisper": Family(
-        "WhisperForConditionalGeneration",
-        "WhisperConfig",
-        WHISPER,
-        ("model.decoder.embed_tokens", "proj_out"),
-        "q_proj",
-        inputs=("input_features", "decoder_input_ids"),
-        default=True,
-    ),
-    "bert": Family(
-        "BertForMaskedLM",
-        "BertConfig",
-        ENCODER,
-        ("bert.embeddings.word_embeddings", "cls.predictions.decoder"),
-        "query",
-        default=True,
-        biased=True,
-    ),
-    "roberta": Family(
-        "RobertaForMaskedLM",
-        "RobertaConfig",
-        ENCODER,
-        ("roberta.embeddings.word_embeddings", "lm_head.decoder"),
-        "query",
-        biased=True,
-    ),
-    "albert": Family(
-        "AlbertForMaskedLM",
-        "AlbertConfig",
-        {**ENCODER, "embedding_size": 16},
-        ("albert.embeddings.word_embeddings", "predictions.decoder"),
-        "query",
-        biased=True,
-    ),
-    "electra": Family(
-        "ElectraForMaskedLM",
-        "ElectraConfig",
-        {**ENCODER, "embedding_size": 16},
-        ("electra.embeddings.word_embeddings", "generator_lm_head"),
-        "query",
-        biased=True,
-    ),
-    "deberta": Family(
-        "DebertaForMaskedLM",
-        "DebertaConfig",
-        ENCODER,
-        ("deberta.embeddings.word_embeddings", "cls.predictions.decoder"),
-        "in_proj",
-        biased=True,
-    ),
-    "deberta-v2": Family(
-        "DebertaV2ForMaskedLM",
-        "DebertaV2Config",
-        ENCODER,
-        ("deberta.embeddings.word_embeddings", "cls.predictions.decoder"),
-        "query_proj",
-        biased=True,
-    ),
-    "distilbert": Family(
-        "DistilBertForMaskedLM",
-        "DistilBertConfig",
-        {"dim": 32, "n_layers": 1, "n_heads": 4, "hidden_dim": 48, "vocab_size": 80},
-        ("distilbert.embeddings.word_embeddings", "vocab_projector"),
-        "q_lin",
-        biased=True,
-    ),
-    "qwen3.5, sees": Family(
-        "Qwen3_5ForConditionalGeneration",
-        "Qwen3_5Config",
-        {
-            "text_config": HYBRID,
-            "tie_word_embeddings": True,
-            "vision_config": {
-                "depth": 1,
-                "hidden_size": 32,
-                "intermediate_size": 48,
-                "num_heads": 4,
-                "out_hidden_size": 32,
-                "patch_size": 4,
-                "spatial_merge_size": 2,
-                "temporal_patch_size": 2,
-                "num_position_embeddings": 16,
-            },
-            "image_token_id": 75,
-            "video_token_id": 76,
-            "vision_start_token_id": 77,
-            "vision_end_token_id": 78,
-        },
-        SEES,
-        "q_proj",
-        default=True,
-    ),
-    "gemma3, sees": Family(
-        "Gemma3ForConditionalGeneration",
-        "Gemma3Config",
-        {
-            "text_config": DECODER,
-            "vision_config": EYES,
-            "mm_tokens_per_image": 4,
-            "image_token_index": 75,
-            "boi_token_index": 76,
-            "eoi_token_index": 77,
-        },
-        SEES,
-        r".*language_model.*q_proj",
-    ),
-    "llava": Family(
-        "LlavaForConditionalGeneration",
-        "LlavaConfig",
-        {
-            "text_config": {**DECODER, "model_type": "llama", "tie_word_embeddings": True},
-            "vision_config": {**EYES, "model_type": "clip_vision_model", "projection_dim": 32},
-            "image_token_index": 79,
-        },
-        SEES,
-        r".*language_model.*q_proj",
-    ),
-}
+from tests.converters.tied_families import FAMILIES, Family
 
 
 def base(family: Family, folder: Path) -> None:
@@ -392,7 +61,8 @@ def logits(family: Family, model: Any) -> torch.Tensor:
     sound = torch.randn(2, 8, 40, generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
         inputs = {name: sound if name == "input_features" else ids for name in family.inputs}
-        return model(**inputs).logits
+        found: torch.Tensor = model(**inputs).logits
+    return found
 
 
 def apart(left: torch.Tensor, right: torch.Tensor) -> float:
@@ -410,19 +80,24 @@ def otherwise(family: Family, merged: Any, folder: Path, side: str) -> None:
             merged.get_submodule(name).weight = torch.nn.Parameter(other.clone())
 
 
+def refusal(family: Family, side: str, way: str) -> str:
+    """The words that a run is refused with, none where it is merged."""
+    if family.biased and way == "tokens":
+        return "without its bias"
+    spread = (way, side) == ("tokens", "shared")  # to all sides
+    return "computes otherwise" if family.refused and not spread else ""
+
+
 def cases() -> list[Any]:
-    return [
-        pytest.param(
-            name,
-            side,
-            way,
-            id=f"{name}-{side}-{way}",
-            marks=() if family.default else (pytest.mark.further,),
-        )
-        for name, family in FAMILIES.items()
-        for side in family.sides
-        for way in ("whole", "lora", "tokens")
-    ]
+    found = []
+    for name, family in FAMILIES.items():
+        for side, way in product(family.sides, ("whole", "lora", "tokens")):
+            words = refusal(family, side, way)
+            outcome = f"refused: {words}" if words else "●"
+            marks = [pytest.mark.ties(name, side, way, outcome)]
+            marks += [] if family.default else [pytest.mark.further]
+            found.append(pytest.param(name, side, way, id=f"{name}-{side}-{way}", marks=marks))
+    return found
 
 
 @pytest.mark.parametrize(("name", "side", "way"), cases())
@@ -432,11 +107,9 @@ def test_one_side_of_what_is_tied(tmp_path: Path, name: str, side: str, way: str
     live = tuned(family, tmp_path / "base", tmp_path / "lora", side, way)
     truth = logits(family, live)
     run = read_run(tmp_path / "lora", ReadOptions(base=tmp_path / "base"))
-    spread = (way, side) == ("tokens", "shared")  # to all sides
-    refusal = "computes otherwise" if family.refused and not spread else ""
-    refusal = "without its bias" if family.biased and way == "tokens" else refusal
-    if refusal:
-        with pytest.raises(DoraExportError, match=refusal):
+    words = refusal(family, side, way)
+    if words:
+        with pytest.raises(DoraExportError, match=words):
             merge(run, tmp_path / "merged", base=tmp_path / "base")
         return
     merge(run, tmp_path / "merged", base=tmp_path / "base")
@@ -453,3 +126,46 @@ def test_one_side_of_what_is_tied(tmp_path: Path, name: str, side: str, way: str
     if side not in family.silent:
         otherwise(family, merged, tmp_path / "base", side)
         assert apart(logits(family, merged), truth) > 1e-3
+
+
+@pytest.mark.parametrize("name", ["qwen2", "qwen3.5, sees", "bart", "bert"])
+def test_added_tokens(tmp_path: Path, name: str) -> None:
+    """All that is tied has the rows that were added; BART's bias per token, which no adapter
+    holds, is asked for."""
+    family = FAMILIES[name]
+    base(family, tmp_path / "base")
+
+    def resized() -> Any:
+        model = load(family, tmp_path / "base")
+        torch.manual_seed(1)
+        model.resize_token_embeddings(83, mean_resizing=False)
+        return model
+
+    model = get_peft_model(resized(), LoraConfig(r=2, target_modules=[family.inner]))
+    randomize(model)
+    model.save_pretrained(tmp_path / "lora", save_embedding_layers=True)
+    live = PeftModel.from_pretrained(resized(), str(tmp_path / "lora")).eval()
+    truth = logits(family, live)
+    run = read_run(tmp_path / "lora", ReadOptions(base=tmp_path / "base"))
+    if name == "bart":
+        with pytest.raises(DoraExportError, match="resize_token_embeddings"):
+            merge(run, tmp_path / "merged", base=tmp_path / "base")
+        return
+    merge(run, tmp_path / "merged", base=tmp_path / "base")
+    merged = load(family, tmp_path / "merged")
+    assert merged.get_input_embeddings().weight is merged.get_output_embeddings().weight
+    assert merged.config.get_text_config().vocab_size == 83
+    assert apart(logits(family, merged), truth) < 1e-4
+    assert apart(logits(family, resized()), truth) > 1e-3
+
+
+def test_a_side_whose_added_rows_are_nowhere(tmp_path: Path) -> None:
+    family = FAMILIES["qwen3.5, sees"]
+    base(family, tmp_path / "base")
+    model = load(family, tmp_path / "base")
+    model.resize_token_embeddings(83, mean_resizing=False)
+    lora = LoraConfig(r=2, target_modules=["q_proj"], modules_to_save=["embed_tokens"])
+    model = get_peft_model(model, lora)
+    model.save_pretrained(tmp_path / "lora", save_embedding_layers=False)
+    with pytest.raises(DoraExportError, match="added rows"):
+        merge(tmp_path / "lora", tmp_path / "merged", base=tmp_path / "base")

@@ -17,6 +17,7 @@ from ...files.tensors import (
     numel,
     refuse_quantized,
 )
+from ...model.architecture import empty_model
 from ...model.base import BaseModel
 from ...model.layout import Layout
 from ...model.match import (
@@ -171,7 +172,7 @@ def plan_merge(run: Run, base: BaseModel, dtype: torch.dtype | None) -> MergePla
         last.append(replace(new, dtype=added) if new.dtype.is_floating_point else new)
 
     written = {name: tuple(tensors) for name, tensors in shards.items()}
-    return MergePlan(
+    plan = MergePlan(
         target="merged",
         run=run,
         base=given,
@@ -181,6 +182,9 @@ def plan_merge(run: Run, base: BaseModel, dtype: torch.dtype | None) -> MergePla
         config=_config(run, base, architecture, dtype, embedding),
         dtype=dtype,
     )
+    if embedding is not None:
+        _check_rows(run, given, plan, architecture, embedding.shape[0])
+    return plan
 
 
 def _shard_name(path: Path) -> str:
@@ -210,6 +214,40 @@ def _targets(run: Run, base: BaseModel, replaced: LazyTensors) -> dict[str, tupl
     return targets
 
 
+def _resized(config: Mapping[str, object], rows: int) -> dict[str, object]:
+    """The configuration for an embedding of so many `rows`, in every nested place of a text."""
+    sizes = {key: rows for key in ("vocab_size", "decoder_vocab_size") if key in config}
+    nested = {
+        key: _resized(inner, rows)
+        for key in ("text_config", "decoder", "encoder")
+        if isinstance(inner := config.get(key), dict)
+    }
+    return {**config, **sizes, **nested}
+
+
+def _check_rows(
+    run: Run, base: BaseModel, plan: MergePlan, architecture: str | None, rows: int
+) -> None:
+    """Raise `BaseError` for a tensor with one number per token that the base has for its own
+    vocabulary only, such as a head's bias, where the run's has other `rows`."""
+    old = base.tensors.get(base.embedding or "")
+    if old is None or old.shape[:1] == (rows,) or architecture is None:
+        return
+    state = empty_model(architecture, plan.config, run.num_labels).state_dict()
+    for tensor in plan.tensors:
+        expected = tuple(state[tensor.name].shape) if tensor.name in state else None
+        if expected is not None and rows in expected and tensor.source.shape != expected:
+            raise BaseError(
+                "the run has another vocabulary than the base, and does not hold this tensor of it",
+                file=base.path,
+                tensor=tensor.name,
+                found=list(tensor.source.shape),
+                expected=list(expected),
+                remedy="resize the base as for training (resize_token_embeddings), save it, and "
+                "pass it with `base`",
+            )
+
+
 def _from_run(run: Run, base: BaseModel, name: str) -> LazyTensor:
     if run.embedded_base and name in run.embedded_base:
         return run.embedded_base[name]
@@ -230,11 +268,7 @@ def _config(
 ) -> dict[str, object]:
     config = dict(base.config)
     if embedding is not None:
-        text = config.get("text_config")
-        if isinstance(text, dict) and "vocab_size" in text:
-            config["text_config"] = {**text, "vocab_size": embedding.shape[0]}
-        if "vocab_size" in config:
-            config["vocab_size"] = embedding.shape[0]
+        config = _resized(config, embedding.shape[0])
     if architecture is not None:
         config["architectures"] = [architecture]
     if str(run.task).endswith("classification") and run.num_labels is not None:
