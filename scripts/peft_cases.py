@@ -64,7 +64,7 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
         {**VIT, "hidden_size": 32, "num_channels": 8, "patch_size": 3, "image_size": 9},
     ),
     "ViT 1x1": ("ViTForImageClassification", {**VIT, "patch_size": 1, "image_size": 3}),
-    "ConvNext": ("ConvNextForImageClassification", {**CONV, "hidden_sizes": [8, 16],
+    "ConvNext": ("ConvNextForImageClassification", {**CONV, "hidden_sizes": [8, 8],
                                                     "num_stages": 2, "patch_size": 4}),
     "RegNet": (
         "RegNetForImageClassification",

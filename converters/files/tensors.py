@@ -68,11 +68,6 @@ def rows_and_columns(shape: tuple[int, ...]) -> tuple[int, int]:
     return (math.prod(shape) // columns if columns else 0), columns
 
 
-def convolution_matrix(shape: tuple[int, ...]) -> tuple[int, int]:
-    """A convolution's weight `[out, in, *kernel]` seen as a matrix: the first axis are its rows."""
-    return shape[0], math.prod(shape[1:])
-
-
 def numel(tensor: LazyTensor) -> int:
     return math.prod(tensor.shape)
 

@@ -17,12 +17,12 @@ from ..files.hashes import TensorHashes
 from ..files.tensors import (
     LazyTensor,
     LazyTensors,
-    convolution_matrix,
     nbytes,
     open_file,
     read_json,
     rows_and_columns,
 )
+from ..updates.update import convolution_matrix
 
 SINGLE_FILES = ("model.safetensors", "pytorch_model.bin")
 INDEX_FILES = ("model.safetensors.index.json", "pytorch_model.bin.index.json")

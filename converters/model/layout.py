@@ -17,7 +17,7 @@ from typing import Any
 import torch
 
 from ..errors import BaseError
-from ..files.tensors import LazyTensor, rows_and_columns
+from ..files.tensors import rows_and_columns
 from ..run import LazyUpdates, Run
 from ..updates.rank_one import RankOneSum
 from ..updates.stacked import Stacked
@@ -82,12 +82,6 @@ class Layout:
         """The tensor on disk that is the tensor `name` in memory, None where there is none."""
         plain = self._base.find(name)
         return plain if plain is not None or name == HEAD else self._renamed.get(name)
-
-    def tensor(self, name: str) -> LazyTensor | None:
-        """The tensor on disk that is the tensor `name` in memory, None where there is none; for a
-        head that the base does not hold, the embedding it is tied to."""
-        disk = self.find(name) or (self._base.embedding if name == HEAD else None)
-        return None if disk is None else self._base.tensors[disk]
 
     def is_fused(self, module: str) -> bool:
         """Whether the weight of `module`, a name on disk, is a part of a parameter in memory."""

@@ -9,8 +9,9 @@ from dataclasses import dataclass, replace
 from ..errors import BaseError, TargetError
 from ..files.handles import reading
 from ..files.hashes import Memory
-from ..files.tensors import LazyTensor, LazyTensors, convolution_matrix, is_copy_of, same_values
+from ..files.tensors import LazyTensor, LazyTensors, is_copy_of, same_values
 from ..run import Run
+from ..updates.update import convolution_matrix
 from .architecture import class_for
 from .base import HEAD, BaseModel
 from .layout import Layout

@@ -66,8 +66,9 @@ class GatedLoraReader:
 def _tensors(folder: RunFolder) -> LazyTensors:
     """The tensors that may be a gated run's, none where another method claims the folder."""
     if folder.has(CONFIG_FILE):
-        config = folder.adapter_config
-        own = config.get("peft_type") in _TYPES and not is_variant(config)
+        config = folder.adapter_config  # a magnitude may have r numbers too
+        plain = not config.get("use_dora") and not is_variant(config)
+        own = config.get("peft_type") in _TYPES and plain
         return folder.adapter if own and folder.adapter_file is not None else {}
     tensors = {} if folder.checkpoint is None else folder.checkpoint.tensors
     # E in a checkpoint is AdaLoRA, whose scale has another divisor.

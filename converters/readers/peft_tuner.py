@@ -18,13 +18,13 @@ from typing import Any
 import torch
 
 from ..errors import BaseError, RunError
-from ..files.tensors import LazyTensor, LazyTensors, convolution_matrix, load_finite
+from ..files.tensors import LazyTensor, LazyTensors, load_finite
 from ..model.base import BaseModel
 from ..model.layout import Layout
 from ..model.match import target_architecture
 from ..run import Run
 from ..updates.peft_layer import LayerUpdate, MergedBias, merge_layer
-from ..updates.update import Update
+from ..updates.update import Update, convolution_matrix
 from . import ReadOptions
 from .patterns import PatternError, Patterns
 from .peft_common import known_base, origin
@@ -84,7 +84,7 @@ class PeftTunerReader:
         run = replace(run, **origin(config, whole))
         layout = Layout(base, target_architecture(run, base)[0], run.num_labels)
         model = _empty(run, base)
-        needed = _needed(tensors, layout) if kind in _FROM_BASE else {}
+        needed = _needed(tensors, base, layout) if kind in _FROM_BASE else {}
         _give_memory(model, whole, needed)
         _check_patterns(config, [name for name, _ in model.named_modules()], config_path)
         layers = _load(model, folder.path, file)
@@ -108,7 +108,7 @@ class PeftTunerReader:
             elif kind not in ("BEFT", "LN_TUNING"):
                 updates[module] = _update(module, layer, inner, kind, file)
             if kind == "BEFT" or (kind in _CHANGE_BIAS and inner.bias is not None):
-                whole[f"{module}.bias"] = _bias(module, layer, inner, layout, file)
+                whole[f"{module}.bias"] = _bias(module, layer, inner, base, layout, file)
         # An adapter on an embedding or head may carry its untouched base weight along.
         replaced = {n: t for n, t in whole.items() if n.removesuffix(".weight") not in updates}
         return replace(
@@ -179,11 +179,19 @@ def _base_name(name: str) -> str:
     return name.replace(".base_layer.", ".").replace(".ln_tuning_layers.", ".")
 
 
-def _needed(tensors: Mapping[str, LazyTensor], layout: Layout) -> dict[str, LazyTensor]:
+def _find(name: str, base: BaseModel, layout: Layout) -> LazyTensor | None:
+    """The base's tensor of that name in memory; for a head that it lacks, the embedding."""
+    disk = layout.find(name) or (base.embedding if name == HEAD else None)
+    return None if disk is None else base.tensors[disk]
+
+
+def _needed(
+    tensors: Mapping[str, LazyTensor], base: BaseModel, layout: Layout
+) -> dict[str, LazyTensor]:
     """The base's weights and biases of the modules that have a tensor in the adapter."""
     owners = {name[:end] for name in tensors for end, char in enumerate(name) if char == "."}
     names = [f"{owner}.{kind}" for owner in owners for kind in ("weight", "bias")]
-    found = {name: layout.tensor(name) for name in names}
+    found = {name: _find(name, base, layout) for name in names}
     return {name: tensor for name, tensor in found.items() if tensor is not None}
 
 
@@ -308,8 +316,10 @@ def _update(module: str, layer: Any, inner: Any, kind: str, file: Path) -> Layer
     return LayerUpdate(module, layer, shape, conv1d, file)
 
 
-def _bias(module: str, layer: Any, inner: Any, layout: Layout, file: Path) -> MergedBias:
-    weight, bias = (layout.tensor(f"{module}.{kind}") for kind in ("weight", "bias"))
+def _bias(
+    module: str, layer: Any, inner: Any, base: BaseModel, layout: Layout, file: Path
+) -> MergedBias:
+    weight, bias = (_find(f"{module}.{kind}", base, layout) for kind in ("weight", "bias"))
     if inner.bias is None or weight is None or bias is None:
         raise RunError(
             "the adapter trained a bias that the base does not have, so it cannot be merged",

@@ -62,7 +62,7 @@ def logits(model: Any, inputs: Inputs) -> torch.Tensor:
     """All logits of a model, padded positions left out where they are per token."""
     if isinstance(dtype := getattr(model, "dtype", None), torch.dtype):
         inputs = {n: v.to(dtype) if v.is_floating_point() else v for n, v in inputs.items()}
-    with torch.inference_mode():
+    with torch.no_grad():  # in inference mode PEFT cannot merge, as some of its layers do
         output = model(**inputs)
     if "start_logits" in output:
         result = torch.stack([output.start_logits, output.end_logits])
@@ -72,6 +72,8 @@ def logits(model: Any, inputs: Inputs) -> torch.Tensor:
     ids = inputs.get("input_ids")
     if ids is not None and result.dim() == 3 and result.shape[:2] == ids.shape:
         result = result * inputs["attention_mask"].unsqueeze(-1)
+    if ids is None and "pooler_output" in output:  # what comes after the hidden states
+        result = torch.cat([result.flatten(1), output.pooler_output.flatten(1)], dim=1)
     flat: torch.Tensor = result.float()
     return flat
 

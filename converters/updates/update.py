@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
@@ -28,6 +29,11 @@ class Update(Protocol):
 
     def components(self) -> RankOneSum | None:
         """The update as a sum of rank-1 components, None where it is not one."""
+
+
+def convolution_matrix(shape: tuple[int, ...]) -> tuple[int, int]:
+    """A convolution's weight `[out, in, *kernel]` as an update sees it, with `out` rows."""
+    return shape[0], math.prod(shape[1:])
 
 
 @dataclass(frozen=True)

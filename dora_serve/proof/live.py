@@ -15,14 +15,14 @@ import torch
 
 from converters.errors import RunError
 from converters.files.json_files import read_json
-from converters.files.tensors import convolution_matrix, rows_and_columns
+from converters.files.tensors import rows_and_columns
 from converters.model.base import BaseModel
 from converters.model.layout import Layout, Place
 from converters.model.match import resolved, target_architecture
 from converters.run import Run
 from converters.targets.opening import Loaded, attach, load
 from converters.updates.rank_one import RankOneSum
-from converters.updates.update import Update
+from converters.updates.update import Update, convolution_matrix
 
 Slot = tuple[torch.nn.Module, str]  # a module and the name of its parameter
 

@@ -108,7 +108,8 @@ def _shape(kind: str, config: Any) -> tuple[int, ...]:
     if kind == "pixel_values":
         size = getattr(config, "image_size", None) or config.vision_config.image_size
         channels = getattr(config, "num_channels", 3)
-        return (channels, *((size, size) if isinstance(size, int) else size))
+        frames = [config.num_frames] if hasattr(config, "num_frames") else []
+        return (*frames, channels, *((size, size) if isinstance(size, int) else size))
     mels = getattr(config, "num_mel_bins", None)
     if kind == "input_features" and hasattr(config, "max_source_positions") and mels:
         return mels, 2 * config.max_source_positions  # Whisper's first layers halve it
