@@ -7,7 +7,7 @@ OUT := demo-out
 WORKERS ?= 2
 SPREAD := -n $(WORKERS) --dist loadgroup --no-loadscope-reorder
 
-.PHONY: setup demo test test-all setup-vllm test-vllm lint bench matrix matrix-check faults fuzz audit
+.PHONY: setup demo test test-all setup-vllm test-vllm lint bench matrix matrix-check faults fuzz mutants audit
 
 setup: $(VENV)/.ready
 
@@ -65,6 +65,10 @@ faults: setup
 
 fuzz: setup
 	$(BIN)/python scripts/fuzz.py
+
+# Small faults planted one at a time: at least 85 of 100 must be noticed by a test.
+mutants: setup
+	$(BIN)/python scripts/mutants.py
 
 # Secrets in the repository; then known vulnerabilities of the pinned versions, which needs the
 # network: without it, or where a package is not known there, it fails and says so.

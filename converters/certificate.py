@@ -34,7 +34,8 @@ def certificate(
     modules: Mapping[str, Mapping[str, object]],
     **details: object,
 ) -> dict[str, object]:
-    """The certificate of one artifact: tool, inputs with hashes, base fingerprint, modules."""
+    """The certificate of one artifact: tool, inputs with hashes, modules, and of the
+    base its whole fingerprint, see `BaseModel.fingerprint`."""
     return {
         "tool": tool(),
         "target": target,
@@ -55,7 +56,7 @@ def certificate(
             "name": base.name
             if "/" not in base.name or not base.path.is_absolute()
             else Path(base.name).name,
-            "fingerprint": base.fingerprint(run.updates),
+            "fingerprint": base.fingerprint,
         },
         **({} if run.fit is None else {"fit": asdict(run.fit)}),
         **details,

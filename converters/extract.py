@@ -70,6 +70,7 @@ def difference(tuned: BaseModel, base: BaseModel) -> Run:
         method="difference",
         updates=LazyUpdates(updates),
         replaced=whole,
+        apart=frozenset(whole),
         base=base.name,
         task=task,
         num_labels=num_labels,

@@ -102,8 +102,9 @@ class Run:
     `embedded_base`: the frozen weights that a reference checkpoint carries, by tensor name.
     `base`: the base model the run names, a hub id. `start_rank`: rank per module before pruning.
     `embeddings`: the modules of `updates` that are embeddings, `[vocab, dim]`. `tied`: those whose
-    update also reaches the tensors that share their weight. `fit`: how the updates were cut, None
-    where they are as trained.
+    update also reaches the tensors that share their weight. `apart`: the tensors of `replaced` that
+    are copies of their own: what was tied to them keeps its values. `fit`: how the updates were
+    cut, None where they are as trained.
 
     A key of `updates` is a module, whose weight the update is for; or a parameter such as a bias
     `[n]`, which is seen as `[1, n]`; or `parameter[e]`, block e of a parameter `[E, …]`.
@@ -121,6 +122,7 @@ class Run:
     start_rank: Mapping[str, int] = field(default_factory=dict)
     embeddings: frozenset[str] = frozenset()
     tied: frozenset[str] = frozenset()
+    apart: frozenset[str] = frozenset()
     files: tuple[Path, ...] = ()
     options: Mapping[str, object] = field(default_factory=dict)
     warnings: tuple[str, ...] = ()

@@ -20,6 +20,8 @@ from converters.run import Run
 from converters.targets.publish import Artifact, Bar, publish
 from converters.targets.target import target_named
 
+from .folder.pairing import told
+
 
 def find_base(run: Run, base: str | Path | None) -> BaseModel:
     """The base the user names, else the hub model the run names.
@@ -74,6 +76,8 @@ def export(
         run = run if isinstance(run, Run) else read_run(run, ReadOptions(base=base))
         wanted = base is not None or known.kind == "model"
         model = find_base(run, base) if wanted else None
+    if base is not None and model is not None:
+        run = told(run, model)
     plan = known.plan(prepare(run, model, **limit), model, chosen_options)
     return publish(plan, output, force=force, resume=resume, dry_run=dry_run, progress=progress)
 

@@ -113,6 +113,12 @@ def made_once(factory: pytest.TempPathFactory, name: str, make: Callable[[Path],
     return folder
 
 
+@pytest.fixture(scope="session", autouse=True)
+def _own_cache(tmp_path_factory: pytest.TempPathFactory) -> None:
+    """Nothing is read from the user's cache, nor left in it."""
+    os.environ.setdefault("DORA_SERVE_CACHE", str(tmp_path_factory.mktemp("cache")))
+
+
 @pytest.fixture(scope="session")
 def llama_base(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return made_once(tmp_path_factory, "base", tiny_llama().save_pretrained)

@@ -79,7 +79,7 @@ def output_folder(target: Path, resume: bool = False) -> Iterator[Path]:
     It lies beside `target` under a hidden name. SIGTERM counts as an error. A process that is
     killed is outlived by its janitor, which removes the folder; should that be killed too (or the
     machine stop), the lock on the folder is free and the next command with this target removes it.
-    With `resume`, there is a `JOURNAL` in it, the folder of a killed or interrupted process stays,
+    With `resume` there is a `JOURNAL` in it: the folder of a killed or interrupted process stays,
     and the next with `resume` is given it; any other command removes it.
     Raises `OutputError` when writing fails, or another command wrote `target` meanwhile.
     """

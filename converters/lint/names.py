@@ -6,7 +6,8 @@ import re
 from collections import Counter
 from collections.abc import Iterator
 
-from ..model.base import HEAD
+from ..model.tasks import architecture_of
+from ..model.tying import groups
 from ..targets.engines import Profile
 from ..targets.lora_folder import CONFIG
 from .finding import PEFTS_OWN, PREFIX, Adapter, Finding
@@ -228,23 +229,24 @@ def _layers(adapter: Adapter, head: str, stem: str, kind: str) -> set[int]:
 
 def tied(adapter: Adapter) -> Iterator[Finding]:
     base = adapter.base
-    if base is None or base.config.get("tie_word_embeddings") is False or base.find(HEAD):
+    modules = (*adapter.pairs, *adapter.embeddings)
+    if base is None or all(_LAYER.fullmatch(module) for module in modules):
         return
-    for module in (*adapter.pairs, *adapter.embeddings):
-        weight = base.weight(module)
-        if weight is None or weight.name != base.embedding:
-            continue
-        for severity, targets in adapter.graded(lambda engine: engine.name not in PEFTS_OWN):
-            yield Finding(
-                "tied",
-                severity,
-                targets,
-                module,
-                "embedding and head are one tensor in the base, and one side of it is adapted",
-                f"an adapter on {module}",
-                "none on tied tensors",
-                "merge it (`merge`), which unties the pair",
-            )
+    for group in groups(base, architecture_of(base.config) or None, None):
+        for module in modules:
+            if not any(f".{name}".endswith(f".{module}.weight") for name in group):
+                continue
+            for severity, targets in adapter.graded(lambda engine: engine.name not in PEFTS_OWN):
+                yield Finding(
+                    "tied",
+                    severity,
+                    targets,
+                    module,
+                    "embedding and head are one tensor in the base, and one side of it is adapted",
+                    f"an adapter on {module}",
+                    "none on tied tensors",
+                    "merge it (`merge`), which unties the pair",
+                )
 
 
 CHECKS = (prefix, duplicates, incomplete, unknown_modules, targeted, kinds, gaps, tied)

@@ -2,22 +2,22 @@
 
 from __future__ import annotations
 
-import hashlib
-from collections.abc import Iterable, Mapping
+import json
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
 import torch
+from blake3 import blake3
 
 from ..errors import BaseError, MissingError
 from ..files.handles import reading, there
+from ..files.hashes import TensorHashes
 from ..files.tensors import (
     LazyTensor,
     LazyTensors,
-    byte_view,
     nbytes,
-    numel,
     open_file,
     read_json,
     rows_and_columns,
@@ -35,7 +35,6 @@ _EMBEDDINGS = (
     ".embeddings.weight",  # Mamba
 )
 _WRAPPER_PREFIXES = ("module.", "base_model.model.", "model.")
-_SAMPLES, _SAMPLE_ELEMENTS = 16, 1024
 
 
 @dataclass(frozen=True)
@@ -122,25 +121,34 @@ class BaseModel:
             sizes[tensor.dtype] = sizes.get(tensor.dtype, 0) + nbytes(tensor)
         return max(sizes, key=lambda dtype: sizes[dtype])
 
-    def fingerprint(self, modules: Iterable[str]) -> dict[str, str]:
-        """Base tensor name → hash, for the weights of `modules`."""
-        weights = (self.weight(module) for module in modules)
-        return {weight.name: fingerprint(weight) for weight in weights if weight is not None}
+    @cached_property
+    def hashes(self) -> TensorHashes:
+        """The hashes of its tensors, for one who reads them anyway."""
+        return TensorHashes(self.shards)
 
+    @cached_property
+    def fingerprint(self) -> Mapping[str, str]:
+        """Tensor name → BLAKE3 of its dtype, shape and every element, of all tensors.
 
-def fingerprint(tensor: LazyTensor) -> str:
-    """SHA-256 of dtype, shape and 16 evenly spaced pieces of the data.
+        It is what a certificate says of a base: the model, however its tensors lie in files. So a
+        base that was sharded anew or converted to safetensors is the same as long as names, dtypes
+        and elements are; what lies beside the tensors is not in it. A tensor that only one of two
+        bases stores, such as the second name of a tied one, tells them apart.
+        """
+        return self.hashes.all()
 
-    A piece has 1024 elements, so a tensor is told from another in the time of a few reads.
-    """
-    digest = hashlib.sha256(f"{tensor.dtype} {list(tensor.shape)}".encode())
-    total = numel(tensor)
-    buffer = torch.empty(min(_SAMPLE_ELEMENTS, total), dtype=tensor.dtype)
-    last = total - buffer.numel()
-    for start in sorted({last * i // (_SAMPLES - 1) for i in range(_SAMPLES)}):
-        tensor.read_into(buffer, start)
-        digest.update(byte_view(buffer))
-    return digest.hexdigest()
+    @cached_property
+    def identity(self) -> str:
+        """BLAKE3 of the fingerprint and of the configuration: what is made from two bases of one
+        identity is the same."""
+        said = [sorted(self.fingerprint.items()), self.config]
+        return blake3(json.dumps(said, sort_keys=True).encode()).hexdigest()
+
+    def unlike(self, fingerprint: Mapping[str, object]) -> list[str]:
+        """The tensors, by name, in which this base is not the one of `fingerprint`."""
+        own = self.fingerprint
+        names = {*own, *fingerprint}
+        return sorted(name for name in names if own.get(name) != fingerprint.get(name))
 
 
 def open_base(folder_or_id: str | Path) -> BaseModel:

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from ..errors import BaseError, TargetError
+from ..files.handles import reading
+from ..files.hashes import Memory
 from ..files.tensors import LazyTensor, LazyTensors, is_copy_of, same_values
 from ..run import Run
 from .architecture import class_for
@@ -34,11 +36,22 @@ def is_transposed(
 
 
 def check_frozen(run: Run, base: BaseModel) -> None:
-    """Raise `BaseError` when the frozen weights in a checkpoint are not the base's."""
-    for name, tensor in (run.embedded_base or {}).items():
-        own = base.find(name)
-        if name in run.replaced or own is None:
-            continue
+    """Raise `BaseError` when the frozen weights in a checkpoint are not the base's, at the coarser
+    of both dtypes. That they are is remembered."""
+    frozen = {
+        name: (tensor, own)
+        for name, tensor in (run.embedded_base or {}).items()
+        if name not in run.replaced and (own := base.find(name)) is not None
+    }
+    if not frozen:
+        return
+    files = {path for t, own in frozen.values() for path in (t.path, base.tensors[own].path)}
+    pairs = sorted((name, own) for name, (_, own) in frozen.items())
+    with reading(run.path, BaseError):
+        memory = Memory(f"frozen weights are the base's: {pairs}", files)
+    if memory.answer is not None:
+        return
+    for tensor, own in frozen.values():
         if base.tensors[own].shape != tensor.shape:
             raise BaseError(
                 "a base tensor has another shape than in the checkpoint",
@@ -56,6 +69,7 @@ def check_frozen(run: Run, base: BaseModel) -> None:
                 expected=f"the values in {tensor.path}",
                 remedy="pass the base that this run was trained on with `base`",
             )
+    memory.keep("yes")
 
 
 def changed(

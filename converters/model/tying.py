@@ -6,24 +6,34 @@ another tensor that may be shared is at stake.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+import inspect
+import re
+from collections.abc import Callable, Collection, Mapping
+from contextlib import nullcontext
+from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
+from ..errors import TargetError
 from ..files.tensors import LazyTensor, LazyTensors, same_values
-from ..run import Run
+from ..run import LazyUpdates, Run
 from .architecture import empty_model
 from .base import HEAD, BaseModel
 from .tasks import architecture_of, task_of
 
+_LAYER = re.compile(r"\.\d+\.")
+
 
 def aliases(model: Any) -> Mapping[str, str]:
-    """Tensor name → the one it is tied to, for a model of transformers, both as in memory."""
-    known = getattr(model, "all_tied_weights_keys", None)
-    if known is not None:
-        return dict(known)
-    first: dict[int, str] = {}  # transformers 4 only shares the parameters
-    named = [(id(p), name) for name, p in model.named_parameters(remove_duplicate=False)]
-    return {name: first[i] for i, name in named if first.setdefault(i, name) != name}
+    """Tensor name → the one it is tied to, for a model of transformers, both as in memory: what its
+    class declares, and parameters that are one object."""
+    found = dict(getattr(model, "all_tied_weights_keys", None) or {})
+    first: dict[int, str] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        other = first.setdefault(id(parameter), name)
+        if other != name and name not in found and name not in found.values():
+            found[name] = found.get(other, other)
+    return {name: found.get(source, source) for name, source in found.items()}
 
 
 def tied(config: Mapping[str, object]) -> Collection[str]:
@@ -32,10 +42,8 @@ def tied(config: Mapping[str, object]) -> Collection[str]:
 
     Raises `BaseError` where transformers makes no model of the configuration.
     """
-    import transformers
-
     architecture = architecture_of(config)
-    if architecture and not hasattr(transformers, architecture):
+    if not _known(architecture, config):
         head = task_of(config) == "causal-lm" and config.get("tie_word_embeddings") is not False
         return [HEAD] if head else []
     return aliases(empty_model(architecture, config)).keys()
@@ -46,7 +54,52 @@ def tensor_names(
 ) -> list[str]:
     """The tensor names of the class, tied aliases and non-persistent buffers left out."""
     model = empty_model(architecture, config, num_labels)
-    return [name for name in model.state_dict() if name not in aliases(model)]
+    one = aliases(model)
+    return [name for name in model.state_dict() if name not in one]
+
+
+def groups(base: BaseModel, architecture: str | None, num_labels: int | None) -> list[list[str]]:
+    """The names in memory that are one tensor each, in the class `architecture`; first of each the
+    one that the others are tied to."""
+    if not _known(architecture, base.config):
+        head = HEAD in tied(base.config) and base.embedding is not None
+        return [[str(base.embedding), HEAD]] if head else []
+    return _grouped(aliases(empty_model(str(architecture), base.config, num_labels)))
+
+
+def rows_in_memory(base: BaseModel, module: str) -> int:
+    """The number of rows of a module's weight, which may be tied to one that the base stores; 0
+    where the base's class has no such module."""
+    weight = base.weight(module)
+    architecture = architecture_of(base.config)
+    if weight is None and _known(architecture, base.config):
+        weight = empty_model(architecture, base.config).state_dict().get(f"{module}.weight")
+    return weight.shape[0] if weight is not None and weight.shape else 0
+
+
+def spreading(
+    tokens: Collection[str], base: BaseModel, architecture: str | None, num_labels: int | None
+) -> frozenset[str]:
+    """The modules of `tokens`, with single rows trained, whose rows are also those of what is tied
+    to them.
+
+    PEFT spreads those of the input embedding alone, and not where a tied side has rows of its own
+    (`set_additional_trainable_modules`).
+    """
+    if not tokens or not _known(architecture, base.config):
+        return frozenset(tokens)
+    model = empty_model(str(architecture), base.config, num_labels)
+    embedding = model.get_input_embeddings()
+    own = [name for name, module in model.named_modules() if module is embedding]
+    stay: set[str] = set()
+    for group in _grouped(aliases(model)):
+        sides = [name.removesuffix(".weight") for name in group]
+        found = [
+            token for token in tokens if any(f".{side}".endswith(f".{token}") for side in sides)
+        ]
+        if len(found) > 1 or not any(f".{own[0]}".endswith(f".{token}") for token in found):
+            stay.update(found)
+    return frozenset(tokens) - stay
 
 
 def new_embedding(base: BaseModel, replaced: LazyTensors) -> LazyTensor | None:
@@ -55,11 +108,277 @@ def new_embedding(base: BaseModel, replaced: LazyTensors) -> LazyTensor | None:
     return next((t for name, t in replaced.items() if known and base.find(name) == known), None)
 
 
-def copy_of_embedding(run: Run, base: BaseModel) -> str | None:
-    """A tied head that is stored all the same, where the run changes both: it would keep the old
-    values, and a head that differs is not tied when the model is loaded."""
-    head, embedding = base.tensors.get(HEAD), base.tensors.get(base.embedding or "")
-    if not run.tied or head is None or embedding is None or head is embedding:
-        return None
-    one = HEAD not in run.replaced and HEAD in tied(base.config)
-    return HEAD if one and same_values(head, embedding) else None
+def untied(
+    run: Run,
+    base: BaseModel,
+    architecture: str | None,
+    find: Callable[[str], str | None],
+    *,
+    together: bool = True,
+) -> tuple[Run, BaseModel]:
+    """`run` and `base` as they are where nothing is tied that the run made different.
+
+    The base then holds every side as a tensor of its own, with its old values, and its
+    configuration says so; the run says of each side what became of it. Sides that stay one are one
+    tensor in both, or, not `together`, as the base has them. `find` gives the tensor on disk of a
+    name in memory.
+
+    Raises `TargetError` for a class whose tied sides cannot differ when it is loaded, and where the
+    run enlarged one side and does not hold the other.
+    """
+    if all(_LAYER.search(name) for name in (*run.updates, *run.replaced)):
+        return run, base
+    sharing = groups(base, architecture, run.num_labels)
+    shared = [_Shared.of(run, base, find, names) for names in sharing]
+    _check_biases(run, find, shared)
+    touched = [one for one in shared if one.holder and one.changed]
+    if not touched:
+        return run, base
+    parted = [one for one in touched if not one.same]
+    if parted:
+        config, still = _untied_config(run, base, architecture, parted)
+        alone = [one for one in shared if one.holder and (one in parted or not still(one))]
+    else:
+        config, alone = base.config, []
+    updates = {module: module for module in run.updates}
+    replaced = dict(run.replaced)
+    added: dict[str, LazyTensor] = {}
+    dropped: set[str] = set()
+    for one in touched:
+        kept = one.names if one in alone or not together else [one.first]
+        for name in one.names:
+            one.take_out(name, updates, replaced)
+            if name in kept:
+                one.put_in(name, updates, replaced)
+        dropped |= {disk for name, disk in one.held.items() if name not in kept}
+    for one in alone:
+        added |= {n: _named(one.old(n, base), n) for n in one.names if n not in one.held}
+    shards = {
+        path: {name: t for name, t in tensors.items() if name not in dropped}
+        for path, tensors in base.shards.items()
+    }
+    last = list(shards)[-1]
+    shards[last] = {**shards[last], **added}
+    if updates.keys() != run.updates.keys():
+        shapes = {module: run.shapes[origin] for module, origin in updates.items()}
+        rank = run.start_rank
+        run = replace(
+            run,
+            updates=LazyUpdates({m: partial(run.take, o) for m, o in updates.items()}, shapes),
+            start_rank={m: rank[o] for m, o in updates.items() if o in rank},
+            embeddings=frozenset(m for m, o in updates.items() if o in run.embeddings),
+            tied=frozenset(m for m, o in updates.items() if o in run.tied),
+        )
+    return replace(run, replaced=replaced), replace(base, shards=shards, config=config)
+
+
+@dataclass(frozen=True)
+class _Shared:
+    """One tensor under several `names` in memory. `held`: name → tensor on disk. `first`: the name
+    that stays where they stay one. `tensors`: name → what the run put there whole; `updates`: name
+    → the key of its update; `keys`: name → the run's own keys of it."""
+
+    names: list[str]
+    held: Mapping[str, str]
+    first: str
+    holder: LazyTensor | None
+    tensors: Mapping[str, LazyTensor]
+    updates: Mapping[str, str]
+    keys: Mapping[str, tuple[str, ...]]
+    same: bool
+
+    @classmethod
+    def of(
+        cls, run: Run, base: BaseModel, find: Callable[[str], str | None], names: list[str]
+    ) -> _Shared:
+        held = {name: name for name in names if name in base.tensors}
+        for name in names:
+            disk = find(name) if name not in held else None
+            if disk is not None and disk not in held.values():
+                held[name] = disk
+        first = next((name for name in names if name in held), names[0])
+        holder = base.tensors[held[first]] if held else None
+        whole = _keyed(names, held, run.replaced, find)
+        adapted = _keyed(names, held, run.updates, find)
+        tensors = {name: run.replaced[key] for name, key in whole.items()}
+        reaching = [t for name, t in tensors.items() if whole[name] not in run.apart]
+        updates = dict(adapted)
+        everywhere = [key for key in adapted.values() if key in run.tied]
+        for name in names:
+            if reaching:
+                tensors.setdefault(name, reaching[0])
+            if everywhere:
+                updates.setdefault(name, everywhere[0])
+        now = {n: tensors.get(n, base.tensors.get(held.get(n, ""), holder)) for n in names}
+        _check_rows(run, now)
+        keys = {n: tuple(k for k in (whole.get(n), adapted.get(n)) if k) for n in names}
+        same = len({updates.get(name) for name in names}) == 1 and _one(list(now.values()))
+        return cls(names, held, first, holder, tensors, updates, keys, same)
+
+    @property
+    def changed(self) -> bool:
+        return bool(self.tensors or self.updates)
+
+    def old(self, name: str, base: BaseModel) -> LazyTensor:
+        tensor = base.tensors.get(self.held.get(name, ""), self.holder)
+        assert tensor is not None
+        return tensor
+
+    def take_out(self, name: str, updates: dict[str, str], replaced: dict[str, LazyTensor]) -> None:
+        for key in self.keys[name]:
+            updates.pop(key, None)
+            replaced.pop(key, None)
+
+    def put_in(self, name: str, updates: dict[str, str], replaced: dict[str, LazyTensor]) -> None:
+        if name in self.tensors:
+            replaced[name] = self.tensors[name]
+        if name in self.updates:
+            updates[name.removesuffix(".weight")] = self.updates[name]
+
+
+def _known(architecture: str | None, config: Mapping[str, object]) -> bool:
+    import transformers
+
+    return hasattr(transformers, architecture or "") and (
+        config.get("model_type") in transformers.CONFIG_MAPPING
+    )
+
+
+def _grouped(one: Mapping[str, str]) -> list[list[str]]:
+    found: dict[str, list[str]] = {}
+    for name, source in one.items():
+        found.setdefault(source, [source]).append(name)
+    return list(found.values())
+
+
+def _keyed(
+    names: list[str],
+    held: Mapping[str, str],
+    keys: Collection[str],
+    find: Callable[[str], str | None],
+) -> dict[str, str]:
+    """Name in memory → the one of the run's `keys`, tensors or modules, that is it."""
+    outside = [key for key in keys if not _LAYER.search(key)]
+    disk = {find(f"{key}.weight") or find(key): key for key in outside}
+    found = {
+        name: next((k for k in (name, name.removesuffix(".weight")) if k in keys), None)
+        or disk.get(held.get(name, ""))
+        for name in names
+    }
+    return {name: key for name, key in found.items() if key is not None}
+
+
+def _one(tensors: list[LazyTensor | None]) -> bool:
+    """Whether all hold the same values."""
+    known = list({id(t): t for t in tensors if t is not None}.values())
+    return all(
+        other.shape == known[0].shape and same_values(other, known[0]) for other in known[1:]
+    )
+
+
+def _check_rows(run: Run, now: Mapping[str, LazyTensor | None]) -> None:
+    shapes = {t.shape: name for name, t in now.items() if t is not None}
+    if len(shapes) > 1:
+        one, other = list(shapes)[:2]
+        raise TargetError(
+            "one side of a tied pair has other rows than what is tied to it, and the run does not "
+            "hold what the other side's added rows are",
+            file=run.path,
+            tensor=shapes[one],
+            found=list(one),
+            expected=f"{list(other)}, as {shapes[other]}",
+            remedy="save the adapter again with save_embedding_layers=True",
+        )
+
+
+def _check_biases(run: Run, find: Callable[[str], str | None], shared: list[_Shared]) -> None:
+    """Raise `TargetError` for single rows of a head with a bias, which PEFT leaves out."""
+    biases = {name for one in shared for name in one.names}
+    everywhere = {m: key for one in shared for m, key in one.updates.items()}
+    sides = {m.removesuffix(".weight") for m, key in everywhere.items() if key in run.embeddings}
+    for module in (*run.embeddings, *sides):
+        bias = f"{module}.bias"
+        if bias in biases or find(bias) is not None:
+            raise TargetError(
+                "PEFT computes this module without its bias where single rows of it are trained, "
+                "so the model that was trained is not one of its class",
+                file=run.path,
+                tensor=bias,
+                remedy="serve it with PEFT on its base: PeftModel.from_pretrained(base, adapter)",
+            )
+
+
+def _named(tensor: LazyTensor, name: str) -> LazyTensor:
+    own: Any = tensor
+    renamed: LazyTensor = replace(own, name=name)
+    return renamed
+
+
+def _untied_config(
+    run: Run, base: BaseModel, architecture: str | None, parted: list[_Shared]
+) -> tuple[dict[str, object], Callable[[_Shared], bool]]:
+    """The configuration of the base untied, and whether its class ties a group all the same.
+
+    transformers 5 does not tie what a checkpoint holds with different values, also where the
+    configuration says so.
+    """
+    config = dict(base.config)
+    config["tie_word_embeddings"] = False
+    if not _known(architecture, base.config):
+        return config, lambda _: False
+    model = empty_model(str(architecture), base.config, run.num_labels)
+    scaled = getattr(model.config, "scale_decoder_outputs", None)
+    if scaled is not None:  # in T5's configuration tie_word_embeddings also says this
+        config["scale_decoder_outputs"] = scaled
+    for key in getattr(model.config, "sub_configs", {}):
+        inner = config.get(key)
+        if isinstance(inner, dict) and getattr(
+            getattr(model.config, key), "tie_word_embeddings", False
+        ):
+            config[key] = {**inner, "tie_word_embeddings": False}
+    loaded = empty_model(str(architecture), config, run.num_labels)
+    one, apart = aliases(loaded), hasattr(loaded, "all_tied_weights_keys")
+    if apart:
+        from transformers.initialization import no_tie_weights
+
+        context: Any = no_tie_weights()
+    else:
+        context = nullcontext()
+    with context:
+        inseparable = _identical(empty_model(str(architecture), config, run.num_labels))
+    stuck = [n for group in parted for n in group.names if n in inseparable]
+    if stuck:
+        raise _refusal(run, stuck[0], architecture, "is one module, or always tied, in this class")
+    if _computes_by_tie(loaded) and _tie(loaded) != _tie(model):
+        name = parted[0].names[-1]
+        raise _refusal(run, name, architecture, "is tied, and untied the class computes otherwise")
+    return config, lambda group: all(name in one for name in group.names[1:])
+
+
+def _identical(model: Any) -> set[str]:
+    """The names of parameters that are one object."""
+    names: dict[int, list[str]] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        names.setdefault(id(parameter), []).append(name)
+    return {name for group in names.values() if len(group) > 1 for name in group}
+
+
+def _computes_by_tie(model: Any) -> bool:
+    """Whether a module of the model reads in its computation whether the model is tied."""
+    forwards = (inspect.unwrap(kind.forward) for kind in {type(m) for m in model.modules()})
+    codes = (getattr(forward, "__code__", None) for forward in forwards)
+    return any(code is not None and "tie_word_embeddings" in code.co_names for code in codes)
+
+
+def _tie(model: Any) -> bool:
+    return bool(getattr(model.config, "tie_word_embeddings", False))
+
+
+def _refusal(run: Run, name: str, architecture: str | None, why: str) -> TargetError:
+    return TargetError(
+        f"the run changed one side of a tensor that {why}",
+        file=run.path,
+        tensor=name,
+        found=architecture,
+        remedy="deploy it as an adapter (`adapter`)",
+    )

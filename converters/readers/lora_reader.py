@@ -17,7 +17,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
-from ..errors import RunError
+from ..errors import MissingError, RunError
 from ..files.tensors import LazyTensors
 from ..model.tasks import task_of
 from ..run import LazyUpdates, Run
@@ -103,7 +103,8 @@ class AdapterFiles(LoraFiles):
 
     def rest(self, own: set[str], modules: Collection[str]) -> Run:
         file = self._folder.adapter_file
-        assert file is not None
+        if file is None:
+            raise MissingError("the adapter went while it was read", file=self._folder.path)
         whole = {
             name.replace(".base_layer.", "."): tensor
             for name, tensor in self.tensors.items()

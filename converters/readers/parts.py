@@ -92,6 +92,7 @@ def _join(left: Run, right: Run) -> Run:
         start_rank={**left.start_rank, **right.start_rank},
         embeddings=left.embeddings | right.embeddings,
         tied=left.tied | right.tied,
+        apart=left.apart | right.apart,
         files=tuple(dict.fromkeys((*left.files, *right.files))),
         options={**left.options, **right.options},
         warnings=tuple(dict.fromkeys((*left.warnings, *right.warnings))),

@@ -22,17 +22,33 @@ class Origin(TypedDict):
     base: str | None
     task: str | None
     num_labels: int | None
+    apart: frozenset[str]
 
 
 def origin(config: Mapping[str, object], replaced: LazyTensors) -> Origin:
-    """Base model and task as the configuration names them."""
+    """Base model and task as the configuration names them, and which of the `replaced` tensors are
+    of modules saved whole (`modules_to_save`)."""
     task = task_of_peft(config.get("task_type"))
     base = config.get("base_model_name_or_path")
     return {
         "base": str(base) if base else None,
         "task": task,
         "num_labels": _num_labels(replaced) if str(task).endswith("classification") else None,
+        "apart": _copies(config, replaced),
     }
+
+
+def _copies(config: Mapping[str, object], replaced: LazyTensors) -> frozenset[str]:
+    """The tensors of modules that PEFT copies (`_set_trainable`); it loads others into the model's
+    own, and so into what is tied to them."""
+    saved = config.get("modules_to_save")
+    names = tuple(str(name) for name in saved) if isinstance(saved, list) else ()
+    owners = {name: name.split(".") for name in replaced}
+    return frozenset(
+        name
+        for name, parts in owners.items()
+        if any(".".join(parts[:end]).endswith(names) for end in range(1, len(parts)))
+    )
 
 
 def refuse_unread(replaced: Iterable[str], file: Path, word: str = "lora_") -> None:

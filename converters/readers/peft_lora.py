@@ -9,7 +9,7 @@ is an error that says so.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -18,6 +18,9 @@ import torch
 
 from ..errors import RunError
 from ..files.tensors import LazyTensor, load_finite, numel
+from ..model.base import open_base
+from ..model.match import target_architecture
+from ..model.tying import spreading
 from ..run import LazyUpdates, Run
 from ..updates.rank_one import RankOneSum
 from ..updates.update import Update
@@ -101,7 +104,7 @@ class PeftLoraReader:
             updates=LazyUpdates(updates, shapes),
             start_rank=start_rank,
             embeddings=frozenset(embeddings | tokens),
-            tied=frozenset(tokens),
+            tied=_spreading(tokens, run, options),
             warnings=broken_promises(config, files.tensors),
         )
 
@@ -131,6 +134,15 @@ def _refuse_unread(config: Mapping[str, object], path: Path) -> None:
             remedy="save it with PEFT's path_initial_model_for_weight_conversion, "
             "which makes a plain LoRA adapter",
         )
+
+
+def _spreading(tokens: Collection[str], run: Run, options: ReadOptions) -> frozenset[str]:
+    """The embeddings whose trained rows are also those of what is tied to them."""
+    if not tokens or options.base is None:
+        return frozenset(tokens)
+    base = open_base(options.base)
+    architecture, _ = target_architecture(run, base)
+    return spreading(tokens, base, architecture, run.num_labels)
 
 
 def _update(module: AdaptedModule, scale: float, embedding: bool) -> Update:

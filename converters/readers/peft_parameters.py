@@ -15,6 +15,7 @@ import torch
 from ..errors import RunError
 from ..files.tensors import LazyTensor, LazyTensors, load_finite
 from ..model.layout import FUSED
+from ..model.tying import rows_in_memory
 from ..run import LazyUpdates
 from ..updates.rank_one import RankOneSum
 from ..updates.replaced import ReplacedRows
@@ -110,8 +111,11 @@ def token_rows(
     vocab is that of the weight in the adapter, where the embedding was resized, or the base's.
     """
     weight = resized.get(f"{module}.weight")
-    weight = weight or need_base(options, "trainable_token_indices", tensor.path).weight(module)
-    vocab = weight.shape[0] if weight is not None and weight.shape else 0
+    if weight is not None:
+        vocab = weight.shape[0] if weight.shape else 0
+    else:
+        base = need_base(options, "trainable_token_indices", tensor.path)
+        vocab = rows_in_memory(base, module)
     indices = config.get("trainable_token_indices")
     if isinstance(indices, dict):
         named = [v for k, v in indices.items() if f".{module}".endswith(f".{k}")]

@@ -7,15 +7,14 @@ import socket
 import time
 from pathlib import Path
 
-from converters.certificate import file_record
 from converters.errors import DoraExportError, RunError
 from converters.files.handles import state_at
+from converters.files.hashes import file_hash
 from converters.model.base import BaseModel, open_base
 from converters.readers import ReadOptions, read_run
 from converters.targets.target import target_named
 from dora_serve.api import export, find_base
 from dora_serve.folder.cache import content_key
-from dora_serve.folder.pairing import other_name
 from dora_serve.proof.check import check
 
 from .job import Job, Record
@@ -45,8 +44,6 @@ def convert(job: Job) -> Record | None:
         if _is_done(job, key):
             return None
         warnings = export(run, job.output, name, base=base, force=True).warnings
-        if job.base is not None and base is not None and (other := other_name(run, base)):
-            warnings = (*warnings, other)
         for path in run.files:
             if path in before and state_at(path) != before[path]:
                 raise RunError(
@@ -71,11 +68,11 @@ def convert(job: Job) -> Record | None:
 
 
 def _files(base: BaseModel) -> dict[str, object]:
-    """What a merged model holds of its base beside the adapted weights."""
+    """What a merged model holds of its base beside the tensors."""
     return {
-        path.name: file_record(path, pieces=True)
+        path.name: file_hash(path)
         for path in sorted(base.path.iterdir())
-        if path.is_file()
+        if path.is_file() and path not in base.shards
     }
 
 

@@ -179,10 +179,13 @@ dry_run_option = click.option("--dry-run", is_flag=True, help="Check and show th
 
 
 def load_run(run: Path, base: str | None, **options: Any) -> Run:
-    """Read RUN with the options of `run_argument`."""
+    """Read RUN with the options of `run_argument`, with a warning where it names another base."""
+    from converters.model.base import open_base
     from converters.readers import read_run
+    from dora_serve.folder.pairing import told
 
-    return read_run(run, ReadOptions(base=base, **options))
+    loaded = read_run(run, ReadOptions(base=base, **options))
+    return loaded if base is None else told(loaded, open_base(base))
 
 
 def show(artifact: Artifact, as_json: bool, *more: str, report: bool = True) -> None:

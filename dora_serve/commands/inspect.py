@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 @click.option("--html", type=common.FOLDER, help="Write the rank map as one standalone HTML file.")
 @click.option("--curve", is_flag=True, help="Show what an adapter of less size would lose.")
 @click.option("--curve-png", type=common.FOLDER, help="Write that curve as a PNG file.")
+@common.force_option
 @common.json_option
 @common.reports_errors
 def command(
@@ -35,6 +36,7 @@ def command(
     html: Path | None,
     curve: bool,
     curve_png: Path | None,
+    force: bool,
     as_json: bool,
     **options: Any,
 ) -> None:
@@ -45,20 +47,24 @@ def command(
     from converters import fit
     from converters.model.base import open_base
     from dora_serve.rankmap.html import save_html
+    from dora_serve.rankmap.output import check_output_file
     from dora_serve.rankmap.picture import save_curve, save_png, terminal_map
 
+    for file in filter(None, (png, html, curve_png)):
+        check_output_file(file, force)
     loaded = common.load_run(run, base, **options)
     model = None if base is None else open_base(base)
     info = _describe(loaded, model)
     largest = max(loaded.start_rank.values(), default=0)
     if png is not None:
-        save_png(info["ranks"], largest, png, f"{loaded.path.parent.name}: ranks")
+        save_png(info["ranks"], largest, png, f"{loaded.path.parent.name}: ranks", force)
     facts = _facts(info)
     if html is not None:
-        save_html(_modules(loaded, info["ranks"]), facts, html, f"{loaded.path.parent.name}: ranks")
+        title = f"{loaded.path.parent.name}: ranks"
+        save_html(_modules(loaded, info["ranks"]), facts, html, title, force)
     points = fit.curve(loaded.strip(), model) if curve or curve_png is not None else []
     if curve_png is not None:
-        save_curve(points, curve_png, f"{loaded.path.parent.name}: size and error")
+        save_curve(points, curve_png, f"{loaded.path.parent.name}: size and error", force)
     if curve:
         info["curve"] = [asdict(point) for point in points]
     if as_json:

@@ -3,41 +3,42 @@
 from __future__ import annotations
 
 import fcntl
-import hashlib
 import json
 import os
+import shutil
+import stat
+import sys
+import tempfile
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
-from importlib.metadata import version
+from contextlib import contextmanager
 from pathlib import Path
 
-from converters.certificate import sha256
+from blake3 import blake3
+
+from converters.certificate import tool
 from converters.errors import OutputError, RunError
+from converters.files.cache import cache_folder, private_cache
 from converters.files.handles import reading
+from converters.files.hashes import file_hash
 from converters.model.base import BaseModel
 from converters.run import Run
 
 from .inventory import Member
 
 
-def cache_folder() -> Path:
-    """`$DORA_SERVE_CACHE`, else `dora-serve` in the user's cache folder."""
-    own = os.environ.get("DORA_SERVE_CACHE")
-    if own:
-        return Path(own)
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "dora-serve"
-
-
 def content_key(run: Run, base: BaseModel | None, **asked: object) -> str:
     """A name for what comes out of `run` on `base` when `asked` for: the hash of the run's files,
-    of the base's adapted weights, of the options and of this program's version."""
-    digest = hashlib.sha256()
-    for path in run.files:
-        digest.update(f"{path.name} {_known_sha256(path)}\n".encode())
-    weights = {} if base is None else base.fingerprint(run.updates)
-    said = [version("dora-serve"), run.method, dict(run.options), weights, asked]
-    digest.update(json.dumps(said, sort_keys=True, default=str).encode())
-    return digest.hexdigest()[:32]
+    of the base's tensors and configuration, of the options and of this program's version."""
+    files = [(path.name, file_hash(path)) for path in run.files]
+    known = None if base is None else base.identity
+    said = [tool(), files, run.method, dict(run.options), known, asked]
+    return key_of(said)
+
+
+def key_of(said: object) -> str:
+    """A name in the cache for what is made from all that is `said`."""
+    text = json.dumps(said, sort_keys=True, default=str)
+    return blake3(text.encode()).hexdigest(length=16)
 
 
 def member_key(member: Member, **asked: object) -> str:
@@ -55,48 +56,84 @@ def member_key(member: Member, **asked: object) -> str:
 
 
 def cached(key: str, make: Callable[[Path], object]) -> Path:
-    """The folder called `key`, made by `make(folder)` unless it is there.
+    """The folder called `key`, made by `make(folder)` unless it is there as it was made: every file
+    of it, with every byte, and nothing else. Where it is not, that is said, and it is made anew.
 
-    Whoever comes while it is being made, in this process or another, waits for it.
+    Whoever comes while it is being made, in this process or another, waits for it. Raises
+    `OutputError` where the cache cannot be used, see `private_cache`.
     """
-    target = cache_folder() / key
-    if not target.is_dir():
+    target = private_cache() / key
+    if not _is_as_made(target):
         with _lock(key):
-            if not target.is_dir():
+            if not _is_as_made(target):
+                _clear(target)
                 make(target)
+                _write_receipt(target, _content(target))
     return target
+
+
+def _receipt(target: Path) -> Path:
+    """The file that says what `make` made at `target`, null while it makes; and so that what is
+    there is ours."""
+    return target.parent / "receipts" / f"{target.name}.json"
+
+
+def _write_receipt(target: Path, content: dict[str, str] | None) -> None:
+    receipt = _receipt(target)
+    new = receipt.with_suffix(".new")
+    with reading(receipt, OutputError):
+        receipt.parent.mkdir(exist_ok=True)
+        new.write_text(json.dumps(content), encoding="utf-8")
+        new.replace(receipt)
+
+
+def _content(folder: Path) -> dict[str, str]:
+    """Path in `folder` → hash, of all its files. Raises `OutputError` where one cannot be read."""
+    with reading(folder, OutputError):
+        paths = [path for path in sorted(folder.rglob("*")) if path.is_symlink() or path.is_file()]
+        return {
+            # A name may be bytes that are no text.
+            str(path.relative_to(folder)): "link" if path.is_symlink() else file_hash(path)
+            for path in paths
+        }
+
+
+def _is_as_made(target: Path) -> bool:
+    """Whether `target` is what its receipt says. Hashes what is not known of the files' states."""
+    try:
+        known = json.loads(_receipt(target).read_bytes())
+        found = target.lstat()
+        ours = stat.S_ISDIR(found.st_mode) and found.st_uid == os.geteuid()
+        return ours and _content(target) == known
+    except (OSError, ValueError, OutputError):
+        return False
+
+
+def _clear(target: Path) -> None:
+    """Make room for `target`: what was made there is removed, what somebody else put there moved
+    aside."""
+    receipt = _receipt(target)
+    with reading(target, OutputError):
+        if os.path.lexists(target):
+            if receipt.exists() and target.is_dir() and not target.is_symlink():
+                shutil.rmtree(target)
+                done = "it is made anew"
+            else:
+                aside = Path(tempfile.mkdtemp(prefix=f"aside-{target.name}.", dir=target.parent))
+                target.rename(aside / target.name)
+                done = f"moved to {aside}, and made anew"
+            print(f"{target}: not what was made there; {done}", file=sys.stderr)
+    _write_receipt(target, None)
 
 
 @contextmanager
 def _lock(name: str) -> Iterator[None]:
     folder = cache_folder() / "locks"
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        descriptor = os.open(folder / name, os.O_CREAT | os.O_RDWR, 0o600)
-    except OSError as error:
-        raise OutputError(
-            f"the cache cannot be written: {error.strerror}",
-            file=cache_folder(),
-            remedy="set DORA_SERVE_CACHE to a folder that can be",
-        ) from None
+    with reading(folder, OutputError):
+        folder.mkdir(exist_ok=True)
+        descriptor = os.open(folder / name, os.O_CREAT | os.O_RDWR | os.O_NOFOLLOW, 0o600)
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX)
         yield
     finally:
         os.close(descriptor)
-
-
-def _known_sha256(path: Path) -> str:
-    """The SHA-256 of a file, remembered as long as its size, time and inode stay the same."""
-    stat = path.stat()
-    state = f"{path.resolve()} {stat.st_size} {stat.st_mtime_ns} {stat.st_ctime_ns} {stat.st_ino}"
-    memory = cache_folder() / "hashes" / hashlib.sha256(state.encode()).hexdigest()[:32]
-    with suppress(OSError):
-        value = memory.read_text(encoding="ascii")
-        if len(value) == 2 * hashlib.sha256().digest_size:  # else its writer was killed
-            return value
-    value = sha256(path)
-    with suppress(OSError):  # it is only remembered to save time
-        memory.parent.mkdir(parents=True, exist_ok=True)
-        memory.write_text(value, encoding="ascii")
-    return value

@@ -16,7 +16,7 @@ from converters.readers import Reader, ReadOptions, is_run, read_run, readers
 from converters.run import Run
 
 from .names import name_elsewhere, names_below, own_name
-from .pairing import base_of, check_fits, is_named, other_name
+from .pairing import base_of, check_fits, is_named, told
 
 _WEIGHTS = ("*.safetensors", "pytorch_model*.bin", "*.safetensors.index.json")
 
@@ -123,10 +123,9 @@ def read_member(
             raise
         run = beside
     base = given or base_of(run, bases)
-    if given is not None or run.embedded_base is None:
-        check_fits(run, base)
-    if given is not None and (warning := other_name(run, given)):
-        run = replace(run, warnings=(*run.warnings, warning))
+    check_fits(run, base)
+    if given is not None:
+        run = told(run, given)
     # Files above the folder are only known now.
     state = {
         file: before.get(file) if file.is_relative_to(path) else state_at(file)

@@ -8,11 +8,13 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 
 from converters.errors import BaseError, DoraExportError, MissingError
 from converters.files.handles import there
-from converters.model.base import BaseModel, fingerprint, open_base
+from converters.model.base import BaseModel, open_base
+from converters.model.match import check_frozen
 from converters.run import Run
 
 from .names import own_name
@@ -52,7 +54,7 @@ def base_of(run: Run, bases: Sequence[BaseModel]) -> BaseModel:
 def is_named(wanted: str, base: BaseModel) -> bool:
     """Whether `base` is what `wanted`, a folder or a hub id in a run's configuration, names.
 
-    A folder that is there settles it; samples of the weights tell a namesake from a copy of it.
+    A folder that is there settles it; every byte of the weights tells a namesake from a copy of it.
     Of one that is elsewhere only the name is known.
     """
     path = Path(wanted)
@@ -66,22 +68,17 @@ def is_named(wanted: str, base: BaseModel) -> bool:
     return known == own and not (here and _differs(path, base))
 
 
-def other_name(run: Run, base: BaseModel) -> str | None:
-    """A warning where `run` names another base than `base`, which the user gave."""
+def told(run: Run, base: BaseModel) -> Run:
+    """`run` for `base`, which the user gave: with a warning where it names another one."""
     if run.base is None or run.embedded_base is not None or is_named(run.base, base):
-        return None
-    return f"the run names {run.base} as its base; it goes with {base.name}, as was asked for"
+        return run
+    warning = f"the run names {run.base} as its base; it goes with {base.name}, as was asked for"
+    return replace(run, warnings=tuple(dict.fromkeys((*run.warnings, warning))))
 
 
 def fits(run: Run, base: BaseModel) -> bool:
     """Whether `base` has every matrix that `run` updates, in its shape, and the frozen weights that
     a checkpoint carries."""
-    if run.embedded_base is not None:
-        for module in run.updates:
-            own, weight = run.embedded_base.get(f"{module}.weight"), base.weight(module)
-            if own is None or weight is None or fingerprint(own) != fingerprint(weight):
-                return False
-        return True
     try:
         check_fits(run, base)
     except BaseError:
@@ -90,9 +87,22 @@ def fits(run: Run, base: BaseModel) -> bool:
 
 
 def check_fits(run: Run, base: BaseModel) -> None:
-    """Raise `BaseError` when a matrix that `run` updates is not in `base`, or of another shape."""
-    for module, shape in run.shapes.items():
-        base.is_transposed(module, shape, module in run.embeddings)
+    """Raise `BaseError` when a matrix that `run` updates is not in `base`, or of another shape, or
+    a checkpoint carries another base's frozen weights.
+
+    Frozen weights are compared whole, at the coarser of both dtypes: a training in float32 on a
+    base in bfloat16 is of that base.
+    """
+    if run.embedded_base is None:
+        for module, shape in run.shapes.items():
+            base.is_transposed(module, shape, module in run.embeddings)
+        return
+    for module in run.updates:
+        if f"{module}.weight" not in run.embedded_base or base.weight(module) is None:
+            raise BaseError(
+                "the base has no such module", file=base.path, tensor=f"{module}.weight"
+            )
+    check_frozen(run, base)
 
 
 def _is_hub_id(name: str) -> bool:
@@ -102,9 +112,11 @@ def _is_hub_id(name: str) -> bool:
 def _differs(path: Path, base: BaseModel) -> bool:
     """Whether the model at `path` surely is another than `base`."""
     try:
-        other = open_base(path).tensors
+        other = open_base(path)
     except DoraExportError:
         return False
-    return other.keys() != base.tensors.keys() or any(
-        fingerprint(tensor) != fingerprint(base.tensors[name]) for name, tensor in other.items()
-    )
+    if {n: (t.dtype, t.shape) for n, t in other.tensors.items()} != {
+        n: (t.dtype, t.shape) for n, t in base.tensors.items()
+    }:
+        return True  # without reading either
+    return other.fingerprint != base.fingerprint

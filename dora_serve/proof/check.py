@@ -18,7 +18,7 @@ from converters.certificate import (
 from converters.errors import DoraExportError, MissingError, OutputError, TensorFileError
 from converters.files.json_files import read_json
 from converters.files.tensors import open_safetensors
-from converters.model.base import BaseModel, fingerprint, open_base
+from converters.model.base import BaseModel, open_base
 
 
 @dataclass(frozen=True)
@@ -142,9 +142,10 @@ def _fingerprint(proof: Mapping[str, object], path: Path) -> dict[str, str]:
 
 
 def _compare_base(base: BaseModel, known: Mapping[str, str]) -> Iterator[Difference]:
-    for name, value in known.items():
-        tensor = base.tensors.get(name)
-        if tensor is None:
+    for name in base.unlike(known):
+        if name not in base.tensors:
             yield Difference(name, "not in the base", "a base weight")
-        elif fingerprint(tensor) != value:
-            yield Difference(name, "another base weight", f"fingerprint {value}")
+        elif name not in known:
+            yield Difference(name, "a base weight", "none of this name")
+        else:
+            yield Difference(name, "another base weight", f"fingerprint {known[name]}")

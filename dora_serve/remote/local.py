@@ -91,9 +91,10 @@ def fetched(url: str, progress: Progress) -> Iterator[Path]:
     `DoraExportError` when nothing is there, access is denied, a name would lead out of the folder,
     or it changes meanwhile.
     """
+    from converters.files.cache import cache_folder, private_cache
     from converters.files.output import output_folder
 
-    from ..folder.cache import cache_folder, cached
+    from ..folder.cache import cached
     from .store import Store
 
     store = Store(url)
@@ -123,6 +124,7 @@ def fetched(url: str, progress: Progress) -> Iterator[Path]:
         cached(key, make)
         yield copy / store.basename
         return
+    private_cache()
     make(copy)
     try:
         yield copy / store.basename
@@ -137,22 +139,17 @@ def uploaded(url: str, names: Mapping[str, str], progress: Progress) -> Iterator
     `names`: URL of each local path that must not stand in the artifact. Raises `OutputError` when
     something is at `url`.
     """
+    from converters.files.cache import private_cache
+    from converters.files.handles import reading
     from converters.files.output import addition
 
-    from ..folder.cache import cache_folder
     from .naming import name_in_files
     from .store import Store
 
     store = Store(url, writing=True)
-    scratch = cache_folder().resolve() / f"{_MADE}{_digest(url)}"
-    try:
-        scratch.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise OutputError(
-            f"the cache cannot be written: {error.strerror}",
-            file=scratch,
-            remedy="set DORA_SERVE_CACHE to a folder that can be",
-        ) from None
+    scratch = private_cache().resolve() / f"{_MADE}{_digest(url)}"
+    with reading(scratch, OutputError):
+        scratch.mkdir(exist_ok=True)
     _remove_leftovers()
     with addition(scratch) as folder:
         store.check_free()
@@ -175,7 +172,7 @@ def uploaded(url: str, names: Mapping[str, str], progress: Progress) -> Iterator
 
 def needs_local(path: Path, option: str) -> None:
     """Raise `OutputError` when `path` is the copy of a URL, which `option` would write into."""
-    from ..folder.cache import cache_folder
+    from converters.files.cache import cache_folder
 
     real, cache = path.resolve(), cache_folder().resolve()
     if any(parent.parent == cache and parent.name.startswith(_COPIES) for parent in real.parents):
@@ -231,7 +228,7 @@ def _check_apart(remotes: Iterable[Remote], values: Iterable[Any]) -> None:
 
 def _remove_leftovers() -> None:
     """Remove what killed commands were to upload."""
-    from ..folder.cache import cache_folder
+    from converters.files.cache import cache_folder
 
     for scratch in cache_folder().glob(f"{_MADE}*"):
         with contextlib.suppress(OSError):

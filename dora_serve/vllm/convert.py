@@ -5,12 +5,18 @@ from __future__ import annotations
 from pathlib import Path
 
 from converters.certificate import FILE as CERTIFICATE
+from converters.certificate import artifact_files
+from converters.errors import RunError
+from converters.files.cache import cache_folder
+from converters.files.handles import reading
+from converters.files.hashes import Memory
 from converters.files.json_files import read_json
 from converters.targets.lora_folder import CONFIG
 
 from ..api import write_adapter
-from ..folder.cache import cache_folder, cached, member_key
+from ..folder.cache import cached, member_key
 from ..folder.inventory import Member
+from ..proof.check import check
 
 TARGET = "vllm"
 
@@ -41,7 +47,15 @@ def _key(member: Member) -> str:
 
 
 def _is_for_vllm(path: Path) -> bool:
+    """Whether it is an adapter that was written for vLLM, and still is as it was written."""
     proof = path / CERTIFICATE
-    return (
-        (path / CONFIG).is_file() and proof.is_file() and read_json(proof).get("target") == TARGET
-    )
+    if not (path / CONFIG).is_file() or not proof.is_file():
+        return False
+    with reading(path, RunError):
+        if read_json(proof).get("target") != TARGET:
+            return False
+        memory = Memory("as its certificate says", [proof, *artifact_files(path).values()])
+    if memory.answer is None:
+        memory.answer = str(check(path).passed)
+        memory.keep(memory.answer)
+    return memory.answer == str(True)

@@ -236,12 +236,16 @@ def plan_fleet(found: Found, memory: int | None = None) -> Fleet:
             pools.append(_described(pool, [found.members[name] for name in ranks]))
     if not pools:
         bases = found.bases if found.given is None else {found.given: found.bases[found.given]}
-        alone = [Pool(n, b, task_of(b.config), {}, memory=memory) for n, b in bases.items()]
-        return Fleet(alone, problems)
+        pools = [Pool(n, b, task_of(b.config), {}, memory=memory) for n, b in bases.items()]
     served = {pool.base.path for pool in pools}
+    reason = "no adapter of this base is served: `base` chooses it"
+    if found.given is not None:
+        reason = f"{found.given} was chosen with `base`"
     for name, other in found.bases.items():
         if other.path not in served:
-            problems.setdefault(name, "no adapter of this base is served: `base` chooses it")
+            problems.setdefault(name, reason)
+    for name in found.onnx:
+        problems.setdefault(name, "vLLM reads no ONNX: `engine` onnxruntime serves it")
     return Fleet(pools, problems)
 
 

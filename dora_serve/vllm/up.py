@@ -9,9 +9,9 @@ from pathlib import Path
 import click
 
 from converters.errors import RunError
+from converters.files.cache import private_cache
 
 from ..commands.common import left_out
-from ..folder.cache import cache_folder
 from ..folder.inventory import discover
 from .command import command_line, find_vllm, serve_options, shell
 from .convert import vllm_adapter, vllm_adapter_path
@@ -65,7 +65,7 @@ def up(
         click.echo(shell(words))
         return
     url = f"http://{f'[{host}]' if ':' in host else host}:{port}"
-    log = cache_folder() / "logs" / f"vllm-{port}.log"
+    log = private_cache() / "logs" / f"vllm-{port}.log"
     click.echo(f"log     {log}", err=True)
     Supervisor(
         words, environment, f"{url}/health", log, _Report(url, pool.name, list(adapters))

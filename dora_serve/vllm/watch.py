@@ -13,8 +13,8 @@ from urllib.error import HTTPError
 from urllib.request import Request, urlopen
 
 from converters.errors import DoraExportError, RunError
+from converters.files.cache import cache_folder
 
-from ..folder.cache import cache_folder
 from ..folder.inventory import discover
 from .convert import vllm_adapter
 

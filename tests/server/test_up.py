@@ -19,6 +19,7 @@ from transformers import (
 from converters.errors import DoraExportError
 from dora_serve import read_run, write_onnx
 from dora_serve.server.prepare.child import make_offer
+from dora_serve.server.prepare.make import make_offer as make
 from dora_serve.server.up import up
 from tests.conftest import MODELS
 from tests.server.conftest import BASE, DOWN, SECOND, started
@@ -121,3 +122,37 @@ def test_the_server_imports_no_torch() -> None:
     )
     done = run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert json.loads(done.stdout) == [False, False, False]
+
+
+def test_a_damaged_cache_is_made_anew_and_never_served(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """In the graph a flipped bit, in the adapter a file that is gone: each is made anew once."""
+    root, cache = tmp_path / "root", tmp_path / "cache"
+    monkeypatch.setenv("DORA_SERVE_CACHE", str(cache))
+    shutil.copytree(MODELS / BASE, root / BASE)
+    shutil.copytree(MODELS / "runs" / DOWN_PATH, root / "runs" / DOWN_PATH)
+    log = DOWN_PATH.replace("Checkpoint", "Log")
+    shutil.copytree(MODELS / "runs" / log, root / "runs" / log)
+    said: list[str] = []
+    first = make(root.resolve(), None, False, said.append)
+    assert not first.problems
+    assert len(said) == 2
+    assert make(root.resolve(), None, False, said.append) == first
+    assert len(said) == 2
+
+    (graph,) = (Path(each.folder) for each in first.graphs)
+    (adapter,) = (Path(m.adapter) for m in first.models if m.adapter)
+    weights = max(graph.iterdir(), key=lambda path: path.stat().st_size)
+    whole = {path: path.read_bytes() for path in (weights, adapter)}
+    flipped = bytearray(whole[weights])
+    flipped[len(flipped) // 2] ^= 0x40
+    weights.write_bytes(flipped)
+    (adapter.parent.parent / "modules.json").unlink()
+    capsys.readouterr()
+    again = make(root.resolve(), None, False, said.append)
+    assert again == first
+    assert len(said) == 4
+    lines = [line for line in capsys.readouterr().err.splitlines() if "made anew" in line]
+    assert len(lines) == 2
+    assert {path: path.read_bytes() for path in whole} == whole

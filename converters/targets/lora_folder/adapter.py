@@ -20,9 +20,10 @@ from ...errors import TargetError
 from ...files.output import save_tensors
 from ...files.tensors import LazyTensor, load_finite, numel
 from ...model.base import BaseModel
-from ...model.layout import is_parameter, split_slice
-from ...model.match import changed, check_frozen
+from ...model.layout import Layout, is_parameter, split_slice
+from ...model.match import changed, check_frozen, target_architecture
 from ...model.tasks import peft_type
+from ...model.tying import untied
 from ...run import Run
 from ...updates.rank_one import RankOneSum, stored_error
 from ..engines import Profile
@@ -149,11 +150,15 @@ def plan_adapter(
             remedy="merge it (`merge`)",
         )
     transposed: set[str] = set()
+    own = base
     if base is not None:
-        transposed = transposed_modules(run, base, profile)
-        check_frozen(run, base)
-    whole = changed(run, base)
-    modules, biases = whole_modules(run, base, whole)
+        architecture, _ = target_architecture(run, base)
+        find = Layout(base, architecture, run.num_labels).find
+        run, own = untied(run, base, architecture, find, together=False)
+        transposed = transposed_modules(run, own, profile)
+        check_frozen(run, own)
+    whole = changed(run, own)
+    modules, biases = whole_modules(run, own, whole)
     ranks: dict[str, tuple[int | None, int]] = {}
     for module, rank in run.ranks.items():
         if rank is None:

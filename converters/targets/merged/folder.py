@@ -85,12 +85,13 @@ def _write_shards(
     folder: Path, plan: MergePlan, advance: Progress, journal: Journal | None
 ) -> dict[str, Rounding]:
     """Write the shards, but those that the journal knows to be whole."""
+    hashes = plan.base.hashes  # which the certificate will ask for
     if journal is None:
-        return write_shards(folder, plan.shards, plan.run, advance)
+        return write_shards(folder, plan.shards, plan.run, advance, hashes=hashes)
     done = journal.finished
     advance(sum(t.nbytes for name in done for t in plan.shards[name]))
     left = {name: tensors for name, tensors in plan.shards.items() if name not in done}
-    rounding = write_shards(folder, left, plan.run, advance, journal.add)
+    rounding = write_shards(folder, left, plan.run, advance, journal.add, hashes)
     return {**rounding, **{m: report for shard in done.values() for m, report in shard.items()}}
 
 

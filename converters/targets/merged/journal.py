@@ -20,7 +20,6 @@ import torch
 from ...certificate import sha256, tool
 from ...files.output import JOURNAL
 from ...files.tensors import byte_view
-from ...model.base import fingerprint
 from ...updates.update import Update
 from .plan import MergePlan
 from .stream import Rounding
@@ -114,16 +113,18 @@ def _key(plan: MergePlan) -> str:
     run = plan.run
     digest = hashlib.sha256()
     tensors = [
-        (shard, t.name, str(t.dtype), t.module, t.transposed, fingerprint(t.source))
+        (shard, t.name, str(t.dtype), t.module, t.transposed)
         for shard, tensors in plan.shards.items()
         for t in tensors
     ]
-    # The fingerprint is of samples; a base that was changed elsewhere was changed at another time.
+    # Files of the same state have the same content; hashing it first would read the base twice.
     stats = {str(t.source.path): t.source.path.stat() for t in plan.tensors}
     said = {
         "tool": [tool(), torch.__version__],
         "run": [run.method, *((path.name, sha256(path)) for path in run.files)],
-        "sources": sorted((path, s.st_size, s.st_mtime_ns) for path, s in stats.items()),
+        "sources": sorted(
+            (path, s.st_ino, s.st_size, s.st_mtime_ns, s.st_ctime_ns) for path, s in stats.items()
+        ),
         "tensors": tensors,
     }
     digest.update(json.dumps(said).encode())

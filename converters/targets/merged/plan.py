@@ -9,16 +9,15 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from ...errors import BaseError, TargetError
+from ...errors import BaseError
 from ...files.tensors import (
     LazyTensor,
     LazyTensors,
     SafetensorsTensor,
     numel,
     refuse_quantized,
-    same_values,
 )
-from ...model.base import HEAD, BaseModel
+from ...model.base import BaseModel
 from ...model.layout import Layout
 from ...model.match import (
     changed,
@@ -27,7 +26,7 @@ from ...model.match import (
     stored_name,
     target_architecture,
 )
-from ...model.tying import copy_of_embedding, new_embedding, tied
+from ...model.tying import new_embedding, untied
 from ...run import Run
 from ..target import Plan, Progress
 
@@ -124,14 +123,14 @@ def plan_merge(run: Run, base: BaseModel, dtype: torch.dtype | None) -> MergePla
             found=f"quantization_config, and the dtype {dtype} wanted",
             remedy="merge into the base before it was quantized",
         )
+    given = base
+    architecture, _ = target_architecture(run, base)
+    run, base = untied(run, base, architecture, Layout(base, architecture, run.num_labels).find)
     architecture, expected = target_architecture(run, base)
     layout = Layout(base, architecture, run.num_labels)
     run = layout.on_disk(run)
     replaced = changed(run, base, layout.find)
     embedding = new_embedding(base, replaced)
-    tied = base.find(HEAD) is None and embedding is not None and HEAD in replaced
-    if tied and embedding is not None and same_values(replaced[HEAD], embedding):
-        del replaced[HEAD]  # one tensor still
     targets = _targets(run, base, replaced)
     check_frozen(run, base)
 
@@ -150,6 +149,8 @@ def plan_merge(run: Run, base: BaseModel, dtype: torch.dtype | None) -> MergePla
         }
     else:
         names, shards = {}, {_shard_name(path): [] for path in base.shards}
+        # What is no longer tied, also where the class would tie what it finds in one place only.
+        expected += [name for name in base.tensors.keys() - given.tensors if name not in expected]
         own = {name: layout.find(name) for name in expected if name not in replaced}
         renamed = {old: name for name, old in own.items() if old is not None}
         fused = {name: layout.members(name) for name, old in own.items() if old is None}
@@ -169,21 +170,15 @@ def plan_merge(run: Run, base: BaseModel, dtype: torch.dtype | None) -> MergePla
         new = output(name, tensor)
         last.append(replace(new, dtype=added) if new.dtype.is_floating_point else new)
 
-    config = _config(run, base, architecture, dtype, embedding)
-    head = _untie(run, targets, base, replaced, config)
-    if head is not None:
-        module, _ = targets.get(HEAD, (None, False))
-        last.append(OutputTensor(HEAD, head, dtype or head.dtype, module))
-    copy = copy_of_embedding(run, base)
-    written = {n: tuple(t for t in tensors if t.name != copy) for n, tensors in shards.items()}
+    written = {name: tuple(tensors) for name, tensors in shards.items()}
     return MergePlan(
         target="merged",
         run=run,
-        base=base,
+        base=given,
         nbytes=sum(tensor.nbytes for tensors in written.values() for tensor in tensors),
         warnings=run.warnings,
         shards=written,
-        config=config,
+        config=_config(run, base, architecture, dtype, embedding),
         dtype=dtype,
     )
 
@@ -252,44 +247,3 @@ def _config(
     if dtype is not None:
         config["torch_dtype" if "torch_dtype" in config else "dtype"] = str(dtype)[len("torch.") :]
     return config
-
-
-def _untie(
-    run: Run,
-    targets: Mapping[str, tuple[str, bool]],
-    base: BaseModel,
-    replaced: LazyTensors,
-    config: dict[str, object],
-) -> LazyTensor | None:
-    """What the head is made from when the run changed one side of a tied pair, None when it
-    stays as it is. The configuration then says that the pair is no longer tied.
-    """
-    whole = new_embedding(base, replaced)
-    old = base.tensors.get(base.embedding or "")
-    module, _ = targets.get(base.embedding or "", (None, False))
-    head_changed = HEAD in replaced or HEAD in targets
-    if whole is None and module is None and not head_changed:
-        return None
-    known = tied(config)
-    causal = HEAD in known
-    embedding_changed = module is not None and module not in run.tied
-    if whole is not None and old is not None and whole.shape == old.shape and causal:
-        embedding_changed = embedding_changed or HEAD not in run.replaced
-    if not head_changed and not embedding_changed:
-        return None
-    if base.find(HEAD) is None and not causal and not head_changed:
-        if not known:
-            return None
-        raise TargetError(
-            "the run changed an embedding that this architecture ties to other tensors",
-            file=base.path,
-            tensor=base.embedding,
-            remedy="deploy it as an adapter (`adapter`)",
-        )
-    if str(config.get("model_type")).endswith("t5"):
-        # There tie_word_embeddings also says whether the decoder's output is scaled.
-        config.setdefault("scale_decoder_outputs", config.get("tie_word_embeddings") is not False)
-    config["tie_word_embeddings"] = False
-    if HEAD in replaced or base.find(HEAD) is not None:
-        return None
-    return whole if whole is not None and HEAD in run.replaced else old

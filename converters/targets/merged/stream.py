@@ -24,6 +24,7 @@ import torch
 
 from ...errors import BaseError
 from ...files.handles import opened
+from ...files.hashes import TensorHashes
 from ...files.tensors import DTYPE_NAMES, SafetensorsTensor, byte_view, nbytes, rows_and_columns
 from ...run import Run
 from ...updates.update import Update, transposed
@@ -109,8 +110,11 @@ def write_shards(
     run: Run,
     progress: Progress,
     finished: Finished | None = None,
+    hashes: TensorHashes | None = None,
 ) -> dict[str, Rounding]:
     """Write the safetensors files of `shards`; returns the rounding of each updated module.
+
+    What `hashes` does not know of the sources is hashed beside, while it is in the page cache.
 
     As many files are in work as there are cores, because the kernel lets one writer into a file
     at a time. Those that are done go to the disk while the next are computed; `finished` is then
@@ -138,7 +142,7 @@ def write_shards(
                     for name in names[start : start + width]
                 }
                 jobs = [
-                    _shard_jobs(stream, shards[name], run, reports, progress)
+                    _shard_jobs(stream, shards[name], run, reports, progress, hashes)
                     for name, stream in streams.items()
                 ]
                 _run_jobs(pool, [j for row in zip_longest(*jobs) for j in row if j is not None])
@@ -167,6 +171,7 @@ def _shard_jobs(
     run: Run,
     reports: dict[str, Rounding],
     progress: Progress,
+    hashes: TensorHashes | None,
 ) -> list[Job]:
     """Write the header of one file and return the jobs that fill in its tensors."""
     header = safetensors_header(tensors)
@@ -179,6 +184,8 @@ def _shard_jobs(
             jobs += _copy_jobs(tensor, stream.fileno(), offset, progress)
         else:
             jobs.append(_merge_job(tensor, run, stream.fileno(), offset, reports, progress))
+        if hashes is not None and (job := hashes.job(tensor.source)) is not None:
+            jobs.append(job)
         offset += tensor.nbytes
     return jobs
 

@@ -6,7 +6,6 @@ times slower, and the server does without its memory.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import shutil
@@ -15,8 +14,9 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from converters.certificate import FILE, sha256, tool, write_certificate
+from converters.certificate import FILE, tool, write_certificate
 from converters.errors import DoraExportError, TargetError
+from converters.files.hashes import file_hash
 from converters.files.json_files import read_json
 from converters.files.onnx_files import FOLDER, MODEL, SUFFIX, read_adapter_file
 from converters.files.output import output_folder
@@ -28,7 +28,7 @@ from converters.run import Run
 from converters.targets.onnx import add_adapters
 from converters.targets.onnx.plan import plan_onnx
 from dora_serve.api import write_onnx
-from dora_serve.folder.cache import cached, member_key
+from dora_serve.folder.cache import cached, key_of, member_key
 from dora_serve.folder.inventory import Member, discover, read_member
 from dora_serve.folder.names import names_inside
 from dora_serve.server.prepare import offer
@@ -40,7 +40,7 @@ from dora_serve.server.prepare.onnx_folders import (
 
 _NAME = "adapter"  # of the one in an adapter's own folder
 _MAP = "modules.json"
-_BESIDE = {".json", ".jinja", ".txt", ".model"}
+_BESIDE = {".json", ".jinja", ".txt", ".model"}  # of tokenizer and configuration
 
 Say = Callable[[str], None]
 
@@ -55,8 +55,9 @@ def make_offer(root: Path, base: str | None, dry: bool, say: Say) -> offer.Offer
         members = found.of(model)
         own = task_of(model.config)
         tasks = dict.fromkeys([*([own] if own else []), *(m.run.task or own for m in members)])
-        if not tasks:
+        if own is None:
             problems[name] = "its architecture is for no task that is served"
+            problems[name] += "; runs of it are, by their own" if tasks else ""
         for task in tasks:
             runs = [member for member in members if (member.run.task or own) == task]
             try:
@@ -137,11 +138,10 @@ def _graph(
 
 
 def _base_key(base: BaseModel, asked: Sequence[object]) -> str:
-    """The hash of a base's matrices, of the files beside them, and of what is asked for."""
-    matrices = [n.removesuffix(".weight") for n, t in base.tensors.items() if len(t.shape) > 1]
-    beside = {p.name: sha256(p) for p in sorted(base.path.glob("*")) if p.suffix in _BESIDE}
-    said = [tool(), base.fingerprint(matrices), beside, asked]
-    return hashlib.sha256(json.dumps(said).encode()).hexdigest()[:32]
+    """A name for the graph of a base: of its tensors, of the files beside them, and of what is
+    asked for."""
+    beside = [(p.name, file_hash(p)) for p in sorted(base.path.glob("*")) if p.suffix in _BESIDE]
+    return key_of([tool(), base.identity, beside, asked])
 
 
 def _base(name: str, base: BaseModel, graph: offer.Graph) -> offer.OfferedModel:

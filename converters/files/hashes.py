@@ -1,0 +1,118 @@
+"""BLAKE3 of files and of tensors: every byte is read once, and the answer remembered.
+
+What is remembered is kept in the user's cache under the state of the files: path, inode, size, and
+both times of change. A file that changed a moment before it was read is not remembered, since a
+change within the same tick of the clock would not show in its state.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import tempfile
+import time
+from collections.abc import Callable, Iterable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from functools import partial
+from pathlib import Path
+
+from blake3 import blake3
+
+from ..errors import BaseError, OutputError
+from .cache import private_cache
+from .handles import reading
+from .tensors import LazyTensor, LazyTensors, blocks, byte_view
+
+_SETTLED = 100_000_000  # nanoseconds; the kernel stamps files with a clock of some milliseconds
+_PIECE = 1 << 20
+
+
+class Memory:
+    """What was once found out about `files`, of those contents: `answer`, None where it is to be
+    found out now. `question` says what it is and how it is computed.
+
+    Where the cache cannot be used, nothing is remembered.
+    """
+
+    def __init__(self, question: str, files: Iterable[Path]) -> None:
+        now = time.time_ns()
+        found = [(str(path.resolve()), path.stat()) for path in sorted(set(files))]
+        states = [(p, s.st_ino, s.st_size, s.st_mtime_ns, s.st_ctime_ns) for p, s in found]
+        self._settled = all(s.st_ctime_ns + _SETTLED < now for _, s in found)
+        self._key = blake3(json.dumps([question, states]).encode()).hexdigest(length=16)
+        self.answer: str | None = None
+        # One that a crash of the machine left in pieces is no JSON.
+        with suppress(OutputError, OSError, ValueError):
+            value = json.loads((private_cache() / "hashes" / self._key).read_bytes())
+            self.answer = value if isinstance(value, str) else None
+
+    def keep(self, answer: str) -> None:
+        """Remember `answer` to the question, found out since this memory was asked."""
+        if not self._settled:
+            return
+        with suppress(OutputError, OSError):
+            place = private_cache() / "hashes"
+            place.mkdir(exist_ok=True)
+            descriptor, new = tempfile.mkstemp(dir=place)
+            with os.fdopen(descriptor, "w", encoding="utf-8") as stream:
+                json.dump(answer, stream)
+            Path(new).replace(place / self._key)
+
+
+def file_hash(path: Path) -> str:
+    """BLAKE3 of a file, remembered. Raises `OSError`."""
+    memory = Memory("file", [path])
+    if memory.answer is not None:
+        return memory.answer
+    digest = blake3()
+    with path.open("rb", buffering=0) as stream:
+        while piece := stream.read(_PIECE):
+            digest.update(piece)
+    answer = digest.hexdigest()
+    memory.keep(answer)
+    return answer
+
+
+class TensorHashes:
+    """BLAKE3 of the tensors of `files`, path → tensors: each of dtype, shape and every element."""
+
+    def __init__(self, files: Mapping[Path, LazyTensors]) -> None:
+        self._files = files
+        self._memory: dict[Path, Memory] = {}
+        self._known: dict[tuple[Path, str], str] = {}
+        for path, tensors in files.items():
+            with reading(path, BaseError):
+                memory = Memory("tensors", [path])
+            if memory.answer is not None:
+                known = json.loads(memory.answer)
+                self._known |= {(path, name): known[name] for name in tensors}
+            else:
+                self._memory[path] = memory
+
+    def job(self, tensor: LazyTensor) -> Callable[[], None] | None:
+        """What hashes `tensor`, for one who is about to read it anyway and has threads to do it;
+        None where its hash is known, or it is none of the files'."""
+        own = self._files.get(tensor.path, {}).get(tensor.name)
+        if own is not tensor or (tensor.path, tensor.name) in self._known:
+            return None
+        return partial(self._hash, tensor)
+
+    def all(self) -> dict[str, str]:
+        """Tensor name → hash, of all tensors. Those that no job has hashed are read now, by as many
+        threads as there are cores. Raises `DoraExportError` when a file cannot be read."""
+        tensors = [tensor for each in self._files.values() for tensor in each.values()]
+        left = [tensor for tensor in tensors if (tensor.path, tensor.name) not in self._known]
+        with ThreadPoolExecutor(max(1, len(os.sched_getaffinity(0)))) as pool:
+            for _ in pool.map(self._hash, left):
+                pass
+        for path, memory in self._memory.items():
+            memory.keep(json.dumps({name: self._known[path, name] for name in self._files[path]}))
+        self._memory.clear()
+        return {tensor.name: self._known[tensor.path, tensor.name] for tensor in tensors}
+
+    def _hash(self, tensor: LazyTensor) -> None:
+        digest = blake3(f"{tensor.dtype} {list(tensor.shape)}".encode())
+        for block in blocks(tensor):
+            digest.update(byte_view(block))
+        self._known[tensor.path, tensor.name] = digest.hexdigest()

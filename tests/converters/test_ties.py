@@ -1,0 +1,455 @@
+"""One side of a tied pair trained alone, of every family whose class ties: whole, by LoRA, and in
+single rows.
+
+The truth is PEFT's own live model, which transformers builds and ties. The negative control takes
+the other way of treating what is tied: sides that parted are made one again, sides that stayed one
+are parted.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from peft import LoraConfig, PeftModel, get_peft_model
+
+from converters.errors import DoraExportError
+from converters.readers import ReadOptions
+from dora_serve import merge, read_run, write_adapter
+from tests.conftest import randomize
+
+DECODER = {
+    "hidden_size": 32,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 8,
+    "intermediate_size": 48,
+    "vocab_size": 80,
+    "pad_token_id": 0,
+}
+ENCODER = {
+    "hidden_size": 32,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 4,
+    "intermediate_size": 48,
+    "vocab_size": 80,
+    "max_position_embeddings": 40,
+    "pad_token_id": 0,
+}
+TRANSLATOR = {
+    "d_model": 32,
+    "encoder_layers": 1,
+    "decoder_layers": 1,
+    "encoder_attention_heads": 4,
+    "decoder_attention_heads": 4,
+    "encoder_ffn_dim": 48,
+    "decoder_ffn_dim": 48,
+    "vocab_size": 80,
+    "max_position_embeddings": 40,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "decoder_start_token_id": 2,
+}
+T5 = {
+    "d_model": 32,
+    "d_kv": 8,
+    "d_ff": 48,
+    "num_layers": 1,
+    "num_heads": 4,
+    "vocab_size": 80,
+    "decoder_start_token_id": 0,
+}
+EYES = {
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 4,
+    "image_size": 16,
+    "patch_size": 4,
+}
+HYBRID = {
+    **DECODER,
+    "num_hidden_layers": 2,
+    "linear_num_key_heads": 2,
+    "linear_num_value_heads": 4,
+    "linear_key_head_dim": 8,
+    "linear_value_head_dim": 8,
+    "full_attention_interval": 2,
+    "tie_word_embeddings": True,
+    "rope_parameters": {
+        "rope_type": "default",
+        "rope_theta": 10000.0,
+        "mrope_section": [1, 1, 0],
+        "partial_rotary_factor": 0.5,
+        "mrope_interleaved": True,
+    },
+}
+WHISPER = {
+    **{key: value for key, value in TRANSLATOR.items() if key != "max_position_embeddings"},
+    "num_mel_bins": 8,
+    "max_source_positions": 20,
+    "max_target_positions": 20,
+    "decoder_start_token_id": 3,
+    "suppress_tokens": None,
+    "begin_suppress_tokens": None,
+}
+SHARED = ("model.shared", "model.encoder.embed_tokens", "model.decoder.embed_tokens", "lm_head")
+
+
+@dataclass(frozen=True)
+class Family:
+    """`sides`: the modules that share a weight. `inner`: a layer that is adapted beside a side.
+    `silent`: sides that the class does not compute with. `refused`: whether it cannot be untied.
+    `biased`: whether the head has a bias, which PEFT leaves out where single rows are trained."""
+
+    model: str
+    config: str
+    values: dict[str, Any]
+    sides: tuple[str, ...]
+    inner: str
+    silent: tuple[str, ...] = ()
+    refused: bool = False
+    biased: bool = False
+    inputs: tuple[str, ...] = ("input_ids",)
+    default: bool = field(default=False, kw_only=True)
+
+
+PAIR = ("input_ids", "decoder_input_ids")
+EMBED = ("model.embed_tokens", "lm_head")
+SEES = ("model.language_model.embed_tokens", "lm_head")
+FAMILIES = {
+    "qwen2": Family(
+        "Qwen2ForCausalLM",
+        "Qwen2Config",
+        {**DECODER, "tie_word_embeddings": True},
+        EMBED,
+        "q_proj",
+        default=True,
+    ),
+    "llama, untied": Family(
+        "LlamaForCausalLM",
+        "LlamaConfig",
+        {**DECODER, "tie_word_embeddings": False},
+        EMBED,
+        "q_proj",
+    ),
+    "gemma": Family("GemmaForCausalLM", "GemmaConfig", DECODER, EMBED, "q_proj"),
+    "gpt2": Family(
+        "GPT2LMHeadModel",
+        "GPT2Config",
+        {"n_embd": 32, "n_layer": 1, "n_head": 4, "vocab_size": 80, "n_positions": 40},
+        ("transformer.wte", "lm_head"),
+        "c_attn",
+    ),
+    "opt": Family(
+        "OPTForCausalLM",
+        "OPTConfig",
+        {**ENCODER, "ffn_dim": 48, "word_embed_proj_dim": 32},
+        ("model.decoder.embed_tokens", "lm_head"),
+        "q_proj",
+    ),
+    "mamba": Family(
+        "MambaForCausalLM",
+        "MambaConfig",
+        {"hidden_size": 32, "num_hidden_layers": 1, "vocab_size": 80, "state_size": 4},
+        ("backbone.embeddings", "lm_head"),
+        "in_proj",
+    ),
+    "t5": Family(
+        "T5ForConditionalGeneration",
+        "T5Config",
+        T5,
+        ("shared", "encoder.embed_tokens", "decoder.embed_tokens", "lm_head"),
+        "q",
+        silent=("shared",),
+        inputs=PAIR,
+        default=True,
+    ),
+    "umt5": Family(
+        "UMT5ForConditionalGeneration",
+        "UMT5Config",
+        T5,
+        ("shared", "encoder.embed_tokens", "decoder.embed_tokens", "lm_head"),
+        "q",
+        silent=("shared",),
+        inputs=PAIR,
+    ),
+    "longt5": Family(
+        "LongT5ForConditionalGeneration",
+        "LongT5Config",
+        {**T5, "local_radius": 4},
+        ("shared", "encoder.embed_tokens", "decoder.embed_tokens", "lm_head"),
+        "q",
+        silent=("shared",),
+        inputs=PAIR,
+    ),
+    "switch": Family(
+        "SwitchTransformersForConditionalGeneration",
+        "SwitchTransformersConfig",
+        {**T5, "num_sparse_encoder_layers": 0, "num_sparse_decoder_layers": 0},
+        ("shared", "encoder.embed_tokens", "decoder.embed_tokens", "lm_head"),
+        "q",
+        refused=True,
+        inputs=PAIR,
+    ),
+    "bart": Family(
+        "BartForConditionalGeneration",
+        "BartConfig",
+        TRANSLATOR,
+        SHARED,
+        "q_proj",
+        silent=SHARED[:1],
+        inputs=PAIR,
+        default=True,
+    ),
+    "mbart": Family(
+        "MBartForConditionalGeneration",
+        "MBartConfig",
+        TRANSLATOR,
+        SHARED,
+        "q_proj",
+        silent=SHARED[:1],
+        inputs=PAIR,
+    ),
+    "marian": Family(
+        "MarianMTModel",
+        "MarianConfig",
+        TRANSLATOR,
+        SHARED,
+        "q_proj",
+        silent=SHARED[:1],
+        inputs=PAIR,
+    ),
+    "pegasus": Family(
+        "PegasusForConditionalGeneration",
+        "PegasusConfig",
+        TRANSLATOR,
+        SHARED,
+        "q_proj",
+        silent=SHARED[:1],
+        inputs=PAIR,
+    ),
+    "whisper": Family(
+        "WhisperForConditionalGeneration",
+        "WhisperConfig",
+        WHISPER,
+        ("model.decoder.embed_tokens", "proj_out"),
+        "q_proj",
+        inputs=("input_features", "decoder_input_ids"),
+        default=True,
+    ),
+    "bert": Family(
+        "BertForMaskedLM",
+        "BertConfig",
+        ENCODER,
+        ("bert.embeddings.word_embeddings", "cls.predictions.decoder"),
+        "query",
+        default=True,
+        biased=True,
+    ),
+    "roberta": Family(
+        "RobertaForMaskedLM",
+        "RobertaConfig",
+        ENCODER,
+        ("roberta.embeddings.word_embeddings", "lm_head.decoder"),
+        "query",
+        biased=True,
+    ),
+    "albert": Family(
+        "AlbertForMaskedLM",
+        "AlbertConfig",
+        {**ENCODER, "embedding_size": 16},
+        ("albert.embeddings.word_embeddings", "predictions.decoder"),
+        "query",
+        biased=True,
+    ),
+    "electra": Family(
+        "ElectraForMaskedLM",
+        "ElectraConfig",
+        {**ENCODER, "embedding_size": 16},
+        ("electra.embeddings.word_embeddings", "generator_lm_head"),
+        "query",
+        biased=True,
+    ),
+    "deberta": Family(
+        "DebertaForMaskedLM",
+        "DebertaConfig",
+        ENCODER,
+        ("deberta.embeddings.word_embeddings", "cls.predictions.decoder"),
+        "in_proj",
+        biased=True,
+    ),
+    "deberta-v2": Family(
+        "DebertaV2ForMaskedLM",
+        "DebertaV2Config",
+        ENCODER,
+        ("deberta.embeddings.word_embeddings", "cls.predictions.decoder"),
+        "query_proj",
+        biased=True,
+    ),
+    "distilbert": Family(
+        "DistilBertForMaskedLM",
+        "DistilBertConfig",
+        {"dim": 32, "n_layers": 1, "n_heads": 4, "hidden_dim": 48, "vocab_size": 80},
+        ("distilbert.embeddings.word_embeddings", "vocab_projector"),
+        "q_lin",
+        biased=True,
+    ),
+    "qwen3.5, sees": Family(
+        "Qwen3_5ForConditionalGeneration",
+        "Qwen3_5Config",
+        {
+            "text_config": HYBRID,
+            "tie_word_embeddings": True,
+            "vision_config": {
+                "depth": 1,
+                "hidden_size": 32,
+                "intermediate_size": 48,
+                "num_heads": 4,
+                "out_hidden_size": 32,
+                "patch_size": 4,
+                "spatial_merge_size": 2,
+                "temporal_patch_size": 2,
+                "num_position_embeddings": 16,
+            },
+            "image_token_id": 75,
+            "video_token_id": 76,
+            "vision_start_token_id": 77,
+            "vision_end_token_id": 78,
+        },
+        SEES,
+        "q_proj",
+        default=True,
+    ),
+    "gemma3, sees": Family(
+        "Gemma3ForConditionalGeneration",
+        "Gemma3Config",
+        {
+            "text_config": DECODER,
+            "vision_config": EYES,
+            "mm_tokens_per_image": 4,
+            "image_token_index": 75,
+            "boi_token_index": 76,
+            "eoi_token_index": 77,
+        },
+        SEES,
+        r".*language_model.*q_proj",
+    ),
+    "llava": Family(
+        "LlavaForConditionalGeneration",
+        "LlavaConfig",
+        {
+            "text_config": {**DECODER, "model_type": "llama", "tie_word_embeddings": True},
+            "vision_config": {**EYES, "model_type": "clip_vision_model", "projection_dim": 32},
+            "image_token_index": 79,
+        },
+        SEES,
+        r".*language_model.*q_proj",
+    ),
+}
+
+
+def base(family: Family, folder: Path) -> None:
+    torch.manual_seed(0)
+    config = getattr(transformers, family.config)(**family.values)
+    model = getattr(transformers, family.model)(config)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.copy_(torch.randn_like(parameter) * 0.1 + (parameter.dim() < 2))
+    model.save_pretrained(folder)
+
+
+def load(family: Family, folder: Path) -> Any:
+    return getattr(transformers, family.model).from_pretrained(folder).eval()
+
+
+def tuned(family: Family, folder: Path, out: Path, side: str, way: str) -> Any:
+    """PEFT's live model of an adapter on `side`, as loading makes it, and the adapter in `out`."""
+    inner: Any = family.inner if family.inner.startswith(".") else [family.inner]
+    config: dict[str, Any] = {"r": 2, "lora_alpha": 6, "target_modules": inner}
+    if way == "whole":
+        config["modules_to_save"] = [side]
+    elif way == "tokens":
+        config["trainable_token_indices"] = {side: [5, 9, 30]}
+    elif isinstance(inner, str):
+        config["target_modules"] = f"{inner}|{side}"
+    else:
+        config["target_modules"] = [*inner, side]
+    model = get_peft_model(load(family, folder), LoraConfig(**config))
+    randomize(model, ("lora_", "modules_to_save", "trainable_tokens_delta"))
+    model.save_pretrained(out)
+    return PeftModel.from_pretrained(load(family, folder), str(out)).eval()
+
+
+def logits(family: Family, model: Any) -> torch.Tensor:
+    ids = torch.tensor([[5, 6, 7, 9, 30, 11, 12, 13], [30, 2, 9, 8, 5, 40, 41, 42]])
+    sound = torch.randn(2, 8, 40, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        inputs = {name: sound if name == "input_features" else ids for name in family.inputs}
+        return model(**inputs).logits
+
+
+def apart(left: torch.Tensor, right: torch.Tensor) -> float:
+    return float((left - right).abs().max())
+
+
+def otherwise(family: Family, merged: Any, folder: Path, side: str) -> None:
+    """Treat what is tied in the other way than the merged model does."""
+    old = load(family, folder)
+    weights = {name: merged.get_submodule(name).weight for name in family.sides}
+    parted = any(not torch.equal(weight, weights[side]) for weight in weights.values())
+    for name in family.sides:
+        other = weights[side].detach() if parted else old.get_submodule(name).weight.detach()
+        if name != side:
+            merged.get_submodule(name).weight = torch.nn.Parameter(other.clone())
+
+
+def cases() -> list[Any]:
+    return [
+        pytest.param(
+            name,
+            side,
+            way,
+            id=f"{name}-{side}-{way}",
+            marks=() if family.default else (pytest.mark.further,),
+        )
+        for name, family in FAMILIES.items()
+        for side in family.sides
+        for way in ("whole", "lora", "tokens")
+    ]
+
+
+@pytest.mark.parametrize(("name", "side", "way"), cases())
+def test_one_side_of_what_is_tied(tmp_path: Path, name: str, side: str, way: str) -> None:
+    family = FAMILIES[name]
+    base(family, tmp_path / "base")
+    live = tuned(family, tmp_path / "base", tmp_path / "lora", side, way)
+    truth = logits(family, live)
+    run = read_run(tmp_path / "lora", ReadOptions(base=tmp_path / "base"))
+    spread = (way, side) == ("tokens", "shared")  # to all sides
+    refusal = "computes otherwise" if family.refused and not spread else ""
+    refusal = "without its bias" if family.biased and way == "tokens" else refusal
+    if refusal:
+        with pytest.raises(DoraExportError, match=refusal):
+            merge(run, tmp_path / "merged", base=tmp_path / "base")
+        return
+    merge(run, tmp_path / "merged", base=tmp_path / "base")
+    cls = getattr(transformers, family.model)
+    merged, info = cls.from_pretrained(tmp_path / "merged", output_loading_info=True)
+    assert not any(info[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys"))
+    assert apart(logits(family, merged.eval()), truth) < 1e-4
+    if way != "tokens":  # rows are no sum of few components; an adapter of them is refused or cut
+        write_adapter(run, tmp_path / "adapter", base=tmp_path / "base")
+        again = PeftModel.from_pretrained(
+            load(family, tmp_path / "base"), str(tmp_path / "adapter")
+        )
+        assert apart(logits(family, again.eval()), truth) < 1e-4
+    if side not in family.silent:
+        otherwise(family, merged, tmp_path / "base", side)
+        assert apart(logits(family, merged), truth) > 1e-3

@@ -1,0 +1,63 @@
+"""The guard as a server speaks to it: messages in their barest form, and clients that leave."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import logging
+import time
+from typing import Any
+
+import pytest
+
+from dora_serve.server.guard import Guard
+from dora_serve.server.metrics import Metrics
+
+
+def passed(messages: list[dict[str, Any]], metrics: Metrics) -> tuple[list[bytes], list[Any]]:
+    """The bodies that the application behind the guard was given, and what was answered."""
+    bodies: list[bytes] = []
+    sent: list[Any] = []
+
+    async def app(_scope: Any, receive: Any, send: Any) -> None:
+        message = await receive()
+        bodies.append(message["body"])
+        await send({"type": "http.response.start", "status": 200, "headers": []})
+        await send({"type": "http.response.body", "body": b""})
+
+    async def receive() -> dict[str, Any]:
+        return messages.pop(0)
+
+    async def send(message: Any) -> None:
+        sent.append(message)
+
+    guard = Guard(app, None, 10, False, frozenset(), metrics)
+    scope = {"type": "http", "method": "POST", "path": "/x", "headers": []}
+    asyncio.run(guard(scope, receive, send))
+    return bodies, sent
+
+
+def test_a_body_in_pieces_the_last_of_which_does_not_say_so() -> None:
+    messages: list[dict[str, Any]] = [
+        {"type": "http.request", "body": b"ab", "more_body": True},
+        {"type": "http.request", "more_body": True},
+        {"type": "http.request", "body": b"c"},
+    ]
+    bodies, sent = passed(messages, Metrics())
+    assert bodies == [b"abc"]
+    assert messages == []
+    assert sent[0]["status"] == 200
+
+
+def test_a_client_that_leaves_is_logged(caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO, "dora_serve.requests")
+    metrics, begin = Metrics(), time.monotonic()
+    bodies, _ = passed([{"type": "http.disconnect"}], metrics)
+    elapsed = 1e3 * (time.monotonic() - begin)
+    assert bodies == []
+    (told,) = [json.loads(r.message) for r in caplog.records if r.name == "dora_serve.requests"]
+    assert (told["method"], told["path"], told["status"]) == ("POST", None, 499)
+    assert 0 <= told["ms"] <= elapsed + 0.1
+    assert round(told["ms"], 1) == told["ms"]
+    (counted,) = metrics.refused.collect()
+    assert {s.labels["status"] for s in counted.samples} == {"499"}
