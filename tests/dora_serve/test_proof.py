@@ -122,6 +122,7 @@ def test_a_tied_side_trained_whole_is_judged_by_peft(tmp_path: Path) -> None:
         intermediate_size=48,
         vocab_size=80,
         max_position_embeddings=40,
+        initializer_range=0.2,
     )
     torch.manual_seed(0)
     transformers.BertForMaskedLM(config).save_pretrained(tmp_path / "base")
@@ -146,7 +147,8 @@ def test_a_tied_side_trained_whole_is_judged_by_peft(tmp_path: Path) -> None:
             decoder.weight = torch.nn.Parameter(decoder.weight.detach().clone())
         model.bert.embeddings.word_embeddings.weight.data.copy_(trained.weight)
         model.save_pretrained(tmp_path / f"tied-{tied}")
-    assert verify(run, tmp_path / "tied-False", tmp_path / "base").passed
+    right = verify(run, tmp_path / "tied-False", tmp_path / "base")
+    assert right.passed, right.max_abs
     found = verify(run, tmp_path / "tied-True", tmp_path / "base")
     assert not found.passed and found.truth == "peft"
     assert found.max_abs > 10 * found.tolerance
@@ -259,7 +261,7 @@ def test_what_does_not_load_has_failed(large: Path, tmp_path: Path) -> None:
     found = verify(run, lost, large / "base")
     assert not found.passed and key in found.failures[0]
     more = edited(
-        large / "merged", tmp_path / "more", lambda t: {**t, "model.extra.weight": t[key]}
+        large / "merged", tmp_path / "more", lambda t: {**t, "model.extra.weight": t[key] + 1}
     )
     found = verify(run, more, large / "base")
     assert not found.passed and "model.extra.weight" in found.failures[0]
