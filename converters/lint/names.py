@@ -5,14 +5,16 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Iterator
+from functools import partial
 
 from ..model.match import Classes
+from ..model.names import PEFT_PREFIX as PREFIX
 from ..model.names import auto_class, unwrapped
 from ..model.tasks import POOLING, architecture_of
 from ..model.tying import groups
 from ..targets.engines import VLLM_TEXT_NAMES, Profile
 from ..targets.lora_folder import CONFIG
-from .finding import PEFTS_OWN, PREFIX, Adapter, Finding
+from .finding import PEFTS_OWN, Adapter, Finding
 
 _LAYER = re.compile(r"(.*?)\.(\d{1,9})\.(?:(.+)\.)?([^.]+)")
 _REWRITE = "`lint` with `fix` writes the names PEFT knows"
@@ -108,9 +110,7 @@ def unknown_modules(adapter: Adapter) -> Iterator[Finding]:
                 "use the base it was trained on, or rename the module",
             )
             continue
-        deaf = adapter.where(
-            lambda engine, m=module, name=meant: not _finds(adapter, engine, m, name)
-        )
+        deaf = adapter.where(partial(_misses, adapter, module, meant))
         if deaf:
             yield Finding(
                 "other-name",
@@ -122,6 +122,10 @@ def unknown_modules(adapter: Adapter) -> Iterator[Finding]:
                 meant,
                 _REWRITE,
             )
+
+
+def _misses(adapter: Adapter, module: str, meant: str, engine: Profile) -> bool:
+    return not _finds(adapter, engine, module, meant)
 
 
 def _finds(adapter: Adapter, engine: Profile, module: str, meant: str) -> bool:

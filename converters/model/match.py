@@ -180,9 +180,12 @@ class Classes:
 
     def _through_text(self, name: str, endings: tuple[str, ...]) -> str | None:
         """By the tensor on disk that the text model and the whole one are both loaded from."""
-        for ending in endings if self.text is not None else ():
-            own = self.text.names.tensor(name + ending)
-            disk = self.text.find(own) if own is not None else None
+        text = self.text
+        if text is None:
+            return None
+        for ending in endings:
+            own = text.names.tensor(name + ending)
+            disk = text.find(own) if own is not None else None
             found = self.whole.names.tensor(disk) if disk is not None else None
             if found is not None:
                 return found.removesuffix(ending)

@@ -19,7 +19,7 @@ import torch
 
 from ..errors import BaseError, RunError
 from ..files.tensors import LazyTensor, LazyTensors, load_finite
-from ..model.base import BaseModel
+from ..model.base import HEAD, BaseModel
 from ..model.layout import Layout
 from ..model.match import target_architecture
 from ..run import Run

@@ -81,7 +81,7 @@ def fold_rounded(truth: Truth, dtype: torch.dtype) -> float:
 class PeftTruth:
     """The model that PEFT makes of the base and the run's folder."""
 
-    name: ClassVar[str] = "peft"
+    name = "peft"
 
     def __init__(self, loaded: Loaded, adapted: Loaded) -> None:
         from peft.tuners.tuners_utils import BaseTunerLayer
@@ -143,7 +143,7 @@ class LiveModel:
     there the layer computes with the deployed weight.
     """
 
-    name: ClassVar[str] = "live"
+    name = "live"
 
     def __init__(self, run: Run, base: BaseModel) -> None:
         run = resolved(run, base)

@@ -97,7 +97,8 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
 def logits(model: Any) -> torch.Tensor:
     with torch.inference_mode():
         found = model.eval()(**INPUTS)
-    return (found.logits if "logits" in found else found.last_hidden_state).float()
+    values = found.logits if "logits" in found else found.last_hidden_state
+    return torch.as_tensor(values.float())
 
 
 def in_peft(family: str, base: Path, lora: Path) -> torch.Tensor:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 from ...options import DTYPES, option
 from ..engines import PROFILES
 from ..target import Target
-from .names import CONFIG
+from .names import CONFIG as CONFIG
 from .names import WEIGHTS as WEIGHTS
 
 if TYPE_CHECKING:

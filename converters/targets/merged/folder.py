@@ -5,15 +5,17 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ...certificate import write_json
 from ...files.output import JOURNAL
 from ...run import NO_UPDATE
 from ..target import Progress, Report
 from .journal import Journal
-from .plan import MergePlan
 from .stream import Rounding, write_shards
+
+if TYPE_CHECKING:
+    from .plan import MergePlan
 
 _INDEX = "model.safetensors.index.json"
 

@@ -89,7 +89,7 @@ class Engine:
         with torch.inference_mode():
             found = model(input_ids=torch.tensor([PROMPT]))
         if self._pools:
-            return found.last_hidden_state[0, -1].float()
+            return torch.as_tensor(found.last_hidden_state[0, -1].float())
         return torch.log_softmax(found.logits[0, -1].float(), dim=-1)
 
     def computes(self, lora: Path, truth: torch.Tensor) -> bool:
