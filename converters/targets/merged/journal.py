@@ -14,6 +14,7 @@ from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -21,8 +22,10 @@ from ...certificate import sha256, tool
 from ...files.output import JOURNAL
 from ...files.tensors import byte_view
 from ...updates.update import Update
-from .plan import MergePlan
 from .stream import Rounding
+
+if TYPE_CHECKING:
+    from .plan import MergePlan
 
 _PROBED_ROWS = 16
 

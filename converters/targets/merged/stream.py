@@ -19,6 +19,7 @@ from dataclasses import dataclass
 from io import RawIOBase
 from itertools import zip_longest
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -29,7 +30,9 @@ from ...files.tensors import DTYPE_NAMES, SafetensorsTensor, byte_view, nbytes, 
 from ...run import Run
 from ...updates.update import Update, transposed
 from ..target import Progress
-from .plan import OutputTensor
+
+if TYPE_CHECKING:
+    from .plan import OutputTensor
 
 BLOCK_ELEMENTS = 512 << 10  # 2 MiB in float32: stays in the cache, and amortizes the calls
 _COPY_BYTES = 64 << 20
