@@ -89,6 +89,6 @@ def add_adapters(
     Each file appears whole. Raises `TargetError` for another base, a name that is taken (without
     `force`), or a folder that carries no adapters.
     """
-    from . import write
+    from . import add
 
-    return write.add_adapters(folder, adapters, base, force, dry_run)
+    return add.add_adapters(folder, adapters, base, force, dry_run)

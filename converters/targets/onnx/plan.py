@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -23,18 +23,11 @@ from ..merged.plan import plan_merge
 from ..target import Plan, Progress, Report
 from .encoder import ENCODER_TASKS
 from .encoder import _heads as heads_of
+from .report import MERGED, OnnxReport, adapter_certificates, refuse
 from .seq2seq import SEQ2SEQ_TASK
 
-_MERGED = "export it merged: `onnx`"
 _BYTES = {"fp32": 4, "fp16": 2, "int8": 1, "int4": 0.5}  # of a weight, at least
 _NAME = re.compile(r"[\w][\w.-]*")
-
-
-@dataclass(frozen=True)
-class OnnxReport(Report):
-    """`ranks`: adapter → module → rank."""
-
-    ranks: Mapping[str, Mapping[str, int]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -81,8 +74,6 @@ class OnnxPlan(Plan):
         return report
 
     def certificate(self, report: Report) -> dict[str, object]:
-        from .write import adapter_certificates
-
         if self.merges:
             return super().certificate(report)
         assert isinstance(report, OnnxReport)
@@ -199,14 +190,14 @@ def _check_adapters(adapters: Mapping[str, Run], base: BaseModel, task: str | No
                     "this module's update is not low-rank",
                     file=run.path,
                     tensor=module,
-                    remedy=_MERGED,
+                    remedy=MERGED,
                 )
             if module.endswith("]"):  # a block of a parameter
                 raise TargetError(
                     "an ONNX graph has no branch for experts",
                     file=run.path,
                     tensor=module,
-                    remedy=_MERGED,
+                    remedy=MERGED,
                 )
             base.is_transposed(module, run.shapes[module])
 
@@ -218,17 +209,6 @@ def _own_heads(run: Run, base: BaseModel, architecture: str | None, task: str | 
     cls = architecture or architecture_of(base.config)
     heads = heads_of(empty_model(cls, base.config, run.num_labels), task)
     return {f"{module}.{part}" for module in heads for part in ("weight", "bias")}
-
-
-def refuse(run: Run, tensors: list[str]) -> None:
-    """Raise an error when there are `tensors` that a graph has no input for."""
-    if tensors:
-        raise TargetError(
-            "the run trained tensors that an adapter in an ONNX graph cannot carry",
-            file=run.path,
-            found=", ".join(tensors),
-            remedy=_MERGED,
-        )
 
 
 def _check_base(proof: Mapping[str, object], base: BaseModel, folder: Path) -> None:

@@ -1,4 +1,4 @@
-"""Filling an ONNX folder as planned, and adding adapters to one."""
+"""Filling an ONNX folder as planned."""
 
 from __future__ import annotations
 
@@ -7,14 +7,11 @@ from collections.abc import Mapping
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 import torch
 
-from ...certificate import FILE, certificate, file_record, write_json
-from ...files.json_files import read_json
 from ...files.onnx_files import FOLDER, SUFFIX, graphs_in, heads_in
-from ...files.output import addition
 from ...model.base import BaseModel
 from ...model.match import changed
 from ...run import LazyUpdates, Run
@@ -25,8 +22,11 @@ from .branches import input_shapes, sites_in
 from .decoder import build_decoder
 from .encoder import ENCODER_TASKS, build_adaptable_encoder, build_encoder
 from .heads import head_tensors
-from .plan import OnnxPlan, OnnxReport, plan_added, refuse
+from .report import OnnxReport, refuse
 from .seq2seq import SEQ2SEQ_TASK, build_seq2seq
+
+if TYPE_CHECKING:
+    from .plan import OnnxPlan
 
 
 def write_graphs(folder: Path, plan: OnnxPlan) -> OnnxReport:
@@ -48,7 +48,7 @@ def write_graphs(folder: Path, plan: OnnxPlan) -> OnnxReport:
         }
         return OnnxReport(modules, details)
     _build_base(plan.base, plan.adapters, folder, plan.task, plan.precision)
-    ranks = _write_adapters(folder, plan.adapters, plan.base) if plan.adapters else {}
+    ranks = write_adapters(folder, plan.adapters, plan.base) if plan.adapters else {}
     return OnnxReport(details=details, ranks=ranks)
 
 
@@ -77,7 +77,7 @@ def _build_base(
         build_decoder(base.path, folder, precision, adaptable=True)
 
 
-def _write_adapters(
+def write_adapters(
     folder: Path, adapters: Mapping[str, Run], base: BaseModel
 ) -> dict[str, dict[str, int]]:
     shapes: dict[str, list[int | str]] = {}
@@ -97,39 +97,4 @@ def _write_adapters(
             sites,
             head_tensors(run, base, shapes),
         )
-    return ranks
-
-
-def adapter_certificates(
-    adapters: Mapping[str, Run], base: BaseModel, ranks: Mapping[str, Mapping[str, int]]
-) -> dict[str, object]:
-    return {
-        name: certificate("onnx", run, base, {m: {"rank": r} for m, r in ranks[name].items()})
-        for name, run in adapters.items()
-    }
-
-
-def add_adapters(
-    folder: Path, adapters: Mapping[str, Run], base: BaseModel, force: bool, dry_run: bool
-) -> dict[str, dict[str, int]]:
-    """See `converters.targets.onnx.add_adapters`."""
-    if dry_run:
-        stripped = plan_added(folder, adapters, base, force=force)
-        return {n: {m: run.rank(m) or 0 for m in run.updates} for n, run in stripped.items()}
-    with addition(folder) as temporary:
-        stripped = plan_added(folder, adapters, base, force=force)
-        proof: dict[str, Any] = read_json(folder / FILE)
-        for file in graphs_in(folder):
-            shutil.copyfile(file, temporary / file.name)
-        ranks = _write_adapters(temporary, stripped, base)
-        proof["adapters"] |= adapter_certificates(adapters, base, ranks)
-        for name in adapters:  # what was measured was measured on the run of that name before
-            proof.get("accuracy", {}).pop(name, None)
-        added = [Path(FOLDER, f"{name}{SUFFIX}") for name in adapters]
-        records = {file.as_posix(): file_record(temporary / file) for file in added}
-        proof["files"] = {**proof.get("files", {}), **records}
-        write_json(temporary / FILE, proof)
-        (folder / FOLDER).mkdir(exist_ok=True)
-        for file in (*added, Path(FILE)):
-            (temporary / file).replace(folder / file)
     return ranks

@@ -1,0 +1,44 @@
+"""Adapters added to an ONNX folder that was written with some."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from ...certificate import FILE, file_record, write_json
+from ...files.json_files import read_json
+from ...files.onnx_files import FOLDER, SUFFIX, graphs_in
+from ...files.output import addition
+from ...model.base import BaseModel
+from ...run import Run
+from .plan import plan_added
+from .report import adapter_certificates
+from .write import write_adapters
+
+
+def add_adapters(
+    folder: Path, adapters: Mapping[str, Run], base: BaseModel, force: bool, dry_run: bool
+) -> dict[str, dict[str, int]]:
+    """See `converters.targets.onnx.add_adapters`."""
+    if dry_run:
+        stripped = plan_added(folder, adapters, base, force=force)
+        return {n: {m: run.rank(m) or 0 for m in run.updates} for n, run in stripped.items()}
+    with addition(folder) as temporary:
+        stripped = plan_added(folder, adapters, base, force=force)
+        proof: dict[str, Any] = read_json(folder / FILE)
+        for file in graphs_in(folder):
+            shutil.copyfile(file, temporary / file.name)
+        ranks = write_adapters(temporary, stripped, base)
+        proof["adapters"] |= adapter_certificates(adapters, base, ranks)
+        for name in adapters:  # what was measured was measured on the run of that name before
+            proof.get("accuracy", {}).pop(name, None)
+        added = [Path(FOLDER, f"{name}{SUFFIX}") for name in adapters]
+        records = {file.as_posix(): file_record(temporary / file) for file in added}
+        proof["files"] = {**proof.get("files", {}), **records}
+        write_json(temporary / FILE, proof)
+        (folder / FOLDER).mkdir(exist_ok=True)
+        for file in (*added, Path(FILE)):
+            (temporary / file).replace(folder / file)
+    return ranks
