@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import TypeGuard
 
 from ..errors import TensorFileError
 from .handles import check_file
@@ -41,3 +42,8 @@ def unique_keys(pairs: list[tuple[str, object]]) -> dict[str, object]:
     if len(result) != len(pairs):
         raise ValueError("a key appears twice")
     return result
+
+
+def is_number(value: object) -> TypeGuard[float]:
+    """Whether it is a number that float32 can hold, neither NaN nor infinite."""
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) < 3e38

@@ -3,82 +3,21 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
 from dataclasses import replace
-from importlib.metadata import entry_points
 from pathlib import Path
-from typing import Protocol, TypeGuard
 
 from ..errors import MissingError, RunError
 from ..files.handles import reading, there
+from ..files.json_files import is_number as is_number
 from ..options import ReadOptions as ReadOptions
 from ..run import Run
+from .registry import Reader as Reader
+from .registry import detect as detect
+from .registry import is_run as is_run
+from .registry import readers as readers
 from .run_folder import RunFolder as RunFolder
 
-
-def is_number(value: object) -> TypeGuard[float]:
-    """Whether it is a number that float32 can hold, neither NaN nor infinite."""
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) < 3e38
-
-
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
-
-
-class Reader(Protocol):
-    """Reads the runs of one training method."""
-
-    name: str
-    looks_for: str
-
-    def detect(self, folder: RunFolder) -> RunFolder | None:
-        """The run's own folder, `folder` or one below it; None when it is not this method's."""
-
-    def read(self, folder: RunFolder, options: ReadOptions) -> Run:
-        """The run in `folder`, as returned by `detect`."""
-
-
-def readers() -> list[Reader]:
-    """Every installed reader, by name."""
-    points = sorted(entry_points(group="dora_serve.readers"), key=lambda point: point.name)
-    return [point.load()() for point in points]
-
-
-def is_run(path: Path, known: Sequence[Reader] | None = None) -> bool:
-    """Whether one of the readers `known` (default: all) takes the folder `path` for a run."""
-    folder = RunFolder(path)
-    return any(reader.detect(folder) is not None for reader in known or readers())
-
-
-def detect(path: Path, method: str | None = None) -> tuple[Reader, RunFolder]:
-    """The reader of the run at `path` (or the one named `method`), and the run's own folder.
-
-    Raises `MissingError` when nothing is there, `RunError` when no reader or more than one fits.
-    """
-    if not path.exists():
-        raise MissingError(
-            "no such run", file=path, remedy="give the checkpoint, task or adapter folder"
-        )
-    if not path.is_dir():
-        raise RunError("a run is a folder", file=path, found="a file", remedy="give its folder")
-    known = [reader for reader in readers() if method in (None, reader.name)]
-    if not known:
-        raise RunError(
-            "no such method", found=method, expected=", ".join(reader.name for reader in readers())
-        )
-    folder = RunFolder(path)
-    hits = [(reader, found) for reader in known if (found := reader.detect(folder)) is not None]
-    if len(hits) == 1:
-        return hits[0]
-    if hits:
-        raise RunError(
-            "the folder holds runs of several methods",
-            file=path,
-            found=", ".join(f"{reader.name} in {found.path}" for reader, found in hits),
-            remedy="name one of these folders, or the method with `method`",
-        )
-    content = ", ".join(sorted(p.name for p in path.iterdir())[:8]) or "an empty folder"
-    looked = "".join(f"\n    {reader.name}: {reader.looks_for}" for reader in known)
-    raise RunError("no run found in this folder", file=path, found=content, expected=looked)
 
 
 def read_run(path: str | Path, options: ReadOptions | None = None) -> Run:

@@ -14,9 +14,9 @@ import torch
 from torch.nn import functional
 
 from ..errors import RunError
+from ..options import ReadOptions
 from ..run import Run
 from ..updates.rank_one import RankOneSum
-from . import ReadOptions
 from .lora_reader import Adaptation, AdapterFiles, LoraFiles
 from .module import AdaptedModule, adapted
 from .run_folder import CONFIG_FILE, WEIGHT_FILES, RunFolder

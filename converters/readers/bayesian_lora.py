@@ -15,9 +15,9 @@ import torch
 
 from ..errors import RunError
 from ..files.tensors import LazyTensor, load_finite
+from ..options import ReadOptions
 from ..run import Run
 from ..updates.rank_one import RankOneSum
-from . import ReadOptions
 from .lora_reader import Adaptation, AdapterFiles
 from .module import AdaptedModule, Modules
 from .peft_common import refuse_unread

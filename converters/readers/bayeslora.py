@@ -10,8 +10,8 @@ from __future__ import annotations
 import re
 
 from ..files.tensors import LazyTensors
+from ..options import ReadOptions
 from ..run import Run
-from . import ReadOptions
 from .lora_reader import Adaptation, CheckpointFiles
 from .module import AdaptedModule, grouped
 from .run_folder import RunFolder

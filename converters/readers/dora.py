@@ -17,10 +17,11 @@ from pathlib import Path
 import torch
 
 from ..errors import RunError
+from ..files.json_files import is_number
 from ..files.tensors import LazyTensor, LazyTensors, load_torch, read_json
+from ..options import ReadOptions
 from ..run import LazyUpdates, Run
 from ..updates.update import Update
-from . import ReadOptions, is_number
 from .module import AdaptedModule, grouped
 from .run_folder import RunFolder
 

@@ -11,8 +11,8 @@ from dataclasses import replace
 
 from ..errors import RunError
 from ..files.tensors import LazyTensors, numel
+from ..options import ReadOptions
 from ..run import Run
-from . import ReadOptions
 from .lora_reader import Adaptation, AdapterFiles, CheckpointFiles, LoraFiles
 from .module import AdaptedModule, Modules, adapted
 from .peft_common import is_variant

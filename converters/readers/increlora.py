@@ -12,9 +12,9 @@ import re
 
 import torch
 
+from ..options import ReadOptions
 from ..run import Run
 from ..updates.rank_one import RankOneSum
-from . import ReadOptions
 from .lora_reader import Adaptation, CheckpointFiles
 from .module import AdaptedModule, grouped
 from .run_folder import RunFolder

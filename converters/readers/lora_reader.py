@@ -18,11 +18,11 @@ from pathlib import Path
 from typing import NamedTuple
 
 from ..errors import MissingError, RunError
+from ..files.json_files import is_number
 from ..files.tensors import LazyTensors
 from ..model.tasks import task_of
 from ..run import LazyUpdates, Run
 from ..updates.update import Update
-from . import is_number
 from .module import AdaptedModule, Modules
 from .peft_common import origin, refuse_unread
 from .run_folder import CONFIG_FILE, RunFolder

@@ -6,9 +6,9 @@
 
 from __future__ import annotations
 
+from ..options import ReadOptions
 from ..run import Run
 from ..updates.rank_one import RankOneSum
-from . import ReadOptions
 from .lora_reader import Adaptation, CheckpointFiles
 from .module import AdaptedModule, adapted
 from .run_folder import RunFolder

@@ -21,11 +21,11 @@ import re
 import torch
 
 from ..errors import RunError
+from ..options import ReadOptions
 from ..run import Run
 from ..updates.rank_one import RankOneSum
 from ..updates.rotated import rotated
 from ..updates.update import Update
-from . import ReadOptions
 from .lora_reader import Adaptation, AdapterFiles
 from .module import AdaptedModule, grouped
 from .peft_common import Scaling, linear_shape, need_base

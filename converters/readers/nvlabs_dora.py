@@ -10,10 +10,10 @@ import re
 
 import torch
 
+from ..options import ReadOptions
 from ..run import Run
 from ..updates.magnitude import MagnitudeUpdate
 from ..updates.rank_one import RankOneSum
-from . import ReadOptions
 from .lora_reader import Adaptation, AdapterFiles
 from .module import AdaptedModule, grouped
 from .peft_common import Scaling, linear_shape, need_base

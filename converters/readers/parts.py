@@ -16,8 +16,9 @@ import torch
 
 from ..errors import MissingError, RunError
 from ..files.tensors import LazyTensor
+from ..options import ReadOptions
 from ..run import LazyUpdates, Run
-from . import ReadOptions, detect
+from .registry import detect
 from .run_folder import CONFIG_FILE, RunFolder
 
 T = TypeVar("T")

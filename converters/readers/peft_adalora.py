@@ -11,8 +11,8 @@ import re
 from dataclasses import replace
 
 from ..errors import RunError
+from ..options import ReadOptions
 from ..run import Run
-from . import ReadOptions
 from .lora_reader import Adaptation, AdapterFiles, LoraFiles
 from .module import AdaptedModule, grouped
 from .run_folder import CONFIG_FILE, WEIGHT_FILES, RunFolder

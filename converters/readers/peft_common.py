@@ -9,10 +9,11 @@ from typing import TypedDict
 
 from ..errors import BaseError, MissingError, RunError
 from ..files.handles import there
+from ..files.json_files import is_number
 from ..files.tensors import LazyTensors
 from ..model.base import CONV1D_FAMILIES, CONV1D_LAYERS, BaseModel, open_base
 from ..model.tasks import task_of_peft
-from . import ReadOptions, is_number
+from ..options import ReadOptions
 from .dora import HEAD_WEIGHTS
 from .patterns import PatternError, Patterns
 

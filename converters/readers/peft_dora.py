@@ -13,10 +13,10 @@ from pathlib import Path
 
 from ..errors import RunError
 from ..files.tensors import LazyTensor, LazyTensors, load_finite, numel
+from ..options import ReadOptions
 from ..run import LazyUpdates, Run
 from ..updates.magnitude import MagnitudeUpdate
 from ..updates.update import Update, transposed
-from . import ReadOptions
 from .peft_lora import PeftLoraReader
 from .run_folder import CONFIG_FILE, WEIGHT_FILES, RunFolder
 

@@ -21,10 +21,10 @@ from ..files.tensors import LazyTensor, load_finite, numel
 from ..model.base import open_base
 from ..model.match import target_architecture
 from ..model.tying import spreading
+from ..options import ReadOptions
 from ..run import LazyUpdates, Run
 from ..updates.rank_one import RankOneSum
 from ..updates.update import Update
-from . import ReadOptions
 from .lora_reader import AdapterFiles
 from .module import AdaptedModule, adapted, grouped
 from .peft_common import Scaling, is_variant, of_training_alone, refuse_variant

@@ -16,11 +16,11 @@ from ..errors import RunError
 from ..files.tensors import LazyTensor, LazyTensors, load_finite
 from ..model.layout import FUSED
 from ..model.tying import rows_in_memory
+from ..options import ReadOptions
 from ..run import LazyUpdates
 from ..updates.rank_one import RankOneSum
 from ..updates.replaced import ReplacedRows
 from ..updates.update import Update
-from . import ReadOptions
 from .module import AdaptedModule
 from .peft_common import Scaling, need_base
 

@@ -22,10 +22,10 @@ from ..files.tensors import LazyTensor, LazyTensors, load_finite
 from ..model.base import HEAD, BaseModel
 from ..model.layout import Layout
 from ..model.match import target_architecture
+from ..options import ReadOptions
 from ..run import Run
 from ..updates.peft_layer import LayerUpdate, MergedBias, merge_layer
 from ..updates.update import Update, convolution_matrix
-from . import ReadOptions
 from .patterns import PatternError, Patterns
 from .peft_common import known_base, origin
 from .run_folder import CONFIG_FILE, WEIGHT_FILES, RunFolder

@@ -17,8 +17,8 @@ from ..model.base import BaseModel
 from ..model.match import target_architecture
 from ..model.tasks import HEADS, task_of_peft
 from ..model.tying import aliases
+from ..options import ReadOptions
 from ..run import Run
-from . import ReadOptions
 from .peft_common import known_base
 from .run_folder import CONFIG_FILE, RunFolder
 
