@@ -128,8 +128,8 @@ def untied(
     """
     if all(_LAYER.search(name) for name in (*run.updates, *run.replaced)):
         return run, base
-    sharing = groups(base, architecture, run.num_labels)
-    shared = [_Shared.of(run, base, find, names) for names in sharing]
+    sharing = [_alike(base, names) for names in groups(base, architecture, run.num_labels)]
+    shared = [_Shared.of(run, base, find, names) for names in sharing if len(names) > 1]
     _check_biases(run, find, shared)
     touched = [one for one in shared if one.holder and one.changed]
     if not touched:
@@ -234,6 +234,13 @@ class _Shared:
             replaced[name] = self.tensors[name]
         if name in self.updates:
             updates[name.removesuffix(".weight")] = self.updates[name]
+
+
+def _alike(base: BaseModel, names: list[str]) -> list[str]:
+    """`names` without those that the base stores with other values: loaded, they stay apart."""
+    stored = [name for name in names if name in base.tensors]
+    others = {n for n in stored[1:] if not same_values(base.tensors[n], base.tensors[stored[0]])}
+    return [name for name in names if name not in others]
 
 
 def _known(architecture: str | None, config: Mapping[str, object]) -> bool:

@@ -85,7 +85,7 @@ def _unknown(config: Mapping[str, object]) -> Iterator[str]:
             own = PEFT_TYPE_TO_CONFIG_MAPPING[str(config["peft_type"])]
             known |= own.__dataclass_fields__.keys()
         except (ImportError, KeyError):
-            pass
+            return  # a tuner that PEFT does not have: its reader knows its switches
     names = [key for key, value in config.items() if value is True and key not in known]
     if names:
         yield (

@@ -55,7 +55,7 @@ def checked(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, int]]:
     ("command", "checks"),
     [
         (["merge", "RUN", "OUT"], MODULES),
-        (["merge", "RUN", "OUT", "--dry-run"], 0),
+        (["merge", "RUN", "OUT", "--dry-run"], MODULES),
         (["adapter", "RUN", "OUT"], MODULES),
         (["adapter", "RUN", "OUT", "--target", "vllm"], MODULES),
         (["adapter", "RUN", "OUT", "--dry-run"], MODULES),
@@ -85,7 +85,7 @@ def test_a_command_reads_each_tensor_once(
     assert set(read.values()) <= {1.0}
 
 
-def test_verify_reads_each_tensor_once(
+def test_verify_leaves_the_reading_to_peft(
     tmp_path: Path, llama_base: Path, llama_lora: Path, read: dict[str, float]
 ) -> None:
     merge(llama_lora, tmp_path / "out", base=llama_base)
@@ -93,7 +93,7 @@ def test_verify_reads_each_tensor_once(
     words = ["verify", str(llama_lora), str(tmp_path / "out"), "--base", str(llama_base)]
     result = CliRunner().invoke(dora_export, words)
     assert result.exit_code == 0, result.output
-    assert len(read) == 2 * MODULES and set(read.values()) == {1.0}
+    assert "truth" in result.output and not read  # the truth is PEFT's own model
 
 
 def test_a_merge_reads_once_without_memory_and_an_adapter_does_not(

@@ -60,7 +60,7 @@ class ScaledLoraReader:
 def installed(monkeypatch: pytest.MonkeyPatch) -> None:
     ours = entry_points(group="dora_serve.readers")
     point = SimpleNamespace(name="scaled_lora", load=lambda: ScaledLoraReader)
-    monkeypatch.setattr("converters.readers.entry_points", lambda **_: [*ours, point])
+    monkeypatch.setattr("converters.readers.registry.entry_points", lambda **_: [*ours, point])
 
 
 @pytest.fixture

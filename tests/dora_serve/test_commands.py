@@ -55,7 +55,9 @@ def test_an_error_is_one_message_without_traceback(tmp_path: Path) -> None:
 def test_a_path_that_cannot_be_written_is_an_error(option: str, dora_run: Path) -> None:
     done = export("inspect", dora_run, option, "nowhere/picture")
     assert done.returncode == 1
-    assert done.stderr.endswith("No such file or directory\n  file: nowhere/picture\n")
+    assert (
+        done.stderr == "error: no such folder, or no permission to write to it\n  file: nowhere\n"
+    )
     assert "Traceback" not in done.stderr
 
 

@@ -23,6 +23,7 @@ from ...model.layout import Layout
 from ...model.match import (
     changed,
     check_frozen,
+    classes,
     is_transposed,
     lies_plainly,
     resolved,
@@ -239,7 +240,8 @@ def _check_rows(
     """Raise `BaseError` for a tensor with one number per token that the base has for its own
     vocabulary only, such as a head's bias, where the run's has other `rows`."""
     old = base.tensors.get(base.embedding or "")
-    if old is None or old.shape[:1] == (rows,) or architecture is None:
+    known = architecture is not None and classes(run.task, run.num_labels, base).known
+    if old is None or old.shape[:1] == (rows,) or architecture is None or not known:
         return
     state = empty_model(architecture, plan.config, run.num_labels).state_dict()
     for tensor in plan.tensors:
