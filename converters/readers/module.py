@@ -75,14 +75,14 @@ class AdaptedModule:
         self.check_size(part, size)
 
     def check_size(self, part: str, size: int) -> None:
-        """Raise `RunError` unless `part` holds `size` numbers."""
+        """Raise `RunError` unless `part` is a vector of `size` numbers, lying or standing."""
         tensor = self.parts[part]
-        if numel(tensor) != size:
+        if numel(tensor) != size or (size and max(tensor.shape, default=1) != size):
             raise self.error(
                 f"{part} does not fit the module's other tensors",
                 part,
                 found=list(tensor.shape),
-                expected=f"{size} numbers, as [{size}]",
+                expected=f"{size} numbers, as [{size}]: one per component",
             )
 
     def incomplete(self, part: str, expected: str) -> RunError:
