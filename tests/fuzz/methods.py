@@ -17,8 +17,8 @@ _LARGEST = 1 << 20  # elements of an update that is computed
 
 # Each run, and the base it may need.
 _RUNS = [
-    ("methods/bayesian_lora/scale", "methods/mora/llama"),
-    ("methods/bayesian_lora/range", "methods/mora/llama"),
+    ("methods/bayesian_lora/scale", "methods/nvlabs_dora/roberta"),
+    ("methods/bayesian_lora/range", "methods/nvlabs_dora/roberta"),
     ("methods/bayeslora/llama", "methods/mora/llama"),
     ("methods/mora/llama-type1", "methods/mora/llama"),
     ("methods/mora/llama-type6", "methods/mora/llama"),
