@@ -62,7 +62,9 @@ def test_a_tensor_as_a_matrix(shape: tuple[int, ...], matrix: tuple[int, int]) -
 def test_only_floats_of_two_bytes_or_more_take_an_update(tmp_path: Path) -> None:
     path = tmp_path / "x.safetensors"
     save_file({str(dtype): tensor_of(dtype, (2,)) for dtype in DTYPES}, path)
-    for name, tensor in open_file(path).items():
+    found = open_file(path)
+    assert len(found) == len(DTYPES)
+    for name, tensor in found.items():
         if name in [str(dtype) for dtype in DTYPES[:4]]:
             refuse_quantized(tensor)
         else:

@@ -67,7 +67,9 @@ def deployed(base: Path, adapter: Path, model: Any = AutoModelForCausalLM) -> di
 
 
 def assert_deployed(found: Mapping[str, Any], base: Path, run: Run) -> None:
-    for name, weight in load_file(base / "model.safetensors").items():
+    weights = load_file(base / "model.safetensors")
+    assert {f"{module}.weight" for module in run.updates} <= weights.keys()
+    for name, weight in weights.items():
         expected = weight.double().numpy()
         module = name.removesuffix(".weight")
         if name in run.replaced:
