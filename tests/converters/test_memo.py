@@ -32,12 +32,13 @@ def held(*owners: Memo) -> list[str]:
     return [name for owner in owners for name in names if owner.get(name) is not None]
 
 
-def test_those_remembered_longest_ago_go_first_whosever_they_are() -> None:
+def test_those_remembered_longest_ago_go_first_whosever_they_are(empty: Memo) -> None:
     one, other = Memo(), Memo()
     first = update()
     for name, owner in zip("abc", (one, other, one), strict=True):
         owner.remember(name, first)
     assert one.get("a") is first
+    assert empty.get("last") is not None  # it fits to the last byte
     assert held(one, other) == ["a", "c", "b"]
     one.remember("a", update())  # again: counted once, and the newest now
     assert one.get("a") is not first

@@ -12,7 +12,10 @@ import transformers
 from safetensors.torch import load_file
 
 from converters.errors import BaseError, DoraExportError, TargetError
+from converters.model.architecture import class_for, empty_model
 from dora_serve import merge
+from tests.conftest import tiny_llama
+from tests.converters import naming
 from tests.converters.families import save_base
 from tests.converters.made import lazy, low_rank, make_run
 
@@ -96,3 +99,60 @@ def test_labels_without_end(tmp_path: Path) -> None:
     )
     with pytest.raises(BaseError, match="num_labels is 1000001"):
         merge(run, tmp_path / "out", base=tmp_path / "base")
+
+
+@pytest.mark.parametrize(
+    ("current", "ending", "found"),
+    [
+        ("LlamaForCausalLM", "ForSequenceClassification", "LlamaForSequenceClassification"),
+        ("LlamaModel", "ForCausalLM", "LlamaForCausalLM"),
+        ("GPT2LMHeadModel", "ForTokenClassification", "GPT2ForTokenClassification"),
+        ("BertPreTrainedModel", "Model", "BertModel"),
+        ("BertForPreTraining", "ForMaskedLM", "BertForMaskedLM"),
+        ("MarianMTModel", "ForCausalLM", "MarianForCausalLM"),
+        ("Qwen2VLForConditionalGeneration", "Model", "Qwen2VLModel"),
+    ],
+)
+def test_the_class_of_a_family_for_a_task(current: str, ending: str, found: str) -> None:
+    assert class_for({"architectures": [current]}, ending) == found
+
+
+def test_families_without_a_class_for_a_task() -> None:
+    for config in ({}, {"architectures": ["ForCausalLM"]}, {"architectures": ["LlamaForNothing"]}):
+        with pytest.raises(TargetError, match="no class for this task") as caught:
+            class_for({"model_type": "llama", **config}, "ForNothing")
+        assert "model_type: llama" in str(caught.value.found)
+
+
+def tiny(**more: object) -> dict[str, object]:
+    return {**tiny_llama().config.to_dict(), **more}
+
+
+def test_a_model_without_weights() -> None:
+    model = empty_model("LlamaForCausalLM", tiny())
+    assert type(model).__name__ == "LlamaForCausalLM"
+    assert {parameter.device.type for parameter in model.parameters()} == {"meta"}
+    assert model.lm_head.weight.shape == (80, 32)
+    labels = {"id2label": {"0": "a", "1": "b", "2": "c"}, "label2id": {"a": 0, "b": 1, "c": 2}}
+    for count, found in ((None, 3), (3, 3), (5, 5)):
+        model = empty_model("LlamaForSequenceClassification", tiny(**labels), count)
+        assert model.score.weight.shape == (found, 32)
+        assert len(model.config.id2label) == len(model.config.label2id) == found
+    both = naming.FAMILIES["gemma3"].config().to_dict()
+    assert empty_model("Gemma3ForCausalLM", both).config.model_type == "gemma3_text"
+    assert empty_model("Gemma3ForConditionalGeneration", both).config.model_type == "gemma3"
+
+
+@pytest.mark.parametrize("inside", [True, False])
+@pytest.mark.parametrize("key", ["n_layer", "n_layers", "odd_layers", "experts", "n_odd_experts"])
+def test_how_many_parts_a_configuration_may_ask_for(key: str, inside: bool) -> None:
+    """Of what no class reads, so that none is made; told before any is."""
+    for count in (2000, 2001):
+        config = tiny(odd={key: count}) if inside else tiny(**{key: count})
+        if count == 2000:
+            empty_model("LlamaForCausalLM", config)
+        else:
+            with pytest.raises(BaseError, match="cannot make") as caught:
+                empty_model("LlamaForCausalLM", config)
+            assert f"{key} is 2001, over 2000" in str(caught.value.found)
+    empty_model("LlamaForCausalLM", tiny(**{f"{key}_x": 5000, "odd": [5000]}))

@@ -15,11 +15,16 @@ from safetensors.torch import load_file, save_file
 from converters.errors import BaseError
 from converters.model.base import open_base
 from converters.model.layout import Layout, is_parameter, split_slice
+from converters.updates.update import Update
 from dora_serve import merge
-from tests.converters.families import save_base
+from tests.converters import naming
+from tests.converters.families import DECODER, save_base
+from tests.converters.families import EXPERTS as FUSED
 from tests.converters.made import lazy, low_rank, make_run
+from tests.converters.naming import QWEN3_VISION, ROPE, TEXT, TOKENS
 
-WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
+WEIGHTS = "model.safetensors"
+KINDS = "gate_up_proj", "down_proj"
 
 
 @pytest.mark.parametrize(
@@ -166,3 +171,82 @@ def test_what_conversions_fuse(tmp_path: Path) -> None:
     assert place.start == 2 * 48 + 24
     assert place.transposed is False
     assert layout.place("model.nothing", (2, 2)) is None
+
+
+def adapted(
+    state: Mapping[str, torch.Tensor], modules: list[str]
+) -> tuple[dict[str, Update], dict[str, torch.Tensor]]:
+    """An update of each module of a class, and what it adds to the parameter in memory."""
+    updates: dict[str, Update] = {}
+    deltas = {}
+    for number, module in enumerate(modules):
+        update = low_rank(*state[f"{module}.weight"].shape, seed=number)
+        updates[module], deltas[f"{module}.weight"] = update, update.dense()
+    return updates, deltas
+
+
+@pytest.mark.parametrize(
+    "modules",
+    [
+        ["H.0.self_attn.q_proj", "H.0.self_attn.v_proj", "L.1.mlp.up_proj", "L.1.self_attn.o_proj"],
+        ["L.0.self_attn.k_proj"],
+        ["H.1.self_attn.gate_proj", "H.1.mlp.gate_proj", "H.1.mlp.up_proj", "H.1.mlp.down_proj"],
+        ["H.0.self_attn.o_proj"],
+    ],
+    ids=len,
+)
+def test_one_tensor_on_disk_that_becomes_several(tmp_path: Path, modules: list[str]) -> None:
+    """HRM stores gate, q, k and v as one tensor, and calls others otherwise."""
+    base = tmp_path / "base"
+    values = {**DECODER, "num_key_value_heads": 4, "head_dim": 8}
+    config = transformers.HrmTextConfig(**values, num_labels=2)
+    torch.manual_seed(0)
+    transformers.HrmTextForCausalLM(config).save_pretrained(base)
+    assert "model.H_module.layers.0.attn.gqkv_proj.weight" in load_file(base / WEIGHTS)
+    names = [f"model.{module[0]}_module.layers.{module[2:]}" for module in modules]
+    updates, deltas = adapted(loaded(base)[1], names)
+    merge(make_run(tmp_path / "run", updates, task="causal-lm"), tmp_path / "out", base=base)
+    assert_deployed(base, tmp_path / "out", deltas)
+
+
+@pytest.mark.parametrize("turned", [True, False])
+def test_experts_that_are_transposed_on_loading(tmp_path: Path, turned: bool) -> None:
+    """Qwen3-VL's, where the file does not hold them as the class does already."""
+    base, name = tmp_path / "base", "model.language_model.layers.0.mlp.experts"
+    config = transformers.Qwen3VLMoeConfig(
+        text_config={**TEXT, **FUSED, "decoder_sparse_step": 1, "rope_scaling": ROPE},
+        vision_config={**QWEN3_VISION, "deepstack_visual_indexes": [0]},
+        **TOKENS,
+    )
+    torch.manual_seed(0)
+    transformers.Qwen3VLMoeForConditionalGeneration(config).save_pretrained(base)
+    if turned:
+        tensors = load_file(base / WEIGHTS)
+        for key in [key for key in tensors if ".experts." in key]:
+            tensors[key] = tensors[key].transpose(1, 2).contiguous()
+        save_file(tensors, base / WEIGHTS, {"format": "pt"})
+    _, state = loaded(base)
+    updates: dict[str, Update] = {}
+    deltas = {f"{name}.{kind}": torch.zeros_like(state[f"{name}.{kind}"]) for kind in KINDS}
+    for number, (kind, expert) in enumerate([(KINDS[0], 0), (KINDS[0], 3), (KINDS[1], 2)]):
+        update = low_rank(*state[f"{name}.{kind}"].shape[1:], seed=number)
+        updates[f"{name}.{kind}[{expert}]"] = update
+        deltas[f"{name}.{kind}"][expert] = update.dense()
+    merge(make_run(tmp_path / "run", updates, task="causal-lm"), tmp_path / "out", base=base)
+    assert_deployed(base, tmp_path / "out", deltas)
+
+
+def test_a_module_under_its_name_on_disk_has_its_place_in_memory(tmp_path: Path) -> None:
+    naming.make(tmp_path, naming.FAMILIES["llava"])
+    layout = Layout(open_base(tmp_path / "base"), "LlavaForConditionalGeneration")
+    inner = "layers.1.mlp.down_proj"
+    place = layout.place(f"language_model.model.{inner}", (32, 48))
+    assert place is not None
+    assert place.parameter == f"model.language_model.{inner}.weight"
+    assert (place.start, place.rows, place.columns, place.transposed) == (0, 32, 48, False)
+    assert layout.place(f"model.language_model.{inner}", (32, 48)) == place
+    assert layout.place("language_model.model.layers.9.mlp.down_proj", (32, 48)) is None
+    with pytest.raises(BaseError, match="does not fit"):
+        layout.place(f"model.language_model.{inner}", (32, 49))
+    plain = Layout(open_base(tmp_path / "base"), "NothingThatIs")
+    assert plain.place(f"model.language_model.{inner}", (32, 48)) is None
