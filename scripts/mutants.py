@@ -35,12 +35,12 @@ import pytest
 from mutations import ROOT, Mutant, mutants
 
 HERE = "tests/converters"
-ADAPTERS = f"{HERE}/lora_folder {HERE}/test_targets.py"
+ADAPTERS = f"{HERE}/lora_folder {HERE}/targets {HERE}/test_targets.py"
 MERGES = f"{HERE}/merged {HERE}/test_nothing_lost.py"
 CACHE = "tests/dora_serve/test_cache.py tests/dora_serve/test_identity.py"
 NAMES = " ".join(f"{HERE}/test_{n}.py" for n in ("families", "naming", "tasks", "ties"))
 UPDATES = " ".join(
-    f"{HERE}/test_{n}.py" for n in ("updates_exact", "update", "memo", "peft_layers")
+    f"{HERE}/test_{n}.py" for n in ("updates_exact", "update", "memo", "peft_layer", "peft_layers")
 )
 GUARD = "tests/server/test_guard.py tests/server/test_guard_exact.py"
 DRAWING = " ".join(f"tests/engines/test_{n}.py" for n in ("sampling", "generation"))
@@ -49,7 +49,7 @@ SOURCES = {
     "converters/updates/*.py": UPDATES,
     "converters/files/*.py": f"{HERE}/files {HERE}/test_pickles.py {CACHE}",
     "converters/model/*.py": f"{HERE}/model {MERGES} {ADAPTERS} {NAMES}",
-    "converters/targets/*.py": f"{ADAPTERS} {HERE}/targets tests/dora_serve/test_verify.py",
+    "converters/targets/*.py": f"{ADAPTERS} tests/dora_serve/test_verify.py",
     "converters/targets/gguf/*.py": f"{HERE}/test_gguf.py {HERE}/test_gguf_scales.py",
     "converters/targets/merged/*.py": f"{MERGES} {HERE}/test_base.py",
     "converters/targets/lora_folder/*.py": ADAPTERS,

@@ -12,6 +12,7 @@ import torch
 from safetensors.torch import load_file
 
 from converters.errors import OutputError, TargetError
+from converters.fit import percent
 from converters.run import Run
 from converters.updates.rank_one import RankOneSum
 from converters.updates.update import Update
@@ -79,6 +80,12 @@ def test_peft_computes_the_run(tmp_path: Path, llama_base: Path, ranks: dict[str
     assert max(found.values()) < 1e-6
     assert {module for module, error in found.items() if error} <= set(alive)
     assert (result.path, result.warnings) == (tmp_path / "out", ())
+    summary = {"ranks": ranks, "max_rank": most, "modules_to_save": None, "whole": [], "fit": None}
+    assert result.plan.summary() == summary
+    assert result.plan.lines() == [
+        f"LoRA adapter for peft, {len(alive)} of {len(ranks)} modules, ranks up to {most}, "
+        "0 tensors whole"
+    ]
     assert {path.name for path in (tmp_path / "out").iterdir()} == {
         *("README.md", "adapter_config.json", "adapter_model.safetensors", "dora_export.json")
     }
@@ -97,7 +104,8 @@ def test_what_goes_with_the_weights(tmp_path: Path, llama_base: Path) -> None:
     assert result.warnings == ("told",)
     card = (tmp_path / "out" / "README.md").read_text()
     assert "library_name: peft" in card and f"base_model: {llama_base}" in card
-    assert f"| `{Q0}` | 8 | 3 |" in card and f"| `{V0}` | 7 | 0 |" in card
+    assert f"|---:|---:|\n| `{Q0}` | 8 | 3 |\n| `{V0}` | 7 | 0 |\n" in card
+    assert "- lora\n- dynamic-rank\n---\n" in card and card.endswith("| 7 | 0 |\n")
     assert "3 of 15 rank-1 components" in card and "PeftModel.from_pretrained" in card
     said = json.loads((tmp_path / "out" / "dora_export.json").read_text())
     assert (said["target"], said["dtype"], said.get("fit")) == ("peft", "float32", None)
@@ -179,6 +187,12 @@ def test_limits_approximate(tmp_path: Path, llama_base: Path, limit: dict[str, A
     ((name, value),) = limit.items()
     assert f"({name.replace('_', ' ')} {value})" in card
     assert f"{sum(fit['ranks'].values())} rank-1 components" in card
+    assert f"of {percent(fit['error'])} in all" in card
+    for module, rank in fit["ranks"].items():
+        assert f"\n| `{module}` |  | {rank} | {percent(fit['errors'][module])} |\n" in card
+    assert set(fit["ranks"]) == {Q0, UP0}
+    assert result.plan.summary()["fit"] == fit
+    assert result.plan.lines()[1:] == result.plan.run.fit.lines()
 
 
 def test_what_is_no_sum_is_refused_unless_fitted(tmp_path: Path, llama_base: Path) -> None:

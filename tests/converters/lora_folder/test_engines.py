@@ -14,9 +14,12 @@ from converters.targets.engines import PROFILES
 from converters.updates.rank_one import RankOneSum
 from converters.updates.update import Update
 from dora_serve import write_adapter
+from tests.converters import made
+from tests.converters.families import save_base
 from tests.converters.lora_folder.llama import (
     DOWN1,
     EMBED,
+    HEAD,
     K0,
     LAYER,
     Q0,
@@ -205,3 +208,43 @@ def test_classes_that_an_engine_does_not_adapt(tmp_path: Path) -> None:
         with pytest.raises(TargetError, match="gpt2") as caught:
             write_adapter(run, tmp_path / "out", base=base, target="vllm")
         assert caught.value.found == ", ".join(names[:3]) + (" …" if count > 3 else "")
+
+
+def zeros_in(folder: Path) -> tuple[set[str], set[str]]:
+    """The modules stored as zeros, and the others."""
+    _, tensors = stored(folder)
+    filled: dict[bool, set[str]] = {True: set(), False: set()}
+    for name, tensor in tensors.items():
+        module = name.removeprefix("base_model.model.").rpartition(".lora_")[0]
+        filled[bool(tensor.any())].add(module)
+    return filled[False], filled[True]
+
+
+def test_a_module_outside_of_the_layers_stands_alone(tmp_path: Path, llama_base: Path) -> None:
+    run = make_run(tmp_path / "run", {HEAD: 2, DOWN1: 2})
+    write_adapter(run, tmp_path / "out", base=llama_base, target="lorax")
+    assert zeros_in(tmp_path / "out") == ({"model.layers.0.mlp.down_proj"}, {HEAD, DOWN1})
+
+
+def test_a_kind_of_two_stacks_is_filled_up_in_both(tmp_path: Path) -> None:
+    save_base("bart", tmp_path / "base")
+    names = [f"model.{stack}.layers.{n}.fc1" for stack in ("encoder", "decoder") for n in (0, 1)]
+    (tmp_path / "run").mkdir()
+    run = Run(tmp_path / "run", "test", {name: low_rank(48, 32) for name in names[1:3]})
+    write_adapter(run, tmp_path / "out", base=tmp_path / "base", target="lorax")
+    assert zeros_in(tmp_path / "out") == ({names[0], names[3]}, set(names[1:3]))
+
+
+def test_a_class_that_transformers_does_not_know_is_filled_up_by_its_files(tmp_path: Path) -> None:
+    names = [LAYER.format(layer, "k_proj") for layer in range(3)]
+    base = made.make_base(
+        tmp_path / "base",
+        {f"{name}.weight": torch.ones(6, 4) for name in names},
+        architectures=["PartsForCausalLM"],
+        model_type="parts",
+    )
+    run = made.make_run(tmp_path / "run", {names[1]: low_rank(6, 4)})
+    write_adapter(run, tmp_path / "out", base=base, target="lorax")
+    assert zeros_in(tmp_path / "out") == ({names[0], names[2]}, {names[1]})
+    _, tensors = stored(tmp_path / "out")
+    assert {tuple(tensor.shape) for tensor in tensors.values()} == {(2, 4), (6, 2)}

@@ -200,6 +200,7 @@ def test_experts_by_their_names_on_disk_are_refused(tmp_path: Path) -> None:
 def test_blocks_of_a_parameter_take_the_largest_rank() -> None:
     sizes = {"e.w[0]": (1, 4, 5), "e.w[1]": (3, 4, 5), "e.v[0]": (2, 4, 5), "q": (1, 2, 2)}
     assert padded(sizes) == {**sizes, "e.w[0]": (3, 4, 5)}
+    assert padded({"e.w[0]": (0, 4, 5)}) == {"e.w[0]": (0, 4, 5)}
     assert padded({"e.w[1]": (3, 4, 5), "e.w[0]": (1, 4, 5)})["e.w[0]"] == (3, 4, 5)
 
 

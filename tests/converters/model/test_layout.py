@@ -17,6 +17,7 @@ from converters.model.base import open_base
 from converters.model.layout import Layout, is_parameter, split_slice
 from converters.updates.update import Update
 from dora_serve import merge
+from tests.conftest import Dense
 from tests.converters import naming
 from tests.converters.families import DECODER, save_base
 from tests.converters.families import EXPERTS as FUSED
@@ -185,6 +186,12 @@ def adapted(
     return updates, deltas
 
 
+def hrm(folder: Path) -> None:
+    values = {**DECODER, "num_key_value_heads": 4, "head_dim": 8}
+    torch.manual_seed(0)
+    transformers.HrmTextForCausalLM(transformers.HrmTextConfig(**values)).save_pretrained(folder)
+
+
 @pytest.mark.parametrize(
     "modules",
     [
@@ -198,15 +205,25 @@ def adapted(
 def test_one_tensor_on_disk_that_becomes_several(tmp_path: Path, modules: list[str]) -> None:
     """HRM stores gate, q, k and v as one tensor, and calls others otherwise."""
     base = tmp_path / "base"
-    values = {**DECODER, "num_key_value_heads": 4, "head_dim": 8}
-    config = transformers.HrmTextConfig(**values, num_labels=2)
-    torch.manual_seed(0)
-    transformers.HrmTextForCausalLM(config).save_pretrained(base)
+    hrm(base)
     assert "model.H_module.layers.0.attn.gqkv_proj.weight" in load_file(base / WEIGHTS)
     names = [f"model.{module[0]}_module.layers.{module[2:]}" for module in modules]
     updates, deltas = adapted(loaded(base)[1], names)
     merge(make_run(tmp_path / "run", updates, task="causal-lm"), tmp_path / "out", base=base)
     assert_deployed(base, tmp_path / "out", deltas)
+
+
+def test_an_update_that_is_no_sum_of_a_tensor_with_another_name(tmp_path: Path) -> None:
+    base, name = tmp_path / "base", "model.H_module.layers.0.self_attn.{}_proj"
+    hrm(base)
+    change = torch.randn(32, 32)
+    run = make_run(tmp_path / "run", {name.format("o"): Dense(change)}, task="causal-lm")
+    merge(run, tmp_path / "out", base=base)
+    assert_deployed(base, tmp_path / "out", {f"{name.format('o')}.weight": change})
+    part = make_run(tmp_path / "run", {name.format("q"): Dense(change)}, task="causal-lm")
+    with pytest.raises(BaseError, match="cannot be spread") as caught:
+        merge(part, tmp_path / "no", base=base)
+    assert (caught.value.file, caught.value.tensor) == (run.path, name.format("q"))
 
 
 @pytest.mark.parametrize("turned", [True, False])
