@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from converters.errors import OutputError
-from converters.files.cache import private_cache
+from converters.files.cache import cache_folder, private_cache
 from dora_serve.folder.cache import cached
 from tests.dora_serve.damage import flip, settle
 
@@ -125,3 +125,29 @@ def test_what_somebody_else_put_there_is_not_served_and_not_deleted(
     (kept,) = own_cache.glob("aside-key.*/key/theirs")
     assert kept.read_text() == "precious"
     assert not list((tmp_path / "elsewhere").iterdir())
+
+
+def test_where_the_cache_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "xdg"))
+    assert cache_folder() == tmp_path / "cache"
+    for unset in ("", None):
+        if unset is None:
+            monkeypatch.delenv("DORA_SERVE_CACHE")
+        else:
+            monkeypatch.setenv("DORA_SERVE_CACHE", unset)
+        assert cache_folder() == tmp_path / "xdg" / "dora-serve"
+    assert not (tmp_path / "xdg").exists()
+    for unset in ("", None):
+        if unset is None:
+            monkeypatch.delenv("XDG_CACHE_HOME")
+        else:
+            monkeypatch.setenv("XDG_CACHE_HOME", unset)
+        assert cache_folder() == tmp_path / "home" / ".cache" / "dora-serve"
+    assert private_cache() == cache_folder()
+    assert stat.S_IMODE(cache_folder().stat().st_mode) == 0o700
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("DORA_SERVE_CACHE", str(tmp_path / "file" / "below"))
+    with pytest.raises(OutputError, match="cannot be written") as caught:
+        private_cache()
+    assert caught.value.file == tmp_path / "file" / "below"

@@ -21,6 +21,8 @@ from converters.run import Run
 from converters.targets.lora_folder.experts import padded, stacked
 from converters.updates.update import Update
 from dora_serve import write_adapter
+from tests.converters import made
+from tests.converters.families import save_base
 from tests.converters.lora_folder.llama import (
     HEAD,
     Q0,
@@ -31,8 +33,10 @@ from tests.converters.lora_folder.llama import (
 )
 from tests.converters.made import delta_of, lazy, low_rank
 
+QUERY, PARTS = "roberta.encoder.layer.0.attention.self.query", ("weight", "bias")
 
-def test_whole_tensors_and_biases(tmp_path: Path) -> None:
+
+def roberta(folder: Path) -> dict[str, torch.Tensor]:
     torch.manual_seed(0)
     config = RobertaConfig(
         hidden_size=16,
@@ -43,9 +47,13 @@ def test_whole_tensors_and_biases(tmp_path: Path) -> None:
         max_position_embeddings=20,
     )
     model = RobertaForSequenceClassification(config)
-    model.save_pretrained(tmp_path / "base")
-    state = model.state_dict()
-    query = "roberta.encoder.layer.0.attention.self.query"
+    model.save_pretrained(folder)
+    state: dict[str, torch.Tensor] = model.state_dict()
+    return state
+
+
+def test_whole_tensors_and_biases(tmp_path: Path) -> None:
+    state, query = roberta(tmp_path / "base"), QUERY
     changed = ["classifier.dense.weight", "classifier.dense.bias", "classifier.out_proj.weight"]
     changed += ["classifier.out_proj.bias"]
     changed += [f"{query}.bias", "roberta.encoder.layer.1.output.LayerNorm.weight"]
@@ -81,6 +89,54 @@ def test_whole_tensors_and_biases(tmp_path: Path) -> None:
         write_adapter(run, tmp_path / "vllm", base=tmp_path / "base", target="vllm")
     assert norm in str(caught.value.found) and f"{query}.bias" in str(caught.value.found)
     assert "classifier" not in str(caught.value.found)
+
+
+@pytest.mark.parametrize("task", ["sequence-classification", "token-classification", None])
+def test_the_head_that_peft_expects_goes_along_though_nothing_changed_it(
+    tmp_path: Path, task: str | None
+) -> None:
+    state = roberta(tmp_path / "base")
+    run = made.make_run(tmp_path / "run", {QUERY: low_rank(16, 16)}, task=task)
+    head = {name for name in state if name.startswith("classifier.")} if task else set()
+    write_adapter(run, tmp_path / "out", base=tmp_path / "base")
+    config, tensors = stored(tmp_path / "out")
+    assert config["modules_to_save"] == (["classifier"] if task else None)
+    kept = {name.removeprefix("base_model.model.") for name in tensors if "lora_" not in name}
+    assert kept == head
+    assert all(torch.equal(tensors[f"base_model.model.{name}"], state[name]) for name in head)
+
+
+def test_what_training_left_of_a_module_comes_from_the_base(tmp_path: Path) -> None:
+    """PEFT loads a module whole or not at all."""
+    state, norm = roberta(tmp_path / "base"), "roberta.encoder.layer.1.output.LayerNorm"
+    whole = {f"{norm}.weight": torch.randn(16), "classifier.dense.weight": torch.randn(16, 16)}
+    run = made.make_run(
+        tmp_path / "run", {QUERY: low_rank(16, 16)}, replaced=lazy(tmp_path / "run", whole)
+    )
+    write_adapter(run, tmp_path / "out", base=tmp_path / "base")
+    config, tensors = stored(tmp_path / "out")
+    assert sorted(config["modules_to_save"]) == ["classifier.dense", norm]
+    kept = {name.removeprefix("base_model.model."): t for name, t in tensors.items()}
+    names = {f"{module}.{kind}" for module in ("classifier.dense", norm) for kind in PARTS}
+    assert {name for name in kept if "lora_" not in name} == names
+    for name in names:
+        assert torch.equal(kept[name], whole.get(name, state[name])), name
+    found = deployed(tmp_path / "base", tmp_path / "out", RobertaForSequenceClassification)
+    assert np.array_equal(found[f"{norm}.weight"], whole[f"{norm}.weight"].double().numpy())
+
+
+def test_a_stack_that_is_kept_but_for_one_module_is_no_head(tmp_path: Path) -> None:
+    """Nothing else under `encoder` is adapted, and the base holds the rest of it."""
+    save_base("t5", tmp_path / "base", True)
+    module = "decoder.block.0.layer.0.SelfAttention.q"
+    whole = {"encoder.final_layer_norm.weight": torch.randn(32)}
+    run = made.make_run(
+        tmp_path / "run", {module: low_rank(32, 32)}, replaced=lazy(tmp_path / "run", whole)
+    )
+    write_adapter(run, tmp_path / "out", base=tmp_path / "base")
+    config, tensors = stored(tmp_path / "out")
+    assert config["modules_to_save"] == ["encoder.final_layer_norm"]
+    assert len(tensors) == 3
 
 
 def test_whole_modules_without_a_base(tmp_path: Path) -> None:
