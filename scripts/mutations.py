@@ -109,13 +109,13 @@ class Finder(cst.CSTVisitor):
         return lines if inside else None
 
 
-def mutants(file: str, choose: random.Random, most: int | None) -> tuple[int, list[Mutant]]:
-    """How many mutants `file` has, and `most` of them at random (None: all), in its order."""
+def mutants(file: str, choose: random.Random, most: int) -> tuple[int, list[Mutant]]:
+    """How many mutants `file` has, and at most `most` of them, at random, in its order."""
     wrapper = MetadataWrapper(cst.parse_module((ROOT / file).read_text()))
     finder = Finder()
     wrapper.visit(finder)
     total = len(finder.found)
-    chosen = range(total) if most is None or most >= total else choose.sample(range(total), most)
+    chosen = choose.sample(range(total), min(most, total))
     old = wrapper.module.code.splitlines()
     result = []
     for node, change, lines in (finder.found[number] for number in sorted(chosen)):

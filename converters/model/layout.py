@@ -112,9 +112,15 @@ class Layout:
         origin: dict[str, str] = {}
         for module in shapes:
             loaders[module], origin[module] = _loader(run, module), module
+        taken: dict[str, list[Taken]] = {}
         for parameter, parts in placed.items():
-            found = self._updates(run, parameter, parts)
-            if not found:
+            alone = self._alone(parameter, [place for place, _ in parts])
+            found = {} if alone is not None else self._taken(parameter, parts)
+            if alone is not None:
+                name, module = alone.removesuffix(".weight"), parts[0][1]
+                loaders[name], origin[name] = _loader(run, module), module
+                shapes[name] = run.shapes[module]
+            elif not found:
                 raise BaseError(
                     "the base holds no tensor for this module, whose weight may be tied",
                     file=self._base.path,
@@ -122,9 +128,12 @@ class Layout:
                     expected=parameter,
                     remedy="deploy it as an adapter (`adapter`)",
                 )
-            for disk, (load, module, shape) in found.items():
-                name = disk.removesuffix(".weight")
-                loaders[name], origin[name], shapes[name] = load, module, shape
+            for disk, rows in found.items():
+                taken.setdefault(disk, []).extend(rows)  # it may become several parameters
+        for disk, rows in taken.items():
+            name = disk.removesuffix(".weight")
+            shapes[name] = rows_and_columns(self._base.tensors[disk].shape)
+            loaders[name], origin[name] = _cut(run, shapes[name], rows), rows[0][0]
         return replace(
             run,
             updates=LazyUpdates(loaders, shapes),
@@ -186,20 +195,19 @@ class Layout:
             raise self._unknown(parameter, "rows that are not adjacent in memory")
         return Place(parameter, start, len(rows), full[-1], False)
 
-    def _updates(
-        self, run: Run, parameter: str, parts: list[tuple[Place, str]]
-    ) -> dict[str, tuple[Callable[[], Update], str, tuple[int, int]]]:
-        """Tensor on disk → (its update, the module it comes from, the update's shape)."""
-        disk = self._renamed.get(parameter)
+    def _alone(self, parameter: str, places: list[Place]) -> str | None:
+        """The tensor on disk that is the parameter, where one update is of the whole of it."""
         total = math.prod(self.names.state[parameter][:-1])
-        if disk is not None and [place.rows for place, _ in parts] == [total]:
-            module = parts[0][1]
-            return {disk: (_loader(run, module), module, run.shapes[module])}
+        whole = [place.rows for place in places] == [total]
+        return self._renamed.get(parameter) if whole else None
+
+    def _taken(self, parameter: str, parts: list[tuple[Place, str]]) -> dict[str, list[Taken]]:
+        """Tensor on disk → the updates of its rows."""
         parts = sorted(parts, key=lambda part: part[0].start)
         starts = torch.tensor([place.start for place, _ in parts])
-        result: dict[str, tuple[Callable[[], Update], str, tuple[int, int]]] = {}
+        result: dict[str, list[Taken]] = {}
         for piece in self._pieces(parameter):
-            taken = []
+            taken: list[Taken] = []
             if piece.rows is None:
                 for place, module in parts:
                     block = torch.arange(place.columns)
@@ -215,8 +223,7 @@ class Layout:
                         index = mine.nonzero().flatten()
                         taken.append((module, index, rows[index], place.transposed))
             if taken:
-                matrix = rows_and_columns(self._base.tensors[piece.name].shape)
-                result[piece.name] = _cut(run, matrix, taken), taken[0][0], matrix
+                result[piece.name] = taken
         return result
 
     def _pieces(self, parameter: str) -> list[_Piece]:

@@ -31,6 +31,12 @@ QWEN_VISION = {
     "spatial_merge_size": 2,
     "temporal_patch_size": 2,
 }
+QWEN3_VISION = {
+    **QWEN_VISION,
+    "intermediate_size": 48,
+    "out_hidden_size": 32,
+    "num_position_embeddings": 16,
+}
 TOKENS = {
     "image_token_id": 70,
     "video_token_id": 71,
@@ -84,13 +90,7 @@ def _qwen2_vl() -> Any:
 def _qwen3_vl() -> Any:
     return transformers.Qwen3VLConfig(
         text_config={**TEXT, "rope_scaling": ROPE},
-        vision_config={
-            **QWEN_VISION,
-            "intermediate_size": 48,
-            "out_hidden_size": 32,
-            "num_position_embeddings": 16,
-            "deepstack_visual_indexes": [0],
-        },
+        vision_config={**QWEN3_VISION, "deepstack_visual_indexes": [0]},
         **TOKENS,
     )
 
@@ -107,19 +107,19 @@ def _qwen3_5() -> Any:
             "full_attention_interval": 2,
             "rope_parameters": {**rope, "mrope_section": [1, 1, 0]},
         },
-        vision_config={
-            **QWEN_VISION,
-            "intermediate_size": 48,
-            "out_hidden_size": 32,
-            "num_position_embeddings": 16,
-            "in_channels": 3,
-        },
+        vision_config={**QWEN3_VISION, "in_channels": 3},
         **TOKENS,
     )
 
 
 def _qwen2() -> Any:
     return transformers.Qwen2Config(**DECODER, tie_word_embeddings=True)
+
+
+def _sees(name: str, config: Callable[[], Any]) -> Family:
+    """Its language model is adapted, in the class of the whole."""
+    whole = f"{name}ForConditionalGeneration"
+    return Family(whole, config, whole, targets=LANGUAGE)
 
 
 FAMILIES = {
@@ -139,36 +139,11 @@ FAMILIES = {
         task="SEQ_CLS",
         targets=("query", "value"),
     ),
-    "llava": Family(
-        "LlavaForConditionalGeneration",
-        _llava,
-        "LlavaForConditionalGeneration",
-        targets=LANGUAGE,
-    ),
-    "gemma3": Family(
-        "Gemma3ForConditionalGeneration",
-        _gemma3,
-        "Gemma3ForConditionalGeneration",
-        targets=LANGUAGE,
-    ),
-    "qwen2-vl": Family(
-        "Qwen2VLForConditionalGeneration",
-        _qwen2_vl,
-        "Qwen2VLForConditionalGeneration",
-        targets=LANGUAGE,
-    ),
-    "qwen3-vl": Family(
-        "Qwen3VLForConditionalGeneration",
-        _qwen3_vl,
-        "Qwen3VLForConditionalGeneration",
-        targets=LANGUAGE,
-    ),
-    "qwen3.5": Family(
-        "Qwen3_5ForConditionalGeneration",
-        _qwen3_5,
-        "Qwen3_5ForConditionalGeneration",
-        targets=LANGUAGE,
-    ),
+    "llava": _sees("Llava", _llava),
+    "gemma3": _sees("Gemma3", _gemma3),
+    "qwen2-vl": _sees("Qwen2VL", _qwen2_vl),
+    "qwen3-vl": _sees("Qwen3VL", _qwen3_vl),
+    "qwen3.5": _sees("Qwen3_5", _qwen3_5),
     "qwen3.5, text": Family("Qwen3_5ForConditionalGeneration", _qwen3_5, "Qwen3_5ForCausalLM"),
 }
 

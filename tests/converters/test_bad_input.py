@@ -264,6 +264,7 @@ def test_lost_log_folder_needs_alpha(dora_run: Path, tmp_path: Path) -> None:
         read_run(dora_run)
     by_alpha = read_run(dora_run, ReadOptions(lora_alpha=ALPHA))
     by_info = read_run(dora_run.parent, ReadOptions(task_info=moved))
+    assert by_alpha.updates.keys() == by_info.updates.keys() != set()
     for module in by_alpha.updates:
         one, two = by_alpha.updates[module].components(), by_info.updates[module].components()
         assert one is not None

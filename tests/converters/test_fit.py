@@ -188,6 +188,7 @@ def test_a_run_is_fitted_module_by_module_and_in_all() -> None:
     for limit in ({"max_rank": 2}, {"energy": 0.9}, {"budget": 150}):
         fitted, report = fit_run(run, None, **limit)
         found = {}
+        assert fitted.updates.keys() == updates.keys()
         for module, update in fitted.updates.items():
             components = update.components()
             assert components is not None
@@ -218,6 +219,7 @@ def test_the_curve_falls_to_zero_and_is_what_a_budget_gives() -> None:
     errors = [point.error for point in points]
     assert errors == sorted(errors, reverse=True)
     assert errors[-1] == 0
+    assert len(points) > 7
     for point in points[3::4]:
         _, report = fit_run(run, None, budget=point.parameters)
         assert report.error == pytest.approx(point.error)

@@ -16,18 +16,10 @@ from converters.run import Run
 from dora_serve import DoraExportError, read_run, write_adapter
 from dora_serve.commands import dora_export
 from tests.conftest import randomize, tiny_llama
+from tests.converters.families import DECODER
 
 gguf = pytest.importorskip("gguf")
 
-COMMON: dict[str, Any] = {
-    "hidden_size": 32,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "intermediate_size": 48,
-    "vocab_size": 80,
-    "pad_token_id": 0,
-}
 SPLIT = {
     "q_proj": "attn_q",
     "k_proj": "attn_k",
@@ -69,20 +61,20 @@ GPT2_SIZES = {"n_embd": 32, "n_layer": 2, "n_head": 4, "vocab_size": 80, "n_posi
 
 # class, llama.cpp's architecture, kinds of modules and llama.cpp's names, rows of q and k permuted
 FAMILIES: dict[str, tuple[str, str, dict[str, str], bool, dict[str, Any]]] = {
-    "llama": ("Llama", "llama", SPLIT, True, COMMON),
-    "mistral": ("Mistral", "llama", SPLIT, True, COMMON),
-    "qwen2": ("Qwen2", "qwen2", SPLIT, False, COMMON),
-    "qwen3": ("Qwen3", "qwen3", SPLIT, False, {**COMMON, "head_dim": 8}),
-    "gemma": ("Gemma", "gemma", SPLIT, False, {**COMMON, "head_dim": 8}),
-    "gemma2": ("Gemma2", "gemma2", SPLIT, False, {**COMMON, "head_dim": 8}),
-    "gemma3": ("Gemma3", "gemma3", SPLIT, False, {**COMMON, "head_dim": 8}),
-    "phi": ("Phi", "phi2", PHI, False, COMMON),
-    "phi3": ("Phi3", "phi3", PHI3, False, COMMON),
+    "llama": ("Llama", "llama", SPLIT, True, DECODER),
+    "mistral": ("Mistral", "llama", SPLIT, True, DECODER),
+    "qwen2": ("Qwen2", "qwen2", SPLIT, False, DECODER),
+    "qwen3": ("Qwen3", "qwen3", SPLIT, False, {**DECODER, "head_dim": 8}),
+    "gemma": ("Gemma", "gemma", SPLIT, False, {**DECODER, "head_dim": 8}),
+    "gemma2": ("Gemma2", "gemma2", SPLIT, False, {**DECODER, "head_dim": 8}),
+    "gemma3": ("Gemma3", "gemma3", SPLIT, False, {**DECODER, "head_dim": 8}),
+    "phi": ("Phi", "phi2", PHI, False, DECODER),
+    "phi3": ("Phi3", "phi3", PHI3, False, DECODER),
     "gpt2": ("GPT2", "gpt2", GPT2, False, GPT2_SIZES),
-    "granite": ("Granite", "granite", SPLIT, True, COMMON),
-    "olmo2": ("Olmo2", "olmo2", SPLIT, False, COMMON),
-    "smollm3": ("SmolLM3", "smollm3", SPLIT, True, COMMON),
-    "starcoder2": ("Starcoder2", "starcoder2", STARCODER2, False, COMMON),
+    "granite": ("Granite", "granite", SPLIT, True, DECODER),
+    "olmo2": ("Olmo2", "olmo2", SPLIT, False, DECODER),
+    "smollm3": ("SmolLM3", "smollm3", SPLIT, True, DECODER),
+    "starcoder2": ("Starcoder2", "starcoder2", STARCODER2, False, DECODER),
 }
 
 

@@ -231,6 +231,7 @@ def test_blocks_of_any_size_make_the_whole_weight(
     torch.manual_seed(seed % (1 << 32))
     update, expected = kind(out, inn, rank)
     assert update.shape == (out, inn)
+    assert update.whole is (kind in (turned, layer))
     weight = random(out, inn).to(dtype)  # the base's dtype, widened before anything is added
     right = expected(weight.double())
     step = out if update.whole else step

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import numpy as np
 import pytest
 import torch
@@ -15,6 +13,7 @@ from converters.updates.magnitude import MagnitudeUpdate
 from converters.updates.rank_one import RankOneSum, cut, rank_for, stored_error, tail
 from converters.updates.stacked import Stacked
 from converters.updates.update import Update, transposed
+from tests.conftest import Dense
 
 EXAMPLES = settings(max_examples=25, deadline=None, derandomize=True, database=None)
 
@@ -315,24 +314,6 @@ def test_stacked_block_by_block(step: int) -> None:
         blocks.append(rows)
     assert error(torch.cat(blocks), expected) < 1e-6
     assert torch.equal(torch.cat(blocks)[1], weight[1])
-
-
-@dataclass(frozen=True)
-class Dense:
-    """An update that is a matrix ΔW and not a sum of components."""
-
-    delta: torch.Tensor
-    whole: bool = False
-
-    @property
-    def shape(self) -> tuple[int, int]:
-        return self.delta.shape[0], self.delta.shape[1]
-
-    def components(self) -> None:
-        return None
-
-    def merge(self, rows: torch.Tensor, start: int) -> torch.Tensor:
-        return rows.add_(self.delta[start : start + rows.shape[0]])
 
 
 @pytest.mark.parametrize("step", [1, 2, 3, 5])

@@ -5,25 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
-DECODER = {
-    "hidden_size": 32,
-    "num_hidden_layers": 1,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "head_dim": 8,
-    "intermediate_size": 48,
-    "vocab_size": 80,
-    "pad_token_id": 0,
-}
-ENCODER = {
-    "hidden_size": 32,
-    "num_hidden_layers": 1,
-    "num_attention_heads": 4,
-    "intermediate_size": 48,
-    "vocab_size": 80,
-    "max_position_embeddings": 40,
-    "pad_token_id": 0,
-}
+from tests.converters import families
+from tests.converters.naming import QWEN3_VISION, TOKENS
+
+DECODER = {**families.DECODER, "num_hidden_layers": 1, "head_dim": 8}
+ENCODER = {**families.ENCODER, "num_hidden_layers": 1}
 TRANSLATOR = {
     "d_model": 32,
     "encoder_layers": 1,
@@ -106,6 +92,42 @@ class Family:
 PAIR = ("input_ids", "decoder_input_ids")
 EMBED = ("model.embed_tokens", "lm_head")
 SEES = ("model.language_model.embed_tokens", "lm_head")
+
+
+def _t5(name: str, *, default: bool = False, **values: Any) -> Family:
+    return Family(
+        f"{name}ForConditionalGeneration",
+        f"{name}Config",
+        {**T5, **values},
+        ("shared", "encoder.embed_tokens", "decoder.embed_tokens", "lm_head"),
+        "q",
+        silent=("shared",),
+        inputs=PAIR,
+        default=default,
+    )
+
+
+def _translator(model: str, name: str, *, default: bool = False) -> Family:
+    config = f"{name}Config"
+    silent = SHARED[:1]
+    return Family(
+        model, config, TRANSLATOR, SHARED, "q_proj", silent=silent, inputs=PAIR, default=default
+    )
+
+
+def _masked(
+    name: str,
+    embedding: str,
+    head: str,
+    inner: str,
+    *,
+    values: dict[str, Any] = ENCODER,
+    default: bool = False,
+) -> Family:
+    model, config = f"{name}ForMaskedLM", f"{name}Config"
+    return Family(model, config, values, (embedding, head), inner, default=default, biased=True)
+
+
 FAMILIES = {
     "qwen2": Family(
         "Qwen2ForCausalLM",
@@ -144,34 +166,9 @@ FAMILIES = {
         ("backbone.embeddings", "lm_head"),
         "in_proj",
     ),
-    "t5": Family(
-        "T5ForConditionalGeneration",
-        "T5Config",
-        T5,
-        ("shared", "encoder.embed_tokens", "decoder.embed_tokens", "lm_head"),
-        "q",
-        silent=("shared",),
-        inputs=PAIR,
-        default=True,
-    ),
-    "umt5": Family(
-        "UMT5ForConditionalGeneration",
-        "UMT5Config",
-        T5,
-        ("shared", "encoder.embed_tokens", "decoder.embed_tokens", "lm_head"),
-        "q",
-        silent=("shared",),
-        inputs=PAIR,
-    ),
-    "longt5": Family(
-        "LongT5ForConditionalGeneration",
-        "LongT5Config",
-        {**T5, "local_radius": 4},
-        ("shared", "encoder.embed_tokens", "decoder.embed_tokens", "lm_head"),
-        "q",
-        silent=("shared",),
-        inputs=PAIR,
-    ),
+    "t5": _t5("T5", default=True),
+    "umt5": _t5("UMT5"),
+    "longt5": _t5("LongT5", local_radius=4),
     "switch": Family(
         "SwitchTransformersForConditionalGeneration",
         "SwitchTransformersConfig",
@@ -181,43 +178,10 @@ FAMILIES = {
         refused=True,
         inputs=PAIR,
     ),
-    "bart": Family(
-        "BartForConditionalGeneration",
-        "BartConfig",
-        TRANSLATOR,
-        SHARED,
-        "q_proj",
-        silent=SHARED[:1],
-        inputs=PAIR,
-        default=True,
-    ),
-    "mbart": Family(
-        "MBartForConditionalGeneration",
-        "MBartConfig",
-        TRANSLATOR,
-        SHARED,
-        "q_proj",
-        silent=SHARED[:1],
-        inputs=PAIR,
-    ),
-    "marian": Family(
-        "MarianMTModel",
-        "MarianConfig",
-        TRANSLATOR,
-        SHARED,
-        "q_proj",
-        silent=SHARED[:1],
-        inputs=PAIR,
-    ),
-    "pegasus": Family(
-        "PegasusForConditionalGeneration",
-        "PegasusConfig",
-        TRANSLATOR,
-        SHARED,
-        "q_proj",
-        silent=SHARED[:1],
-        inputs=PAIR,
-    ),
+    "bart": _translator("BartForConditionalGeneration", "Bart", default=True),
+    "mbart": _translator("MBartForConditionalGeneration", "MBart"),
+    "marian": _translator("MarianMTModel", "Marian"),
+    "pegasus": _translator("PegasusForConditionalGeneration", "Pegasus"),
     "whisper": Family(
         "WhisperForConditionalGeneration",
         "WhisperConfig",
@@ -227,62 +191,36 @@ FAMILIES = {
         inputs=("input_features", "decoder_input_ids"),
         default=True,
     ),
-    "bert": Family(
-        "BertForMaskedLM",
-        "BertConfig",
-        ENCODER,
-        ("bert.embeddings.word_embeddings", "cls.predictions.decoder"),
+    "bert": _masked(
+        "Bert", "bert.embeddings.word_embeddings", "cls.predictions.decoder", "query", default=True
+    ),
+    "roberta": _masked("Roberta", "roberta.embeddings.word_embeddings", "lm_head.decoder", "query"),
+    "albert": _masked(
+        "Albert",
+        "albert.embeddings.word_embeddings",
+        "predictions.decoder",
         "query",
-        default=True,
-        biased=True,
+        values={**ENCODER, "embedding_size": 16},
     ),
-    "roberta": Family(
-        "RobertaForMaskedLM",
-        "RobertaConfig",
-        ENCODER,
-        ("roberta.embeddings.word_embeddings", "lm_head.decoder"),
+    "electra": _masked(
+        "Electra",
+        "electra.embeddings.word_embeddings",
+        "generator_lm_head",
         "query",
-        biased=True,
+        values={**ENCODER, "embedding_size": 16},
     ),
-    "albert": Family(
-        "AlbertForMaskedLM",
-        "AlbertConfig",
-        {**ENCODER, "embedding_size": 16},
-        ("albert.embeddings.word_embeddings", "predictions.decoder"),
-        "query",
-        biased=True,
+    "deberta": _masked(
+        "Deberta", "deberta.embeddings.word_embeddings", "cls.predictions.decoder", "in_proj"
     ),
-    "electra": Family(
-        "ElectraForMaskedLM",
-        "ElectraConfig",
-        {**ENCODER, "embedding_size": 16},
-        ("electra.embeddings.word_embeddings", "generator_lm_head"),
-        "query",
-        biased=True,
+    "deberta-v2": _masked(
+        "DebertaV2", "deberta.embeddings.word_embeddings", "cls.predictions.decoder", "query_proj"
     ),
-    "deberta": Family(
-        "DebertaForMaskedLM",
-        "DebertaConfig",
-        ENCODER,
-        ("deberta.embeddings.word_embeddings", "cls.predictions.decoder"),
-        "in_proj",
-        biased=True,
-    ),
-    "deberta-v2": Family(
-        "DebertaV2ForMaskedLM",
-        "DebertaV2Config",
-        ENCODER,
-        ("deberta.embeddings.word_embeddings", "cls.predictions.decoder"),
-        "query_proj",
-        biased=True,
-    ),
-    "distilbert": Family(
-        "DistilBertForMaskedLM",
-        "DistilBertConfig",
-        {"dim": 32, "n_layers": 1, "n_heads": 4, "hidden_dim": 48, "vocab_size": 80},
-        ("distilbert.embeddings.word_embeddings", "vocab_projector"),
+    "distilbert": _masked(
+        "DistilBert",
+        "distilbert.embeddings.word_embeddings",
+        "vocab_projector",
         "q_lin",
-        biased=True,
+        values={"dim": 32, "n_layers": 1, "n_heads": 4, "hidden_dim": 48, "vocab_size": 80},
     ),
     "qwen3.5, sees": Family(
         "Qwen3_5ForConditionalGeneration",
@@ -290,21 +228,8 @@ FAMILIES = {
         {
             "text_config": HYBRID,
             "tie_word_embeddings": True,
-            "vision_config": {
-                "depth": 1,
-                "hidden_size": 32,
-                "intermediate_size": 48,
-                "num_heads": 4,
-                "out_hidden_size": 32,
-                "patch_size": 4,
-                "spatial_merge_size": 2,
-                "temporal_patch_size": 2,
-                "num_position_embeddings": 16,
-            },
-            "image_token_id": 75,
-            "video_token_id": 76,
-            "vision_start_token_id": 77,
-            "vision_end_token_id": 78,
+            "vision_config": QWEN3_VISION,
+            **TOKENS,
         },
         SEES,
         "q_proj",

@@ -5,19 +5,16 @@ from __future__ import annotations
 import json
 import os
 import shutil
-import stat
-import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
 from blake3 import blake3
-from click.testing import CliRunner
 from safetensors.torch import load_file, save_file
 
 from converters.certificate import FILE
-from converters.errors import BaseError, OutputError, TargetError
+from converters.errors import BaseError, TargetError
 from converters.files import hashes
 from converters.files.cache import private_cache
 from converters.files.hashes import file_hash
@@ -27,8 +24,7 @@ from converters.model.base import open_base
 from converters.targets.onnx import add_adapters
 from dora_serve import merge, read_run, write_adapter
 from dora_serve.batch import plan_batch
-from dora_serve.commands import dora_export, dora_serve
-from dora_serve.folder.cache import cached, content_key
+from dora_serve.folder.cache import content_key
 from dora_serve.folder.inventory import discover, read_member
 from dora_serve.folder.pairing import is_named
 from dora_serve.proof.check import check
@@ -36,8 +32,11 @@ from dora_serve.server.prepare.make import _base_key, make_offer
 from dora_serve.vllm.convert import vllm_adapter
 from dora_serve.vllm.fleet import plan_fleet
 from tests.conftest import MODELS, tiny_llama
+from tests.dora_serve.damage import flip, settle
 
 WEIGHTS = "model.safetensors"
+
+
 NORM = "model.norm.weight"
 
 
@@ -47,24 +46,12 @@ def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path / "cache"
 
 
-def settle() -> None:
-    """Until what was written is no longer taken for what may be being written."""
-    time.sleep(hashes._SETTLED / 1e9 + 0.02)
-
-
 def rewritten(base: Path, out: Path, change: Callable[[dict[str, torch.Tensor]], object]) -> Path:
     shutil.copytree(base, out)
     tensors = load_file(base / WEIGHTS)
     change(tensors)
     save_file(tensors, out / WEIGHTS, {"format": "pt"})
     return out
-
-
-def flip(path: Path, at: float = 1.0) -> None:
-    """Another value of one bit, in a file of the same size."""
-    data = bytearray(path.read_bytes())
-    data[min(len(data) - 1, int(len(data) * at))] ^= 1
-    path.write_bytes(data)
 
 
 def negated(tensors: dict[str, torch.Tensor]) -> None:
@@ -201,111 +188,6 @@ def test_a_merge_needs_no_cache(
     assert check(tmp_path / "out", llama_base).passed
 
 
-def test_the_cache_is_the_users_alone(
-    own_cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def make(folder: Path) -> None:
-        folder.mkdir()
-
-    cached("key", make)
-    assert stat.S_IMODE(own_cache.stat().st_mode) == 0o700
-    own_cache.chmod(0o777)
-    cached("key", make)
-    assert stat.S_IMODE(own_cache.stat().st_mode) == 0o700
-
-    monkeypatch.setenv("DORA_SERVE_CACHE", str(tmp_path / "link"))
-    (tmp_path / "link").symlink_to(own_cache)
-    with pytest.raises(OutputError, match="is a link"):
-        cached("key", make)
-    monkeypatch.setenv("DORA_SERVE_CACHE", str(own_cache))
-    monkeypatch.setattr(os, "geteuid", lambda: os.getuid() + 1)
-    with pytest.raises(OutputError, match="belongs to another user"):
-        cached("key", make)
-
-
-def quietly_changed(folder: Path) -> None:
-    times = (folder / "part" / "b").stat()
-    flip(folder / "part" / "b")
-    os.utime(folder / "part" / "b", ns=(times.st_atime_ns, times.st_mtime_ns))
-
-
-def gone(folder: Path) -> None:
-    (folder / "part" / "b").unlink()
-
-
-def emptied(folder: Path) -> None:
-    shutil.rmtree(folder)
-    folder.mkdir()
-
-
-def added(folder: Path) -> None:
-    (folder / "part" / "more").write_text("x")
-
-
-def linked(folder: Path) -> None:
-    (folder / "a").rename(folder.parent / "a")
-    (folder / "a").symlink_to(folder.parent / "a")
-
-
-DAMAGE: Mapping[str, Callable[[Path], object]] = {
-    "a bit": lambda folder: flip(folder / "a"),
-    "a file of the same size and time": quietly_changed,
-    "a file is gone": gone,
-    "empty": emptied,
-    "a file more": added,
-    "a link": linked,
-}
-
-
-@pytest.mark.parametrize("damage", DAMAGE.values(), ids=DAMAGE.keys())
-def test_what_is_not_as_it_was_made_is_made_anew(
-    damage: Callable[[Path], object], capsys: pytest.CaptureFixture[str]
-) -> None:
-    made = []
-
-    def make(folder: Path) -> None:
-        made.append(folder)
-        (folder / "part").mkdir(parents=True)
-        (folder / "a").write_text("a" * 100)
-        (folder / "part" / "b").write_text("b" * 100)
-
-    folder = cached("key", make)
-    assert cached("key", make) == folder
-    assert len(made) == 1
-    settle()
-    cached("key", make)
-    assert capsys.readouterr().err == ""
-    damage(folder)
-    assert cached("key", make) == folder
-    assert len(made) == 2
-    assert (folder / "a").read_text() == "a" * 100 and not (folder / "a").is_symlink()
-    assert sorted(p.name for p in folder.rglob("*")) == ["a", "b", "part"]
-    (line,) = capsys.readouterr().err.splitlines()
-    assert line == f"{folder}: not what was made there; it is made anew"
-    cached("key", make)
-    assert len(made) == 2
-
-
-def test_what_somebody_else_put_there_is_not_served_and_not_deleted(
-    own_cache: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    def make(folder: Path) -> None:
-        folder.mkdir()
-        (folder / "mine").touch()
-
-    (private_cache() / "key").mkdir()
-    (own_cache / "key" / "theirs").write_text("precious")
-    (tmp_path / "elsewhere").mkdir()
-    (own_cache / "second").symlink_to(tmp_path / "elsewhere")
-    for key in ("key", "second"):
-        assert [p.name for p in cached(key, make).iterdir()] == ["mine"]
-        assert "moved to" in capsys.readouterr().err
-        assert not (own_cache / key).is_symlink()
-    (kept,) = own_cache.glob("aside-key.*/key/theirs")
-    assert kept.read_text() == "precious"
-    assert not list((tmp_path / "elsewhere").iterdir())
-
-
 def test_an_adapter_for_vllm_that_was_changed_is_converted_anew(
     llama_base: Path, llama_lora: Path, tmp_path: Path
 ) -> None:
@@ -374,86 +256,3 @@ def test_other_frozen_weights_are_another_base(
     (run,) = (in_float32 / "runs" / "Checkpoint").glob("*/*/*/*")
     with pytest.raises(BaseError, match="frozen weights differ"):
         read_member("run", run, [], open_base(in_float32 / "base"))
-
-
-@pytest.fixture
-def of_another(llama_base: Path, llama_lora: Path, tmp_path: Path) -> Path:
-    """A folder with a base and an adapter of its shapes that names another one."""
-    world = tmp_path / "world"
-    shutil.copytree(llama_base, world / "mine")
-    run = Path(shutil.copytree(llama_lora, world / "run"))
-    config = run / "adapter_config.json"
-    said = {**json.loads(config.read_text()), "base_model_name_or_path": "org/theirs"}
-    config.write_text(json.dumps(said))
-    return world
-
-
-def output_of(command: object, *words: object) -> str:
-    done = CliRunner().invoke(command, [str(word) for word in words])  # type: ignore[arg-type]
-    assert done.exit_code == 0, done.output
-    return done.output
-
-
-WARNS = "the run names org/theirs as its base; it goes with"
-
-
-@pytest.mark.parametrize(
-    "words",
-    [("merge",), ("adapter",), ("adapter", "--target", "vllm"), ("merge", "--dry-run")],
-    ids=" ".join,
-)
-def test_another_base_only_when_it_is_given_and_then_with_a_warning(
-    words: tuple[str, ...], of_another: Path, llama_base: Path, llama_lora: Path, tmp_path: Path
-) -> None:
-    verb, *options = words
-    given = ["--base", of_another / "mine", *options]
-    told = output_of(dora_export, verb, of_another / "run", tmp_path / "out", *given)
-    assert told.count(WARNS) == 1
-    silent = output_of(
-        dora_export, verb, llama_lora, tmp_path / "own", "--base", llama_base, *options
-    )
-    assert "as its base" not in silent
-    if verb == "merge":
-        bare = CliRunner().invoke(
-            dora_export, ["merge", str(of_another / "run"), str(tmp_path / "bare")]
-        )
-        assert bare.exit_code == 1
-        assert not (tmp_path / "bare").exists()
-
-
-def test_the_library_warns_as_the_command_line_does(of_another: Path, tmp_path: Path) -> None:
-    result = merge(of_another / "run", tmp_path / "out", base=of_another / "mine")
-    assert sum(WARNS in warning for warning in result.warnings) == 1
-    assert WARNS in (tmp_path / "out" / FILE).read_text()
-
-
-def test_up_and_plan_list_it_as_not_served(of_another: Path) -> None:
-    found = discover(of_another)
-    offer = make_offer(of_another, None, True, print)
-    assert [model.name for model in offer.models] == ["mine"]
-    for problems in (found.problems, offer.problems, plan_fleet(found).problems):
-        assert "the run names org/theirs" in problems["run"]
-    plan = json.loads(output_of(dora_serve, "plan", of_another, "--json"))
-    assert "the run names org/theirs" in plan["problems"]["run"]
-    assert [pool["name"] for pool in plan["pools"]] == ["mine"]
-    up = output_of(dora_serve, "up", of_another, "--engine", "vllm", "--dry-run")
-    assert "left out: run" in up
-
-
-def test_a_base_that_is_not_served_is_listed_with_its_reason(
-    of_another: Path, llama_base: Path, roberta_base: Path
-) -> None:
-    for name in ("second", "third"):
-        shutil.copytree(llama_base, of_another / name)
-    shutil.copytree(roberta_base, of_another / "masks")
-    given = discover(of_another, of_another / "mine")
-    fleet = plan_fleet(given)
-    assert [pool.name for pool in fleet.pools] == ["mine"]
-    assert {"second", "third", "masks"} <= fleet.problems.keys()
-    shutil.rmtree(of_another / "run")
-    alone = plan_fleet(discover(of_another, of_another / "mine"))
-    assert [pool.name for pool in alone.pools] == ["mine"]
-    assert {"second", "third", "masks"} <= alone.problems.keys()
-    offer = make_offer(of_another, None, True, print)
-    named = {model.name for model in offer.models} | offer.problems.keys()
-    assert named == {"mine", "second", "third", "masks"}

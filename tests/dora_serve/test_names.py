@@ -6,7 +6,7 @@ import json
 import os
 import shutil
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import pytest
@@ -39,6 +39,10 @@ def other_base(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+RUN, ELSEWHERE = {"run": "root/run"}, "elsewhere/base"
+SNAPSHOT = "root/models--org--tiny/snapshots/abc"
+
+
 @dataclass(frozen=True)
 class Layout:
     """What lies where: "base" and "other" are bases, "run" is a run of "base". `given`: `--base`.
@@ -46,29 +50,28 @@ class Layout:
 
     places: dict[str, str]
     bases: dict[str, str]
-    runs: dict[str, str]
-    of: str
+    runs: dict[str, str] = field(default_factory=lambda: RUN)
+    of: str = "base"
     given: str | None = None
     root: str = "root"
 
 
+def one_base(run: str, name: str) -> Layout:
+    """A base and a run in the folder `run`."""
+    return Layout({"root/base": "base", run: "run"}, {"base": "root/base"}, {name: run})
+
+
 LAYOUTS = {
-    "plain": Layout(
-        {"root/base": "base", "root/run": "run"}, {"base": "root/base"}, {"run": "root/run"}, "base"
-    ),
+    "plain": one_base("root/run", "run"),
+    "a folder between that has the run's name": one_base("root/run/run", "run/run"),
+    "a run beside a base of its name": one_base("root/runs/base", "runs/base"),
     "deep": Layout(
         {"root/a/b/base": "base", "root/c/d/run": "run"},
         {"base": "root/a/b/base"},
         {"run": "root/c/d/run"},
-        "base",
     ),
     "namesakes": Layout(
-        {
-            "root/a/base": "base",
-            "root/b/base": "other",
-            "root/x/run": "run",
-            "root/y/run": "run",
-        },
+        {"root/a/base": "base", "root/b/base": "other", "root/x/run": "run", "root/y/run": "run"},
         {"a/base": "root/a/base", "b/base": "root/b/base"},
         {"x/run": "root/x/run", "y/run": "root/y/run"},
         "a/base",
@@ -77,77 +80,40 @@ LAYOUTS = {
         {"root/base": "base", "root/run/run": "run", "root/run/x/run": "run"},
         {"base": "root/base"},
         {"run/run": "root/run/run", "run/x/run": "root/run/x/run"},
-        "base",
-    ),
-    "a folder between that has the run's name": Layout(
-        {"root/base": "base", "root/run/run": "run"},
-        {"base": "root/base"},
-        {"run": "root/run/run"},
-        "base",
-    ),
-    "a run beside a base of its name": Layout(
-        {"root/base": "base", "root/runs/base": "run"},
-        {"base": "root/base"},
-        {"runs/base": "root/runs/base"},
-        "base",
     ),
     "the root is the run": Layout(
-        {"root": "run", "elsewhere/base": "base"},
-        {"base": "elsewhere/base"},
-        {"root": "root"},
-        "base",
-        given="elsewhere/base",
+        {"root": "run", ELSEWHERE: "base"}, {"base": ELSEWHERE}, {"root": "root"}, given=ELSEWHERE
     ),
     "the base is elsewhere": Layout(
-        {"root/run": "run", "elsewhere/base": "base"},
-        {"base": "elsewhere/base"},
-        {"run": "root/run"},
-        "base",
-        given="elsewhere/base",
+        {"root/run": "run", ELSEWHERE: "base"}, {"base": ELSEWHERE}, given=ELSEWHERE
     ),
     "one base here, its namesake elsewhere": Layout(
-        {"root/base": "other", "root/run": "run", "elsewhere/base": "base"},
-        {"base": "root/base", "elsewhere/base": "elsewhere/base"},
-        {"run": "root/run"},
-        "elsewhere/base",
-        given="elsewhere/base",
+        {"root/base": "other", "root/run": "run", ELSEWHERE: "base"},
+        {"base": "root/base", ELSEWHERE: ELSEWHERE},
+        of=ELSEWHERE,
+        given=ELSEWHERE,
     ),
     "two bases here, their namesake elsewhere": Layout(
-        {
-            "root/a/base": "other",
-            "root/b/base": "other",
-            "root/run": "run",
-            "elsewhere/base": "base",
-        },
-        {
-            "a/base": "root/a/base",
-            "b/base": "root/b/base",
-            "elsewhere/base": "elsewhere/base",
-        },
-        {"run": "root/run"},
-        "elsewhere/base",
-        given="elsewhere/base",
+        {"root/a/base": "other", "root/b/base": "other", "root/run": "run", ELSEWHERE: "base"},
+        {"a/base": "root/a/base", "b/base": "root/b/base", ELSEWHERE: ELSEWHERE},
+        of=ELSEWHERE,
+        given=ELSEWHERE,
     ),
     "a run here has the name of the base elsewhere": Layout(
-        {"root/x/base": "run", "elsewhere/base": "base"},
-        {"elsewhere/base": "elsewhere/base"},
+        {"root/x/base": "run", ELSEWHERE: "base"},
+        {ELSEWHERE: ELSEWHERE},
         {"base": "root/x/base"},
-        "elsewhere/base",
-        given="elsewhere/base",
+        of=ELSEWHERE,
+        given=ELSEWHERE,
     ),
     "the given base is here": Layout(
         {"root/a/base": "base", "root/b/base": "other", "root/run": "run"},
         {"a/base": "root/a/base", "b/base": "root/b/base"},
-        {"run": "root/run"},
-        "a/base",
+        of="a/base",
         given="root/a/base",
     ),
     "the folder is a snapshot of the hub's cache": Layout(
-        {"root/models--org--tiny/snapshots/abc": "base", "root/run": "run"},
-        {"org/tiny": "root/models--org--tiny/snapshots/abc"},
-        {"run": "root/run"},
-        "org/tiny",
-        given="root/models--org--tiny/snapshots/abc",
+        {SNAPSHOT: "base", "root/run": "run"}, {"org/tiny": SNAPSHOT}, of="org/tiny", given=SNAPSHOT
     ),
 }
 

@@ -351,8 +351,9 @@ def test_adapters_are_added_later(roberta: Built, tmp_path: Path) -> None:
 
 def test_every_run_is_proven_when_it_is_exported(roberta: Built, sample: Built) -> None:
     base, runs, out = roberta
-    for name, numbers in prove(out, base, None, runs).items():
-        assert name in runs
+    proofs = prove(out, base, None, runs)
+    assert proofs.keys() == runs.keys() != set()
+    for numbers in proofs.values():
         assert numbers["max_abs"] <= BOUND < numbers["control"]
         assert numbers["top1"] == 1
     merged = prove(sample[2], sample[0], sample[1]["merged"], {})["merged"]

@@ -142,3 +142,10 @@ def test_rows_without_a_largest_number(row: list[float], fine: bool) -> None:
     else:
         with pytest.raises(ValueError, match="not finite"):
             check_finite(rows)
+
+
+def test_every_row_has_its_own_largest_number() -> None:
+    rows = np.array([[0, 1], [1000, 1001], [-1e30, -1e30]], np.float32)
+    found = log_softmax(rows)
+    assert np.allclose(found[:2], np.log([0.26894142, 0.73105858]), atol=1e-6)
+    assert np.allclose(found[2], np.log(0.5))

@@ -6,10 +6,12 @@ import asyncio
 import json
 import logging
 import time
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
+from dora_serve.server import guard
 from dora_serve.server.guard import Guard
 from dora_serve.server.metrics import Metrics
 
@@ -31,9 +33,9 @@ def passed(messages: list[dict[str, Any]], metrics: Metrics) -> tuple[list[bytes
     async def send(message: Any) -> None:
         sent.append(message)
 
-    guard = Guard(app, None, 10, False, frozenset(), metrics)
+    guarded = Guard(app, None, 10, False, frozenset(), metrics)
     scope = {"type": "http", "method": "POST", "path": "/x", "headers": []}
-    asyncio.run(guard(scope, receive, send))
+    asyncio.run(guarded(scope, receive, send))
     return bodies, sent
 
 
@@ -61,3 +63,14 @@ def test_a_client_that_leaves_is_logged(caplog: pytest.LogCaptureFixture) -> Non
     assert round(told["ms"], 1) == told["ms"]
     (counted,) = metrics.refused.collect()
     assert {s.labels["status"] for s in counted.samples} == {"499"}
+
+
+def test_the_time_that_is_logged_is_in_tenths_of_milliseconds(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    clock = iter([10.0, 11.23456])
+    monkeypatch.setattr(guard, "time", SimpleNamespace(monotonic=lambda: next(clock)))
+    caplog.set_level(logging.INFO, "dora_serve.requests")
+    passed([{"type": "http.request", "body": b""}], Metrics())
+    (told,) = [json.loads(r.message) for r in caplog.records if r.name == "dora_serve.requests"]
+    assert told["ms"] == 1234.6

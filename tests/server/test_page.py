@@ -2,35 +2,24 @@
 
 from __future__ import annotations
 
-import os
 import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import httpx
 import pytest
-import torch
 from playwright.sync_api import Browser, Page, expect
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
-from converters.files.json_files import read_json
-from converters.run import Run
-from dora_serve import merge, read_run
 from tests.browser import chromium, quiet, screenshot, violations, watched
-from tests.conftest import MODELS
-from tests.server.conftest import BASE, DOWN, EMBEDS, SECOND, SENTIMENT, Server, started
-from tests.server.test_faults import gauge, wait_idle
+from tests.server.conftest import BASE, DOWN, EMBEDS, SECOND, SENTIMENT, Server
+from tests.server.page import PROMPT, PYTHON, SHELL, answers, ask, choose, run_of, told
 
-SAMPLES = MODELS / "runs/Checkpoint"
-PROMPT = "count : nine"
 _PLACES = """cells => cells.map(cell => {
     const table = cell.closest("table"), head = table.rows[0].cells[cell.cellIndex];
     const texts = [cell, table.caption, cell.parentElement.cells[0], head];
     return [cell.dataset.module, ...texts.map(each => each.textContent)];
 })"""
-SHELL, PYTHON = ["bash", "-c"], [sys.executable, "-c"]
 
 
 @pytest.fixture(scope="module")
@@ -46,40 +35,9 @@ def page(browser: Browser, server: Server) -> Iterator[Page]:
         yield found
 
 
-def run_of(name: str) -> Run:
-    return read_run(next(SAMPLES.glob(f"*/*/*/{name}"))).strip()
-
-
 def details(server: Server) -> dict[str, dict[str, Any]]:
     with server.http as http:
         return {each["id"]: each for each in http.get("/dora/models").json()["data"]}
-
-
-def choose(page: Page, name: str) -> None:
-    page.get_by_role("button", name=name, exact=True).click()
-    expect(page.locator("#chosen-title")).to_have_text(name)
-
-
-def ask(page: Page, *names: str, prompt: str = PROMPT) -> None:
-    """Send `prompt` to these models and to no other."""
-    for box in page.get_by_role("checkbox").all():
-        box.set_checked(box.get_attribute("value") in names)
-    page.get_by_label("Prompt").fill(prompt)
-    page.get_by_role("button", name="Send").click()
-
-
-def answers(page: Page) -> dict[str, str]:
-    expect(page.locator("article[aria-busy=true]")).to_have_count(0)
-    return {
-        str(each.get_attribute("aria-label")): str(each.locator(".answer").text_content())
-        for each in page.get_by_role("article").all()
-    }
-
-
-def told(server: Server, model: str, prompt: str = PROMPT, tokens: int = 32) -> str:
-    body = {"model": model, "prompt": prompt, "max_tokens": tokens, "temperature": 0}
-    with server.http as http:
-        return str(http.post("/v1/completions", json=body).json()["choices"][0]["text"])
 
 
 def test_models_and_what_they_are(page: Page, server: Server) -> None:
@@ -297,94 +255,6 @@ def test_narrow_and_wide_light_and_dark(
         screenshot(page, f"page-{width}-{scheme}", tmp_path)
         page.get_by_label("Max tokens").evaluate("e => e.labels[0].remove()")
         assert any(each.startswith("label") for each in violations(page))
-
-
-@pytest.fixture(scope="module")
-def locked(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    """A server with a key, of a merged model and one whose answers are long."""
-    folder = tmp_path_factory.mktemp("locked")
-    root = folder / "models"
-    merge(run_of(DOWN), root / "merged", base=MODELS / BASE, dtype=torch.bfloat16)
-    config = AutoConfig.from_pretrained(MODELS / BASE, max_position_embeddings=8192)
-    torch.manual_seed(0)
-    AutoModelForCausalLM.from_config(config).save_pretrained(root / "endless")
-    AutoTokenizer.from_pretrained(MODELS / BASE).save_pretrained(root / "endless")
-    with started(root, folder, "secret") as running:
-        yield running
-
-
-def unlock(page: Page, key: str) -> None:
-    expect(page.get_by_label("API key")).to_be_focused()
-    expect(page.locator("#models")).to_be_hidden()
-    page.keyboard.type(key)
-    page.keyboard.press("Enter")
-
-
-def test_the_key(browser: Browser, locked: Server) -> None:
-    with watched(browser) as (page, seen):
-        page.goto(locked.url)
-        unlock(page, "wrong")
-        expect(page.get_by_role("alert")).to_have_text("This server needs an API key.")
-        assert violations(page) == []
-        unlock(page, "secret")
-        expect(page.locator("#models tbody tr")).to_have_count(2)
-        expect(page.get_by_role("alert")).to_be_empty()
-        page.reload()
-        choose(page, "merged")
-        ask(page, "merged")
-        assert answers(page) == {"merged": told(locked, "merged")}
-        assert "secret" not in page.content()
-        snippets = page.locator("pre").all_inner_texts()
-        assert len(snippets) == 2
-        for text, command in zip(snippets, (SHELL, PYTHON), strict=True):
-            for key, fails in (("secret", False), ("wrong", True)):
-                env = {"PATH": os.environ["PATH"], "DORA_SERVE_API_KEY": key}
-                done = subprocess.run([*command, text], env=env, capture_output=True, text=True)
-                assert ("API key" in done.stdout + done.stderr) == fails
-        stores = "[sessionStorage.length, localStorage.length]"
-        assert page.evaluate(stores) == [1, 0]
-        page.get_by_role("button", name="Forget the key").click()
-        expect(page.get_by_label("API key")).to_be_visible()
-        assert page.evaluate(stores) == [0, 0]
-        assert seen.troubles
-        assert all("401" in each for each in seen.troubles)
-
-
-def test_what_rounding_takes(browser: Browser, locked: Server) -> None:
-    proof: Any = read_json(locked.root / "merged" / "dora_export.json")["modules"]
-    with watched(browser) as (page, _):
-        page.goto(locked.url)
-        unlock(page, "secret")
-        choose(page, "merged")
-        expect(page.locator("td.module")).to_have_count(len(proof))
-        for cell in page.locator("td.module").all():
-            certified = proof[cell.get_attribute("data-module")]
-            lost = f"{100 * certified['rounding']['lost']:.3g}"
-            size = f"{certified['relative_update']:.3g}"
-            facts = f"rank {certified['rank']} of 12, ‖ΔW‖/‖W‖ {size}, rounding loses {lost} %"
-            assert str(cell.get_attribute("aria-label")).endswith(facts)
-
-
-def test_stop(browser: Browser, locked: Server) -> None:
-    with watched(browser) as (page, _):
-        page.goto(locked.url)
-        unlock(page, "secret")
-        page.get_by_label("Max tokens").fill("4000")
-        ask(page, "endless")
-        stop = page.get_by_role("button", name="Stop")
-        expect(page.locator(".answer").first).not_to_be_empty()
-        stop.focus()
-        page.keyboard.press("Enter")
-        expect(page.get_by_role("article", name="endless")).to_contain_text("stopped")
-        expect(stop).to_be_disabled()
-        expect(page.get_by_role("button", name="Send")).to_be_focused()
-        part = answers(page)["endless"]
-        assert part
-        with locked.http as http:
-            wait_idle(http)
-            made = gauge(http, "vllm:generation_tokens_total")
-        assert 0 < made < 4000  # the engine stopped as well
-        assert told(locked, "endless", tokens=int(made)).startswith(part)
 
 
 def test_nothing_from_elsewhere(browser: Browser, server: Server) -> None:
