@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import filecmp
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -180,6 +182,35 @@ def _texts(base: BaseModel, vocab: int) -> tuple[list[list[int]], list[str]]:
         return [], []
     rows = [row for row in rows if _is_text(row, tokenizer.unk_token_id, vocab)]
     return rows, [f"{len(rows)} texts of its tokenizer's words"] if rows else []
+
+
+def tokenizer_fault(artifact: Path, run: Run, base: BaseModel) -> str | None:
+    """What is wrong with the tokenizer in `artifact`, where it has one: that it does not load, or
+    makes other tokens of a text than the run's, which goes before the base's. None for nothing."""
+    from transformers import AutoTokenizer
+
+    known = [run.path] if (run.path / "tokenizer_config.json").is_file() else []
+    source = [*known, base.path][0]
+    names = [name for name in _TOKENIZERS if (artifact / name).is_file()]
+    if all(_same_bytes(source / name, artifact / name) for name in names):
+        return None
+    rows = []
+    for folder in (artifact, source):
+        try:
+            tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+            rows.append([list(tokenizer(sentence)["input_ids"]) for sentence in SENTENCES])
+        except Exception as error:
+            if folder is artifact:
+                return f"its tokenizer does not load: {type(error).__name__}: {str(error)[:300]}"
+            return None  # one that the run and the base do not have either
+    if rows[0] == rows[1]:
+        return None
+    whose = "run's" if known else "base's"
+    return f"its tokenizer makes other tokens of a text than the {whose}"
+
+
+def _same_bytes(one: Path, other: Path) -> bool:
+    return one.is_file() and filecmp.cmp(one, other, shallow=False)
 
 
 def _is_text(row: list[int], unknown: int | None, vocab: int) -> bool:

@@ -18,7 +18,7 @@ from converters.targets.target import target_of
 
 from .live import fold_rounded, truth_of
 from .noise import difference, noise
-from .prompts import Prompts, prompts_of, verification_batch
+from .prompts import Prompts, prompts_of, tokenizer_fault, verification_batch
 
 TOLERANCE = 1e-4  # float32 logits, max abs; DESIGN bound for float32 engines
 NOISE = 4  # of the float32 noise: two computations of it, each with a margin of two
@@ -118,7 +118,9 @@ def verify(
         unfitted = difference(reading.values, whole)
         run, _ = fit_run(run.strip(), base, **fit)  # type: ignore[arg-type]
     found = _compare(run, base, model, reading, prompts, earlier)
-    return replace(found, engine=engine, fit=fit, unfitted=unfitted)
+    fault = tokenizer_fault(path, run, base)
+    failures = found.failures if fault is None else (*found.failures, fault)
+    return replace(found, engine=engine, fit=fit, unfitted=unfitted, failures=failures)
 
 
 def _compare(
