@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -79,7 +80,12 @@ def export(
     if base is not None and model is not None:
         run = told(run, model)
     plan = known.plan(prepare(run, model, **limit), model, chosen_options)
-    return publish(plan, output, force=force, resume=resume, dry_run=dry_run, progress=progress)
+    prove = None
+    if target == "onnx" and model is not None:
+        prove = partial(_accuracy, base=model, run=plan.run, adapters={})
+    return publish(
+        plan, output, force=force, resume=resume, dry_run=dry_run, progress=progress, prove=prove
+    )
 
 
 def merge(
@@ -137,12 +143,6 @@ def write_onnx(
     from converters.targets import onnx
 
     model = base if isinstance(base, BaseModel) else open_base(base)
-
-    def prove(folder: Path) -> Mapping[str, object]:
-        from .proof.onnxruntime import prove
-
-        return prove(folder, model, run, adapters or {})
-
     return onnx.write_onnx(
         model,
         Path(output),
@@ -151,8 +151,17 @@ def write_onnx(
         precision=precision,
         force=force,
         dry_run=dry_run,
-        prove=prove,
+        prove=partial(_accuracy, base=model, run=run, adapters=adapters or {}),
     )
+
+
+def _accuracy(
+    folder: Path, base: BaseModel, run: Run | None, adapters: Mapping[str, Run]
+) -> Mapping[str, object]:
+    """What the certificate of an ONNX folder says of its logits."""
+    from .proof.onnxruntime import prove
+
+    return prove(folder, base, run, adapters)
 
 
 def extract(

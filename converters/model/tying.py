@@ -15,7 +15,7 @@ from functools import partial
 from typing import Any
 
 from ..errors import TargetError
-from ..files.tensors import LazyTensor, LazyTensors, same_values
+from ..files.tensors import LazyTensor, LazyTensors, is_copy_of, same_values
 from ..run import LazyUpdates, Run
 from .architecture import empty_model
 from .base import HEAD, BaseModel
@@ -131,9 +131,14 @@ def untied(
     sharing = [_alike(base, names) for names in groups(base, architecture, run.num_labels)]
     shared = [_Shared.of(run, base, find, names) for names in sharing if len(names) > 1]
     _check_biases(run, find, shared)
-    touched = [one for one in shared if one.holder and one.changed]
+    copies = [one for one in shared if one.is_copy(base)]
+    touched = [one for one in shared if one.holder and one.changed and one not in copies]
+    replaced = dict(run.replaced)
+    for one in copies:
+        for name in one.names:
+            one.take_out(name, {}, replaced)
     if not touched:
-        return run, base
+        return (replace(run, replaced=replaced) if copies else run), base
     parted = [one for one in touched if not one.same]
     if parted:
         config, still = _untied_config(run, base, architecture, parted)
@@ -141,7 +146,6 @@ def untied(
     else:
         config, alone = dict(base.config), []
     updates = {module: module for module in run.updates}
-    replaced = dict(run.replaced)
     added: dict[str, LazyTensor] = {}
     dropped: set[str] = set()
     for one in touched:
@@ -218,6 +222,14 @@ class _Shared:
     @property
     def changed(self) -> bool:
         return bool(self.tensors or self.updates)
+
+    def is_copy(self, base: BaseModel) -> bool:
+        """Whether all that the run holds of it are the base's values, saved under other names."""
+        if self.holder is None or self.updates or not self.tensors:
+            return False
+        return all(
+            is_copy_of(tensor, self.old(name, base)) for name, tensor in self.tensors.items()
+        )
 
     def old(self, name: str, base: BaseModel) -> LazyTensor:
         tensor = base.tensors.get(self.held.get(name, ""), self.holder)

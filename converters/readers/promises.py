@@ -7,11 +7,12 @@ the model that was trained.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 
 from ..errors import DoraExportError, RunError
+from ..files.json_files import is_number
 from ..model.architecture import empty_model
 from ..model.base import BaseModel
 from ..model.match import target_architecture
@@ -19,6 +20,9 @@ from ..model.tasks import HEADS, task_of_peft
 from ..model.tying import aliases
 from ..options import ReadOptions
 from ..run import Run
+from .module import adapted
+from .named import Named
+from .patterns import PatternError
 from .peft_common import known_base
 from .run_folder import CONFIG_FILE, RunFolder
 
@@ -55,7 +59,7 @@ def checked(run: Run, folder: RunFolder, options: ReadOptions) -> Run:
         *_unknown(config),
         *promises.modules(),
         *promises.biases(),
-        *promises.targets(),
+        *(() if run.method == "peft_tuner" else promises.targets(_stored(folder))),
     )
     return replace(run, warnings=tuple(dict.fromkeys((*run.warnings, *warnings))))
 
@@ -179,18 +183,72 @@ class _Promises:
         if lost:
             raise self._lost(f"biases were trained (bias: {kind})", lost)
 
-    def targets(self) -> Iterator[str]:
-        """Names of target_modules that the base has and that have no tensor in the file."""
-        said = self._config.get("target_modules")
-        names = [str(name) for name in said] if isinstance(said, list) else []
-        lost = [name for name in names if not _within(name, self._held)]
-        if lost and self._base is not None:
-            lost = [name for name in lost if _within(name, self._base.tensors)]
+    def targets(self, stored: Collection[str]) -> Iterator[str]:
+        """What the configuration names and the file lacks, and what `stored`, the modules with
+        factors in the file, has beyond it."""
+        config = self._config
+        named = Named(config)
+        try:
+            lost = [*self._lost_targets(named), *self._lost_parameters()]
+            more = [m for m in stored if named.known and not named.names(m)]
+            idle = [
+                f"{key}[{name!r}]"
+                for key in ("rank_pattern", "alpha_pattern")
+                for name, number in _map(config.get(key)).items()
+                if is_number(number) and not any(named.key(name, m) for m in self._modules(stored))
+            ]
+        except PatternError as error:
+            raise RunError(str(error), file=self._path) from None
+        held = [m for m in stored if any(f".{n}." in f".{m}." for n in named.layers)]
+        idle += [f"layer {n}" for n in named.layers if not _within(str(n), held)]
         if lost:
             yield (
-                f"the configuration names {', '.join(sorted(lost))} in target_modules, and the "
-                "file holds nothing of it: is it the whole adapter?"
+                f"the configuration names {_some(lost)} to be adapted, and the file holds nothing "
+                "of it: is it the whole adapter?"
             )
+        if more:
+            yield (
+                f"the file holds updates of {_some(more)}, which the configuration does not name: "
+                "they are part of the run here, and PEFT leaves them out"
+            )
+        if idle:
+            yield f"what the configuration says of {_some(idle)} is of nothing in the file"
+
+    def _modules(self, stored: Collection[str]) -> list[str]:
+        """The names by which patterns may mean what is `stored`: those of parameters too."""
+        parameters = [str(name) for name in _list(self._config.get("target_parameters"))]
+        return [*stored, *parameters, *(f"{m}.{p}" for m in stored for p in parameters)]
+
+    def _lost_targets(self, named: Named) -> list[str]:
+        if not named.known:
+            return []
+        names = self._class_names
+        if names is not None:
+            modules = [name.removesuffix(".weight") for name in names if name.endswith(".weight")]
+            modules = [m for m in modules if named.names(m, parameters=False)]
+            return [m for m in modules if not any(_same(m, own) for own in self._owners)]
+        said = self._config.get("target_modules")
+        lost = [str(n) for n in _list(said) if not _within(str(n), self._held)]
+        if self._base is not None:
+            lost = [name for name in lost if _within(name, self._base.tensors)]
+        return [] if isinstance(said, str) else lost
+
+    def _lost_parameters(self) -> list[str]:
+        names = [str(name) for name in _list(self._config.get("target_parameters"))]
+        owners = {key.partition("[")[0] for key in self._run.updates}
+        lost = [
+            n
+            for n in names
+            if not any(_same(n, key) or _same(n, f"{key}.weight") for key in owners)
+        ]
+        known = self._class_names
+        return lost if known is None else [n for n in lost if any(_same(n, key) for key in known)]
+
+    @property
+    def _owners(self) -> set[str]:
+        """The modules and parameters that have something in the file, those of blocks as one."""
+        held = {name.partition("[")[0] for name in self._held}
+        return held | {f"{name}.weight" for name in held}
 
     @property
     def _file(self) -> Path:
@@ -247,12 +305,11 @@ class _Promises:
         return name.endswith(".bias") and not any(_below(name, str(e)) for e in (*entries, *heads))
 
     def _lost(self, promise: str, missing: list[str]) -> LostError:
-        more = f" and {len(missing) - 4} more" if len(missing) > 4 else ""
         return LostError(
             f"the configuration says that {promise}, and the file lacks it",
             file=self._file,
             tensor=missing[0],
-            found=f"nothing of {', '.join(missing[:4])}{more}",
+            found=f"nothing of {_some(missing)}",
             expected="what was trained, or it is not the model that was trained",
             remedy="save it again with PEFT, or correct adapter_config.json where that was not "
             "trained",
@@ -274,6 +331,24 @@ def _same(name: str, other: str) -> bool:
 def _below(name: str, entry: str) -> bool:
     """Whether PEFT takes the tensor `name` for one of a module that `entry` names."""
     return any(name[:end].endswith(entry) for end, char in enumerate(name) if char == ".")
+
+
+def _stored(folder: RunFolder) -> list[str]:
+    """The modules with factors in the file."""
+    return list(dict.fromkeys(m.partition(".base_layer")[0] for m in adapted(folder.adapter)))
+
+
+def _list(value: object) -> list[object]:
+    return value if isinstance(value, list) else []
+
+
+def _map(value: object) -> dict[str, object]:
+    return value if isinstance(value, dict) else {}
+
+
+def _some(names: list[str]) -> str:
+    more = f" and {len(names) - 4} more" if len(names) > 4 else ""
+    return ", ".join(names[:4]) + more
 
 
 def _within(name: str, tensors: Iterable[str]) -> bool:

@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
+import filecmp
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import torch
 
-from converters.files.tensors import numel
+from converters.errors import TargetError
+from converters.files.tensors import LazyTensor, numel
 from converters.model.base import BaseModel
+from converters.model.tying import new_embedding
 from converters.run import Run
 from converters.targets.model import Inputs
 from converters.targets.opening import class_of
-from converters.updates.replaced import ReplacedRows
+from converters.updates.update import Update
 
 SENTENCES = (
     "The harbour was quiet, and only one boat had its lamp lit.",
@@ -27,10 +31,15 @@ ROWS, LENGTH = 4, 16  # of random ids
 # Lengths at which a model of text begins to compute otherwise.
 _LENGTHS = (
     *("sliding_window", "original_max_position_embeddings", "attention_chunk_size"),
-    *("local_attention", "window_size", "attention_window"),
+    *("local_attention", "window_size", "attention_window", "relative_attention_max_distance"),
 )
+_DECODER_LENGTHS = ("max_decoder_position_embeddings", "max_target_positions")
 _OPERATIONS, _NBYTES = 2e12, 1 << 30  # the most that one long prompt may cost
-_TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.txt", "vocab.json", "spiece.model")
+_TOKENS = 4 * LENGTH  # of those that were trained alone, the most that are asked
+_TOKENIZERS = (
+    *("tokenizer_config.json", "tokenizer.json", "tokenizer.model", "vocab.txt", "vocab.json"),
+    *("spiece.model", "sentencepiece.bpe.model", "source.spm"),
+)
 
 
 @dataclass(frozen=True)
@@ -45,26 +54,28 @@ class Prompts:
 def prompts_of(run: Run, base: BaseModel) -> Prompts:
     """The prompts for the model of `run`, which need not be loaded for it.
 
-    Text in several scripts where the base has a tokenizer, random ids beside it, and a prompt
-    longer than the lengths that the configuration names, as far as time and memory allow.
+    Text where the base has a tokenizer, random ids beside it, the tokens that the run trained
+    alone, and a prompt longer than the lengths that the configuration names, as far as time and
+    memory allow.
     """
     cls, config = class_of(run, base)
-    vocab = _vocab(run, config)
-    model = SimpleNamespace(config=config, main_input_name=cls.main_input_name)
     if cls.main_input_name != "input_ids":
+        model = SimpleNamespace(config=config, main_input_name=cls.main_input_name)
         return Prompts([verification_batch(model)], (f"random {cls.main_input_name}",))
     text = config.get_text_config()
-    limit = _longest(text)
-    ids = verification_batch(model, length=min(LENGTH, limit), vocab=vocab)
-    rows = [row[:limit] for row in _texts(base, vocab)]
-    asked = [f"{len(rows)} texts"] if rows else []
-    known = _trained_ids(run, vocab)
-    if rows:
-        ids = {name: value[:1] for name, value in ids.items()}
+    vocab, limit = _vocab(run, base, config), _longest(text)
+    texts, said = _texts(base, vocab)
+    known = _trained_tokens(run, base, vocab, getattr(text, "vocab_size", vocab))
+    groups = [known[i : i + LENGTH] for i in range(0, len(known), LENGTH)]
+    rows = [row[:limit] for row in (*texts, *groups)]
+    model = SimpleNamespace(config=config, main_input_name="input_ids")
+    count = 1 if texts else ROWS
+    ids = verification_batch(model, count, min(LENGTH, limit), vocab=vocab)
+    if texts:
         ids["attention_mask"] = torch.ones_like(ids["input_ids"])
-    ids["input_ids"][0, : len(known)] = torch.tensor(known, dtype=torch.long)
     batches = [*_batches(config, rows, vocab), ids]
-    asked.append(f"{len(ids['input_ids'])} x {ids['input_ids'].shape[1]} random ids")
+    trained = [f"{len(known)} trained or new tokens"] if known else []
+    asked = [*said, *trained, f"{count} x {ids['input_ids'].shape[1]} random ids"]
     length, left = _crossing(config, cls.__name__, limit, vocab, base)
     if length:
         long = [token for row in rows for token in row] or ids["input_ids"].flatten().tolist()
@@ -120,7 +131,11 @@ def _shape(kind: str, config: Any) -> tuple[int, ...]:
     for width in ("input_feat_per_channel", "feature_projection_input_dim"):
         if hasattr(config, width):
             return 64, getattr(config, width)
-    raise ValueError(f"which {kind} a {type(config).__name__} takes is not known")
+    raise TargetError(
+        "verify does not know what to ask this model",
+        found=f"{kind}, of a {type(config).__name__}",
+        expected="text, images, waves or spectra",
+    )
 
 
 def _decoder_ids(config: Any, rows: int, length: int, generator: torch.Generator) -> torch.Tensor:
@@ -139,41 +154,111 @@ def _batches(config: Any, rows: list[list[int]], vocab: int) -> Iterator[Inputs]
         mask = [[1] * len(row) + [0] * (longest - len(row)) for row in group]
         inputs = {"input_ids": torch.tensor(ids), "attention_mask": torch.tensor(mask)}
         if config.is_encoder_decoder:
-            generator = torch.Generator().manual_seed(1)
-            inputs["decoder_input_ids"] = _decoder_ids(config, len(group), LENGTH, generator)
+            said = (getattr(config, key, None) for key in _DECODER_LENGTHS)
+            shortest = min([longest, *(n - 4 for n in said if n)])
+            inputs["decoder_input_ids"] = inputs["input_ids"][:, :shortest].clone()
         yield inputs
 
 
-def _texts(base: BaseModel, vocab: int) -> list[list[int]]:
-    """The sentences in the base's tokens; none where it has no tokenizer that knows them."""
+def _texts(base: BaseModel, vocab: int) -> tuple[list[list[int]], list[str]]:
+    """The sentences in the base's tokens, or such of its own words where it does not know them, and
+    what they are; none where it has no tokenizer."""
     from transformers import AutoTokenizer
 
     if not any((base.path / name).is_file() for name in _TOKENIZERS):
-        return []
+        return [], []
     try:
         tokenizer = AutoTokenizer.from_pretrained(base.path, trust_remote_code=False)
         rows = [list(tokenizer(sentence)["input_ids"]) for sentence in SENTENCES]
+        rows = [row for row in rows if _is_text(row, tokenizer.unk_token_id, vocab)]
+        if len(rows) > 1:
+            return rows, [f"{len(rows)} texts"]
+        own = sorted(set(tokenizer.get_vocab().values()) - set(tokenizer.all_special_ids))
+        seed = torch.Generator().manual_seed(0)
+        picked = torch.randint(len(own), (len(SENTENCES), LENGTH), generator=seed).tolist()
+        words = [tokenizer.decode([own[i] for i in row]) for row in picked]
+        rows = [list(tokenizer(text)["input_ids"]) for text in words]
     except Exception:  # of whatever kind: ids need no tokenizer
-        return []
-    unknown = tokenizer.unk_token_id
-    rows = [row for row in rows if sum(token == unknown for token in row) * 2 < len(row)]
-    known = all(0 <= token < vocab for row in rows for token in row)
-    return rows if known and len(rows) > 1 else []
+        return [], []
+    rows = [row for row in rows if _is_text(row, tokenizer.unk_token_id, vocab)]
+    return rows, [f"{len(rows)} texts of its tokenizer's words"] if rows else []
 
 
-def _vocab(run: Run, config: Any) -> int:
+def tokenizer_fault(artifact: Path, run: Run, base: BaseModel) -> str | None:
+    """What is wrong with the tokenizer in `artifact`, where it has one: that it does not load, or
+    makes other tokens of a text than the run's, which goes before the base's. None for nothing."""
+    from transformers import AutoTokenizer
+
+    known = [run.path] if (run.path / "tokenizer_config.json").is_file() else []
+    source = [*known, base.path][0]
+    names = [name for name in _TOKENIZERS if (artifact / name).is_file()]
+    if all(_same_bytes(source / name, artifact / name) for name in names):
+        return None
+    rows = []
+    for folder in (artifact, source):
+        try:
+            tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+            rows.append([list(tokenizer(sentence)["input_ids"]) for sentence in SENTENCES])
+        except Exception as error:
+            if folder is artifact:
+                return f"its tokenizer does not load: {type(error).__name__}: {str(error)[:300]}"
+            return None  # one that the run and the base do not have either
+    if rows[0] == rows[1]:
+        return None
+    whose = "run's" if known else "base's"
+    return f"its tokenizer makes other tokens of a text than the {whose}"
+
+
+def _same_bytes(one: Path, other: Path) -> bool:
+    return one.is_file() and filecmp.cmp(one, other, shallow=False)
+
+
+def _is_text(row: list[int], unknown: int | None, vocab: int) -> bool:
+    """Whether the model has these tokens, and most of them say something."""
+    known = all(0 <= token < vocab for token in row)
+    return known and sum(token == unknown for token in row) * 2 < len(row)
+
+
+def _vocab(run: Run, base: BaseModel, config: Any) -> int:
     """The rows of the input embedding, which the run may have resized."""
     size: int = getattr(config.get_text_config(), "vocab_size", 0)
-    names = ("embed_tokens", "word_embeddings", "wte", "shared", "embeddings")
-    own = [t for n, t in run.replaced.items() if n.removesuffix(".weight").endswith(names)]
-    return next((t.shape[0] for t in own if len(t.shape) == 2), size)
+    own = new_embedding(base, run.replaced)
+    return size if own is None else own.shape[0]
 
 
-def _trained_ids(run: Run, vocab: int) -> list[int]:
-    """Some of the tokens whose embeddings the run trained alone, which no text would hit."""
-    kinds = (run.updates[name] for name in run.embeddings if name in run.updates)
-    rows = [update.index.tolist() for update in kinds if isinstance(update, ReplacedRows)]
-    return [each for each in (rows[0] if rows else []) if each < vocab][: LENGTH // 2]
+def _trained_tokens(run: Run, base: BaseModel, vocab: int, size: int) -> list[int]:
+    """Some of the tokens whose rows of an embedding the run changed while it left most others as
+    they were, which no text would hit; those from `size` to `vocab` are new."""
+    found = set(range(size, vocab))
+    before = base.tensors.get(base.embedding or "")
+    for name in run.embeddings & run.updates.keys():
+        if run.shapes[name][0] == vocab:
+            found |= _few(_rows_changed(run.take(name), before))
+    for name, tensor in run.replaced.items():
+        if len(tensor.shape) == 2 and tensor.shape[0] == vocab and before is not None:
+            own, old = tensor.load(), base.tensors[base.find(name) or before.name].load()
+            if own.shape[1:] == old.shape[1:]:
+                rows = min(len(own), len(old))
+                found |= _few((own[:rows] != old[:rows].to(own.dtype)).any(dim=1))
+    tokens = sorted(found)
+    step = max(1, -(-len(tokens) // _TOKENS))
+    return tokens[::step]
+
+
+def _rows_changed(update: Update, before: LazyTensor | None) -> torch.Tensor:
+    """Which rows of an embedding `update` changes, `[vocab]`."""
+    components = update.components()
+    if components is not None:
+        return (components.b * components.c).ne(0).any(dim=1)
+    old = torch.ones(update.shape)
+    if before is not None and before.shape == update.shape:
+        old = before.load().float()
+    return (update.merge(old.clone(), 0) != old).any(dim=1)
+
+
+def _few(changed: torch.Tensor) -> set[int]:
+    tokens = changed.nonzero().flatten().tolist()
+    return set(tokens) if 2 * len(tokens) < len(changed) else set()
 
 
 def _longest(text: Any) -> int:
@@ -184,6 +269,11 @@ def _longest(text: Any) -> int:
     return max(known - 4, 1)  # RoBERTa's positions begin behind the padding's
 
 
+def _is_rotary(text: Any) -> bool:
+    """Whether positions are computed, all by one formula."""
+    return any(getattr(text, key, None) for key in ("rope_parameters", "rope_theta"))
+
+
 def _crossing(
     config: Any, name: str, limit: int, vocab: int, base: BaseModel
 ) -> tuple[int, list[str]]:
@@ -191,15 +281,22 @@ def _crossing(
     weights = sum(numel(tensor) for tensor in base.tensors.values())
     scores = vocab if name.endswith(("LM", "LMHeadModel", "Generation")) else 1
     dear = int(min(_OPERATIONS / (2 * max(weights, 1)), _NBYTES / (4 * scores)))
+    text = config.get_text_config()
+    values = text.to_dict()
+    wanted = {(key, n): min(n + n // 8 + 8, limit) for key, n in _lengths(values)}
+    if "dynamic" in _rope_types(values):
+        n = text.max_position_embeddings
+        wanted["max_position_embeddings", n] = n + n // 8 + 8
+    elif limit < 1 << 20 and not _is_rotary(text):  # every position has numbers of its own
+        wanted["max_position_embeddings", limit - 1] = limit
     found, left = 0, []
-    for key, value in sorted(set(_lengths(config.get_text_config().to_dict()))):
-        wanted = min(value + value // 8 + 8, limit)
-        if wanted <= value:
+    for (key, value), length in sorted(wanted.items()):
+        if length <= value:
             continue  # the model has no positions beyond it
-        if wanted > dear:
+        if length > dear:
             left.append(f"{key} {value} is not crossed: it would cost too much here")
         else:
-            found = max(found, wanted)
+            found = max(found, length)
     return (found if found > LENGTH else 0), left
 
 
@@ -211,3 +308,11 @@ def _lengths(values: Mapping[str, Any]) -> Iterator[tuple[str, int]]:
             for each in value if isinstance(value, list) else [value]:
                 if type(each) is int and each > 0:
                     yield key, each
+
+
+def _rope_types(values: Mapping[str, Any]) -> Iterator[object]:
+    for key, value in values.items():
+        if isinstance(value, Mapping):
+            yield from _rope_types(value)
+        elif key in ("rope_type", "type"):
+            yield value

@@ -18,7 +18,7 @@ from converters.targets.target import target_of
 
 from .live import fold_rounded, truth_of
 from .noise import difference, noise
-from .prompts import Prompts, prompts_of, verification_batch
+from .prompts import Prompts, prompts_of, tokenizer_fault, verification_batch
 
 TOLERANCE = 1e-4  # float32 logits, max abs; DESIGN bound for float32 engines
 NOISE = 4  # of the float32 noise: two computations of it, each with a margin of two
@@ -73,7 +73,12 @@ class Verification:
 
 
 def verify(
-    run: Run, artifact: str | Path, base: str | Path | BaseModel, engine: str | None = None
+    run: Run,
+    artifact: str | Path,
+    base: str | Path | BaseModel,
+    engine: str | None = None,
+    *,
+    earlier: Verification | None = None,
 ) -> Verification:
     """Compare the live model of `run` with `artifact` in `engine` (by default its target's first).
 
@@ -83,7 +88,8 @@ def verify(
     rounding changed (sums of another order round near ties the other way); what is stored or
     computed less exactly may differ by the share of the update's own effect that its target names
     (`Model.share`). A fitted artifact is compared with the live run fitted to the limit its
-    certificate names. One that does not load has failed.
+    certificate names. One that does not load has failed. `earlier`: a verification of another
+    artifact of the same run in the same engine, whose noise is not measured again.
     """
     path = Path(artifact)
     base = base if isinstance(base, BaseModel) else open_base(base)
@@ -111,12 +117,19 @@ def verify(
         whole = reading.measure(truth_of(run, base).model)
         unfitted = difference(reading.values, whole)
         run, _ = fit_run(run.strip(), base, **fit)  # type: ignore[arg-type]
-    found = _compare(run, base, model, reading, prompts)
-    return replace(found, engine=engine, fit=fit, unfitted=unfitted)
+    found = _compare(run, base, model, reading, prompts, earlier)
+    fault = tokenizer_fault(path, run, base)
+    failures = found.failures if fault is None else (*found.failures, fault)
+    return replace(found, engine=engine, fit=fit, unfitted=unfitted, failures=failures)
 
 
 def _compare(
-    run: Run, base: BaseModel, model: Model, reading: Reading, prompts: Prompts
+    run: Run,
+    base: BaseModel,
+    model: Model,
+    reading: Reading,
+    prompts: Prompts,
+    earlier: Verification | None,
 ) -> Verification:
     live = truth_of(run, base)
     truth = reading.measure(live.model)
@@ -127,7 +140,10 @@ def _compare(
         )
         failures.append(f"its outputs have another shape than the live model's: {shapes}")
         return Verification("", model.dtype, live.name, failures=tuple(failures))
-    noisy, noise_of = noise(live.model, reading.measure, truth)
+    if earlier is not None and earlier.noise_of:
+        noisy, noise_of = earlier.noise, earlier.noise_of
+    else:
+        noisy, noise_of = noise(live.model, reading.measure, truth)
     tolerance = exact = max(TOLERANCE, NOISE * noisy)
     top1 = reading.top1(live.model, truth, exact)
     live.detach()

@@ -51,7 +51,7 @@ def open_folder(folder: Path, base: BaseModel, run: Run) -> Model:
     def read(batches: Sequence[Inputs]) -> Reading:
         rows = [row for inputs in batches for row in _rows(inputs)]
         lengths = [len(row) for row in rows]
-        length = min(max(lengths) + TOKENS, longest)
+        length = max(min(max(lengths) + TOKENS, longest), max(lengths) + 1)
         engine = Vllm(base.path if adapter else folder, length, lora, labels)
         try:
             if task == _CLASSIFIER:

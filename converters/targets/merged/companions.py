@@ -9,11 +9,12 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
 from ...certificate import FILE
-from ...errors import BaseError
+from ...errors import BaseError, TensorFileError
 from ...files.json_files import parse_json, read_json
 from ...model.base import BaseModel
 from ...model.tasks import task_of
@@ -155,7 +156,10 @@ def _left_behind(source: Path, kept: set[str]) -> Iterator[str]:
 def _refuse_code(source: Path) -> None:
     """Raise `BaseError` where transformers would take code out of the folder."""
     for path in sorted(source.glob("*config.json")):
-        if path.name != "adapter_config.json" and read_json(path).get("auto_map"):
+        said: Mapping[str, object] = {}
+        with suppress(TensorFileError):  # others' files: what transformers reads are objects
+            said = read_json(path)
+        if path.name != "adapter_config.json" and said.get("auto_map"):
             raise _own_code(path, "auto_map")
 
 

@@ -65,9 +65,10 @@ def write_folder(folder: Path, plan: MergePlan, progress: Progress) -> MergeRepo
         }
         for module, rank in plan.ranks.items()
     }
+    written = {id(tensor.source) for tensor in plan.tensors}
     details = {
         "dtype": None if plan.dtype is None else str(plan.dtype).removeprefix("torch."),
-        "replaced": sorted(t.name for t in plan.tensors if t.name in plan.run.replaced),
+        "replaced": sorted(n for n, t in plan.run.replaced.items() if id(t) in written),
     }
     notes, resumed = ((), ()) if journal is None else (journal.notes, tuple(journal.finished))
     updated = any(report.relative_update for report in rounding.values())

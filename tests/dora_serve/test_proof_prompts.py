@@ -1,0 +1,135 @@
+"""What the proof asks: tokens that were trained alone, the base's own words, the last position."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from peft import LoraConfig, TrainableTokensConfig, get_peft_model
+from safetensors.torch import load_file, save_file
+
+from converters.model.base import open_base
+from converters.readers import ReadOptions
+from dora_serve import merge, read_run, verify
+from dora_serve.proof.prompts import prompts_of
+from tests.conftest import MODELS, tiny_llama
+
+VOCAB, TOKENS = 900, [411, 655, 890]
+SAMPLE = MODELS / "runs/Checkpoint/Tiny_Llama/Lora_Rank=8/Count_Down/Tiny_Llama--Count_Down--1"
+LORA = {"r": 2, "lora_alpha": 8, "task_type": "CAUSAL_LM"}
+
+
+def tokens_alone(model: Any) -> Any:
+    return get_peft_model(model, TrainableTokensConfig(token_indices=TOKENS))
+
+
+def tokens_beside(model: Any) -> Any:
+    tokens = {"target_modules": ["q_proj"], "trainable_token_indices": TOKENS}
+    return get_peft_model(model, LoraConfig(**LORA, **tokens))
+
+
+def low_rank(model: Any) -> Any:
+    peft = get_peft_model(model, LoraConfig(**LORA, target_modules=["embed_tokens"]))
+    trained = peft.base_model.model.model.embed_tokens.lora_embedding_A["default"]
+    trained.requires_grad_(False)[:, TOKENS] = 0.3
+    return peft
+
+
+def whole(model: Any) -> Any:
+    said = {"target_modules": ["q_proj"], "modules_to_save": ["embed_tokens"]}
+    peft = get_peft_model(model, LoraConfig(**LORA, **said))
+    saved = peft.base_model.model.model.embed_tokens.modules_to_save["default"].weight
+    saved.requires_grad_(False)[TOKENS] += 0.3
+    return peft
+
+
+def new_tokens(model: Any) -> Any:
+    model.resize_token_embeddings(VOCAB + 3, mean_resizing=False)
+    peft = get_peft_model(model, LoraConfig(**LORA, target_modules=["q_proj"]))
+    embedding = peft.get_input_embeddings().weight
+    embedding.requires_grad_(False)[VOCAB:] = 0.3
+    return peft
+
+
+KINDS: dict[str, tuple[Callable[[Any], Any], list[int]]] = {
+    "TrainableTokens": (tokens_alone, TOKENS),
+    "tokens of LoRA": (tokens_beside, TOKENS),
+    "LoRA of an embedding": (low_rank, TOKENS),
+    "a whole embedding": (whole, TOKENS),
+    "new tokens": (new_tokens, [VOCAB, VOCAB + 1, VOCAB + 2]),
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_tokens_that_were_trained_alone_are_asked(tmp_path: Path, kind: str) -> None:
+    train, tokens = KINDS[kind]
+    tiny_llama(vocab_size=VOCAB).save_pretrained(tmp_path / "base")
+    peft = train(transformers.LlamaForCausalLM.from_pretrained(tmp_path / "base"))
+    with torch.no_grad():
+        for name, parameter in peft.named_parameters():
+            if "lora_B" in name or "embedding_B" in name or "tokens_delta" in name:
+                parameter += 0.1
+    peft.save_pretrained(tmp_path / "run")
+    run = read_run(tmp_path / "run", ReadOptions(base=tmp_path / "base"))
+    asked = prompts_of(run, open_base(tmp_path / "base"))
+    assert f"{len(tokens)} trained or new tokens" in asked.asked
+    ids = torch.cat([batch["input_ids"].flatten() for batch in asked.batches])
+    assert set(tokens) <= set(ids.tolist())
+    merge(run, tmp_path / "merged", base=tmp_path / "base")
+    right = verify(run, tmp_path / "merged", tmp_path / "base")
+    assert right.passed and right.has_update and right.control > 10 * right.tolerance
+    file = tmp_path / "merged/model.safetensors"
+    tensors = load_file(file)
+    tensors["model.embed_tokens.weight"][tokens[-1]] = 0.0  # one of them lost
+    save_file(tensors, file, {"format": "pt"})
+    wrong = verify(run, tmp_path / "merged", tmp_path / "base")
+    assert not wrong.passed and wrong.max_abs > 10 * wrong.tolerance
+
+
+def test_a_base_that_knows_no_sentence_is_asked_its_own_words() -> None:
+    base = MODELS / "tiny-llama-base"
+    words = transformers.AutoTokenizer.from_pretrained(base)
+    found = prompts_of(read_run(SAMPLE), open_base(base))
+    assert found.asked[0] == "5 texts of its tokenizer's words"
+    ids = found.batches[0]["input_ids"]
+    assert words.unk_token_id not in ids and (ids[:, 0] == words.bos_token_id).all()
+
+
+@pytest.mark.parametrize("rope", [False, True], ids=["a table", "dynamic"])
+def test_the_last_position_is_asked(tmp_path: Path, rope: bool) -> None:
+    """A merge that lost the last positions, or forgot that they stretch, is right before them."""
+    if rope:
+        scaled = {"rope_type": "dynamic", "factor": 4.0, "rope_theta": 10000.0}
+        model: Any = tiny_llama(max_position_embeddings=40, rope_parameters=scaled)
+        targets = ["q_proj"]
+    else:
+        torch.manual_seed(0)
+        config = transformers.GPT2Config(
+            vocab_size=80, n_embd=32, n_layer=1, n_head=2, n_positions=90, pad_token_id=0
+        )
+        model, targets = transformers.GPT2LMHeadModel(config), ["c_attn"]
+    base, out = tmp_path / "base", tmp_path / "merged"
+    model.save_pretrained(base)
+    said = {**LORA, "target_modules": targets, "fan_in_fan_out": not rope}
+    peft = get_peft_model(type(model).from_pretrained(base), LoraConfig(**said))
+    with torch.no_grad():
+        for name, parameter in peft.named_parameters():
+            if "lora_B" in name:
+                parameter += 0.1
+    peft.save_pretrained(tmp_path / "run")
+    run = read_run(tmp_path / "run", ReadOptions(base=base))
+    merge(run, out, base=base)
+    right = verify(run, out, base)
+    assert right.passed and f"one of {53 if rope else 86} tokens" in right.asked
+    if rope:
+        text = (out / "config.json").read_text()
+        (out / "config.json").write_text(text.replace('"dynamic"', '"default"'))
+    else:
+        tensors = load_file(out / "model.safetensors")
+        tensors["transformer.wpe.weight"][80:] = 0.0
+        save_file(tensors, out / "model.safetensors", {"format": "pt"})
+    assert not verify(run, out, base).passed
