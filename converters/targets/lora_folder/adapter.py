@@ -30,7 +30,7 @@ from ...updates.rank_one import RankOneSum, stored_error
 from ..engines import Profile
 from ..target import Plan, Progress, Report
 from .card import model_card
-from .experts import padded, parameters, stacked, transposed_modules
+from .experts import in_memory, padded, parameters, stacked, taken_for_experts, transposed_modules
 from .names import CONFIG, WEIGHTS
 from .padding import absent_modules
 from .whole import completed, whole_modules, with_heads
@@ -217,8 +217,10 @@ def plan_adapter(
 def named_for(run: Run, base: BaseModel, profile: Profile) -> tuple[Run, Layout]:
     """The run under the names of the class that the engine loads, and that class's layout."""
     if profile.text_models:
-        return as_trained(run, base)
-    return resolved(run, base), classes(run.task, run.num_labels, base).whole
+        run, layout = as_trained(run, base)
+    else:
+        run, layout = resolved(run, base), classes(run.task, run.num_labels, base).whole
+    return (in_memory(run, layout) if "target_parameters" in profile.features else run), layout
 
 
 def _stored(
@@ -304,6 +306,10 @@ def _config(
 ) -> dict[str, object]:
     owned = {split_slice(name)[0] for name in alive if name in parameters}
     alive = {split_slice(name)[0]: rank for name, rank in alive.items()}
+    if "target_parameters" in profile.features:
+        experts = taken_for_experts(alive.keys() - owned, base)
+        alive = {f"{n}.weight" if n in experts else n: rank for n, rank in alive.items()}
+        owned |= {f"{name}.weight" for name in experts}
     default = max(alive.values())
     patterns = {f"^{module}": rank for module, rank in alive.items() if rank != default}
     targets = {module.split(".")[-1] for module in alive} if profile.uniform else set(alive) - owned
