@@ -99,7 +99,8 @@ def _saved(adapter: Adapter, name: str) -> str:
 
 
 def embeddings(adapter: Adapter) -> Iterator[Finding]:
-    targets = adapter.where(lambda engine: not engine.embeddings)
+    family = None if adapter.base is None else adapter.base.config.get("model_type")
+    targets = adapter.where(lambda engine: not engine.embeds(family))
     for module in adapter.embeddings if targets else ():
         yield Finding(
             "embedding", "error", targets, module, "the engine loads no adapters on embeddings",

@@ -17,6 +17,7 @@ from ..targets.lora_folder import CONFIG
 from .finding import PEFTS_OWN, Adapter, Finding
 
 _LAYER = re.compile(r"(.*?)\.(\d{1,9})\.(?:(.+)\.)?([^.]+)")
+_PARTING = (*PEFTS_OWN, "vllm")  # which compute with a tied side as if it were alone
 _REWRITE = "`lint` with `fix` writes the names PEFT knows"
 
 
@@ -353,7 +354,7 @@ def tied(adapter: Adapter) -> Iterator[Finding]:
         for module in modules:
             if not any(f".{name}".endswith(f".{module}.weight") for name in group):
                 continue
-            for severity, targets in adapter.graded(lambda engine: engine.name not in PEFTS_OWN):
+            for severity, targets in adapter.graded(lambda engine: engine.name not in _PARTING):
                 yield Finding(
                     "tied",
                     severity,

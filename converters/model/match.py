@@ -39,6 +39,15 @@ def is_transposed(
     return base.is_transposed(module, shape, module in run.embeddings)
 
 
+def located(run: Run, base: BaseModel, module: str) -> tuple[LazyTensor, bool] | None:
+    """The weight of a module that has another name on disk than in the class the run is for, and
+    whether it is stored as `[in, out]`; None where it is no tensor of its own there."""
+    layout = classes(run.task, run.num_labels, base).whole
+    place = layout.place(module, run.shapes[module])
+    disk = None if place is None else layout.find(place.parameter)
+    return None if place is None or disk is None else (base.tensors[disk], place.transposed)
+
+
 def kernels_of(run: Run, base: BaseModel | None) -> dict[str, tuple[int, ...]]:
     """`[in, *kernel]` of the modules that are convolutions, by the run and by the base."""
     if base is None:

@@ -183,7 +183,7 @@ def plan_adapter(
         ranks[module] = (run.start_rank.get(module), rank)
     kernels = kernels_of(run, base)
     kept = parameters(run, layout)
-    _check_target(run, profile, whole, ranks, modules, biases, sorted(kept), kernels)
+    _check_target(run, base, profile, whole, ranks, modules, biases, sorted(kept), kernels)
     if base is not None:
         _check_family(run, base, profile)
     stored = padded(
@@ -241,6 +241,7 @@ def _stored(
 
 def _check_target(
     run: Run,
+    base: BaseModel | None,
     profile: Profile,
     whole: Mapping[str, LazyTensor],
     ranks: Mapping[str, tuple[int | None, int]],
@@ -258,7 +259,7 @@ def _check_target(
         cannot += [name for name in modules if name.split(".")[-1] not in profile.whole_modules]
     if not profile.biases:
         cannot += biases
-    if not profile.embeddings:
+    if not profile.embeds(None if base is None else base.config.get("model_type")):
         cannot += sorted(run.embeddings)
     if profile.whole_modules is not None:
         cannot += [name for name in whole if name.removesuffix(".weight") in ranks]
