@@ -1,12 +1,13 @@
 """The update between two models of one architecture, as a run.
 
-Names are those of the tuned model in memory. Not read: models whose changed tensors have another
-name or form on disk than in memory (experts in one tensor, layouts of older versions).
+Names are those of the tuned model in memory, whatever they are on disk. Not read: changed tensors
+that loading joins to one in memory (experts).
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -15,6 +16,7 @@ from .errors import BaseError, TargetError
 from .files.tensors import LazyTensor, is_copy_of, load_finite
 from .model.architecture import empty_model
 from .model.base import HEAD, BaseModel
+from .model.layout import Layout
 from .model.tasks import TASKS, architecture_of, task_of
 from .model.tying import aliases
 from .run import LazyUpdates, Run
@@ -46,16 +48,19 @@ def difference(tuned: BaseModel, base: BaseModel) -> Run:
     model = empty_model(architecture, tuned.config, num_labels)
     linear = _linear_layers(model, task)
     one = aliases(model)
+    now, then = (
+        _Stored(each, Layout(each, architecture, num_labels), one) for each in (tuned, base)
+    )
 
     updates: dict[str, Callable[[], Update]] = {}
     whole: dict[str, LazyTensor] = {}
     unread = dict(tuned.tensors)
     for name in model.state_dict():
-        tensor, tied = _stored(tuned, name, one)
+        tensor, tied = now.find(name)
         if tensor is None:
             continue
         unread.pop(tensor.name, None)
-        before, _ = _stored(base, name, one)
+        before, _ = then.find(name)
         if before is not None and is_copy_of(tensor, before):
             continue
         module = name.removesuffix(".weight")
@@ -92,16 +97,23 @@ def _architecture(tuned: BaseModel, base: BaseModel) -> tuple[str, str | None]:
     return name, task
 
 
-def _stored(model: BaseModel, name: str, one: Mapping[str, str]) -> tuple[LazyTensor | None, bool]:
-    """The tensor that is loaded as `name`, and whether it is another one's that `name` is tied to.
+@dataclass(frozen=True)
+class _Stored:
+    """The tensors of a model under their names in memory. `one`: name → what it is tied to."""
 
-    None where the file has neither.
-    """
-    own = model.find(name)
-    if own is not None:
-        return model.tensors[own], False
-    source = model.find(one.get(name, "")) or (model.embedding if name == HEAD else None)
-    return (None if source is None else model.tensors[source]), True
+    model: BaseModel
+    layout: Layout
+    one: Mapping[str, str]
+
+    def find(self, name: str) -> tuple[LazyTensor | None, bool]:
+        """The tensor that is loaded as `name`, and whether it is another one's that `name` is tied
+        to. None where the file has neither."""
+        tensors, own = self.model.tensors, self.layout.find(name)
+        if own is not None:
+            return tensors[own], False
+        source = self.layout.find(self.one.get(name, ""))
+        source = source or (self.model.embedding if name == HEAD else None)
+        return (None if source is None else tensors[source]), True
 
 
 def _linear_layers(model: Any, task: str | None) -> dict[str, bool]:
@@ -146,8 +158,8 @@ def _refuse(
         before = base.tensors.get(base.find(name) or "")
         if before is None or not is_copy_of(tensor, before):
             raise TargetError(
-                "a changed tensor has no such name in the model in memory",
+                "a changed tensor is no tensor of its own in the model in memory",
                 file=tensor.path,
                 tensor=name,
-                remedy="load the model with transformers, save it again, and extract that",
+                remedy="deploy the tuned model itself",
             )

@@ -15,6 +15,7 @@ import torch
 from .errors import RunError, TargetError
 from .files.tensors import load_finite, refuse_quantized
 from .model.base import BaseModel
+from .model.match import located
 from .run import Run
 from .updates.rank_one import RankOneSum, cut, rank_for, tail
 from .updates.update import Update
@@ -135,8 +136,12 @@ def base_weight(run: Run, module: str, base: BaseModel | None) -> torch.Tensor:
             remedy="name the base with `base`",
         )
     shape = run.shapes[module]
-    transposed = base.is_transposed(module, shape, module in run.embeddings)
     tensor = base.weight(module)
+    found = located(run, base, module) if tensor is None else None
+    if found is None:
+        transposed = base.is_transposed(module, shape, module in run.embeddings)
+    else:
+        tensor, transposed = found
     assert tensor is not None
     refuse_quantized(tensor)
     weight = load_finite(tensor)

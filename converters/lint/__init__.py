@@ -7,13 +7,15 @@ holds those of one kind. The facts of the engines are in `converters/targets/eng
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from ..model.base import BaseModel
 from ..targets.target import profiles
-from . import features, fit, names, scales, values
+from . import features, fit, names, scales, tuners, values
 from .finding import Check, Finding, open_adapter
 from .heal import heal
+from .loading import loading
 
 CHECKS: tuple[Check, ...] = (
     *names.CHECKS,
@@ -21,6 +23,7 @@ CHECKS: tuple[Check, ...] = (
     *fit.CHECKS,
     *features.CHECKS,
     *values.CHECKS,
+    *tuners.CHECKS,
 )
 _ORDER = ("error", "warning", "info")
 
@@ -35,6 +38,9 @@ def lint(
     """
     adapter = open_adapter(folder, base, targets or tuple(profiles()))
     findings = [finding for check in CHECKS for finding in check(adapter)]
+    told = {target for f in findings if f.severity == "error" for target in f.targets}
+    rest = tuple(engine for engine in adapter.engines if engine.name not in told)
+    findings += loading(replace(adapter, engines=rest))
     return sorted(findings, key=lambda finding: _ORDER.index(finding.severity))
 
 

@@ -24,13 +24,16 @@ _FEATURES = {
     "use_mora": None,
     "use_qalora": None,
 }
+# Initialisations that PEFT calculates from the base alone, so that loading repeats them.
+_AGAIN = ("pissa", "olora")
 _MERGE = "deploy the merged model (`merge`)"
 
 
 def kind(adapter: Adapter) -> Iterator[Finding]:
     name = adapter.config.get("peft_type")
-    if name != "LORA":
-        targets = adapter.where(lambda engine: engine.name not in PEFTS_OWN)
+    if not adapter.is_lora:
+        stored = bool(adapter.factors)  # of LoRA, which another tuner of PEFT does not read
+        targets = adapter.where(lambda engine: stored or engine.name not in PEFTS_OWN)
         if targets:
             yield Finding(
                 "peft-type", "error", targets, f"{CONFIG}: peft_type", "this is no LoRA adapter",
@@ -39,7 +42,7 @@ def kind(adapter: Adapter) -> Iterator[Finding]:
 
 
 def features(adapter: Adapter) -> Iterator[Finding]:
-    for key, pattern in _FEATURES.items():
+    for key, pattern in _FEATURES.items() if adapter.is_lora else ():
         tensors = [name for name in adapter.others if pattern and re.search(pattern, name)]
         said = bool(adapter.config.get(key))
         targets = tuple(e.name for e in adapter.engines if key not in e.features)
@@ -96,7 +99,8 @@ def _saved(adapter: Adapter, name: str) -> str:
 
 
 def embeddings(adapter: Adapter) -> Iterator[Finding]:
-    targets = adapter.where(lambda engine: not engine.embeddings)
+    family = None if adapter.base is None else adapter.base.config.get("model_type")
+    targets = adapter.where(lambda engine: not engine.embeds(family))
     for module in adapter.embeddings if targets else ():
         yield Finding(
             "embedding", "error", targets, module, "the engine loads no adapters on embeddings",
@@ -105,12 +109,18 @@ def embeddings(adapter: Adapter) -> Iterator[Finding]:
 
 
 def initialisation(adapter: Adapter) -> Iterator[Finding]:
-    name = adapter.config.get("init_lora_weights")
-    if str(name).lower().startswith(BASE_CHANGING):
+    name = str(adapter.config.get("init_lora_weights")).lower()
+    if not name.startswith(BASE_CHANGING):
+        return
+    for severity, targets in adapter.graded(
+        lambda engine: engine.name not in PEFTS_OWN or name not in _AGAIN
+    ):
         yield Finding(
-            "init", "error", adapter.all, f"{CONFIG}: init_lora_weights",
-            "this initialisation changed the base weights: the adapter is right on those only",
-            str(name), "an adapter to the original base",
+            "init", severity, targets, f"{CONFIG}: init_lora_weights",
+            "this initialisation changed the base weights: the adapter is right on those only"
+            if severity == "error"
+            else "PEFT changes the base weights again, as in training, and from float32 only",
+            name, "an adapter to the original base",
             "save it with PEFT's path_initial_model_for_weight_conversion",
         )  # fmt: skip
 

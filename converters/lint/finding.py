@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Literal
@@ -18,6 +18,7 @@ from ..model.names import PEFT_PREFIX as PREFIX
 from ..model.names import as_peft_loads, unwrapped
 from ..model.tasks import task_of_peft
 from ..readers.patterns import Patterns
+from ..readers.peft_common import origin
 from ..readers.run_folder import CONFIG_FILE, WEIGHT_FILES
 from ..targets.engines import Profile
 from ..targets.target import profiles
@@ -103,6 +104,10 @@ class Adapter:
         return any(f".{module.removesuffix('.base_layer')}".endswith(f".{o}") for o in owners)
 
     @property
+    def is_lora(self) -> bool:
+        return self.config.get("peft_type") == "LORA"
+
+    @property
     def task(self) -> str | None:
         return task_of_peft(self.config.get("task_type"))
 
@@ -112,8 +117,13 @@ class Adapter:
         not know them."""
         if self.base is None:
             return None
+        base, layers = self.base, self.config.get("layer_replication")
+        if isinstance(layers, list):  # PEFT then repeats layers of the base
+            count = sum(last - first for first, last in layers)
+            base = replace(base, config={**base.config, "num_hidden_layers": count})
+        labels = origin(self.config, {name: self.tensors[key] for name, key in self._whole.items()})
         with suppress(BaseError, TargetError):
-            found = classes(self.task, None, self.base)
+            found = classes(self.task, labels["num_labels"], base)
             return found if found.known else None
         return None
 
@@ -141,14 +151,34 @@ class Adapter:
         return sorted({factor.module for factor in self.factors if factor.embedding})
 
     @cached_property
+    def _whole(self) -> Mapping[str, str]:
+        """Name without PEFT's prefix → key, of the tensors that are neither A nor B."""
+        factors = {factor.key for factor in self.factors}
+        return {key.removeprefix(PREFIX): key for key in self.tensors if key not in factors}
+
+    @property
     def others(self) -> list[str]:
         """Keys, without PEFT's prefix, of tensors that are neither A nor B."""
-        factors = {factor.key for factor in self.factors}
-        return [key.removeprefix(PREFIX) for key in self.tensors if key not in factors]
+        return list(self._whole)
 
     @cached_property
     def ranks(self) -> dict[str, int]:
         return {module: a.shape[0] for module, (a, _) in self.pairs.items() if len(a.shape) == 2}
+
+    def check_patterns(self, names: Iterable[str]) -> None:
+        """Raise `PatternError` for regular expressions that PEFT would not come back from."""
+        config, modules = self.config, {name.rpartition(".")[0] for name in names}
+        whole = [config.get(key) for key in ("target_modules", "exclude_modules")]
+        keyed = [config.get(key) for key in ("rank_pattern", "alpha_pattern")]
+        layers = config.get("layers_pattern")
+        for module in modules:
+            for pattern in whole:
+                if isinstance(pattern, str):
+                    self.patterns.whole(pattern, module)
+            for pattern in (key for each in keyed if isinstance(each, dict) for key in each):
+                self.patterns.suffix(str(pattern), module)
+            for pattern in layers if isinstance(layers, list) else [layers] if layers else ():
+                self.patterns.suffix(str(pattern), module)
 
     @property
     def all(self) -> tuple[str, ...]:

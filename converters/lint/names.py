@@ -17,6 +17,7 @@ from ..targets.lora_folder import CONFIG
 from .finding import PEFTS_OWN, Adapter, Finding
 
 _LAYER = re.compile(r"(.*?)\.(\d{1,9})\.(?:(.+)\.)?([^.]+)")
+_PARTING = (*PEFTS_OWN, "vllm")  # which compute with a tied side as if it were alone
 _REWRITE = "`lint` with `fix` writes the names PEFT knows"
 
 
@@ -198,10 +199,10 @@ def targeted(adapter: Adapter) -> Iterator[Finding]:
                 "`lint` with `fix` names the modules that are stored",
             )
         return
+    sides = _tied_to_targets(adapter) if adapter.config.get("ensure_weight_tying") else ()
     for module in (*adapter.pairs, *adapter.embeddings):
-        if ".experts" not in module and not _matches(
-            adapter, adapter.loaded.get(module) or adapter.meant(module) or module
-        ):
+        own = adapter.loaded.get(module) or adapter.meant(module) or module
+        if ".experts" not in module and own not in sides and not _matches(adapter, own):
             yield Finding(
                 "not-targeted",
                 "error",
@@ -214,21 +215,59 @@ def targeted(adapter: Adapter) -> Iterator[Finding]:
             )
 
 
+def _tied_to_targets(adapter: Adapter) -> set[str]:
+    """The modules that PEFT adapts too because they are tied to one that is named."""
+    base = adapter.base
+    found = [] if base is None else groups(base, architecture_of(base.config) or None, None)
+    sides = [[name.removesuffix(".weight") for name in group] for group in found]
+    named = [group for group in sides if any(_matches(adapter, side) for side in group)]
+    return {side for group in named for side in group}
+
+
 def _matches(adapter: Adapter, module: str) -> bool:
     """PEFT's rule, `peft.tuners.tuners_utils.check_target_module_exists`."""
     config = adapter.config
-    targets = config["target_modules"]
-    if isinstance(targets, str):
-        return targets == "all-linear" or adapter.patterns.whole(targets, module)
-    names = targets if isinstance(targets, list) else []
-    if not any(module == name or module.endswith(f".{name}") for name in names):
+    targets, saved = config["target_modules"], config.get("modules_to_save")
+    if _names(adapter, config.get("exclude_modules"), module):
+        return False
+    if any(f".{name}." in f".{module}." for name in (saved if isinstance(saved, list) else ())):
+        return False
+    if str(targets).lower() == "all-linear":
+        return module != _head(adapter)
+    if not _names(adapter, targets, module):
         return False
     layers = config.get("layers_to_transform")
-    if layers is None:
+    if layers is None or layers == [] or isinstance(targets, str):
         return True
-    match = _LAYER.fullmatch(module)
+    if module in (targets if isinstance(targets, list) else ()):
+        return True
+    said = config.get("layers_pattern")
+    stems = said if isinstance(said, list) else [said] if said else [r"[^.]*"]
+    within = [int(match[2]) for match in [_LAYER.fullmatch(module)] if match]
     named = layers if isinstance(layers, list) else [layers]
-    return match is not None and int(match[2]) in named
+    return any(
+        number in named and adapter.patterns.whole(rf"(.*\.)?{stem}\.{number}\..*", module)
+        for number in within
+        for stem in stems
+    )
+
+
+def _names(adapter: Adapter, said: object, module: str) -> bool:
+    """Whether a regular expression or a list of last parts of names means `module`."""
+    if isinstance(said, str):
+        return adapter.patterns.whole(said, module)
+    names = said if isinstance(said, list) else []
+    return any(module == name or module.endswith(f".{name}") for name in names)
+
+
+def _head(adapter: Adapter) -> str:
+    """The output embedding, which PEFT takes for no linear layer like the others."""
+    known = adapter.classes
+    model = None if known is None else known.whole.names.model
+    head = None if model is None else model.get_output_embeddings()
+    if head is None:
+        return "lm_head"
+    return str(next(name for name, module in model.named_modules() if module is head))
 
 
 def kinds(adapter: Adapter) -> Iterator[Finding]:
@@ -315,7 +354,7 @@ def tied(adapter: Adapter) -> Iterator[Finding]:
         for module in modules:
             if not any(f".{name}".endswith(f".{module}.weight") for name in group):
                 continue
-            for severity, targets in adapter.graded(lambda engine: engine.name not in PEFTS_OWN):
+            for severity, targets in adapter.graded(lambda engine: engine.name not in _PARTING):
                 yield Finding(
                     "tied",
                     severity,

@@ -3,30 +3,41 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
+from functools import partial
 
 from ..readers import is_number
 from ..targets.engines import Profile, Reading
 from ..targets.lora_folder import CONFIG
-from .finding import Adapter, Finding
+from .finding import PEFTS_OWN, Adapter, Finding
 
+_DEFAULT = 8  # what r and lora_alpha are in PEFT where the configuration lacks them
 _FUSED = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
 
 
 def numbers(adapter: Adapter) -> Iterator[Finding]:
-    for key in ("r", "lora_alpha"):
+    for key in ("r", "lora_alpha") if adapter.is_lora else ():
         value = adapter.config.get(key)
-        if not is_number(value) or value <= 0:
+        if is_number(value) and (value > 0 or (value < 0 and key == "lora_alpha")):
+            continue
+        taken = PEFTS_OWN if key not in adapter.config else ()
+        for severity, targets in adapter.graded(partial(_lacks, taken)):
             yield Finding(
                 "no-scale",
-                "error",
-                adapter.all,
+                severity,
+                targets,
                 f"{CONFIG}: {key}",
-                f"{key} is missing or not above zero",
+                f"{key} is missing or zero"
+                if severity == "error"
+                else f"{key} is missing, and PEFT takes {_DEFAULT}",
                 str(value),
-                "a number above zero",
+                "a number",
                 f"set {key} to what training used",
             )
+
+
+def _lacks(taken: Collection[str], engine: Profile) -> bool:
+    return engine.name not in taken
 
 
 def stored_ranks(adapter: Adapter) -> Iterator[Finding]:
@@ -170,7 +181,7 @@ def _scale(adapter: Adapter, module: str, reading: Reading) -> float | None:
         rank = _pattern(adapter, "rank_pattern", module, "r")
         alpha = _pattern(adapter, "alpha_pattern", module, "lora_alpha")
     else:
-        r, a = adapter.config.get("r"), adapter.config.get("lora_alpha")
+        r, a = (adapter.config.get(key, _DEFAULT) for key in ("r", "lora_alpha"))
         rank, alpha = (r if is_number(r) else None), (a if is_number(a) else None)
     if reading.stored_rank:
         rank = adapter.ranks[module]
@@ -185,7 +196,7 @@ def _pattern(adapter: Adapter, key: str, module: str, default: str) -> float | N
     for name, value in (patterns if isinstance(patterns, dict) else {}).items():
         if adapter.patterns.suffix(name, module) and is_number(value):
             return value
-    value = adapter.config.get(default)
+    value = adapter.config.get(default, _DEFAULT)
     return value if is_number(value) else None
 
 

@@ -16,8 +16,11 @@ _AGAIN = "save the adapter again from the training run"
 def values(adapter: Adapter) -> Iterator[Finding]:
     """NaN and infinity, what float16 cannot hold, dtypes, and factors of zeros: one pass."""
     zero = set()
+    factors = {factor.key for factor in adapter.factors}
     for key, tensor in adapter.tensors.items():
         if not tensor.dtype.is_floating_point:
+            if key not in factors:
+                continue  # positions, in some of PEFT's tuners
             yield Finding(
                 "dtype", "error", adapter.all, key, "the tensor holds no floating-point numbers",
                 str(tensor.dtype), "float32, float16 or bfloat16", _AGAIN,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, replace
 
@@ -37,6 +37,15 @@ def is_transposed(
     if whole is not None and whole.shape == shape:
         return False
     return base.is_transposed(module, shape, module in run.embeddings)
+
+
+def located(run: Run, base: BaseModel, module: str) -> tuple[LazyTensor, bool] | None:
+    """The weight of a module that has another name on disk than in the class the run is for, and
+    whether it is stored as `[in, out]`; None where it is no tensor of its own there."""
+    layout = classes(run.task, run.num_labels, base).whole
+    place = layout.place(module, run.shapes[module])
+    disk = None if place is None else layout.find(place.parameter)
+    return None if place is None or disk is None else (base.tensors[disk], place.transposed)
 
 
 def kernels_of(run: Run, base: BaseModel | None) -> dict[str, tuple[int, ...]]:
@@ -203,6 +212,19 @@ def classes(task: str | None, num_labels: int | None, base: BaseModel) -> Classe
             name = class_for(base.config, usual_ending(task))
             text = Layout(base, name, num_labels) if name != architecture else None
     return Classes(base, whole, text)
+
+
+def trained_in(known: Classes, keys: Iterable[str]) -> tuple[Layout, dict[str, str]]:
+    """The class whose names the tensors of an adapter have, without PEFT's prefix, and each of
+    `keys` as that class names its module. What is of no module keeps its name."""
+    layouts = [layout for layout in (known.whole, known.text) if layout is not None]
+    named = [{key: layout.names.inside(key) for key in keys} for layout in layouts]
+    strange = [
+        (sum(own is None for own in own_names.values()), sum(k != o for k, o in own_names.items()))
+        for own_names in named
+    ]
+    best = strange.index(min(strange))
+    return layouts[best], {key: own or key for key, own in named[best].items()}
 
 
 def resolved(run: Run, base: BaseModel) -> Run:

@@ -142,6 +142,16 @@ class Names:
                 return found.removesuffix(ending) + name[len(stem) :]
         return None
 
+    def inside(self, key: str) -> str | None:
+        """A tensor of an adapter, a module and what is in it, under the module's name in memory;
+        None where the class has no such module."""
+        parts = key.split(".")
+        for end in range(len(parts) - 1, 0, -1):
+            found = self.module(".".join(parts[:end]))
+            if found is not None:
+                return ".".join((found, *parts[end:]))
+        return None
+
     @cached_property
     def _wrapped(self) -> Mapping[str, str]:
         """The tensors whose own names have a segment that is taken for a wrapper's."""

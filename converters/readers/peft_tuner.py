@@ -9,8 +9,11 @@ Not read: tuners that have no weight to merge into, which are errors.
 from __future__ import annotations
 
 import math
+import shutil
+import tempfile
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -18,10 +21,12 @@ from typing import Any
 import torch
 
 from ..errors import BaseError, RunError
+from ..files.output import save_tensors
 from ..files.tensors import LazyTensor, LazyTensors, load_finite
 from ..model.base import HEAD, BaseModel
 from ..model.layout import Layout
-from ..model.match import target_architecture
+from ..model.match import classes, trained_in
+from ..model.names import PEFT_PREFIX
 from ..options import ReadOptions
 from ..run import Run
 from ..updates.peft_layer import LayerUpdate, MergedBias, merge_layer
@@ -79,15 +84,19 @@ class PeftTunerReader:
                 load_finite(tensor)
         base = _find_base(config, options, config_path)
         run = Run(folder.path, self.name, {}, **origin(config, {}), files=(file, config_path))
-        names = set(_empty(run, base).state_dict())
-        whole = {own: t for name, t in tensors.items() if (own := _base_name(name)) in names}
+        layout, named = trained_in(classes(run.task, None, base), tensors)
+        tensors = {named[key]: tensor for key, tensor in tensors.items()}
+        whole = {
+            own: t for key, t in tensors.items() if (own := _base_name(key)) in layout.names.state
+        }
         run = replace(run, **origin(config, whole))
-        layout = Layout(base, target_architecture(run, base)[0], run.num_labels)
-        model = _empty(run, base)
+        layout = Layout(base, layout.names.architecture, run.num_labels)
+        model = _empty(run, base, layout.names.architecture)
         needed = _needed(tensors, base, layout) if kind in _FROM_BASE else {}
         _give_memory(model, whole, needed)
         _check_patterns(config, [name for name, _ in model.named_modules()], config_path)
-        layers = _load(model, folder.path, file)
+        with _as_named(folder, file, tensors) as place:
+            layers = _load(model, place, file)
         absent = [module for module in layers if f"{module}.weight" not in needed]
         if kind in _FROM_BASE and absent:
             raise BaseError(
@@ -160,11 +169,10 @@ def _find_base(config: Mapping[str, object], options: ReadOptions, path: Path) -
     )
 
 
-def _empty(run: Run, base: BaseModel) -> Any:
+def _empty(run: Run, base: BaseModel, architecture: str | None) -> Any:
     """The model the run was trained in, on the meta device."""
     from ..model.architecture import empty_model
 
-    architecture, _ = target_architecture(run, base)
     if architecture is None:
         raise BaseError(
             "the base does not say which model it is",
@@ -173,6 +181,23 @@ def _empty(run: Run, base: BaseModel) -> Any:
             remedy="set architectures in the base's config.json",
         )
     return empty_model(architecture, base.config, run.num_labels)
+
+
+@contextmanager
+def _as_named(folder: RunFolder, file: Path, tensors: LazyTensors) -> Iterator[Path]:
+    """A folder in which PEFT finds `tensors` under these names: the run's own, where they are."""
+    keys = {
+        name if name.startswith("base_model.") else PEFT_PREFIX + name: tensor
+        for name, tensor in tensors.items()
+    }
+    if keys.keys() == folder.tensors(file).keys():
+        yield folder.path
+        return
+    with tempfile.TemporaryDirectory() as name:
+        place = Path(name)
+        shutil.copyfile(folder.path / CONFIG_FILE, place / CONFIG_FILE)
+        save_tensors({key: tensor.load() for key, tensor in keys.items()}, place / WEIGHT_FILES[0])
+        yield place
 
 
 def _base_name(name: str) -> str:

@@ -31,7 +31,8 @@ class Profile:
     """`whole_modules`: modules trained whole that it loads, None for any. `max_rank`: its limit,
     and `slots`: the values its own limit may be set to.
 
-    `biases`, `embeddings`, `convolutions`: whether it loads trained biases and adapters on those.
+    `biases`, `convolutions`: whether it loads trained biases and adapters on those. `embeddings`:
+    the model types with which it loads adapters on embeddings, None for any.
     `features`: further fields of the configuration that it understands.
     `kinds`: last names of the modules it can adapt, None for any. `unadapted`: model type → those
     that it cannot adapt there, `ALL` for every one. `together`: kinds that it loads only all or
@@ -47,7 +48,7 @@ class Profile:
     whole_modules: frozenset[str] | None
     max_rank: int | None
     biases: bool
-    embeddings: bool
+    embeddings: frozenset[str] | None
     convolutions: bool = False
     features: frozenset[str] = frozenset()
     kinds: frozenset[str] | None = None
@@ -61,6 +62,10 @@ class Profile:
     slots: tuple[int, ...] = ()
     reading: Reading = field(default_factory=Reading)
     older: Mapping[str, Reading] = field(default_factory=dict)
+
+    def embeds(self, model_type: object) -> bool:
+        """Whether it loads adapters on the embeddings of a base of this type."""
+        return self.embeddings is None or str(model_type) in self.embeddings
 
     def adapts(self, module: str, model_type: object) -> bool:
         """Whether it adapts `module` of a base of this type, as far as the type is known."""
@@ -91,6 +96,11 @@ _VLLM_UNADAPTED = {
     **dict.fromkeys(_VLLM_WITHOUT, frozenset({ALL})),
     **dict.fromkeys(_VLLM_WITHOUT_HEAD, frozenset({"lm_head", "embed_out"})),
 }
+# Classes whose `embedding_modules` name the embedding.
+_VLLM_EMBEDDINGS = frozenset(
+    "apertus cohere cohere2 exaone4 falcon_h1 granite granitemoe granitemoehybrid granitemoeshared "
+    "jamba lfm2 lfm2_moe llama minicpm mixtral nemotron nemotron_h phimoe qwen3".split()
+)
 # Multimodal types whose class takes `model.…` for the text model (`hf_to_vllm_mapper`).
 VLLM_TEXT_NAMES = frozenset("ernie4_5_vl_moe mistral3 paddleocr_vl qwen2_5_vl qwen2_vl".split())
 _PEFT_FEATURES = frozenset(
@@ -106,7 +116,7 @@ PROFILES = {
             None,
             None,
             biases=True,
-            embeddings=True,
+            embeddings=None,
             convolutions=True,
             features=_PEFT_FEATURES,
             prefix=True,
@@ -118,7 +128,7 @@ PROFILES = {
             frozenset({"classifier", "score"}),
             512,
             biases=False,
-            embeddings=False,
+            embeddings=_VLLM_EMBEDDINGS,
             unadapted=_VLLM_UNADAPTED,
             slots=(1, 8, 16, 32, 64, 128, 256, 320, 512),
             reading=Reading(patterns=True, rslora=True),
@@ -131,7 +141,7 @@ PROFILES = {
             _NOTHING,
             None,
             biases=False,
-            embeddings=False,
+            embeddings=_NOTHING,
             kinds=_SGLANG_KINDS,
             together=(("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj")),
             uniform=True,
@@ -142,7 +152,7 @@ PROFILES = {
             _NOTHING,
             None,
             biases=False,
-            embeddings=False,
+            embeddings=_NOTHING,
             kinds=_LORAX_KINDS,
             uniform=True,
             drops=True,
@@ -155,7 +165,7 @@ PROFILES = {
             _NOTHING,
             None,
             biases=False,
-            embeddings=True,
+            embeddings=None,
             conv1d=False,
             reading=Reading(stored_rank=True),
         ),

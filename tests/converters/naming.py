@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 import shutil
 from collections.abc import Callable
@@ -12,14 +11,19 @@ from typing import Any
 
 import torch
 import transformers
-from peft import LoraConfig, get_peft_model
+from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 
+from converters.lint import lint
+from converters.model.base import open_base
 from converters.targets.lora_folder import CONFIG, WEIGHTS
 from tests.conftest import randomize
-from tests.converters.families import DECODER, ENCODER
+from tests.converters.families import DECODER, ENCODER, EXPERTS
 
 PREFIX = "base_model.model."
+BOUND = 1e-4
+BOTH = frozenset({"peft", "transformers"})
+INPUTS = {"input_ids": torch.randint(5, 60, (2, 9), generator=torch.Generator().manual_seed(0))}
 LANGUAGE = r".*language_model.*\.(q_proj|v_proj|down_proj)"
 TEXT = {**DECODER, "head_dim": 8}
 VISION = {"hidden_size": 32, "intermediate_size": 48, "num_attention_heads": 4}
@@ -124,6 +128,36 @@ def _sees(name: str, config: Callable[[], Any]) -> Family:
 
 FAMILIES = {
     "qwen2": Family("Qwen2ForCausalLM", _qwen2, "Qwen2ForCausalLM"),
+    "llama": Family(
+        "LlamaForCausalLM",
+        lambda: transformers.LlamaConfig(**DECODER),
+        "LlamaForCausalLM",
+        targets=("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"),
+    ),
+    "mistral": Family(
+        "MistralForCausalLM",
+        lambda: transformers.MistralConfig(**DECODER),
+        "MistralForCausalLM",
+    ),
+    "qwen3": Family(
+        "Qwen3ForCausalLM", lambda: transformers.Qwen3Config(**TEXT), "Qwen3ForCausalLM"
+    ),
+    "qwen3-moe": Family(
+        "Qwen3MoeForCausalLM",
+        lambda: transformers.Qwen3MoeConfig(**TEXT, **EXPERTS),
+        "Qwen3MoeForCausalLM",
+        targets=("q_proj", "v_proj"),
+    ),
+    "gemma3, decoder": Family(
+        "Gemma3ForCausalLM", lambda: transformers.Gemma3TextConfig(**TEXT), "Gemma3ForCausalLM"
+    ),
+    "roberta": Family(
+        "RobertaForSequenceClassification",
+        lambda: transformers.RobertaConfig(**ENCODER),
+        "RobertaForSequenceClassification",
+        task="SEQ_CLS",
+        targets=("query", "value"),
+    ),
     "qwen2, base of AutoModel": Family("Qwen2Model", _qwen2, "Qwen2ForCausalLM"),
     "qwen2, embedding": Family("Qwen2ForCausalLM", _qwen2, "Qwen2Model", task="FEATURE_EXTRACTION"),
     "gpt2": Family(
@@ -179,7 +213,7 @@ WRAPPED: dict[str, Callable[[str], str]] = {
     "the adapter's name": lambda key: re.sub(r"(lora_[AB])\.", r"\1.default.", key),
 }
 OTHERS: dict[str, Callable[[str], str]] = {
-    "AutoModel": lambda key: re.sub(rf"^{PREFIX}(model|transformer|bert)\.", PREFIX, key),
+    "AutoModel": lambda key: re.sub(rf"^{PREFIX}(model|transformer|bert|roberta)\.", PREFIX, key),
     "transformers 4": _transformers4,
     "transformers 4, qwen2-vl": _qwen2_vl_4,
     "body twice": lambda key: key.replace(PREFIX, PREFIX + "model.", 1),
@@ -217,12 +251,41 @@ def load(family: Family, folder: Path) -> Any:
     return getattr(transformers, family.trained).from_pretrained(folder).eval()
 
 
-def renamed(lora: Path, out: Path, form: Callable[[str], str]) -> Path:
-    """A copy of an adapter with other names of its factors."""
+def renamed(lora: Path, out: Path, form: Callable[[str], str], every: bool = False) -> Path:
+    """A copy of an adapter with other names of its factors, or of `every` tensor."""
     out.mkdir()
     shutil.copy(lora / CONFIG, out)
     tensors = load_file(lora / WEIGHTS)
-    new = {form(key) if "lora_" in key else key: tensor for key, tensor in tensors.items()}
-    assert json.loads((out / CONFIG).read_text())["peft_type"] == "LORA"
+    new = {form(key) if "lora_" in key or every else key: t for key, t in tensors.items()}
     save_file(new, out / WEIGHTS)
     return out
+
+
+def logits(model: Any) -> torch.Tensor:
+    with torch.inference_mode():
+        found = model.eval()(**INPUTS)
+    values = found.logits if "logits" in found else found.last_hidden_state
+    return torch.as_tensor(values.float())
+
+
+def in_peft(family: str, base: Path, lora: Path) -> torch.Tensor:
+    return logits(PeftModel.from_pretrained(load(FAMILIES[family], base), str(lora)))
+
+
+def computed(engine: str, family: str, base: Path, lora: Path, truth: torch.Tensor) -> bool:
+    """Whether `engine` computes what is the truth."""
+    try:
+        if engine == "peft":
+            found = in_peft(family, base, lora)
+        else:
+            model = load(FAMILIES[family], base)
+            model.load_adapter(str(lora))
+            found = logits(model)
+    except (KeyError, ValueError, RuntimeError, TypeError):
+        return False
+    return float((found - truth).abs().max()) <= BOUND
+
+
+def errors(lora: Path, base: Path, engine: str) -> list[str]:
+    found = lint(lora, open_base(base), [engine])
+    return [finding.check for finding in found if finding.severity == "error"]

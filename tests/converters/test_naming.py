@@ -12,11 +12,9 @@ from typing import Any
 import pytest
 import torch
 from click.testing import CliRunner
-from peft import PeftModel
 from safetensors.torch import load_file, save_file
 
 from converters.errors import BaseError, RunError
-from converters.lint import lint
 from converters.model.base import open_base
 from converters.readers import ReadOptions
 from converters.targets.lora_folder import WEIGHTS
@@ -24,27 +22,43 @@ from dora_serve import Run, merge, read_run, write_adapter
 from dora_serve.commands import dora_export
 from dora_serve.folder.pairing import fits
 from tests.conftest import made_once
-from tests.converters.naming import FAMILIES, OTHERS, WRAPPED, load, make, renamed, stranger
+from tests.converters.naming import (
+    BOTH,
+    BOUND,
+    FAMILIES,
+    OTHERS,
+    WRAPPED,
+    computed,
+    errors,
+    in_peft,
+    load,
+    logits,
+    make,
+    renamed,
+    stranger,
+)
 
-BOUND = 1e-4
-BOTH = {"peft", "transformers"}
-TRANSFORMERS = {"transformers"}
-INPUTS = {"input_ids": torch.randint(5, 60, (2, 9), generator=torch.Generator().manual_seed(0))}
+TRANSFORMERS = frozenset({"transformers"})
 
 # Family → form of name → the engines that compute the file as it lies there.
-WRAPPERS: dict[str, set[str]] = {
-    **{form: set() for form in WRAPPED},
+WRAPPERS: dict[str, frozenset[str]] = {
+    **{form: frozenset() for form in WRAPPED},
     "PEFT's prefix twice": TRANSFORMERS,
     "no prefix": TRANSFORMERS,
-    "the adapter's name": {"peft"},
+    "the adapter's name": frozenset({"peft"}),
 }
-AS_IT_LIES: dict[str, dict[str, set[str]]] = {
+AS_IT_LIES: dict[str, dict[str, frozenset[str]]] = {
     "qwen2": {
         **WRAPPERS,
         "PEFT": BOTH,
         "AutoModel": TRANSFORMERS,
         "body twice": TRANSFORMERS,
     },
+    **{
+        family: {**WRAPPERS, "PEFT": BOTH, "AutoModel": TRANSFORMERS}
+        for family in ("llama", "mistral", "qwen3", "qwen3-moe", "gemma3, decoder")
+    },
+    "roberta": {"PEFT": BOTH, "AutoModel": TRANSFORMERS},
     "qwen2, base of AutoModel": {"PEFT": BOTH, "AutoModel": TRANSFORMERS},
     "qwen2, embedding": {"PEFT": BOTH, "body twice": TRANSFORMERS},
     "gpt2": {"PEFT": BOTH, "AutoModel": TRANSFORMERS},
@@ -94,38 +108,8 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
     return made_for
 
 
-def logits(model: Any) -> torch.Tensor:
-    with torch.inference_mode():
-        found = model.eval()(**INPUTS)
-    values = found.logits if "logits" in found else found.last_hidden_state
-    return torch.as_tensor(values.float())
-
-
-def in_peft(family: str, base: Path, lora: Path) -> torch.Tensor:
-    return logits(PeftModel.from_pretrained(load(FAMILIES[family], base), str(lora)))
-
-
-def computed(engine: str, family: str, base: Path, lora: Path, truth: torch.Tensor) -> bool:
-    """Whether `engine` computes what is the truth."""
-    try:
-        if engine == "peft":
-            found = in_peft(family, base, lora)
-        else:
-            model = load(FAMILIES[family], base)
-            model.load_adapter(str(lora))
-            found = logits(model)
-    except (KeyError, ValueError, RuntimeError):
-        return False
-    return float((found - truth).abs().max()) <= BOUND
-
-
 def read(lora: Path, base: Path) -> Run:
     return read_run(lora, ReadOptions(base=base))
-
-
-def errors(lora: Path, base: Path, engine: str) -> list[str]:
-    found = lint(lora, open_base(base), [engine])
-    return [finding.check for finding in found if finding.severity == "error"]
 
 
 @pytest.mark.parametrize(("family", "form"), _cases())

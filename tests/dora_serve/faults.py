@@ -141,7 +141,9 @@ FAULTS = {
     "stored but not targeted": Fault(
         "not-targeted", Q, configure(target_modules=["k_proj", "v_proj"])
     ),
-    "stored but in another layer": Fault("not-targeted", Q, configure(layers_to_transform=[0])),
+    "stored but in another layer": Fault(
+        "not-targeted", Q, configure(layers_to_transform=[0], target_modules=["q_proj"])
+    ),
     "no target_modules": Fault("no-targets", "target_modules", configure(target_modules=None)),
     "a layer left out, for LoRAX": Fault(
         "layers", Q, without("layers.1.self_attn.q_proj"), targets=("lorax",)
@@ -198,9 +200,11 @@ FAULTS = {
         "embedding", "model.embed_tokens", embedding, targets=("vllm", "sglang", "lorax")
     ),
     "PiSSA": Fault("init", "init_lora_weights", configure(init_lora_weights="pissa_niter_4")),
-    "OLoRA": Fault("init", "init_lora_weights", configure(init_lora_weights="olora")),
+    "OLoRA": Fault(
+        "init", "init_lora_weights", configure(init_lora_weights="olora"), targets=OTHERS
+    ),
     "fan_in_fan_out": Fault(
         "fan_in_fan_out", "layers", configure(fan_in_fan_out=True), "warning"
     ),
-    "no LoRA": Fault("peft-type", "peft_type", configure(peft_type="LOHA"), targets=OTHERS),
+    "no LoRA": Fault("peft-type", "peft_type", configure(peft_type="LOHA")),
 }  # fmt: skip

@@ -8,14 +8,17 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 from click.testing import CliRunner
 from peft import PeftModel
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel, LlamaForCausalLM
 
 from dora_serve import DoraExportError, diff, extract, merge, read_run, verify
 from dora_serve.commands import dora_export
 from dora_serve.proof.verify import logits, verification_batch
 from tests.conftest import MODELS, tiny_llama
+from tests.converters.naming import FAMILIES, load
 
 RUNS = sorted(MODELS.glob("runs/Checkpoint/*/*/*/*"))
 EXACT = 1 - 1e-12
@@ -120,6 +123,30 @@ def test_a_changed_embedding_that_the_head_is_tied_to(tmp_path: Path) -> None:
     tuned(model, ("q_proj", "embed_tokens")).save_pretrained(tmp_path / "m")
     extract(tmp_path / "m", tmp_path / "out", base=tmp_path / "base", energy=EXACT)
     check(tmp_path / "base", tmp_path / "m", tmp_path / "out")
+
+
+@pytest.mark.parametrize(
+    "family",
+    ["gemma3", *(pytest.param(n, marks=pytest.mark.further) for n in ("llava", "qwen2-vl"))],
+)
+def test_names_on_disk_are_others_than_in_memory(tmp_path: Path, family: str) -> None:
+    """Of the text and of the eyes: PEFT's merge has every tensor of the tuned model."""
+    known = FAMILIES[family]
+    torch.manual_seed(0)
+    model = getattr(transformers, known.saved)(known.config())
+    model.save_pretrained(tmp_path / "base")
+    assert load_file(tmp_path / "base" / "model.safetensors").keys() - model.state_dict().keys()
+    words = ("layers.0.self_attn.q_proj", "blocks.0.attn.qkv", "language_model.norm")
+    truth = tuned(model, words).state_dict()
+    model.save_pretrained(tmp_path / "m")
+    extract(tmp_path / "m", tmp_path / "out", base=tmp_path / "base", energy=EXACT)
+    start = load(known, tmp_path / "base")
+    changed = {name for name, w in start.state_dict().items() if not torch.equal(w, truth[name])}
+    assert {"q_proj", "norm"} <= {name.split(".")[-2] for name in changed}
+    assert any("vi" in name for name in changed)  # vision, visual
+    merged = PeftModel.from_pretrained(start, str(tmp_path / "out")).merge_and_unload()
+    found = merged.state_dict()
+    assert max(float((found[name] - truth[name]).abs().max()) for name in truth) <= 1e-5
 
 
 def test_models_that_are_no_pair_are_refused(

@@ -30,7 +30,7 @@ from ...updates.rank_one import RankOneSum, stored_error
 from ..engines import Profile
 from ..target import Plan, Progress, Report
 from .card import model_card
-from .experts import padded, parameters, stacked, transposed_modules
+from .experts import in_memory, padded, parameters, stacked, taken_for_experts, transposed_modules
 from .names import CONFIG, WEIGHTS
 from .padding import absent_modules
 from .whole import completed, whole_modules, with_heads
@@ -183,7 +183,7 @@ def plan_adapter(
         ranks[module] = (run.start_rank.get(module), rank)
     kernels = kernels_of(run, base)
     kept = parameters(run, layout)
-    _check_target(run, profile, whole, ranks, modules, biases, sorted(kept), kernels)
+    _check_target(run, base, profile, whole, ranks, modules, biases, sorted(kept), kernels)
     if base is not None:
         _check_family(run, base, profile)
     stored = padded(
@@ -217,8 +217,10 @@ def plan_adapter(
 def named_for(run: Run, base: BaseModel, profile: Profile) -> tuple[Run, Layout]:
     """The run under the names of the class that the engine loads, and that class's layout."""
     if profile.text_models:
-        return as_trained(run, base)
-    return resolved(run, base), classes(run.task, run.num_labels, base).whole
+        run, layout = as_trained(run, base)
+    else:
+        run, layout = resolved(run, base), classes(run.task, run.num_labels, base).whole
+    return (in_memory(run, layout) if "target_parameters" in profile.features else run), layout
 
 
 def _stored(
@@ -239,6 +241,7 @@ def _stored(
 
 def _check_target(
     run: Run,
+    base: BaseModel | None,
     profile: Profile,
     whole: Mapping[str, LazyTensor],
     ranks: Mapping[str, tuple[int | None, int]],
@@ -256,7 +259,7 @@ def _check_target(
         cannot += [name for name in modules if name.split(".")[-1] not in profile.whole_modules]
     if not profile.biases:
         cannot += biases
-    if not profile.embeddings:
+    if not profile.embeds(None if base is None else base.config.get("model_type")):
         cannot += sorted(run.embeddings)
     if profile.whole_modules is not None:
         cannot += [name for name in whole if name.removesuffix(".weight") in ranks]
@@ -304,6 +307,10 @@ def _config(
 ) -> dict[str, object]:
     owned = {split_slice(name)[0] for name in alive if name in parameters}
     alive = {split_slice(name)[0]: rank for name, rank in alive.items()}
+    if "target_parameters" in profile.features:
+        experts = taken_for_experts(alive.keys() - owned, base)
+        alive = {f"{n}.weight" if n in experts else n: rank for n, rank in alive.items()}
+        owned |= {f"{name}.weight" for name in experts}
     default = max(alive.values())
     patterns = {f"^{module}": rank for module, rank in alive.items() if rank != default}
     targets = {module.split(".")[-1] for module in alive} if profile.uniform else set(alive) - owned

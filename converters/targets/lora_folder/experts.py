@@ -1,21 +1,26 @@
 """Names in memory, as an adapter needs them, and adapters on fused experts.
 
 Those, `parameter[e]`, are stored in PEFT's form (`target_parameters`): one rank for all experts of
-a parameter; those of lower rank are padded with zeros.
+a parameter; those of lower rank are padded with zeros. Adapters on single experts, as transformers
+4 names them, become blocks of the parameters that hold the experts in memory.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import replace
+from functools import partial
 
 import torch
 
 from ...errors import TargetError
 from ...model.base import BaseModel
-from ...model.layout import FUSED, Layout, is_parameter, split_slice
+from ...model.layout import FUSED, Layout, Place, is_parameter, split_slice
 from ...model.match import is_transposed
-from ...run import Run
+from ...run import LazyUpdates, Run
+from ...updates.rank_one import RankOneSum
+from ...updates.update import Update
 from ..engines import Profile
 
 _EXPERT = re.compile(r"\.experts\.\d+\.")
@@ -34,6 +39,52 @@ def padded(stored: Stored) -> dict[str, tuple[int, int, int]]:
         name: (largest.get(split_slice(name)[0], rank), out, inn)
         for name, (rank, out, inn) in stored.items()
     }
+
+
+def in_memory(run: Run, layout: Layout) -> Run:
+    """`run` with its adapters on single experts as updates `parameter[e]`. Experts that it has no
+    adapter on have an update of rank 0 beside those that it has."""
+    placed: dict[str, list[tuple[str, Place]]] = {}
+    for module in run.updates:
+        if not _EXPERT.search(module) or layout.names.has(module):
+            continue
+        place = layout.place(module, run.shapes[module])
+        if place is not None and len(layout.names.state[place.parameter]) == 3:
+            placed.setdefault(place.parameter, []).append((module, place))
+    joined = {module for parts in placed.values() for module, _ in parts}
+    if not joined:
+        return run
+    loaders: dict[str, Callable[[], Update]] = {
+        module: partial(run.take, module) for module in run.updates if module not in joined
+    }
+    shapes = {module: run.shapes[module] for module in loaders}
+    start_rank = {m: rank for m, rank in run.start_rank.items() if m not in joined}
+    for parameter, parts in placed.items():
+        experts, rows, columns = layout.names.state[parameter]
+        for expert in range(experts):
+            name = f"{parameter}[{expert}]"
+            mine = [(m, p.start % rows) for m, p in parts if p.start // rows == expert]
+            loaders[name] = partial(_joined, run, mine, (rows, columns))
+            shapes[name] = rows, columns
+            start_rank[name] = sum(run.start_rank.get(module, 0) for module, _ in mine)
+    return replace(run, updates=LazyUpdates(loaders, shapes), start_rank=start_rank)
+
+
+def _joined(run: Run, parts: list[tuple[str, int]], shape: tuple[int, int]) -> Update:
+    """One update `[out, in]` of several that lie below each other: `(module, first row)`."""
+    a, c, b = [torch.zeros(0, shape[1])], [torch.zeros(0)], [torch.zeros(shape[0], 0)]
+    for module, first in parts:
+        update = run.updates[module].components()
+        if update is None:
+            raise TargetError(
+                "this module's update is not low-rank, so no LoRA adapter equals it",
+                tensor=module,
+                remedy="merge it (`merge`), or approximate it with `energy` or `max_rank`",
+            )
+        rows = torch.zeros(shape[0], update.rank)
+        rows[first : first + update.b.shape[0]] = update.b
+        a, c, b = [*a, update.a], [*c, update.c], [*b, rows]
+    return RankOneSum(torch.cat(a), torch.cat(c), torch.cat(b, dim=1))
 
 
 def stacked(
@@ -62,6 +113,19 @@ def parameters(run: Run, layout: Layout | None) -> frozenset[str]:
     experts also a bias."""
     known = layout.names.state if layout is not None else ()
     return frozenset(name for name in run.updates if is_parameter(name) or name in known)
+
+
+def taken_for_experts(modules: Iterable[str], base: BaseModel | None) -> frozenset[str]:
+    """The linear layers that PEFT takes for experts by the last part of their names, in families
+    whose experts transformers 5 fused, and that it therefore finds as parameters only."""
+    try:
+        from peft.utils import transformers_weight_conversion as conversion
+    except ImportError:
+        return frozenset()
+    family = None if base is None else base.config.get("model_type")
+    pattern = conversion._MODEL_TO_CONVERSION_PATTERN.get(family)
+    kinds = conversion._MOE_TARGET_MODULE_MAPPING.get(pattern, {})
+    return frozenset(name for name in modules if name.rpartition(".")[2] in kinds)
 
 
 def transposed_modules(run: Run, base: BaseModel, layout: Layout, profile: Profile) -> set[str]:

@@ -1,0 +1,109 @@
+"""PEFT itself asked: does it take the adapter as it lies there? On a model without weights."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import warnings
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from ..model.names import Names
+from ..targets.lora_folder import CONFIG
+from .finding import PEFTS_OWN, Adapter, Finding
+
+_AGAIN = "save the adapter again from the training run"
+_MOST_LAYERS = 2_000
+
+
+@dataclass(frozen=True)
+class _Outcome:
+    """`error`: why PEFT refuses it; `both`: and transformers too. `unknown`: the tensors it has no
+    place for. `fresh`: those it makes up because the file lacks them."""
+
+    error: str = ""
+    both: bool = True
+    unknown: tuple[str, ...] = ()
+    fresh: tuple[str, ...] = ()
+
+    @property
+    def wrong(self) -> int:
+        return (1 << 30 if self.error else 0) + len(self.unknown) + len(self.fresh)
+
+
+def loading(adapter: Adapter) -> Iterator[Finding]:
+    """What the other checks did not foresee."""
+    targets = adapter.where(lambda engine: engine.name in PEFTS_OWN)
+    known = adapter.classes
+    if not targets or known is None or not adapter.is_lora:
+        return
+    layouts = [layout for layout in (known.whole, known.text) if layout is not None]
+    outcome = min((_load(adapter, each.names) for each in layouts), key=lambda each: each.wrong)
+    refusing = targets if outcome.both else tuple(name for name in targets if name == "peft")
+    if outcome.error and refusing:
+        yield Finding(
+            "refused", "error", refusing, CONFIG, "PEFT does not load this adapter",
+            outcome.error, "one that it loads", _AGAIN,
+        )  # fmt: skip
+    for name in outcome.unknown if "peft" in targets else ():
+        yield Finding(
+            "ignored", "error", ("peft",), name, "PEFT has no place for this tensor of an adapter",
+            name, "what the configuration makes of the base", _AGAIN,
+        )  # fmt: skip
+    for name in outcome.fresh:
+        yield Finding(
+            "made-up", "error", targets, name, "the file lacks this tensor, and PEFT makes one up",
+            "nothing", "a stored tensor", _AGAIN,
+        )  # fmt: skip
+
+
+def _load(adapter: Adapter, names: Names) -> _Outcome:
+    import torch
+    from peft import LoraConfig, get_peft_model, set_peft_model_state_dict
+
+    config = adapter.config
+    fields = {field.name for field in dataclasses.fields(LoraConfig) if field.init}
+    # Nothing is imported that the file names, and no weights are made that would be thrown away.
+    values: dict[str, Any] = {
+        **{key: value for key, value in config.items() if key in fields - {"auto_mapping"}},
+        "init_lora_weights": True,
+    }
+    for key in ("loftq_config", "eva_config", "corda_config", "lora_ga_config"):
+        values.pop(key, None)
+    adapter.check_patterns(names.state)
+    tensors = {
+        key: torch.empty(tensor.shape, device="meta") for key, tensor in adapter.tensors.items()
+    }
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        model = None
+        try:
+            _check_layers(config)
+            with torch.device("meta"):
+                model = get_peft_model(copy.deepcopy(names.model), LoraConfig(**values))
+            told = set_peft_model_state_dict(model, tensors)
+        except Exception as error:  # whatever PEFT makes of a stranger's configuration
+            both = model is None or isinstance(error, RuntimeError)  # shapes
+            return _Outcome(" ".join(f"{type(error).__name__}: {error}".split())[:200], both)
+    unknown = [name for name in told.unexpected_keys if "lora_" in name or "trainable" in name]
+    return _Outcome("", True, tuple(unknown), tuple(_made_up(config, told.missing_keys, model)))
+
+
+def _made_up(config: Mapping[str, object], missing: list[str], model: Any) -> Iterator[str]:
+    """Of the factors that a file lacks, those that matter: of a module of which it has others, or
+    all where they do not begin as an update of zero."""
+    begun = config.get("init_lora_weights") is not False
+    factors = {name: name.partition(".lora_")[0] for name in missing if ".lora_" in name}
+    for name, module in factors.items():
+        every = [key for key in model.state_dict() if key.startswith(f"{module}.lora_")]
+        if not begun or not all(key in factors for key in every):
+            yield name
+
+
+def _check_layers(config: Mapping[str, object]) -> None:
+    """Raise `ValueError` where PEFT would repeat layers without end."""
+    ranges = config.get("layer_replication")
+    for first, last in ranges if isinstance(ranges, list) else ():
+        if not 0 <= first <= last <= _MOST_LAYERS:
+            raise ValueError(f"layer_replication: {ranges}")
