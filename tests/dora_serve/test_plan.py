@@ -56,8 +56,9 @@ def test_the_smallest_slots(fleet_folder: Path, llama_base: Path) -> None:
     assert pool.max_lora_rank == 32
     assert pool.target_modules == ["down_proj", "q_proj"]
     assert (pool.max_loras, pool.max_cpu_loras) == (4, 4)
-    # q_proj [32, 32] and down_proj [32, 48] in two layers, float32
-    assert pool.slot == 2 * 32 * ((32 + 32) + (32 + 48)) * 4
+    # In two layers, float32: q_proj [32, 32] with k_proj and v_proj [16, 32], which are one layer in
+    # vLLM, and down_proj [32, 48].
+    assert pool.slot == 2 * 32 * ((32 + 32) + 2 * (16 + 32) + (32 + 48)) * 4
     assert pool.used["other"] == 2 * 6 * ((32 + 32) + (32 + 48)) * 4
     assert pool.used["low"] == 2 * 4 * (32 + 32) * 4
     assert pool.padding == 1 - sum(pool.used.values()) / (4 * pool.slot)
