@@ -115,3 +115,11 @@ def find_vllm(given: str | None) -> list[str]:
     if Path(found).name.startswith("python"):
         return [found, "-m", "vllm.entrypoints.openai.api_server"]
     return [found, "serve"]
+
+
+def find_vllm_or_name() -> list[str]:
+    """How vLLM's server is started here, or where vLLM is."""
+    try:
+        return find_vllm(None)
+    except MissingError:
+        return ["vllm", "serve"]
