@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from pathlib import Path
 
 import click
@@ -17,6 +18,7 @@ from . import common
 @click.option(
     "--yaml", "yaml_path", type=click.Path(path_type=Path), help="Write `vllm serve --config`."
 )
+@click.option("--convert", is_flag=True, help="Make the adapters that the command line names.")
 @common.json_option
 @common.reports_errors
 def command(
@@ -25,23 +27,32 @@ def command(
     gpu_memory: int | None,
     png: Path | None,
     yaml_path: Path | None,
+    convert: bool,
     as_json: bool,
 ) -> None:
     """Say how vLLM should serve all runs and adapters in DIR: the smallest maximal rank, memory a
-    slot and how much of it is padding, and the command line. Writes no adapter.
+    slot and how much of it is padding, and the command line.
     """
     from dora_serve.folder.inventory import discover
-    from dora_serve.vllm.command import command_line, serve_options, shell, yaml_file
-    from dora_serve.vllm.convert import vllm_adapter_path
+    from dora_serve.vllm.command import (
+        command_line,
+        find_vllm_or_name,
+        serve_options,
+        shell,
+        yaml_file,
+    )
+    from dora_serve.vllm.convert import vllm_adapter, vllm_adapter_path
     from dora_serve.vllm.fleet import plan_fleet
     from dora_serve.vllm.fleet_view import as_json as view
     from dora_serve.vllm.fleet_view import save_png, table
 
     found = discover(folder, base)
     fleet = plan_fleet(found, gpu_memory)
+    program = find_vllm_or_name()
     commands = []
     for pool in fleet.pools:
-        paths = {name: vllm_adapter_path(found.members[name]) for name in pool.ranks}
+        place = vllm_adapter if convert else vllm_adapter_path
+        paths = {name: place(found.members[name]) for name in pool.ranks}
         commands.append(serve_options(pool, paths))
     if yaml_path is not None:
         if len(commands) != 1:
@@ -50,7 +61,7 @@ def command(
     if png is not None and any(pool.ranks for pool in fleet.pools):
         save_png(fleet, png)
     if as_json:
-        lines = [command_line(options) for options in commands]
+        lines = [command_line(options, program) for options in commands]
         told = {**view(fleet), "warnings": found.warnings, "commands": lines}
         common.print_json(told)
         return
@@ -59,7 +70,10 @@ def command(
         click.echo(line)
     for options in commands:
         click.echo()
-        click.echo(shell(command_line(options)))
+        click.echo(shell(command_line(options, program)))
     if commands:
-        given = f" --base {base}" if base else ""
-        click.echo(f"\n`dora-serve up {folder}{given} --engine vllm` converts and runs this.")
+        given = f" --base {shlex.quote(base)}" if base else ""
+        where = f"{shlex.quote(str(folder))}{given}"
+        if not convert and any(pool.ranks for pool in fleet.pools):
+            click.echo(f"\n`dora-serve plan {where} --convert` makes the adapters that it names.")
+        click.echo(f"\n`dora-serve up {where} --engine vllm` makes them and runs this.")

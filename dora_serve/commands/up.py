@@ -13,7 +13,12 @@ from . import common
 
 _ONLY = {  # parameters that one engine alone has
     "onnxruntime": {"threads": "--threads", "workers": "--workers"},
-    "vllm": {"gpu_memory": "--gpu-memory", "vllm": "--vllm", "live": "--live"},
+    "vllm": {
+        "gpu_memory": "--gpu-memory",
+        "vllm": "--vllm",
+        "live": "--live",
+        "keep": "--keep",
+    },
 }
 _WHERE = {"--host", "--port", "--uds"}  # vLLM listens
 
@@ -40,7 +45,12 @@ _WHERE = {"--host", "--port", "--uds"}  # vLLM listens
 )
 @click.option("--gpu-memory", type=common.Size(), help="vLLM: memory of the device, as 80GB.")
 @click.option("--vllm", metavar="PROGRAM", help="vLLM: its program or its Python, if elsewhere.")
-@click.option("--live", is_flag=True, help="vLLM: serve runs too that appear or change later.")
+@click.option("--live", is_flag=True, help="vLLM: follow what appears, changes or goes later.")
+@click.option(
+    "--keep",
+    is_flag=True,
+    help="With --live: a run that can no longer be served goes on as it was.",
+)
 @common.dry_run_option
 @common.reports_errors
 def command(
@@ -56,6 +66,7 @@ def command(
     gpu_memory: int | None,
     vllm: str | None,
     live: bool,
+    keep: bool,
     dry_run: bool,
 ) -> None:
     """Serve everything in DIR: base models, training runs and adapters, each by its name.
@@ -76,6 +87,7 @@ def command(
             memory=gpu_memory,
             vllm=vllm,
             live=live,
+            keep=keep,
             dry_run=dry_run,
             more=more,
         )

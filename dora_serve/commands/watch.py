@@ -7,6 +7,7 @@ from pathlib import Path
 
 import click
 
+from ..wording import in_flags
 from . import common
 
 
@@ -26,6 +27,9 @@ from . import common
     "--interval", type=click.FloatRange(0.1), default=2.0, show_default=True, help="Seconds."
 )
 @click.option("--once", is_flag=True, help="Make equal now, and end; exit code 1 on failures.")
+@click.option(
+    "--keep", is_flag=True, help="A run that can no longer be served goes on as it was, until gone."
+)
 @common.reports_errors
 def command(
     folder: Path,
@@ -34,29 +38,34 @@ def command(
     api_key: str | None,
     interval: float,
     once: bool,
+    keep: bool,
 ) -> None:
     """Keep the adapters of vLLM servers equal to the runs and adapters in DIR.
 
-    What appears is converted and loaded, what changes is reloaded in place, what goes is unloaded,
-    on every server given; a server that restarts gets all of them again. The servers must have
-    been started with VLLM_ALLOW_RUNTIME_LORA_UPDATING=1 (`dora-serve up --live` does).
+    What appears is converted and loaded, what changes is reloaded, what can no longer be served is
+    refused with the reason, what goes is unloaded, on every server given; a server that restarts
+    gets all of them again. The servers must have been started with
+    VLLM_ALLOW_RUNTIME_LORA_UPDATING=1 (`dora-serve up --live` does).
     """
-    from dora_serve.vllm.watch import Server, desired, links, reconcile
+    from converters.model.base import open_base
+    from dora_serve.vllm.desired import SETTLE, Following, links
+    from dora_serve.vllm.watch import Server, reconcile
 
+    given = None if base is None else open_base(base)
+    following = Following(folder, given=given, keep=keep)
+    following.look()
     servers = [Server(url, api_key) for url in urls]
     told: set[str] = set()
-    last: set[str] = set()
+    pause = SETTLE
     while True:
-        wanted = desired(folder, base)
-        # A run that is half written, or away between two renames, is still wanted.
-        kept = last | wanted.problems.keys()
-        last = set(wanted.adapters)
-        lines = [f"left out: {n}: {text.splitlines()[0]}" for n, text in wanted.problems.items()]
+        time.sleep(pause)
+        wanted = following.look()
+        lines = [f"left out: {name}: {in_flags(text)}" for name, text in wanted.problems.items()]
         lines += [f"warning: {name}: {text}" for name, text in wanted.warnings.items()]
         failed = False
         for server in servers:
             try:
-                for change in reconcile(server, wanted.adapters, links(folder), kept):
+                for change in reconcile(server, wanted, links(folder), keep=keep):
                     failed |= change.done == "failed"
                     line = f"{change.server} {change.done} {change.name} {change.error}".strip()
                     if change.done == "failed":
@@ -72,4 +81,4 @@ def command(
         told = set(lines)
         if once:
             raise SystemExit(int(failed))
-        time.sleep(interval)
+        pause = SETTLE if following.moving else interval

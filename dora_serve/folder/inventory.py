@@ -72,7 +72,7 @@ def discover(root: Path, base: str | Path | None = None) -> Found:
     """
     if not root.is_dir():
         raise MissingError("no such folder", file=root, remedy="give the folder to serve")
-    paths = dict(_walk(root, readers()))
+    paths = dict(things_below(root, readers()))
     names = names_below(root, list(paths))
     problems: dict[str, str] = {}
     bases: dict[str, BaseModel] = {}
@@ -158,13 +158,13 @@ def find_run(root: Path, name: str) -> Path | None:
                 return path
     except (OSError, ValueError):  # no name of a file, or gone
         return None
-    paths = dict(_walk(top, known))
+    paths = dict(things_below(top, known))
     named = {own: path for path, own in names_below(top, list(paths)).items()}
     found = named.get(name)
     return found if found is not None and paths[found] == "run" else None
 
 
-def _walk(root: Path, known: Sequence[Reader]) -> Iterator[tuple[Path, str]]:
+def things_below(root: Path, known: Sequence[Reader]) -> Iterator[tuple[Path, str]]:
     """Folders that hold something, with what: "run", "model" or "onnx". Links are not followed
     out of `root`, and nothing is looked for inside what was found."""
     top = root.resolve()

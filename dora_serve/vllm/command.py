@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shlex
 import shutil
 import sys
@@ -40,8 +41,17 @@ def serve_options(pool: Pool, adapters: Mapping[str, Path]) -> Options:
         options["lora-target-modules"] = pool.target_modules
     if pool.labels is not None and "runner" in options:
         options["max-lora-cls-labels"] = pool.labels
-    options["lora-modules"] = [f"{name}={path}" for name, path in adapters.items()]
+    options["lora-modules"] = [_module(name, path) for name, path in adapters.items()]
     return options
+
+
+def _module(name: str, path: Path) -> str:
+    """A word of `--lora-modules`, in JSON where vLLM or its shell would take the plain one for
+    something else."""
+    plain = f"{name}={path}"
+    if name.startswith("-") or "=" in name or "," in plain or not plain.isprintable():
+        return json.dumps({"name": name, "path": str(path)})
+    return plain
 
 
 def command_line(
@@ -58,11 +68,14 @@ def command_line(
     if words[-1:] == ["serve"]:
         words.append(str(rest.pop("model")))
     for name, value in rest.items():
-        words.append(f"--{name}")
-        if isinstance(value, list):
-            words += value
-        elif value is not True:
-            words.append(str(value))
+        if value is True:
+            words.append(f"--{name}")
+        elif isinstance(value, list):
+            words += [f"--{name}", *value]
+        elif str(value).startswith("-"):
+            words.append(f"--{name}={value}")  # else it is taken for an option
+        else:
+            words += [f"--{name}", str(value)]
     return [*words, *more]
 
 
@@ -102,3 +115,11 @@ def find_vllm(given: str | None) -> list[str]:
     if Path(found).name.startswith("python"):
         return [found, "-m", "vllm.entrypoints.openai.api_server"]
     return [found, "serve"]
+
+
+def find_vllm_or_name() -> list[str]:
+    """How vLLM's server is started here, or where vLLM is."""
+    try:
+        return find_vllm(None)
+    except MissingError:
+        return ["vllm", "serve"]

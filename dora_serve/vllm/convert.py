@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import shutil
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 from converters.certificate import FILE as CERTIFICATE
@@ -22,28 +25,43 @@ TARGET = "vllm"
 
 
 def vllm_adapter(member: Member) -> Path:
-    """The folder to give to vLLM: the member's own when it was written for vLLM, else one in the
-    cache, made now if it is not there.
+    """The folder to give to vLLM, in the cache under a key of the run's and its base's whole
+    content: made now if it is not there, a copy where the run was written for vLLM.
+
+    vLLM reads an adapter's files again whenever it needs room, and tells weights, and the keys and
+    values computed with them, apart by name and path. So it is given no path of the user's, where
+    anything may happen.
 
     Raises `DoraExportError` when no adapter equals the run, or it changed since reading it began.
     """
-    if _is_for_vllm(member.path):
-        return member.path.resolve()
-    return cached(
-        _key(member),
-        lambda folder: write_adapter(member.run, folder, base=member.base, target=TARGET),
-    )
+    make: Callable[[Path], object] = partial(_copy, member.path)
+    if not _is_for_vllm(member.path):
+        make = partial(write_adapter, member.run, base=member.base, target=TARGET)
+    return cached(_key(member), make).absolute()
 
 
 def vllm_adapter_path(member: Member) -> Path:
     """Where `vllm_adapter` finds or makes it; makes nothing."""
-    if _is_for_vllm(member.path):
-        return member.path.resolve()
-    return cache_folder() / _key(member)
+    return (cache_folder() / _key(member)).absolute()
 
 
 def _key(member: Member) -> str:
     return member_key(member, target=TARGET)
+
+
+def _copy(adapter: Path, folder: Path) -> None:
+    """Copy an adapter with its certificate. Raises `RunError` when it changes meanwhile."""
+    # No hard links: who writes to a file of the run writes to all its links.
+    with reading(adapter, RunError):
+        for name, path in {CERTIFICATE: adapter / CERTIFICATE, **artifact_files(adapter)}.items():
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(path, folder / name)
+    if not check(folder).passed:
+        raise RunError(
+            "the run changed while it was read",
+            file=adapter,
+            remedy="run again when nothing writes to it",
+        )
 
 
 def _is_for_vllm(path: Path) -> bool:

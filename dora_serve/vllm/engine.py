@@ -113,6 +113,8 @@ class Vllm:
         request = None if adapter is None else LoRARequest("adapter", 1, str(adapter.resolve()))
         prompts = [TokensPrompt(prompt_token_ids=list(row)) for row in rows]
         try:
+            if request is not None:
+                self._llm.llm_engine.add_lora(request)  # a step that fails leaves requests behind
             return verb(prompts, lora_request=request, use_tqdm=False, **settings)
         except Exception as error:
             message = "vLLM does not answer" if adapter is None else "vLLM refuses the adapter"

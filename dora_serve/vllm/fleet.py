@@ -24,6 +24,11 @@ from converters.targets.lora_folder.adapter import plan_adapter
 
 from ..folder.inventory import Found, Member
 
+# The parts of one layer of vLLM, each by the name that adapters have for it.
+_LAYERS = (
+    {"q_proj", "k_proj", "v_proj", "qkv_proj"},
+    {"gate_proj", "up_proj", "gate_up_proj"},
+)
 STEPS = PROFILES["vllm"].slots
 CLASSIFIES = "sequence-classification"
 _SLOTS = 16  # enough different adapters in one batch for most; each slot costs memory and time
@@ -115,7 +120,7 @@ class Pool:
 
     def slot_bytes(self, rank: int, kinds: Iterable[str] | None = None) -> int:
         """One slot of `rank` on the modules of `kinds`; None: on every matrix of the base."""
-        wanted = None if kinds is None else set(kinds)
+        wanted = None if kinds is None else with_whole_layers(kinds)
         return sum(
             matrix.nbytes(rank, self.itemsize)
             for module, matrix in self.matrices.items()
@@ -202,6 +207,12 @@ class Fleet:
 def step_for(rank: int) -> int:
     """The smallest value of `--max-lora-rank` that holds `rank`; the largest when none does."""
     return next((step for step in STEPS if step >= rank), STEPS[-1])
+
+
+def with_whole_layers(kinds: Iterable[str]) -> set[str]:
+    """`kinds` of modules and what vLLM computes in one layer with them, which gets slots too."""
+    wanted = set(kinds)
+    return wanted.union(*(layer for layer in _LAYERS if layer & wanted))
 
 
 def plan_fleet(found: Found, memory: int | None = None) -> Fleet:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
+from unicodedata import category, east_asian_width
 
 import click
 
@@ -54,13 +55,14 @@ def table(fleet: Fleet) -> Iterator[str]:
         if not pool.ranks:
             yield "  no adapters"
             continue
-        width = max(len(name) for name in pool.ranks)
+        width = max(cells(_shown(name)) for name in ("adapter", *pool.ranks))
         yield f"  {'adapter':<{width}}  modules  largest rank      used  of its slot"
         for name, ranks in pool.ranks.items():
             share = pool.used[name] / pool.slot if pool.slot else 0.0
             yield (
-                f"  {name:<{width}}  {len(ranks):>7}  {pool.largest[name]:>12}"
-                f"  {size(pool.used[name]):>8}  {share:>10.0%}"
+                f"  {_shown(name)}{' ' * (width - cells(_shown(name)))}  {len(ranks):>7}"
+                f"  {pool.largest[name]:>12}"
+                f"  {size(pool.used[name]):>8}  {share:>11.0%}"
             )
         yield from _settings(pool)
     for name, problem in fleet.problems.items():
@@ -94,22 +96,54 @@ def _settings(pool: Pool) -> Iterator[str]:
     yield f"  {pool.advice}"
 
 
+def cells(text: str) -> int:
+    """How many columns of a terminal `text` takes."""
+    return sum(
+        0 if category(c) in ("Mn", "Me", "Cf") else 2 if east_asian_width(c) in "WF" else 1
+        for c in text
+    )
+
+
+def _shown(name: str) -> str:
+    """`name` without what would move the cursor."""
+    return "".join(
+        c if c.isprintable() or category(c) == "Mn" else c.encode("unicode_escape").decode()
+        for c in name
+    )
+
+
 def save_png(fleet: Fleet, path: Path) -> None:
     """Per pool, what of every adapter's slot is used (needs matplotlib)."""
     from matplotlib.figure import Figure
 
     pools = [pool for pool in fleet.pools if pool.ranks]
     rows = sum(len(pool.ranks) for pool in pools)
-    figure = Figure(figsize=(8, 1.2 * len(pools) + 0.35 * rows + 0.4), layout="constrained")
+    figure = Figure(figsize=(8, 1.2 * len(pools) + 0.35 * rows + 0.7), layout="constrained")
     heights = [len(pool.ranks) + 1 for pool in pools]
     panels = figure.subplots(len(pools), 1, squeeze=False, height_ratios=heights)
     for (panel,), pool in zip(panels, pools, strict=True):
-        names = list(pool.ranks)
-        used = [pool.used[name] / 1e6 for name in names]
-        panel.barh(names, [pool.slot / 1e6] * len(names), color="#d7dde4", label="padding")
-        panel.barh(names, used, color="#2a6f97", label="components")
+        at = range(len(pool.ranks))
+        used = [pool.used[name] / 1e6 for name in pool.ranks]
+        room = [pool.slot / 1e6] * len(used)
+        bars = [
+            panel.barh(at, room, color="#d7dde4", label="padding"),
+            panel.barh(at, used, color="#2a6f97", label="components"),
+        ]
+        panel.set_yticks(at, [_drawn(name) for name in pool.ranks])
         panel.invert_yaxis()
         panel.set_xlabel("MB a slot")
-        panel.set_title(f"{pool.name}, --max-lora-rank {pool.max_lora_rank}", fontsize=10)
-        panel.legend(loc="lower right", fontsize=8)
+        title = f"{_drawn(pool.name)}, --max-lora-rank {pool.max_lora_rank}"
+        panel.set_title(title, fontsize=10)
+    figure.legend(handles=bars, loc="outside lower right", ncols=2, fontsize=8)
     figure.savefig(path, dpi=130, format="png")
+
+
+def _drawn(name: str) -> str:
+    """`name` in signs that the picture's font has, the others by their numbers."""
+    from matplotlib.font_manager import FontProperties, findfont, get_font
+
+    known = get_font(findfont(FontProperties())).get_charmap()
+    drawn = "".join(
+        c if ord(c) in known else c.encode("unicode_escape").decode() for c in _shown(name)
+    )
+    return drawn.replace("$", r"\$")  # a pair of them would be a formula

@@ -20,6 +20,7 @@ from converters.errors import DoraExportError
 
 _POLL = 0.5
 _GRACE = 60.0  # between asking a server to end and killing it
+_GRACE_AT_START = 5.0  # of one that answers nobody yet
 _STEADY = 60.0  # a crash after so long counts as the first one
 _FAILURES = 5  # starts in a row that did not become ready
 _LONGEST = 60.0  # between two starts
@@ -33,7 +34,8 @@ class ServerError(DoraExportError, RuntimeError):
 
 @dataclass
 class Supervisor:
-    """Runs `command` until it is told to stop.
+    """Runs `command` until it is told to stop; `again()` gives the command of a later start, the
+    former one is taken where it raises `DoraExportError`.
 
     `health`: the URL that answers 200 when the server is ready. `log`: the file that takes what
     the server prints. `report(event, seconds)` hears of "starting" twice a second, "ready",
@@ -45,6 +47,7 @@ class Supervisor:
     health: str
     log: Path
     report: Callable[[str, float], None]
+    again: Callable[[], Sequence[str]] | None = None
 
     def run(self) -> None:
         """Keep the server running until SIGINT or SIGTERM; a second one ends it at once.
@@ -66,8 +69,13 @@ class Supervisor:
                 pause = 1.0 if time.monotonic() - began > _STEADY else min(2 * pause, _LONGEST)
                 self.report("crashed", pause)
                 _sleep(pause, signals)
+                if self.again is not None and not signals:
+                    with suppress(DoraExportError, _Stopped), signals.raising():
+                        self.command = self.again()
+                if signals:
+                    return
 
-    def _once(self, signals: list[int]) -> tuple[bool, int | None]:
+    def _once(self, signals: _Signals) -> tuple[bool, int | None]:
         """Run the server once: whether it became ready, and its exit code; None when its port was
         taken and it was not started, since what answers there would pass for it."""
         if self._taken():
@@ -96,7 +104,7 @@ class Supervisor:
             if process.poll() is None:
                 self.report("stopping", 0)
         finally:
-            _end(process, signals)
+            _end(process, signals, _GRACE if ready else _GRACE_AT_START)
         return ready, process.returncode
 
     def _taken(self) -> bool:
@@ -129,12 +137,12 @@ class Supervisor:
         )
 
 
-def _end(process: subprocess.Popen[bytes], signals: list[int]) -> None:
-    """End the server and all that it started."""
+def _end(process: subprocess.Popen[bytes], signals: _Signals, grace: float) -> None:
+    """End the server and all that it started; kill what does not end within `grace` seconds."""
     if process.poll() is None:
         _signal_group(process, signal.SIGTERM)
         began = time.monotonic()
-        while process.poll() is None and len(signals) < 2 and time.monotonic() - began < _GRACE:
+        while process.poll() is None and len(signals) < 2 and time.monotonic() - began < grace:
             time.sleep(0.1)
     _signal_group(process, signal.SIGKILL)
     process.wait()
@@ -151,21 +159,40 @@ def _end_with_parent() -> None:
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
 
 
-def _sleep(seconds: float, signals: list[int]) -> None:
+def _sleep(seconds: float, signals: _Signals) -> None:
     end = time.monotonic() + seconds
     while not signals and time.monotonic() < end:
         time.sleep(min(0.1, seconds))
 
 
-@contextmanager
-def _signals() -> Iterator[list[int]]:
+class _Stopped(BaseException):
+    """A signal to stop came while something was done that does not look for one."""
+
+
+class _Signals(list[int]):
     """The signals to stop that have come so far."""
-    came: list[int] = []
 
-    def note(number: int, _frame: FrameType | None) -> None:
-        came.append(number)
+    _raises = False
 
-    previous = {n: signal.signal(n, note) for n in (signal.SIGINT, signal.SIGTERM)}
+    @contextmanager
+    def raising(self) -> Iterator[None]:
+        """Raise `_Stopped` as soon as one comes."""
+        self._raises = True
+        try:
+            yield
+        finally:
+            self._raises = False
+
+    def note(self, number: int, _frame: FrameType | None) -> None:
+        self.append(number)
+        if self._raises:
+            raise _Stopped
+
+
+@contextmanager
+def _signals() -> Iterator[_Signals]:
+    came = _Signals()
+    previous = {n: signal.signal(n, came.note) for n in (signal.SIGINT, signal.SIGTERM)}
     try:
         yield came
     finally:

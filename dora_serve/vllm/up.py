@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import click
 
-from converters.errors import RunError
+from converters.errors import DoraExportError, RunError
 from converters.files.cache import private_cache
 
 from ..commands.common import left_out
@@ -23,6 +24,15 @@ from .supervisor import Supervisor
 _QUIET = {"VLLM_NO_USAGE_STATS": "1", "DO_NOT_TRACK": "1", "HF_HUB_DISABLE_TELEMETRY": "1"}
 
 
+@dataclass(frozen=True)
+class _Start:
+    """One start of vLLM: what it serves, and its command."""
+
+    pool: Pool
+    adapters: Mapping[str, Path]
+    words: Sequence[str]
+
+
 def up(
     root: Path,
     *,
@@ -33,42 +43,54 @@ def up(
     memory: int | None,
     vllm: str | None,
     live: bool,
+    keep: bool,
     dry_run: bool,
     more: Sequence[str],
 ) -> None:
-    """Convert what is not converted, start vLLM and keep it running until told to stop.
+    """Convert what is not converted, start vLLM and keep it running until told to stop. Each start
+    serves what is in `root` then.
 
-    `live`: runs that appear or change later are served too, by the resolver and `dora-serve
-    watch`; it opens vLLM's endpoints that load adapters. Raises `DoraExportError`.
+    `live`: what appears, changes or goes later is followed, by the resolver; it opens vLLM's
+    endpoints that load adapters. `keep`: a run that can no longer be served goes on as it was.
+    Raises `DoraExportError`.
     """
     program = ["vllm", "serve"] if dry_run and vllm is None else find_vllm(vllm)
-    found = discover(root, base)
-    fleet = plan_fleet(found, memory)
-    left_out(fleet.problems, found.warnings)
-    pool = _pool(root, fleet)
-    place = vllm_adapter_path if dry_run else vllm_adapter
-    adapters = {}
-    for name in pool.ranks:
-        click.echo(f"adapter {name}", err=True)
-        adapters[name] = place(found.members[name])
-    options = serve_options(pool, adapters)
-    if live:
-        options["enable-lora"] = True
     where = ["--host", host, "--port", str(port)]
-    words = command_line(options, program, [*where, *more])
+
+    def start() -> _Start:
+        found = discover(root, base)
+        fleet = plan_fleet(found, memory)
+        pool = _pool(root, fleet)
+        adapters, problems = {}, dict(fleet.problems)
+        place = vllm_adapter_path if dry_run else vllm_adapter
+        for name in pool.ranks:
+            try:
+                adapters[name] = place(found.members[name])
+            except DoraExportError as error:
+                problems[name] = str(error)
+            else:
+                click.echo(f"adapter {name}", err=True)
+        left_out(problems, found.warnings)
+        options = serve_options(pool, adapters)
+        if live:
+            options["enable-lora"] = True
+        return _Start(pool, adapters, command_line(options, program, [*where, *more]))
+
+    first = start()
     environment = dict(_QUIET)
     if api_key is not None:
         environment["VLLM_API_KEY"] = api_key
     if live:
-        environment |= live_environment(pool, str(root.resolve()))
+        environment |= live_environment(first.pool, str(root.resolve()), keep=keep)
     if dry_run:
-        click.echo(shell(words))
+        click.echo(shell(first.words))
         return
     url = f"http://{f'[{host}]' if ':' in host else host}:{port}"
     log = private_cache() / "logs" / f"vllm-{port}.log"
     click.echo(f"log     {log}", err=True)
+    report = _Report(url, first.pool.name, list(first.adapters))
     Supervisor(
-        words, environment, f"{url}/health", log, _Report(url, pool.name, list(adapters))
+        first.words, environment, f"{url}/health", log, report, again=lambda: start().words
     ).run()
 
 

@@ -1,9 +1,9 @@
-"""Desired state: the adapters of running vLLM servers follow a folder."""
+"""vLLM servers made equal to what is desired of a folder, over their own endpoints."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Container, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
 from hashlib import sha256
@@ -12,18 +12,16 @@ from typing import Any
 from urllib.error import HTTPError
 from urllib.request import Request, urlopen
 
-from converters.errors import DoraExportError, RunError
-from converters.files.cache import cache_folder
-
-from ..folder.inventory import discover
-from .convert import vllm_adapter
+from .desired import Desired
 
 _TIMEOUT = 120.0  # loading an adapter waits for the step that the server is in
+_REFUSAL = "refused.json"
 
 
 @dataclass(frozen=True)
 class Change:
-    """What was done to one adapter of a server: "loaded", "reloaded", "unloaded" or "failed"."""
+    """What was done to one adapter of a server: "loaded", "reloaded", "unloaded", "refused" or
+    "failed"."""
 
     server: str
     name: str
@@ -31,75 +29,79 @@ class Change:
     error: str = ""
 
 
-@dataclass(frozen=True)
-class Desired:
-    """Name → adapter folder of everything in a folder; what cannot be an adapter, with the reason;
-    and what to know of the rest."""
-
-    adapters: Mapping[str, Path]
-    problems: Mapping[str, str]
-    warnings: Mapping[str, str]
-
-
-def desired(root: Path, base: str | None) -> Desired:
-    """What servers should have of `root`, converted where it was not, in links in `links(root)`.
-
-    Raises `RunError` when the runs are of several bases.
-    """
-    found = discover(root, base)
-    bases = {found.name_of(member.base) for member in found.members.values()}
-    if len(bases) > 1:
-        raise RunError(
-            "one server has one base",
-            file=root,
-            found=", ".join(sorted(bases)),
-            remedy="choose with --base",
-        )
-    adapters, problems = {}, dict(found.problems)
-    for name, member in found.members.items():
-        try:
-            adapters[name] = _link(links(root), vllm_adapter(member))
-        except DoraExportError as error:
-            problems[name] = str(error)
-    return Desired(adapters, problems, found.warnings)
-
-
-def links(root: Path) -> Path:
-    """Where the adapters of `root` are linked to: what a server loaded from there is ours to
-    unload, also after a restart, and nothing else is."""
-    return cache_folder().resolve() / "watched" / sha256(bytes(root.resolve())).hexdigest()[:16]
-
-
-def _link(folder: Path, adapter: Path) -> Path:
-    link = folder / adapter.name
-    if not link.is_symlink():
-        folder.mkdir(parents=True, exist_ok=True)
-        link.symlink_to(adapter)
-    return link
-
-
 class Server:
-    """A vLLM server started with `VLLM_ALLOW_RUNTIME_LORA_UPDATING=1`."""
+    """A vLLM server started with `VLLM_ALLOW_RUNTIME_LORA_UPDATING=1`.
+
+    `refused`: name → the reason that it was told. `failed`: name → the folder that it does not
+    load. Both are of its present start.
+    """
 
     def __init__(self, url: str, api_key: str | None = None) -> None:
         self.url = url.rstrip("/")
+        self.refused: dict[str, str] = {}
+        self.failed: dict[str, Path] = {}
+        self._had: set[str] = set()
+        self._has_plugin: bool | None = None
         self._headers = {"Content-Type": "application/json"}
         if api_key is not None:
             self._headers["Authorization"] = f"Bearer {api_key}"
 
     def adapters(self) -> dict[str, Path]:
         """Name → folder of the adapters that are loaded. Raises `OSError` when it is not there."""
-        with urlopen(self._request("/v1/models"), timeout=_TIMEOUT) as answer:
-            cards = json.load(answer)["data"]
-        return {card["id"]: Path(card["root"]) for card in cards if card.get("parent")}
+        try:
+            with urlopen(self._request("/v1/models"), timeout=_TIMEOUT) as answer:
+                cards = json.load(answer)["data"]
+        except OSError:
+            self._forget()
+            raise
+        found = {card["id"]: Path(card["root"]) for card in cards if card.get("parent")}
+        if not self._had <= found.keys():
+            self._forget()  # it was started anew
+        self._had = set(found)
+        return found
 
-    def load(self, name: str, path: Path, *, inplace: bool = False) -> None:
-        body = {"lora_name": name, "lora_path": str(path), "load_inplace": inplace}
-        urlopen(self._request("/v1/load_lora_adapter", body), timeout=_TIMEOUT).close()
+    def load(self, name: str, path: Path) -> None:
+        self._post("load", name, lora_path=str(path))
+
+    def switch(self, name: str, path: Path, folder: Path) -> None:
+        """Serve `name`, which is loaded, from `path`. A server without our plugin does not know the
+        name for a moment: its own reload in place would mix old and new weights."""
+        if self._knows_refusals(folder):
+            self._post("load", name, lora_path=str(path), load_inplace=True)
+        else:
+            self.unload(name)
+            self.load(name, path)
+
+    def refuse(self, name: str, reason: str, folder: Path) -> None:
+        """Have requests for `name` answered with the reason; without our plugin, as unknown."""
+        if self._knows_refusals(folder):
+            self._post("load", name, lora_path=str(_write_refusal(folder, reason)))
+        elif name in self._had:
+            self.unload(name)
+        self._had.discard(name)
 
     def unload(self, name: str) -> None:
-        body = {"lora_name": name}
-        urlopen(self._request("/v1/unload_lora_adapter", body), timeout=_TIMEOUT).close()
+        self._post("unload", name)
+        self._had.discard(name)
+
+    def _knows_refusals(self, folder: Path) -> bool:
+        """Whether the server has our plugin, which takes a refusal for an adapter."""
+        if self._has_plugin is None:
+            probe = _write_refusal(folder, "no run has this name")
+            try:
+                self._post("load", "dora-serve probe", lora_path=str(probe))
+                self._post("unload", "dora-serve probe")
+                self._has_plugin = True
+            except HTTPError:
+                self._has_plugin = False
+        return self._has_plugin
+
+    def _forget(self) -> None:
+        self.refused, self.failed, self._had, self._has_plugin = {}, {}, set(), None
+
+    def _post(self, verb: str, name: str, **more: object) -> None:
+        body = {"lora_name": name, **more}
+        urlopen(self._request(f"/v1/{verb}_lora_adapter", body), timeout=_TIMEOUT).close()
 
     def _request(self, path: str, body: Mapping[str, object] | None = None) -> Request:
         data = None if body is None else json.dumps(body).encode()
@@ -107,28 +109,80 @@ class Server:
 
 
 def reconcile(
-    server: Server, wanted: Mapping[str, Path], ours: Path, kept: Container[str] = ()
+    server: Server, wanted: Desired, ours: Path, *, keep: bool = False
 ) -> Iterator[Change]:
-    """Make the adapters of `server` equal to `wanted`. What is loaded from the folder `ours` and
-    neither wanted nor `kept` is unloaded; others are left alone.
+    """Make the adapters of `server` equal to `wanted`, which it loads by links in the folder
+    `ours`; what is loaded from there and not wanted is unloaded. Adapters that others loaded are
+    left alone. `keep`: where the server does not take what a run became, the old one goes on.
 
     Raises `OSError` when the server does not answer.
     """
     loaded = server.adapters()
-    for name, path in wanted.items():
+    for name, adapter in wanted.adapters.items():
+        path = _link(ours, adapter)
+        if loaded.get(name) == path or server.failed.get(name) == path:
+            continue
         if name not in loaded:
-            yield _try(server, name, "loaded", partial(server.load, name, path))
-        elif loaded[name] != path:
-            load = partial(server.load, name, path, inplace=True)
-            yield _try(server, name, "reloaded", load)
-    for name, path in loaded.items():
-        if name not in wanted and name not in kept and path.parent == ours:
-            yield _try(server, name, "unloaded", partial(server.unload, name))
+            change = _try(server, name, "loaded", partial(server.load, name, path))
+        else:
+            change = _try(server, name, "reloaded", partial(server.switch, name, path, ours))
+        if change.done == "failed":
+            server.failed[name] = path
+            if name in loaded and not keep:
+                server.refuse(name, change.error, ours)
+        else:
+            server.failed.pop(name, None)
+            server.refused.pop(name, None)
+        yield change
+    for name, reason in wanted.problems.items():
+        if name not in wanted.adapters and server.refused.get(name) != reason:
+            served = name in loaded
+            change = _try(server, name, "refused", partial(server.refuse, name, reason, ours))
+            server.refused[name] = reason
+            if served:
+                yield change
+    gone = {name for name, path in loaded.items() if path.parent == ours} | server.refused.keys()
+    for name in gone - wanted.adapters.keys() - wanted.problems.keys():
+        change = _try(server, name, "unloaded", partial(server.unload, name))
+        if server.refused.pop(name, None) is None:
+            yield change
+
+
+def refusal_at(path: str) -> str | None:
+    """The reason that lies in the folder `path` in the place of an adapter."""
+    try:
+        reason = json.loads((Path(path) / _REFUSAL).read_bytes())["reason"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+    return str(reason)
+
+
+def _write_refusal(ours: Path, reason: str) -> Path:
+    folder = ours / "refused" / sha256(reason.encode()).hexdigest()[:16]
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / _REFUSAL).write_text(json.dumps({"reason": reason}), encoding="utf-8")
+    return folder
+
+
+def _link(ours: Path, adapter: Path) -> Path:
+    link = ours / adapter.name
+    if not link.is_symlink():
+        ours.mkdir(parents=True, exist_ok=True)
+        link.symlink_to(adapter)
+    return link
 
 
 def _try(server: Server, name: str, done: str, action: Callable[[], Any]) -> Change:
     try:
         action()
     except HTTPError as error:  # the server is there, and refuses
-        return Change(server.url, name, "failed", error.read().decode(errors="replace")[:500])
+        return Change(server.url, name, "failed", _message(error))
     return Change(server.url, name, done)
+
+
+def _message(error: HTTPError) -> str:
+    text = error.read().decode(errors="replace")
+    try:
+        return str(json.loads(text)["error"]["message"])
+    except (ValueError, KeyError, TypeError):
+        return text[:500]

@@ -22,7 +22,7 @@ from dora_serve.folder.inventory import discover, find_run, read_member
 from dora_serve.folder.names import name_elsewhere, names_below, names_inside
 from dora_serve.folder.pairing import is_named
 from dora_serve.server.prepare.make import make_offer
-from dora_serve.vllm.watch import desired
+from dora_serve.vllm.desired import desired
 from tests.conftest import tiny_llama
 
 

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +19,7 @@ from transformers import LlamaForCausalLM
 from dora_serve.commands import dora_serve
 from dora_serve.folder.inventory import discover
 from dora_serve.vllm.fleet import plan_fleet, step_for
+from dora_serve.vllm.fleet_view import cells, save_png, table
 from tests.conftest import MODELS, randomize
 from tests.processes import commands
 
@@ -56,8 +59,9 @@ def test_the_smallest_slots(fleet_folder: Path, llama_base: Path) -> None:
     assert pool.max_lora_rank == 32
     assert pool.target_modules == ["down_proj", "q_proj"]
     assert (pool.max_loras, pool.max_cpu_loras) == (4, 4)
-    # q_proj [32, 32] and down_proj [32, 48] in two layers, float32
-    assert pool.slot == 2 * 32 * ((32 + 32) + (32 + 48)) * 4
+    # In two layers, float32: q_proj [32, 32] with k_proj and v_proj [16, 32], one layer of vLLM's,
+    # and down_proj [32, 48].
+    assert pool.slot == 2 * 32 * ((32 + 32) + 2 * (16 + 32) + (32 + 48)) * 4
     assert pool.used["other"] == 2 * 6 * ((32 + 32) + (32 + 48)) * 4
     assert pool.used["low"] == 2 * 4 * (32 + 32) * 4
     assert pool.padding == 1 - sum(pool.used.values()) / (4 * pool.slot)
@@ -152,3 +156,44 @@ def test_up_refuses_what_its_engine_would_not_heed(words: list[str], says: str) 
     done = CliRunner().invoke(dora_serve, ["up", str(MODELS), "--dry-run", *words])
     assert done.exit_code == 2
     assert says in " ".join(done.stderr.split())
+
+
+NAMES = ["plain", "模型", "naïve e\u0301", "a $x$ b", "two\nlines", "𝒳" * 3]
+
+
+@pytest.fixture(scope="module")
+def odd_names(fleet_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = tmp_path_factory.mktemp("odd")
+    for name in NAMES:
+        shutil.copytree(fleet_folder / "low", root / name)
+    return root
+
+
+def test_wide_signs_leave_the_columns_where_they_are(odd_names: Path, llama_base: Path) -> None:
+    lines = list(table(plan_fleet(discover(odd_names, llama_base))))
+    head = next(line for line in lines if "largest rank" in line)
+    ends = {cells(line) for line in lines if line.endswith("%") and "padding" not in line}
+    assert ends == {cells(head)}
+    assert cells("模型") == 4
+    assert cells("e\u0301") == 1
+
+
+def test_the_picture_hides_nothing(odd_names: Path, llama_base: Path, tmp_path: Path) -> None:
+    from matplotlib.figure import Figure
+
+    figures = []
+    with pytest.MonkeyPatch.context() as patch:
+        save = Figure.savefig
+        patch.setattr(
+            Figure, "savefig", lambda self, *a, **k: (save(self, *a, **k), figures.append(self))
+        )
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")  # a sign that the font lacks
+            save_png(plan_fleet(discover(odd_names, llama_base)), tmp_path / "plan.png")
+    (figure,) = figures
+    (panel,) = figure.axes
+    labels = [label.get_text() for label in panel.get_yticklabels()]
+    assert len(labels) == len(set(labels)) == len(NAMES)
+    assert "\\u6a21\\u578b" in labels
+    (legend,) = figure.legends
+    assert not legend.get_window_extent().overlaps(panel.get_window_extent())

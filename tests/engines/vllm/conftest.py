@@ -8,12 +8,14 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from dora_serve.proof.vllm import greedy
-from tests.conftest import MODELS
+from tests.conftest import MODELS, randomize
 from tests.converters.test_adalora import train
 from tests.engines.vllm.servers import (
+    AT_START,
     BASE,
     DORA_SERVE,
     KEY,
@@ -28,13 +30,17 @@ from tests.engines.vllm.servers import (
 
 @pytest.fixture(scope="session")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A base, two DoRA runs and an AdaLoRA run, as training left them."""
+    """A base, two DoRA runs, an AdaLoRA run and one of an odd name, as training left them."""
     root = tmp_path_factory.mktemp("served")
     shutil.copytree(MODELS / BASE, root / BASE)
     others = shutil.ignore_patterns("Tiny_Roberta")
     shutil.copytree(MODELS / "runs", root / "runs", ignore=others)
     base = AutoModelForCausalLM.from_pretrained(root / BASE)
     train(base, root / "ada", True, task_type="CAUSAL_LM", target_modules=["q_proj", "down_proj"])
+    base = AutoModelForCausalLM.from_pretrained(root / BASE)
+    model = get_peft_model(base, LoraConfig(r=2, task_type="CAUSAL_LM", target_modules=["q_proj"]))
+    randomize(model)
+    model.save_pretrained(root / AT_START)
     return root
 
 

@@ -28,6 +28,7 @@ SMALL = ("--max-model-len", "64", "--enforce-eager", "--kv-cache-memory-bytes", 
 
 
 BASE = "tiny-llama-base"
+AT_START = "--rank=2, 模型"  # a run that no other test changes
 RUNS = Path("runs", "Checkpoint", "Tiny_Llama", "Lora_Rank=8")
 KEY = "sesame"
 COUNT = 12

@@ -15,6 +15,7 @@ from peft import PeftModel
 from converters.lint import lint
 from converters.model.base import open_base
 from dora_serve import read_run, write_adapter
+from tests.conftest import MODELS
 from tests.converters.naming import FAMILIES, OTHERS, WRAPPED, load, make, renamed, stranger
 
 pytestmark = pytest.mark.skipif(find_spec("vllm") is None, reason="needs vLLM")
@@ -44,7 +45,10 @@ class Engine:
         self.family, self.folder, self.count = family, folder, 0
         make(folder, FAMILIES[family], **HEADS_OF_32)
         self._pools = FAMILIES[family].task == "FEATURE_EXTRACTION"
-        settings = {"runner": "pooling", "convert": "embed"} if self._pools else {}
+        settings: dict[str, Any] = {"skip_tokenizer_init": True}
+        if self._pools:  # vLLM asks for a tokenizer there, though the prompts are tokens
+            tokenizer = str(MODELS / "tiny-llama-base")
+            settings = {"runner": "pooling", "convert": "embed", "tokenizer": tokenizer}
         self.llm = LLM(
             str(folder / "base"),
             dtype="float32",
@@ -54,7 +58,6 @@ class Engine:
             disable_log_stats=True,
             distributed_executor_backend="uni",
             enable_prefix_caching=False,
-            skip_tokenizer_init=True,
             enable_lora=True,
             max_lora_rank=8,
             **settings,
@@ -67,6 +70,9 @@ class Engine:
 
         self.count += 1
         request = LoRARequest(f"adapter-{self.count}", self.count, str(lora.resolve()))
+        # Refused here, nothing is left behind; refused by a step, a request is left that no step
+        # can end.
+        self.llm.llm_engine.add_lora(request)
         prompt = [TokensPrompt(prompt_token_ids=PROMPT)]
         if self._pools:
             asked = PoolingParams(use_activation=False)

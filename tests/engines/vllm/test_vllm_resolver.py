@@ -174,7 +174,7 @@ def test_watch_makes_the_server_follow_a_folder(
     log = tmp_path / "log"
     with log.open("w") as stderr:
         watching = subprocess.Popen(
-            [*map(str, words), "--interval", "0.3"],
+            [*map(str, words), "--interval", "0.3", "--keep"],
             env=env,
             stdout=subprocess.PIPE,
             stderr=stderr,

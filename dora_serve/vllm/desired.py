@@ -1,0 +1,317 @@
+"""What a vLLM of one base should have of a folder, look after look: the one answer for `watch`, the
+resolver and `up --live`.
+
+A change is acted upon when two looks in a row see the same files, so that a run that is being
+written or exchanged is not taken for damaged, nor for what it never was. What is served lies in the
+cache alone (`vllm_adapter`): nothing that happens in the folder reaches a server but through here.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import stat
+import time
+from collections.abc import Callable, Collection, Iterable, Mapping
+from contextlib import suppress
+from dataclasses import dataclass, field
+from hashlib import sha256
+from pathlib import Path
+
+from converters.errors import DoraExportError, OutputError, RunError, TargetError
+from converters.files.cache import cache_folder, private_cache
+from converters.model.base import BaseModel, open_base
+from converters.readers import readers
+
+from ..folder.inventory import Member, read_member, things_below
+from ..folder.names import names_below, own_name
+from .convert import vllm_adapter
+
+SETTLE = 0.25  # seconds between two looks at what just came or changed
+_PATIENCE = 60.0  # that a request waits for a run that somebody is writing
+_WRITTEN = "the run is being written"
+
+State = Mapping[str, tuple[int, ...]]
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """Of one run: the folder to load, or why there is none. Both where a run that can no longer be
+    served goes on as it was."""
+
+    adapter: Path | None
+    problem: str = ""
+    warnings: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Desired:
+    """Name → adapter folder of everything in a folder; what cannot be served, with the reason; and
+    what to know of the rest."""
+
+    adapters: Mapping[str, Path]
+    problems: Mapping[str, str] = field(default_factory=dict)
+    warnings: Mapping[str, str] = field(default_factory=dict)
+
+
+@dataclass
+class _Known:
+    """A run as it was read: the state of its files, inside its folder and elsewhere."""
+
+    state: State
+    elsewhere: Mapping[Path, State]
+    base: BaseModel | None
+    wanted: Wanted
+
+
+class Following:
+    """The runs and adapters below `root`.
+
+    `given`: the base of every run, whatever it names. `server`: the base of the server, beside
+    which all runs are read; None: each has its own among the bases in `root`. `reserved`: names
+    that a run cannot have, since the server calls its base so. `check` raises where the server has
+    no room for a run. `keep`: what can no longer be served goes on as it was.
+    """
+
+    def __init__(
+        self,
+        root: Path,
+        *,
+        given: BaseModel | None = None,
+        server: BaseModel | None = None,
+        reserved: Collection[str] = (),
+        check: Callable[[Member], object] = lambda _member: None,
+        keep: bool = False,
+    ) -> None:
+        self.root = root.resolve()
+        self._given, self._server = given, server
+        self._reserved, self._check, self._keep = set(reserved), check, keep
+        self._names = _Names(self.root)
+        self._paths: dict[str, Path] = {}  # of the names that were asked for
+        self._seen: dict[Path, tuple[State, float]] = {}  # and since when
+        self._known: dict[Path, _Known] = {}
+        self._bases: list[BaseModel] = []
+        self._base: Path | None = None  # the one of all runs, once `look` has found one alone
+
+    def find(self, name: str) -> bool:
+        """Whether there is a run of this name, or one whose path below the folder it is."""
+        known = self._walk()
+        if name not in known:
+            below = {path.relative_to(self.root).as_posix(): path for path in known.values()}
+            if name not in below:
+                return False
+            self._paths[name] = below[name]
+        return True
+
+    def all(self) -> list[str]:
+        """The names of all runs there are, and of those that went and are not yet let go."""
+        return list(self._walk())
+
+    def changed(self, names: Iterable[str]) -> list[str]:
+        """The names of runs that came, changed or went, and are now at rest."""
+        found = []
+        for name in names:
+            path = self._paths.get(name)
+            if path is None:
+                continue
+            state, (before, since) = _state(path), self._seen.get(path, (None, 0.0))
+            now = time.monotonic()
+            if state != before:
+                self._seen[path] = state, now
+            elif now - since >= 0.9 * SETTLE and not self._is_known(path, state):
+                found.append(name)
+        return found
+
+    def renew(self, name: str) -> Wanted | None:
+        """Read and convert the run: what is wanted of it from now on, None when it is gone."""
+        path = self._paths[name]
+        state, _ = self._seen[path]
+        if not state:
+            self._known.pop(path, None)
+            return None
+        elsewhere: dict[Path, State] = {}
+        base = None
+        try:
+            member = self._read(name, path)
+            base = member.base
+            elsewhere = {
+                file: _state(file) for file in member.state if not file.is_relative_to(path)
+            }
+            wanted = Wanted(vllm_adapter(member), warnings=member.run.warnings)
+        except Exception as error:  # of one run, which nobody else's is to suffer from
+            wanted = Wanted(None, _told(error))
+        old = self._known.get(path)
+        if _state(path) != state:  # changed meanwhile: another look will tell
+            return Wanted(None, _WRITTEN) if old is None else old.wanted
+        if wanted.adapter is None and self._keep and old is not None:
+            wanted = Wanted(old.wanted.adapter, wanted.problem, old.wanted.warnings)
+        self._known[path] = _Known(state, elsewhere, base, wanted)
+        return wanted
+
+    def now(self, name: str) -> Wanted | None:
+        """What is wanted of the run, which is waited for while somebody writes it."""
+        end = time.monotonic() + _PATIENCE
+        path = self._paths[name]
+        while time.monotonic() < end:
+            if self.changed([name]):
+                self.renew(name)
+            state, known = self._seen[path][0], self._known.get(path)
+            if known is not None and self._is_known(path, state):
+                return known.wanted
+            if known is None and not state:
+                return None
+            time.sleep(SETTLE)
+        return Wanted(None, _WRITTEN)
+
+    def look(self) -> Desired:
+        """What is wanted of the whole folder by now.
+
+        Raises `RunError` when the runs are of several bases.
+        """
+        for name in self.changed(self.all()):
+            self.renew(name)
+        known = {n: self._known[p] for n, p in self._paths.items() if p in self._known}
+        bases = {k.base.path: own_name(k.base.path) for k in known.values() if k.base is not None}
+        if len(bases) == 1 and self._base is None:
+            (self._base,) = bases
+        if len(bases) > 1 and self._base not in bases:
+            raise RunError(
+                "one server has one base",
+                file=self.root,
+                found=", ".join(sorted(bases.values())),
+                remedy="choose with `base`",
+            )
+        wanted = {
+            name: each.wanted
+            if each.base is None or each.base.path == self._base
+            else Wanted(
+                None, f"the run is of another base than the rest: {own_name(each.base.path)}"
+            )
+            for name, each in known.items()
+        }
+        return Desired(
+            {name: w.adapter for name, w in wanted.items() if w.adapter is not None},
+            {name: w.problem for name, w in wanted.items() if w.problem},
+            {name: "; ".join(w.warnings) for name, w in wanted.items() if w.warnings},
+        )
+
+    @property
+    def moving(self) -> bool:
+        """Whether something came or changed that is not yet acted upon."""
+        return any(not self._is_known(path, state) for path, (state, _) in self._seen.items())
+
+    def _walk(self) -> dict[str, Path]:
+        """Name → folder of all runs. What went is remembered until it was seen to be gone twice."""
+        kinds = dict(things_below(self.root, readers()))
+        runs = [path for path, kind in kinds.items() if kind == "run"]
+        if self._server is None:
+            self._bases = []
+            for path in (path for path, kind in kinds.items() if kind == "model"):
+                with suppress(DoraExportError):
+                    self._bases.append(open_base(path))
+        runs = [*runs, *(path for path in self._known if path not in kinds)]
+        own = names_below(self.root, list({**kinds, **dict.fromkeys(runs)}))
+        asked = {name: path for name, path in self._paths.items() if path in self._known}
+        self._paths = {**asked, **self._names.of(runs, own, self._reserved)}
+        self._seen = {path: seen for path, seen in self._seen.items() if path in runs}
+        return self._paths
+
+    def _is_known(self, path: Path, state: State) -> bool:
+        known = self._known.get(path)
+        if known is None:
+            return not state
+        return known.state == state and all(_state(p) == s for p, s in known.elsewhere.items())
+
+    def _read(self, name: str, path: Path) -> Member:
+        try:
+            name.encode()
+        except UnicodeEncodeError:
+            raise RunError("its name is no text, which no request can give", file=path) from None
+        bases = self._bases if self._server is None else [self._server]
+        member = read_member(name, path, bases, self._given)
+        if self._server is not None and member.base.path != self._server.path:
+            raise TargetError(
+                f"the run {name} is of another base than the server's",
+                found=member.run.base,
+                expected=own_name(self._server.path),
+            )
+        self._check(member)
+        return member
+
+
+class _Names:
+    """Which run has which name, kept beside the cache: a run that was served by a name keeps it
+    while it is there, whatever comes to be called so too."""
+
+    def __init__(self, root: Path) -> None:
+        self._root, self._file = root, links(root) / "names.json"
+        self._kept: dict[str, str] = {}
+        with suppress(OSError, ValueError, AttributeError):
+            self._kept = dict(json.loads(self._file.read_bytes()).items())
+
+    def of(
+        self, runs: Iterable[Path], own: Mapping[Path, str], reserved: Collection[str]
+    ) -> dict[str, Path]:
+        """Name → run. `own`: what each is called by itself."""
+        below = {path: path.relative_to(self._root).as_posix() for path in runs}
+        named = {
+            name: path
+            for path, place in below.items()
+            if (name := self._kept.get(place, "")) and name not in reserved
+        }
+        for path in below.keys() - set(named.values()):
+            longer = f"{self._root.name}/{below[path]}"
+            free = (n for n in (own[path], below[path], longer) if n not in {*named, *reserved})
+            named[next(free, path.as_posix())] = path
+        kept = {below[path]: name for name, path in named.items()}
+        if kept != self._kept:
+            self._kept = kept
+            with suppress(OutputError, OSError):  # then they are kept as long as this process
+                private_cache()
+                self._file.parent.mkdir(parents=True, exist_ok=True)
+                new = self._file.with_suffix(f".{os.getpid()}")
+                new.write_text(json.dumps(kept), encoding="utf-8")
+                new.replace(self._file)
+        return named
+
+
+def desired(root: Path, base: str | Path | None = None) -> Desired:
+    """What servers should have of `root` as it is, converted where it was not.
+
+    Raises `RunError` when the runs are of several bases.
+    """
+    following = Following(root, given=None if base is None else open_base(base))
+    following.look()
+    time.sleep(SETTLE)
+    return following.look()
+
+
+def links(root: Path) -> Path:
+    """Where the adapters of `root` are linked to: what a server loaded from there is ours to
+    unload, also after a restart, and nothing else is."""
+    return cache_folder().resolve() / "watched" / sha256(bytes(root.resolve())).hexdigest()[:16]
+
+
+def _state(path: Path) -> State:
+    """What tells whether a file or a folder is still the same; empty when it is not there."""
+    found: dict[str, tuple[int, ...]] = {}
+    try:
+        for file in (path, *path.rglob("*")):
+            with suppress(FileNotFoundError):
+                one = file.stat()
+                found[str(file)] = (one.st_ino, one.st_size, one.st_mtime_ns, one.st_ctime_ns)
+                if file is path and stat.S_ISDIR(one.st_mode):
+                    found[str(file)] = (one.st_dev, one.st_ino)
+    except OSError as error:
+        found[str(path)] = (error.errno or 0,)
+    return found
+
+
+def _told(error: Exception) -> str:
+    """The error as whoever asks may read it: in one line, without where the files lie."""
+    lines = [line.strip() for line in str(error).splitlines()] or [repr(error)]
+    if not isinstance(error, DoraExportError):
+        return f"{type(error).__name__}: {lines[0]}"
+    return "; ".join(
+        f"file: {Path(line).name}" if line.startswith("file: ") else line for line in lines
+    )
