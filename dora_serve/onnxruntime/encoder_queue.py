@@ -7,7 +7,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -28,7 +28,8 @@ class _Job:
     ids: Sequence[int]
     types: Sequence[int]
     adapter: str | None
-    future: Future[Row] = field(default_factory=Future)
+    finish: Callable[[Row], Any]
+    future: Future[Any] = field(default_factory=Future)
 
 
 class EncoderQueue(Engine):
@@ -48,15 +49,19 @@ class EncoderQueue(Engine):
         return self._running
 
     def submit(
-        self, rows: Sequence[tuple[Sequence[int], Sequence[int]]], adapter: str | None
-    ) -> list[Future[Row]]:
-        """The outputs by name of every row, which is token ids and their types.
+        self,
+        rows: Sequence[tuple[Sequence[int], Sequence[int]]],
+        adapter: str | None,
+        finish: Callable[[Row], Any] = dict,
+    ) -> list[Future[Any]]:
+        """What `finish` makes of the outputs by name of every row, which is token ids and their
+        types. It runs in a worker, so that a state per token need not be kept.
 
         Raises `EngineError` for a row that is empty or too long, `QueueFull` when they would be too
         many, and then queues none.
         """
         check_rows([ids for ids, _ in rows], self.max_length, self.encoder.vocabulary)
-        jobs = [_Job(ids, types, adapter) for ids, types in rows]
+        jobs = [_Job(ids, types, adapter, finish) for ids, types in rows]
         self._accept(jobs)
         return [job.future for job in jobs]
 
@@ -125,4 +130,4 @@ class EncoderQueue(Engine):
                     self._answer([job])
         else:
             for job, row in zip(jobs, outputs, strict=True):
-                job.future.set_result(row)
+                job.future.set_result(job.finish(row))

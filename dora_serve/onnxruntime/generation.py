@@ -30,7 +30,9 @@ class Generation:
         tokenizer: Any,
         room: int,
     ) -> None:
-        self.prompt, self.sampling = list(prompt), sampling
+        # A prompt is not copied for each of many that complete it.
+        self.prompt = prompt if isinstance(prompt, list) else list(prompt)
+        self.sampling = sampling
         self.tokens: list[int] = []
         self.logprobs: list[Logprobs] = []
         self.reason: str | None = None
@@ -127,12 +129,20 @@ class StoppedText:
         if ends:
             self.certain = self._text = self._text[: min(ends)]
             return True
-        begun = [
-            n for stop in self._stops for n in range(1, len(stop)) if self._text.endswith(stop[:n])
-        ]
-        self.certain = self._text[: len(self._text) - max(begun, default=0)]
+        begun = max((_begun(self._text, stop) for stop in self._stops), default=0)
+        self.certain = self._text[: len(self._text) - begun]
         return False
 
     def release(self) -> None:
         """Nothing more comes: all of the text is certain."""
         self.certain = self._text
+
+
+def _begun(text: str, stop: str) -> int:
+    """How many characters at the end of `text` are the beginning of `stop`, but not all of it."""
+    begin = max(0, len(text) - len(stop) + 1)
+    while (begin := text.find(stop[0], begin)) >= 0:
+        if stop.startswith(text[begin:]):
+            return len(text) - begin
+        begin += 1
+    return 0

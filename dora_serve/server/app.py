@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 
@@ -19,10 +20,14 @@ def make_app(state: State, host: str, api_key: str | None) -> FastAPI:
 
     @asynccontextmanager
     async def life(_: FastAPI) -> AsyncIterator[None]:
+        begun = asyncio.gather(*(each.start() for each in state.processes), return_exceptions=True)
         state.ready = True
         yield
         state.ready = False
+        begun.cancel()
         state.models.close()
+        for each in state.processes:
+            each.close()
 
     app = FastAPI(
         title="dora-serve",

@@ -5,16 +5,15 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from pathlib import Path
 
 from dora_serve.onnxruntime.continuous import ContinuousDecoder
 from dora_serve.onnxruntime.decoder_graph import DecoderGraph
 from dora_serve.onnxruntime.encoder import Encoder
 from dora_serve.onnxruntime.encoder_queue import EncoderQueue
 
-from .chat_template import ChatTemplate
 from .options import ServerOptions
 from .prepare.offer import DECODES, Graph, Offer, OfferedModel
+from .tokenizing import Texts
 from .wire.errors import ApiError
 
 Engine = ContinuousDecoder | EncoderQueue
@@ -26,7 +25,7 @@ class Served:
 
     model: OfferedModel
     engine: Engine
-    template: ChatTemplate
+    texts: Texts
     created: int = field(default_factory=lambda: int(time.time()))
     requests: int = 0
 
@@ -37,7 +36,7 @@ class Registry:
     def __init__(self, offer: Offer, options: ServerOptions) -> None:
         self.graphs = {graph.folder: graph for graph in offer.graphs}
         self._engines = {graph.folder: _open(graph, options) for graph in offer.graphs}
-        self._templates = {folder: ChatTemplate(Path(folder)) for folder in self.graphs}
+        self.texts = {folder: Texts(folder) for folder in self.graphs}
         self._models: dict[str, Served] = {}
         for model in offer.models:
             self.add(model)
@@ -45,7 +44,7 @@ class Registry:
     def add(self, model: OfferedModel) -> None:
         """Serve `model`, in place of an earlier one of that name."""
         folder = model.folder
-        self._models[model.name] = Served(model, self._engines[folder], self._templates[folder])
+        self._models[model.name] = Served(model, self._engines[folder], self.texts[folder])
 
     def remove(self, name: str) -> None:
         """Serve it no longer; requests that are running go on."""

@@ -2,30 +2,38 @@
 
 from __future__ import annotations
 
-import asyncio
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from fastapi import Request
 
+from .bounded.process import Process
 from .metrics import Metrics
 from .options import ServerOptions
 from .registry import Registry
+from .turns import Turns
 
 NOTES = "dora_serve"  # in a request's scope: what the log tells of it
 
 
 @dataclass
 class State:
-    """`root`: the folder that is served. `adding`: held while a run is converted, one at a time."""
+    """`root`: the folder that is served. `adding`: runs are converted one at a time.
+    `bodies`: reads the large ones first."""
 
     root: Path
     models: Registry
     options: ServerOptions
     metrics: Metrics = field(default_factory=Metrics)
     ready: bool = False
-    adding: asyncio.Lock = field(default_factory=asyncio.Lock)
+    adding: Turns = field(default_factory=lambda: Turns(16))
+    bodies: Process = field(default_factory=Process)
+
+    @property
+    def processes(self) -> list[Process]:
+        """Those beside this one."""
+        return [self.bodies, *(texts.process for texts in self.models.texts.values())]
 
 
 def state_of(request: Request) -> State:

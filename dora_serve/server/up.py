@@ -7,7 +7,11 @@ import logging
 import shlex
 import signal
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from types import FrameType
+from typing import NoReturn
 
 from converters.errors import MissingError
 
@@ -41,9 +45,8 @@ def up(
     With `dry_run`, only say what would be. Returns the exit code; raises `DoraExportError` when
     there is nothing to serve.
     """
-    import uvicorn
-
     from .app import make_app
+    from .connections import serve
     from .guard import is_loopback
     from .prepare.child import make_offer
     from .registry import Registry
@@ -51,7 +54,8 @@ def up(
 
     options = options or ServerOptions()
     root = root.resolve()
-    offer = make_offer(root, base, dry_run)
+    with _terminable():
+        offer = make_offer(root, base, dry_run)
     for name, problem in offer.problems.items():
         print(in_flags(f"not served: {name}\n  {problem}").replace("\n", "\n  "), file=sys.stderr)
     for name, warning in offer.warnings.items():
@@ -71,14 +75,21 @@ def up(
     logging.basicConfig(format="%(message)s", stream=sys.stderr, level=logging.INFO)
     state = State(root, Registry(offer, options), options)
     app = make_app(state, host, api_key)
-    config = uvicorn.Config(
-        app, host=host, port=port, log_config=None, access_log=False, server_header=False
-    )
-    server = uvicorn.Server(config)
-    for number in (signal.SIGINT, signal.SIGTERM):  # uvicorn raises them again once it has ended
-        signal.signal(number, signal.SIG_IGN)
-    server.run()
-    return 0 if server.started else 1
+    return 0 if serve(app, host, port) else 1
+
+
+@contextmanager
+def _terminable() -> Iterator[None]:
+    """Let SIGTERM unwind the stack, so that the process that prepares ends too."""
+
+    def stop(number: int, _: FrameType | None) -> NoReturn:
+        raise SystemExit(128 + number)
+
+    previous = signal.signal(signal.SIGTERM, stop)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, previous)
 
 
 def table(offer: Offer, url: str, key: bool) -> str:

@@ -122,7 +122,9 @@ def test_what_only_this_machine_reaches(host: str, found: bool) -> None:
     ("given", "fine"),
     [
         ("Bearer secret", True),
-        ("bearer secret", False),
+        ("bearer secret", True),
+        ("BEARER secret", True),
+        ("Bearersecret", False),
         ("Bearer Secret", False),
         ("Bearer secre", False),
         ("Bearer secrets", False),

@@ -15,15 +15,16 @@ from ..prepare.offer import Addition
 from ..state import State, state_of
 from ..wire.errors import ApiError
 from ..wire.requests import LoadRequest, UnloadRequest
+from .reading import JsonRoute
 
-router = APIRouter()
+router = APIRouter(route_class=JsonRoute)
 
 
 @router.post("/v1/load_lora_adapter", response_class=PlainTextResponse)
 async def load(body: LoadRequest, request: Request) -> str:
     """Serve one more run or adapter from the served folder, converting it where need be."""
     state = state_of(request)
-    async with state.adding:
+    async with state.adding.take():
         await _add(state, body)
     return f"Success: LoRA adapter '{body.lora_name}' added successfully."
 

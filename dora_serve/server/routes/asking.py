@@ -14,11 +14,24 @@ from ..metrics import Metrics
 from ..registry import Served
 from ..wire.errors import ApiError
 
+_LOGPROBS = 1 << 17  # of one request; each takes about 600 bytes
+
 
 def check_count(engine: ContinuousDecoder, count: int) -> None:
     """Raise `ApiError` for a request of more choices than can ever wait."""
     if count > engine.limits.max_waiting:
         raise ApiError(f"{count} choices are more than can wait", code="too_many_choices")
+
+
+def check_logprobs(count: int, tokens: int, top: int | None) -> None:
+    """Raise `ApiError` for more log-probabilities than an answer may hold."""
+    if top is not None and count * tokens * (top + 1) > _LOGPROBS:
+        raise ApiError(
+            f"{count} choices of {tokens} tokens with {top} log-probabilities each are more than "
+            f"{_LOGPROBS}",
+            param="max_tokens",
+            code="too_many_logprobs",
+        )
 
 
 class Asking:

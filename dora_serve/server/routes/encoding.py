@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import base64
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -13,25 +13,25 @@ from fastapi import APIRouter, Request
 
 from dora_serve.onnxruntime.encoder_queue import EncoderQueue
 
-from .. import tokenizing
 from ..registry import Served
 from ..state import note, state_of
 from ..wire import answers, pieces
 from ..wire.errors import ApiError
 from ..wire.requests import ClassifyRequest, EmbeddingRequest, Text
 from ..wire.sending import while_there
+from .reading import JsonRoute
 
-router = APIRouter()
+router = APIRouter(route_class=JsonRoute)
 
 
 @router.post("/classify")
 async def classify(body: ClassifyRequest, request: Request) -> answers.Classification:
     """The class of a text, or of each of several."""
     served, engine = state_of(request).models.encoder(body.model, "logits", "classification")
-    head, outputs, used = await _run(request, served, engine, body.inputs, "classify")
+    head, outputs, used = await _run(request, served, engine, body.inputs, "classify", _logits)
     labels = []
     for i, row in enumerate(outputs):
-        found = engine.encoder.classification(row["logits"])
+        found = engine.encoder.classification(row)
         labels.append(
             answers.Label(
                 index=i, label=found.label, probs=list(found.scores), num_classes=len(found.scores)
@@ -45,14 +45,21 @@ async def embeddings(body: EmbeddingRequest, request: Request) -> answers.Embedd
     """A vector per text: the mean of its tokens' last hidden states."""
     models = state_of(request).models
     served, engine = models.encoder(body.model, "last_hidden_state", "embeddings")
-    head, outputs, used = await _run(request, served, engine, body.inputs, "embd")
+    head, outputs, used = await _run(request, served, engine, body.inputs, "embd", _mean)
     vectors = []
-    for i, row in enumerate(outputs):
-        vector = row["last_hidden_state"].mean(axis=0, dtype=np.float32)
+    for i, vector in enumerate(outputs):
         packed = base64.b64encode(vector.astype("<f4").tobytes()).decode()
         told = packed if body.encoding_format == "base64" else vector.tolist()
         vectors.append(answers.Embedding(index=i, embedding=told))
     return answers.Embeddings(**head, data=vectors, usage=used)
+
+
+def _logits(row: dict[str, Any]) -> Any:
+    return row["logits"]
+
+
+def _mean(row: dict[str, Any]) -> Any:
+    return row["last_hidden_state"].mean(axis=0, dtype=np.float32)
 
 
 async def _run(
@@ -61,11 +68,15 @@ async def _run(
     engine: EncoderQueue,
     inputs: Sequence[Text],
     prefix: str,
-) -> tuple[dict[str, Any], list[dict[str, Any]], answers.Usage]:
+    finish: Callable[[dict[str, Any]], Any],
+) -> tuple[dict[str, Any], list[Any], answers.Usage]:
     state = state_of(request)
-    rows = await encode(engine, inputs)
+    if len(inputs) > engine.limits.max_waiting:
+        raise ApiError(f"{len(inputs)} texts are more than can wait", param="input")
+    rows = await served.texts.encode(inputs, engine.max_length, "input")
     begin = time.monotonic()
-    futures = [asyncio.wrap_future(each) for each in engine.submit(rows, served.model.adapter)]
+    submitted = engine.submit(rows, served.model.adapter, finish)
+    futures = [asyncio.wrap_future(each) for each in submitted]
     served.requests += 1
     lengths = [len(ids) for ids, _ in rows]
     count, name = sum(lengths), served.model.name
@@ -79,17 +90,3 @@ async def _run(
     state.metrics.answered(served.model, "stop", time.monotonic() - begin)
     head = {"id": pieces.new_id(prefix), "created": int(time.time()), "model": name}
     return head, outputs, answers.Usage(**pieces.usage(count, 0))
-
-
-async def encode(engine: EncoderQueue, inputs: Sequence[Text]) -> list[tuple[list[int], list[int]]]:
-    """Token ids and types of every text; ids stay as they are. Raises `ApiError` for too many."""
-    if len(inputs) > engine.limits.max_waiting:
-        raise ApiError(f"{len(inputs)} texts are more than can wait", param="input")
-
-    def row(text: Text) -> tuple[list[int], list[int]]:
-        if not isinstance(text, str):
-            return text, [0] * len(text)
-        encoded = engine.encoder.encoding(text)
-        return list(encoded.ids), list(encoded.type_ids)
-
-    return await tokenizing.each(row, inputs)

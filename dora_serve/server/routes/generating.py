@@ -12,16 +12,18 @@ from fastapi.responses import JSONResponse, Response
 
 from dora_serve.onnxruntime.continuous import ContinuousDecoder, Delta
 
-from .. import tokenizing
 from ..state import note, state_of
 from ..wire import answers, pieces
 from ..wire.errors import ApiError
 from ..wire.pieces import Choice, Json
-from ..wire.requests import ChatRequest, CompletionRequest, Text
+from ..wire.requests import ChatRequest, CompletionRequest
 from ..wire.sending import EventStream, while_there
-from .asking import Asking, check_count
+from .asking import Asking, check_count, check_logprobs
+from .reading import JsonRoute
 
-router = APIRouter()
+router = APIRouter(route_class=JsonRoute)
+
+_FEW = 500  # tokens, which are written out at once
 
 # The JSON of a choice by its index, whole or what it grew by.
 Write = Callable[[int, Choice | Delta], Json]
@@ -33,10 +35,12 @@ async def completions(body: CompletionRequest, request: Request) -> Response:
     state = state_of(request)
     served, engine = state.models.decoder(body.model)
     check_count(engine, len(body.prompts) * body.n)
-    prompts = await encode(engine, body.prompts)
+    rows = await served.texts.encode(body.prompts, engine.max_length, "prompt")
+    prompts = [ids for ids, _ in rows]
     for prompt in prompts:
         _check_length(engine, prompt, body.max_tokens)
     most = engine.max_length if body.max_tokens is None else body.max_tokens
+    check_logprobs(len(prompts) * body.n, min(most, engine.max_length), body.logprobs)
     draws = [[body.sampling(i, most, body.logprobs) for i in range(body.n)] for _ in prompts]
     decode = _decoder(engine)
     offsets = [0] * (len(prompts) * body.n)
@@ -60,13 +64,12 @@ async def chat(body: ChatRequest, request: Request) -> Response:
     state = state_of(request)
     served, engine = state.models.decoder(body.model)
     messages = [message.plain() for message in body.messages]
-    # Not in the event loop: a template is a program of whoever made the model.
-    text = await asyncio.to_thread(served.template.render, messages, body.add_generation_prompt)
-    (prompt,) = await encode(engine, [text], special=False)
+    prompt = await served.texts.chat(messages, body.add_generation_prompt, engine.max_length)
     wanted = body.max_completion_tokens or body.max_tokens
     _check_length(engine, prompt, wanted)
     top = (body.top_logprobs or 0) if body.logprobs else None
     most = engine.max_length if wanted is None else wanted
+    check_logprobs(body.n, min(most, engine.max_length), top)
     draws = [[body.sampling(i, most, top) for i in range(body.n)]]
     decode = _decoder(engine)
     begun: set[int] = set()
@@ -84,20 +87,6 @@ async def chat(body: ChatRequest, request: Request) -> Response:
     kind = "chat.completion.chunk" if body.stream else "chat.completion"
     head = pieces.envelope("chatcmpl", kind, served.model.name)
     return await _answer(body, request, asking, head, write)
-
-
-async def encode(
-    engine: ContinuousDecoder, prompts: Sequence[Text], special: bool = True
-) -> list[list[int]]:
-    """Token ids of every text; ids stay as they are."""
-    tokenizer = engine.tokenizer
-
-    def ids(prompt: Text) -> list[int]:
-        if not isinstance(prompt, str):
-            return prompt
-        return list(tokenizer.encode(prompt, add_special_tokens=special).ids)
-
-    return await tokenizing.each(ids, prompts)
 
 
 def _check_length(engine: ContinuousDecoder, prompt: Sequence[int], wanted: int | None) -> None:
@@ -128,17 +117,22 @@ async def _answer(
         with_usage = body.stream_options is not None and body.stream_options.include_usage
         events = _events(request, asking, head, write, with_usage)
         return EventStream(events, state_of(request).options.timeout)
-    return JSONResponse(await while_there(request, _whole(request, asking, head, write)))
+    return await while_there(request, _whole(request, asking, head, write))
 
 
-async def _whole(request: Request, asking: Asking, head: Json, write: Write) -> Json:
+async def _whole(request: Request, asking: Asking, head: Json, write: Write) -> Response:
     choices = [Choice() for _ in range(asking.count)]
     async with aclosing(asking.news()) as news:
         async for index, delta in news:
             choices[index].add(delta)
     note(request, completion_tokens=asking.tokens, reason=choices[0].reason)
-    written = [write(i, choice) for i, choice in enumerate(choices)]
-    return {**head, "choices": written, "usage": pieces.usage(asking.prompt_tokens, asking.tokens)}
+
+    def answer() -> Response:
+        written = [write(i, choice) for i, choice in enumerate(choices)]
+        used = pieces.usage(asking.prompt_tokens, asking.tokens)
+        return JSONResponse({**head, "choices": written, "usage": used})
+
+    return answer() if asking.tokens < _FEW else await asyncio.to_thread(answer)
 
 
 async def _events(

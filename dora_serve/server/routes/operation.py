@@ -59,13 +59,13 @@ def _details(served: Served) -> answers.ModelDetails:
 
 
 @router.get("/health")
-def health() -> answers.Status:
+async def health() -> answers.Status:
     """The process answers."""
     return answers.Status()
 
 
 @router.get("/ready", responses={503: {"model": ErrorAnswer}})
-def ready(request: Request) -> answers.Status:
+async def ready(request: Request) -> answers.Status:
     """Requests are taken; 503 before that, and once the server is ending."""
     if not state_of(request).ready:
         raise ApiError("not ready", 503, code="not_ready")

@@ -5,17 +5,17 @@ from __future__ import annotations
 import json
 import logging
 from http import HTTPStatus
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from fastapi import FastAPI, Request
-from fastapi.exceptions import RequestValidationError
-from fastapi.responses import JSONResponse
 from pydantic import BaseModel
-from starlette.exceptions import HTTPException
 
 from converters.errors import DoraExportError
 from dora_serve.onnxruntime.limits import QueueFull
 from dora_serve.onnxruntime.session import EngineError
+
+if TYPE_CHECKING:
+    from fastapi import FastAPI, Request
+    from fastapi.responses import JSONResponse
 
 _log = logging.getLogger(__name__)
 
@@ -54,6 +54,8 @@ class ApiError(Exception):
         ).model_dump()
 
     def response(self) -> JSONResponse:
+        from fastapi.responses import JSONResponse
+
         more = {429: {"Retry-After": "1"}, 401: {"WWW-Authenticate": "Bearer"}}
         return JSONResponse(self.content, self.status, more.get(self.status))
 
@@ -74,12 +76,14 @@ def as_api_error(error: Exception) -> ApiError:
 
 def install(app: FastAPI) -> None:
     """Have `app` answer every error in this form."""
+    from fastapi.exceptions import RequestValidationError
+    from starlette.exceptions import HTTPException
 
     async def invalid(_: Request, error: Exception) -> JSONResponse:
         assert isinstance(error, RequestValidationError)
         first = error.errors()[0]
         place = ".".join(str(part) for part in first["loc"][1:])
-        message = first["msg"] if first["type"] != "json_invalid" else "the body is not JSON"
+        message = first["msg"]
         return ApiError(f"{place}: {message}" if place else message, param=place or None).response()
 
     async def refused(_: Request, error: Exception) -> JSONResponse:

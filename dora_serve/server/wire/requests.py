@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import json
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
@@ -13,7 +12,13 @@ Token = Annotated[int, Field(ge=0, le=2**31 - 1)]
 Stop = Annotated[str, Field(min_length=1, max_length=1000)]
 Seed = Annotated[int, Field(ge=-(2**63), le=2**63 - 1)]
 Text = str | list[int]  # or its tokens
+_T = TypeVar("_T")
+_Tokens = Annotated[list[Token], Field(fail_fast=True)]
+_Several = Annotated[list[_T], Field(max_length=2048, fail_fast=True)]
 Count = Annotated[int, Field(ge=1, le=2**31 - 1)]
+
+
+_NAMES = 64  # of one object
 
 
 class _Request(BaseModel):
@@ -21,9 +26,9 @@ class _Request(BaseModel):
 
     @model_validator(mode="before")
     @classmethod
-    def _is_unicode(cls, value: Any) -> Any:
-        if isinstance(value, dict):
-            json.dumps(value, ensure_ascii=False).encode()  # half a surrogate pair is no text
+    def _has_few_names(cls, value: Any) -> Any:
+        if isinstance(value, dict) and len(value) > _NAMES:  # each unknown one is an error
+            raise ValueError(f"more than {_NAMES} names")
         return value
 
 
@@ -51,7 +56,7 @@ class _Generate(_Request):
     top_k: Annotated[int, Field(ge=-1, le=2**31 - 1)] = 0
     min_p: Annotated[float, Field(ge=0, le=1)] = 0.0
     seed: Seed | None = None
-    stop: Stop | Annotated[list[Stop], Field(max_length=16)] | None = None
+    stop: Stop | Annotated[list[Stop], Field(max_length=16, fail_fast=True)] | None = None
     min_tokens: Annotated[int, Field(ge=0, le=2**31 - 1)] = 0
     ignore_eos: bool = False
     stream: bool | None = None
@@ -83,7 +88,7 @@ class _Generate(_Request):
 class CompletionRequest(_Generate):
     """`POST /v1/completions`. `logprobs`: how many of the likeliest tokens to tell."""
 
-    prompt: str | list[str] | list[Token] | list[list[Token]]
+    prompt: str | _Several[str] | _Tokens | _Several[_Tokens]
     max_tokens: Count | None = 16
     logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
     echo: Literal[False] | None = None
@@ -104,7 +109,7 @@ class Message(_Request):
     """One turn of a conversation."""
 
     role: Literal["system", "developer", "user", "assistant"]
-    content: str | list[TextPart]
+    content: str | _Several[TextPart]
     name: str | None = None
 
     def plain(self) -> dict[str, str]:
@@ -122,7 +127,7 @@ class TextFormat(_Request):
 class ChatRequest(_Generate):
     """`POST /v1/chat/completions`. Without a maximum the answer may fill the context."""
 
-    messages: Annotated[list[Message], Field(min_length=1)]
+    messages: Annotated[_Several[Message], Field(min_length=1)]
     max_tokens: Count | None = None
     max_completion_tokens: Count | None = None
     logprobs: bool | None = None
@@ -130,7 +135,7 @@ class ChatRequest(_Generate):
     add_generation_prompt: bool = True
     response_format: TextFormat | None = None
     tools: Annotated[list[Any], Field(max_length=0)] | None = None
-    metadata: dict[str, str] | None = None
+    metadata: Annotated[dict[str, str], Field(max_length=16)] | None = None
     store: Literal[False] | None = None
 
     @model_validator(mode="after")
@@ -144,7 +149,7 @@ class ClassifyRequest(_Request):
     """`POST /classify`, as vLLM has it."""
 
     model: str
-    input: str | Annotated[list[str], Field(min_length=1)]
+    input: str | Annotated[_Several[str], Field(min_length=1)]
     user: str | None = None
 
     @property
@@ -156,7 +161,7 @@ class EmbeddingRequest(_Request):
     """`POST /v1/embeddings`."""
 
     model: str
-    input: str | list[str] | list[Token] | list[list[Token]]
+    input: str | _Several[str] | _Tokens | _Several[_Tokens]
     encoding_format: Literal["float", "base64"] = "float"
     dimensions: None = None
     user: str | None = None
@@ -171,7 +176,7 @@ class TokenizeRequest(_Request):
 
     model: str
     prompt: str | None = None
-    messages: Annotated[list[Message], Field(min_length=1)] | None = None
+    messages: Annotated[_Several[Message], Field(min_length=1)] | None = None
     add_special_tokens: bool | None = None
     add_generation_prompt: bool = True
     return_token_strs: bool | None = None
@@ -187,7 +192,7 @@ class DetokenizeRequest(_Request):
     """`POST /detokenize`."""
 
     model: str
-    tokens: list[Token]
+    tokens: Annotated[list[Token], Field(max_length=2**18, fail_fast=True)]
 
 
 class LoadRequest(_Request):

@@ -1,0 +1,203 @@
+"""The process itself: `python -m dora_serve.server.bounded.work FOLDER`, asked by `process.py`.
+
+It runs what the makers of FOLDER wrote: a chat template is a program, and so are a tokenizer's
+patterns. Without FOLDER it reads bodies. The kernel bounds every call's memory and its time of the
+processor.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import resource
+import signal
+import struct
+import sys
+from array import array
+from collections.abc import Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from pydantic import BaseModel, ValidationError
+from pydantic_core import from_json
+
+from converters.errors import DoraExportError
+from dora_serve.onnxruntime.session import OnnxFolder
+
+from ..chat_template import ChatTemplate
+from ..wire import answers, requests
+from ..wire.errors import ApiError, as_api_error
+
+SECONDS = 5  # of the processor
+MEMORY = 192 << 20  # bytes, beyond what the process has when it is ready
+LONGEST = 1 << 20  # characters of a text
+
+_SIZES = struct.Struct("<II")  # bytes of the JSON, and of what follows it
+
+
+def write_frame(answer: object, blob: bytes = b"") -> bytes:
+    """JSON with bytes behind it, as one process tells it to the other."""
+    told = json.dumps(answer).encode()
+    return _SIZES.pack(len(told), len(blob)) + told + blob
+
+
+def sizes(head: bytes) -> tuple[int, int]:
+    """How many bytes of JSON, and how many behind it, follow the eight of `head`."""
+    told, blob = _SIZES.unpack(head)
+    return told, blob
+
+
+def read_body(kind: type[BaseModel], body: bytes) -> BaseModel:
+    """The request in `body`. Raises `ValidationError`, or `ValueError` for what is no JSON."""
+    return kind.model_validate(from_json(body, allow_inf_nan=False))
+
+
+def fault(error: ValueError) -> dict[str, Any]:
+    """What is wrong first, as FastAPI's errors say it, of an error that `read_body` raised."""
+    if not isinstance(error, ValidationError):
+        return {"type": "json_invalid", "loc": ["body"], "msg": "the body is not JSON"}
+    first = error.errors(include_url=False, include_context=False, include_input=False)[0]
+    place = [str(part)[:100] for part in first["loc"][:8]]
+    return {"type": first["type"], "loc": ["body", *place], "msg": first["msg"][:300]}
+
+
+def check(blob: bytes, kind: str) -> tuple[Any, bytes]:
+    """What is wrong with a body, None when nothing is."""
+    try:
+        read_body(getattr(requests, kind), blob)
+    except ValueError as error:
+        return fault(error), b""
+    return None, b""
+
+
+class Work:
+    """The calls for a model, by name: each returns something that JSON can tell, and bytes."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = OnnxFolder(folder)
+        self._template = ChatTemplate(folder)
+
+    @cached_property
+    def _tokenizer(self) -> Any:
+        return self._folder.tokenizer
+
+    def ready(self) -> None:
+        """Have the folder's files read. One that cannot be is an error of the calls that need it"""
+        with contextlib.suppress(Exception):
+            self._tokenizer.encode("")
+
+    def encode(
+        self, _: bytes, texts: Sequence[str], special: bool, longest: int, param: str
+    ) -> tuple[Any, bytes]:
+        """How many tokens each text has; the ids of all of them, and their types."""
+        ids, types, lengths = array("I"), array("I"), []
+        for text in texts:
+            encoded = self._encoding(text, special, param)
+            lengths.append(len(encoded.ids))
+            if lengths[-1] > longest:
+                raise ApiError(
+                    f"The text is too long: it has {lengths[-1]} tokens, and this model's maximum "
+                    f"context length is {longest}.",
+                    param=param,
+                    code="context_length_exceeded",
+                )
+            ids.extend(encoded.ids)
+            types.extend(encoded.type_ids)
+        return lengths, ids.tobytes() + types.tobytes()
+
+    def chat(self, blob: bytes, generation: bool, longest: int) -> tuple[Any, bytes]:
+        """The same of a conversation, through the chat template."""
+        text = self._template.render(json.loads(blob), generation)
+        return self.encode(b"", [text], False, longest, "messages")
+
+    def tokenize(
+        self, blob: bytes, special: bool | None, generation: bool, longest: int, strings: bool
+    ) -> tuple[Any, bytes]:
+        """The answer of `/tokenize` to a text or to messages."""
+        text = given = json.loads(blob)
+        if not isinstance(given, str):
+            text = self._template.render(given, generation)
+        special = isinstance(given, str) if special is None else special
+        encoded = self._encoding(text, special, "prompt")
+        told = answers.Tokens(
+            count=len(encoded.ids),
+            max_model_len=longest,
+            tokens=encoded.ids,
+            token_strs=encoded.tokens if strings else None,
+        )
+        return None, told.model_dump_json().encode()
+
+    def detokenize(self, blob: bytes) -> tuple[Any, bytes]:
+        """The answer of `/detokenize`."""
+        text = self._tokenizer.decode(json.loads(blob), skip_special_tokens=False)
+        return None, answers.Text(prompt=text).model_dump_json().encode()
+
+    def _encoding(self, text: str, special: bool, param: str) -> Any:
+        if len(text) > LONGEST:
+            raise ApiError(
+                f"The text is too long: it has {len(text)} characters, at most {LONGEST} are read.",
+                param=param,
+                code="context_length_exceeded",
+            )
+        return self._tokenizer.encode(text, add_special_tokens=special)
+
+
+def _bound() -> None:
+    """Have the kernel end this process when a call takes too long."""
+    used = sum(os.times()[:2])
+    _, most = resource.getrlimit(resource.RLIMIT_CPU)
+    resource.setrlimit(resource.RLIMIT_CPU, (int(used) + 1 + SECONDS, most))
+
+
+def _bound_memory() -> None:
+    with contextlib.suppress(OSError):  # only Linux tells, and heeds it
+        pages = int(Path("/proc/self/statm").read_text().split()[0])
+        size = pages * resource.getpagesize() + MEMORY
+        resource.setrlimit(resource.RLIMIT_AS, (size, resource.getrlimit(resource.RLIMIT_AS)[1]))
+
+
+def _answer(work: Work | None, asked: dict[str, Any], blob: bytes) -> bytes:
+    try:
+        name = asked.pop("call")
+        call = check if name == "check" else getattr(work, name)
+        told, more = call(blob, **asked)
+        return write_frame({"answer": told}, more)
+    except MemoryError:
+        refusal = ApiError(f"this takes more than {MEMORY >> 20} MB", code="too_expensive")
+    except DoraExportError as error:
+        refusal = as_api_error(error)
+    except ApiError as error:
+        refusal = error
+    except BaseException as error:  # a panic of Rust is no Exception
+        refusal = ApiError(f"the tokenizer: {error}")
+    return write_frame(
+        {"error": [str(refusal)[:1000], refusal.status, refusal.param, refusal.code]}
+    )
+
+
+def serve(source: BinaryIO, target: BinaryIO, folder: str | None = None) -> None:
+    """Answer what `source` asks until it ends."""
+    work = None if folder is None else Work(Path(folder))
+    if work is not None:
+        work.ready()
+    _bound_memory()
+    target.write(write_frame(None))
+    target.flush()
+    while head := source.read(_SIZES.size):
+        told, blob = sizes(head)
+        asked, more = json.loads(source.read(told)), source.read(blob)
+        _bound()
+        target.write(_answer(work, asked, more))
+        target.flush()
+
+
+if __name__ == "__main__":
+    # Whoever ends the server's process group lets the server end this one, once it has finished.
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    answers_to = os.fdopen(os.dup(1), "wb")
+    os.dup2(2, 1)
+    serve(sys.stdin.buffer, answers_to, *sys.argv[1:])

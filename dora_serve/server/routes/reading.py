@@ -1,0 +1,66 @@
+"""Bodies: read beside the event loop where that takes long, and only when they say they are JSON.
+
+A page of another site may send any body without asking first, but not with this Content-Type.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Coroutine
+from typing import Any, get_type_hints
+
+from fastapi import Request
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import Response
+from fastapi.routing import APIRoute
+from pydantic import BaseModel
+
+from ..bounded.work import fault, read_body
+from ..state import state_of
+from ..wire.errors import ApiError
+
+_SHORT = 16 << 10  # bytes, which take no time to speak of whatever they say
+
+
+class JsonRoute(APIRoute):
+    """A route whose parameter `body` is read here."""
+
+    def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
+        handle = super().get_route_handler()
+        kind: type[BaseModel] | None = get_type_hints(self.endpoint).get("body")
+
+        async def read(request: Request) -> Response:
+            if kind is not None:
+                request = await _read(request, kind)
+            return await handle(request)
+
+        return read
+
+
+class _Read(Request):
+    """A request whose body is an object already; FastAPI takes that as it is."""
+
+    def __init__(self, request: Request, body: bytes, parsed: BaseModel) -> None:
+        super().__init__(request.scope, request.receive)
+        self._bytes, self._parsed = body, parsed
+
+    async def body(self) -> bytes:
+        return self._bytes
+
+    async def json(self) -> Any:
+        return self._parsed
+
+
+async def _read(request: Request, kind: type[BaseModel]) -> Request:
+    said = request.headers.get("content-type", "").partition(";")[0].strip().lower()
+    if said != "application/json":
+        raise ApiError("the Content-Type is not application/json", code="not_json")
+    body = await request.body()
+    if len(body) > _SHORT:
+        # What is wrong costs most; what passes there is cheap to read a second time.
+        wrong, _ = await state_of(request).bodies.call("check", body, kind=kind.__name__)
+        if wrong is not None:
+            raise RequestValidationError([wrong])
+    try:
+        return _Read(request, body, read_body(kind, body))
+    except ValueError as error:
+        raise RequestValidationError([fault(error)]) from None
