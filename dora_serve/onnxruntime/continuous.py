@@ -141,11 +141,11 @@ class ContinuousDecoder(Engine):
 
     def _round(self) -> None:
         self._drop_cancelled()
-        self._restart()
         if self._filling is None:
             self._admit()
         if self._filling is not None:
             self._fill(self._filling)
+        self._restart()
         if self._rows:
             self._step()
 
