@@ -31,6 +31,9 @@ OWN_HEADS = f"base_heads{SUFFIX}"
 
 ADAPTER_INDEX, NO_ADAPTER = "adapter_index", -1
 LOGITS_POSITIONS = "logits_positions"  # of a decoder: where logits are wanted; empty: everywhere
+# Of a decoder that computes otherwise for rows longer than a border: how long each row gets, where
+# that is more than its attention mask says. The border is in the graph's metadata.
+ROW_LENGTHS, BORDER = "row_lengths", "row_length_border"
 LABELS = "labels"  # the axis of a head whose size an adapter may change
 _WEIGHT, _BIAS = ".head_weight", ".head_bias"
 

@@ -14,6 +14,7 @@ from converters.files.onnx_files import (
     LABELS,
     LOGITS_POSITIONS,
     NO_ADAPTER,
+    ROW_LENGTHS,
     SUFFIX,
     head_names,
     heads_in,
@@ -44,7 +45,8 @@ class AdapterSet:
         if self.batched:  # a stack of heads: one adapter brings one of them
             stacks = {name for module in self.heads for name in head_names(module)}
             shapes = {n: shape[1:] if n in stacks else shape for n, shape in shapes.items()}
-        others = {LOGITS_POSITIONS, ADAPTER_INDEX, *(names(site)[2] for site in self._sites)}
+        others = {LOGITS_POSITIONS, ROW_LENGTHS, ADAPTER_INDEX}
+        others |= {names(site)[2] for site in self._sites}
         self._shapes = {n: shape for n, shape in shapes.items() if n not in others}
         self._own = dict(own or {})
         self._loaded: dict[str, dict[str, Array]] = {}

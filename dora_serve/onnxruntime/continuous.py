@@ -145,6 +145,7 @@ class ContinuousDecoder(Engine):
             self._admit()
         if self._filling is not None:
             self._fill(self._filling)
+        self._restart()
         if self._rows:
             self._step()
 
@@ -157,6 +158,13 @@ class ContinuousDecoder(Engine):
         for slot in reversed(range(len(self._rows))):
             if self._rows[slot].cancelled:
                 self._leave(slot)
+
+    def _restart(self) -> None:
+        """Let every row that is about to cross the graph's border begin again: its keys and values
+        are others beyond it."""
+        for slot in reversed(range(len(self._rows))):
+            if self._rows[slot].filled == self.graph.border:
+                self._wait(self._leave(slot))
 
     def _admit(self) -> None:
         """Let the request that waits longest begin, as soon as the cache has room for it."""
@@ -185,7 +193,9 @@ class ContinuousDecoder(Engine):
             self._preempt()
             return
         try:
-            logits = self._runner.prefill(len(self._rows), piece, request.filled, request.adapter)
+            logits = self._runner.prefill(
+                len(self._rows), piece, request.filled, len(tokens), request.adapter
+            )
         except Exception as error:  # the rows beside it are not touched
             _log.exception("a prompt failed")
             self._leave_filling()
@@ -223,9 +233,10 @@ class ContinuousDecoder(Engine):
         if request.generation.reason is not None:
             self._leave(slot)
 
-    def _leave(self, slot: int) -> None:
+    def _leave(self, slot: int) -> Request:
         """Take a row out; the last one moves into its slot, and the one being filled behind it."""
-        self.pool.release(self._rows[slot].adapter)
+        left = self._rows[slot]
+        self.pool.release(left.adapter)
         last = len(self._rows) - 1
         if slot != last:
             self._rows[slot] = self._rows[last]
@@ -233,6 +244,7 @@ class ContinuousDecoder(Engine):
         self._rows.pop()
         if self._filling is not None:
             self.slots.move(last + 1, last, self._filling.filled)
+        return left
 
     def _leave_filling(self) -> None:
         if self._filling is not None:
@@ -250,11 +262,13 @@ class ContinuousDecoder(Engine):
         if request is not None:
             self._leave_filling()
         else:
-            slot = max(range(len(self._rows)), key=lambda i: self._rows[i].number)
-            request = self._rows[slot]
-            self._leave(slot)
-        request.filled = 0
+            request = self._leave(max(range(len(self._rows)), key=lambda i: self._rows[i].number))
         self.preemptions += 1
+        self._wait(request)
+
+    def _wait(self, request: Request) -> None:
+        """Queue a request that has left, before all others, to begin again with its tokens."""
+        request.filled = 0
         with self._changed:
             self._queue.insert(0, request)
 

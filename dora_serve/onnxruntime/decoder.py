@@ -8,14 +8,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from converters.files.onnx_files import ADAPTER_INDEX, LOGITS_POSITIONS
+from converters.files.onnx_files import ADAPTER_INDEX, LOGITS_POSITIONS, ROW_LENGTHS
 
 from .adapter_set import Adapters
 from .binding import Binding
@@ -127,7 +127,8 @@ class Batch:
     ) -> None:
         from onnxruntime import OrtValue
 
-        self._decoder, self._prompts, self._adapters = decoder, prompts, adapters
+        self._decoder, self._adapters = decoder, adapters
+        self._rows = [list(prompt) for prompt in prompts]
         self.lengths = np.array([len(prompt) for prompt in prompts], np.int64)
         self._mask = np.zeros((len(prompts), 0), np.int64)
         length = decoder.max_length if decoder.in_place else 0
@@ -139,52 +140,40 @@ class Batch:
 
     def prefill(self) -> Logits:
         """Run all prompts; the logits `[rows, vocab]` after the last token of each."""
-        if self._in_turn:
-            return np.concatenate([row.prefill() for row in self._alone()])
         return self._run_prompts(self.lengths[:, None] - 1)[:, 0]
 
     def prefill_all(self) -> Logits:
         """Run all prompts; the logits `[rows, longest, vocab]`, meaningless beyond a row's end."""
-        if self._in_turn:
-            longest = int(self.lengths.max())
-            return np.concatenate(
-                [
-                    np.pad(row.prefill_all(), ((0, 0), (0, longest - int(row.lengths[0])), (0, 0)))
-                    for row in self._alone()
-                ]
-            )
         return self._run_prompts(_EVERYWHERE)
-
-    @property
-    def _in_turn(self) -> bool:
-        """Whether the prompts run one by one: a windowed cache takes no padded ones."""
-        return self._decoder.windowed and len(set(self.lengths)) > 1
-
-    def _alone(self) -> Iterator[Batch]:
-        """Every row as a batch of its own, to be run; then its cache becomes this one's."""
-        for row, prompt in enumerate(self._prompts):
-            own = {
-                n: a[row : row + 1] if n == ADAPTER_INDEX else a for n, a in self._adapters.items()
-            }
-            alone = Batch(self._decoder, [prompt], own)
-            yield alone
-            for array, filled in zip(self._arrays, alone._arrays, strict=True):
-                array[row] = filled[0]
 
     def _run_prompts(self, wanted: NDArray[np.int64]) -> Logits:
         positions = np.arange(self.lengths.max())
-        ids = padded(self._prompts, 0)
+        ids = padded(self._rows, 0)
         self._mask = (positions < self.lengths[:, None]).astype(np.int64)
         return self._run(ids, np.tile(positions, (len(ids), 1)), wanted)
 
     def step(self, tokens: NDArray[np.int64]) -> Logits:
         """Add one token to every row; the logits `[rows, vocab]` after it."""
+        for row in np.flatnonzero(self.lengths == self._decoder.border):
+            self._again(int(row))
+        for row, token in zip(self._rows, tokens.tolist(), strict=True):
+            row.append(token)
         self.lengths = self.lengths + 1
         if self._decoder.in_place:  # the token lies right behind its row's last
             self._mask = (np.arange(self.lengths.max()) < self.lengths[:, None]).astype(np.int64)
         else:  # the token lies behind the longest row's
             self._mask = np.pad(self._mask, ((0, 0), (0, 1)), constant_values=1)
         return self._run(tokens[:, None], self.lengths[:, None] - 1, _EVERYWHERE)[:, 0]
+
+    def _again(self, row: int) -> None:
+        """Compute what the cache holds of a row anew, as it is for rows beyond the border."""
+        own = {**self._adapters, ROW_LENGTHS: self.lengths[[row]] + 1}
+        if ADAPTER_INDEX in own:
+            own[ADAPTER_INDEX] = own[ADAPTER_INDEX][[row]]
+        alone = Batch(self._decoder, [self._rows[row]], own)
+        alone.prefill()
+        for array, filled in zip(self._arrays, alone._arrays, strict=True):
+            array[row] = filled[0]
 
     def _run(
         self, ids: NDArray[np.int64], positions: NDArray[np.int64], wanted: NDArray[np.int64]

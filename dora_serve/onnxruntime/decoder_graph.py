@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from converters.files.json_files import read_json
-from converters.files.onnx_files import LOGITS_POSITIONS
+from converters.files.onnx_files import BORDER, LOGITS_POSITIONS
 
 from .adapter_set import AdaptedFolder, AdapterSet
 from .session import EngineError, open_adaptable
@@ -21,7 +21,8 @@ class DecoderGraph(AdaptedFolder):
 
     `threads` and `spin`: as `Session` takes them. `max_length` (default: the model's context)
     bounds the tokens of a row. `in_place`: whether keys and values are written into the cache they
-    are read from.
+    are read from. `border`: a row that becomes longer needs all its keys and values anew; None
+    where none does.
 
     Raises `EngineError` for a graph that was not made by `dora-export onnx`.
     """
@@ -53,7 +54,8 @@ class DecoderGraph(AdaptedFolder):
                 remedy="export it again: dora-export onnx",
             )
         self.vocabulary: int = config["vocab_size"]
-        self.windowed = "sliding_window" in config["decoder"]
+        border = self.session.inference.get_modelmeta().custom_metadata_map.get(BORDER)
+        self.border = None if border is None else int(border)
         self.in_place: bool = settings["search"]["past_present_share_buffer"]
         self.cache_type = _TYPES[self.session.types["past_key_values.0.key"]]
         self.adapter_set = AdapterSet([self.session])

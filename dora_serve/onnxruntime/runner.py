@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from converters.files.onnx_files import ADAPTER_INDEX, LOGITS_POSITIONS
+from converters.files.onnx_files import ADAPTER_INDEX, LOGITS_POSITIONS, ROW_LENGTHS
 
 from .adapter_set import row_index
 from .binding import Binding
@@ -28,12 +28,17 @@ class Runner:
         self._used: tuple[str, ...] = ()
         self._bindings: dict[str, tuple[Hashable, Binding]] = {}
 
-    def prefill(self, slot: int, tokens: Sequence[int], filled: int, adapter: str | None) -> Logits:
-        """Add `tokens` behind the `filled` ones of `slot`; the logits `[vocab]` after the last."""
+    def prefill(
+        self, slot: int, tokens: Sequence[int], filled: int, length: int, adapter: str | None
+    ) -> Logits:
+        """Add `tokens` behind the `filled` ones of `slot`, which will hold `length` in the end; the
+        logits `[vocab]` after the last."""
         used = () if adapter is None else (adapter,)
         binding = self._binding("prefill", slot, slot + 1, used)
         positions = np.arange(filled, filled + len(tokens))[None]
-        logits: Logits = self._run(binding, np.array([tokens]), positions, [adapter], used)[0]
+        logits: Logits = self._run(binding, np.array([tokens]), positions, [adapter], used, length)[
+            0
+        ]
         return logits
 
     def step(
@@ -73,13 +78,16 @@ class Runner:
         positions: NDArray[np.int64],
         adapters: Sequence[str | None],
         used: tuple[str, ...],
+        length: int = 0,
     ) -> Logits:
-        """The logits `[rows, vocab]` after the last of `ids [rows, length]` at `positions`."""
+        """The logits `[rows, vocab]` after the last of `ids [rows, n]` at `positions`, in rows of
+        at least `length` tokens."""
         ends = positions[:, -1:] + 1
         feeds = {
             "input_ids": ids,
             "attention_mask": (np.arange(ends.max()) < ends).astype(np.int64),
             "position_ids": positions,
+            ROW_LENGTHS: np.array([length]),
             LOGITS_POSITIONS: np.full((len(ids), 1), ids.shape[1] - 1),
             ADAPTER_INDEX: row_index(adapters, used),
         }

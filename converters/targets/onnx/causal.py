@@ -13,10 +13,11 @@ from typing import Any
 import torch
 
 from ...errors import TargetError
-from ...files.onnx_files import BATCHED, GENAI, MODEL
+from ...files.onnx_files import BATCHED, GENAI, MODEL, ROW_LENGTHS
 from .branches import Site, add_branches
 from .export import Axes, Part, check_graph, fused
 from .graph_file import GraphWriter
+from .lengths import free_rotary, optional_lengths, windows_of
 from .linear import linear_sites, three_axes
 from .loaded import load_whole, write_config
 from .positions import add_positions
@@ -36,6 +37,8 @@ class _Decoder(torch.nn.Module):
 
         super().__init__()
         self.model = model
+        self._windows = windows_of(model, _ids(model.config, rows=1, tokens=3))
+        self.border = free_rotary(model, lambda: self._lengths)
         AttentionInterface.register(_NAME, self._attend)
         ExpertsInterface.register(_NAME, _mix)
         model.set_attn_implementation(_NAME)
@@ -47,9 +50,10 @@ class _Decoder(torch.nn.Module):
         input_ids: torch.Tensor,
         attention_mask: torch.Tensor,
         position_ids: torch.Tensor,
+        row_lengths: torch.Tensor,
         past: list[torch.Tensor],
     ) -> tuple[torch.Tensor, ...]:
-        self._past = past
+        self._past, self._lengths = past, row_lengths
         self._present: list[torch.Tensor] = []
         self._last = attention_mask.sum(dim=1).to(torch.int32) - 1
         self._total = torch.scalar_tensor(attention_mask.shape[1], dtype=torch.int32)
@@ -64,7 +68,6 @@ class _Decoder(torch.nn.Module):
         value: torch.Tensor,
         _mask: object,
         scaling: float | None = None,
-        sliding_window: int | None = None,
         softcap: float | None = None,
         **_: object,
     ) -> tuple[torch.Tensor, None]:
@@ -80,7 +83,7 @@ class _Decoder(torch.nn.Module):
                 "num_heads": heads,
                 "kv_num_heads": key.shape[1],
                 "scale": size**-0.5 if scaling is None else scaling,
-                "local_window_size": sliding_window or -1,
+                "local_window_size": self._windows[layer.layer_idx] or -1,
                 "softcap": softcap or 0.0,
             },
             dtypes=[query.dtype] * 3,
@@ -151,15 +154,21 @@ def build_causal(model: Path, out: Path, precision: str, *, adaptable: bool) -> 
     Raises `TargetError` when a graph would not compute what the model computes.
     """
     loaded = load_whole(model)
-    truth, sizes = _cached(loaded, _ids(loaded.config, rows=3, tokens=5))
+    sizes = _cached(loaded, _ids(loaded.config, rows=1, tokens=3))
+    inputs, truth = _both_ends(loaded, sizes)
     _plain_linears(loaded)
-    exported = _part(loaded, sizes).export()
+    part = _part(loaded, sizes)
+    exported = part.export()
     sites = linear_sites(exported, loaded)
     three_axes(exported, sites, loaded)
     head = _head(loaded, sites)
 
+    border = part.module.border
+    if border is None:
+        del inputs[ROW_LENGTHS]
+
     def check(file: Path) -> None:
-        check_graph(file, [truth], _inputs(loaded.config, sizes, rows=3, tokens=5, past=0))
+        check_graph(file, [truth], inputs)
 
     writer = GraphWriter(out, precision, weights_only=True)
     for name, batched in ((MODEL, False), (BATCHED, True))[: 2 if adaptable else 1]:
@@ -167,28 +176,41 @@ def build_causal(model: Path, out: Path, precision: str, *, adaptable: bool) -> 
         if adaptable:
             add_branches(graph, sites, batched)
         graph = fused(graph)
+        if border is not None:
+            optional_lengths(graph, border)
         add_positions(graph, head)
         writer.write(name, graph, None if batched else check)
     write_config(loaded, out, model)
     (out / GENAI).write_text(json.dumps(_genai(loaded, sizes), indent=4))
 
 
-def _cached(loaded: Any, ids: torch.Tensor) -> tuple[torch.Tensor, _Sizes]:
-    """The model's own logits for `ids`, and what it keeps of them."""
+def _cached(loaded: Any, ids: torch.Tensor) -> _Sizes:
+    """What the model keeps of tokens."""
     with torch.inference_mode():
         found = loaded(input_ids=ids, use_cache=True)
     layers = getattr(found.get("past_key_values"), "layers", [])
-    shapes = {tuple(getattr(each, "keys", ids).shape) for each in layers}
-    if len(shapes) != 1 or "logits" not in found:
+    shapes = {tuple(getattr(each, "keys", ids).shape[1::2]) for each in layers}
+    if len(shapes) != 1 or "logits" not in found or len(min(shapes)) != 2:
         raise TargetError(
             "no ONNX export for this architecture",
             found=type(loaded).__name__,
             expected="logits, and keys and values of one shape in every layer",
             remedy="deploy the merged model instead (`merge`)",
         )
-    _, heads, _, size = shapes.pop()
-    logits: torch.Tensor = found["logits"]
-    return logits, (len(layers), heads, size)
+    heads, size = shapes.pop()
+    return len(layers), heads, size
+
+
+def _both_ends(loaded: Any, sizes: _Sizes) -> tuple[dict[str, Any], torch.Tensor]:
+    """Rows at the begin and, the last one, at the end of the model's context; its own logits."""
+    inputs = _inputs(loaded.config, sizes, rows=3, tokens=5, past=0)
+    end = max(0, loaded.config.max_position_embeddings - 5)
+    inputs["position_ids"][-1] += end
+    inputs[ROW_LENGTHS][-1] += end
+    rows = zip(inputs["input_ids"].split(1), inputs["position_ids"].split(1), strict=True)
+    with torch.inference_mode():
+        found = [loaded(input_ids=ids, position_ids=at)["logits"] for ids, at in rows]
+    return inputs, torch.cat(found)
 
 
 def _head(loaded: Any, sites: list[Site]) -> str:
@@ -218,6 +240,7 @@ def _inputs(config: Any, sizes: _Sizes, *, rows: int, tokens: int, past: int) ->
         "input_ids": _ids(config, rows=rows, tokens=tokens),
         "attention_mask": torch.ones(rows, past + tokens, dtype=torch.int64),
         "position_ids": torch.arange(past, past + tokens).repeat(rows, 1),
+        ROW_LENGTHS: torch.full((rows,), past + tokens),
         "past": [cache.clone() for _ in range(2 * layers)],
     }
 
@@ -229,6 +252,7 @@ def _part(loaded: Any, sizes: _Sizes) -> Part:
         "input_ids": tokens,
         "attention_mask": (_ROWS, _TOTAL),
         "position_ids": tokens,
+        ROW_LENGTHS: (_ROWS,),
         "past": [(_ROWS, None, _PAST, None)] * len(kinds),
     }
     present: Axes = (_ROWS, None, _TOTAL, None)
@@ -237,7 +261,7 @@ def _part(loaded: Any, sizes: _Sizes) -> Part:
         lambda rows: _inputs(loaded.config, sizes, rows=rows, tokens=4, past=3),
         axes,
         {"logits": (*tokens, None), **{f"present.{kind}": present for kind in kinds}},
-        [*list(axes)[:3], *(f"past_key_values.{kind}" for kind in kinds)],
+        [*list(axes)[:4], *(f"past_key_values.{kind}" for kind in kinds)],
     )
 
 

@@ -1,8 +1,7 @@
-"""Decoders (causal language models) as ONNX, by onnxruntime-genai's model builder where it knows
-them, else by torch (`causal.py`).
+"""Decoders (causal language models) as ONNX, by onnxruntime-genai's model builder where it computes
+what they do, else, and where it fails, by torch (`causal.py`).
 
-The builder runs in a process of its own: its memory goes when it ends, and what it prints is shown
-only when it fails.
+The builder runs in a process of its own: its memory goes when it ends.
 """
 
 from __future__ import annotations
@@ -15,8 +14,6 @@ from pathlib import Path
 
 import onnx_ir as ir
 
-from ...errors import TargetError
-from ...files.json_files import read_json
 from ...files.onnx_files import BATCHED, MODEL
 from .branches import Site, add_branches
 from .causal import build_causal
@@ -25,8 +22,16 @@ from .surgery import take
 
 # What the builder makes and the tests cover.
 _BUILT = {
-    f"{family}ForCausalLM"
-    for family in "Gemma Gemma2 Granite Llama Mistral Phi3 Qwen2 Qwen3 SmolLM3".split()
+    f"{family}ForCausalLM" for family in "Gemma Granite Llama Mistral Phi3 Qwen2 Qwen3".split()
+}
+# Kinds of rotary embedding that it computes as transformers does, and what they are made from.
+_ROPE = {
+    "default": {"rope_theta"},
+    "linear": {"rope_theta", "factor"},
+    "llama3": {
+        *("rope_theta", "factor", "low_freq_factor", "high_freq_factor"),
+        "original_max_position_embeddings",
+    },
 }
 _TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json")
 _NODE = re.compile(r"/(?:model/layers\.(\d+)/(attn|mlp)|(lm_head))(?:/(\w+))?/MatMul(?:_Q[48])?")
@@ -35,32 +40,48 @@ _NODE = re.compile(r"/(?:model/layers\.(\d+)/(attn|mlp)|(lm_head))(?:/(\w+))?/Ma
 def build_decoder(model: Path, out: Path, precision: str, *, adaptable: bool) -> None:
     """Write the graph of the Hugging Face folder `model` into `out`, configuration and tokenizer
     beside it; `adaptable`: both forms of it, with a branch behind every linear layer."""
-    architectures = read_json(model / "config.json").get("architectures")
-    known = isinstance(architectures, list) and bool(_BUILT.intersection(architectures))
     # The builder wants a tokenizer.
-    if not known or not any((model / name).exists() for name in _TOKENIZERS):
+    named = any((model / name).exists() for name in _TOKENIZERS)
+    if named and _builds(model) and _build(model, out, precision, adaptable):
+        _finish(out / MODEL, adaptable)
+    else:
         build_causal(model, out, precision, adaptable=adaptable)
-        return
-    _build(model, out, precision, adaptable)
-    _finish(out / MODEL, adaptable)
 
 
-def _build(model: Path, out: Path, precision: str, adaptable: bool) -> None:
-    """Run the builder; `adaptable` keeps q, k and v apart, so that each can have a branch."""
-    with tempfile.TemporaryDirectory() as cache:
+def _builds(model: Path) -> bool:
+    """Whether the builder makes of the model what it computes at every length. It leaves out
+    windows, changes of the rotary embedding with a row's length, and layers without one."""
+    from transformers import AutoConfig
+
+    config = AutoConfig.from_pretrained(model)
+    if not _BUILT.intersection(config.architectures or []):
+        return False
+    layers = getattr(config, "layer_types", None) or ["sliding_attention"]
+    window = getattr(config, "sliding_window", None)
+    if window and window < config.max_position_embeddings and {*layers} != {"full_attention"}:
+        return False
+    rope = dict(config.rope_parameters)
+    kind = rope.pop("rope_type", "default")
+    if kind == "llama3" and "LlamaForCausalLM" not in config.architectures:
+        return False
+    return rope.keys() <= _ROPE.get(kind, set())
+
+
+def _build(model: Path, out: Path, precision: str, adaptable: bool) -> bool:
+    """Run the builder; False when it fails. `adaptable` keeps q, k and v apart, so that each can
+    have a branch."""
+    with tempfile.TemporaryDirectory(dir=out) as built, tempfile.TemporaryDirectory() as cache:
         command = [sys.executable, "-m", "onnxruntime_genai.models.builder"]
-        command += ["-m", model.name, "-i", str(model), "-o", str(out), "-c", cache]
+        command += ["-m", model.name, "-i", str(model), "-o", built, "-c", cache]
         command += ["-p", precision, "-e", "cpu", "--extra_options", "hf_token=false"]
         if adaptable:
             command.append("fuse_qkv=false")
         done = subprocess.run(command, capture_output=True, text=True, check=False)
-    if done.returncode or not (out / MODEL).exists():
-        raise TargetError(
-            "onnxruntime-genai's model builder cannot build this model",
-            file=model,
-            found=(done.stderr.strip().splitlines() or ["no output"])[-1][:300],
-            remedy="is the architecture one it supports? deploy the merged model instead",
-        )
+        if done.returncode or not Path(built, MODEL).exists():
+            return False
+        for file in Path(built).iterdir():
+            file.replace(out / file.name)
+    return True
 
 
 def _finish(file: Path, adaptable: bool) -> None:

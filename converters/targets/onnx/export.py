@@ -129,14 +129,18 @@ def check_graph(file: Path, truth: Sequence[torch.Tensor], inputs: Mapping[str, 
     """Raise `TargetError` when the graph's first outputs for `inputs` are others than `truth`."""
     import onnxruntime
 
-    tensors = [t for v in inputs.values() for t in (v if isinstance(v, list) else [v])]
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 3
     try:
         session = onnxruntime.InferenceSession(file, options)
         names = [value.name for value in session.get_inputs()]
+        optional = {v.name for v in session.get_overridable_initializers()} & inputs.keys()
+        feeds = {name: inputs[name].numpy() for name in optional}
+        needed = [value for name, value in inputs.items() if name not in optional]
+        tensors = [t for v in needed for t in (v if isinstance(v, list) else [v])]
+        feeds |= {name: t.numpy() for name, t in zip(names, tensors, strict=True)}
         outputs = [value.name for value in session.get_outputs()][: len(truth)]
-        found = session.run(outputs, {n: t.numpy() for n, t in zip(names, tensors, strict=True)})
+        found = session.run(outputs, feeds)
     except Exception as error:
         raise TargetError(
             "ONNX Runtime cannot run the exported graph",
