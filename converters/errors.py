@@ -43,7 +43,8 @@ class DoraExportError(Exception):
             ("to do", self.remedy),
         )
         lines = [f"  {label}: {visible(value)}" for label, value in parts if value is not None]
-        return "\n".join([self.message, *lines])
+        said = [visible(line) for line in self.message.split("\n")]
+        return "\n".join([*said, *lines])
 
 
 def visible(value: object) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -35,6 +36,7 @@ _EMBEDDINGS = (
     *("embed_tokens.weight", "wte.weight", "word_embeddings.weight", "shared.weight"),
     ".embeddings.weight",  # Mamba
 )
+_HUB_ID = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?", re.ASCII)
 _WRAPPER_PREFIXES = ("module.", "base_model.model.", "model.")
 
 
@@ -160,6 +162,8 @@ def open_base(folder_or_id: str | Path) -> BaseModel:
     Raises `MissingError` when there is none, `BaseError` when the folder is incomplete.
     """
     name = str(folder_or_id)
+    if not name:
+        raise MissingError("the base model's name is empty")
     folder = Path(name)
     if not there(folder) or not folder.is_dir():
         folder = _cached_snapshot(name)
@@ -190,7 +194,8 @@ def _cached_snapshot(name: str) -> Path:
         raise MissingError(
             "no such base model: neither a folder nor a model in the local hub cache",
             file=name,
-            remedy=f"give a folder, or fetch it first: hf download {name}",
+            remedy="give a folder, or fetch it first"
+            + (f": hf download {name}" if _HUB_ID.fullmatch(name) else ""),
         ) from None
 
 

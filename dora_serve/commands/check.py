@@ -8,6 +8,8 @@ from pathlib import Path
 
 import click
 
+from converters.errors import visible
+
 from . import common
 
 
@@ -55,10 +57,11 @@ def command(
         )
     else:
         for difference in result.differences:
-            click.echo(f"{difference.where}: {difference.found}; expected {difference.expected}")
+            where, found = visible(difference.where), visible(difference.found)
+            click.echo(f"{where}: {found}; expected {visible(difference.expected)}")
         pieces = 0 if public_key is not None else result.files - result.whole
         click.echo(
-            f"{artifact}: {result.target}, {result.files} files"
+            f"{visible(artifact)}: {visible(result.target)}, {result.files} files"
             + (f", {pieces} of them compared in pieces (--record for every byte)" if pieces else "")
             + ("" if result.weights is None else f", {result.weights} base weights")
             + ("" if public_key is None else ", signed with this key")

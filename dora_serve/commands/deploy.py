@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING
 
 import click
 
+from converters.errors import visible
+
 from . import common
 
 if TYPE_CHECKING:
@@ -108,9 +110,9 @@ def command(
                 copy = place / "adapters" / adapter / file.relative_to(source)
                 copy.parent.mkdir(parents=True, exist_ok=True)
                 shutil.copyfile(file, copy)
-    click.echo(output / name)
+    click.echo(visible(output / name))
     if adapters:
-        click.echo(f"{output / 'adapters'}  (copy what is in it to {adapters_at})")
+        click.echo(f"{visible(output / 'adapters')}  (copy what is in it to {adapters_at})")
 
 
 def _embedded(cluster: Cluster, base: str | None) -> str | None:

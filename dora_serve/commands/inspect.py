@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from converters.errors import visible
 from converters.targets.target import Target, targets
 
 from ..wording import in_flags
@@ -71,7 +72,7 @@ def command(
         common.print_json(info)
         return
     for name, value in {**facts, **info["targets"]}.items():
-        click.echo(f"{name:<11} {value}")
+        click.echo(f"{name:<11} {visible(value)}")
     click.echo()
     click.echo(terminal_map(info["ranks"], largest))
     if curve:

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import click
 
+from ..wording import quoted
 from . import common
 
 
@@ -13,10 +14,9 @@ from . import common
 @click.argument("folder", metavar="DIR", type=common.FOLDER)
 @common.base_option
 @click.option("--gpu-memory", type=common.Size(), help="Memory of the device, such as 80GB.")
-@click.option("--png", type=click.Path(path_type=Path), help="Draw what is padding to this file.")
-@click.option(
-    "--yaml", "yaml_path", type=click.Path(path_type=Path), help="Write `vllm serve --config`."
-)
+@click.option("--png", type=common.FOLDER, help="Draw what is padding to this file.")
+@click.option("--yaml", "yaml_path", type=common.FOLDER, help="Write `vllm serve --config`.")
+@common.force_option
 @common.json_option
 @common.reports_errors
 def command(
@@ -25,18 +25,22 @@ def command(
     gpu_memory: int | None,
     png: Path | None,
     yaml_path: Path | None,
+    force: bool,
     as_json: bool,
 ) -> None:
     """Say how vLLM should serve all runs and adapters in DIR: the smallest maximal rank, memory a
     slot and how much of it is padding, and the command line. Writes no adapter.
     """
     from dora_serve.folder.inventory import discover
+    from dora_serve.rankmap.output import check_output_file, write_file
     from dora_serve.vllm.command import command_line, serve_options, shell, yaml_file
     from dora_serve.vllm.convert import vllm_adapter_path
     from dora_serve.vllm.fleet import plan_fleet
     from dora_serve.vllm.fleet_view import as_json as view
     from dora_serve.vllm.fleet_view import save_png, table
 
+    for file in filter(None, (png, yaml_path)):
+        check_output_file(file, force)
     found = discover(folder, base)
     fleet = plan_fleet(found, gpu_memory)
     commands = []
@@ -46,9 +50,9 @@ def command(
     if yaml_path is not None:
         if len(commands) != 1:
             raise click.UsageError(f"--yaml takes one base, and there are {len(commands)}")
-        yaml_path.write_text(yaml_file(commands[0]), encoding="utf-8")
+        write_file(yaml_path, yaml_file(commands[0]).encode(), force)
     if png is not None and any(pool.ranks for pool in fleet.pools):
-        save_png(fleet, png)
+        save_png(fleet, png, force)
     if as_json:
         lines = [command_line(options) for options in commands]
         told = {**view(fleet), "warnings": found.warnings, "commands": lines}
@@ -61,5 +65,6 @@ def command(
         click.echo()
         click.echo(shell(command_line(options)))
     if commands:
-        given = f" --base {base}" if base else ""
-        click.echo(f"\n`dora-serve up {folder}{given} --engine vllm` converts and runs this.")
+        given = f" --base {quoted(base)}" if base else ""
+        words = f"dora-serve up {quoted(folder)}{given} --engine vllm"
+        click.echo(f"\n`{words}` converts and runs this.")

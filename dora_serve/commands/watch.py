@@ -7,6 +7,9 @@ from pathlib import Path
 
 import click
 
+from converters.errors import visible
+
+from ..wording import in_flags
 from . import common
 
 
@@ -51,7 +54,10 @@ def command(
         # A run that is half written, or away between two renames, is still wanted.
         kept = last | wanted.problems.keys()
         last = set(wanted.adapters)
-        lines = [f"left out: {n}: {text.splitlines()[0]}" for n, text in wanted.problems.items()]
+        lines = [
+            f"left out: {n}: {in_flags(text).splitlines()[0]}"
+            for n, text in wanted.problems.items()
+        ]
         lines += [f"warning: {name}: {text}" for name, text in wanted.warnings.items()]
         failed = False
         for server in servers:
@@ -62,13 +68,13 @@ def command(
                     if change.done == "failed":
                         lines.append(line)
                     else:
-                        click.echo(line)
+                        click.echo(visible(line))
             except OSError as error:
                 failed = True
                 lines.append(f"{server.url} does not answer: {error}")
         for line in lines:
             if line not in told:
-                click.secho(line, fg="yellow", err=True)
+                click.secho(visible(line), fg="yellow", err=True)
         told = set(lines)
         if once:
             raise SystemExit(int(failed))

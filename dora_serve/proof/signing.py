@@ -20,6 +20,7 @@ from converters.certificate import SIGNATURE
 from converters.errors import DoraExportError, MissingError, OutputError
 from converters.files.output import addition
 
+from ..wording import quoted
 from .check import check
 
 _CURVES = "an elliptic curve key in a PEM file: prime256v1, secp384r1 or secp521r1"
@@ -167,7 +168,7 @@ def _key_errors(path: str | Path, kind: str) -> Iterator[None]:
             # A key that is not of an elliptic curve lacks the attribute `curve`.
             found="another type of key" if isinstance(error, AttributeError) else error,
             expected=_CURVES,
-            remedy=f"with a passphrase: --private-key <(openssl pkey -in {path})"
+            remedy=f"with a passphrase: --private-key <(openssl pkey -in {quoted(path)})"
             if isinstance(error, TypeError)
             else None,
         ) from None

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import json
 import logging
-import shlex
 import signal
 import sys
 from pathlib import Path
 
-from converters.errors import MissingError
+from converters.errors import MissingError, visible
 
-from ..wording import in_flags
+from ..wording import in_flags, quoted
 from .options import ServerOptions
 from .prepare.offer import DECODES, Offer
 
@@ -53,9 +52,12 @@ def up(
     root = root.resolve()
     offer = make_offer(root, base, dry_run)
     for name, problem in offer.problems.items():
-        print(in_flags(f"not served: {name}\n  {problem}").replace("\n", "\n  "), file=sys.stderr)
+        print(
+            in_flags(f"not served: {visible(name)}\n  {problem}").replace("\n", "\n  "),
+            file=sys.stderr,
+        )
     for name, warning in offer.warnings.items():
-        print(in_flags(f"warning: {name}: {warning}"), file=sys.stderr)
+        print(in_flags(visible(f"warning: {name}: {warning}")), file=sys.stderr)
     if not offer.models:
         raise MissingError(
             "nothing here can be served",
@@ -83,14 +85,15 @@ def up(
 
 def table(offer: Offer, url: str, key: bool) -> str:
     """What is served where, for a person, and a command to try it."""
-    width = max(len(model.name) for model in offer.models)
+    width = max(len(visible(model.name)) for model in offer.models)
     lines = [f"{url}  (a page to look and try; details: /dora/models; API: /openapi.json)", ""]
     for model in offer.models:
         method = "" if model.method is None else f", {model.method}"
         of = "" if model.base is None else f" of {model.base}"
-        lines.append(f"  {model.name:<{width}}  {_PATHS[model.task]:<15}  {model.kind}{of}{method}")
+        name = f"{visible(model.name):<{width}}"
+        lines.append(f"  {name}  {_PATHS[model.task]:<15}  {model.kind}" + visible(of + method))
     last = offer.models[-1]
     header = ' -H "Authorization: Bearer $DORA_SERVE_API_KEY"' if key else ""
     body = json.dumps({"model": last.name, **_EXAMPLES[last.task]})
     command = f"curl {url}{_PATHS[last.task]}{header} -H 'Content-Type: application/json' -d "
-    return "\n".join([*lines, "", command + shlex.quote(body), ""])
+    return "\n".join([*lines, "", command + quoted(body), ""])

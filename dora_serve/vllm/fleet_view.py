@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import io
 from collections.abc import Iterator
 from pathlib import Path
 
 import click
 
+from converters.errors import visible
+
 from ..commands.common import size
+from ..rankmap.output import write_file
+from ..rankmap.picture import drawn
 from ..wording import in_flags
 from .fleet import Fleet, Pool, step_for
 
@@ -65,7 +70,7 @@ def table(fleet: Fleet) -> Iterator[str]:
         yield from _settings(pool)
     for name, problem in fleet.problems.items():
         lines = in_flags(problem).splitlines()
-        yield click.style(f"left out: {name}", fg="yellow") + f": {lines[0]}"
+        yield click.style(f"left out: {visible(name)}", fg="yellow") + f": {lines[0]}"
         yield from (line for line in lines if line.startswith("  to do"))
 
 
@@ -94,8 +99,9 @@ def _settings(pool: Pool) -> Iterator[str]:
     yield f"  {pool.advice}"
 
 
-def save_png(fleet: Fleet, path: Path) -> None:
-    """Per pool, what of every adapter's slot is used (needs matplotlib)."""
+def save_png(fleet: Fleet, path: Path, force: bool = False) -> None:
+    """Per pool, what of every adapter's slot is used (needs matplotlib). Raises `OutputError` as
+    `write_file`."""
     from matplotlib.figure import Figure
 
     pools = [pool for pool in fleet.pools if pool.ranks]
@@ -104,12 +110,14 @@ def save_png(fleet: Fleet, path: Path) -> None:
     heights = [len(pool.ranks) + 1 for pool in pools]
     panels = figure.subplots(len(pools), 1, squeeze=False, height_ratios=heights)
     for (panel,), pool in zip(panels, pools, strict=True):
-        names = list(pool.ranks)
-        used = [pool.used[name] / 1e6 for name in names]
+        names = [drawn(name) for name in pool.ranks]
+        used = [pool.used[name] / 1e6 for name in pool.ranks]
         panel.barh(names, [pool.slot / 1e6] * len(names), color="#d7dde4", label="padding")
         panel.barh(names, used, color="#2a6f97", label="components")
         panel.invert_yaxis()
         panel.set_xlabel("MB a slot")
-        panel.set_title(f"{pool.name}, --max-lora-rank {pool.max_lora_rank}", fontsize=10)
+        panel.set_title(f"{drawn(pool.name)}, --max-lora-rank {pool.max_lora_rank}", fontsize=10)
         panel.legend(loc="lower right", fontsize=8)
-    figure.savefig(path, dpi=130, format="png")
+    data = io.BytesIO()
+    figure.savefig(data, dpi=130, format="png")
+    write_file(path, data.getvalue(), force)
