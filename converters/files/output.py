@@ -39,11 +39,24 @@ _FILE_ERRORS = (errno.EACCES, errno.EPERM, errno.ENOENT)
 def check_output(
     target: Path, force: bool, inputs: Iterable[Path], size: int = 0, resume: bool = False
 ) -> None:
-    """Raise `OutputError` when `target` may not or cannot be written, before anything is.
+    """Raise `OutputError` when `target` may not or cannot be written, before anything is: see
+    `check_place`. `force` lets an output of ours be replaced, and nothing else."""
+    check_place(target, inputs, size, resume)
+    with reading(target, OutputError):
+        if _is_empty(target):
+            return
+    if not force:
+        raise OutputError(
+            "the output folder is not empty",
+            file=target,
+            remedy="choose another, or pass `force` to replace what dora-export wrote",
+        )
+    check_ours(target)
 
-    `force` lets an output of ours be replaced, and nothing else. With `resume`, the space that a
-    killed command's folder takes counts as free.
-    """
+
+def check_place(target: Path, inputs: Iterable[Path], size: int = 0, resume: bool = False) -> None:
+    """Raise `OutputError` when there can be no output `target`, whatever is in it now. With
+    `resume`, the space that a killed command's folder takes counts as free."""
     resolved = _resolved(target)
     for source in map(_resolved, inputs):
         if resolved == source or source in resolved.parents or resolved in source.parents:
@@ -53,18 +66,10 @@ def check_output(
                 found=f"input {source}",
                 remedy="choose an output folder of its own",
             )
-    with reading(target, OutputError):
-        if os.path.lexists(resolved) and not resolved.is_dir():
-            raise OutputError("the output is a file", file=target, expected="a folder to make")
-        _check_place(target, resolved)
-        if not _is_empty(resolved):
-            if not force:
-                raise OutputError(
-                    "the output folder is not empty",
-                    file=target,
-                    remedy="choose another, or pass `force` to replace what dora-export wrote",
-                )
-            check_ours(target)
+    if os.path.lexists(resolved) and not resolved.is_dir():
+        raise OutputError("the output is a file", file=target, expected="a folder to make")
+    if os.path.lexists(resolved):
+        _check_free(target, resolved)
     parent = _first_there(resolved.parent)
     if not parent.is_dir():
         raise OutputError("the output lies below a file", file=target, found=parent)
@@ -111,7 +116,7 @@ def _first_there(path: Path) -> Path:
     return path
 
 
-def _check_place(target: Path, resolved: Path) -> None:
+def _check_free(target: Path, resolved: Path) -> None:
     """Raise `OutputError` where a folder could not be put into another's place."""
     with contextlib.suppress(FileNotFoundError):  # where we are was removed
         here = Path.cwd()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import os
 import re
 import sys
 from collections.abc import Callable, Iterator, Mapping
@@ -72,7 +71,7 @@ class PathOrUrl(click.Path):
         if not value:
             self.fail("the path is empty", param, ctx)
         try:
-            os.stat(value)
+            Path(value).stat()
         except (FileNotFoundError, NotADirectoryError, PermissionError):
             pass  # whoever needs it says so
         except (OSError, ValueError) as error:

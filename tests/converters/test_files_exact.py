@@ -25,6 +25,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save, save_file
 
+from converters.certificate import tool, write_certificate
 from converters.errors import (
     BaseError,
     DoraExportError,
@@ -972,6 +973,7 @@ def test_outputs_that_may_be_written(tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "file").touch()
+    write_certificate(tmp_path / "full", {"tool": tool()})
     (tmp_path / "input").mkdir()
     inputs = [tmp_path / "input", tmp_path / "input2"]
     for target in ("empty", "new", "new/deep/er", "input-like"):
