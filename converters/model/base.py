@@ -24,6 +24,7 @@ from ..files.tensors import (
     rows_and_columns,
 )
 from ..updates.update import convolution_matrix
+from .architecture import check_counts
 
 SINGLE_FILES = ("model.safetensors", "pytorch_model.bin")
 INDEX_FILES = ("model.safetensors.index.json", "pytorch_model.bin.index.json")
@@ -182,7 +183,14 @@ def _open(folder: Path, name: str) -> BaseModel:
     config = read_json(config_path)
     if not isinstance(config.get("model_type", ""), str):
         raise BaseError("model_type is not a name", file=config_path, found=config["model_type"])
-    return BaseModel(folder, name, config, _open_shards(folder))
+    base = BaseModel(folder, name, config, _open_shards(folder))
+    try:
+        check_counts(config, len(base.tensors))
+    except ValueError as error:
+        raise BaseError(
+            "config.json is not of a model with these weights", file=config_path, found=error
+        ) from None
+    return base
 
 
 def _cached_snapshot(name: str) -> Path:

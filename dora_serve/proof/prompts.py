@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from converters.files.tensors import numel
+from converters.model.architecture import offline
 from converters.model.base import BaseModel
 from converters.run import Run
 from converters.targets.model import Inputs
@@ -144,6 +145,7 @@ def _batches(config: Any, rows: list[list[int]], vocab: int) -> Iterator[Inputs]
         yield inputs
 
 
+@offline()
 def _texts(base: BaseModel, vocab: int) -> list[list[int]]:
     """The sentences in the base's tokens; none where it has no tokenizer that knows them."""
     from transformers import AutoTokenizer

@@ -6,6 +6,7 @@ import json
 import logging
 import signal
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 
 from converters.errors import MissingError, visible
@@ -51,13 +52,14 @@ def up(
     options = options or ServerOptions()
     root = root.resolve()
     offer = make_offer(root, base, dry_run)
-    for name, problem in offer.problems.items():
-        print(
-            in_flags(f"not served: {visible(name)}\n  {problem}").replace("\n", "\n  "),
-            file=sys.stderr,
-        )
+    _tell(offer.problems)
     for name, warning in offer.warnings.items():
         print(in_flags(visible(f"warning: {name}: {warning}")), file=sys.stderr)
+    registry = None if dry_run else Registry(offer, options)
+    if registry is not None and registry.problems:
+        _tell(registry.problems)
+        left = [model for model in offer.models if model.name not in registry.problems]
+        offer = offer.model_copy(update={"models": left})
     if not offer.models:
         raise MissingError(
             "nothing here can be served",
@@ -66,12 +68,12 @@ def up(
         )
     url = f"http://{f'[{host}]' if ':' in host else host}:{port}"
     print(table(offer, url, api_key is not None), flush=True)
-    if dry_run:
+    if registry is None:
         return 0
     if api_key is None and not is_loopback(host):
         print("Whoever reaches this port may ask: --api-key sets a key.", file=sys.stderr)
     logging.basicConfig(format="%(message)s", stream=sys.stderr, level=logging.INFO)
-    state = State(root, Registry(offer, options), options)
+    state = State(root, registry, options)
     app = make_app(state, host, api_key)
     config = uvicorn.Config(
         app, host=host, port=port, log_config=None, access_log=False, server_header=False
@@ -81,6 +83,12 @@ def up(
         signal.signal(number, signal.SIG_IGN)
     server.run()
     return 0 if server.started else 1
+
+
+def _tell(problems: Mapping[str, str]) -> None:
+    for name, problem in problems.items():
+        said = in_flags(f"not served: {visible(name)}\n  {problem}")
+        print(said.replace("\n", "\n  "), file=sys.stderr)
 
 
 def table(offer: Offer, url: str, key: bool) -> str:
