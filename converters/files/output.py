@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING
 
 from ..certificate import FILE, strangers
 from ..errors import OutputError
-from .handles import reading
+from .handles import mounts, reading
 
 if TYPE_CHECKING:
     import torch
@@ -127,7 +127,7 @@ def _check_free(target: Path, resolved: Path) -> None:
                 found=here,
                 remedy="choose another, or run this from elsewhere",
             )
-    for mount in _mounts():
+    for mount in mounts():
         if mount == resolved or resolved in mount.parents:
             raise OutputError(
                 "a file system is mounted on the output folder, or in it",
@@ -135,16 +135,6 @@ def _check_free(target: Path, resolved: Path) -> None:
                 found=mount,
                 remedy="choose a folder below the mount point",
             )
-
-
-def _mounts() -> list[Path]:
-    """Where file systems are mounted, as far as the system tells (proc(5), mountinfo)."""
-    try:
-        lines = Path("/proc/self/mountinfo").read_text(errors="surrogateescape").splitlines()
-    except OSError:
-        return [Path("/")]
-    places = (line.split(" ")[4] for line in lines)
-    return [Path(re.sub(r"\\([0-7]{3})", lambda m: chr(int(m[1], 8)), p)) for p in places]
 
 
 @contextlib.contextmanager

@@ -8,7 +8,7 @@ from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from converters.errors import DoraExportError, MissingError, RunError, apart
+from converters.errors import DoraExportError, MissingError, RunError, TensorFileError, apart
 from converters.files.handles import State, reading, state_at
 from converters.files.onnx_files import ENCODER, MODEL, is_onnx_folder
 from converters.model.base import BaseModel, open_base
@@ -118,8 +118,8 @@ def read_member(
         before = {file: state_at(file) for file in path.rglob("*")}
     try:
         run = read_run(path, ReadOptions(base=None if given is None else given.path))
-    except DoraExportError:
-        if given is not None:
+    except DoraExportError as error:
+        if given is not None or isinstance(error, TensorFileError):
             raise
         beside = _read_beside(path, bases)
         if beside is None:
