@@ -23,8 +23,15 @@ def quoted(word: object) -> str:
     text = shlex.quote(str(word))
     if text.isprintable():
         return text
-    escaped = str(word).replace("\\", "\\\\").replace("'", "\\'")
-    return f"$'{visible(escaped)}'"
+    signs = str(word).replace("\\", "\\\\").replace("'", "\\'")
+    return "$'" + "".join(sign if sign.isprintable() else _in_bash(sign) for sign in signs) + "'"
+
+
+def _in_bash(sign: str) -> str:
+    code = ord(sign)
+    if 0xDC80 <= code <= 0xDCFF:  # a byte of a name that is no text
+        return f"\\x{code - 0xDC00:02x}"
+    return f"\\u{code:04x}" if code < 1 << 16 else f"\\U{code:08x}"
 
 
 def json_text(value: object, **options: int) -> str:

@@ -43,17 +43,23 @@ def command(
 
     if recording:
         needs_local(artifact, "--record")
+    unsigned: list[str] = []
     if public_key is not None:
         from dora_serve.proof.signing import verify_signature
 
-        verify_signature(artifact, public_key)
+        unsigned = verify_signature(artifact, public_key)
     result = check(artifact, base)
     if recording and result.passed:
         record(artifact)
         result = check(artifact, base)
     if as_json:
         common.print_json(
-            {**asdict(result), "signed": public_key is not None, "passed": result.passed}
+            {
+                **asdict(result),
+                "signed": public_key is not None,
+                "not_signed": unsigned,
+                "passed": result.passed,
+            }
         )
     else:
         for difference in result.differences:
@@ -67,4 +73,5 @@ def command(
             + ("" if public_key is None else ", signed with this key")
             + (": unchanged" if result.passed else f": CHANGED in {len(result.differences)} places")
         )
+    common.warn(tuple(f"the signature leaves out {name}" for name in unsigned))
     sys.exit(0 if result.passed else 1)

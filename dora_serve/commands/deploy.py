@@ -81,6 +81,8 @@ def command(
     if max_replicas is not None and max_replicas < min_replicas:
         raise click.UsageError("--max-replicas is below --min-replicas")
     default = str(folder.resolve()) if target == "ray" else "/models"
+    if models_at == "":
+        raise click.UsageError("--models-at is empty")
     at = PurePosixPath(models_at or default)
     if not at.is_absolute() or ".." in at.parts:
         raise click.UsageError("--models-at takes an absolute path")
