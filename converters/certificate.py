@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from collections.abc import Mapping
 from dataclasses import asdict
 from importlib.metadata import version
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
+from .errors import DoraExportError, TensorFileError
+from .files.json_files import read_json
 from .model.base import BaseModel
 from .run import Run
 
@@ -16,10 +19,11 @@ FILE = "dora_export.json"
 SIGNATURE = "model.sig"  # signs the files and the certificate, so that neither can list it
 _PIECES, _PIECE = 16, 1 << 20
 _LARGE = 4 * _PIECES * _PIECE
+_TOOL = "dora-serve"
 
 
 def tool() -> str:
-    return f"dora-serve {version('dora-serve')}"
+    return f"{_TOOL} {version(_TOOL)}"
 
 
 def sha256(path: Path) -> str:
@@ -102,6 +106,60 @@ def write_certificate(folder: Path, proof: dict[str, object], pieces: bool = Fal
     """Write `proof` with the sizes and hashes of all files now in `folder`, see `file_record`."""
     files = {name: file_record(path, pieces) for name, path in artifact_files(folder).items()}
     write_json(folder / FILE, {**proof, "files": files})
+
+
+def read_records(proof: Mapping[str, object], path: Path) -> dict[str, Mapping[str, object]]:
+    """What the certificate `proof`, read from `path`, says of each file of its artifact. Raises
+    `TensorFileError` where it says nothing, or names a file elsewhere."""
+    files = proof.get("files")
+    if not isinstance(files, dict) or not all(isinstance(r, dict) for r in files.values()):
+        raise TensorFileError(
+            "the certificate does not list the artifact's files",
+            file=path,
+            found=str(files)[:200],
+            expected="files: {name: {bytes, sha256}}",
+            remedy="write the artifact anew",
+        )
+    for name in files:
+        parts = PurePosixPath(name)
+        if parts.is_absolute() or ".." in parts.parts or not parts.parts:
+            raise TensorFileError("the certificate names a file elsewhere", file=path, found=name)
+    return files
+
+
+def unlike(path: Path, known: Mapping[str, object]) -> tuple[str, str] | None:
+    """What was found of the file `path` and what its record has in its place; None where they are
+    the same."""
+    size = path.stat().st_size
+    if size != known.get("bytes"):
+        return f"{size} bytes", f"{known.get('bytes')} bytes"
+    kind, hashed = ("sha256", sha256) if "sha256" in known else ("pieces", pieces_sha256)
+    value = hashed(path)
+    return None if value == known.get(kind) else (f"{kind} {value}", str(known.get(kind)))
+
+
+def strangers(folder: Path) -> list[str]:
+    """What in `folder` is nothing that we wrote: all of it where there is no certificate, else each
+    file that the certificate does not name, or that is not as it says."""
+    try:
+        proof = read_json(folder / FILE)
+        records = read_records(proof, folder / FILE)
+    except DoraExportError:
+        return sorted(os.listdir(folder))
+    if not str(proof.get("tool")).startswith(f"{_TOOL} "):
+        return sorted(os.listdir(folder))
+    return [
+        name.as_posix()
+        for path in sorted(folder.rglob("*"))
+        if (name := path.relative_to(folder)).as_posix() not in (FILE, SIGNATURE)
+        and not (path.is_dir() and not path.is_symlink() and os.access(path, os.R_OK | os.X_OK))
+        and not _is_recorded(path, records.get(name.as_posix()))
+    ]
+
+
+def _is_recorded(path: Path, known: Mapping[str, object] | None) -> bool:
+    whole = known is not None and path.is_file() and not path.is_symlink()
+    return whole and known is not None and unlike(path, known) is None
 
 
 def write_json(path: Path, value: object) -> None:

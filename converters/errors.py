@@ -5,6 +5,8 @@ Every message names the place, what was found, what was expected and what to do 
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 
@@ -43,7 +45,8 @@ class DoraExportError(Exception):
             ("to do", self.remedy),
         )
         lines = [f"  {label}: {visible(value)}" for label, value in parts if value is not None]
-        return "\n".join([self.message, *lines])
+        said = [visible(line) for line in self.message.split("\n")]
+        return "\n".join([*said, *lines])
 
 
 def visible(value: object) -> str:
@@ -53,6 +56,17 @@ def visible(value: object) -> str:
     return "".join(
         char if char in keep or char.isprintable() else ascii(char)[1:-1] for char in str(value)
     )
+
+
+@contextmanager
+def apart(problems: dict[str, str], *names: str) -> Iterator[None]:
+    """What goes wrong within, a bug's error too, is a problem of `names` and of nothing else."""
+    try:
+        yield
+    except DoraExportError as error:
+        problems |= dict.fromkeys(names, str(error))
+    except Exception as error:
+        problems |= dict.fromkeys(names, f"{type(error).__name__}: {str(error)[:300]}")
 
 
 class RunError(DoraExportError, ValueError):

@@ -32,18 +32,18 @@ def find_base(run: Run, base: str | Path | None) -> BaseModel:
     if base is not None:
         return open_base(base)
     if run.base is None or Path(run.base).is_absolute() or run.base.startswith("."):
-        named = "" if run.base is None else f" (the run names {run.base})"
         raise MissingError(
             "the base model is not known",
             file=run.path,
-            remedy=f"pass it with `base`{named}",
+            found=None if run.base is None else f"the run names {run.base}",
+            remedy="pass it with `base`",
         )
     if there(Path(run.base)):
         raise MissingError(
             "the run names a local folder as its base, which is not followed by itself",
             file=run.path,
             found=run.base,
-            remedy=f"pass {run.base} with `base`",
+            remedy="pass its folder with `base`, where it is the right one",
         )
     return open_base(run.base)
 

@@ -1,15 +1,45 @@
-"""What the library says, in the words of the command line."""
+"""What the library says, in the words of the command line and as a terminal may show it."""
 
 from __future__ import annotations
 
+import json
 import re
+import shlex
+
+from converters.errors import visible
 
 VERBS = frozenset("adapter check diff export extract inspect lint merge onnx sign verify".split())
 
 
 def in_flags(text: object) -> str:
-    """`text` with the parameters between backticks as flags, and the verbs as commands."""
-    return re.sub(r"`([a-z_]+)`", _word, str(text))
+    """`text` with the parameters between backticks as flags, and the verbs as commands; of what a
+    terminal would obey only line breaks stay."""
+    shown = "\n".join(visible(line) for line in str(text).split("\n"))
+    return re.sub(r"`([a-z_]+)`", _word, shown)
+
+
+def quoted(word: object) -> str:
+    """`word` for a command that is printed to be copied into a shell, whatever is in it."""
+    text = shlex.quote(str(word))
+    if text.isprintable():
+        return text
+    signs = str(word).replace("\\", "\\\\").replace("'", "\\'")
+    return "$'" + "".join(sign if sign.isprintable() else _in_bash(sign) for sign in signs) + "'"
+
+
+def _in_bash(sign: str) -> str:
+    code = ord(sign)
+    if 0xDC80 <= code <= 0xDCFF:  # a byte of a name that is no text
+        return f"\\x{code - 0xDC00:02x}"
+    return f"\\u{code:04x}" if code < 1 << 16 else f"\\U{code:08x}"
+
+
+def json_text(value: object, **options: int) -> str:
+    """`value` as JSON in which what a terminal would obey is escaped, and other letters are not."""
+    text = json.dumps(value, ensure_ascii=False, **options)
+    return re.sub(
+        r"[^\n -~]", lambda m: m[0] if m[0].isprintable() else json.dumps(m[0])[1:-1], text
+    )
 
 
 def _word(match: re.Match[str]) -> str:

@@ -21,7 +21,7 @@ from blake3 import blake3
 
 from ..errors import BaseError, OutputError
 from .cache import private_cache
-from .handles import reading
+from .handles import check_file, reading
 from .tensors import LazyTensor, LazyTensors, blocks, byte_view
 
 _SETTLED = 100_000_000  # nanoseconds; the kernel stamps files with a clock of some milliseconds
@@ -37,7 +37,7 @@ class Memory:
 
     def __init__(self, question: str, files: Iterable[Path]) -> None:
         now = time.time_ns()
-        found = [(str(path.resolve()), path.stat()) for path in sorted(set(files))]
+        found = [(os.path.realpath(path), path.stat()) for path in sorted(set(files))]
         states = [(p, s.st_ino, s.st_size, s.st_mtime_ns, s.st_ctime_ns) for p, s in found]
         self._settled = all(s.st_ctime_ns + _SETTLED < now for _, s in found)
         self._key = blake3(json.dumps([question, states]).encode()).hexdigest(length=16)
@@ -61,7 +61,8 @@ class Memory:
 
 
 def file_hash(path: Path) -> str:
-    """BLAKE3 of a file, remembered. Raises `OSError`."""
+    """BLAKE3 of a file, remembered. Raises `OSError`, and `TensorFileError` for what is no file."""
+    check_file(path)
     memory = Memory("file", [path])
     if memory.answer is not None:
         return memory.answer

@@ -33,7 +33,8 @@ def parse_json(raw: bytes) -> object:
     """The value of JSON that is text throughout and has every key once; raises `ValueError` or
     `RecursionError`."""
     value: object = json.loads(raw, object_pairs_hook=unique_keys)
-    json.dumps(value, ensure_ascii=False).encode()  # half a surrogate pair is no text
+    if not raw.isascii() or b"\0" in raw or b"\\ud" in raw.lower():
+        json.dumps(value, ensure_ascii=False).encode()  # half a surrogate pair is no text
     return value
 
 

@@ -10,6 +10,7 @@ import os
 import re
 import shutil
 import signal
+import stat
 import subprocess
 import tempfile
 import threading
@@ -18,7 +19,9 @@ from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING
 
+from ..certificate import FILE, strangers
 from ..errors import OutputError
+from .handles import mounts, reading
 
 if TYPE_CHECKING:
     import torch
@@ -27,6 +30,7 @@ if TYPE_CHECKING:
 JOURNAL = ".journal.jsonl"
 
 _SUFFIX = ".dora-tmp"
+_NAMED = 5  # of what lies in the way
 _AT_FDCWD, _RENAME_EXCHANGE = -100, 2  # <fcntl.h>, <linux/fs.h>
 _DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS)
 _FILE_ERRORS = (errno.EACCES, errno.EPERM, errno.ENOENT)
@@ -35,12 +39,26 @@ _FILE_ERRORS = (errno.EACCES, errno.EPERM, errno.ENOENT)
 def check_output(
     target: Path, force: bool, inputs: Iterable[Path], size: int = 0, resume: bool = False
 ) -> None:
-    """Raise `OutputError` when `target` may not or cannot be written, before anything is.
+    """Raise `OutputError` when `target` may not or cannot be written, before anything is: see
+    `check_place`. `force` lets an output of ours be replaced, and nothing else."""
+    check_place(target, inputs, size, resume)
+    with reading(target, OutputError):
+        if _is_empty(target):
+            return
+    if not force:
+        raise OutputError(
+            "the output folder is not empty",
+            file=target,
+            remedy="choose another, or pass `force` to replace what dora-export wrote",
+        )
+    check_ours(target)
 
-    With `resume`, the space that a killed command's folder takes counts as free.
-    """
-    resolved = target.resolve()
-    for source in (path.resolve() for path in inputs):
+
+def check_place(target: Path, inputs: Iterable[Path], size: int = 0, resume: bool = False) -> None:
+    """Raise `OutputError` when there can be no output `target`, whatever is in it now. With
+    `resume`, the space that a killed command's folder takes counts as free."""
+    resolved = _resolved(target)
+    for source in map(_resolved, inputs):
         if resolved == source or source in resolved.parents or resolved in source.parents:
             raise OutputError(
                 "the output would lie inside an input, or hold it",
@@ -48,18 +66,14 @@ def check_output(
                 found=f"input {source}",
                 remedy="choose an output folder of its own",
             )
-    if target.exists() and not target.is_dir():
+    if os.path.lexists(resolved) and not resolved.is_dir():
         raise OutputError("the output is a file", file=target, expected="a folder to make")
-    if target.is_dir() and any(target.iterdir()) and not force:
-        raise OutputError(
-            "the output folder is not empty",
-            file=target,
-            remedy="choose another, or pass `force` to replace it",
-        )
-    parent = resolved.parent
-    while not parent.exists():
-        parent = parent.parent
-    if not os.access(parent, os.W_OK):
+    if os.path.lexists(resolved):
+        _check_free(target, resolved)
+    parent = _first_there(resolved.parent)
+    if not parent.is_dir():
+        raise OutputError("the output lies below a file", file=target, found=parent)
+    if not os.access(parent, os.W_OK | os.X_OK):
         raise OutputError("no permission to write here", file=parent)
     free = shutil.disk_usage(parent).free + (_kept_bytes(resolved) if resume else 0)
     if size > free:
@@ -72,6 +86,57 @@ def check_output(
         )
 
 
+def check_ours(target: Path) -> None:
+    """Raise `OutputError` when something lies in the folder `target` that we did not write."""
+    left = re.compile(rf"\.adding\.\w{{8}}{re.escape(_SUFFIX)}(/.*)?|\.{re.escape(FILE)}")
+    with reading(target, OutputError):
+        others = [name for name in strangers(target) if not left.fullmatch(name)]
+    if others:
+        more = f", and {len(others) - _NAMED} more" if len(others) > _NAMED else ""
+        raise OutputError(
+            "the output folder holds what was not written here, or was changed since",
+            file=target,
+            found=", ".join(others[:_NAMED]) + more,
+            expected="an empty folder, or an output as its certificate says",
+            remedy="choose another folder, or move away what is in this one",
+        )
+
+
+def _resolved(path: Path) -> Path:
+    try:
+        return path.resolve()
+    except (OSError, RuntimeError, ValueError) as error:  # a link to itself, no name of a file
+        raise OutputError("no possible path", file=path, found=error) from None
+
+
+def _first_there(path: Path) -> Path:
+    """`path`, or the first above it where something is."""
+    while not os.path.lexists(path):
+        path = path.parent
+    return path
+
+
+def _check_free(target: Path, resolved: Path) -> None:
+    """Raise `OutputError` where a folder could not be put into another's place."""
+    with contextlib.suppress(FileNotFoundError):  # where we are was removed
+        here = Path.cwd()
+        if resolved == here or resolved in here.parents:
+            raise OutputError(
+                "the output would replace the current folder, or one above it",
+                file=target,
+                found=here,
+                remedy="choose another, or run this from elsewhere",
+            )
+    for mount in mounts():
+        if mount == resolved or resolved in mount.parents:
+            raise OutputError(
+                "a file system is mounted on the output folder, or in it",
+                file=target,
+                found=mount,
+                remedy="choose a folder below the mount point",
+            )
+
+
 @contextlib.contextmanager
 def output_folder(target: Path, resume: bool = False) -> Iterator[Path]:
     """A folder to write into; on leaving it becomes `target`, on any error it disappears.
@@ -81,10 +146,10 @@ def output_folder(target: Path, resume: bool = False) -> Iterator[Path]:
     machine stop), the lock on the folder is free and the next command with this target removes it.
     With `resume` there is a `JOURNAL` in it: the folder of a killed or interrupted process stays,
     and the next with `resume` is given it; any other command removes it.
-    Raises `OutputError` when writing fails, or another command wrote `target` meanwhile.
+    Raises `OutputError` when writing fails, or somebody else wrote to `target` meanwhile.
     """
-    target = target.resolve()
-    empty = _is_empty(target)
+    target = _resolved(target)
+    empty, certified = _is_empty(target), (target / FILE).is_file()
     made = [p for p in (target.parent, *target.parent.parents) if not p.exists()]
     with _write_errors(target):
         target.parent.mkdir(parents=True, exist_ok=True)
@@ -94,7 +159,8 @@ def output_folder(target: Path, resume: bool = False) -> Iterator[Path]:
     janitor = contextlib.nullcontext() if resume else _janitor(folder)
     try:
         with _write_errors(target), _terminate_as_exit(), janitor:
-            folder.chmod(0o777 & ~_umask())
+            inherited = folder.stat().st_mode & stat.S_ISGID
+            folder.chmod(inherited | 0o777 & ~_umask())
             if resume:
                 (folder / JOURNAL).touch()
             yield folder
@@ -105,6 +171,8 @@ def output_folder(target: Path, resume: bool = False) -> Iterator[Path]:
                     file=target,
                     remedy="choose another, or pass `force` to replace it",
                 )
+            if certified and not _is_empty(target):
+                check_ours(target)
             (folder / JOURNAL).unlink(missing_ok=True)
             _swap(folder, target)
     except BaseException as error:
@@ -163,6 +231,7 @@ def save_tensors(tensors: dict[str, torch.Tensor], path: Path) -> None:
 
     try:
         save_file(tensors, path, metadata={"format": "pt"})
+        path.chmod(0o666 & ~_umask())  # the library makes it the user's alone
     except SafetensorError as error:
         raise OutputError(
             str(error), file=path, remedy="look after the disk and run again"
@@ -198,11 +267,16 @@ def _swap(folder: Path, target: Path) -> None:
         shutil.rmtree(folder)
     elif target.is_dir():
         old = Path(tempfile.mkdtemp(prefix=f".{target.name}.", suffix=_SUFFIX, dir=target.parent))
-        target.rename(old / "old")
         try:
-            folder.rename(target)
+            target.rename(old / "old")
+            try:
+                folder.rename(target)
+            except BaseException:
+                (old / "old").rename(target)
+                raise
         except BaseException:
-            (old / "old").rename(target)
+            with contextlib.suppress(OSError):  # not where the old output is still in it
+                old.rmdir()
             raise
         shutil.rmtree(old)
     else:
@@ -247,11 +321,14 @@ def _claim(folder: Path) -> int | None:
     except OSError:
         return None
     try:
-        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        # Whoever may write beside the target could put a folder here: ours alone is believed.
+        if os.fstat(fd).st_uid == os.geteuid():
+            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return fd
     except OSError:
-        os.close(fd)
-        return None
-    return fd
+        pass
+    os.close(fd)
+    return None
 
 
 def _kept_folder(target: Path) -> tuple[Path, int] | None:
@@ -260,8 +337,7 @@ def _kept_folder(target: Path) -> tuple[Path, int] | None:
         lock = _claim(path)
         if lock is None:
             continue
-        # Whoever may write beside the target could put a folder here: ours alone is believed.
-        if (path / JOURNAL).is_file() and os.fstat(lock).st_uid == os.geteuid():
+        if (path / JOURNAL).is_file():
             return path, lock
         os.close(lock)
     return None

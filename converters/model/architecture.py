@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 from ..errors import BaseError, TargetError
@@ -11,7 +12,21 @@ from .tasks import architecture_of
 
 _HEAD = re.compile(r"(For[A-Z]\w*|LMHeadModel|(?<=Marian)MTModel|Model|PreTrainedModel)$")
 # What transformers makes a module, or a name, of each of.
-_MOST = {r"n_layers?|\w+_layers|\w*experts": 2_000, "num_labels": 1_000_000}
+_LAYERS = (
+    r"n_layers?|\w*layers|(\w*_)?depths?|num_\w*(block|stage|level|codebook|flow|group)s?"
+    r"|inner_group_num"
+)
+_EXPERTS = r"\w*experts"
+_MOST, _MOST_LABELS, _FEW = 2_000, 1_000_000, 64
+# Families whose positions are computed one by one in Python, and what they call the sizes.
+_COMPUTED = (
+    "autoformer distilbert flaubert informer marian pegasus roformer time_series_transformer xlm"
+)
+_POSITIONS = "max_position_embeddings|n_positions|context_length|prediction_length"
+_WIDTHS = "d_model|dim|hidden_size|emb_dim"
+_MOST_COMPUTED = 1 << 23
+_SPARE = 1 << 24  # elements that a model may have beyond those of its file
+_PACKED = 8  # elements in a byte, at the most
 
 
 def class_for(config: Mapping[str, object], suffix: str) -> str:
@@ -47,13 +62,13 @@ def empty_model(
         values.pop("label2id", None)
         values["num_labels"] = num_labels
     try:
-        _check_counts(values)
+        check_counts(values)
         kind = transformers.CONFIG_MAPPING[str(values.pop("model_type"))]
-        made, model = kind.from_dict(values), getattr(transformers, architecture)
-        text = getattr(made, "sub_configs", {}).get("text_config")
-        if text is not None and model.config_class is text:
-            made = made.get_text_config()  # the text model alone of a multimodal base
-        with torch.device("meta"):
+        with offline(), torch.device("meta"):
+            made, model = kind.from_dict(values), getattr(transformers, architecture)
+            text = getattr(made, "sub_configs", {}).get("text_config")
+            if text is not None and model.config_class is text:
+                made = made.get_text_config()  # the text model alone of a multimodal base
             return model(made)
     except Exception as error:
         raise BaseError(
@@ -64,11 +79,66 @@ def empty_model(
         ) from error
 
 
-def _check_counts(config: Mapping[str, object]) -> None:
-    """Raise `ValueError` where transformers would make modules, or labels, without end."""
+@contextmanager
+def offline() -> Iterator[None]:
+    """Within, the hub's client asks nobody: some configurations name others, which transformers
+    would fetch."""
+    from huggingface_hub import constants
+
+    before = constants.HF_HUB_OFFLINE
+    constants.HF_HUB_OFFLINE = True
+    try:
+        yield
+    finally:
+        constants.HF_HUB_OFFLINE = before
+
+
+def check_size(
+    architecture: str, config: Mapping[str, object], nbytes: int, num_labels: int | None = None
+) -> None:
+    """Raise `BaseError` where the model of the configuration is far larger than its files of
+    `nbytes`: what they lack would be made, in memory, to be found missing then."""
+    model = empty_model(architecture, config, num_labels)
+    elements = sum(tensor.numel() for tensor in (*model.parameters(), *model.buffers()))
+    if elements > _PACKED * nbytes + _SPARE:
+        raise BaseError(
+            "the model of config.json is larger than its weights' files",
+            found=f"{elements:,} elements in {architecture}",
+            expected=f"what {nbytes:,} bytes can hold",
+            remedy="correct config.json",
+        )
+
+
+def check_counts(config: Mapping[str, object], tensors: int | None = None) -> None:
+    """Raise `ValueError` where transformers would make modules, labels or positions without end,
+    or far more layers than a base of so many `tensors` can have."""
+    numbers = [*_counts(config)]
+
+    def largest(names: str) -> tuple[int, str]:
+        return max(((n, key) for key, n in numbers if re.fullmatch(names, key)), default=(0, ""))
+
+    def bound(count: int, what: str, most: int) -> None:
+        if count > most:
+            raise ValueError(f"{what} is {count}, over {most}")
+
+    layers, experts = largest(_LAYERS), largest(_EXPERTS)
+    bound(*layers, _MOST)
+    bound(*experts, _MOST)
+    bound(*largest("num_labels"), _MOST_LABELS)
+    if tensors is not None:
+        bound(*layers, max(_FEW, tensors))
+        both = f"{layers[1]} times {experts[1]}"
+        bound(layers[0] * experts[0], both, _FEW * (_FEW + tensors))
+    if config.get("model_type") in _COMPUTED.split():
+        (longest, name), (width, _) = largest(_POSITIONS), largest(_WIDTHS)
+        bound(longest, name, _MOST_COMPUTED // max(1, width))
+
+
+def _counts(config: Mapping[str, object]) -> Iterator[tuple[str, int]]:
+    """The whole numbers of a configuration and those within it, by key."""
     for key, value in config.items():
         if isinstance(value, Mapping):
-            _check_counts(value)
-        for counts, most in _MOST.items():
-            if isinstance(value, int) and value > most and re.fullmatch(counts, key):
-                raise ValueError(f"{key} is {value}, over {most}")
+            yield from _counts(value)
+        for each in value if isinstance(value, list) else [value]:
+            if isinstance(each, int):
+                yield str(key), each

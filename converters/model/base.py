@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -23,6 +24,7 @@ from ..files.tensors import (
     rows_and_columns,
 )
 from ..updates.update import convolution_matrix
+from .architecture import check_counts
 
 SINGLE_FILES = ("model.safetensors", "pytorch_model.bin")
 INDEX_FILES = ("model.safetensors.index.json", "pytorch_model.bin.index.json")
@@ -35,6 +37,7 @@ _EMBEDDINGS = (
     *("embed_tokens.weight", "wte.weight", "word_embeddings.weight", "shared.weight"),
     ".embeddings.weight",  # Mamba
 )
+_HUB_ID = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?", re.ASCII)
 _WRAPPER_PREFIXES = ("module.", "base_model.model.", "model.")
 
 
@@ -160,6 +163,8 @@ def open_base(folder_or_id: str | Path) -> BaseModel:
     Raises `MissingError` when there is none, `BaseError` when the folder is incomplete.
     """
     name = str(folder_or_id)
+    if not name:
+        raise MissingError("the base model's name is empty")
     folder = Path(name)
     if not there(folder) or not folder.is_dir():
         folder = _cached_snapshot(name)
@@ -178,7 +183,14 @@ def _open(folder: Path, name: str) -> BaseModel:
     config = read_json(config_path)
     if not isinstance(config.get("model_type", ""), str):
         raise BaseError("model_type is not a name", file=config_path, found=config["model_type"])
-    return BaseModel(folder, name, config, _open_shards(folder))
+    base = BaseModel(folder, name, config, _open_shards(folder))
+    try:
+        check_counts(config, len(base.tensors))
+    except ValueError as error:
+        raise BaseError(
+            "config.json is not of a model with these weights", file=config_path, found=error
+        ) from None
+    return base
 
 
 def _cached_snapshot(name: str) -> Path:
@@ -190,7 +202,8 @@ def _cached_snapshot(name: str) -> Path:
         raise MissingError(
             "no such base model: neither a folder nor a model in the local hub cache",
             file=name,
-            remedy=f"give a folder, or fetch it first: hf download {name}",
+            remedy="give a folder, or fetch it first"
+            + (f": hf download {name}" if _HUB_ID.fullmatch(name) else ""),
         ) from None
 
 

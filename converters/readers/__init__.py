@@ -17,7 +17,7 @@ from .registry import is_run as is_run
 from .registry import readers as readers
 from .run_folder import RunFolder as RunFolder
 
-_HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
+_HUB_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*", re.ASCII)
 
 
 def read_run(path: str | Path, options: ReadOptions | None = None) -> Run:
@@ -26,6 +26,8 @@ def read_run(path: str | Path, options: ReadOptions | None = None) -> Run:
 
     Only tables of contents are read; tensor data follows when it is used.
     """
+    if not str(path):
+        raise MissingError("the run's path is empty")
     folder = Path(path)
     if not there(folder) and _HUB_ID.fullmatch(str(path)):
         folder = _cached_run(str(path))

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from functools import cached_property
 from pathlib import Path
 
-from ..errors import MissingError, RunError
+from ..errors import DoraExportError, MissingError, RunError
 from ..files.tensors import LazyTensors, open_file, read_json
 from ..model.base import INDEX_FILES, SINGLE_FILES, BaseModel, open_base
 from ..model.names import adapter_in, unwrapped, without_adapter
@@ -34,7 +34,7 @@ class RunFolder:
         self.path = path
         self._weights = weights
         self._json: dict[str, Mapping[str, object]] = {}
-        self._tensors: dict[Path, LazyTensors] = {}
+        self._tensors: dict[Path, LazyTensors | DoraExportError] = {}
 
     def first(self, *names: str) -> Path | None:
         """The first of these files that is there."""
@@ -55,8 +55,14 @@ class RunFolder:
         path, or its name in this folder."""
         path = file if isinstance(file, Path) else self.path / file
         if path not in self._tensors:
-            self._tensors[path] = open_file(path)
-        return self._tensors[path]
+            try:
+                self._tensors[path] = open_file(path)
+            except DoraExportError as error:  # it may be long: no reader is to find it anew
+                self._tensors[path] = error
+        known = self._tensors[path]
+        if isinstance(known, DoraExportError):
+            raise known
+        return known
 
     def below(self, name: str) -> RunFolder:
         """The folder of that name inside this one."""

@@ -12,6 +12,7 @@ import torch
 from ..errors import ArtifactError, BaseError, DoraExportError
 from ..files.json_files import read_json
 from ..files.tensors import open_safetensors
+from ..model.architecture import offline
 from ..model.base import BaseModel
 from ..model.match import as_trained
 from ..model.tasks import architecture_of, task_of
@@ -40,6 +41,7 @@ class Loaded:
     unexpected: frozenset[str]
 
 
+@offline()
 def open_transformers(folder: Path, _base: BaseModel, _run: Run) -> Model:
     """A model folder, in the class that its configuration names.
 
@@ -131,6 +133,7 @@ def load(run: Run, base: BaseModel, seed: int = 0, architecture: str | None = No
     return loaded
 
 
+@offline()
 def class_of(run: Run, base: BaseModel) -> tuple[Any, Any]:
     """The class the run was trained in, and its configuration: the base's own where that is for the
     run's task, else the one that transformers' Auto class for the task takes.
@@ -192,6 +195,7 @@ def attention(config: Any) -> str | None:
     return "eager" if getattr(config, "attn_logit_softcapping", None) else None
 
 
+@offline()
 def _load(cls: Any, folder: Path, config: Any, seed: int, **options: Any) -> Loaded:
     import transformers
 

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from ..certificate import write_certificate
+from ..errors import OutputError
 from ..files.output import check_output, output_folder
 from .target import Plan, Progress, Report
 
@@ -48,6 +49,8 @@ def publish(
     number of bytes. `prove` is given the folder before it appears, and what it returns goes into
     the certificate. Raises `DoraExportError` with nothing written.
     """
+    if not str(output):
+        raise OutputError("the output's path is empty")
     output = Path(output)
     check_output(output, force, plan.inputs, plan.nbytes, resume)
     if dry_run:

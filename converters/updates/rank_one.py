@@ -90,6 +90,18 @@ class RankOneSum:
     def is_finite(self) -> bool:
         return all(bool(torch.isfinite(factor).all()) for factor in (self.a, self.b, self.c))
 
+    def check_range(self, tensor: str | None = None) -> None:
+        """Raise `TargetError` where ‖ΔW‖, or that of a component, is beyond float32: no engine
+        computes with it what was trained."""
+        norm = max(self.norm(), float(self.norms().max())) if self.rank else 0.0
+        if not norm <= torch.finfo(torch.float32).max:
+            raise TargetError(
+                "an update is beyond the range of float32",
+                tensor=tensor,
+                found=f"‖ΔW‖ = {norm:.3g}",
+                remedy="the run diverged, or its file is damaged: use an earlier checkpoint",
+            )
+
     def reduced(self) -> RankOneSum:
         """The same ΔW of as few components as it has rank; itself, bit for bit, where the
         components are linearly independent.
@@ -133,8 +145,10 @@ class RankOneSum:
     def balanced(self) -> tuple[torch.Tensor, torch.Tensor]:
         """`(A [r, in], B [out, r])` with ΔW = B·A and ‖Aᵢ‖ = ‖Bᵢ‖, float32.
 
-        Equal norms keep both factors within the range of float16. Needs a stripped sum.
+        Equal norms keep both factors within the range of float16. Needs a stripped sum. Raises
+        `TargetError` for a ΔW beyond float32.
         """
+        self.check_range()
         a_norm, b_norm = self._a_norms(), self._b_norms()
         size = (self.c.abs().double() * a_norm * b_norm).sqrt()
         a = self.a * (size / a_norm).unsqueeze(1)
@@ -171,10 +185,13 @@ def tail(s: torch.Tensor, rank: int) -> float:
 
 
 def cut(u: torch.Tensor, s: torch.Tensor, vh: torch.Tensor, rank: int) -> RankOneSum:
-    """The first `rank` terms of a singular value decomposition, in float32."""
-    return RankOneSum(
+    """The first `rank` terms of a singular value decomposition, in float32. Raises `TargetError`
+    for those beyond it."""
+    result = RankOneSum(
         vh[:rank].float().contiguous(), s[:rank].float(), u[:, :rank].float().contiguous()
     )
+    result.check_range()
+    return result
 
 
 def stored_error(update: RankOneSum, a: torch.Tensor, b: torch.Tensor) -> float:

@@ -7,9 +7,12 @@ import socket
 import time
 from pathlib import Path
 
+from converters.certificate import FILE as CERTIFICATE
+from converters.certificate import read_records, strangers
 from converters.errors import DoraExportError, RunError
 from converters.files.handles import state_at
 from converters.files.hashes import file_hash
+from converters.files.json_files import read_json
 from converters.model.base import BaseModel, open_base
 from converters.readers import ReadOptions, read_run
 from converters.targets.target import target_named
@@ -43,6 +46,8 @@ def convert(job: Job) -> Record | None:
         key = content_key(run, base, target=name, **said)
         if _is_done(job, key):
             return None
+        if job.ours and job.output.is_dir():
+            _remove_changed(job.output)
         warnings = export(run, job.output, name, base=base, force=True).warnings
         for path in run.files:
             if path in before and state_at(path) != before[path]:
@@ -74,6 +79,15 @@ def _files(base: BaseModel) -> dict[str, object]:
         for path in sorted(base.path.iterdir())
         if path.is_file() and path not in base.shards
     }
+
+
+def _remove_changed(output: Path) -> None:
+    """Remove the files of an output of ours that are not as they were made, since they are made
+    anew. Raises `DoraExportError` where it has no certificate that tells."""
+    if others := strangers(output):
+        proof = output / CERTIFICATE
+        for name in {*others} & read_records(read_json(proof), proof).keys():
+            (output / name).unlink()
 
 
 def _is_done(job: Job, key: str) -> bool:

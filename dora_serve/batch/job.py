@@ -15,7 +15,7 @@ class Job:
     """The run `run` becomes the folder `output`: `to` is adapter, for `target`, or merged.
 
     `run` and `base` are folders or hub ids. `done` is the hash of what `output` was made from,
-    None when it is to be made in any case.
+    None when it is to be made in any case. `ours`: a batch made what `output` holds, if anything.
     """
 
     name: str
@@ -25,6 +25,7 @@ class Job:
     target: str
     output: Path
     done: str | None = None
+    ours: bool = False
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ from pathlib import Path
 from converters.certificate import FILE as CERTIFICATE
 from converters.errors import MissingError
 from converters.files.handles import there
-from converters.files.output import check_output
+from converters.files.output import check_output, check_place
 
 from .job import Job, Record
 from .manifest import Entry, ManifestError, absolute, check_names, read_manifest
@@ -49,14 +49,16 @@ def plan_batch(
     for entry in entries:
         before = known.get(entry.name)
         done = before.input if before is not None and before.state == "done" else None
+        output = out / entry.name
         job = Job(
             name=entry.name,
             run=entry.run,
             base=entry.base or (None if base is None else absolute(base)),
             to=entry.to or to,
             target=target,
-            output=out / entry.name,
+            output=output,
             done=None if force else done,
+            ours=_is_ours(output, before),
         )
         jobs.append(job)
     named = {name for job in jobs for name in (job.run, job.base) if name is not None}
@@ -67,7 +69,10 @@ def plan_batch(
     near = [path for path in inputs if path.is_relative_to(top) or top.is_relative_to(path)]
     for job in jobs:
         _check_no_link(job)
-        check_output(job.output, force or _is_ours(job.output, known.get(job.name)), near)
+        if job.ours:
+            check_place(job.output, near)
+        else:
+            check_output(job.output, force, near)
     return Batch(out, jobs, problems)
 
 

@@ -10,6 +10,8 @@ from pathlib import Path
 
 import click
 
+from converters.errors import visible
+
 from ..batch.manifest import forms
 from ..wording import in_flags
 from . import common
@@ -73,7 +75,8 @@ def command(
             common.print_json({"output": str(out), "runs": jobs, "failed": dict(batch.problems)})
         else:
             for j in jobs:
-                click.echo(f"{j['name']}  {j['to']} of {j['run']}{'  done' * bool(j['done'])}")
+                done = "  done" * bool(j["done"])
+                click.echo(visible(f"{j['name']}  {j['to']} of {j['run']}{done}"))
             _show_failed(batch.problems)
         sys.exit(1 if batch.problems else 0)
     engine: Engine
@@ -89,7 +92,7 @@ def command(
     else:
         _show_failed(summary.failed)
         click.echo(
-            f"{out}: {summary.done} done ({summary.skipped} of them before), "
+            f"{visible(out)}: {summary.done} done ({summary.skipped} of them before), "
             f"{len(summary.failed)} failed, {summary.pending} left, {summary.seconds:.1f} s"
         )
     if summary.pending:
@@ -101,4 +104,4 @@ def command(
 
 def _show_failed(failed: Mapping[str, str]) -> None:
     for name, error in failed.items():
-        click.secho(in_flags(f"failed: {name}: {error}"), fg="red", err=True)
+        click.secho(in_flags(f"failed: {visible(name)}: {error}"), fg="red", err=True)

@@ -13,6 +13,7 @@ import click
 from converters.options import FitOptions, ReadOptions, names
 from converters.targets.target import targets
 
+from ..wording import quoted
 from . import common
 
 _SEEN = "dora_serve.target"
@@ -111,5 +112,6 @@ def _write(
     )
     plan, more = artifact.plan, []
     if artifact.written and plan.base is not None and targets()[target].engines:
-        more = [f"check it: dora-export verify {run} {out} --base {plan.base.name}"]
+        words = (run, out, "--base", plan.base.name)
+        more = [f"check it: dora-export verify {' '.join(map(quoted, words))}"]
     common.show(artifact, as_json, *more)

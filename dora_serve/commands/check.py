@@ -8,6 +8,8 @@ from pathlib import Path
 
 import click
 
+from converters.errors import visible
+
 from . import common
 
 
@@ -41,27 +43,35 @@ def command(
 
     if recording:
         needs_local(artifact, "--record")
+    unsigned: list[str] = []
     if public_key is not None:
         from dora_serve.proof.signing import verify_signature
 
-        verify_signature(artifact, public_key)
+        unsigned = verify_signature(artifact, public_key)
     result = check(artifact, base)
     if recording and result.passed:
         record(artifact)
         result = check(artifact, base)
     if as_json:
         common.print_json(
-            {**asdict(result), "signed": public_key is not None, "passed": result.passed}
+            {
+                **asdict(result),
+                "signed": public_key is not None,
+                "not_signed": unsigned,
+                "passed": result.passed,
+            }
         )
     else:
         for difference in result.differences:
-            click.echo(f"{difference.where}: {difference.found}; expected {difference.expected}")
+            where, found = visible(difference.where), visible(difference.found)
+            click.echo(f"{where}: {found}; expected {visible(difference.expected)}")
         pieces = 0 if public_key is not None else result.files - result.whole
         click.echo(
-            f"{artifact}: {result.target}, {result.files} files"
+            f"{visible(artifact)}: {visible(result.target)}, {result.files} files"
             + (f", {pieces} of them compared in pieces (--record for every byte)" if pieces else "")
             + ("" if result.weights is None else f", {result.weights} base weights")
             + ("" if public_key is None else ", signed with this key")
             + (": unchanged" if result.passed else f": CHANGED in {len(result.differences)} places")
         )
+    common.warn(tuple(f"the signature leaves out {name}" for name in unsigned))
     sys.exit(0 if result.passed else 1)

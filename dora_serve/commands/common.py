@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import json
 import re
 import sys
 from collections.abc import Callable, Iterator, Mapping
@@ -14,10 +13,11 @@ from typing import TYPE_CHECKING, Any, Literal, TypeVar, get_args, get_type_hint
 
 import click
 
+from converters.errors import visible
 from converters.options import FitOptions, ReadOptions, names
 
 from ..remote.local import Remote, is_url, local_values
-from ..wording import in_flags
+from ..wording import in_flags, json_text
 
 if TYPE_CHECKING:
     from converters.run import Run
@@ -59,10 +59,23 @@ class PathOrUrl(click.Path):
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
         if not is_url(value):
+            self._check(str(value), param, ctx)
             return super().convert(value, param, ctx)
         if self.role is None:
             self.fail("a local path is needed here, not a URL", param, ctx)
         return Remote(value, output=self.role == "output")
+
+    def _check(self, value: str, param: click.Parameter | None, ctx: click.Context | None) -> None:
+        """Refuse what no path can be: nothing, as of a variable that is not set, or a link to
+        itself."""
+        if not value:
+            self.fail("the path is empty", param, ctx)
+        try:
+            Path(value).stat()
+        except (FileNotFoundError, NotADirectoryError, PermissionError):
+            pass  # whoever needs it says so
+        except (OSError, ValueError) as error:
+            self.fail(f"no possible path: {visible(value)}: {error.args[-1]}", param, ctx)
 
 
 class Source(click.ParamType[Any]):
@@ -71,11 +84,10 @@ class Source(click.ParamType[Any]):
     name = "text"
 
     def convert(
-        self,
-        value: object,
-        param: click.Parameter | None,  # noqa: ARG002
-        ctx: click.Context | None,  # noqa: ARG002
+        self, value: object, param: click.Parameter | None, ctx: click.Context | None
     ) -> object:
+        if not value:
+            self.fail("it is empty", param, ctx)
         before, equals, url = str(value).rpartition("=")
         if is_url(value):
             return Remote(str(value), make=str)
@@ -207,9 +219,9 @@ def show(artifact: Artifact, as_json: bool, *more: str, report: bool = True) -> 
     else:
         first, *lines = (*plan.lines(), *told.lines(), *more)
         would = "" if artifact.written else "would write "
-        click.echo(f"{would}{artifact.path}: {first}, {size(plan.nbytes)}")
+        click.echo(visible(f"{would}{artifact.path}: {first}, {size(plan.nbytes)}"))
         for line in lines:
-            click.echo(f"  {line}")
+            click.echo(f"  {visible(line)}")
     warn(artifact.warnings)
 
 
@@ -242,7 +254,7 @@ def reports_errors(function: F) -> F:
                     f"reading or writing failed: {error.strerror}", file=error.filename
                 )
             if kwargs.get("as_json"):
-                click.echo(json.dumps({"error": type(error).__name__, "message": in_flags(error)}))
+                click.echo(json_text({"error": type(error).__name__, "message": in_flags(error)}))
             click.secho(f"error: {in_flags(error)}", fg="red", err=True)
             sys.exit(1)
 
@@ -251,19 +263,19 @@ def reports_errors(function: F) -> F:
 
 def warn(warnings: tuple[str, ...]) -> None:
     for warning in warnings:
-        click.secho(f"warning: {in_flags(warning)}", fg="yellow", err=True)
+        click.secho(f"warning: {in_flags(visible(warning))}", fg="yellow", err=True)
 
 
 def left_out(problems: Mapping[str, str], warnings: Mapping[str, str]) -> None:
     """Say what of a folder is not served and why, and what to know of the rest."""
     for name, problem in problems.items():
         first = in_flags(problem).splitlines()[0]
-        click.secho(f"left out: {name}: {first}", fg="yellow", err=True)
+        click.secho(f"left out: {visible(name)}: {first}", fg="yellow", err=True)
     warn(tuple(f"{name}: {text}" for name, text in warnings.items()))
 
 
 def print_json(value: object) -> None:
-    click.echo(json.dumps(value, indent=2, ensure_ascii=False))
+    click.echo(json_text(value, indent=2))
 
 
 @contextmanager

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import shutil
+from hashlib import sha256
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING
 
 import click
+
+from converters.errors import visible
 
 from . import common
 
@@ -14,6 +17,11 @@ if TYPE_CHECKING:
     from dora_serve.deploy import Cluster
     from dora_serve.folder.inventory import Found
     from dora_serve.vllm.fleet import Pool
+
+
+_RAY, _KUBERNETES = "serve.yaml", "manifests.yaml"
+_ADAPTERS = "adapters"
+_MARK = "# Written by dora-serve deploy. SHA-256 of what follows: "
 
 
 @click.command("deploy")
@@ -65,7 +73,7 @@ def command(
 
     Nothing is started: `serve deploy` (Ray) or `kubectl apply` takes what is written.
     """
-    from converters.files.output import check_output, output_folder
+    from converters.files.output import check_output, check_place, output_folder
     from dora_serve.deploy import Cluster, kubernetes, ray_config
 
     if target == "kubernetes" and not image:
@@ -73,13 +81,17 @@ def command(
     if max_replicas is not None and max_replicas < min_replicas:
         raise click.UsageError("--max-replicas is below --min-replicas")
     default = str(folder.resolve()) if target == "ray" else "/models"
+    if models_at == "":
+        raise click.UsageError("--models-at is empty")
     at = PurePosixPath(models_at or default)
     if not at.is_absolute() or ".." in at.parts:
         raise click.UsageError("--models-at takes an absolute path")
     if target == "kubernetes" and (str(at) in kubernetes.TAKEN or ":" in str(at)):
         raise click.UsageError(f"Kubernetes cannot show the folder at {at}")
     if output is not None:
-        check_output(output, force, [folder])
+        check_place(output, [folder])
+        if not (force and _is_ours(output)):
+            check_output(output, force, [folder])
     cluster = Cluster(folder, at, min_replicas, max_replicas or min_replicas)
     adapters: dict[str, Path] = {}
     if engine == "onnxruntime":
@@ -99,18 +111,41 @@ def command(
     if output is None:
         click.echo(text, nl=False)
         return
-    name = "serve.yaml" if target == "ray" else "manifests.yaml"
+    name = _RAY if target == "ray" else _KUBERNETES
     with output_folder(output) as place:
-        (place / name).write_text(text, encoding="utf-8")
+        (place / name).write_text(_marked(text), encoding="utf-8")
         for adapter, source in adapters.items():
             # Not by copytree, whose errors say nothing of the disk.
             for file in filter(Path.is_file, source.rglob("*")):
-                copy = place / "adapters" / adapter / file.relative_to(source)
+                copy = place / _ADAPTERS / adapter / file.relative_to(source)
                 copy.parent.mkdir(parents=True, exist_ok=True)
                 shutil.copyfile(file, copy)
-    click.echo(output / name)
+    click.echo(visible(output / name))
     if adapters:
-        click.echo(f"{output / 'adapters'}  (copy what is in it to {adapters_at})")
+        click.echo(f"{visible(output / _ADAPTERS)}  (copy what is in it to {adapters_at})")
+
+
+def _marked(text: str) -> str:
+    """`text` with a first line by which it is known for ours as long as nobody edits it."""
+    return f"{_MARK}{sha256(text.encode()).hexdigest()}\n{text}"
+
+
+def _is_ours(output: Path) -> bool:
+    """Whether all that the folder `output` holds was written here and nobody changed it."""
+    from converters.certificate import strangers
+
+    if not output.is_dir():
+        return False
+    texts = [output / name for name in (_RAY, _KUBERNETES) if (output / name).is_file()]
+    adapters = [*(output / _ADAPTERS).glob("*/*")]
+    bases = {path.parent for path in adapters}
+    known = {*texts, *adapters, *bases, *[output / _ADAPTERS] * bool(adapters)}
+    found = {*output.iterdir(), *(output / _ADAPTERS).glob("*"), *adapters}
+    return (
+        found == known
+        and all(t == _marked(t.partition("\n")[2]) for t in (p.read_text() for p in texts))
+        and not any(path.is_symlink() or not path.is_dir() or strangers(path) for path in adapters)
+    )
 
 
 def _embedded(cluster: Cluster, base: str | None) -> str | None:

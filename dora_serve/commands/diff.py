@@ -6,6 +6,8 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from converters.errors import visible
+
 from . import common
 
 if TYPE_CHECKING:
@@ -39,13 +41,14 @@ def command(a: str, b: str, base: str | None, base_b: str | None, as_json: bool)
             {"modules": modules, "whole": result.whole, "total": _numbers(result.total)}
         )
         return
-    width = max(len(name) for name in (*result.modules, *result.whole, "all"))
+    width = max(len(visible(name)) for name in (*result.modules, *result.whole, "all"))
     click.echo(f"{'':<{width}} {'relative':>9} {'cosine':>9}")
     for name, module in (*result.modules.items(), ("all", result.total)):
+        name = visible(name)
         click.echo(f"{name:<{width}} {_text(module.relative):>9} {_text(module.cosine):>9}")
     for name, value in result.whole.items():
         shown = "only one has it, or of other shape" if value is None else f"{_text(value):>9}"
-        click.echo(f"{name:<{width}} {shown} (trained whole)")
+        click.echo(f"{visible(name):<{width}} {shown} (trained whole)")
 
 
 def _numbers(difference: Difference) -> dict[str, Any]:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from converters.errors import visible
 from converters.targets.target import Target, targets
 
 from ..wording import in_flags
@@ -47,13 +48,18 @@ def command(
     from converters import fit
     from converters.model.base import open_base
     from dora_serve.rankmap.html import save_html
-    from dora_serve.rankmap.output import check_output_file
+    from dora_serve.rankmap.output import check_apart, check_output_file
     from dora_serve.rankmap.picture import save_curve, save_png, terminal_map
 
-    for file in filter(None, (png, html, curve_png)):
+    files = [file for file in (png, html, curve_png) if file is not None]
+    if len({file.resolve() for file in files}) < len(files):
+        raise click.UsageError("--png, --html and --curve-png take a file each")
+    for file in files:
         check_output_file(file, force)
     loaded = common.load_run(run, base, **options)
     model = None if base is None else open_base(base)
+    for file in files:
+        check_apart(file, [*loaded.files, *(() if model is None else model.path.iterdir())])
     info = _describe(loaded, model)
     largest = max(loaded.start_rank.values(), default=0)
     if png is not None:
@@ -71,7 +77,7 @@ def command(
         common.print_json(info)
         return
     for name, value in {**facts, **info["targets"]}.items():
-        click.echo(f"{name:<11} {value}")
+        click.echo(f"{name:<11} {visible(value)}")
     click.echo()
     click.echo(terminal_map(info["ranks"], largest))
     if curve:

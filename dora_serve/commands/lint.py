@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 import click
 
+from converters.errors import visible
 from converters.targets.target import profiles
 
 from ..wording import in_flags
@@ -108,7 +109,7 @@ def _json(
 
 
 def _print(adapter: Path, targets: Sequence[str], findings: Sequence[Finding]) -> None:
-    click.echo(f"{adapter}")
+    click.echo(visible(adapter))
     common_to_all = [finding for finding in findings if set(targets) <= set(finding.targets)]
     if len(targets) > 1 and common_to_all:
         _print_group("every engine", common_to_all)
@@ -128,12 +129,13 @@ def _print_group(title: str, findings: Sequence[Finding], verdict: str = "") -> 
         by_check.setdefault((finding.severity, finding.check, finding.what), []).append(finding)
     for (severity, check, what), group in by_check.items():
         mark = click.style(f"{severity:<8}", fg=_COLORS[severity])
-        click.echo(f"  {mark} {check}: {what}")
+        click.echo(f"  {mark} {check}: {visible(what)}")
         for finding in group[:_SHOWN]:
-            click.echo(f"    {finding.where}: {finding.found}; expected {finding.expected}")
+            where, found = visible(finding.where), visible(finding.found)
+            click.echo(f"    {where}: {found}; expected {visible(finding.expected)}")
         if len(group) > _SHOWN:
             click.echo(f"    … and {len(group) - _SHOWN} more")
-        click.echo(f"    fix: {in_flags(group[0].fix)}")
+        click.echo(f"    fix: {in_flags(visible(group[0].fix))}")
 
 
 def _print_fix(out: Path, targets: Sequence[str], left: Sequence[Finding], why: str | None) -> None:
@@ -141,7 +143,7 @@ def _print_fix(out: Path, targets: Sequence[str], left: Sequence[Finding], why: 
         click.secho(f"\nnot healed, nothing written: {why}", fg="red")
         return
     remaining = [finding for finding in left if finding.severity != "info"]
-    click.echo(f"\nwritten for {targets[0]}: {out}")
+    click.echo(f"\nwritten for {targets[0]}: {visible(out)}")
     if remaining:
         click.echo("what is left there:")
         _print_group(targets[0], remaining, _verdict(left, targets[0]))

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from converters.errors import visible
 from converters.options import ReadOptions
 from converters.targets.onnx import OnnxOptions
 
@@ -87,7 +88,7 @@ def command(
         for name, modules in ({} if as_json else ranks).items():
             would = "would be added" if dry_run else "added"
             largest = max(modules.values(), default=0)
-            click.echo(f"{out}: adapter {name} {would}, ranks up to {largest}")
+            click.echo(f"{visible(out)}: adapter {visible(name)} {would}, ranks up to {largest}")
         common.warn(warnings)
         return
     if sys.stderr.isatty() and not dry_run:

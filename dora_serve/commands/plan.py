@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import shlex
 from pathlib import Path
 
 import click
 
+from ..wording import quoted
 from . import common
 
 
@@ -14,11 +14,10 @@ from . import common
 @click.argument("folder", metavar="DIR", type=common.FOLDER)
 @common.base_option
 @click.option("--gpu-memory", type=common.Size(), help="Memory of the device, such as 80GB.")
-@click.option("--png", type=click.Path(path_type=Path), help="Draw what is padding to this file.")
-@click.option(
-    "--yaml", "yaml_path", type=click.Path(path_type=Path), help="Write `vllm serve --config`."
-)
 @click.option("--convert", is_flag=True, help="Make the adapters that the command line names.")
+@click.option("--png", type=common.FOLDER, help="Draw what is padding to this file.")
+@click.option("--yaml", "yaml_path", type=common.FOLDER, help="Write `vllm serve --config`.")
+@common.force_option
 @common.json_option
 @common.reports_errors
 def command(
@@ -28,12 +27,14 @@ def command(
     png: Path | None,
     yaml_path: Path | None,
     convert: bool,
+    force: bool,
     as_json: bool,
 ) -> None:
     """Say how vLLM should serve all runs and adapters in DIR: the smallest maximal rank, memory a
     slot and how much of it is padding, and the command line.
     """
     from dora_serve.folder.inventory import discover
+    from dora_serve.rankmap.output import check_output_file, write_file
     from dora_serve.vllm.command import (
         command_line,
         find_vllm_or_name,
@@ -46,6 +47,8 @@ def command(
     from dora_serve.vllm.fleet_view import as_json as view
     from dora_serve.vllm.fleet_view import save_png, table
 
+    for file in filter(None, (png, yaml_path)):
+        check_output_file(file, force)
     found = discover(folder, base)
     fleet = plan_fleet(found, gpu_memory)
     program = find_vllm_or_name()
@@ -57,9 +60,9 @@ def command(
     if yaml_path is not None:
         if len(commands) != 1:
             raise click.UsageError(f"--yaml takes one base, and there are {len(commands)}")
-        yaml_path.write_text(yaml_file(commands[0]), encoding="utf-8")
+        write_file(yaml_path, yaml_file(commands[0]).encode(), force)
     if png is not None and any(pool.ranks for pool in fleet.pools):
-        save_png(fleet, png)
+        save_png(fleet, png, force)
     if as_json:
         lines = [command_line(options, program) for options in commands]
         told = {**view(fleet), "warnings": found.warnings, "commands": lines}
@@ -72,8 +75,8 @@ def command(
         click.echo()
         click.echo(shell(command_line(options, program)))
     if commands:
-        given = f" --base {shlex.quote(base)}" if base else ""
-        where = f"{shlex.quote(str(folder))}{given}"
+        given = f" --base {quoted(base)}" if base else ""
+        where = f"{quoted(folder)}{given}"
         if not convert and any(pool.ranks for pool in fleet.pools):
             click.echo(f"\n`dora-serve plan {where} --convert` makes the adapters that it names.")
         click.echo(f"\n`dora-serve up {where} --engine vllm` makes them and runs this.")

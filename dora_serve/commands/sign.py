@@ -6,6 +6,8 @@ from pathlib import Path
 
 import click
 
+from converters.errors import visible
+
 from . import common
 
 
@@ -35,4 +37,4 @@ def command(artifact: Path, private_key: Path, force: bool, as_json: bool) -> No
     if as_json:
         common.print_json({"signature": str(signature)})
     else:
-        click.echo(f"{signature}: signed")
+        click.echo(f"{visible(signature)}: signed")

@@ -83,4 +83,4 @@ def _print_numbers(result: Verification) -> None:
         lines["fitted"] = f"{limit}: the truth above is the live run so fitted"
         lines["to the whole run"] = f"{result.unfitted:.2e}   (what the fit changed; no bound)"
     for name, text in lines.items():
-        click.echo(f"{name:<20}{text}")
+        click.echo(f"{name:<20}{visible(text)}")

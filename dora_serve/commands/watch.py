@@ -7,6 +7,8 @@ from pathlib import Path
 
 import click
 
+from converters.errors import visible
+
 from ..wording import in_flags
 from . import common
 
@@ -60,7 +62,10 @@ def command(
     while True:
         time.sleep(pause)
         wanted = following.look()
-        lines = [f"left out: {name}: {in_flags(text)}" for name, text in wanted.problems.items()]
+        lines = [
+            f"left out: {name}: {in_flags(text).splitlines()[0]}"
+            for name, text in wanted.problems.items()
+        ]
         lines += [f"warning: {name}: {text}" for name, text in wanted.warnings.items()]
         failed = False
         for server in servers:
@@ -71,13 +76,13 @@ def command(
                     if change.done == "failed":
                         lines.append(line)
                     else:
-                        click.echo(line)
+                        click.echo(visible(line))
             except OSError as error:
                 failed = True
                 lines.append(f"{server.url} does not answer: {error}")
         for line in lines:
             if line not in told:
-                click.secho(line, fg="yellow", err=True)
+                click.secho(visible(line), fg="yellow", err=True)
         told = set(lines)
         if once:
             raise SystemExit(int(failed))

@@ -8,16 +8,19 @@ from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from converters.errors import DoraExportError, MissingError, RunError
+from converters.errors import DoraExportError, MissingError, RunError, TensorFileError, apart
 from converters.files.handles import State, reading, state_at
-from converters.files.onnx_files import is_onnx_folder
+from converters.files.onnx_files import ENCODER, MODEL, is_onnx_folder
 from converters.model.base import BaseModel, open_base
 from converters.readers import Reader, ReadOptions, is_run, read_run, readers
+from converters.readers.run_folder import CONFIG_FILE, WEIGHT_FILES
 from converters.run import Run
 
-from .names import name_elsewhere, names_below, own_name
+from .names import name_elsewhere, names_below, not_a_name, own_name
 from .pairing import base_of, check_fits, is_named, told
 
+_MARKS = (CONFIG_FILE, *WEIGHT_FILES, "config.json", MODEL, ENCODER)
+_ODD = "odd: "
 _WEIGHTS = ("*.safetensors", "pytorch_model*.bin", "*.safetensors.index.json")
 
 
@@ -74,13 +77,15 @@ def discover(root: Path, base: str | Path | None = None) -> Found:
         raise MissingError("no such folder", file=root, remedy="give the folder to serve")
     paths = dict(things_below(root, readers()))
     names = names_below(root, list(paths))
-    problems: dict[str, str] = {}
+    problems = {names[path]: why for path in paths if (why := not_a_name(names[path]))}
+    problems |= {
+        names[path]: kind.removeprefix(_ODD) for path, kind in paths.items() if _ODD in kind
+    }
+    paths = {path: kind for path, kind in paths.items() if names[path] not in problems}
     bases: dict[str, BaseModel] = {}
     for path in (path for path, kind in paths.items() if kind == "model"):
-        try:
+        with apart(problems, names[path]):
             bases[names[path]] = open_base(path)
-        except DoraExportError as error:
-            problems[names[path]] = str(error)
     taken = {*names.values(), *map(own_name, names)}
 
     def known(one: BaseModel) -> BaseModel:
@@ -93,11 +98,9 @@ def discover(root: Path, base: str | Path | None = None) -> Found:
     given = None if base is None else known(open_base(base))
     members = {}
     for path in (path for path, kind in paths.items() if kind == "run"):
-        try:
+        with apart(problems, names[path]):
             member = read_member(names[path], path, here, given)
             members[member.name] = replace(member, base=known(member.base))
-        except DoraExportError as error:
-            problems[names[path]] = str(error)
     onnx = {names[path]: path for path, kind in paths.items() if kind == "onnx"}
     found = Found(bases, members, onnx, problems)
     return found if given is None else replace(found, given=found.name_of(given))
@@ -115,8 +118,8 @@ def read_member(
         before = {file: state_at(file) for file in path.rglob("*")}
     try:
         run = read_run(path, ReadOptions(base=None if given is None else given.path))
-    except DoraExportError:
-        if given is not None:
+    except DoraExportError as error:
+        if given is not None or isinstance(error, TensorFileError):
             raise
         beside = _read_beside(path, bases)
         if beside is None:
@@ -150,13 +153,15 @@ def find_run(root: Path, name: str) -> Path | None:
     None when there is none; nothing outside of `root` is found."""
     top = root.resolve()
     known = readers()
+    if not_a_name(name):
+        return None
     try:
         path = (top / name).resolve()
         if path != top and path.is_relative_to(top) and path.is_dir():
             below = [p.name for p in path.iterdir()]
-            if _kind(path, below, known) == "run":
+            if path == top / name and _kind(path, below, known) == "run":
                 return path
-    except (OSError, ValueError):  # no name of a file, or gone
+    except (OSError, ValueError, RuntimeError):  # no name of a file, a link to itself, or gone
         return None
     paths = dict(things_below(top, known))
     named = {own: path for path, own in names_below(top, list(paths)).items()}
@@ -165,12 +170,12 @@ def find_run(root: Path, name: str) -> Path | None:
 
 
 def things_below(root: Path, known: Sequence[Reader]) -> Iterator[tuple[Path, str]]:
-    """Folders that hold something, with what: "run", "model" or "onnx". Links are not followed
-    out of `root`, and nothing is looked for inside what was found."""
+    """Folders that hold something, with what: "run", "model", "onnx", or what is odd about it.
+    Links are not followed out of `root`, and nothing is looked for inside what was found."""
     top = root.resolve()
     for folder, below, files in os.walk(root):
         path = Path(folder)
-        kind = _kind(path, files, known)
+        kind = _kind(path, files, known) or _odd(path, [*files, *below])
         if kind is not None:
             below.clear()
             yield path, kind
@@ -179,6 +184,12 @@ def things_below(root: Path, known: Sequence[Reader]) -> Iterator[tuple[Path, st
             for name in below
             if not name.startswith(".") and (path / name).resolve().is_relative_to(top)
         )
+
+
+def _odd(path: Path, names: Sequence[str]) -> str | None:
+    """What keeps a folder from being what its files' names say."""
+    file = next((n for n in names if n in _MARKS and not (path / n).is_file()), None)
+    return None if file is None else f"{_ODD}cannot be read: {file} is no file"
 
 
 def _kind(path: Path, files: Sequence[str], known: Sequence[Reader]) -> str | None:

@@ -8,6 +8,9 @@
    lies elsewhere renames nothing in the folder.
 3. An adapter inside an ONNX folder goes by its own name, else by `folder/adapter`.
 
+4. A name is printable text, no part of it begins or ends with a blank, and no other spelling
+   (`x/../run`, `run/`) is one.
+
 The path below the folder names a thing at any time and never another one, whatever arrives later:
 `find_run` understands it beside the name.
 """
@@ -27,6 +30,16 @@ def own_name(path: Path) -> str:
     place = path.resolve()
     snapshot = _SNAPSHOT.fullmatch(place.as_posix())
     return snapshot[1].replace("--", "/", 1) if snapshot else place.name
+
+
+def not_a_name(name: str) -> str | None:
+    """Why nothing can be called `name`: it would be another way to write a name, or could not be
+    shown. None for what is a name."""
+    if not name.isprintable():
+        return "its name has signs that cannot be shown: rename the folder"
+    if any(part in ("", ".", "..") or part != part.strip() for part in name.split("/")):
+        return "its name has a part that is empty, or begins or ends with a blank"
+    return None
 
 
 def names_below(root: Path, paths: Sequence[Path]) -> dict[Path, str]:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from converters.errors import DoraExportError, MissingError
+from converters.files.handles import check_file
 from converters.files.onnx_files import BATCHED, MODEL
 
 if TYPE_CHECKING:
@@ -101,7 +102,15 @@ class OnnxFolder:
         path = self.folder / "tokenizer.json"
         if not path.exists():
             return _NoTokenizer(path)
-        tokenizer = Tokenizer.from_file(str(path))
+        try:
+            check_file(path)
+            tokenizer = Tokenizer.from_file(str(path))
+        except (KeyboardInterrupt, SystemExit, DoraExportError):
+            raise
+        except BaseException as error:  # a panic of the library too
+            raise EngineError(
+                "the tokenizer cannot be read", file=path, found=str(error)[:300]
+            ) from None
         # Some files say how to fill or cut texts, which is for whoever makes a batch of them.
         tokenizer.no_padding()
         tokenizer.no_truncation()

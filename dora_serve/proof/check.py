@@ -4,15 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 
 from converters.certificate import (
     FILE,
     SIGNATURE,
     artifact_files,
     file_record,
-    pieces_sha256,
-    sha256,
+    read_records,
+    unlike,
     write_json,
 )
 from converters.errors import DoraExportError, MissingError, OutputError, TensorFileError
@@ -61,7 +61,7 @@ def check(artifact: str | Path, base: str | Path | BaseModel | None = None) -> C
             expected="a folder that dora-export wrote",
         )
     proof = read_json(path)
-    records = _records(proof, path)
+    records = read_records(proof, path)
     found = [*_compare(folder, records)]
     weights = None
     if base is not None:
@@ -89,23 +89,6 @@ def record(artifact: str | Path) -> None:
     fresh.replace(folder / FILE)
 
 
-def _records(proof: Mapping[str, object], path: Path) -> dict[str, Mapping[str, object]]:
-    files = proof.get("files")
-    if not isinstance(files, dict) or not all(isinstance(r, dict) for r in files.values()):
-        raise TensorFileError(
-            "the certificate does not list the artifact's files",
-            file=path,
-            found=str(files)[:200],
-            expected="files: {name: {bytes, sha256}}",
-            remedy="write the artifact anew",
-        )
-    for name in files:
-        parts = PurePosixPath(name)
-        if parts.is_absolute() or ".." in parts.parts or not parts.parts:
-            raise TensorFileError("the certificate names a file elsewhere", file=path, found=name)
-    return files
-
-
 def _compare(folder: Path, records: Mapping[str, Mapping[str, object]]) -> Iterator[Difference]:
     present = artifact_files(folder)
     for name in sorted(present.keys() - records.keys()):
@@ -115,13 +98,8 @@ def _compare(folder: Path, records: Mapping[str, Mapping[str, object]]) -> Itera
         if path is None or not path.is_file():
             yield Difference(name, "no file", f"{known.get('bytes')} bytes")
             continue
-        size = path.stat().st_size
-        if size != known.get("bytes"):
-            yield Difference(name, f"{size} bytes", f"{known.get('bytes')} bytes")
-            continue
-        kind, hashed = ("sha256", sha256) if "sha256" in known else ("pieces", pieces_sha256)
-        if (value := hashed(path)) != known.get(kind):
-            yield Difference(name, f"{kind} {value}", str(known.get(kind)))
+        if (difference := unlike(path, known)) is not None:
+            yield Difference(name, *difference)
         elif path.suffix == ".safetensors":
             try:
                 open_safetensors(path)

@@ -13,6 +13,7 @@ import torch
 
 from converters.errors import TargetError
 from converters.files.tensors import LazyTensor, numel
+from converters.model.architecture import offline
 from converters.model.base import BaseModel
 from converters.model.tying import new_embedding
 from converters.run import Run
@@ -160,6 +161,7 @@ def _batches(config: Any, rows: list[list[int]], vocab: int) -> Iterator[Inputs]
         yield inputs
 
 
+@offline()
 def _texts(base: BaseModel, vocab: int) -> tuple[list[list[int]], list[str]]:
     """The sentences in the base's tokens, or such of its own words where it does not know them, and
     what they are; none where it has no tokenizer."""

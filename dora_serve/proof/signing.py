@@ -20,6 +20,7 @@ from converters.certificate import SIGNATURE
 from converters.errors import DoraExportError, MissingError, OutputError
 from converters.files.output import addition
 
+from ..wording import quoted
 from .check import check
 
 _CURVES = "an elliptic curve key in a PEM file: prime256v1, secp384r1 or secp521r1"
@@ -55,7 +56,8 @@ def sign(artifact: str | Path, private_key: str | Path, force: bool = False) -> 
             expected=difference.expected,
             remedy="write the artifact anew",
         )
-    signer.set_hashing_config(library.hashing.Config().set_ignored_paths(paths=[SIGNATURE]))
+    files = library.hashing.Config().set_ignored_paths(paths=[SIGNATURE], ignore_git_paths=False)
+    signer.set_hashing_config(files)
     try:
         with addition(folder) as fresh:
             signer.sign(folder.resolve(), fresh / SIGNATURE)
@@ -77,8 +79,9 @@ def sign(artifact: str | Path, private_key: str | Path, force: bool = False) -> 
     return target
 
 
-def verify_signature(artifact: str | Path, public_key: str | Path) -> None:
-    """Return when the holder of the private key signed every file of `artifact` as it is now.
+def verify_signature(artifact: str | Path, public_key: str | Path) -> list[str]:
+    """What the signature leaves out, when the holder of the private key signed every other file of
+    `artifact` as it is now. `sign` leaves nothing out; model_signing does what belongs to git.
 
     Raises `MissingError` where there is no signature, `SignatureError` where it is of another key
     or damaged, or a file was changed, added or removed.
@@ -111,7 +114,7 @@ def verify_signature(artifact: str | Path, public_key: str | Path) -> None:
             }
             return manifest
 
-    files = Files().set_ignored_paths(paths=[SIGNATURE])
+    files = Files().set_ignored_paths(paths=[SIGNATURE], ignore_git_paths=False)
     try:
         with contextlib.redirect_stdout(sys.stderr):  # it prints warnings
             verifier.set_hashing_config(files).verify(folder.resolve(), path)
@@ -132,6 +135,12 @@ def verify_signature(artifact: str | Path, public_key: str | Path) -> None:
             expected=f"a signature by the private key that belongs to {public_key}",
             remedy="pass the signer's public key; if this is it, do not use the artifact",
         ) from error
+    present = {
+        name.as_posix()
+        for each in folder.rglob("*")
+        if (each.is_symlink() or not each.is_dir()) and (name := each.relative_to(folder))
+    }
+    return sorted(present - {SIGNATURE, *(files.digests or ())})
 
 
 def _changed(folder: Path, found: Mapping[str, str]) -> SignatureError:
@@ -167,7 +176,7 @@ def _key_errors(path: str | Path, kind: str) -> Iterator[None]:
             # A key that is not of an elliptic curve lacks the attribute `curve`.
             found="another type of key" if isinstance(error, AttributeError) else error,
             expected=_CURVES,
-            remedy=f"with a passphrase: --private-key <(openssl pkey -in {path})"
+            remedy=f"with a passphrase: --private-key <(openssl pkey -in {quoted(path)})"
             if isinstance(error, TypeError)
             else None,
         ) from None

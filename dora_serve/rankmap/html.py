@@ -9,6 +9,8 @@ from collections.abc import Mapping
 from html import escape
 from pathlib import Path
 
+from converters.errors import visible
+
 from .output import write_file
 
 _PAGE = Path(__file__).parents[1] / "server" / "page"
@@ -30,9 +32,11 @@ def save_html(
     style = "".join((_PAGE / name).read_text("utf-8") for name in ("base.css", "rankmap.css"))
     script = (_PAGE / "rankmap.js").read_text("utf-8") + _DRAW
     policy = f"default-src 'none'; style-src {_hash(style)}; script-src {_hash(script)}"
-    listed = "".join(f"<dt>{escape(k)}</dt><dd>{escape(v)}</dd>" for k, v in facts.items())
+    listed = "".join(f"<dt>{escape(k)}</dt><dd>{escape(visible(v))}</dd>" for k, v in facts.items())
     # In a script element only `<` could end the data.
-    data = json.dumps(modules).replace("<", "\\u003c")
+    told = {visible(name): numbers for name, numbers in modules.items()}
+    data = json.dumps(told).replace("<", "\\u003c")
+    title = visible(title)
     page = f"""<!doctype html>
 <html lang="en">
 <head>

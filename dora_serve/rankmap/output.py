@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+from collections.abc import Iterable
 from pathlib import Path
 from uuid import uuid4
 
@@ -25,6 +26,14 @@ def check_output_file(path: Path, force: bool) -> None:
         )
     if not os.access(path.resolve().parent, os.W_OK | os.X_OK):
         raise OutputError("no such folder, or no permission to write to it", file=path.parent)
+
+
+def check_apart(path: Path, inputs: Iterable[Path]) -> None:
+    """Raise `OutputError` when `path` is one of the files `inputs`."""
+    if there(path) and any(there(file) and path.samefile(file) for file in inputs):
+        raise OutputError(
+            "the output would replace an input", file=path, remedy="choose another file"
+        )
 
 
 def write_file(path: Path, data: bytes, force: bool = False) -> None:

@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING
 
 import click
 
+from converters.errors import visible
+
 from .output import write_file
 
 if TYPE_CHECKING:
@@ -38,6 +40,16 @@ def rank_grid(ranks: Mapping[str, int]) -> Grid:
     return grid
 
 
+def drawn(name: str) -> str:
+    """`name` for matplotlib: signs that its font lacks by their numbers, and no formula between two
+    dollars."""
+    from matplotlib.font_manager import FontProperties, findfont, get_font
+
+    known = get_font(findfont(FontProperties())).get_charmap()
+    signs = (c if ord(c) in known else c.encode("unicode_escape").decode() for c in visible(name))
+    return "".join(signs).replace("$", r"\$")
+
+
 def _color(rank: int, largest: int) -> int:
     if rank == 0 or largest == 0:
         return _COLORS[0]
@@ -49,8 +61,8 @@ def terminal_map(ranks: Mapping[str, int], largest: int) -> str:
     lines = []
     for stack, kinds in rank_grid(ranks).items():
         layers = sorted({layer for row in kinds.values() for layer in row})
-        width = max(len(kind) for kind in kinds)
-        lines.append(click.style(stack or "outside of layers", bold=True))
+        width = max(len(visible(kind)) for kind in kinds)
+        lines.append(click.style(visible(stack) or "outside of layers", bold=True))
         if stack:
             lines.append(f"  {'layer':<{width}} " + "".join(f"{layer:>4}" for layer in layers))
         for kind, row in kinds.items():
@@ -64,7 +76,7 @@ def terminal_map(ranks: Mapping[str, int], largest: int) -> str:
                 else " " * 4
                 for layer in layers
             )
-            lines.append(f"  {kind:<{width}} {cells}")
+            lines.append(f"  {visible(kind):<{width}} {cells}")
     return "\n".join(lines)
 
 
@@ -89,8 +101,8 @@ def save_png(
         cells = [[row.get(layer, float("nan")) for layer in layers] for row in kinds.values()]
         panel.imshow(cells, cmap="viridis", vmin=0, vmax=max(largest, 1), aspect="auto")
         panel.set_xticks(range(len(layers)), [str(layer) for layer in layers])
-        panel.set_yticks(range(len(kinds)), list(kinds))
-        panel.set_title(stack or "outside of layers", fontsize=9)
+        panel.set_yticks(range(len(kinds)), [drawn(kind) for kind in kinds])
+        panel.set_title(drawn(stack) or "outside of layers", fontsize=9)
         for y, row in enumerate(kinds.values()):
             for x, layer in enumerate(layers):
                 if layer in row:
@@ -122,7 +134,7 @@ def save_curve(points: Sequence[CurvePoint], path: Path, title: str, force: bool
 
 
 def _save(figure: Figure, path: Path, title: str, force: bool) -> None:
-    figure.suptitle(title, fontsize=11)
+    figure.suptitle(drawn(title), fontsize=11)
     data = io.BytesIO()
     figure.savefig(data, dpi=130, format="png")
     write_file(path, data.getvalue(), force)

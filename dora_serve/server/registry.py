@@ -6,6 +6,7 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
+from converters.errors import apart
 from dora_serve.onnxruntime.continuous import ContinuousDecoder
 from dora_serve.onnxruntime.decoder_graph import DecoderGraph
 from dora_serve.onnxruntime.encoder import Encoder
@@ -31,15 +32,21 @@ class Served:
 
 
 class Registry:
-    """Opens every graph of `offer`; adapters are loaded when a request names them."""
+    """Opens every graph of `offer`; adapters are loaded when a request names them. `problems`: what
+    of the offer cannot be served, since its graph cannot be opened."""
 
     def __init__(self, offer: Offer, options: ServerOptions) -> None:
-        self.graphs = {graph.folder: graph for graph in offer.graphs}
-        self._engines = {graph.folder: _open(graph, options) for graph in offer.graphs}
+        self.problems: dict[str, str] = {}
+        self._engines: dict[str, Engine] = {}
+        for graph in offer.graphs:
+            with apart(self.problems, *(m.name for m in offer.models if m.folder == graph.folder)):
+                self._engines[graph.folder] = _open(graph, options)
+        self.graphs = {g.folder: g for g in offer.graphs if g.folder in self._engines}
         self.texts = {folder: Texts(folder) for folder in self.graphs}
         self._models: dict[str, Served] = {}
         for model in offer.models:
-            self.add(model)
+            if model.folder in self._engines:
+                self.add(model)
 
     def add(self, model: OfferedModel) -> None:
         """Serve `model`, in place of an earlier one of that name."""
@@ -105,8 +112,10 @@ def _open(graph: Graph, options: ServerOptions) -> Engine:
     # No spinning: it would keep the cores from the HTTP side and from the other engines.
     if graph.task == DECODES:
         decoder = DecoderGraph(graph.folder, options.threads, options.max_length, spin=False)
+        _ = decoder.tokenizer  # one that cannot be read is told now
         return ContinuousDecoder(decoder, options.limits)
     encoder = Encoder(graph.folder, options.threads, spin=False)
+    _ = encoder.tokenizer
     return EncoderQueue(encoder, options.limits, options.workers)
 
 

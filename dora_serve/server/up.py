@@ -4,18 +4,17 @@ from __future__ import annotations
 
 import json
 import logging
-import shlex
 import signal
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
 from typing import NoReturn
 
-from converters.errors import MissingError
+from converters.errors import MissingError, visible
 
-from ..wording import in_flags
+from ..wording import in_flags, quoted
 from .options import ServerOptions
 from .prepare.offer import DECODES, Offer
 
@@ -56,10 +55,14 @@ def up(
     root = root.resolve()
     with _terminable():
         offer = make_offer(root, base, dry_run)
-    for name, problem in offer.problems.items():
-        print(in_flags(f"not served: {name}\n  {problem}").replace("\n", "\n  "), file=sys.stderr)
+    _tell(offer.problems)
     for name, warning in offer.warnings.items():
-        print(in_flags(f"warning: {name}: {warning}"), file=sys.stderr)
+        print(in_flags(visible(f"warning: {name}: {warning}")), file=sys.stderr)
+    registry = None if dry_run else Registry(offer, options)
+    if registry is not None and registry.problems:
+        _tell(registry.problems)
+        left = [model for model in offer.models if model.name not in registry.problems]
+        offer = offer.model_copy(update={"models": left})
     if not offer.models:
         raise MissingError(
             "nothing here can be served",
@@ -68,12 +71,12 @@ def up(
         )
     url = f"http://{f'[{host}]' if ':' in host else host}:{port}"
     print(table(offer, url, api_key is not None), flush=True)
-    if dry_run:
+    if registry is None:
         return 0
     if api_key is None and not is_loopback(host):
         print("Whoever reaches this port may ask: --api-key sets a key.", file=sys.stderr)
     logging.basicConfig(format="%(message)s", stream=sys.stderr, level=logging.INFO)
-    state = State(root, Registry(offer, options), options)
+    state = State(root, registry, options)
     app = make_app(state, host, api_key)
     return 0 if serve(app, host, port) else 1
 
@@ -92,16 +95,23 @@ def _terminable() -> Iterator[None]:
         signal.signal(signal.SIGTERM, previous)
 
 
+def _tell(problems: Mapping[str, str]) -> None:
+    for name, problem in problems.items():
+        said = in_flags(f"not served: {visible(name)}\n  {problem}")
+        print(said.replace("\n", "\n  "), file=sys.stderr)
+
+
 def table(offer: Offer, url: str, key: bool) -> str:
     """What is served where, for a person, and a command to try it."""
-    width = max(len(model.name) for model in offer.models)
+    width = max(len(visible(model.name)) for model in offer.models)
     lines = [f"{url}  (a page to look and try; details: /dora/models; API: /openapi.json)", ""]
     for model in offer.models:
         method = "" if model.method is None else f", {model.method}"
         of = "" if model.base is None else f" of {model.base}"
-        lines.append(f"  {model.name:<{width}}  {_PATHS[model.task]:<15}  {model.kind}{of}{method}")
+        name = f"{visible(model.name):<{width}}"
+        lines.append(f"  {name}  {_PATHS[model.task]:<15}  {model.kind}" + visible(of + method))
     last = offer.models[-1]
     header = ' -H "Authorization: Bearer $DORA_SERVE_API_KEY"' if key else ""
     body = json.dumps({"model": last.name, **_EXAMPLES[last.task]})
     command = f"curl {url}{_PATHS[last.task]}{header} -H 'Content-Type: application/json' -d "
-    return "\n".join([*lines, "", command + shlex.quote(body), ""])
+    return "\n".join([*lines, "", command + quoted(body), ""])

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shlex
 import shutil
 import sys
 from collections.abc import Mapping, Sequence
@@ -12,6 +11,7 @@ from pathlib import Path
 
 from converters.errors import MissingError
 
+from ..wording import quoted
 from .fleet import CLASSIFIES, Pool
 
 Options = dict[str, str | int | bool | list[str]]
@@ -83,8 +83,8 @@ def shell(words: Sequence[str]) -> str:
     """The command for pasting, an option a line."""
     text = ""
     for word in words:
-        quoted = shlex.quote(word)
-        text += f" \\\n  {quoted}" if word.startswith("--") else f" {quoted}"
+        text += " \\\n  " * word.startswith("--") or " "
+        text += quoted(word)
     return text.strip()
 
 

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import io
 from collections.abc import Iterator
 from pathlib import Path
 from unicodedata import category, east_asian_width
 
 import click
 
+from converters.errors import visible
+
 from ..commands.common import size
+from ..rankmap.output import write_file
+from ..rankmap.picture import drawn
 from ..wording import in_flags
 from .fleet import Fleet, Pool, step_for
 
@@ -55,19 +60,19 @@ def table(fleet: Fleet) -> Iterator[str]:
         if not pool.ranks:
             yield "  no adapters"
             continue
-        width = max(cells(_shown(name)) for name in ("adapter", *pool.ranks))
+        width = max(cells(visible(name)) for name in ("adapter", *pool.ranks))
         yield f"  {'adapter':<{width}}  modules  largest rank      used  of its slot"
         for name, ranks in pool.ranks.items():
             share = pool.used[name] / pool.slot if pool.slot else 0.0
             yield (
-                f"  {_shown(name)}{' ' * (width - cells(_shown(name)))}  {len(ranks):>7}"
+                f"  {visible(name)}{' ' * (width - cells(visible(name)))}  {len(ranks):>7}"
                 f"  {pool.largest[name]:>12}"
                 f"  {size(pool.used[name]):>8}  {share:>11.0%}"
             )
         yield from _settings(pool)
     for name, problem in fleet.problems.items():
         lines = in_flags(problem).splitlines()
-        yield click.style(f"left out: {name}", fg="yellow") + f": {lines[0]}"
+        yield click.style(f"left out: {visible(name)}", fg="yellow") + f": {lines[0]}"
         yield from (line for line in lines if line.startswith("  to do"))
 
 
@@ -104,16 +109,9 @@ def cells(text: str) -> int:
     )
 
 
-def _shown(name: str) -> str:
-    """`name` without what would move the cursor."""
-    return "".join(
-        c if c.isprintable() or category(c) == "Mn" else c.encode("unicode_escape").decode()
-        for c in name
-    )
-
-
-def save_png(fleet: Fleet, path: Path) -> None:
-    """Per pool, what of every adapter's slot is used (needs matplotlib)."""
+def save_png(fleet: Fleet, path: Path, force: bool = False) -> None:
+    """Per pool, what of every adapter's slot is used (needs matplotlib). Raises `OutputError` as
+    `write_file`."""
     from matplotlib.figure import Figure
 
     pools = [pool for pool in fleet.pools if pool.ranks]
@@ -129,21 +127,12 @@ def save_png(fleet: Fleet, path: Path) -> None:
             panel.barh(at, room, color="#d7dde4", label="padding"),
             panel.barh(at, used, color="#2a6f97", label="components"),
         ]
-        panel.set_yticks(at, [_drawn(name) for name in pool.ranks])
+        panel.set_yticks(at, [drawn(name) for name in pool.ranks])
         panel.invert_yaxis()
         panel.set_xlabel("MB a slot")
-        title = f"{_drawn(pool.name)}, --max-lora-rank {pool.max_lora_rank}"
+        title = f"{drawn(pool.name)}, --max-lora-rank {pool.max_lora_rank}"
         panel.set_title(title, fontsize=10)
     figure.legend(handles=bars, loc="outside lower right", ncols=2, fontsize=8)
-    figure.savefig(path, dpi=130, format="png")
-
-
-def _drawn(name: str) -> str:
-    """`name` in signs that the picture's font has, the others by their numbers."""
-    from matplotlib.font_manager import FontProperties, findfont, get_font
-
-    known = get_font(findfont(FontProperties())).get_charmap()
-    drawn = "".join(
-        c if ord(c) in known else c.encode("unicode_escape").decode() for c in _shown(name)
-    )
-    return drawn.replace("$", r"\$")  # a pair of them would be a formula
+    data = io.BytesIO()
+    figure.savefig(data, dpi=130, format="png")
+    write_file(path, data.getvalue(), force)

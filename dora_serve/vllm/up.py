@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -14,6 +15,7 @@ from converters.files.cache import private_cache
 
 from ..commands.common import left_out
 from ..folder.inventory import discover
+from ..wording import quoted
 from .command import command_line, find_vllm, serve_options, shell
 from .convert import vllm_adapter, vllm_adapter_path
 from .fleet import Fleet, Pool, plan_fleet
@@ -130,9 +132,10 @@ class _Report:
             click.echo(f"ready after {seconds:.0f} s")
             for name in (self._base, *self._adapters):
                 click.echo(f"  {name}")
+            body = {"model": (self._adapters or [self._base])[0], "prompt": "Hello"}
             click.echo(
                 f"curl {self._url}/v1/completions -H 'Content-Type: application/json' -d "
-                f'\'{{"model": "{(self._adapters or [self._base])[0]}", "prompt": "Hello"}}\''
+                + quoted(json.dumps(body))
             )
             sys.stdout.flush()
         elif event == "crashed":

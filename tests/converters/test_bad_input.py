@@ -282,9 +282,14 @@ def test_output_inside_an_input_or_not_empty(dora_run: Path, base: Path, tmp_pat
     with pytest.raises(DoraExportError, match="`force`"):
         merge(dora_run, full, base=base)
     assert (full / "mine").read_text() == "keep"
+    with pytest.raises(DoraExportError, match="found: mine"):
+        merge(dora_run, full, base=base, force=True)
+    assert (full / "mine").read_text() == "keep"
+    (full / "mine").unlink()
+    merge(dora_run, full, base=base)
+    before = (full / FILE).stat().st_ino
     merge(dora_run, full, base=base, force=True)
-    assert (full / FILE).exists()
-    assert not (full / "mine").exists()
+    assert (full / FILE).stat().st_ino != before
 
 
 def test_no_space_is_found_before_writing(

@@ -269,6 +269,8 @@ def _merge_job(
         update: Update | None = None
         if tensor.module is not None:
             update = run.take(tensor.module)
+            if (parts := update.components()) is not None:
+                parts.check_range(tensor.module)
             update = transposed(update) if tensor.transposed else update
             rows, columns = update.shape
             reports[tensor.module] = Rounding()

@@ -8,9 +8,11 @@ from typing import Any
 import torch
 
 from ...errors import BaseError, TargetError
+from ...model.architecture import offline
 from ..merged.companions import companions
 
 
+@offline()
 def load_model(
     path: Path, architecture: str | None, num_labels: int | None
 ) -> tuple[Any, list[str]]:

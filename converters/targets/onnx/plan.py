@@ -13,8 +13,8 @@ import torch
 from ...certificate import FILE, tool
 from ...errors import TargetError
 from ...files.onnx_files import BATCHED, DECODER, ENCODER, MODEL, PRECISIONS, WITH_PAST
-from ...files.tensors import numel, read_json
-from ...model.architecture import empty_model
+from ...files.tensors import nbytes, numel, read_json
+from ...model.architecture import check_size, empty_model
 from ...model.base import BaseModel
 from ...model.match import changed, check_frozen, kernels_of, resolved, target_architecture
 from ...model.tasks import architecture_of, task_of
@@ -126,6 +126,8 @@ def plan_onnx(
     graphs: tuple[str, ...] = (MODEL, BATCHED) if carries else (MODEL,)
     if task == SEQ2SEQ_TASK:
         graphs = (ENCODER, DECODER, WITH_PAST)
+    if architecture := architecture_of(base.config):
+        check_size(architecture, base.config, sum(map(nbytes, base.tensors.values())))
     elements = sum(numel(tensor) for tensor in base.tensors.values())
     return OnnxPlan(
         target="onnx",

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from converters.certificate import FILE, tool, write_certificate
-from converters.errors import DoraExportError, TargetError
+from converters.errors import DoraExportError, TargetError, apart
 from converters.files.hashes import file_hash
 from converters.files.json_files import read_json
 from converters.files.onnx_files import FOLDER, MODEL, SUFFIX, read_adapter_file
@@ -38,6 +38,7 @@ from dora_serve.server.prepare.onnx_folders import (
     read_onnx_folder,
 )
 
+_TRIED = 3  # runs, before it is the base that no graph can be made of
 _NAME = "adapter"  # of the one in an adapter's own folder
 _MAP = "modules.json"
 _BESIDE = {".json", ".jinja", ".txt", ".model"}  # of tokenizer and configuration
@@ -60,28 +61,24 @@ def make_offer(root: Path, base: str | None, dry: bool, say: Say) -> offer.Offer
             problems[name] += "; runs of it are, by their own" if tasks else ""
         for task in tasks:
             runs = [member for member in members if (member.run.task or own) == task]
-            try:
-                graph = _graph(name, model, task, runs, name == found.given, dry, say)
-                bare = [_base(name, model, graph)] if task == own else []
-            except DoraExportError as error:
-                problems |= {n: str(error) for n in [name, *(m.name for m in runs)]}
+            runs, graph = _graph_for(
+                name, model, task, runs, name == found.given, dry, say, problems
+            )
+            if graph is None:
                 continue
             graphs.append(graph)
-            models += bare
+            if task == own:
+                with apart(problems, name):
+                    models.append(_base(name, model, graph))
             for member in runs:
-                try:
+                with apart(problems, member.name):
                     models.append(_member(member, graph, dry, say))
-                except DoraExportError as error:
-                    problems[member.name] = str(error)
     inside: dict[str, list[offer.OfferedModel]] = {}
     for name, path in found.onnx.items():
-        try:
+        with apart(problems, name):
             graph, own_model, inside[name] = read_onnx_folder(name, path)
-        except DoraExportError as error:
-            problems[name] = str(error)
-            continue
-        graphs.append(graph)
-        models.append(own_model)
+            graphs.append(graph)
+            models.append(own_model)
     called = names_inside(
         {name: [m.name for m in adapters] for name, adapters in inside.items()},
         {*found.bases, *found.members, *found.onnx, *found.problems},
@@ -110,6 +107,29 @@ def add(wanted: offer.Addition) -> offer.OfferedModel:
     )
 
 
+def _graph_for(
+    name: str,
+    base: BaseModel,
+    task: str | None,
+    runs: list[Member],
+    given: bool,
+    dry: bool,
+    say: Say,
+    problems: dict[str, str],
+) -> tuple[list[Member], offer.Graph | None]:
+    """The graph of `base`, and the runs that it is for. The first run shapes an encoder's: one for
+    which none can be made is left out, as a problem of its own."""
+    tries = min(len(runs), _TRIED) if task != offer.DECODES else 0
+    failed: dict[str, str] = {}
+    for start in range(tries + 1):
+        with apart(failed, f"{start}"):
+            graph = _graph(name, base, task, runs[start:], given, dry, say)
+            problems |= {runs[each].name: failed[f"{each}"] for each in range(start)}
+            return runs[start:], graph
+    problems |= dict.fromkeys([name, *(member.name for member in runs)], failed["0"])
+    return [], None
+
+
 def _graph(
     name: str,
     base: BaseModel,
@@ -121,7 +141,7 @@ def _graph(
 ) -> offer.Graph:
     if task not in SERVED:
         raise TargetError("this task is not served", found=task, expected=", ".join(SERVED))
-    first = members[0].run if members else None
+    first = members[0].run if members and task != offer.DECODES else None
     head = [target_architecture(first, base)[0], first.num_labels] if first else []
     asked = [task] if task == offer.DECODES else [task, *head, bool(members)]
     folder = Path(f"{base.path} {task}")
@@ -140,7 +160,8 @@ def _graph(
 def _base_key(base: BaseModel, asked: Sequence[object]) -> str:
     """A name for the graph of a base: of its tensors, of the files beside them, and of what is
     asked for."""
-    beside = [(p.name, file_hash(p)) for p in sorted(base.path.glob("*")) if p.suffix in _BESIDE]
+    files = [p for p in sorted(base.path.glob("*")) if p.suffix in _BESIDE and p.is_file()]
+    beside = [(path.name, file_hash(path)) for path in files]
     return key_of([tool(), base.identity, beside, asked])
 
 

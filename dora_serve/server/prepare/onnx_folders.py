@@ -6,12 +6,15 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from converters.errors import TargetError
+from converters.errors import TargetError, TensorFileError
+from converters.files.handles import check_file
 from converters.files.json_files import read_json
 from converters.files.onnx_files import ENCODER, FOLDER, SUFFIX, read_adapter_file
 from converters.model.tasks import task_of
 
+from ...folder.names import not_a_name
 from .offer import DECODES, Graph, Module, OfferedModel
+from .onnx_graphs import check_graphs, read_genai
 
 SERVED = (DECODES, "sequence-classification", "feature-extraction")
 
@@ -26,7 +29,9 @@ def read_onnx_folder(name: str, path: Path) -> tuple[Graph, OfferedModel, list[O
     task = DECODES if decodes else task_of(read_json(path / "config.json"))
     if (path / ENCODER).exists() or task not in SERVED:
         raise TargetError("this task is not served", file=path, found=task or "an unknown task")
-    if decodes and not _in_place(path):
+    genai = read_genai(path) if decodes else None
+    check_graphs(path, genai)
+    if genai is not None and not genai.search.past_present_share_buffer:
         raise TargetError(
             "this decoder's cache cannot be shared by requests that come and go",
             file=path,
@@ -49,6 +54,13 @@ def read_onnx_folder(name: str, path: Path) -> tuple[Graph, OfferedModel, list[O
     models = []
     for adapter, proof in (certificate.get("adapters") or {}).items():
         file = path / FOLDER / f"{adapter}{SUFFIX}"
+        if not_a_name(adapter) or file.parent != path / FOLDER:
+            raise TensorFileError(
+                "the certificate names an adapter as no file can be",
+                file=path / "dora_export.json",
+                found=adapter,
+            )
+        check_file(file)
         models.append(
             OfferedModel(
                 name=adapter,
@@ -78,8 +90,3 @@ def certified_modules(certificate: Mapping[str, Any]) -> dict[str, Module]:
         for module, told in (certificate.get("modules") or {}).items()
         if told.get("rank") is not None
     }
-
-
-def _in_place(path: Path) -> bool:
-    settings: Mapping[str, Any] = read_json(path / "genai_config.json")
-    return bool(settings["search"]["past_present_share_buffer"])

@@ -13,6 +13,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from converters.certificate import tool, write_certificate
 from converters.errors import (
     OutputError,
 )
@@ -191,6 +192,7 @@ def test_outputs_that_may_be_written(tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "file").touch()
+    write_certificate(tmp_path / "full", {"tool": tool()})
     (tmp_path / "input").mkdir()
     inputs = [tmp_path / "input", tmp_path / "input2"]
     for target in ("empty", "new", "new/deep/er", "input-like"):

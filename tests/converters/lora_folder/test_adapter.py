@@ -235,5 +235,8 @@ def test_outputs_are_checked(tmp_path: Path, llama_base: Path) -> None:
     (tmp_path / "out" / "old").touch()
     with pytest.raises(OutputError, match="not empty"):
         write_adapter(run, tmp_path / "out")
+    with pytest.raises(OutputError, match="found: old"):
+        write_adapter(run, tmp_path / "out", force=True)
+    (tmp_path / "out" / "old").unlink()
+    write_adapter(run, tmp_path / "out")
     write_adapter(run, tmp_path / "out", force=True)
-    assert not (tmp_path / "out" / "old").exists()

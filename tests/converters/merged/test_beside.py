@@ -88,8 +88,11 @@ def test_a_full_output_is_replaced_only_by_force(tmp_path: Path) -> None:
     (tmp_path / "out" / "old").touch()
     with pytest.raises(OutputError, match="not empty"):
         merge(run, tmp_path / "out", base=base)
+    with pytest.raises(OutputError, match="found: old"):
+        merge(run, tmp_path / "out", base=base, force=True)
+    (tmp_path / "out" / "old").unlink()
+    merge(run, tmp_path / "out", base=base)
     merge(run, tmp_path / "out", base=base, force=True)
-    assert not (tmp_path / "out" / "old").exists()
     for place in (base, run.path):
         with pytest.raises(OutputError, match="inside an input"):
             merge(run, place / "out", base=base)
