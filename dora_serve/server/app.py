@@ -27,7 +27,7 @@ def make_app(state: State, host: str, api_key: str | None) -> FastAPI:
         begun.cancel()
         state.models.close()
         for each in state.processes:
-            each.close()
+            await each.close()
 
     app = FastAPI(
         title="dora-serve",

@@ -16,14 +16,14 @@ END = 60  # seconds after which it ends whatever happens
 
 _LOOK = 10  # seconds: who keeps this waiting at two looks in a row is cut off
 _HEADERS = 16 << 10  # bytes of a request's head
-_PIECE = 16 << 10  # bytes read at once: what they say is done in one step of the event loop
+_PIECE = 4 << 10  # bytes read at once: what they say is done in one step of the event loop
 _BACKLOG = 256  # connections that are not accepted yet
 _CONNECTIONS = 1000
 
 
 class Connection(H11Protocol):
     """Cuts off a client that sends no request, or takes no more of an answer, for `_LOOK` to twice
-    as many seconds; and when there are too many connections, the one that keeps it waiting longest.
+    as many seconds; and when there are too many connections, those that keep it waiting longest.
     """
 
     def connection_made(self, transport: Any) -> None:
@@ -31,10 +31,16 @@ class Connection(H11Protocol):
         transport.max_size = _PIECE
         self._begun = self.loop.time()
         self._look(None)
-        others = [each for each in self.connections if not each.transport.is_closing()]
-        if len(others) > connections_bound():
-            waiting = [each for each in others if isinstance(each, Connection) and each._waits]
-            min(waiting, key=lambda each: each._begun).transport.abort()
+        if len(self.connections) > connections_bound():
+            self._make_room()
+
+    def _make_room(self) -> None:
+        """Cut off those that keep this waiting longest, many at once since all are looked at."""
+        mine = [each for each in self.connections if isinstance(each, Connection) and each._waits]
+        oldest = sorted(mine, key=lambda each: each._begun)[: 1 + len(mine) // 10]
+        for each in oldest or [self]:
+            self.connections.discard(each)
+            each.transport.abort()
 
     @property
     def _waits(self) -> bool:
@@ -100,4 +106,5 @@ def serve(app: Any, host: str, port: int) -> bool:
     )
     server = Server(config)
     server.run()
+    signal.alarm(0)
     return server.started

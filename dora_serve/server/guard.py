@@ -114,7 +114,7 @@ class Guard:
         self, body: bytearray, bound: int, headers: dict[bytes, bytes], receive: Receive
     ) -> None:
         length = headers.get(b"content-length", b"0")
-        announced = int(length) if length.isdigit() else 0
+        announced = int(length[:40]) if length.isdigit() else 0
         read = 0
         try:
             async with asyncio.timeout(_BODY_SECONDS):
@@ -148,8 +148,8 @@ def _replay(body: bytes, receive: Receive) -> Receive:
 
 
 def _crosses(headers: dict[bytes, bytes]) -> bool:
-    """Whether a browser says that a page of another site asks: with Sec-Fetch-Site where it takes
-    this server for trustworthy, with Origin in any case but for plain reading."""
+    """Whether a browser says that a page of another site asks: by Sec-Fetch-Site, which it sends to
+    the loopback and over TLS, or by Origin, which it sends wherever more than reading is asked."""
     site = headers.get(b"sec-fetch-site")
     if site is not None and site not in _OWN:
         return True
@@ -165,7 +165,9 @@ def _is_here(host: str) -> bool:
     found = _HOST.fullmatch(host)
     if found is None or int(found["port"] or 0) > 65535:
         return False
-    return is_loopback(found["six"] or found["name"]) and (":" in (found["six"] or ":"))
+    if found["six"] is not None:
+        return ":" in found["six"] and is_loopback(found["six"])
+    return is_loopback(found["name"])
 
 
 def is_loopback(host: str) -> bool:

@@ -87,6 +87,18 @@ def ask(app: FastAPI, method: str = "GET", path: str = "/x", **more: Any) -> htt
         (["evil.com", "localhost"], False),
         (["localhost", "evil.com"], False),
         (["localhost", "localhost"], True),
+        (["localhost."], False),
+        (["localhost:65536"], False),
+        (["localhost:+80"], False),
+        (["LOCALHOST"], True),
+        (["[localhost]"], False),
+        (["[127.0.0.1]"], False),
+        (["[::1%lo]"], False),
+        (["[0:0:0:0:0:0:0:1]"], True),
+        (["127.1"], False),
+        (["2130706433"], False),
+        (["0x7f.0.0.1"], False),
+        (["127.0.0.1."], False),
     ],
 )
 def test_hosts(hosts: Sequence[str], fine: bool) -> None:
@@ -146,6 +158,81 @@ def test_keys(given: str | None, fine: bool) -> None:
         assert answer.json()["error"]["code"] == "invalid_api_key"
         assert answer.headers["www-authenticate"] == "Bearer"
     assert ask(make_app(None), headers=headers).status_code == 200
+
+
+@pytest.mark.parametrize("key", [None, "secret"])
+@pytest.mark.parametrize(
+    ("headers", "fine"),
+    [
+        ({}, True),
+        ({"Sec-Fetch-Site": "same-origin"}, True),
+        ({"Sec-Fetch-Site": "none"}, True),
+        ({"Sec-Fetch-Site": "cross-site"}, False),
+        ({"Sec-Fetch-Site": "same-site"}, False),
+        ({"Sec-Fetch-Site": "Same-Origin"}, False),
+        ({"Sec-Fetch-Site": ""}, False),
+        ({"Origin": "http://localhost"}, True),
+        ({"Origin": "https://LOCALHOST"}, True),
+        ({"Origin": "http://localhost:3000"}, False),
+        ({"Origin": "http://localhost.evil.com"}, False),
+        ({"Origin": "https://evil.com"}, False),
+        ({"Origin": "null"}, False),
+        ({"Origin": ""}, False),
+        ({"Origin": "https://evil.com", "Sec-Fetch-Site": "cross-site"}, False),
+        ({"Origin": "https://evil.com", "Sec-Fetch-Site": "none"}, False),
+        ({"Origin": "http://localhost", "Sec-Fetch-Site": "cross-site"}, False),
+        # Behind a proxy that does not keep the Host.
+        ({"Origin": "https://page.example", "Sec-Fetch-Site": "same-origin"}, True),
+    ],
+)
+def test_pages_of_other_sites(headers: dict[str, str], fine: bool, key: str | None) -> None:
+    app = make_app(key)
+    own = {} if key is None else {"Authorization": f"Bearer {key}"}
+    for method in ("GET", "POST"):
+        answer = ask(app, method, headers={**headers, **own})
+        assert answer.status_code == (200 if fine else 403)
+        assert fine or answer.json()["error"]["code"] == "cross_site"
+    assert ask(app, path="/page.js", headers=headers).status_code == 200  # a link may lead here
+
+
+@pytest.mark.parametrize(
+    ("method", "path", "size", "fine"),
+    [
+        ("POST", "/x", 70_000, True),
+        ("POST", "/v1/load_lora_adapter", 70_000, False),
+        ("POST", "/v1/load_lora_adapter", 60_000, True),
+        ("GET", "/x", 70_000, False),
+    ],
+)
+def test_bodies_where_none_or_a_name_is_expected(
+    method: str, path: str, size: int, fine: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("tests.server.test_guard.BOUND", 1 << 20)
+    answer = ask(make_app(), method, path, content=b"x" * size)
+    assert answer.status_code == (200 if fine else 413)
+
+
+def test_many_bodies_at_once() -> None:
+    """What is held for all clients together is bounded, and free again once it is answered."""
+    app = make_app()
+
+    async def send(count: int) -> list[int]:
+        transport = httpx.ASGITransport(app, raise_app_exceptions=False)
+        async with httpx.AsyncClient(transport=transport, base_url="http://localhost") as client:
+            asked = [client.post("/x", content=in_pieces(BOUND, 50)) for _ in range(count)]
+            return [answer.status_code for answer in await asyncio.gather(*asked)]
+
+    assert set(asyncio.run(send(guard._HELD))) == {200}
+    statuses = asyncio.run(send(3 * guard._HELD))
+    assert set(statuses) <= {200, 503}
+    assert asyncio.run(send(1)) == [200]
+
+
+def test_a_length_that_is_told_twice() -> None:
+    headers = {"Transfer-Encoding": "chunked", "Content-Length": "2"}
+    answer = ask(make_app(), "POST", headers=headers, content=b"{}")
+    assert answer.status_code == 400
+    assert answer.headers["connection"] == "close"
 
 
 @pytest.mark.parametrize(

@@ -51,6 +51,20 @@ def test_a_body_in_pieces_the_last_of_which_does_not_say_so() -> None:
     assert sent[0]["status"] == 200
 
 
+def test_websockets_are_closed() -> None:
+    sent: list[Any] = []
+
+    async def send(message: Any) -> None:
+        sent.append(message)
+
+    async def never(*_: Any) -> None:
+        raise AssertionError("it was let through")
+
+    guard = Guard(never, None, 10, False, frozenset(), Metrics())
+    asyncio.run(guard({"type": "websocket", "path": "/x", "headers": []}, never, send))
+    assert [message["type"] for message in sent] == ["websocket.close"]
+
+
 def test_a_client_that_leaves_is_logged(caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.INFO, "dora_serve.requests")
     metrics, begin = Metrics(), time.monotonic()

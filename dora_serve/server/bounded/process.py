@@ -6,6 +6,7 @@ import asyncio
 import json
 import os
 import sys
+from contextlib import suppress
 from typing import Any
 
 from ..turns import Turns
@@ -15,6 +16,7 @@ from .work import MEMORY, SECONDS, sizes, write_frame
 _WALL = 20  # seconds for a call, whatever it waits for
 _START = 120  # seconds for a process to begin, on a machine with much else to do
 _WAITING = 256  # calls, with the one that runs
+_ENDED = (OSError, EOFError, TimeoutError)
 _ENVIRONMENT = {"TOKENIZERS_PARALLELISM": "false", "MALLOC_ARENA_MAX": "1"}
 
 
@@ -51,15 +53,17 @@ class Process:
             )
             async with asyncio.timeout(_START):
                 await _read(process)
-        except (OSError, EOFError, TimeoutError):
-            self.close()
+        except BaseException as error:
+            await self.close()
+            if not isinstance(error, _ENDED):
+                raise
             message = "the process that reads texts could not be started"
             raise ApiError(message, 503, code="not_ready") from None
         return process
 
     async def _ask(self, frame: bytes) -> tuple[Any, bytes]:
         if self._process is not None and self._process.returncode is not None:
-            self.close()
+            self._process = None
         process = self._process or await self._begin()
         try:
             async with asyncio.timeout(_WALL):
@@ -67,20 +71,21 @@ class Process:
                 process.stdin.write(frame)
                 await process.stdin.drain()
                 return await _read(process)
-        except (OSError, EOFError, TimeoutError):
-            self.close()
+        except BaseException as error:  # what it would answer later is no other call's answer
+            await self.close()
+            if not isinstance(error, _ENDED):
+                raise
             raise ApiError(
                 f"this takes more than {SECONDS} s or {MEMORY >> 20} MB", code="too_expensive"
             ) from None
-        except asyncio.CancelledError:
-            self.close()
-            raise
 
-    def close(self) -> None:
+    async def close(self) -> None:
         """End the process, whatever it does."""
         process, self._process = self._process, None
-        if process is not None and process.returncode is None:
-            process.kill()
+        if process is not None:
+            with suppress(ProcessLookupError):
+                process.kill()
+            await process.communicate()
 
 
 async def _read(process: asyncio.subprocess.Process) -> tuple[Any, bytes]:

@@ -1,0 +1,114 @@
+"""Under any attack another client is answered at once, and memory stays what it is when idle."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+import httpx
+import pytest
+
+from dora_serve.server.options import ServerOptions
+from tests.server.attacks import ATTACKS, PATTERN, TEMPLATE
+from tests.server.conftest import BASE, EMBEDS, Server, started
+
+MEMORY = 300 << 20  # bytes
+PATIENCE = 1.0  # seconds
+
+
+def used(server: Server) -> int:
+    """Bytes of memory of the server and the processes below it."""
+    pages, wanted = 0, {server.process.pid}
+    for folder in sorted(Path("/proc").glob("[0-9]*"), key=lambda each: int(each.name)):
+        with suppress(OSError):
+            parent = int((folder / "stat").read_text().rpartition(")")[2].split()[1])
+            if parent in wanted or int(folder.name) in wanted:
+                wanted.add(int(folder.name))
+                pages += int((folder / "statm").read_text().split()[1])
+    return pages * os.sysconf("SC_PAGE_SIZE")
+
+
+@contextmanager
+def watched(server: Server) -> Iterator[list[float]]:
+    """How long another client waited at most for `/health`, and the bytes used at most."""
+    worst = [0.0, 0.0]
+    done = threading.Event()
+
+    def ask() -> None:
+        while not done.is_set():
+            begin = time.monotonic()
+            answer = httpx.get(f"{server.url}/health", timeout=60)
+            worst[0] = max(worst[0], time.monotonic() - begin)
+            assert answer.status_code == 200
+            time.sleep(0.05)
+
+    def weigh() -> None:
+        while not done.is_set():
+            worst[1] = max(worst[1], used(server))
+            time.sleep(0.05)
+
+    threads = [threading.Thread(target=each) for each in (ask, weigh)]
+    for each in threads:
+        each.start()
+    try:
+        yield worst
+    finally:
+        done.set()
+        for each in threads:
+            each.join()
+
+
+@pytest.fixture(scope="module")
+def attacked(place: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    """A server whose decoder came with a template and a tokenizer that mean harm."""
+    root = tmp_path_factory.mktemp("attacked")
+    for name in (
+        BASE,
+        EMBEDS,
+        "tiny-roberta-base",
+        "runs/Checkpoint/Tiny_Roberta",
+        "runs/Log/Tiny_Roberta",
+    ):
+        shutil.copytree(place / "models" / name, root / name)
+    (root / BASE / "chat_template.jinja").write_text(TEMPLATE)
+    file = root / BASE / "tokenizer.json"
+    tokenizer = json.loads(file.read_text())
+    split = {
+        "type": "Split",
+        "pattern": {"Regex": PATTERN},
+        "behavior": "Isolated",
+        "invert": False,
+    }
+    parts = [split, tokenizer["pre_tokenizer"]]
+    tokenizer["pre_tokenizer"] = {"type": "Sequence", "pretokenizers": parts}
+    file.write_text(json.dumps(tokenizer))
+    with started(root, place, None, ServerOptions(threads=1, timeout=60)) as running:
+        with running.http as http:
+            asked = {"model": BASE, "prompt": "count : nine " * 2, "n": 100, "max_tokens": 20}
+            for _ in range(2):
+                assert http.post("/v1/completions", json=asked).status_code == 200
+        yield running
+
+
+@pytest.mark.parametrize("name", ATTACKS)
+def test_attack(attacked: Server, name: str) -> None:
+    attack, host = ATTACKS[name], attacked.url.removeprefix("http://").split(":")
+    before = used(attacked)
+    with watched(attacked) as idle:
+        time.sleep(0.5)
+    with watched(attacked) as worst:
+        statuses = set(attack.send((host[0], int(host[1]))))
+    grown = worst[1] - before
+    print(f"\n| {name} | {statuses} | {worst[0]:.2f} s ({idle[0]:.2f}) | {grown / 2**20:+.0f} MB |")
+    assert statuses <= attack.fine
+    assert grown <= MEMORY
+    assert worst[0] <= PATIENCE + idle[0]
+    with attacked.http as http:
+        answer = http.post("/v1/completions", json={"model": BASE, "prompt": "count : nine"})
+    assert answer.status_code == 200, answer.text

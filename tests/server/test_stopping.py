@@ -1,0 +1,100 @@
+"""SIGTERM ends a server whatever its clients do; a second signal ends it at once."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import httpx
+import pytest
+
+from dora_serve.server.connections import END
+from dora_serve.server.options import ServerOptions
+from tests.server.attacks import TEMPLATE, head
+from tests.server.conftest import BASE, Server, started
+
+MESSAGES = [{"role": "user", "content": "loops"}]
+
+
+@pytest.fixture
+def ending(place: Path, tmp_path: Path) -> Iterator[Server]:
+    """A server to end, whose template loops when told so."""
+    shutil.copytree(place / "models" / BASE, tmp_path / BASE)
+    (tmp_path / BASE / "chat_template.jinja").write_text(TEMPLATE)
+    with started(tmp_path, place, None, ServerOptions(threads=1)) as running:
+        yield running
+
+
+def connected(server: Server, *sent: bytes) -> socket.socket:
+    bare = socket.socket()
+    bare.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+    bare.connect(("127.0.0.1", int(server.url.rpartition(":")[2])))
+    bare.sendall(b"".join(sent))
+    return bare
+
+
+def body(path: str, content: object) -> bytes:
+    sent = json.dumps(content).encode()
+    return head(path, f"Content-Length: {len(sent)}") + sent
+
+
+def test_clients_that_neither_read_nor_send(ending: Server) -> None:
+    """An answer that was accepted is finished beside them."""
+    large = {"model": BASE, "tokens": [5] * 200_000}
+    stream = {"model": BASE, "prompt": "one", "stream": True, "logprobs": 20, "max_tokens": 60,
+              "ignore_eos": True, "n": 40}  # fmt: skip
+    held = [connected(ending, body("/detokenize", large)) for _ in range(5)]
+    held += [connected(ending, body("/v1/completions", stream)) for _ in range(3)]
+    held += [connected(ending) for _ in range(5)]  # nothing sent
+    held += [connected(ending, b"POST /v1/comp") for _ in range(5)]
+    held += [connected(ending, head("/v1/completions", "Content-Length: 100"), b"{")]
+    held += [connected(ending, body("/v1/chat/completions", {"model": BASE, "messages": MESSAGES}))]
+    time.sleep(3)
+    asked = {"model": BASE, "prompt": "one", "n": 100, "max_tokens": 60, "ignore_eos": True}
+    with ThreadPoolExecutor(1) as pool:
+        accepted = pool.submit(httpx.post, f"{ending.url}/v1/completions", json=asked, timeout=120)
+        time.sleep(0.5)
+        ending.process.send_signal(signal.SIGTERM)
+        assert ending.process.wait(END + 5) == 0
+        assert len(accepted.result().json()["choices"]) == 100
+    for bare in held:
+        bare.close()
+    assert "Traceback" not in ending.log.read_text()
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_second_signal_ends_it_at_once(ending: Server, number: signal.Signals) -> None:
+    held = [connected(ending, body("/v1/chat/completions", {"model": BASE, "messages": MESSAGES}))]
+    time.sleep(1)
+    ending.process.send_signal(signal.SIGTERM)
+    time.sleep(0.5)
+    assert ending.process.poll() is None  # what was accepted is waited for
+    ending.process.send_signal(number)
+    assert ending.process.wait(3) == 128 + number
+    held[0].close()
+
+
+def test_sigterm_while_it_prepares(tmp_path: Path, place: Path) -> None:
+    """Neither it nor the process that prepares goes on."""
+    shutil.copytree(place / "models" / BASE, tmp_path / "models" / BASE)
+    code = (
+        "import sys; from pathlib import Path; from dora_serve.server.up import up;"
+        "up(Path(sys.argv[1]), None, '127.0.0.1', 1, None, False)"
+    )
+    command = [sys.executable, "-c", code, str(tmp_path / "models")]
+    environment = {"PATH": "/usr/bin:/bin", "DORA_SERVE_CACHE": str(tmp_path / "cache")}
+    process = subprocess.Popen(command, env=environment, stderr=subprocess.PIPE)
+    children = Path(f"/proc/{process.pid}/task/{process.pid}/children")
+    while not (found := children.read_text().split()):
+        time.sleep(0.05)
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(10) == 128 + signal.SIGTERM
+    assert not [each for each in found if Path(f"/proc/{each}").exists()]
