@@ -22,6 +22,7 @@ from dora_serve import merge
 from tests.conftest import Dense
 from tests.converters.made import (
     WEIGHTS,
+    K,
     Q,
     assert_close,
     certificate,
@@ -223,3 +224,32 @@ def test_finite_weights_whose_sum_is_not(tmp_path: Path) -> None:
     run = make_run(tmp_path / "run", {Q: low_rank(3, 4, size=1e-3)})
     merge(run, tmp_path / "out", base=base, dtype=torch.float16)
     assert bool((load_file(tmp_path / "out" / WEIGHTS)[f"{Q}.weight"] > 59000).all())
+
+
+def test_what_a_plan_says(tmp_path: Path) -> None:
+    shards = (
+        {f"{Q}.weight": torch.randn(4, 4), "x": torch.ones(2)},
+        {f"{K}.weight": torch.randn(4, 4), "y": torch.ones(3).half(), "n": torch.arange(2)},
+    )
+    base = make_base(tmp_path / "base", *shards)
+    updates = {Q: low_rank(4, 4), K: Dense(torch.randn(4, 4))}
+    run = make_run(tmp_path / "run", updates, start_rank={Q: 8, K: 3, "gone": 5})
+    said = {
+        "method": "test",
+        "finished": True,
+        "shards": {f"model-0000{n}-of-00002.safetensors": n + 1 for n in (1, 2)},
+        "merged": [f"{Q}.weight", f"{K}.weight"],
+        "copied": 3,
+        "modules": 2,
+        "components": {"start": 16, "kept": 5},  # what is no sum is there whole
+    }
+    plan = merge(run, tmp_path / "out", base=base, dry_run=True).plan
+    assert plan.summary() == said
+    assert plan.lines() == [
+        "merged 2 modules (5 of 16 components survived training) into 5 tensors in 2 shard(s)"
+    ]
+    assert plan.nbytes == 64 + 8 + 64 + 6 + 16
+    narrow = merge(run, tmp_path / "out", base=base, dry_run=True, dtype=torch.float16).plan
+    assert narrow.summary()["copied"] == 2
+    assert narrow.nbytes == 32 + 4 + 32 + 6 + 16
+    assert not (tmp_path / "out").exists()
