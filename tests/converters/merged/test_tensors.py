@@ -15,6 +15,8 @@ import torch
 from safetensors.torch import load_file
 
 from converters.errors import BaseError
+from converters.model.base import open_base
+from converters.targets.merged.plan import plan_merge
 from converters.updates.magnitude import MagnitudeUpdate
 from converters.updates.rank_one import RankOneSum
 from converters.updates.update import Update
@@ -243,13 +245,12 @@ def test_what_a_plan_says(tmp_path: Path) -> None:
         "modules": 2,
         "components": {"start": 16, "kept": 5},  # what is no sum is there whole
     }
-    plan = merge(run, tmp_path / "out", base=base, dry_run=True).plan
+    plan = plan_merge(run, open_base(base), None)
     assert plan.summary() == said
     assert plan.lines() == [
         "merged 2 modules (5 of 16 components survived training) into 5 tensors in 2 shard(s)"
     ]
     assert plan.nbytes == 64 + 8 + 64 + 6 + 16
-    narrow = merge(run, tmp_path / "out", base=base, dry_run=True, dtype=torch.float16).plan
+    narrow = plan_merge(run, open_base(base), torch.float16)
     assert narrow.summary()["copied"] == 2
     assert narrow.nbytes == 32 + 4 + 32 + 6 + 16
-    assert not (tmp_path / "out").exists()
