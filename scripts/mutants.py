@@ -36,7 +36,7 @@ from mutations import ROOT, Mutant, mutants
 
 HERE = "tests/converters"
 ADAPTERS = f"{HERE}/lora_folder {HERE}/targets {HERE}/test_targets.py"
-MERGES = f"{HERE}/merged {HERE}/test_nothing_lost.py"
+MERGES = f"{HERE}/merged {HERE}/test_companions.py {HERE}/test_nothing_lost.py"
 CACHE = "tests/dora_serve/test_cache.py tests/dora_serve/test_identity.py"
 NAMES = " ".join(f"{HERE}/test_{n}.py" for n in ("families", "naming", "tasks", "ties"))
 UPDATES = " ".join(
@@ -51,7 +51,7 @@ SOURCES = {
     "converters/model/*.py": f"{HERE}/model {MERGES} {ADAPTERS} {NAMES}",
     "converters/targets/*.py": f"{ADAPTERS} tests/dora_serve/test_verify.py",
     "converters/targets/gguf/*.py": f"{HERE}/test_gguf.py {HERE}/test_gguf_scales.py",
-    "converters/targets/merged/*.py": f"{MERGES} {HERE}/test_base.py",
+    "converters/targets/merged/*.py": f"{MERGES} {HERE}/targets/test_target.py {HERE}/test_base.py",
     "converters/targets/lora_folder/*.py": ADAPTERS,
     "dora_serve/server/guard.py": GUARD,
     "dora_serve/onnxruntime/sampling.py": DRAWING,

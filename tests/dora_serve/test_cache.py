@@ -30,9 +30,10 @@ def test_the_cache_is_the_users_alone(
 
     cached("key", make)
     assert stat.S_IMODE(own_cache.stat().st_mode) == 0o700
-    own_cache.chmod(0o777)
-    cached("key", make)
-    assert stat.S_IMODE(own_cache.stat().st_mode) == 0o700
+    for mode, kept in ((0o777, 0o700), (0o601, 0o700), (0o640, 0o700), (0o500, 0o500)):
+        own_cache.chmod(mode)
+        cached("key", make)
+        assert stat.S_IMODE(own_cache.stat().st_mode) == kept
 
     monkeypatch.setenv("DORA_SERVE_CACHE", str(tmp_path / "link"))
     (tmp_path / "link").symlink_to(own_cache)
@@ -147,7 +148,8 @@ def test_where_the_cache_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     assert private_cache() == cache_folder()
     assert stat.S_IMODE(cache_folder().stat().st_mode) == 0o700
     (tmp_path / "file").touch()
-    monkeypatch.setenv("DORA_SERVE_CACHE", str(tmp_path / "file" / "below"))
-    with pytest.raises(OutputError, match="cannot be written") as caught:
-        private_cache()
-    assert caught.value.file == tmp_path / "file" / "below"
+    for place in (tmp_path / "file" / "below", tmp_path / "file"):
+        monkeypatch.setenv("DORA_SERVE_CACHE", str(place))
+        with pytest.raises(OutputError, match="cannot be written") as caught:
+            private_cache()
+        assert caught.value.file == place

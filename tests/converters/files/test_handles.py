@@ -17,7 +17,7 @@ from converters.errors import (
 )
 from converters.files import onnx_files
 from converters.files.handles import check_file, opened, reading, state_at, state_of, there
-from converters.files.json_files import parse_json, read_json
+from converters.files.json_files import is_number, parse_json, read_json
 from converters.files.onnx_files import (
     graphs_in,
     head_names,
@@ -171,3 +171,16 @@ def test_adapters_as_onnx_runtime_writes_them(tmp_path: Path) -> None:
     with pytest.raises(TensorFileError, match="not an ONNX Runtime adapter") as caught:
         read_adapter_file(path)
     assert caught.value.file == path
+
+
+@pytest.mark.parametrize(
+    ("value", "fine"),
+    [
+        *((0, True), (-1, True), (2.5, True), (2.9e38, True), (-2.9e38, True)),
+        *((3e38, False), (-3e38, False), (10**39, False), (-(10**39), False)),
+        *((float("nan"), False), (float("inf"), False), (True, False), (False, False)),
+        *(("1", False), (None, False), ([], False)),
+    ],
+)
+def test_numbers_that_float32_holds(value: object, fine: bool) -> None:
+    assert is_number(value) is fine

@@ -91,6 +91,8 @@ def test_an_interrupted_merge_goes_on(tmp_path: Path) -> None:
     after = states(tmp_path / "out")
     assert {name for name in before if before[name] == after[name]} >= set(done)
     assert told[0] == 96 * len(done)
+    assert sorted(result.report.summary()["resumed"]) == sorted(done)
+    assert result.report.lines()[0] == f"{len(done)} shard(s) are of a killed merge"
     assert contents(tmp_path / "out") == contents(tmp_path / "whole")
     assert result.warnings == ()
 

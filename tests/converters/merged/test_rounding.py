@@ -58,6 +58,9 @@ def test_rounding_is_measured(tmp_path: Path) -> None:
     assert result.warnings[0] == "told"
     assert "1 of 2 modules" in result.warnings[1] and f"worst: {Q}" in result.warnings[1]
     assert f"{lost:.0%}" in result.warnings[1]
+    losses = {module: said["rounding"]["lost"] for module, said in modules.items()}
+    assert result.report.summary() == {"lost_to_rounding": losses, "resumed": []}
+    assert result.report.lines() == [f"rounding took at most {lost:.2%} of a module's update"]
 
 
 def test_what_rounding_says_at_its_ends() -> None:

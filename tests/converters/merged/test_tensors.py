@@ -15,6 +15,8 @@ import torch
 from safetensors.torch import load_file
 
 from converters.errors import BaseError
+from converters.model.base import open_base
+from converters.targets.merged.plan import plan_merge
 from converters.updates.magnitude import MagnitudeUpdate
 from converters.updates.rank_one import RankOneSum
 from converters.updates.update import Update
@@ -22,6 +24,7 @@ from dora_serve import merge
 from tests.conftest import Dense
 from tests.converters.made import (
     WEIGHTS,
+    K,
     Q,
     assert_close,
     certificate,
@@ -223,3 +226,31 @@ def test_finite_weights_whose_sum_is_not(tmp_path: Path) -> None:
     run = make_run(tmp_path / "run", {Q: low_rank(3, 4, size=1e-3)})
     merge(run, tmp_path / "out", base=base, dtype=torch.float16)
     assert bool((load_file(tmp_path / "out" / WEIGHTS)[f"{Q}.weight"] > 59000).all())
+
+
+def test_what_a_plan_says(tmp_path: Path) -> None:
+    shards = (
+        {f"{Q}.weight": torch.randn(4, 4), "x": torch.ones(2)},
+        {f"{K}.weight": torch.randn(4, 4), "y": torch.ones(3).half(), "n": torch.arange(2)},
+    )
+    base = make_base(tmp_path / "base", *shards)
+    updates = {Q: low_rank(4, 4), K: Dense(torch.randn(4, 4))}
+    run = make_run(tmp_path / "run", updates, start_rank={Q: 8, K: 3, "gone": 5})
+    said = {
+        "method": "test",
+        "finished": True,
+        "shards": {f"model-0000{n}-of-00002.safetensors": n + 1 for n in (1, 2)},
+        "merged": [f"{Q}.weight", f"{K}.weight"],
+        "copied": 3,
+        "modules": 2,
+        "components": {"start": 16, "kept": 5},  # what is no sum is there whole
+    }
+    plan = plan_merge(run, open_base(base), None)
+    assert plan.summary() == said
+    assert plan.lines() == [
+        "merged 2 modules (5 of 16 components survived training) into 5 tensors in 2 shard(s)"
+    ]
+    assert plan.nbytes == 64 + 8 + 64 + 6 + 16
+    narrow = plan_merge(run, open_base(base), torch.float16)
+    assert narrow.summary()["copied"] == 2
+    assert narrow.nbytes == 32 + 4 + 32 + 6 + 16

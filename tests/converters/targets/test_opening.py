@@ -273,3 +273,34 @@ def test_engines_by_name(llama_base: Path, llama_lora: Path, tmp_path: Path) -> 
     with pytest.raises(TargetError, match="not installed") as caught:
         open_in("nothing", tmp_path, base, run)
     assert (caught.value.file, caught.value.found) == (tmp_path, "nothing")
+
+
+def test_what_is_compared_of_each_kind_of_output(llama_base: Path) -> None:
+    small = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    rest = {"intermediate_size": 24, "vocab_size": 40, "max_position_embeddings": 20}
+    config = transformers.BertConfig(**small, **rest)
+    mask = INPUTS["attention_mask"]
+    torch.manual_seed(0)
+    asked = transformers.BertForQuestionAnswering(config).eval()
+    with torch.no_grad():
+        output = asked(**INPUTS)
+    expected = torch.stack([output.start_logits, output.end_logits]) * mask
+    assert torch.equal(logits(asked, INPUTS), expected)
+    assert not logits(asked, INPUTS)[:, 1, 2].any()
+    assert bool(logits(asked, {**INPUTS, "attention_mask": torch.ones_like(mask)})[:, 1, 2].all())
+    body = transformers.BertModel(config).eval()
+    with torch.no_grad():
+        output = body(**INPUTS)
+    assert torch.equal(logits(body, INPUTS), output.last_hidden_state * mask.unsqueeze(-1))
+    image = transformers.ViTConfig(**small, intermediate_size=24, image_size=8, patch_size=4)
+    sees = transformers.ViTModel(image).eval()
+    pixels = {"pixel_values": torch.randn(2, 3, 8, 8)}
+    with torch.no_grad():
+        output = sees(**pixels)
+    both = torch.cat([output.last_hidden_state.flatten(1), output.pooler_output], dim=1)
+    assert torch.equal(logits(sees, pixels), both)
+    half = transformers.ViTForImageClassification(image).eval().half()
+    found = logits(half, pixels)  # its inputs take its dtype, what comes out float32
+    assert (found.dtype, found.shape) == (torch.float32, (2, 2))
+    both_kinds = LlamaForCausalLM.from_pretrained(llama_base, dtype=torch.bfloat16)
+    assert logits(both_kinds, INPUTS).dtype == torch.float32

@@ -10,9 +10,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from converters.errors import MissingError, OutputError, TargetError
 from converters.model.base import open_base
+from converters.targets import publish as module
 from converters.targets.engines import PROFILES
 from converters.targets.publish import publish
 from converters.targets.target import (
@@ -25,7 +27,7 @@ from converters.targets.target import (
     target_of,
     targets,
 )
-from dora_serve import merge, write_adapter
+from dora_serve import merge, read_run, write_adapter
 from tests.converters.made import certificate, make_run
 
 OURS = ["gguf", "lorax", "merged", "onnx", "peft", "sglang", "vllm"]
@@ -123,6 +125,7 @@ def test_a_plan_becomes_a_folder_with_a_certificate(llama_base: Path, tmp_path: 
     assert (said["target"], said["accuracy"], said["more"]) == ("small", {"read": "out"}, 1)
     assert said["modules"] == {"q": {"rank": 2}}
     assert set(said["files"]) == {"file"}
+    assert said["base"]["fingerprint"] == open_base(llama_base).fingerprint
     again = publish(plan, tmp_path / "again")
     assert again.accuracy == {}
     assert "accuracy" not in certificate(tmp_path / "again")
@@ -148,7 +151,53 @@ def test_a_plan_that_may_not_be_written_is_not(llama_base: Path, tmp_path: Path)
     ]
 
 
-def test_what_a_target_has_that_says_nothing_else(tmp_path: Path, llama_base: Path) -> None:
+@dataclass(frozen=True, kw_only=True)
+class Stopped(Small):
+    """Is interrupted when a part is written."""
+
+    pieces = True
+
+    def write(self, folder: Path, name: str, progress: Progress) -> Report:
+        report = super().write(folder, name, progress)
+        if (folder / "half").exists():
+            return report
+        (folder / "half").touch()
+        raise KeyboardInterrupt
+
+
+@pytest.mark.parametrize("resume", [True, False])
+def test_what_an_interrupted_plan_leaves_to_one_that_resumes(
+    llama_base: Path, tmp_path: Path, resume: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    in_pieces: list[bool] = []
+    certify = module.write_certificate
+
+    def write_certificate(folder: Path, proof: Any, pieces: bool) -> None:
+        in_pieces.append(pieces)
+        certify(folder, proof, pieces)
+
+    monkeypatch.setattr(module, "write_certificate", write_certificate)
+    plan = Stopped(
+        target="small",
+        nbytes=3,
+        run=make_run(tmp_path / "run", {}),
+        base=open_base(llama_base),
+    )
+    with pytest.raises(KeyboardInterrupt):
+        publish(plan, tmp_path / "out", resume=resume)
+    left = list(tmp_path.glob(".out.*"))
+    assert bool(left) is resume and not (tmp_path / "out").exists()
+    if resume:
+        assert publish(plan, tmp_path / "out", resume=True).written
+        assert in_pieces == [True]
+        assert list(tmp_path.glob(".out.*")) == []
+        publish(small(tmp_path, llama_base), tmp_path / "other")
+        assert in_pieces == [True, False]
+
+
+def test_what_a_target_has_that_says_nothing_else(
+    tmp_path: Path, llama_base: Path, llama_lora: Path
+) -> None:
     class Plain(Target):
         name, kind, options = "plain", "adapter", object
 
@@ -157,6 +206,10 @@ def test_what_a_target_has_that_says_nothing_else(tmp_path: Path, llama_base: Pa
     run = make_run(tmp_path / "run", {})
     with pytest.raises(NotImplementedError):
         plain.plan(run, None, None)
+    lora = read_run(llama_lora)
+    opened = plain.open(llama_lora, open_base(llama_base), lora, "peft")
+    ids = {"input_ids": torch.tensor([[5]]), "attention_mask": torch.tensor([[1]])}
+    assert opened.read([ids]).values[0].shape == (1, 1, 80)
     with pytest.raises(TargetError, match="not installed"):
         plain.open(tmp_path, open_base(llama_base), run, "no such engine")
     without = Plan(target="plain", run=run, base=None, nbytes=0)
