@@ -85,7 +85,9 @@ BASES: dict[str, tuple[Spoil, str]] = {
     "layers of other weights": (config(num_hidden_layers=1900), "over 64"),
     "layers inside": (config(text_config={"depth": 10**9}), "depth is 1000000000"),
     "layers in a list": (config(depths=[1, 10**9]), "depths is 1000000000"),
-    "experts without end": (config(num_hidden_layers=60, num_local_experts=1999), "times num_local_experts"),
+    "experts without end": (
+        config(num_hidden_layers=60, num_local_experts=1999), "times num_local_experts"
+    ),
     "positions one by one": (
         config(model_type="distilbert", max_position_embeddings=10**8, dim=64), "over 131072"
     ),
