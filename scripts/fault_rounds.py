@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import random
 import sys
@@ -54,26 +55,52 @@ def commands(world: World, onnx: bool) -> list[Command]:
     def adapter(place: Path, run: str, base: Path) -> None:
         export("adapter", inputs / run, place / "out", "--base", base, "--force")
 
-    def cache(place: Path, run: str, base: Path) -> None:
-        from converters.errors import DoraExportError
-        from converters.model.base import open_base
-        from dora_serve.folder.inventory import read_member
-        from dora_serve.vllm.convert import vllm_adapter
-
-        os.environ["DORA_SERVE_CACHE"] = str(place / "cache")
-        try:
-            vllm_adapter(read_member(run, inputs / run, [], open_base(base)))
-        except DoraExportError as error:
-            sys.exit(print(f"error: {error}") or 1)
-
     def graph(place: Path, run: str, base: Path) -> None:
         export("onnx", ONNX_RUNS[run], place / "out", "--base", base, "--force")
 
     base = inputs / "base"
     if onnx:
         return [Command("onnx", graph, MODELS / "tiny-llama-base")]
-    named = (("merge", merge), ("adapter", adapter), ("cache", cache))
+    named = (("merge", merge), ("adapter", adapter), ("cache", partial(into_cache, inputs)))
     return [Command(name, work, base) for name, work in named]
+
+
+def into_cache(inputs: Path, place: Path, run: str, base: Path) -> None:
+    """Convert the run of that name in `inputs` for vLLM, as `up` does, into the cache of `place`."""
+    from converters.errors import DoraExportError
+    from converters.model.base import open_base
+    from dora_serve.folder.inventory import read_member
+    from dora_serve.vllm.convert import vllm_adapter
+
+    os.environ["DORA_SERVE_CACHE"] = str(place / "cache")
+    try:
+        vllm_adapter(read_member(run, inputs / run, [], open_base(base)))
+    except DoraExportError as error:
+        sys.exit(print(f"error: {error}") or 1)
+
+
+def prepare(root: Path, place: Path) -> None:
+    """Make what `up` serves of `root`; a member that cannot be served is an error here."""
+    from converters.errors import DoraExportError
+    from dora_serve.server.prepare.make import make_offer
+
+    os.environ["DORA_SERVE_CACHE"] = str(place / "cache")
+    try:
+        problems = make_offer(root, None, False, print).problems
+    except DoraExportError as error:
+        problems = {"all": str(error)}
+    if problems:
+        sys.exit(print(f"error: {problems}") or 1)
+
+
+def as_made(place: Path) -> bool:
+    """Whether all that the cache of `place` calls made is there as it was made."""
+    from dora_serve.folder.cache import _content
+
+    receipts = [*(place / "cache/receipts").glob("*.json")]
+    known = {path.stem: json.loads(path.read_text()) for path in receipts}
+    cache = place / "cache"
+    return all(content in (None, _content(cache / name)) for name, content in known.items())
 
 
 class Rounds:

@@ -299,3 +299,28 @@ def test_the_library_is_loaded_only_by_signing(signed: Path) -> None:
     modules = "dora_serve.commands.check, dora_serve.commands.sign, dora_serve.proof.signing"
     code = f"import sys, {modules}; sys.exit('model_signing' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], cwd=signed.parent).returncode == 0
+
+
+def test_what_belongs_to_git_is_signed(merged: Path, keys: Path) -> None:
+    (merged / ".gitattributes").write_text("* text")
+    (merged / ".git").mkdir()
+    (merged / ".git" / "config").write_text("[core]")
+    sign(merged, keys / "ours")
+    assert verify_signature(merged, keys / "ours.pub") == []
+    for name in (".gitattributes", ".git/config"):
+        before = (merged / name).read_bytes()
+        (merged / name).write_text("hook = evil")
+        with pytest.raises(SignatureError, match="not what was signed") as caught:
+            verify_signature(merged, keys / "ours.pub")
+        assert caught.value.file == merged / name
+        (merged / name).write_bytes(before)
+    assert verify_signature(merged, keys / "ours.pub") == []
+
+
+def test_what_the_tool_leaves_out_is_told(merged: Path, keys: Path) -> None:
+    (merged / ".gitattributes").write_text("* text")
+    assert model_signing("sign", merged, "--private_key", keys / "ours") == 0
+    assert verify_signature(merged, keys / "ours.pub") == [".gitattributes"]
+    done = run("check", merged, "--public-key", keys / "ours.pub")
+    assert done.exit_code == 0
+    assert "warning: the signature leaves out .gitattributes" in done.stderr

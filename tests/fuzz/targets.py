@@ -16,8 +16,8 @@ import torch
 from safetensors.torch import save, save_file
 from transformers import LlamaForCausalLM
 
-from converters.certificate import FILE
-from converters.errors import DoraExportError
+from converters.certificate import FILE, strangers
+from converters.errors import DoraExportError, apart
 from converters.files.onnx_files import read_adapter_file
 from converters.files.tensors import open_file
 from converters.model.base import open_base
@@ -25,7 +25,12 @@ from converters.targets.merged.plan import plan_merge
 from dora_serve import ReadOptions, export, merge, read_run
 from dora_serve.api import find_base
 from dora_serve.proof.check import check
+from dora_serve.server.chat_template import ChatTemplate
+from dora_serve.server.prepare.onnx_folders import read_onnx_folder
+from dora_serve.server.prepare.onnx_graphs import check_graphs, read_genai
+from dora_serve.server.wire.errors import ApiError
 from tests.conftest import tiny_llama
+from tests.dora_serve.test_neighbours import GENAI, graph_folder
 from tests.fuzz.archives import pickle_in, with_pickle
 from tests.fuzz.methods import packed, prepare_runs, read_one, unpacked
 from tests.fuzz.mutate import SPLIT
@@ -234,7 +239,62 @@ def _certificate(folder: Path) -> list[bytes]:
 
 def _read_certificate(folder: Path, data: bytes) -> None:
     (folder / "merged" / FILE).write_bytes(data)
+    strangers(folder / "merged")
     check(folder / "merged", folder / "base")
+
+
+def _onnx_folder(folder: Path) -> list[bytes]:
+    """Certificate and genai_config.json of a graph with an adapter, of which nothing is read."""
+    graph_folder(folder)
+    proof = {
+        "tool": "dora-serve 1",
+        "run": {"method": "dora"},
+        "modules": {"a.q": {"start_rank": 4, "rank": 2, "rounding": {"lost": 0.5}}},
+        "adapters": {"x": {"run": {"method": "dora"}, "modules": {"a.q": {"rank": 2}}}},
+    }
+    return [json.dumps({"proof": proof, "genai": GENAI}).encode()]
+
+
+def _read_onnx_folder(folder: Path, data: bytes) -> None:
+    """As `up` does, where what is wrong is a problem of this folder."""
+    try:
+        said = json.loads(data)
+        proof, genai = json.dumps(said["proof"]), json.dumps(said["genai"])
+    except (ValueError, LookupError, TypeError, RecursionError):
+        proof = genai = data.decode(errors="replace")
+    (folder / FILE).write_text(proof, errors="replace")
+    (folder / "genai_config.json").write_text(genai, errors="replace")
+    problems: dict[str, str] = {}
+    with apart(problems, "folder"):
+        read_onnx_folder("folder", folder)
+    assert "MemoryError" not in problems.get("folder", "")
+
+
+def _graph(folder: Path) -> list[bytes]:
+    return [(graph_folder(folder) / "model.onnx").read_bytes()]
+
+
+def _read_graph(folder: Path, data: bytes) -> None:
+    (folder / "model.onnx").write_bytes(data)
+    check_graphs(folder, read_genai(folder))
+
+
+def _template(folder: Path) -> list[bytes]:
+    """A tokenizer's configuration, with a template in each form that there is."""
+    folder.mkdir(exist_ok=True)
+    template = "{% for m in messages %}{{ m.content }}{% endfor %}"
+    several = [
+        {"name": "default", "template": template},
+        {"name": "tool_use", "template": "{{ x }}"},
+    ]
+    one = {"bos_token": "<s>", "eos_token": {"content": "</s>"}, "chat_template": template}
+    return [json.dumps(seed).encode() for seed in (one, {**one, "chat_template": several})]
+
+
+def _read_template(folder: Path, data: bytes) -> None:
+    (folder / "tokenizer_config.json").write_bytes(data)
+    with contextlib.suppress(ApiError):
+        ChatTemplate(folder).render([{"role": "user", "content": "x"}], generation=True)
 
 
 def _onnx_adapter(folder: Path) -> list[bytes]:
@@ -270,6 +330,9 @@ TARGETS = {
         Target("base config.json, merged and GGUF", _base_and_adapter, _read_base, rounds=12),
         Target("shard index", _index, _read_index),
         Target("certificate", _certificate, _read_certificate),
+        Target("certificate and genai_config.json", _onnx_folder, _read_onnx_folder),
+        Target("ONNX graph", _graph, _read_graph, text=False),
+        Target("files of chat templates", _template, _read_template),
         Target("onnx_adapter", _onnx_adapter, _read_onnx_adapter, text=False),
     )
 }
