@@ -55,7 +55,7 @@ def test_a_file_that_is_not_what_its_configuration_names_is_said(
 
 
 def test_patterns_that_mean_something_are_not_said(tmp_path: Path, llama_base: Path) -> None:
-    config = {
+    config: dict[str, Any] = {
         "target_modules": ["q_proj", "up_proj"],
         "rank_pattern": {"^model.layers.0.self_attn.q_proj": 2, "up_proj": 5},
         "alpha_pattern": {r"layers\.1\..*": 7},
