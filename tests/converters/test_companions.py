@@ -127,6 +127,14 @@ def test_the_pipeline_of_a_base_goes_along(tmp_path: Path, embedder: Path) -> No
     assert files(tmp_path / "merged") >= PIPELINE
 
 
+def test_json_of_others_beside_a_base_is_no_configuration(tmp_path: Path, embedder: Path) -> None:
+    """all-MiniLM-L6-v2 has a list of its training data beside it, `data_config.json`."""
+    put(embedder / "data_config.json", [{"name": "pairs", "lines": 3}])
+    embedding_run(embedder, tmp_path / "run")
+    assert merge(tmp_path / "run", tmp_path / "merged", base=embedder).warnings == ()
+    assert "data_config.json" in files(tmp_path / "merged")
+
+
 def test_a_pipeline_that_was_saved_with_the_run_takes_its_place(
     tmp_path: Path, embedder: Path
 ) -> None:

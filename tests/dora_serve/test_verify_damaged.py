@@ -66,10 +66,9 @@ def other_keys(out: Path) -> None:
 
 def other_words(out: Path) -> None:
     words = json.loads((out / "tokenizer.json").read_text())
-    ids = words["model"]["vocab"]
-    words["model"]["vocab"] = dict(
-        zip(ids, [*list(ids.values())[:4], *list(ids.values())[:3:-1]], strict=True)
-    )
+    ids = list(words["model"]["vocab"].values())
+    turned = [*ids[:4], *ids[:3:-1]]
+    words["model"]["vocab"] = dict(zip(words["model"]["vocab"], turned, strict=True))
     (out / "tokenizer.json").write_text(json.dumps(words))
 
 

@@ -8,6 +8,8 @@ from typing import Any
 
 from click.testing import CliRunner
 
+from dora_serve.batch.convert import convert
+from dora_serve.batch.job import Job
 from dora_serve.commands import dora_export
 from dora_serve.onnxruntime.decoder import Decoder
 from tests.conftest import MODELS
@@ -42,6 +44,20 @@ def test_adapters_are_written_named_and_added(tmp_path: Path) -> None:
     again = export("--add", out, "--base", BASE, "--adapter", SECOND)
     assert again.exit_code == 1
     assert "there already" in again.output
+
+
+def test_every_way_to_a_graph_says_how_exact_it_is(tmp_path: Path) -> None:
+    words = ["export", DOWN, tmp_path / "one", "--base", BASE, "--target", "onnx", "--json"]
+    done = CliRunner().invoke(dora_export, [*map(str, words)])
+    assert done.exit_code == 0, done.output
+    job = Job("two", str(SECOND), str(BASE), "onnx", "onnx", tmp_path / "two")
+    record = convert(job)
+    assert record is not None and record.error is None
+    for name in ("one", "two"):
+        accuracy = json.loads((tmp_path / name / "dora_export.json").read_text())["accuracy"]
+        assert accuracy.keys() == {"merged"}
+        assert accuracy["merged"]["max_abs"] < 1e-4 < accuracy["merged"]["control"]
+    assert json.loads(done.stdout)["accuracy"].keys() == {"merged"}
 
 
 def test_what_cannot_be_meant_is_a_usage_error(tmp_path: Path) -> None:

@@ -1,0 +1,69 @@
+"""What a configuration names and the file lacks, or has beyond it, is said module by module."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from dora_serve import ReadOptions, read_run, write_adapter
+from tests.converters.test_promises import drop, edit, run_of
+
+# adapted, what the configuration says instead, tensors that are taken out, what is said
+UNLIKE: dict[str, tuple[dict[str, Any], dict[str, Any], str, str]] = {
+    "one layer is lost": ({}, {}, "layers.1", "layers.1.self_attn.q_proj to be adapted"),
+    "by a pattern": ({}, {"target_modules": ".*[qv]_proj"}, "", "v_proj to be adapted"),
+    "by its layers": (
+        {"layers_to_transform": [0]},
+        {"layers_to_transform": [0, 1]},
+        "",
+        "layers.1.self_attn.q_proj to be adapted",
+    ),
+    "a parameter": (
+        {},
+        {"target_parameters": ["mlp.up_proj.weight"]},
+        "",
+        "mlp.up_proj.weight to be adapted",
+    ),
+    "no such layer": ({}, {"layers_to_transform": [0, 1, 7]}, "", "layer 7 is of nothing"),
+    "no such rank": ({}, {"rank_pattern": {"nowhere": 2}}, "", "rank_pattern['nowhere'] is of"),
+    "no such alpha": ({}, {"alpha_pattern": {"mlp.*": 2}}, "", "alpha_pattern['mlp.*'] is of"),
+    "more modules": (
+        {"target_modules": ["q_proj", "v_proj"]},
+        {"target_modules": ["q_proj"]},
+        "",
+        "layers.1.self_attn.v_proj, which the configuration does not name",
+    ),
+    "more layers": ({}, {"layers_to_transform": [0]}, "", "layers.1.self_attn.q_proj, which"),
+    "excluded": ({}, {"exclude_modules": ["0.self_attn.q_proj"]}, "", "layers.0.self_attn.q_proj,"),
+}
+
+
+@pytest.mark.parametrize("case", UNLIKE)
+def test_a_file_that_is_not_what_its_configuration_names_is_said(
+    tmp_path: Path, llama_base: Path, case: str
+) -> None:
+    adapted, said, lost, expected = UNLIKE[case]
+    run = run_of(llama_base, tmp_path / "run", **adapted)
+    assert read_run(run, ReadOptions(base=llama_base)).warnings == ()
+    edit(run, **said)
+    if lost:
+        drop(run, lost)
+    (warning,) = read_run(run, ReadOptions(base=llama_base)).warnings
+    assert expected in warning
+
+
+def test_patterns_that_mean_something_are_not_said(tmp_path: Path, llama_base: Path) -> None:
+    config: dict[str, Any] = {
+        "target_modules": ["q_proj", "up_proj"],
+        "rank_pattern": {"^model.layers.0.self_attn.q_proj": 2, "up_proj": 5},
+        "alpha_pattern": {r"layers\.1\..*": 7},
+        "layers_to_transform": [1, 0],
+        "layers_pattern": "layers",
+    }
+    run = run_of(llama_base, tmp_path / "run", **config)
+    assert read_run(run, ReadOptions(base=llama_base)).warnings == ()
+    assert read_run(run).warnings == ()
+    write_adapter(run, tmp_path / "adapter", base=llama_base)
+    assert read_run(tmp_path / "adapter", ReadOptions(base=llama_base)).warnings == ()
