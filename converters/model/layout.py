@@ -115,6 +115,7 @@ class Layout:
         for parameter, parts in placed.items():
             found = self._updates(run, parameter, parts)
             if not found:
+                self._base.refuse_packed(parts[0][1])
                 raise BaseError(
                     "the base holds no tensor for this module, whose weight may be tied",
                     file=self._base.path,

@@ -38,11 +38,11 @@ COMPUTES = {
 class Engine:
     """One base in vLLM, asked with an adapter and without."""
 
-    def __init__(self, folder: Path, family: str) -> None:
+    def __init__(self, folder: Path, family: str, **changes: object) -> None:
         from vllm import LLM
 
         self.family, self.folder, self.count = family, folder, 0
-        make(folder, FAMILIES[family], **HEADS_OF_32)
+        make(folder, FAMILIES[family], **{**HEADS_OF_32, **changes})
         self._pools = FAMILIES[family].task == "FEATURE_EXTRACTION"
         settings = {"runner": "pooling", "convert": "embed"} if self._pools else {}
         self.llm = LLM(
