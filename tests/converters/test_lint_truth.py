@@ -183,3 +183,18 @@ def test_single_experts_are_written_as_peft_holds_them(tmp_path: Path, name: str
         merge(run, tmp_path / f"merged-{source}", base=base)
         merged = logits(cls.from_pretrained(tmp_path / f"merged-{source}"))
         assert float((merged - truth).abs().max()) <= BOUND
+
+
+@pytest.mark.further
+def test_another_tuner_of_the_text_model_alone(tmp_path: Path, made: Made) -> None:
+    """On a base that sees: the class whose names the adapter has is the one PEFT loads it into."""
+    family, base = FAMILIES["qwen3.5, text"], made("qwen3.5, text")
+    plain = logits(load(family, base))
+    truth = train(load(family, base), TUNERS["loha"](), tmp_path / "clean")
+    assert float((truth - plain).abs().max()) > 10 * BOUND
+    for number, change in enumerate((str, WRAPPED["FSDP"])):
+        lora = renamed(tmp_path / "clean", tmp_path / str(number), change, every=True)
+        assert bool(errors(lora, base, "peft")) == (change is not str)
+        merge(read_run(lora, ReadOptions(base=base)), tmp_path / f"merged-{number}", base=base)
+        merged = load(family, tmp_path / f"merged-{number}")
+        assert float((logits(merged) - truth).abs().max()) <= BOUND

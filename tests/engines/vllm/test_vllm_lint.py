@@ -11,13 +11,16 @@ from typing import Any
 import pytest
 import torch
 from peft import LoraConfig
+from safetensors.torch import load_file
 
 from converters.lint import lint
 from converters.model.base import open_base
+from converters.targets.lora_folder import WEIGHTS
 from dora_serve import read_run, write_adapter
 from tests.converters.lint_cases import Plant, unsaid
 from tests.converters.naming import FAMILIES, OTHERS, WRAPPED, load, make, renamed, stranger
 from tests.converters.test_lint_truth import spoilt, train
+from tests.converters.test_naming import AS_IT_LIES
 from tests.engines.vllm.servers import free_port
 from tests.engines.vllm.test_vllm_names import BOUND, Engine
 
@@ -97,10 +100,21 @@ def finds(loader: Any, lora: Path, number: int) -> bool:
     return bool(adapter.loras) and adapter.loras.keys() <= known
 
 
+def marks(family: str) -> list[pytest.MarkDecorator]:
+    rows = [
+        pytest.mark.named(
+            family=family,
+            form=form,
+            computes=("vllm",) if form in FINDS[family] else (),
+            asked=("vllm",),
+        )
+        for form in AS_IT_LIES[family]
+    ]
+    return rows if family == "llama" else [*rows, pytest.mark.further]
+
+
 @pytest.mark.usefixtures("alone")
-@pytest.mark.parametrize(
-    "family", [n if n == "llama" else pytest.param(n, marks=pytest.mark.further) for n in FINDS]
-)
+@pytest.mark.parametrize("family", [pytest.param(name, marks=marks(name)) for name in FINDS])
 def test_names_in_the_class_that_vllm_builds(tmp_path: Path, family: str) -> None:
     if family in SEES:
         pytest.importorskip("torchvision")
@@ -110,13 +124,12 @@ def test_names_in_the_class_that_vllm_builds(tmp_path: Path, family: str) -> Non
     found, told, seen = set(), set(), set()
     for number, (form, change) in enumerate(FORMS.items(), 1):
         lora = renamed(clean, tmp_path / str(number), change)
-        keys = (lora / "adapter_model.safetensors").read_bytes()
-        if form != "PEFT" and keys == (clean / "adapter_model.safetensors").read_bytes():
+        if form != "PEFT" and load_file(lora / WEIGHTS).keys() == load_file(clean / WEIGHTS).keys():
             continue
         seen.add(form)
         found |= {form} if finds(loader, lora, number) else set()
         told |= set() if errors(lora, base) else {form}
-    assert told == found == FINDS[family] & seen
+    assert told == found == set(FINDS[family]) & seen
     for form in seen - {"another", "transformers 4"}:
         lora = tmp_path / str(list(FORMS).index(form) + 1)
         write_adapter(read_run(lora), tmp_path / f"out-{form}", base=base, target="vllm")
@@ -142,7 +155,7 @@ CASES: dict[str, tuple[dict[str, Any], Plant | None, bool]] = {
 
 @pytest.fixture(scope="module")
 def engine(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Engine]:
-    made = Engine(tmp_path_factory.mktemp("tied"), "llama", tie_word_embeddings=True)
+    made = Engine(tmp_path_factory.mktemp("tied"), "llama", tie_word_embeddings=True, head_dim=32)
     yield made
     made.llm.llm_engine.engine_core.shutdown()
 

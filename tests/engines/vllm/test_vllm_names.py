@@ -16,6 +16,7 @@ from converters.lint import lint
 from converters.model.base import open_base
 from dora_serve import read_run, write_adapter
 from tests.converters.naming import FAMILIES, OTHERS, WRAPPED, load, make, renamed, stranger
+from tests.converters.test_naming import AS_IT_LIES
 
 pytestmark = pytest.mark.skipif(find_spec("vllm") is None, reason="needs vLLM")
 
@@ -101,7 +102,21 @@ class Engine:
         return float((found - truth)[known].abs().max()) <= BOUND
 
 
-@pytest.fixture(scope="module", params=["qwen2", "qwen2, embedding"])
+def _marks(family: str) -> list[pytest.MarkDecorator]:
+    return [
+        pytest.mark.named(
+            family=family,
+            form=form,
+            computes=("vllm",) if form in COMPUTES[family] else (),
+            asked=("vllm",),
+        )
+        for form in AS_IT_LIES[family]
+    ]
+
+
+@pytest.fixture(
+    scope="module", params=[pytest.param(name, marks=_marks(name)) for name in COMPUTES]
+)
 def engine(
     request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[Engine]:
