@@ -68,23 +68,27 @@ NAMES = """
 ## Names
 
 What an engine does with a LoRA folder whose modules are called as other tools call them. Every row
-is a test that loads the file as it lies there into the engine: a dot where the engine computes what
-was trained. Where there is none it does nothing with the file, without a word, and `lint` says so.
-Merges, and adapters that are written anew (`adapter`, `lint --fix`), are right for every row.
+is a test that loads the file as it lies there into the engine: ● where it computes what was
+trained, ○ where it does nothing with the file, mostly without a word, which `lint` says; where
+there is neither, no test asks. Merges, and adapters that are written anew (`adapter`,
+`lint --fix`), are right for every row. vllm: in a running engine, or by the loader and the modules
+of the class that vLLM builds.
 
 | family | form of name | {engines} | proved by |
 |---|---|{rule}|---|
 """
-ENGINES = ("peft", "transformers")
+ENGINES = ("peft", "transformers", "vllm")
 
 
 class _Collector:
-    """Keeps what the collected tests claim: (method, family) → target → test names, (family, form
-    of name) → engine → test names, and (family, tied side) → way → what becomes of it."""
+    """Keeps what the collected tests claim: (method, family) → target → test names; (family, form
+    of name) → engine → test names, in `deaf` of the engines that the form is lost on; and (family,
+    tied side) → way → what becomes of it."""
 
     def __init__(self) -> None:
         self.cells: Cells = defaultdict(lambda: defaultdict(set))
         self.names: Cells = defaultdict(lambda: defaultdict(set))
+        self.deaf: Cells = defaultdict(lambda: defaultdict(set))
         self.ties: Ties = defaultdict(dict)
         self.proof = ""
 
@@ -102,9 +106,10 @@ class _Collector:
                     key = (mark.kwargs["method"], mark.kwargs["family"])
                     self.cells[key][target].add(name)
             for mark in item.iter_markers("named"):
-                name = f"{item.path.relative_to(ROOT)}::{getattr(item, 'originalname', item.name)}"
-                for engine in ("", *mark.kwargs["computes"]):
-                    self.names[mark.kwargs["family"], mark.kwargs["form"]][engine].add(name)
+                key = (mark.kwargs["family"], mark.kwargs["form"])
+                for engine in mark.kwargs["asked"]:
+                    hears = engine in mark.kwargs["computes"]
+                    (self.names if hears else self.deaf)[key][engine].add(name)
 
 
 def collect() -> _Collector:
@@ -118,22 +123,25 @@ def collect() -> _Collector:
     return collector
 
 
-def rows(cells: Cells, columns: tuple[str, ...]) -> list[str]:
-    lines = []
-    for (first, second), found in sorted(cells.items()):
-        dots = " | ".join("●" if column in found else "" for column in columns)
-        tests = ", ".join(f"`{n}`" for n in sorted({n for names in found.values() for n in names}))
+def rows(cells: Cells, columns: tuple[str, ...], deaf: Cells | None = None) -> list[str]:
+    """A row of each key of `cells`, and of `deaf`, which has what was asked in vain."""
+    lines, vain = [], deaf or {}
+    for first, second in sorted({*cells, *vain}):
+        found, lost = cells.get((first, second), {}), vain.get((first, second), {})
+        dots = " | ".join("●" if c in found else "○" if c in lost else "" for c in columns)
+        named = {name for each in (found, lost) for names in each.values() for name in names}
+        tests = ", ".join(f"`{name}`" for name in sorted(named))
         lines.append(f"| {first} | {second} | {dots} | {tests} |\n")
     return lines
 
 
-def page(cells: Cells, names: Cells) -> str:
+def page(cells: Cells, names: Cells, deaf: Cells) -> str:
     lines = [HEAD.format(targets=" | ".join(TARGETS), rule="|".join(":-:" for _ in TARGETS))]
     lines += rows(cells, TARGETS)
     methods, families = {m for m, _ in cells}, {f for _, f in cells}
     lines.append(f"\n{len(methods)} methods, {len(families)} families, {len(cells)} rows.\n")
     lines.append(NAMES.format(engines=" | ".join(ENGINES), rule="|".join(":-:" for _ in ENGINES)))
-    lines += rows(names, ENGINES)
+    lines += rows(names, ENGINES, deaf)
     return "".join(lines)
 
 
@@ -151,7 +159,10 @@ def main() -> None:
     parser.add_argument("--check", action="store_true", help="exit 1 when the page is not current")
     found = collect()
     check = parser.parse_args().check
-    for path, current in ((PAGE, page(found.cells, found.names)), (TIES, ties_page(found))):
+    for path, current in (
+        (PAGE, page(found.cells, found.names, found.deaf)),
+        (TIES, ties_page(found)),
+    ):
         if not check:
             path.write_text(current)
         elif not path.exists() or path.read_text() != current:

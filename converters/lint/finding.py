@@ -131,8 +131,9 @@ class Adapter:
         """What the base calls the module that is stored as `module`; None where it has none of a
         name that transformers knows."""
         plain = unwrapped(module)
-        if self.classes is not None:
-            return self.classes.module(plain)
+        if self.classes is not None:  # vLLM has names of its own inside of multimodal models
+            own = plain.replace("language_model.model.", "model.language_model.", 1)
+            return self.classes.module(plain) or self.classes.module(own)
         return plain if self.base is None or self.base.weight(plain) is not None else None
 
     @cached_property

@@ -111,6 +111,7 @@ class BaseModel:
             return not square or (conv1d and module.rsplit(".", 1)[-1] in CONV1D_LAYERS)
         if stored == shape:
             return False
+        self.refuse_packed(module)
         raise BaseError(
             "the run's update does not fit the base weight",
             file=weight.path,
@@ -119,6 +120,20 @@ class BaseModel:
             expected=list(shape),
             remedy="is this the base the run was trained on? pass the right one with `base`",
         )
+
+    def refuse_packed(self, module: str) -> None:
+        """Raise `BaseError` for a base whose weights are packed, which take no update."""
+        said = self.config.get("quantization_config")
+        if said is not None:
+            kind = said.get("quant_method") if isinstance(said, dict) else said
+            raise BaseError(
+                "the base is quantized, and the file holds no plain weight of this module",
+                file=self.path,
+                tensor=f"{module}.weight",
+                found=f"quantization_config: {kind}",
+                remedy="merge into the base before it was quantized, or deploy an adapter "
+                "(`adapter`), which engines compute beside the quantized base",
+            )
 
     def dtype(self) -> torch.dtype:
         """The dtype that most of the base's bytes have."""

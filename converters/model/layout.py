@@ -121,6 +121,7 @@ class Layout:
                 loaders[name], origin[name] = _loader(run, module), module
                 shapes[name] = run.shapes[module]
             elif not found:
+                self._base.refuse_packed(parts[0][1])
                 raise BaseError(
                     "the base holds no tensor for this module, whose weight may be tied",
                     file=self._base.path,

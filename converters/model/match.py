@@ -18,6 +18,9 @@ from .layout import Layout
 from .tasks import architecture_of, task_of, usual_ending
 from .tying import new_embedding, tensor_names
 
+# Model type → the module whose weight its class reads without calling it.
+_UNCALLED = {"mobilebert": "cls.predictions.decoder"}
+
 
 def stored_name(module: str, base: BaseModel) -> str:
     """The tensor of a module on disk; a head that is not there gets its name in memory."""
@@ -244,6 +247,15 @@ def resolved(run: Run, base: BaseModel) -> Run:
         if found is None:
             raise _unknown_module(run, base, known.whole, module)
         modules[module] = found
+        if found == _UNCALLED.get(str(base.config.get("model_type"))):
+            raise TargetError(
+                "the base's class reads the weight of this module without calling it, so the "
+                "update was without effect in training",
+                file=run.path,
+                tensor=found,
+                found=known.whole.names.architecture,
+                remedy="train it whole (modules_to_save), or take its tensors out of the run",
+            )
     tensors = {n: known.tensor(n) or n for n in (*run.replaced, *(run.embedded_base or ()))}
     return _renamed(run, modules, tensors)
 

@@ -11,10 +11,10 @@ from converters.certificate import FILE as CERTIFICATE
 from converters.certificate import read_records, strangers
 from converters.errors import DoraExportError, RunError
 from converters.files.handles import state_at
-from converters.files.hashes import file_hash
 from converters.files.json_files import read_json
-from converters.model.base import BaseModel, open_base
+from converters.model.base import open_base
 from converters.readers import ReadOptions, read_run
+from converters.targets.merged.companions import companions
 from converters.targets.target import target_named
 from dora_serve.api import export, find_base
 from dora_serve.folder.cache import content_key
@@ -39,7 +39,7 @@ def convert(job: Job) -> Record | None:
         base, said = None, dict[str, object]()
         if target_named(name).kind == "model":
             base = find_base(run, job.base)
-            said["base_files"] = _files(base)
+            said["beside"] = companions(base.path, run, base).hashes()
         elif job.base is not None:
             base = open_base(job.base)
             said["named"] = base.name  # the adapter's configuration has it
@@ -70,15 +70,6 @@ def convert(job: Job) -> Record | None:
         warnings,
         f"{socket.gethostname()}:{os.getpid()}",
     )
-
-
-def _files(base: BaseModel) -> dict[str, object]:
-    """What a merged model holds of its base beside the tensors."""
-    return {
-        path.name: file_hash(path)
-        for path in sorted(base.path.iterdir())
-        if path.is_file() and path not in base.shards
-    }
 
 
 def _remove_changed(output: Path) -> None:

@@ -12,6 +12,7 @@ import hashlib
 import os
 import re
 import shutil
+import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
@@ -63,7 +64,7 @@ def local_values(values: Mapping[str, Any], progress: Progress) -> Iterator[dict
     _check_apart(remotes, _flat(values.values()))
     paths: dict[Remote, Path] = {}
     names: dict[str, str] = {}
-    printed = Printed(names, held=any(remote.output for remote in remotes))
+    printed = Printed(names, any(remote.output for remote in remotes), sys.stdout)
     try:
         with named_errors(names), contextlib.ExitStack() as stack:
             # The output first: that it cannot be written should be known before much is fetched.
@@ -75,6 +76,7 @@ def local_values(values: Mapping[str, Any], progress: Progress) -> Iterator[dict
                 paths[remote] = stack.enter_context(place)
                 names[str(paths[remote])] = shown(remote.url)
             stack.enter_context(contextlib.redirect_stdout(printed))
+            stack.enter_context(contextlib.redirect_stderr(Printed(names, False, sys.stderr)))
             yield {name: _local(value, paths) for name, value in values.items()}
     except SystemExit as done:
         if done.code in _VERDICTS:

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import io
 import json
-import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from typing import TextIO
 
 from converters.errors import DoraExportError
 
@@ -15,11 +15,12 @@ _TELLING = ("README.md", "adapter_config.json", "dora_export.json")
 
 
 class Printed(io.StringIO):
-    """What is printed, with `names` for local paths; kept until `release` where it is `held`."""
+    """What is printed to `stream`, with `names` for local paths; kept until `release` where it is
+    `held`."""
 
-    def __init__(self, names: Mapping[str, str], held: bool) -> None:
+    def __init__(self, names: Mapping[str, str], held: bool, stream: TextIO) -> None:
         super().__init__()
-        self._names, self._held, self._stream = names, held, sys.stdout
+        self._names, self._held, self._stream = names, held, stream
 
     def isatty(self) -> bool:
         return self._stream.isatty()

@@ -188,6 +188,20 @@ def test_the_runs_tokenizer_brings_its_own_templates(tmp_path: Path, decoder: Pa
     assert found == {"additional_chat_templates/rag.jinja"}
 
 
+def test_a_template_of_the_run_goes_along_and_half_a_tokenizer_does_not(
+    tmp_path: Path, decoder: Path
+) -> None:
+    (tmp_path / "run" / "chat_template.jinja").write_text("run's")
+    written = merge(tmp_path / "run", tmp_path / "merged", base=decoder)
+    assert (tmp_path / "merged" / "chat_template.jinja").read_text() == "run's"
+    assert written.warnings == ()
+    put(tmp_path / "run" / "tokenizer.json", {"from": "run"})
+    written = merge(tmp_path / "run", tmp_path / "again", base=decoder)
+    (warning,) = written.warnings
+    assert "chat_template.jinja, tokenizer.json of the run stay behind" in warning
+    assert not (tmp_path / "again" / "chat_template.jinja").exists()
+
+
 def test_other_formats_of_the_base_and_stray_code_stay_behind(
     tmp_path: Path, decoder: Path
 ) -> None:

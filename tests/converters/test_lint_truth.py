@@ -18,7 +18,7 @@ from converters.targets.lora_folder import CONFIG, WEIGHTS
 from dora_serve import merge, read_run, write_adapter
 from tests.conftest import made_once
 from tests.converters.families import save_base
-from tests.converters.lint_cases import FURTHER, QUICK, Case
+from tests.converters.lint_cases import FURTHER, QUICK, Plant
 from tests.converters.naming import (
     BOTH,
     BOUND,
@@ -61,12 +61,12 @@ def train(model: Any, config: Any, out: Path) -> torch.Tensor:
     return truth
 
 
-def spoilt(case: Case, lora: Path) -> None:
-    if case.plant is None:
+def spoilt(plant: Plant | None, lora: Path) -> None:
+    if plant is None:
         return
     tensors, config = load_file(lora / WEIGHTS), json.loads((lora / CONFIG).read_text())
     before = {key: tensor.clone() for key, tensor in tensors.items()}, dict(config)
-    case.plant(tensors, config)
+    plant(tensors, config)
     same = tensors.keys() == before[0].keys() and config == before[1]
     assert not same or any(not torch.equal(tensors[key], before[0][key]) for key in tensors)
     save_file({key: tensor.contiguous() for key, tensor in tensors.items()}, lora / WEIGHTS)
@@ -88,7 +88,7 @@ def test_the_verdict_is_what_the_engines_do(tmp_path: Path, made: Made, name: st
     config = LoraConfig(**{**settings, **case.trained})
     truth = train(load(family, base), config, tmp_path / "lora")
     assert float((truth - plain).abs().max()) > 100 * BOUND
-    spoilt(case, tmp_path / "lora")
+    spoilt(case.plant, tmp_path / "lora")
     computes = {e for e in BOTH if computed(e, case.family, base, tmp_path / "lora", truth)}
     told = {e for e in BOTH if not errors(tmp_path / "lora", base, e)}
     assert told == computes == case.computes
@@ -183,3 +183,18 @@ def test_single_experts_are_written_as_peft_holds_them(tmp_path: Path, name: str
         merge(run, tmp_path / f"merged-{source}", base=base)
         merged = logits(cls.from_pretrained(tmp_path / f"merged-{source}"))
         assert float((merged - truth).abs().max()) <= BOUND
+
+
+@pytest.mark.further
+def test_another_tuner_of_the_text_model_alone(tmp_path: Path, made: Made) -> None:
+    """On a base that sees: the class whose names the adapter has is the one PEFT loads it into."""
+    family, base = FAMILIES["qwen3.5, text"], made("qwen3.5, text")
+    plain = logits(load(family, base))
+    truth = train(load(family, base), TUNERS["loha"](), tmp_path / "clean")
+    assert float((truth - plain).abs().max()) > 10 * BOUND
+    for number, change in enumerate((str, WRAPPED["FSDP"])):
+        lora = renamed(tmp_path / "clean", tmp_path / str(number), change, every=True)
+        assert bool(errors(lora, base, "peft")) == (change is not str)
+        merge(read_run(lora, ReadOptions(base=base)), tmp_path / f"merged-{number}", base=base)
+        merged = load(family, tmp_path / f"merged-{number}")
+        assert float((logits(merged) - truth).abs().max()) <= BOUND

@@ -86,7 +86,8 @@ PLAIN = {"qwen2", "gemma3", "qwen2-vl", "qwen3.5, text"}
 def _cases() -> list[Any]:
     def marks(family: str, form: str) -> list[pytest.MarkDecorator]:
         computes = tuple(sorted(AS_IT_LIES[family][form]))
-        found = [pytest.mark.named(family=family, form=form, computes=computes)]
+        asked = tuple(sorted(BOTH))
+        found = [pytest.mark.named(family=family, form=form, computes=computes, asked=asked)]
         slow = family not in PLAIN or (form in WRAPPED and family != "qwen2")
         return [*found, *([pytest.mark.further] if slow else [])]
 

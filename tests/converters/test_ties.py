@@ -21,7 +21,7 @@ from converters.errors import DoraExportError
 from converters.readers import ReadOptions
 from dora_serve import merge, read_run, write_adapter
 from tests.conftest import randomize
-from tests.converters.tied_families import FAMILIES, Family
+from tests.converters.tied_families import ENCODER, FAMILIES, Family
 
 
 def base(family: Family, folder: Path) -> None:
@@ -126,6 +126,26 @@ def test_one_side_of_what_is_tied(tmp_path: Path, name: str, side: str, way: str
     if side not in family.silent:
         otherwise(family, merged, tmp_path / "base", side)
         assert apart(logits(family, merged), truth) > 1e-3
+
+
+def test_a_head_that_its_class_reads_without_calling_it(tmp_path: Path) -> None:
+    """LoRA on MobileBERT's decoder has no effect in PEFT's live model; merged it would have."""
+    small = {"embedding_size": 32, "intra_bottleneck_size": 32, "true_hidden_size": 32}
+    head = "cls.predictions.decoder"
+    family = Family(
+        "MobileBertForMaskedLM", "MobileBertConfig", {**ENCODER, **small}, (head,), "query"
+    )
+    base(family, tmp_path / "base")
+    plain = logits(family, load(family, tmp_path / "base"))
+    model = get_peft_model(
+        load(family, tmp_path / "base"), LoraConfig(r=2, target_modules=["predictions.decoder"])
+    )
+    randomize(model)
+    model.save_pretrained(tmp_path / "lora")
+    assert apart(logits(family, model.eval()), plain) == 0
+    assert apart(logits(family, model.merge_and_unload()), plain) > 1e-3
+    with pytest.raises(DoraExportError, match="without calling it"):
+        merge(tmp_path / "lora", tmp_path / "merged", base=tmp_path / "base")
 
 
 @pytest.mark.parametrize("name", ["qwen2", "qwen3.5, sees", "bart", "bert"])

@@ -145,6 +145,21 @@ FAMILIES = {
         "q_proj",
     ),
     "gemma": Family("GemmaForCausalLM", "GemmaConfig", DECODER, EMBED, "q_proj"),
+    "phi": Family(
+        "PhiForCausalLM",
+        "PhiConfig",
+        {**{k: v for k, v in DECODER.items() if k != "head_dim"}, "tie_word_embeddings": True},
+        EMBED,
+        "q_proj",
+        biased=True,
+    ),
+    "bloom": Family(
+        "BloomForCausalLM",
+        "BloomConfig",
+        {"hidden_size": 32, "n_layer": 1, "n_head": 4, "vocab_size": 80},
+        ("transformer.word_embeddings", "lm_head"),
+        "query_key_value",
+    ),
     "gpt2": Family(
         "GPT2LMHeadModel",
         "GPT2Config",
@@ -208,6 +223,17 @@ FAMILIES = {
         "generator_lm_head",
         "query",
         values={**ENCODER, "embedding_size": 16},
+    ),
+    "xlm-roberta": _masked(
+        "XLMRoberta", "roberta.embeddings.word_embeddings", "lm_head.decoder", "query"
+    ),
+    "mpnet": _masked("MPNet", "mpnet.embeddings.word_embeddings", "lm_head.decoder", "q"),
+    "modernbert": _masked(
+        "ModernBert",
+        "model.embeddings.tok_embeddings",
+        "decoder",
+        "Wqkv",
+        values={**ENCODER, "global_attn_every_n_layers": 1},
     ),
     "deberta": _masked(
         "Deberta", "deberta.embeddings.word_embeddings", "cls.predictions.decoder", "in_proj"

@@ -197,7 +197,7 @@ FAULTS = {
         targets=OTHERS,
     ),
     "an embedding": Fault(
-        "embedding", "model.embed_tokens", embedding, targets=("vllm", "sglang", "lorax")
+        "embedding", "model.embed_tokens", embedding, targets=("sglang", "lorax")
     ),
     "PiSSA": Fault("init", "init_lora_weights", configure(init_lora_weights="pissa_niter_4")),
     "OLoRA": Fault(

@@ -24,6 +24,7 @@ from converters.model.base import open_base
 from converters.targets.onnx import add_adapters
 from dora_serve import merge, read_run, write_adapter
 from dora_serve.batch import plan_batch
+from dora_serve.batch.convert import convert
 from dora_serve.folder.cache import content_key
 from dora_serve.folder.inventory import discover, read_member
 from dora_serve.folder.pairing import is_named
@@ -202,6 +203,31 @@ def test_an_adapter_for_vllm_that_was_changed_is_converted_anew(
     assert anew != out
     weights = load_file(out / "adapter_model.safetensors")
     assert load_file(anew / "adapter_model.safetensors").keys() == weights.keys()
+
+
+def test_what_lies_below_a_base_is_part_of_what_is_made_of_it(
+    llama_base: Path, llama_lora: Path, tmp_path: Path
+) -> None:
+    """Templates that go along, for a graph that is kept, and for a batch that is done again."""
+    base = Path(shutil.copytree(llama_base, tmp_path / "base"))
+    template = base / "additional_chat_templates" / "tool.jinja"
+    template.parent.mkdir()
+    template.write_text("old")
+    shutil.copytree(llama_lora, tmp_path / "runs" / "run")
+
+    def keys() -> tuple[str, str]:
+        (job,) = plan_batch(
+            tmp_path / "runs", tmp_path / "out", base=str(base), to="merged", force=True
+        ).jobs
+        done = convert(job)
+        assert done is not None and done.state == "done" and done.input is not None, done
+        return _base_key(open_base(base), ["causal-lm"]), done.input
+
+    before = keys()
+    assert keys() == before
+    template.write_text("new")
+    after = keys()
+    assert after[0] != before[0] and after[1] != before[1]
 
 
 @pytest.fixture

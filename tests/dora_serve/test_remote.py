@@ -219,6 +219,10 @@ def test_other_protocols(
     assert "unchanged" in good("check", tmp_path / "to" / "adapter", "--base", llama_base)
     good("merge", "memory://runs/lora", "memory://out/merged", "--base", f"file://{llama_base}")
     assert "unchanged" in good("check", "memory://out/merged", "--base", llama_base)
+    memory.put(str(llama_base), "/models/other", recursive=True)
+    said = good("adapter", "memory://runs/lora", tmp_path / "x", "--base", "memory://models/other")
+    assert "it goes with memory://models/other" in said  # a warning, on stderr
+    assert str(tmp_path / "cache") not in said
     again = bad("adapter", "memory://runs/lora", f"file://{tmp_path}/to/adapter", "--force")
     assert "nothing at a URL is replaced" in again
     assert "nothing at this URL" in bad("inspect", "memory://runs/nothing")

@@ -15,6 +15,7 @@ from pathlib import Path, PurePosixPath
 
 from ...certificate import FILE
 from ...errors import BaseError, TensorFileError
+from ...files.hashes import file_hash
 from ...files.json_files import parse_json, read_json
 from ...model.base import BaseModel
 from ...model.tasks import task_of
@@ -29,6 +30,7 @@ _TOKENIZER = {
     *("tokenizer.model", "spiece.model", "sentencepiece.bpe.model", "spm.model"),
     *("source.spm", "target.spm", "bpe.codes"),
 }
+_CHAT = {"chat_template.jinja", "chat_template.json"}  # which fit any tokenizer
 _TEMPLATES = "additional_chat_templates"
 # A sentence-transformers pipeline: which modules there are, and what else it says of them.
 _MODULES = "modules.json"
@@ -42,6 +44,10 @@ class Companions:
 
     files: Mapping[str, Path]
     left: tuple[str, ...] = ()
+
+    def hashes(self) -> dict[str, str]:
+        """Name in the output → BLAKE3 of the file."""
+        return {name: file_hash(path) for name, path in sorted(self.files.items())}
 
     def copy(self, folder: Path) -> None:
         for name, path in self.files.items():
@@ -70,8 +76,14 @@ def companions(source: Path, run: Run | None = None, base: BaseModel | None = No
         own = name in _OWN_FILES or name.endswith(".index.json")
         if path.is_file() and known and not own and not (tokenizer and name in _TOKENIZER):
             files[name] = path
-    if saved is not None and tokenizer:
-        files |= {name: saved / name for name in _TOKENIZER if (saved / name).is_file()}
+    own_files = [n for n in sorted(_TOKENIZER) if saved is not None and (saved / n).is_file()]
+    if saved is not None and (tokenizer or set(own_files) <= _CHAT):
+        files |= {name: saved / name for name in own_files}
+    elif own_files:
+        left.append(
+            f"{', '.join(own_files)} of the run stay behind: it has no tokenizer_config.json, so "
+            "the base's tokenizer goes along"
+        )
     files |= _below((saved if saved is not None and tokenizer else source), _TEMPLATES)
     if embeds:
         files |= whole

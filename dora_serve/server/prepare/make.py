@@ -16,7 +16,6 @@ from typing import Any
 
 from converters.certificate import FILE, tool, write_certificate
 from converters.errors import DoraExportError, TargetError, apart
-from converters.files.hashes import file_hash
 from converters.files.json_files import read_json
 from converters.files.onnx_files import FOLDER, MODEL, SUFFIX, read_adapter_file
 from converters.files.output import output_folder
@@ -25,6 +24,7 @@ from converters.model.base import BaseModel, open_base
 from converters.model.match import target_architecture
 from converters.model.tasks import task_of
 from converters.run import Run
+from converters.targets.merged.companions import companions
 from converters.targets.onnx import add_adapters
 from converters.targets.onnx.plan import plan_onnx
 from dora_serve.api import write_onnx
@@ -41,7 +41,6 @@ from dora_serve.server.prepare.onnx_folders import (
 _TRIED = 3  # runs, before it is the base that no graph can be made of
 _NAME = "adapter"  # of the one in an adapter's own folder
 _MAP = "modules.json"
-_BESIDE = {".json", ".jinja", ".txt", ".model"}  # of tokenizer and configuration
 
 Say = Callable[[str], None]
 
@@ -160,9 +159,7 @@ def _graph(
 def _base_key(base: BaseModel, asked: Sequence[object]) -> str:
     """A name for the graph of a base: of its tensors, of the files beside them, and of what is
     asked for."""
-    files = [p for p in sorted(base.path.glob("*")) if p.suffix in _BESIDE and p.is_file()]
-    beside = [(path.name, file_hash(path)) for path in files]
-    return key_of([tool(), base.identity, beside, asked])
+    return key_of([tool(), base.identity, companions(base.path).hashes(), asked])
 
 
 def _base(name: str, base: BaseModel, graph: offer.Graph) -> offer.OfferedModel:

@@ -118,10 +118,13 @@ def test_ranks_over_an_engines_limit(tmp_path: Path, rank: int) -> None:
 
 def test_what_an_engine_cannot_carry_is_named(tmp_path: Path, llama_base: Path) -> None:
     run = make_run(tmp_path / "run", {Q0: 1, EMBED: 1}, embeddings=frozenset({EMBED}))
-    for target in ("vllm", "sglang", "lorax"):
+    for target, base in (("vllm", None), ("sglang", llama_base), ("lorax", llama_base)):
         with pytest.raises(TargetError, match="cannot carry") as caught:
-            write_adapter(run, tmp_path / "out", base=llama_base, target=target)
+            write_adapter(run, tmp_path / "out", base=base, target=target)
         assert caught.value.found == EMBED
+    write_adapter(run, tmp_path / "vllm", base=llama_base, target="vllm")  # of this family it can
+    _, tensors = stored(tmp_path / "vllm")
+    assert f"base_model.model.{EMBED}.lora_embedding_A" in tensors
     run = make_run(
         tmp_path / "run", {Q0: 1, EMBED: 1}, embeddings=frozenset({EMBED}), tied=frozenset({EMBED})
     )

@@ -17,6 +17,7 @@ from converters.model.base import open_base
 from dora_serve import read_run, write_adapter
 from tests.conftest import MODELS
 from tests.converters.naming import FAMILIES, OTHERS, WRAPPED, load, make, renamed, stranger
+from tests.converters.test_naming import AS_IT_LIES
 
 pytestmark = pytest.mark.skipif(find_spec("vllm") is None, reason="needs vLLM")
 
@@ -39,11 +40,11 @@ COMPUTES = {
 class Engine:
     """One base in vLLM, asked with an adapter and without."""
 
-    def __init__(self, folder: Path, family: str) -> None:
+    def __init__(self, folder: Path, family: str, **changes: object) -> None:
         from vllm import LLM
 
         self.family, self.folder, self.count = family, folder, 0
-        make(folder, FAMILIES[family], **HEADS_OF_32)
+        make(folder, FAMILIES[family], **{**HEADS_OF_32, **changes})
         self._pools = FAMILIES[family].task == "FEATURE_EXTRACTION"
         settings: dict[str, Any] = {"skip_tokenizer_init": True}
         if self._pools:  # vLLM asks for a tokenizer there, though the prompts are tokens
@@ -107,7 +108,21 @@ class Engine:
         return float((found - truth)[known].abs().max()) <= BOUND
 
 
-@pytest.fixture(scope="module", params=["qwen2", "qwen2, embedding"])
+def _marks(family: str) -> list[pytest.MarkDecorator]:
+    return [
+        pytest.mark.named(
+            family=family,
+            form=form,
+            computes=("vllm",) if form in COMPUTES[family] else (),
+            asked=("vllm",),
+        )
+        for form in AS_IT_LIES[family]
+    ]
+
+
+@pytest.fixture(
+    scope="module", params=[pytest.param(name, marks=_marks(name)) for name in COMPUTES]
+)
 def engine(
     request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[Engine]:
