@@ -98,10 +98,15 @@ class Run:
                 self.stop.set()
 
     def change(self) -> None:
+        for place in self.places:
+            if not place.events:
+                self.change_one(place, "copy", self.random.choice(["r1", "r4", "patterns", "ada"]))
         while not self.stop.wait(self.random.uniform(*_PAUSE)):
             place = self.random.choice(self.places)
-            kind, content = next_change(place, self.contents, self.random)
-            place.change(kind, content, self.contents[content])
+            self.change_one(place, *next_change(place, self.contents, self.random))
+
+    def change_one(self, place: Place, kind: str, content: str) -> None:
+        place.change(kind, content, self.contents[content])
 
     def kill(self, up: int, times: int) -> None:
         for number in range(times):

@@ -142,7 +142,7 @@ def reconcile(
             if served:
                 yield change
     gone = {name for name, path in loaded.items() if path.parent == ours} | server.refused.keys()
-    for name in gone - wanted.adapters.keys() - wanted.problems.keys():
+    for name in gone - wanted.adapters.keys() - wanted.problems.keys() - set(wanted.moving):
         change = _try(server, name, "unloaded", partial(server.unload, name))
         if server.refused.pop(name, None) is None:
             yield change
