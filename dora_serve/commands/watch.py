@@ -54,7 +54,7 @@ def command(
 
     given = None if base is None else open_base(base)
     following = Following(folder, given=given, keep=keep)
-    wanted = following.look()
+    wanted = following.at_rest() if once else following.look()
     servers = [Server(url, api_key) for url in urls]
     told: set[str] = set()
     pause = SETTLE

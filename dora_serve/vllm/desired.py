@@ -29,6 +29,7 @@ from .convert import vllm_adapter
 
 SETTLE = 0.25  # seconds between two looks at what just came or changed
 _PATIENCE = 60.0  # that a request waits for a run that somebody is writing
+_AT_ONCE = 1.0  # seconds of converting in one look
 _WRITTEN = "the run is being written"
 
 State = Mapping[str, tuple[int, ...]]
@@ -168,13 +169,17 @@ class Following:
         return Wanted(None, _WRITTEN)
 
     def look(self) -> Desired:
-        """What is wanted of the whole folder by now.
+        """What is wanted of the whole folder by now. Converts for about a second, so that what is
+        ready waits for nobody; the rest is `moving`, and another look's.
 
         Raises `RunError` when the runs are of several bases from the start; later it is a problem
         of those that are of another one.
         """
+        end = time.monotonic() + _AT_ONCE
         for name in self.changed(self.all()):
             self.renew(name)
+            if time.monotonic() > end:
+                break
         known = {n: self._known[p] for n, p in self._paths.items() if p in self._known}
         bases = {k.base.path: own_name(k.base.path) for k in known.values() if k.base is not None}
         if len(bases) == 1 and self._base is None:
@@ -204,6 +209,15 @@ class Following:
                 if name not in known and self._seen[path][0]
             },
         )
+
+    def at_rest(self) -> Desired:
+        """What is wanted of the whole folder once nothing moves there, or after a minute."""
+        end = time.monotonic() + _PATIENCE
+        found = self.look()
+        while self.moving and time.monotonic() < end:
+            time.sleep(SETTLE)
+            found = self.look()
+        return found
 
     @property
     def moving(self) -> bool:
@@ -301,10 +315,7 @@ def desired(root: Path, base: str | Path | None = None) -> Desired:
 
     Raises `RunError` when the runs are of several bases.
     """
-    following = Following(root, given=None if base is None else open_base(base))
-    following.look()
-    time.sleep(SETTLE)
-    return following.look()
+    return Following(root, given=None if base is None else open_base(base)).at_rest()
 
 
 def links(root: Path) -> Path:

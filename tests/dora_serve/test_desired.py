@@ -57,9 +57,7 @@ def other(lora: Path, out: Path, factor: float = 2.0) -> Path:
 
 
 def at_rest(following: Following) -> module.Desired:
-    following.look()
-    time.sleep(SETTLE)
-    return following.look()
+    return following.at_rest()
 
 
 def first_b(adapter: Path) -> torch.Tensor:
@@ -265,5 +263,11 @@ def test_a_server_is_made_equal(root: Path, tmp_path: Path, plugin: bool) -> Non
 
 def test_what_a_server_does_not_take_is_told_once(root: Path) -> None:
     server, following = Pretended(True, refuses="run"), Following(root)
-    assert reconciled(server, root, following)["run"] == "failed"
+    (root / "run" / WEIGHTS).write_bytes(b"damaged")
+    assert reconciled(server, root, following) == {"ready": "loaded"}
+    assert "file" in server.refused["run"]
+    shutil.copyfile(root / "ready" / WEIGHTS, root / "run" / WEIGHTS)
+    shutil.copyfile(root / "ready" / "adapter_config.json", root / "run" / "adapter_config.json")
+    assert reconciled(server, root, following) == {"run": "failed"}
+    assert "no" in server.refused["run"]
     assert reconciled(server, root, following) == {}
