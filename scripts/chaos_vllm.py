@@ -1,6 +1,6 @@
 """vLLM under change: does a name always answer with its own run's present weights?
 
-    python scripts/chaos_vllm.py [--answers 20000] [--seed 0] [--delay 4] [--kills 3]
+    python scripts/chaos_vllm.py [--answers 20000] [--seed 0] [--delay 4] [--kills 3] [--minutes 600]
 
 With the Python of vLLM's environment. `dora-serve up --live` serves a base and five runs; four more
 come later by the resolver, and four by `dora-serve watch`; more than `--max-cpu-loras` holds. Eight
@@ -98,10 +98,15 @@ class Run:
                 self.stop.set()
 
     def change(self) -> None:
+        for place in self.places:
+            if not place.events:
+                self.change_one(place, "copy", self.random.choice(["r1", "r4", "patterns", "ada"]))
         while not self.stop.wait(self.random.uniform(*_PAUSE)):
             place = self.random.choice(self.places)
-            kind, content = next_change(place, self.contents, self.random)
-            place.change(kind, content, self.contents[content])
+            self.change_one(place, *next_change(place, self.contents, self.random))
+
+    def change_one(self, place: Place, kind: str, content: str) -> None:
+        place.change(kind, content, self.contents[content])
 
     def kill(self, up: int, times: int) -> None:
         for number in range(times):
@@ -126,8 +131,9 @@ class Run:
         for one in self.asked:
             down = any(one.end >= a - 1 and one.begin <= b + delay for a, b in self.down)
             possible = {BASE}
-            if one.name != BASE:
-                possible = by_name[one.name].possible(one.begin, one.end)
+            if one.name != BASE:  # a change that a start met shows within the delay too
+                since = [a for a, b in self.down if a <= one.begin <= b + delay]
+                possible = by_name[one.name].possible(min([one.begin, *since]), one.end)
             if one.answer is not None:
                 said = [n for n, t in truth.items() if is_said(one.answer, t, one.prompt)]
                 verdict = "right" if possible & set(said) else "of another or of weights long gone"
@@ -196,21 +202,23 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--delay", type=float, default=4.0)
     parser.add_argument("--kills", type=int, default=3)
+    parser.add_argument("--minutes", type=float, default=600, help="It ends then, if not before.")
     parser.add_argument("--keep", type=Path, help="a folder for what is made, which stays")
     options = parser.parse_args()
     root = options.keep or Path(tempfile.mkdtemp(prefix="chaos-vllm-"))
     try:
-        return chaos(root, options.answers, options.seed, options.delay, options.kills)
+        return chaos(root, options)
     finally:
         if options.keep is None:
             shutil.rmtree(root)
 
 
-def chaos(root: Path, answers: int, seed: int, delay: float, kills: int) -> int:
+def chaos(root: Path, options: argparse.Namespace) -> int:
+    answers, delay = options.answers, options.delay
     root.mkdir(exist_ok=True)
     contents = make_contents(root)
     truth = truths(root / BASE, contents)
-    random = Random(seed)
+    random = Random(options.seed)
     live, watched = root / "live", root / "watched"
     (live / "later").mkdir(parents=True)
     watched.mkdir()
@@ -240,9 +248,15 @@ def chaos(root: Path, answers: int, seed: int, delay: float, kills: int) -> int:
                 time.sleep(0.5)
             run = Run(url, answers, places, contents, random)
             began = time.time()
+            limit = threading.Timer(60 * options.minutes, run.stop.set)
+            limit.daemon = True
+            limit.start()
             with ThreadPoolExecutor(CLIENTS + 2) as pool:
                 jobs = [pool.submit(run.client, number) for number in range(CLIENTS)]
-                jobs += [pool.submit(run.change), pool.submit(run.kill, processes[0].pid, kills)]
+                jobs += [
+                    pool.submit(run.change),
+                    pool.submit(run.kill, processes[0].pid, options.kills),
+                ]
                 for job in jobs:
                     job.result()
         finally:
@@ -253,7 +267,7 @@ def chaos(root: Path, answers: int, seed: int, delay: float, kills: int) -> int:
     counts, wrong = run.judge(truth, delay)
     changes = sum(len(place.events) for place in places)
     print(f"{len(run.asked)} requests in {time.time() - began:.0f} s, {changes} changes, ", end="")
-    print(f"vLLM killed {len(run.down)} times; seed {seed}, delay {delay:g} s\n")
+    print(f"vLLM killed {len(run.down)} times; seed {options.seed}, delay {delay:g} s\n")
     print("| what came | how often |\n|---|---:|")
     for verdict in ("right", "refused with a reason", "vLLM was down", *_WRONG):
         print(f"| {verdict} | {counts[verdict]} |")

@@ -49,25 +49,31 @@ def command(
     gets all of them again. The servers must have been started with
     VLLM_ALLOW_RUNTIME_LORA_UPDATING=1 (`dora-serve up --live` does).
     """
+    from converters.errors import MissingError
     from converters.model.base import open_base
     from dora_serve.vllm.desired import SETTLE, Following, links
     from dora_serve.vllm.watch import Server, reconcile
 
     given = None if base is None else open_base(base)
     following = Following(folder, given=given, keep=keep)
-    following.look()
+    wanted = following.at_rest() if once else following.look()
     servers = [Server(url, api_key) for url in urls]
     told: set[str] = set()
     pause = SETTLE
     while True:
         time.sleep(pause)
-        wanted = following.look()
-        lines = [
+        lines = []
+        failed = False
+        try:
+            wanted = following.look()
+        except MissingError as error:  # a disk that is away: all stays as it is
+            failed = True
+            lines.append(str(error))
+        lines += [
             f"left out: {name}: {in_flags(text).splitlines()[0]}"
             for name, text in wanted.problems.items()
         ]
         lines += [f"warning: {name}: {text}" for name, text in wanted.warnings.items()]
-        failed = False
         for server in servers:
             try:
                 for change in reconcile(server, wanted, links(folder), keep=keep):

@@ -18,7 +18,7 @@ from dataclasses import dataclass, field
 from hashlib import sha256
 from pathlib import Path
 
-from converters.errors import DoraExportError, OutputError, RunError, TargetError
+from converters.errors import DoraExportError, MissingError, OutputError, RunError, TargetError
 from converters.files.cache import cache_folder, private_cache
 from converters.model.base import BaseModel, open_base
 from converters.readers import readers
@@ -29,6 +29,7 @@ from .convert import vllm_adapter
 
 SETTLE = 0.25  # seconds between two looks at what just came or changed
 _PATIENCE = 60.0  # that a request waits for a run that somebody is writing
+_AT_ONCE = 1.0  # seconds of converting in one look
 _WRITTEN = "the run is being written"
 
 State = Mapping[str, tuple[int, ...]]
@@ -46,12 +47,13 @@ class Wanted:
 
 @dataclass(frozen=True)
 class Desired:
-    """Name → adapter folder of everything in a folder; what cannot be served, with the reason; and
-    what to know of the rest."""
+    """Name → adapter folder of everything in a folder; what cannot be served, with the reason; what
+    to know of the rest; and the names of runs that came and are not yet at rest."""
 
     adapters: Mapping[str, Path]
     problems: Mapping[str, str] = field(default_factory=dict)
     warnings: Mapping[str, str] = field(default_factory=dict)
+    moving: Collection[str] = ()
 
 
 @dataclass
@@ -90,11 +92,14 @@ class Following:
         self._paths: dict[str, Path] = {}  # of the names that were asked for
         self._seen: dict[Path, tuple[State, float]] = {}  # and since when
         self._known: dict[Path, _Known] = {}
-        self._bases: list[BaseModel] = []
+        self._bases: dict[Path, tuple[State, BaseModel]] = {}
         self._base: Path | None = None  # the one of all runs, once `look` has found one alone
 
     def find(self, name: str) -> bool:
-        """Whether there is a run of this name, or one whose path below the folder it is."""
+        """Whether there is a run of this name, or one whose path below the folder it is.
+
+        Raises `MissingError` when the folder is gone, as `look` does.
+        """
         known = self._walk()
         if name not in known:
             below = {path.relative_to(self.root).as_posix(): path for path in known.values()}
@@ -164,12 +169,17 @@ class Following:
         return Wanted(None, _WRITTEN)
 
     def look(self) -> Desired:
-        """What is wanted of the whole folder by now.
+        """What is wanted of the whole folder by now. Converts for about a second, so that what is
+        ready waits for nobody; the rest is `moving`, and another look's.
 
-        Raises `RunError` when the runs are of several bases.
+        Raises `RunError` when the runs are of several bases from the start; later it is a problem
+        of those that are of another one.
         """
+        end = time.monotonic() + _AT_ONCE
         for name in self.changed(self.all()):
             self.renew(name)
+            if time.monotonic() > end:
+                break
         known = {n: self._known[p] for n, p in self._paths.items() if p in self._known}
         bases = {k.base.path: own_name(k.base.path) for k in known.values() if k.base is not None}
         if len(bases) == 1 and self._base is None:
@@ -193,7 +203,21 @@ class Following:
             {name: w.adapter for name, w in wanted.items() if w.adapter is not None},
             {name: w.problem for name, w in wanted.items() if w.problem},
             {name: "; ".join(w.warnings) for name, w in wanted.items() if w.warnings},
+            {
+                name
+                for name, path in self._paths.items()
+                if name not in known and self._seen[path][0]
+            },
         )
+
+    def at_rest(self) -> Desired:
+        """What is wanted of the whole folder once nothing moves there, or after a minute."""
+        end = time.monotonic() + _PATIENCE
+        found = self.look()
+        while self.moving and time.monotonic() < end:
+            time.sleep(SETTLE)
+            found = self.look()
+        return found
 
     @property
     def moving(self) -> bool:
@@ -202,19 +226,29 @@ class Following:
 
     def _walk(self) -> dict[str, Path]:
         """Name → folder of all runs. What went is remembered until it was seen to be gone twice."""
+        if not self.root.is_dir():
+            raise MissingError("no such folder", file=self.root, remedy="give the folder to serve")
         kinds = dict(things_below(self.root, readers()))
         runs = [path for path, kind in kinds.items() if kind == "run"]
         if self._server is None:
-            self._bases = []
-            for path in (path for path, kind in kinds.items() if kind == "model"):
-                with suppress(DoraExportError):
-                    self._bases.append(open_base(path))
+            self._open([path for path, kind in kinds.items() if kind == "model"])
         runs = [*runs, *(path for path in self._known if path not in kinds)]
         own = names_below(self.root, list({**kinds, **dict.fromkeys(runs)}))
         asked = {name: path for name, path in self._paths.items() if path in self._known}
         self._paths = {**asked, **self._names.of(runs, own, self._reserved)}
         self._seen = {path: seen for path, seen in self._seen.items() if path in runs}
         return self._paths
+
+    def _open(self, paths: Iterable[Path]) -> None:
+        """Open the bases at `paths`, anew where they changed."""
+        before, self._bases = self._bases, {}
+        for path in paths:
+            state = _state(path)
+            if path in before and before[path][0] == state:
+                self._bases[path] = before[path]
+            else:
+                with suppress(DoraExportError):
+                    self._bases[path] = state, open_base(path)
 
     def _is_known(self, path: Path, state: State) -> bool:
         known = self._known.get(path)
@@ -227,7 +261,8 @@ class Following:
             name.encode()
         except UnicodeEncodeError:
             raise RunError("its name is no text, which no request can give", file=path) from None
-        bases = self._bases if self._server is None else [self._server]
+        here = [base for _, base in self._bases.values()]
+        bases = here if self._server is None else [self._server]
         member = read_member(name, path, bases, self._given)
         if self._server is not None and member.base.path != self._server.path:
             raise TargetError(
@@ -280,10 +315,7 @@ def desired(root: Path, base: str | Path | None = None) -> Desired:
 
     Raises `RunError` when the runs are of several bases.
     """
-    following = Following(root, given=None if base is None else open_base(base))
-    following.look()
-    time.sleep(SETTLE)
-    return following.look()
+    return Following(root, given=None if base is None else open_base(base)).at_rest()
 
 
 def links(root: Path) -> Path:

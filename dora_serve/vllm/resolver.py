@@ -7,6 +7,7 @@ Interface: vllm-project/vllm `vllm/lora/resolver.py`, `vllm/entrypoints/openai/m
 from __future__ import annotations
 
 import asyncio
+from contextlib import suppress
 from pathlib import Path
 
 from vllm.exceptions import VLLMValidationError
@@ -14,12 +15,12 @@ from vllm.logger import init_logger
 from vllm.lora.request import LoRARequest
 from vllm.lora.resolver import LoRAResolver
 
-from converters.errors import DoraExportError, TargetError
+from converters.errors import DoraExportError, MissingError, TargetError
 from converters.files.cache import cache_folder
 from converters.model.base import open_base
 
 from ..folder.inventory import Member
-from .desired import Following
+from .desired import Following, Wanted
 from .fleet import ranks_of, with_whole_layers
 from .table import Table
 
@@ -67,10 +68,7 @@ class RunResolver(LoRAResolver):  # type: ignore[misc]
 
         Raises `VLLMValidationError`, an answer 400, when the run cannot be served.
         """
-        following = self._following
-        if following is None or not await asyncio.to_thread(following.find, lora_name):
-            return None
-        wanted = await asyncio.to_thread(following.now, lora_name)
+        wanted = await asyncio.to_thread(self._now, lora_name)
         if wanted is None:
             return None
         for warning in wanted.warnings:
@@ -82,11 +80,19 @@ class RunResolver(LoRAResolver):  # type: ignore[misc]
         # vLLM puts its own number in the place of the 1.
         return LoRARequest(lora_name, 1, str(wanted.adapter), base_model_name=base_model_name)
 
+    def _now(self, name: str) -> Wanted | None:
+        following = self._following
+        with suppress(MissingError):
+            if following is not None and following.find(name):
+                return following.now(name)
+        return None
+
     async def _follow(self, following: Following) -> None:
         """Switch what changed, refuse what can no longer be served, and let go of what went."""
         for name in list(self._used):
-            if not await asyncio.to_thread(following.find, name):
-                self._let_go(name)
+            with suppress(MissingError):
+                if not await asyncio.to_thread(following.find, name):
+                    self._let_go(name)
         while True:
             await asyncio.sleep(_INTERVAL)
             names = self._used - self._busy.keys()

@@ -20,6 +20,8 @@ from typing import Any
 
 from vllm.entrypoints.openai.models.serving import OpenAIServingModels
 from vllm.entrypoints.serve import create_error_response
+from vllm.entrypoints.serve.engine.protocol import ErrorResponse
+from vllm.entrypoints.serve.lora.protocol import LoadLoRAAdapterRequest
 from vllm.exceptions import VLLMValidationError
 from vllm.logger import init_logger
 from vllm.lora.request import LoRARequest
@@ -116,11 +118,20 @@ def install(table: Table, started: Callable[[], Awaitable[None]] | None) -> None
     """Let vLLM's own endpoints act upon `table`. `started` is awaited once vLLM has loaded what its
     command line names."""
     cls: Any = OpenAIServingModels
-    load, unload, init = cls.load_lora_adapter, cls.unload_lora_adapter, cls.init_static_loras
+    load, unload = cls.load_lora_adapter, cls.unload_lora_adapter
 
     async def init_static_loras(self: Any) -> None:
         table.adopt(self)
-        await init(self)
+        for module in self.static_lora_modules or ():
+            request = LoadLoRAAdapterRequest(
+                lora_name=module.name,
+                lora_path=module.path,
+                is_3d_lora_weight=module.is_3d_lora_weight,
+            )
+            done = await load(self, request, base_model_name=module.base_model_name)
+            if isinstance(done, ErrorResponse):  # which would keep all others down
+                logger.error("%s cannot be served: %s", module.name, done.error.message)
+                table.refuse(module.name, done.error.message)
         if started is not None:
             await started()
 

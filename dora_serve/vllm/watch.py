@@ -128,21 +128,19 @@ def reconcile(
             change = _try(server, name, "reloaded", partial(server.switch, name, path, ours))
         if change.done == "failed":
             server.failed[name] = path
-            if name in loaded and not keep:
-                server.refuse(name, change.error, ours)
+            if name not in loaded or not keep:
+                _refuse(server, name, change.error, ours)
         else:
             server.failed.pop(name, None)
             server.refused.pop(name, None)
         yield change
     for name, reason in wanted.problems.items():
         if name not in wanted.adapters and server.refused.get(name) != reason:
-            served = name in loaded
-            change = _try(server, name, "refused", partial(server.refuse, name, reason, ours))
-            server.refused[name] = reason
-            if served:
+            change = _refuse(server, name, reason, ours)
+            if name in loaded:
                 yield change
     gone = {name for name, path in loaded.items() if path.parent == ours} | server.refused.keys()
-    for name in gone - wanted.adapters.keys() - wanted.problems.keys():
+    for name in gone - wanted.adapters.keys() - wanted.problems.keys() - set(wanted.moving):
         change = _try(server, name, "unloaded", partial(server.unload, name))
         if server.refused.pop(name, None) is None:
             yield change
@@ -172,6 +170,11 @@ def _link(ours: Path, adapter: Path) -> Path:
     return link
 
 
+def _refuse(server: Server, name: str, reason: str, ours: Path) -> Change:
+    server.refused[name] = reason
+    return _try(server, name, "refused", partial(server.refuse, name, reason, ours))
+
+
 def _try(server: Server, name: str, done: str, action: Callable[[], Any]) -> Change:
     try:
         action()
@@ -185,4 +188,4 @@ def _message(error: HTTPError) -> str:
     try:
         return str(json.loads(text)["error"]["message"])
     except (ValueError, KeyError, TypeError):
-        return text[:500]
+        return text[:500] or str(error)

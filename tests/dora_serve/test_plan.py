@@ -178,18 +178,22 @@ def test_wide_signs_leave_the_columns_where_they_are(odd_names: Path, llama_base
     assert cells("e\u0301") == 1
 
 
-def test_the_picture_hides_nothing(odd_names: Path, llama_base: Path, tmp_path: Path) -> None:
+def test_the_picture_hides_nothing(
+    odd_names: Path, llama_base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     from matplotlib.figure import Figure
 
-    figures = []
-    with pytest.MonkeyPatch.context() as patch:
-        save = Figure.savefig
-        patch.setattr(
-            Figure, "savefig", lambda self, *a, **k: (save(self, *a, **k), figures.append(self))
-        )
-        with warnings.catch_warnings():
-            warnings.simplefilter("error")  # a sign that the font lacks
-            save_png(plan_fleet(discover(odd_names, llama_base)), tmp_path / "plan.png")
+    figures: list[Figure] = []
+    save = Figure.savefig
+
+    def saved(figure: Figure, *words: Any, **named: Any) -> None:
+        save(figure, *words, **named)
+        figures.append(figure)
+
+    monkeypatch.setattr(Figure, "savefig", saved)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # a sign that the font lacks
+        save_png(plan_fleet(discover(odd_names, llama_base)), tmp_path / "plan.png")
     (figure,) = figures
     (panel,) = figure.axes
     labels = [label.get_text() for label in panel.get_yticklabels()]
