@@ -316,6 +316,30 @@ def _read_onnx_adapter(folder: Path, data: bytes) -> None:
     read_adapter_file(folder / "x.onnx_adapter")
 
 
+_BODIES: list[tuple[str, dict[str, object]]] = [
+    ("CompletionRequest", {"prompt": [[5, 6]], "n": 2, "stop": ["a"], "temperature": 0.5}),
+    ("ChatRequest", {"messages": [{"role": "user", "content": [{"type": "text", "text": "a"}]}]}),
+    ("EmbeddingRequest", {"input": ["a", "b"], "encoding_format": "base64"}),
+    ("ClassifyRequest", {"input": "a"}),
+    ("TokenizeRequest", {"messages": [{"role": "user", "content": "a"}]}),
+    ("DetokenizeRequest", {"tokens": [5, 6]}),
+    ("LoadRequest", {"lora_name": "a", "lora_path": "b"}),
+]
+
+
+def _bodies(folder: Path) -> list[bytes]:
+    folder.mkdir(parents=True, exist_ok=True)
+    return [json.dumps({"model": "m", **body}).encode() for _, body in _BODIES]
+
+
+def _read_bodies(_: Path, data: bytes) -> None:
+    from dora_serve.server.bounded.work import check
+
+    for kind, _body in _BODIES:
+        fault, _nothing = check(data, kind)
+        assert fault is None or len(json.dumps(fault).encode()) < 4000
+
+
 TARGETS = {
     target.name: target
     for target in (
@@ -334,5 +358,6 @@ TARGETS = {
         Target("ONNX graph", _graph, _read_graph, text=False),
         Target("files of chat templates", _template, _read_template),
         Target("onnx_adapter", _onnx_adapter, _read_onnx_adapter, text=False),
+        Target("bodies of requests", _bodies, _read_bodies, rounds=300),
     )
 }
