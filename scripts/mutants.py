@@ -48,9 +48,9 @@ DRAWING = " ".join(f"tests/engines/test_{n}.py" for n in ("sampling", "generatio
 SOURCES = {
     "converters/updates/*.py": UPDATES,
     "converters/files/*.py": f"{HERE}/files {HERE}/test_pickles.py {CACHE}",
-    "converters/model/*.py": f"{HERE}/model {MERGES} {ADAPTERS} {NAMES}",
+    "converters/model/*.py": f"{HERE}/model {HERE}/merged {HERE}/lora_folder {NAMES}",
     "converters/targets/*.py": f"{ADAPTERS} tests/dora_serve/test_verify.py",
-    "converters/targets/gguf/*.py": f"{HERE}/test_gguf.py {HERE}/test_gguf_scales.py",
+    "converters/targets/gguf/*.py": f"{HERE}/targets/test_target.py {HERE}/test_gguf.py {HERE}/test_gguf_scales.py",
     "converters/targets/merged/*.py": f"{MERGES} {HERE}/targets/test_target.py {HERE}/test_base.py",
     "converters/targets/lora_folder/*.py": ADAPTERS,
     "dora_serve/server/guard.py": GUARD,
