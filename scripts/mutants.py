@@ -42,6 +42,7 @@ NAMES = " ".join(f"{HERE}/test_{n}.py" for n in ("families", "naming", "tasks", 
 UPDATES = " ".join(
     f"{HERE}/test_{n}.py" for n in ("updates_exact", "update", "memo", "peft_layer", "peft_layers")
 )
+GGUF = f"{HERE}/test_gguf.py {HERE}/test_gguf_scales.py"
 GUARD = "tests/server/test_guard.py tests/server/test_guard_exact.py"
 DRAWING = " ".join(f"tests/engines/test_{n}.py" for n in ("sampling", "generation"))
 # What is mutated → the tests that should notice.
@@ -50,7 +51,7 @@ SOURCES = {
     "converters/files/*.py": f"{HERE}/files {HERE}/test_pickles.py {CACHE}",
     "converters/model/*.py": f"{HERE}/model {HERE}/merged {HERE}/lora_folder {NAMES}",
     "converters/targets/*.py": f"{ADAPTERS} tests/dora_serve/test_verify.py",
-    "converters/targets/gguf/*.py": f"{HERE}/targets/test_target.py {HERE}/test_gguf.py {HERE}/test_gguf_scales.py",
+    "converters/targets/gguf/*.py": f"{GGUF} {HERE}/targets/test_target.py",
     "converters/targets/merged/*.py": f"{MERGES} {HERE}/targets/test_target.py {HERE}/test_base.py",
     "converters/targets/lora_folder/*.py": ADAPTERS,
     "dora_serve/server/guard.py": GUARD,
