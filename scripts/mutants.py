@@ -277,7 +277,8 @@ def main() -> int:
     from hypothesis import Phase, settings
 
     os.environ["PYTEST_DISABLE_PLUGIN_AUTOLOAD"] = "1"
-    settings.register_profile("mutants", phases=[Phase.explicit, Phase.generate], database=None)
+    phases = [Phase.explicit, Phase.generate]
+    settings.register_profile("mutants", phases=phases, database=None, deadline=None)
     settings.load_profile("mutants")
     torch.set_num_threads(1)  # threads do not outlive a fork
     for name in PRELOAD:
