@@ -38,7 +38,7 @@ HERE = "tests/converters"
 ADAPTERS = f"{HERE}/lora_folder {HERE}/targets {HERE}/test_targets.py"
 MERGES = f"{HERE}/merged {HERE}/test_companions.py {HERE}/test_nothing_lost.py"
 CACHE = "tests/dora_serve/test_cache.py tests/dora_serve/test_identity.py"
-NAMES = " ".join(f"{HERE}/test_{n}.py" for n in ("families", "naming", "tasks", "ties"))
+NAMES = " ".join(f"{HERE}/test_{n}.py" for n in ("base", "families", "naming", "tasks", "ties"))
 UPDATES = " ".join(
     f"{HERE}/test_{n}.py" for n in ("updates_exact", "update", "memo", "peft_layer", "peft_layers")
 )
