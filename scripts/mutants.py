@@ -38,19 +38,20 @@ HERE = "tests/converters"
 ADAPTERS = f"{HERE}/lora_folder {HERE}/targets {HERE}/test_targets.py"
 MERGES = f"{HERE}/merged {HERE}/test_companions.py {HERE}/test_nothing_lost.py"
 CACHE = "tests/dora_serve/test_cache.py tests/dora_serve/test_identity.py"
-NAMES = " ".join(f"{HERE}/test_{n}.py" for n in ("families", "naming", "tasks", "ties"))
+NAMES = " ".join(f"{HERE}/test_{n}.py" for n in ("base", "families", "naming", "tasks", "ties"))
 UPDATES = " ".join(
     f"{HERE}/test_{n}.py" for n in ("updates_exact", "update", "memo", "peft_layer", "peft_layers")
 )
+GGUF = f"{HERE}/test_gguf.py {HERE}/test_gguf_scales.py"
 GUARD = "tests/server/test_guard.py tests/server/test_guard_exact.py"
 DRAWING = " ".join(f"tests/engines/test_{n}.py" for n in ("sampling", "generation"))
 # What is mutated → the tests that should notice.
 SOURCES = {
     "converters/updates/*.py": UPDATES,
     "converters/files/*.py": f"{HERE}/files {HERE}/test_pickles.py {CACHE}",
-    "converters/model/*.py": f"{HERE}/model {MERGES} {ADAPTERS} {NAMES}",
+    "converters/model/*.py": f"{HERE}/model {HERE}/merged {HERE}/lora_folder {NAMES}",
     "converters/targets/*.py": f"{ADAPTERS} tests/dora_serve/test_verify.py",
-    "converters/targets/gguf/*.py": f"{HERE}/test_gguf.py {HERE}/test_gguf_scales.py",
+    "converters/targets/gguf/*.py": f"{GGUF} {HERE}/targets/test_target.py",
     "converters/targets/merged/*.py": f"{MERGES} {HERE}/targets/test_target.py {HERE}/test_base.py",
     "converters/targets/lora_folder/*.py": ADAPTERS,
     "dora_serve/server/guard.py": GUARD,
@@ -276,7 +277,8 @@ def main() -> int:
     from hypothesis import Phase, settings
 
     os.environ["PYTEST_DISABLE_PLUGIN_AUTOLOAD"] = "1"
-    settings.register_profile("mutants", phases=[Phase.explicit, Phase.generate], database=None)
+    phases = [Phase.explicit, Phase.generate]
+    settings.register_profile("mutants", phases=phases, database=None, deadline=None)
     settings.load_profile("mutants")
     torch.set_num_threads(1)  # threads do not outlive a fork
     for name in PRELOAD:

@@ -12,6 +12,7 @@ from transformers.pytorch_utils import Conv1D
 
 from converters.errors import RunError
 from converters.updates.peft_layer import LayerUpdate, MergedBias, merge_layer
+from converters.updates.update import Update
 
 OUT, IN = 5, 3
 
@@ -27,7 +28,7 @@ def layer(turned: bool, **options: Any) -> Any:
 def test_a_layer_that_holds_its_weight_either_way_round(turned: bool) -> None:
     module = layer(turned)
     a, b = (getattr(module, f"lora_{side}")["default"].weight.detach().double() for side in "AB")
-    update = LayerUpdate("q", module, (OUT, IN), turned, Path("x"))
+    update: Update = LayerUpdate("q", module, (OUT, IN), turned, Path("x"))
     assert update.whole is True
     assert update.components() is None
     weight = torch.randn(OUT, IN)

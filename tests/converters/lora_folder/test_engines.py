@@ -76,6 +76,8 @@ def test_what_each_engine_reads() -> None:
         ("q_proj", "k_proj", "v_proj"),
         ("gate_proj", "up_proj"),
     )
+    for only_peft in ("convolutions", "text_models"):
+        assert [name for name, p in PROFILES.items() if getattr(p, only_peft)] == ["peft"]
     assert "target_parameters" in PROFILES["peft"].features
     assert "target_parameters" not in PROFILES["vllm"].features
 

@@ -221,3 +221,17 @@ def test_names_of_no_model(name: str, monkeypatch: pytest.MonkeyPatch, tmp_path:
     with pytest.raises(MissingError, match="no such base model") as caught:
         open_base(name)
     assert caught.value.file == name
+
+
+def test_an_identity_is_of_tensors_and_configuration(tmp_path: Path) -> None:
+    tensors = {"b": torch.ones(2), "a": torch.arange(3)}
+    base = make_base(tmp_path / "base", tensors, model_type="x", b=1, a={"d": 2, "c": [3]})
+    said = [sorted(base.fingerprint.items()), base.config]
+    known = blake3(json.dumps(said, sort_keys=True).encode()).hexdigest()
+    assert base.identity == known
+    same = make_base(tmp_path / "same", tensors, a={"c": [3], "d": 2}, b=1, model_type="x")
+    assert same.identity == known
+    other = make_base(tmp_path / "other", tensors, model_type="x", b=1, a={"d": 2, "c": [4]})
+    assert other.identity != known and other.fingerprint == base.fingerprint
+    more = make_base(tmp_path / "more", {**tensors, "a": torch.arange(3) + 1}, **base.config)
+    assert more.identity != known

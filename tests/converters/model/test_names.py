@@ -121,3 +121,12 @@ def test_names_of_a_live_model_lead_back(tmp_path: Path) -> None:
     keys = [key for key in live.state_dict() if ".base_layer." not in key and "lora_" not in key]
     assert len(keys) == len(names.state) - 2
     assert {names.tensor(unwrapped(key)) for key in keys} <= names.state.keys()
+
+
+def test_a_module_that_is_called_as_a_wrapper_is(llama_base: Path) -> None:
+    names = Names(open_base(llama_base), "LlamaForCausalLM")
+    assert names.model is not None
+    vars(names)["state"] = {"tower.module.proj.weight": (2, 2), "head.weight": (2, 2)}
+    assert names.tensor("tower.proj.weight") == "tower.module.proj.weight"
+    assert names.module("tower.module.proj") == "tower.module.proj"
+    assert names.tensor("tower.head.weight") is None

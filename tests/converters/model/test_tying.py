@@ -12,9 +12,11 @@ import torch
 import transformers
 from safetensors.torch import save_file
 
+from converters.errors import TargetError
 from converters.model.base import BaseModel, open_base
 from converters.model.tying import aliases, groups, rows_in_memory, spreading, tensor_names, tied
-from tests.converters.made import EMBED, HEAD, WEIGHTS
+from dora_serve import merge
+from tests.converters.made import EMBED, HEAD, WEIGHTS, lazy, make_run
 from tests.converters.tied_families import FAMILIES
 
 
@@ -140,3 +142,16 @@ def test_which_single_rows_reach_the_other_side(
     assert spreading(tokens, base, "PartsForCausalLM", None) == tokens
     untied = named(tmp_path / "untied", llama(False))
     assert spreading(tokens, untied, "LlamaForCausalLM", None) == tokens
+
+
+def test_sides_that_a_class_always_ties_cannot_part(tmp_path: Path) -> None:
+    family = FAMILIES["switch"]
+    torch.manual_seed(0)
+    model = getattr(transformers, family.model)
+    model(getattr(transformers, family.config)(**family.values)).save_pretrained(tmp_path / "base")
+    whole = lazy(tmp_path / "run", {"lm_head.weight": torch.randn(80, 32)})
+    run = make_run(tmp_path / "run", {}, replaced=whole, apart=frozenset(whole))
+    with pytest.raises(TargetError, match="one side of a tensor that is") as caught:
+        merge(run, tmp_path / "out", base=tmp_path / "base")
+    assert (caught.value.file, caught.value.found) == (run.path, family.model)
+    assert caught.value.tensor in family.sides or caught.value.tensor == "lm_head.weight"

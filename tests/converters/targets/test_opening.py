@@ -28,6 +28,8 @@ from converters.targets.opening import (
     open_peft,
     open_transformers,
 )
+from tests.conftest import tiny_llama
+from tests.converters import naming
 from tests.converters.made import WEIGHTS, lazy, make_run
 
 INPUTS = {
@@ -304,3 +306,20 @@ def test_what_is_compared_of_each_kind_of_output(llama_base: Path) -> None:
     assert (found.dtype, found.shape) == (torch.float32, (2, 2))
     both_kinds = LlamaForCausalLM.from_pretrained(llama_base, dtype=torch.bfloat16)
     assert logits(both_kinds, INPUTS).dtype == torch.float32
+
+
+def test_a_merged_model_in_a_narrow_dtype_says_so(llama_base: Path, tmp_path: Path) -> None:
+    tiny_llama().bfloat16().save_pretrained(tmp_path / "out")
+    model = open_transformers(tmp_path / "out", open_base(llama_base), a_run(tmp_path / "run"))
+    assert (model.dtype, model.rounded, model.share) == ("bfloat16", torch.bfloat16, 0.0)
+
+
+def test_an_adapter_of_the_text_model_opens_in_that_model(tmp_path: Path) -> None:
+    naming.make(tmp_path, naming.FAMILIES["qwen3.5, text"])
+    base, run = open_base(tmp_path / "base"), read_run(tmp_path / "lora")
+    model = open_peft(tmp_path / "lora", base, run)
+    assert (model.missing, model.unexpected) == (NONE, NONE)
+    live = naming.load(naming.FAMILIES["qwen3.5, text"], tmp_path / "base")
+    told = attach(live, tmp_path / "lora")
+    found = model.read([INPUTS])
+    assert torch.allclose(found.values[0], logits(told.model, INPUTS), atol=1e-6)

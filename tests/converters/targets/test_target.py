@@ -59,11 +59,23 @@ def test_every_profile_and_that_of_transformers() -> None:
 def test_who_wrote_a_folder(llama_base: Path, llama_lora: Path, tmp_path: Path) -> None:
     write_adapter(llama_lora, tmp_path / "vllm", base=llama_base, target="vllm")
     merge(llama_lora, tmp_path / "merged", base=llama_base)
-    for name in ("vllm", "merged"):
+    write_adapter(llama_lora, tmp_path / "gguf", base=llama_base, target="gguf")
+    for name in ("vllm", "merged", "gguf"):
         assert target_of(tmp_path / name).name == name  # by its certificate
         (tmp_path / name / "dora_export.json").unlink()
     assert target_of(tmp_path / "merged").name == "merged"  # by its look
     assert target_of(tmp_path / "vllm").name == "peft"
+    assert target_of(tmp_path / "gguf").name == "gguf"
+    (tmp_path / "merged" / "config.json").rename(tmp_path / "config.json")
+    with pytest.raises(MissingError):
+        target_of(tmp_path / "merged")
+    (tmp_path / "config.json").rename(tmp_path / "merged" / "config.json")
+    (tmp_path / "only").mkdir()
+    (tmp_path / "only" / "config.json").write_text("{}")
+    with pytest.raises(MissingError):
+        target_of(tmp_path / "only")
+    (tmp_path / "only" / "pytorch_model.bin").touch()
+    assert target_of(tmp_path / "only").name == "merged"
     assert target_of(llama_lora).name == "peft"
     (tmp_path / "merged" / "dora_export.json").write_text("{}")
     assert target_of(tmp_path / "merged").name == "merged"
