@@ -66,7 +66,7 @@ def commands(world: World, onnx: bool) -> list[Command]:
 
 
 def into_cache(inputs: Path, place: Path, run: str, base: Path) -> None:
-    """Convert the run of that name in `inputs` for vLLM, as `up` does, into the cache of `place`."""
+    """Convert a run of `inputs`, by its name, for vLLM into the cache of `place`, as `up` does."""
     from converters.errors import DoraExportError
     from converters.model.base import open_base
     from dora_serve.folder.inventory import read_member

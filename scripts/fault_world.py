@@ -7,6 +7,7 @@ that a round costs a tenth of a second; it is a process of its own and is killed
 from __future__ import annotations
 
 import ctypes
+import errno
 import hashlib
 import json
 import os
@@ -203,3 +204,20 @@ def empty(folder: Path) -> None:
             shutil.rmtree(path)
         else:
             path.unlink()
+
+
+def fill(filler: Path) -> None:
+    with filler.open("wb", buffering=0) as stream:
+        try:
+            while True:
+                stream.write(bytes(1 << 16))
+        except OSError as error:
+            if error.errno != errno.ENOSPC:
+                raise
+
+
+def mounted(place: Path) -> bool:
+    """Whether a small disk could be mounted at `place`."""
+    place.mkdir(exist_ok=True)
+    mount = ["mount", "-t", "tmpfs", "-o", "size=100m", "tmpfs", str(place)]
+    return not os.geteuid() and not subprocess.run(mount, capture_output=True).returncode

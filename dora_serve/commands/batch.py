@@ -39,7 +39,7 @@ from .by_target import adapters
 @click.option("--workers", type=click.IntRange(1), help="Processes; default: one for each core.")
 @click.option("--ray", metavar="ADDRESS", help="Convert on this Ray cluster: HOST:PORT.")
 @common.dry_run_option
-@click.option("--force", is_flag=True, help="Convert what is done too; replace other folders.")
+@click.option("--force", is_flag=True, help="Convert what is done too; replace other outputs.")
 @common.json_option
 @common.reports_errors
 def command(
