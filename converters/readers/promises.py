@@ -222,7 +222,9 @@ class _Promises:
     def _lost_targets(self, named: Named) -> list[str]:
         if not named.known:
             return []
-        names = self._class_names
+        # A run on the text model alone of a multimodal base names modules as that does.
+        several = self._base is not None and "text_config" in self._base.config
+        names = None if several else self._class_names
         if names is not None:
             modules = [name.removesuffix(".weight") for name in names if name.endswith(".weight")]
             modules = [m for m in modules if named.names(m, parameters=False)]
