@@ -122,8 +122,8 @@ def taken_for_experts(modules: Iterable[str], base: BaseModel | None) -> frozens
         from peft.utils import transformers_weight_conversion as conversion
     except ImportError:
         return frozenset()
-    family = None if base is None else base.config.get("model_type")
-    pattern = conversion._MODEL_TO_CONVERSION_PATTERN.get(family)
+    family = "" if base is None else str(base.config.get("model_type"))
+    pattern = conversion._MODEL_TO_CONVERSION_PATTERN.get(family, "")
     kinds = conversion._MOE_TARGET_MODULE_MAPPING.get(pattern, {})
     return frozenset(name for name in modules if name.rpartition(".")[2] in kinds)
 
