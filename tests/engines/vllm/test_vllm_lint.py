@@ -37,6 +37,9 @@ FINDS = {
     "gemma3": {*PLAIN, "transformers 4"},
     "qwen2-vl": {*PLAIN, "transformers 4", "transformers 4, qwen2-vl"},
 }
+UNKNOWN = {  # the forms that mean nothing in a family's own class
+    "qwen2-vl": {"body twice", "transformers 4"},
+}
 # The classes that see import torchvision, and read nothing of it until they are given an image.
 TORCHVISION = """
 import sys, types
@@ -141,7 +144,7 @@ def test_names_in_the_class_that_vllm_builds(tmp_path: Path, family: str) -> Non
         found |= {form} if finds(loader, lora, number) else set()
         told |= set() if errors(lora, base) else {form}
     assert told == found == set(FINDS[family]) & seen
-    for form in seen - {"another", "transformers 4"}:
+    for form in seen - {"another", *UNKNOWN.get(family, set())}:
         lora = tmp_path / str(list(FORMS).index(form) + 1)
         write_adapter(read_run(lora), tmp_path / f"out-{form}", base=base, target="vllm")
         assert finds(loader, tmp_path / f"out-{form}", 99), form
