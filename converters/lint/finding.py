@@ -98,10 +98,16 @@ class Adapter:
         }
 
     def _on_parameter(self, module: str) -> bool:
-        parameters = self.config.get("target_parameters")
-        names = parameters if isinstance(parameters, list) else []
-        owners = {str(name).rpartition(".")[0] for name in names}
-        return any(f".{module.removesuffix('.base_layer')}".endswith(f".{o}") for o in owners)
+        said = self.config.get("target_parameters")
+        names = said if isinstance(said, list) else []
+        plain = module.removesuffix(".base_layer")
+        state = self.classes.whole.names.state if self.classes is not None else ()
+        for owner, _, last in (str(name).rpartition(".") for name in names):
+            if owner and f".{plain}".endswith(f".{owner}"):
+                return True
+            if not owner and (f"{plain}.{last}" in state or plain.endswith(".experts")):
+                return True
+        return False
 
     @property
     def is_lora(self) -> bool:

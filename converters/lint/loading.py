@@ -7,6 +7,7 @@ import dataclasses
 import warnings
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from importlib.util import find_spec
 from typing import Any
 
 from ..model.names import Names
@@ -14,6 +15,11 @@ from ..targets.lora_folder import CONFIG
 from .finding import PEFTS_OWN, Adapter, Finding
 
 _AGAIN = "save the adapter again from the training run"
+# What PEFT would import a module for, or read other files and weights for.
+_LEFT_OUT = frozenset(
+    "auto_mapping megatron_config megatron_core loftq_config eva_config corda_config "
+    "lora_ga_config runtime_config".split()
+)
 _MOST_LAYERS = 2_000
 
 
@@ -33,10 +39,10 @@ class _Outcome:
 
 
 def loading(adapter: Adapter) -> Iterator[Finding]:
-    """What the other checks did not foresee."""
+    """What the other checks did not foresee, where peft is installed."""
     targets = adapter.where(lambda engine: engine.name in PEFTS_OWN)
     known = adapter.classes
-    if not targets or known is None or not adapter.is_lora:
+    if not targets or known is None or not adapter.is_lora or find_spec("peft") is None:
         return
     layouts = [layout for layout in (known.whole, known.text) if layout is not None]
     outcome = min((_load(adapter, each.names) for each in layouts), key=lambda each: each.wrong)
@@ -64,13 +70,10 @@ def _load(adapter: Adapter, names: Names) -> _Outcome:
 
     config = adapter.config
     fields = {field.name for field in dataclasses.fields(LoraConfig) if field.init}
-    # Nothing is imported that the file names, and no weights are made that would be thrown away.
     values: dict[str, Any] = {
-        **{key: value for key, value in config.items() if key in fields - {"auto_mapping"}},
+        **{key: value for key, value in config.items() if key in fields - _LEFT_OUT},
         "init_lora_weights": True,
     }
-    for key in ("loftq_config", "eva_config", "corda_config", "lora_ga_config"):
-        values.pop(key, None)
     adapter.check_patterns(names.state)
     tensors = {
         key: torch.empty(tensor.shape, device="meta") for key, tensor in adapter.tensors.items()

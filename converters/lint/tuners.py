@@ -52,8 +52,10 @@ def _loads(own: Names, key: str) -> bool:
 
 def shared_state(adapter: Adapter) -> Iterator[Finding]:
     """Tuners that `load_adapter` of transformers does not take."""
-    from peft.mapping import PEFT_TYPE_TO_TUNER_MAPPING
-
+    try:
+        from peft.mapping import PEFT_TYPE_TO_TUNER_MAPPING
+    except ImportError:
+        return
     kind = str(adapter.config.get("peft_type"))
     targets = adapter.where(lambda engine: engine.name == "transformers")
     if targets and getattr(PEFT_TYPE_TO_TUNER_MAPPING.get(kind), "uses_shared_state", False):

@@ -185,6 +185,11 @@ FURTHER: dict[str, Case] = {
     "a regular expression that fits both": Case("gemma3", BOTH, old_regex_that_fits),
     "the tower too": Case("gemma3", BOTH, trained={"target_modules": ["q_proj", "v_proj"]}),
     "experts": Case("qwen3-moe", BOTH, trained=EXPERTS),
+    "experts by the names that they had": Case(
+        "qwen3-moe",
+        BOTH,
+        trained={"target_modules": ["q_proj", "gate_proj", "up_proj", "down_proj"]},
+    ),
     "experts that nobody says": Case("qwen3-moe", NONE, said(target_parameters=None), EXPERTS),
     "wrapped experts": Case("qwen3-moe", NONE, named("layers.0.", "layers.0._orig_mod."), EXPERTS),
     "experts of a layer too many": Case(

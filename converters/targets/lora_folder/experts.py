@@ -52,12 +52,14 @@ def in_memory(run: Run, layout: Layout) -> Run:
         if place is not None and len(layout.names.state[place.parameter]) == 3:
             placed.setdefault(place.parameter, []).append((module, place))
     joined = {module for parts in placed.values() for module, _ in parts}
-    if not joined:
+    alone = _alone(run, layout)
+    if not joined and not alone:
         return run
     loaders: dict[str, Callable[[], Update]] = {
         module: partial(run.take, module) for module in run.updates if module not in joined
     }
-    shapes = {module: run.shapes[module] for module in loaders}
+    shapes = {module: run.shapes[module] for module in loaders} | alone
+    loaders |= {name: partial(_joined, run, [], shape) for name, shape in alone.items()}
     start_rank = {m: rank for m, rank in run.start_rank.items() if m not in joined}
     for parameter, parts in placed.items():
         experts, rows, columns = layout.names.state[parameter]
@@ -70,11 +72,22 @@ def in_memory(run: Run, layout: Layout) -> Run:
     return replace(run, updates=LazyUpdates(loaders, shapes), start_rank=start_rank)
 
 
+def _alone(run: Run, layout: Layout) -> dict[str, tuple[int, int]]:
+    """The blocks, and their shapes, that a parameter has beside those that the run updates."""
+    shapes = {split_slice(name)[0]: run.shapes[name] for name in run.updates if "[" in name}
+    every = {
+        f"{parameter}[{expert}]": shape
+        for parameter, shape in shapes.items()
+        for expert in range(layout.names.state.get(parameter, (0,))[0])
+    }
+    return {name: shape for name, shape in every.items() if name not in run.updates}
+
+
 def _joined(run: Run, parts: list[tuple[str, int]], shape: tuple[int, int]) -> Update:
     """One update `[out, in]` of several that lie below each other: `(module, first row)`."""
     a, c, b = [torch.zeros(0, shape[1])], [torch.zeros(0)], [torch.zeros(shape[0], 0)]
     for module, first in parts:
-        update = run.updates[module].components()
+        update = run.take(module).components()
         if update is None:
             raise TargetError(
                 "this module's update is not low-rank, so no LoRA adapter equals it",
@@ -122,8 +135,8 @@ def taken_for_experts(modules: Iterable[str], base: BaseModel | None) -> frozens
         from peft.utils import transformers_weight_conversion as conversion
     except ImportError:
         return frozenset()
-    family = None if base is None else base.config.get("model_type")
-    pattern = conversion._MODEL_TO_CONVERSION_PATTERN.get(family)
+    family = "" if base is None else str(base.config.get("model_type"))
+    pattern = conversion._MODEL_TO_CONVERSION_PATTERN.get(family, "")
     kinds = conversion._MOE_TARGET_MODULE_MAPPING.get(pattern, {})
     return frozenset(name for name in modules if name.rpartition(".")[2] in kinds)
 

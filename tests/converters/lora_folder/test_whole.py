@@ -244,13 +244,24 @@ def test_adapters_on_fused_experts(tmp_path: Path) -> None:
         write_adapter(run, tmp_path / "vllm", base=base, target="vllm")
 
 
-def test_experts_by_their_names_on_disk_are_refused(tmp_path: Path) -> None:
-    base, module = moe(tmp_path), "model.layers.0.mlp.experts.1.gate_proj"
+def test_experts_by_their_names_on_disk_become_blocks(tmp_path: Path) -> None:
+    """The gate of one expert is the upper half of its block of the parameter; the rest is zero."""
+    base, experts = moe(tmp_path), "model.layers.0.mlp.experts"
+    update = low_rank((8, 16), 1)
     (tmp_path / "run").mkdir()
-    run = Run(tmp_path / "run", "test", {module: low_rank(8, 16, 1)}, task="causal-lm")
-    with pytest.raises(TargetError, match="another name, or fused") as caught:
-        write_adapter(run, tmp_path / "out", base=base)
-    assert caught.value.tensor == module
+    run = Run(tmp_path / "run", "test", {f"{experts}.1.gate_proj": update}, task="causal-lm")
+    write_adapter(run, tmp_path / "out", base=base)
+    config, tensors = stored(tmp_path / "out")
+    assert config["target_parameters"] == [f"{experts}.gate_up_proj"]
+    a = tensors[f"base_model.model.{experts}.lora_A.weight"]
+    b = tensors[f"base_model.model.{experts}.lora_B.weight"]
+    assert a.shape[1] == 16 and a.shape[0] == b.shape[1] > 1
+    for expert in range(a.shape[0]):
+        delta = b[:, expert : expert + 1] @ a[expert : expert + 1]
+        right = torch.zeros(16, 16)
+        if expert == 1:
+            right[:8] = (update.b * update.c) @ update.a
+        assert torch.allclose(delta, right, atol=1e-6)
 
 
 def test_blocks_of_a_parameter_take_the_largest_rank() -> None:

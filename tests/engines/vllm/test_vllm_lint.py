@@ -37,7 +37,17 @@ FINDS = {
     "gemma3": {*PLAIN, "transformers 4"},
     "qwen2-vl": {*PLAIN, "transformers 4", "transformers 4, qwen2-vl"},
 }
-SEES = {"gemma3", "qwen2-vl"}
+UNKNOWN = {  # the forms that mean nothing in a family's own class
+    "qwen2-vl": {"body twice", "transformers 4"},
+}
+# The classes that see import torchvision, and read nothing of it until they are given an image.
+TORCHVISION = """
+import sys, types
+from unittest.mock import MagicMock
+for name in ("transforms", "transforms.v2", "transforms.v2.functional", "io"):
+    module = sys.modules[f"torchvision.{name}"] = types.ModuleType(f"torchvision.{name}")
+    module.__path__, module.__getattr__ = [], lambda name: MagicMock()
+"""
 
 
 def errors(lora: Path, base: Path) -> list[str]:
@@ -46,10 +56,16 @@ def errors(lora: Path, base: Path) -> list[str]:
 
 
 @pytest.fixture(scope="module", autouse=True)
-def quiet() -> Iterator[None]:
+def quiet(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     patch = pytest.MonkeyPatch()
     patch.setenv("VLLM_LOGGING_LEVEL", "ERROR")
     patch.setenv("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
+    if find_spec("torchvision") is None:
+        folder = tmp_path_factory.mktemp("stand-in")
+        (folder / "torchvision").mkdir()
+        (folder / "torchvision" / "__init__.py").write_text(TORCHVISION)
+        patch.syspath_prepend(str(folder))
+        patch.setenv("PYTHONPATH", str(folder))  # vLLM looks at its classes in a process
     yield
     patch.undo()
 
@@ -116,8 +132,6 @@ def marks(family: str) -> list[pytest.MarkDecorator]:
 @pytest.mark.usefixtures("alone")
 @pytest.mark.parametrize("family", [pytest.param(name, marks=marks(name)) for name in FINDS])
 def test_names_in_the_class_that_vllm_builds(tmp_path: Path, family: str) -> None:
-    if family in SEES:
-        pytest.importorskip("torchvision")
     make(tmp_path / "made", FAMILIES[family])
     base, clean = tmp_path / "made" / "base", tmp_path / "made" / "lora"
     loader = worker(base)
@@ -130,7 +144,7 @@ def test_names_in_the_class_that_vllm_builds(tmp_path: Path, family: str) -> Non
         found |= {form} if finds(loader, lora, number) else set()
         told |= set() if errors(lora, base) else {form}
     assert told == found == set(FINDS[family]) & seen
-    for form in seen - {"another", "transformers 4"}:
+    for form in seen - {"another", *UNKNOWN.get(family, set())}:
         lora = tmp_path / str(list(FORMS).index(form) + 1)
         write_adapter(read_run(lora), tmp_path / f"out-{form}", base=base, target="vllm")
         assert finds(loader, tmp_path / f"out-{form}", 99), form
