@@ -1,6 +1,6 @@
 """vLLM under change: does a name always answer with its own run's present weights?
 
-    python scripts/chaos_vllm.py [--answers 20000] [--seed 0] [--delay 4] [--kills 3] [--minutes 600]
+    python scripts/chaos_vllm.py [--answers 20000] [--minutes 600] [--delay 4] [--kills 3]
 
 With the Python of vLLM's environment. `dora-serve up --live` serves a base and five runs; four more
 come later by the resolver, and four by `dora-serve watch`; more than `--max-cpu-loras` holds. Eight
