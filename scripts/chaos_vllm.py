@@ -1,6 +1,6 @@
 """vLLM under change: does a name always answer with its own run's present weights?
 
-    python scripts/chaos_vllm.py [--answers 20000] [--seed 0] [--delay 4] [--kills 3] [--minutes 600]
+    python scripts/chaos_vllm.py [--answers 20000] [--minutes 600] [--delay 4] [--kills 3]
 
 With the Python of vLLM's environment. `dora-serve up --live` serves a base and five runs; four more
 come later by the resolver, and four by `dora-serve watch`; more than `--max-cpu-loras` holds. Eight
@@ -221,7 +221,8 @@ def chaos(root: Path, options: argparse.Namespace) -> int:
     random = Random(options.seed)
     live, watched = root / "live", root / "watched"
     (live / "later").mkdir(parents=True)
-    watched.mkdir()
+    for folder in (live, watched):
+        shutil.copytree(root / BASE, folder / BASE)
     places = [Place(name, live / name, delay) for name in STARTED]
     places += [Place(name, live / "later" / name, delay) for name in LATER]
     places += [Place(name, watched / name, delay) for name in WATCHED]
@@ -231,10 +232,8 @@ def chaos(root: Path, options: argparse.Namespace) -> int:
     program = str(Path(sys.executable).parent / "dora-serve")
     port = _free_port()
     url = f"http://127.0.0.1:{port}"
-    base = str(root / BASE)
-    up = [program, "up", str(live), "--base", base, "--engine", "vllm", "--live"]
-    up += ["--port", str(port), "--", "--served-model-name", BASE, *VLLM]
-    watch = [program, "watch", str(watched), "--base", base, "--server", url, "--interval", "0.5"]
+    up = [program, "up", str(live), "--engine", "vllm", "--live", "--port", str(port), "--", *VLLM]
+    watch = [program, "watch", str(watched), "--server", url, "--interval", "0.5"]
     environment = {**os.environ, "DORA_SERVE_CACHE": str(root / "cache"), "HF_HUB_OFFLINE": "1"}
     with (root / "log").open("w") as log:
         processes = [
