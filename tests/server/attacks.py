@@ -42,12 +42,15 @@ TEMPLATE = (
 PATTERN = "(x+x+)+y"  # takes forever with many x
 
 
+Send = Callable[[tuple[str, int]], Iterable[int]]
+
+
 @dataclass(frozen=True)
 class Attack:
-    """`send`: on the address of a server; the statuses that were answered, 0 for none.
-    `fine`: those that it may."""
+    """`ready`: makes what `send`s to a server, which tells the statuses that were answered, 0 for
+    none. `fine`: those that it may."""
 
-    send: Callable[[tuple[str, int]], Iterable[int]]
+    ready: Callable[[], Send]
     fine: frozenset[int]
 
 
@@ -64,7 +67,7 @@ def read(bare: socket.socket) -> bytes:
     return answer
 
 
-def raw(*pieces: bytes, pause: float = 0) -> Callable[[tuple[str, int]], Iterable[int]]:
+def raw(*pieces: bytes, pause: float = 0) -> Callable[[], Send]:
     """Sends these and reads what comes."""
 
     def send(address: tuple[str, int]) -> Iterable[int]:
@@ -75,7 +78,7 @@ def raw(*pieces: bytes, pause: float = 0) -> Callable[[tuple[str, int]], Iterabl
                     time.sleep(pause)
             return [status(read(bare))]
 
-    return send
+    return lambda: send
 
 
 def head(path: str, *more: str) -> bytes:
@@ -86,23 +89,25 @@ def head(path: str, *more: str) -> bytes:
 def post(path: str, body: Callable[[], object], *fine: int) -> Attack:
     """A whole request. `body`: what makes its bytes, or what JSON writes."""
 
-    def send(address: tuple[str, int]) -> Iterable[int]:
+    def ready() -> Send:
         made = body()
         sent = made if isinstance(made, bytes) else json.dumps(made).encode()
         assert len(sent) <= MANY
         start = head(path, f"Content-Length: {len(sent)}", "Connection: close")
-        return raw(start + sent)(address)
+        return raw(start + sent)()
 
-    return Attack(send, frozenset(fine or {400}))
+    return Attack(ready, frozenset(fine or {400}))
 
 
-def complete(**more: object) -> Attack:
-    return post("/v1/completions", {"model": BASE, "max_tokens": 1, **more})
+def complete(more: Callable[[], dict[str, object]]) -> Attack:
+    return post("/v1/completions", lambda: {"model": BASE, "max_tokens": 1, **more()})
 
 
 def chat(text: str) -> Attack:
     messages = [{"role": "user", "content": text}]
-    return post("/v1/chat/completions", {"model": BASE, "messages": messages, "max_tokens": 1})
+    return post(
+        "/v1/chat/completions", lambda: {"model": BASE, "messages": messages, "max_tokens": 1}
+    )
 
 
 def text(content: bytes) -> bytes:
@@ -114,7 +119,7 @@ def chunked(piece: bytes, count: int) -> Attack:
     start = head("/v1/completions", "Transfer-Encoding: chunked")
     chunk = b"%x\r\n%s\r\n" % (len(piece), piece)
     group = max(1, (64 << 10) // len(chunk))
-    return Attack(raw(start, *repeat(chunk * group, count // group)), frozenset({0, 400, 413}))
+    return Attack(raw(start, *repeat(chunk * group, count // group)), frozenset({0, 400, 408, 413}))
 
 
 def _idle(address: tuple[str, int]) -> Iterator[int]:
@@ -142,66 +147,89 @@ _SHORT = frozenset({0, 400})
 _GET = b"GET /health HTTP/1.1\r\nHost: localhost\r\n"
 
 ATTACKS: dict[str, Attack] = {
-    "tokens that are none": complete(prompt=[-1] * 1_000_000),
-    "unknown names": complete(**{f"{i:x}": 1 for i in range(350_000)}),
+    "tokens that are none": complete(lambda: {"prompt": [-1] * 1_000_000}),
+    "unknown names": complete(lambda: {f"{i:x}": 1 for i in range(350_000)}),
     "messages that are none": post(
-        "/v1/chat/completions", {"model": BASE, "messages": [{}] * 10**6}
+        "/v1/chat/completions", lambda: {"model": BASE, "messages": [{}] * 10**6}
     ),
-    "stops that are none": complete(prompt="one", stop=[1] * 10**6),
+    "stops that are none": complete(lambda: {"prompt": "one", "stop": [1] * 10**6}),
     "metadata that is none": post(
         "/v1/chat/completions",
-        {
+        lambda: {
             "model": BASE,
             "messages": [{"role": "user", "content": "one"}],
             "metadata": {f"{i:x}": 1 for i in range(350_000)},
         },
     ),
-    "biases": complete(prompt="one", logit_bias={str(i): 1 for i in range(300_000)}),
-    "inputs that are none": post("/v1/embeddings", {"model": EMBEDS, "input": [-1] * 1_000_000}),
-    "too many inputs": post("/classify", {"model": SENTIMENT, "input": ["a"] * 800_000}),
+    "biases": complete(
+        lambda: {"prompt": "one", "logit_bias": {str(i): 1 for i in range(300_000)}}
+    ),
+    "inputs that are none": post(
+        "/v1/embeddings", lambda: {"model": EMBEDS, "input": [-1] * 1_000_000}
+    ),
+    "too many inputs": post("/classify", lambda: {"model": SENTIMENT, "input": ["a"] * 800_000}),
     "too many messages": post(
         "/v1/chat/completions",
-        {"model": BASE, "messages": [{"role": "user", "content": ""}] * 10**5},
+        lambda: {"model": BASE, "messages": [{"role": "user", "content": ""}] * 10**5},
     ),
     "too many parts": post(
         "/v1/chat/completions",
-        {
+        lambda: {
             "model": BASE,
             "messages": [{"role": "user", "content": [{"type": "text", "text": ""}] * 10**5}],
         },
     ),
-    "too many tokens": complete(prompt=[5] * 1_300_000),
-    "too many tokens to decode": post("/detokenize", {"model": BASE, "tokens": [5] * 1_300_000}),
-    "too many prompts of tokens": complete(prompt=[[]] * 1_000_000),
-    "lists in lists": post("/v1/completions", b"[" + b"[]," * ((MANY >> 2) - 1) + b"[]]"),
-    "objects in lists": post("/v1/completions", b"[" + b'{"a":[]},' * (MANY // 9 - 1) + b"{}]"),
-    "one name many times": post("/v1/completions", b"{" + b'"a":1,' * (MANY // 6 - 1) + b'"a":1}'),
-    "depth": post("/v1/completions", b"[" * MANY),
-    "depth of a prompt": post("/v1/completions", text(b"[" * 10**6 + b"]" * 10**6)),
-    "digits": post("/v1/completions", text(b"[" + b"9" * 4_000_000 + b"]")),
-    "a huge number": complete(prompt="one", max_tokens=10**4000),
-    "a huge float": post("/v1/completions", b'{"model": "x", "prompt": "a", "temperature": 1e999}'),
-    "not a number": post("/v1/completions", b'{"model": "x", "prompt": "a", "temperature": NaN}'),
-    "no Unicode": post("/v1/completions", text(b'"\xff\xfe"')),
-    "half a surrogate pair": post("/v1/completions", text(b'"\\ud800"')),
-    "one long word": complete(prompt="a" * 4_000_000),
-    "many words": complete(prompt="one " * 1_000_000),
-    "many words within the bound": complete(prompt="one " * 260_000),
-    "many unknown signs": complete(prompt="\u20ac " * 500_000),
-    "words to tokenize": post(
-        "/tokenize", {"model": BASE, "prompt": "a " * 500_000, "return_token_strs": True}, 200, 400
+    "too many tokens": complete(lambda: {"prompt": [5] * 1_300_000}),
+    "too many tokens to decode": post(
+        "/detokenize", lambda: {"model": BASE, "tokens": [5] * 1_300_000}
     ),
-    "tokens to decode": post("/detokenize", {"model": BASE, "tokens": [5] * 262_144}, 200),
-    "a pattern without end": complete(prompt="x" * 5_000),
+    "too many prompts of tokens": complete(lambda: {"prompt": [[]] * 1_000_000}),
+    "lists in lists": post("/v1/completions", lambda: b"[" + b"[]," * ((MANY >> 2) - 1) + b"[]]"),
+    "objects in lists": post(
+        "/v1/completions", lambda: b"[" + b'{"a":[]},' * (MANY // 9 - 1) + b"{}]"
+    ),
+    "one name many times": post(
+        "/v1/completions", lambda: b"{" + b'"a":1,' * (MANY // 6 - 1) + b'"a":1}'
+    ),
+    "depth": post("/v1/completions", lambda: b"[" * MANY),
+    "depth of a prompt": post("/v1/completions", lambda: text(b"[" * 10**6 + b"]" * 10**6)),
+    "digits": post("/v1/completions", lambda: text(b"[" + b"9" * 4_000_000 + b"]")),
+    "a huge number": complete(lambda: {"prompt": "one", "max_tokens": 10**4000}),
+    "a huge float": post(
+        "/v1/completions", lambda: b'{"model": "x", "prompt": "a", "temperature": 1e999}'
+    ),
+    "not a number": post(
+        "/v1/completions", lambda: b'{"model": "x", "prompt": "a", "temperature": NaN}'
+    ),
+    "no Unicode": post("/v1/completions", lambda: text(b'"\xff\xfe"')),
+    "half a surrogate pair": post("/v1/completions", lambda: text(b'"\\ud800"')),
+    "one long word": complete(lambda: {"prompt": "a" * 4_000_000}),
+    "many words": complete(lambda: {"prompt": "one " * 1_000_000}),
+    "many words within the bound": complete(lambda: {"prompt": "one " * 260_000}),
+    "many unknown signs": complete(lambda: {"prompt": "\u20ac " * 500_000}),
+    "words to tokenize": post(
+        "/tokenize",
+        lambda: {"model": BASE, "prompt": "a " * 500_000, "return_token_strs": True},
+        200,
+        400,
+    ),
+    "tokens to decode": post("/detokenize", lambda: {"model": BASE, "tokens": [5] * 262_144}, 200),
+    "a pattern without end": complete(lambda: {"prompt": "x" * 5_000}),
     "texts at once": post(
-        "/v1/embeddings", {"model": EMBEDS, "input": ["good film " * 10] * 256}, 200
+        "/v1/embeddings", lambda: {"model": EMBEDS, "input": ["good film " * 10] * 256}, 200
     ),
     "log-probabilities": complete(
-        prompt=["one"] * 2, n=128, logprobs=20, max_tokens=60, ignore_eos=True
+        lambda: {
+            "prompt": ["one"] * 2,
+            "n": 128,
+            "logprobs": 20,
+            "max_tokens": 60,
+            "ignore_eos": True,
+        }
     ),
     "choices": post(
         "/v1/completions",
-        {
+        lambda: {
             "model": BASE,
             "prompt": "one",
             "n": 128,
@@ -212,7 +240,7 @@ ATTACKS: dict[str, Attack] = {
         200,
     ),
     "an adapter's name": post(
-        "/v1/load_lora_adapter", {"lora_name": "a" * 10**6, "lora_path": "a"}, 413
+        "/v1/load_lora_adapter", lambda: {"lora_name": "a" * 10**6, "lora_path": "a"}, 413
     ),
     "a body of another type": Attack(
         raw(
@@ -247,7 +275,9 @@ ATTACKS: dict[str, Attack] = {
     "requests one behind another": Attack(
         raw((_GET + b"\r\n") * 3_000 + _GET + b"Connection: close\r\n\r\n"), frozenset({200})
     ),
-    "no HTTP": Attack(raw(b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + b"\x00" * 10**6), _SHORT),
+    "no HTTP": Attack(
+        raw(b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + b"\x00" * 10**6), frozenset({0, 400, 404})
+    ),
     "a change to WebSocket": Attack(
         raw(
             _GET
@@ -256,6 +286,6 @@ ATTACKS: dict[str, Attack] = {
         ),
         frozenset({200}),
     ),
-    "idle connections": Attack(_idle, frozenset({0})),
-    "clients that never read": Attack(_never_read, frozenset({0})),
+    "idle connections": Attack(lambda: _idle, frozenset({0})),
+    "clients that never read": Attack(lambda: _never_read, frozenset({0})),
 }

@@ -99,11 +99,12 @@ def attacked(place: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[
 @pytest.mark.parametrize("name", ATTACKS)
 def test_attack(attacked: Server, name: str) -> None:
     attack, host = ATTACKS[name], attacked.url.removeprefix("http://").split(":")
+    send = attack.ready()
     before = used(attacked)
     with watched(attacked) as idle:
         time.sleep(0.5)
     with watched(attacked) as worst:
-        statuses = set(attack.send((host[0], int(host[1]))))
+        statuses = set(send((host[0], int(host[1]))))
     grown = worst[1] - before
     print(f"\n| {name} | {statuses} | {worst[0]:.2f} s ({idle[0]:.2f}) | {grown / 2**20:+.0f} MB |")
     assert statuses <= attack.fine
