@@ -154,8 +154,8 @@ class Batch:
 
     def step(self, tokens: NDArray[np.int64]) -> Logits:
         """Add one token to every row; the logits `[rows, vocab]` after it."""
-        for row in np.flatnonzero(self.lengths == self._decoder.border):
-            self._again(int(row))
+        for crossing in np.flatnonzero(self.lengths == self._decoder.border):
+            self._again(int(crossing))
         for row, token in zip(self._rows, tokens.tolist(), strict=True):
             row.append(token)
         self.lengths = self.lengths + 1

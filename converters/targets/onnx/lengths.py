@@ -51,7 +51,7 @@ def windows_of(model: Any, ids: torch.Tensor) -> dict[int, int | None]:
         **_: object,
     ) -> tuple[torch.Tensor, None]:
         windows[layer.layer_idx] = sliding_window if mask is None else _window(mask, tokens)
-        rows, heads, length, _ = query.shape
+        rows, heads, length = query.shape[:3]
         return query.new_zeros(rows, length, heads, value.shape[-1]), None
 
     before = model.config._attn_implementation
