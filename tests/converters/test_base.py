@@ -64,6 +64,14 @@ def merged_tensors(folder: Path) -> dict[str, torch.Tensor]:
     return {n: t for file in folder.glob("*.safetensors") for n, t in load_file(file).items()}
 
 
+def merged_with(
+    layout: Callable[[Path, Path], None], base: Path, run: Path, folder: Path
+) -> dict[str, torch.Tensor]:
+    layout(base, folder / "base")
+    merge(run, folder / "out", base=folder / "base")
+    return merged_tensors(folder / "out")
+
+
 @pytest.fixture(scope="session")
 def expected(
     llama_base: Path, llama_lora: Path, tmp_path_factory: pytest.TempPathFactory
@@ -81,9 +89,7 @@ def test_the_same_merge_from_every_serialization(
     expected: dict[str, torch.Tensor],
     tmp_path: Path,
 ) -> None:
-    layout(llama_base, tmp_path / "base")
-    merge(llama_lora, tmp_path / "out", base=tmp_path / "base")
-    found = merged_tensors(tmp_path / "out")
+    found = merged_with(layout, llama_base, llama_lora, tmp_path)
     assert found.keys() == expected.keys()
     assert all(torch.equal(found[name], expected[name]) for name in expected)
     _, info = LlamaForCausalLM.from_pretrained(tmp_path / "out", output_loading_info=True)
@@ -98,9 +104,7 @@ def test_names_match_with_and_without_a_prefix(
     expected: dict[str, torch.Tensor],
     tmp_path: Path,
 ) -> None:
-    layout(llama_base, tmp_path / "base")
-    merge(llama_lora, tmp_path / "out", base=tmp_path / "base")
-    found = merged_tensors(tmp_path / "out")
+    found = merged_with(layout, llama_base, llama_lora, tmp_path)
     assert found.keys() == load_file(tmp_path / "base" / FILE).keys()
     for name, tensor in found.items():
         known = name.removeprefix("module.")

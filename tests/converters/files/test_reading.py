@@ -22,17 +22,7 @@ from converters.files.tensors import (
     rows_and_columns,
     same_values,
 )
-
-DTYPES = [
-    *(torch.float64, torch.float32, torch.float16, torch.bfloat16),
-    *(torch.float8_e4m3fn, torch.float8_e5m2),
-    *(torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8, torch.bool),
-]
-
-
-def tensor_of(dtype: torch.dtype, shape: tuple[int, ...], seed: int = 0) -> torch.Tensor:
-    generator = torch.Generator().manual_seed(seed)
-    return (torch.randn(shape, generator=generator) * 3).to(dtype)
+from tests.converters.files.dtypes import DTYPES, tensor_of
 
 
 def test_the_suffix_says_which_kind_of_file(tmp_path: Path) -> None:

@@ -125,3 +125,18 @@ def test_links_of_a_hubs_cache_are_followed(tmp_path: Path) -> None:
     (base / "y.txt").symlink_to(model / "elsewhere")
     with pytest.raises(BaseError, match="link out"):
         merge(run, tmp_path / "out2", base=base)
+
+
+def test_the_sub_folders_of_a_pipeline_go_along_at_any_depth(tmp_path: Path) -> None:
+    base = make_base(tmp_path / "base", {f"{Q}.weight": torch.ones(2, 2)})
+    (base / "1_Pooling" / "deep" / "er").mkdir(parents=True)
+    (base / "1_Pooling" / "deep" / "er" / "file").write_text("x")
+    (base / "modules.json").write_text('[{"path": "1_Pooling"}, {"type": "a.B", "path": ""}]')
+    (base / "a").mkdir()
+    merge(make_run(tmp_path / "run", {Q: low_rank(2, 2)}), tmp_path / "out", base=base)
+    assert (tmp_path / "out" / "1_Pooling" / "deep" / "er" / "file").read_text() == "x"
+    assert not (tmp_path / "out" / "a").exists()
+    (base / "a.py").touch()
+    with pytest.raises(BaseError, match="code of its own") as caught:
+        merge(make_run(tmp_path / "run", {Q: low_rank(2, 2)}), tmp_path / "no", base=base)
+    assert caught.value.file == base / "modules.json"

@@ -234,7 +234,7 @@ def test_what_a_plan_says(tmp_path: Path) -> None:
         {f"{K}.weight": torch.randn(4, 4), "y": torch.ones(3).half(), "n": torch.arange(2)},
     )
     base = make_base(tmp_path / "base", *shards)
-    updates = {Q: low_rank(4, 4), K: Dense(torch.randn(4, 4))}
+    updates: dict[str, Update] = {Q: low_rank(4, 4), K: Dense(torch.randn(4, 4))}
     run = make_run(tmp_path / "run", updates, start_rank={Q: 8, K: 3, "gone": 5})
     said = {
         "method": "test",

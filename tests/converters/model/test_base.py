@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -12,16 +12,11 @@ from blake3 import blake3
 from safetensors.torch import save_file
 
 from converters.errors import BaseError, DoraExportError, MissingError
-from converters.model.base import BaseModel, open_base
+from converters.model.base import open_base
+from tests.converters.made import WEIGHTS
+from tests.converters.model.bases import make_base
 
-WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
-
-
-def make_base(folder: Path, tensors: Mapping[str, torch.Tensor], **config: object) -> BaseModel:
-    folder.mkdir(parents=True)
-    (folder / "config.json").write_text(json.dumps(config))
-    save_file(dict(tensors), folder / WEIGHTS, {"format": "pt"})
-    return open_base(folder)
+INDEX = "model.safetensors.index.json"
 
 
 def test_names_with_and_without_prefixes(tmp_path: Path) -> None:

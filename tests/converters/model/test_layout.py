@@ -181,7 +181,8 @@ def adapted(
     updates: dict[str, Update] = {}
     deltas = {}
     for number, module in enumerate(modules):
-        update = low_rank(*state[f"{module}.weight"].shape, seed=number)
+        out, inn = state[f"{module}.weight"].shape
+        update = low_rank(out, inn, seed=number)
         updates[module], deltas[f"{module}.weight"] = update, update.dense()
     return updates, deltas
 
@@ -246,7 +247,8 @@ def test_experts_that_are_transposed_on_loading(tmp_path: Path, turned: bool) ->
     updates: dict[str, Update] = {}
     deltas = {f"{name}.{kind}": torch.zeros_like(state[f"{name}.{kind}"]) for kind in KINDS}
     for number, (kind, expert) in enumerate([(KINDS[0], 0), (KINDS[0], 3), (KINDS[1], 2)]):
-        update = low_rank(*state[f"{name}.{kind}"].shape[1:], seed=number)
+        _, out, inn = state[f"{name}.{kind}"].shape
+        update = low_rank(out, inn, seed=number)
         updates[f"{name}.{kind}[{expert}]"] = update
         deltas[f"{name}.{kind}"][expert] = update.dense()
     merge(make_run(tmp_path / "run", updates, task="causal-lm"), tmp_path / "out", base=base)

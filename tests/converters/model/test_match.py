@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Mapping
 from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import save_file
 
 from converters.errors import BaseError, TargetError
-from converters.model.base import BaseModel, open_base
+from converters.model.base import open_base
 from converters.model.match import (
     as_trained,
     changed,
@@ -25,15 +22,7 @@ from converters.model.match import (
 from tests.converters import naming
 from tests.converters.families import save_base
 from tests.converters.made import lazy, low_rank, make_run
-
-WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
-
-
-def make_base(folder: Path, tensors: Mapping[str, torch.Tensor], **config: object) -> BaseModel:
-    folder.mkdir(parents=True)
-    (folder / "config.json").write_text(json.dumps(config))
-    save_file(dict(tensors), folder / WEIGHTS, {"format": "pt"})
-    return open_base(folder)
+from tests.converters.model.bases import make_base
 
 
 def test_replaced_tensors_that_changed(tmp_path: Path) -> None:

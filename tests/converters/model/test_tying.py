@@ -63,10 +63,11 @@ class Shared(torch.nn.Module):
 
     def __init__(self, declared: dict[str, str]) -> None:
         super().__init__()
+        first = torch.nn.Linear(2, 2, bias=False)
         for name in "abcde":
-            setattr(self, name, torch.nn.Linear(2, 2, bias=False))
+            setattr(self, name, torch.nn.Linear(2, 2, bias=False) if name != "a" else first)
         for name in "bcd":
-            getattr(self, name).weight = self.a.weight
+            getattr(self, name).weight = first.weight
         self.all_tied_weights_keys = declared
 
 

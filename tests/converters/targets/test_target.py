@@ -12,9 +12,9 @@ from typing import Any
 import pytest
 import torch
 
+from converters.certificate import write_certificate as certify
 from converters.errors import MissingError, OutputError, TargetError
 from converters.model.base import open_base
-from converters.targets import publish as module
 from converters.targets.engines import PROFILES
 from converters.targets.publish import publish
 from converters.targets.target import (
@@ -182,13 +182,12 @@ def test_what_an_interrupted_plan_leaves_to_one_that_resumes(
     llama_base: Path, tmp_path: Path, resume: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     in_pieces: list[bool] = []
-    certify = module.write_certificate
 
     def write_certificate(folder: Path, proof: Any, pieces: bool) -> None:
         in_pieces.append(pieces)
         certify(folder, proof, pieces)
 
-    monkeypatch.setattr(module, "write_certificate", write_certificate)
+    monkeypatch.setattr("converters.targets.publish.write_certificate", write_certificate)
     plan = Stopped(
         target="small",
         nbytes=3,
@@ -213,7 +212,7 @@ def test_what_a_target_has_that_says_nothing_else(
     class Plain(Target):
         name, kind, options = "plain", "adapter", object
 
-    plain = Plain()
+    plain = Plain()  # type: ignore[abstract]
     assert (plain.engines, plain.profile, plain.holds(tmp_path)) == ((), None, False)
     run = make_run(tmp_path / "run", {})
     with pytest.raises(NotImplementedError):
