@@ -1,7 +1,7 @@
 """Weights in blocks with a scale each, 8 or 4 bits a weight: MatMulNBits.
 
-8 bits round to nearest, in blocks of 16, so that activations rounded in the same blocks cost no more
-than llama.cpp's Q8_0. 4 bits are placed as llama.cpp's k-quants place them, in blocks of 32, the
+8 bits round to nearest, in blocks of 16, so that activations rounded in the same blocks cost no
+more than llama.cpp's Q8_0. 4 bits are placed as its k-quants place them, in blocks of 32, the
 scale and zero chosen for the least error of the larger weights; and the matrices that they hurt
 most get 8: the head, values, and the way down into the residual.
 """
@@ -23,7 +23,7 @@ from .surgery import Scope, replace, take
 
 _BLOCK = {8: 16, 4: 32}  # weights, and activations, that share a scale
 _AT_ONCE = 1 << 18  # weights that are looked at together
-_SENSITIVE = {"v_proj", "qkv_proj", "c_attn", "down_proj", "fc2", "c_proj"}
+_SENSITIVE = {"v_proj", "down_proj", "fc2", "c_proj"}
 Array = NDArray[np.generic]
 # What a matrix `[in, out]` became, by the name of the input that takes it.
 Blocks = dict[str, ir.TensorProtocol]

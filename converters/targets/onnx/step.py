@@ -10,12 +10,12 @@ from typing import Any
 
 import numpy as np
 
-_PAST, _RUNS = 64, 5
+_PAST, _RUNS = 8, 5
 
 
 def step_times(exact: Path, small: Path) -> dict[str, float] | None:
-    """Milliseconds of one step behind 64 tokens of the float32 graph `exact` and of `small`; None
-    where the float32 weights would fill most of the memory that is free."""
+    """Milliseconds of one step of the float32 graph `exact` and of `small`; None where the float32
+    weights would fill most of the memory that is free."""
     free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     weights = sum(file.stat().st_size for file in exact.parent.iterdir() if file.is_file())
     if 2 * weights > free:
