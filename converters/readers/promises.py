@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import replace
+from functools import cached_property
 from pathlib import Path
 
 from ..errors import DoraExportError, RunError
@@ -222,33 +223,32 @@ class _Promises:
     def _lost_targets(self, named: Named) -> list[str]:
         if not named.known:
             return []
+        base, said = self._base, self._config.get("target_modules")
         # A run on the text model alone of a multimodal base names modules as that does.
-        several = self._base is not None and "text_config" in self._base.config
-        names = None if several else self._class_names
-        if names is not None:
-            modules = [name.removesuffix(".weight") for name in names if name.endswith(".weight")]
-            modules = [m for m in modules if named.names(m, parameters=False)]
-            return [m for m in modules if not any(_same(m, own) for own in self._owners)]
-        said = self._config.get("target_modules")
-        lost = [str(n) for n in _list(said) if not _within(str(n), self._held)]
-        if self._base is not None:
-            lost = [name for name in lost if _within(name, self._base.tensors)]
-        return [] if isinstance(said, str) else lost
+        if base is None or "text_config" in base.config:
+            lost = [str(n) for n in _list(said) if not _within(str(n), self._held)]
+            return lost if base is None else [n for n in lost if _within(n, base.tensors)]
+        modules = [n.removesuffix(".weight") for n in base.tensors if n.endswith(".weight")]
+        modules = [m for m in modules if named.names(m, parameters=False)]
+        return self._in_class([m for m in modules if not self._has(m)])
 
     def _lost_parameters(self) -> list[str]:
         names = [str(name) for name in _list(self._config.get("target_parameters"))]
-        owners = {key.partition("[")[0] for key in self._run.updates}
-        lost = [
-            n
-            for n in names
-            if not any(_same(n, key) or _same(n, f"{key}.weight") for key in owners)
-        ]
-        known = self._class_names
-        return lost if known is None else [n for n in lost if any(_same(n, key) for key in known)]
+        return self._in_class([name for name in names if not self._has(name)])
 
-    @property
+    def _in_class(self, lost: list[str]) -> list[str]:
+        """Those of `lost` that the model has, which is built where there are any."""
+        known = self._class_names if lost else None
+        if known is None:
+            return lost
+        return [n for n in lost if any(_same(n, k) or _same(f"{n}.weight", k) for k in known)]
+
+    def _has(self, name: str) -> bool:
+        """Whether a module or parameter has something in the file, a block of it perhaps."""
+        return name in self._owners or any(_same(name, own) for own in self._owners)
+
+    @cached_property
     def _owners(self) -> set[str]:
-        """The modules and parameters that have something in the file, those of blocks as one."""
         held = {name.partition("[")[0] for name in self._held}
         return held | {f"{name}.weight" for name in held}
 
