@@ -204,8 +204,10 @@ class Adapter:
 
 def _layers_in_all(ranges: object) -> int | None:
     """How many layers PEFT makes of a base's by `layer_replication`; None where it leaves them."""
+    if not isinstance(ranges, list):
+        return None
     try:
-        return sum(last - first for first, last in ranges)  # type: ignore[attr-defined]
+        return sum(last - first for first, last in ranges)
     except (TypeError, ValueError):
         return None
 
