@@ -207,7 +207,7 @@ def _layers_in_all(ranges: object) -> int | None:
     if not isinstance(ranges, list):
         return None
     try:
-        return sum(last - first for first, last in ranges)
+        return int(sum(last - first for first, last in ranges))
     except (TypeError, ValueError):
         return None
 
