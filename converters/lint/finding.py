@@ -123,9 +123,8 @@ class Adapter:
         not know them."""
         if self.base is None:
             return None
-        base, layers = self.base, self.config.get("layer_replication")
-        if isinstance(layers, list):  # PEFT then repeats layers of the base
-            count = sum(last - first for first, last in layers)
+        base, count = self.base, _layers_in_all(self.config.get("layer_replication"))
+        if count is not None:
             base = replace(base, config={**base.config, "num_hidden_layers": count})
         labels = origin(self.config, {name: self.tensors[key] for name, key in self._whole.items()})
         with suppress(BaseError, TargetError):
@@ -201,6 +200,16 @@ class Adapter:
             yield "error", errors
         if warnings := self.where(lambda engine: not test(engine)):
             yield "warning", warnings
+
+
+def _layers_in_all(ranges: object) -> int | None:
+    """How many layers PEFT makes of a base's by `layer_replication`; None where it leaves them."""
+    if not isinstance(ranges, list):
+        return None
+    try:
+        return int(sum(last - first for first, last in ranges))
+    except (TypeError, ValueError):
+        return None
 
 
 Check = Callable[[Adapter], Iterator[Finding]]

@@ -262,12 +262,11 @@ def _names(adapter: Adapter, said: object, module: str) -> bool:
 
 def _head(adapter: Adapter) -> str:
     """The output embedding, which PEFT takes for no linear layer like the others."""
-    known = adapter.classes
-    model = None if known is None else known.whole.names.model
-    head = None if model is None else model.get_output_embeddings()
-    if head is None:
+    if adapter.classes is None:
         return "lm_head"
-    return str(next(name for name, module in model.named_modules() if module is head))
+    model = adapter.classes.whole.names.model
+    head = model.get_output_embeddings()
+    return next((name for name, module in model.named_modules() if module is head), "lm_head")
 
 
 def kinds(adapter: Adapter) -> Iterator[Finding]:

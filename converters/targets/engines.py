@@ -99,7 +99,7 @@ _VLLM_UNADAPTED = {
 # Classes whose `embedding_modules` name the embedding.
 _VLLM_EMBEDDINGS = frozenset(
     "apertus cohere cohere2 exaone4 falcon_h1 granite granitemoe granitemoehybrid granitemoeshared "
-    "jamba lfm2 lfm2_moe llama minicpm mixtral nemotron nemotron_h phimoe qwen3".split()
+    "jamba lfm2 lfm2_moe llama minicpm mixtral nemotron phimoe qwen3".split()
 )
 # Multimodal types whose class takes `model.…` for the text model (`hf_to_vllm_mapper`).
 VLLM_TEXT_NAMES = frozenset("ernie4_5_vl_moe mistral3 paddleocr_vl qwen2_5_vl qwen2_vl".split())

@@ -108,7 +108,7 @@ TUNERS: dict[str, Callable[[], Any]] = {
         token_indices=list(range(5, 60)), task_type="CAUSAL_LM"
     ),
 }
-FORMS = {
+FORMS: dict[str, Callable[[str], str]] = {
     "PEFT": str,
     **{form: WRAPPED[form] for form in ("torch.compile", "FSDP", "DDP", "no prefix")},
     "AutoModel": OTHERS["AutoModel"],
@@ -135,7 +135,7 @@ def test_every_tuner_under_every_form_of_a_name(tmp_path: Path, made: Made, kind
 
 
 # Family → what single experts are called on disk, and further settings of the base.
-SINGLE = {
+SINGLE: dict[str, tuple[dict[str, Any], tuple[str, ...]]] = {
     "qwen3-moe": ({}, ("experts.", "q_proj")),
     "qwen3-moe, beside a dense layer": ({"mlp_only_layers": [0]}, ("mlp.", "q_proj")),
     "qwen3-moe, two experts": ({}, ("experts.0.gate_proj", "experts.2.up_proj")),
@@ -154,7 +154,8 @@ def test_single_experts_are_written_as_peft_holds_them(tmp_path: Path, name: str
     base = tmp_path / "base"
     cls = save_base(family, base, **settings)
     stored, generator = load_file(base / "model.safetensors"), torch.Generator().manual_seed(0)
-    factors, added = {}, dict(stored)
+    factors: dict[str, torch.Tensor] = {}
+    added = dict(stored)
     for key, weight in stored.items():
         if key.endswith(".weight") and weight.dim() == 2 and any(part in key for part in parts):
             a = torch.randn(4, weight.shape[1], generator=generator) * 0.2
@@ -192,9 +193,10 @@ def test_another_tuner_of_the_text_model_alone(tmp_path: Path, made: Made) -> No
     plain = logits(load(family, base))
     truth = train(load(family, base), TUNERS["loha"](), tmp_path / "clean")
     assert float((truth - plain).abs().max()) > 10 * BOUND
-    for number, change in enumerate((str, WRAPPED["FSDP"])):
+    for number, form in enumerate(("PEFT", "FSDP")):
+        change = FORMS[form]
         lora = renamed(tmp_path / "clean", tmp_path / str(number), change, every=True)
-        assert bool(errors(lora, base, "peft")) == (change is not str)
+        assert bool(errors(lora, base, "peft")) == (form == "FSDP")
         merge(read_run(lora, ReadOptions(base=base)), tmp_path / f"merged-{number}", base=base)
         merged = load(family, tmp_path / f"merged-{number}")
         assert float((logits(merged) - truth).abs().max()) <= BOUND

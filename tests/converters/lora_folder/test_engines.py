@@ -39,7 +39,7 @@ def facts(name: str) -> tuple[Any, ...]:
     return (
         None if whole is None else sorted(whole),
         profile.max_rank,
-        (profile.biases, profile.embeddings, profile.uniform, profile.drops, profile.prefix),
+        (profile.biases, profile.embeds("mistral"), profile.uniform, profile.drops, profile.prefix),
         profile.conv1d,
         None if kinds is None else len(kinds),
         tuple(
@@ -67,6 +67,8 @@ def test_what_each_engine_reads() -> None:
         ((False, True, False),),
     )
     assert facts("gguf") == gguf
+    assert [name for name in PROFILES if PROFILES[name].embeds("llama")] == ["peft", "vllm", "gguf"]
+    assert PROFILES["peft"].embeds(None) and not PROFILES["vllm"].embeds(None)
     llama = {f"{kind}_proj" for kind in "q k v o gate up down".split()}
     assert set(PROFILES["sglang"].kinds or ()) == llama | {"qkv_proj", "gate_up_proj"}
     assert llama < (PROFILES["lorax"].kinds or set())

@@ -15,6 +15,7 @@ from safetensors.torch import load_file
 
 from converters.lint import lint
 from converters.model.base import open_base
+from converters.targets.engines import PROFILES
 from converters.targets.lora_folder import WEIGHTS
 from dora_serve import read_run, write_adapter
 from tests.converters.lint_cases import Plant, unsaid
@@ -192,3 +193,20 @@ def test_what_training_added(engine: Engine, tmp_path: Path, name: str) -> None:
     if computes:
         write_adapter(tmp_path / "lora", tmp_path / "out", base=base, target="vllm")
         assert engine.computes(tmp_path / "out", truth)
+
+
+@pytest.mark.further
+def test_the_families_whose_embeddings_it_adapts() -> None:
+    from transformers.models.auto.modeling_auto import (
+        MODEL_FOR_CAUSAL_LM_MAPPING_NAMES as CAUSAL,
+    )
+    from vllm.model_executor.models import ModelRegistry
+
+    known, seen = ModelRegistry.models, 0
+    for family in (*sorted(PROFILES["vllm"].embeddings or ()), "mistral", "gemma", "qwen2"):
+        if CAUSAL.get(family) in known:
+            cls: Any = known[CAUSAL[family]].load_model_cls()
+            embeds = "embed_tokens" in getattr(cls, "embedding_modules", {})
+            assert embeds == PROFILES["vllm"].embeds(family), family
+            seen += 1
+    assert seen > 15
