@@ -13,6 +13,7 @@ from converters.errors import visible
 from converters.options import ReadOptions
 from converters.targets.onnx import OnnxOptions
 
+from ..folder.names import own_name
 from . import common
 
 if TYPE_CHECKING:
@@ -115,4 +116,4 @@ def _named(text: str, base: str | None, options: dict[str, Any]) -> tuple[str, R
     path = Path(match[2] if match else text)
     run = common.load_run(path, base, **options)
     folder = run.path.parent if run.path.name == "checkpoint" else run.path
-    return match[1] if match else folder.name, run
+    return match[1] if match else own_name(folder), run
