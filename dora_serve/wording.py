@@ -34,9 +34,9 @@ def _in_bash(sign: str) -> str:
     return f"\\u{code:04x}" if code < 1 << 16 else f"\\U{code:08x}"
 
 
-def json_text(value: object, **options: int) -> str:
+def json_text(value: object, indent: int | None = None) -> str:
     """`value` as JSON in which what a terminal would obey is escaped, and other letters are not."""
-    text = json.dumps(value, ensure_ascii=False, **options)
+    text = json.dumps(value, ensure_ascii=False, indent=indent)
     return re.sub(
         r"[^\n -~]", lambda m: m[0] if m[0].isprintable() else json.dumps(m[0])[1:-1], text
     )

@@ -42,8 +42,8 @@ class Row:
 def outputs(place: Path) -> list[Path]:
     """The artifacts in a place: the folder `out`, or what lies in the cache."""
     own = (place / "out", *(place / "cache").glob("[!.]*"))
-    beside = ("locks", "hashes", "receipts")
-    return [path for path in own if path.is_dir() and path.name not in beside]
+    beside = ("locks", "hashes", "receipts", "aside")  # the last: what was of somebody else
+    return [path for path in own if path.is_dir() and path.name.partition("-")[0] not in beside]
 
 
 def commands(world: World, onnx: bool) -> list[Command]:

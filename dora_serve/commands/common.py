@@ -186,9 +186,7 @@ base_option = click.option(
     help="Base model: a folder, a URL, or a hub id in the local cache.",
 )
 json_option = click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
-force_option = click.option(
-    "--force", is_flag=True, help="Replace an existing output, and nothing else."
-)
+force_option = click.option("--force", is_flag=True, help="Replace an output that is there.")
 dry_run_option = click.option("--dry-run", is_flag=True, help="Check and show the plan only.")
 
 

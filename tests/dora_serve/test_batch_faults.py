@@ -238,3 +238,24 @@ def test_a_task_of_ray_has_one_core_of_its_own() -> None:
         thread.join()
     assert sorted(map(sorted, chosen)) == [[core] for core in sorted(before)]
     assert os.sched_getaffinity(0) == before
+
+
+def test_what_was_damaged_is_made_anew_and_what_was_added_stays(
+    llama_lora: Path, tmp_path: Path
+) -> None:
+    manifest, out = lines(tmp_path / "m", {"run": str(llama_lora), "name": "run"}), tmp_path / "out"
+    assert batch(manifest, out).done == 1
+    whole = (out / "run" / WEIGHTS).read_bytes()
+    (out / "run" / WEIGHTS).write_bytes(b"damaged")
+    again = batch(manifest, out)
+    assert (again.done, again.skipped) == (1, 0)
+    assert (out / "run" / WEIGHTS).read_bytes() == whole
+    notes = out / "run" / "notes.txt"
+    notes.write_text("mine")
+    assert "found: notes.txt" in batch(manifest, out).failed["run"]
+    assert notes.read_text() == "mine"
+    notes.unlink()
+    (out / "run" / "dora_export.json").write_text("{}")
+    assert batch(manifest, out).failed.keys() == {"run"}
+    assert (out / "run" / "dora_export.json").read_text() == "{}"
+    assert (out / "run" / WEIGHTS).read_bytes() == whole
