@@ -289,3 +289,11 @@ ATTACKS: dict[str, Attack] = {
     "idle connections": Attack(lambda: _idle, frozenset({0})),
     "clients that never read": Attack(lambda: _never_read, frozenset({0})),
 }
+
+SLOW = {  # whose bound is a time to wait
+    "a slow head",
+    "a body that does not come",
+    "a body of single bytes",
+    "clients that never read",
+}
+assert ATTACKS.keys() > SLOW

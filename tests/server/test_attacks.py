@@ -15,7 +15,7 @@ import httpx
 import pytest
 
 from dora_serve.server.options import ServerOptions
-from tests.server.attacks import ATTACKS, PATTERN, TEMPLATE
+from tests.server.attacks import ATTACKS, PATTERN, SLOW, TEMPLATE
 from tests.server.conftest import BASE, EMBEDS, Server, started
 
 MEMORY = 300 << 20  # bytes
@@ -96,7 +96,10 @@ def attacked(place: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[
         yield running
 
 
-@pytest.mark.parametrize("name", ATTACKS)
+@pytest.mark.parametrize(
+    "name",
+    [pytest.param(n, marks=pytest.mark.further) if n in SLOW else n for n in ATTACKS],
+)
 def test_attack(attacked: Server, name: str) -> None:
     attack, host = ATTACKS[name], attacked.url.removeprefix("http://").split(":")
     send = attack.ready()
