@@ -294,10 +294,13 @@ class _Names:
             for path, place in below.items()
             if (name := self._kept.get(place, "")) and name not in reserved
         }
-        for path in below.keys() - set(named.values()):
-            longer = f"{self._root.name}/{below[path]}"
-            free = (n for n in (own[path], below[path], longer) if n not in {*named, *reserved})
-            named[next(free, path.as_posix())] = path
+        placed, taken = set(named.values()), {*named, *reserved}
+        for path, place in below.items():
+            if path not in placed:
+                names = (own[path], place, f"{self._root.name}/{place}", path.as_posix())
+                name = next(name for name in names if name not in taken)
+                taken.add(name)
+                named[name] = path
         kept = {below[path]: name for name, path in named.items()}
         if kept != self._kept:
             self._kept = kept

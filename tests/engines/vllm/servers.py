@@ -50,7 +50,7 @@ def ready(url: str) -> bool:
         return False
 
 
-def wait_until(true: Callable[[], object], seconds: float = 180) -> None:
+def wait_until(true: Callable[[], object], seconds: float = 600) -> None:
     """Wait until `true()` is so."""
     end = time.monotonic() + seconds
     while not true():
