@@ -247,7 +247,7 @@ def test_adapters_on_fused_experts(tmp_path: Path) -> None:
 def test_experts_by_their_names_on_disk_become_blocks(tmp_path: Path) -> None:
     """The gate of one expert is the upper half of its block of the parameter; the rest is zero."""
     base, experts = moe(tmp_path), "model.layers.0.mlp.experts"
-    update = low_rank((8, 16), 1)
+    update = low_rank(8, 16, 1)
     (tmp_path / "run").mkdir()
     run = Run(tmp_path / "run", "test", {f"{experts}.1.gate_proj": update}, task="causal-lm")
     write_adapter(run, tmp_path / "out", base=base)
