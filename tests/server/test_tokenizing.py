@@ -41,7 +41,7 @@ def run(folder: Path, work: Callable[[Texts], Awaitable[Any]]) -> Any:
 @pytest.mark.parametrize("folder", ["tiny-llama-base", "tiny-roberta-base"])
 def test_tokens_are_the_tokenizers(folder: str) -> None:
     truth = Tokenizer.from_file(str(MODELS / folder / "tokenizer.json"))
-    given = [TEXT, [1, 2], "bad", ""]
+    given: list[str | list[int]] = [TEXT, [1, 2], "bad", ""]
 
     async def work(texts: Texts) -> Any:
         rows = await texts.encode(given, 100, "input")
