@@ -38,6 +38,26 @@ def listing(folder: Path) -> dict[str, bytes | None]:
     }
 
 
+def emptied(folder: Path) -> None:
+    shutil.rmtree(folder)
+    folder.mkdir()
+
+
+def repository(folder: Path) -> None:
+    (folder / ".git").mkdir()
+    (folder / ".git" / "x").touch()
+
+
+def linked(folder: Path) -> None:
+    (folder / "file").rename(folder.parent / "x")
+    (folder / "file").symlink_to("../x")
+
+
+def no_file(folder: Path) -> None:
+    (folder / FILE).unlink()
+    (folder / FILE).mkdir()
+
+
 REPLACED: dict[str, Change] = {
     "as it was made": lambda _: None,
     "a file went": lambda folder: (folder / "file").unlink(),
@@ -46,20 +66,17 @@ REPLACED: dict[str, Change] = {
     "an addition broke off later": lambda folder: shutil.copytree(
         folder / "sub", folder / ".adding.abcd1234.dora-tmp" / "sub"
     ),
-    "emptied": lambda folder: [shutil.rmtree(folder), folder.mkdir()],
+    "emptied": emptied,
 }
 REFUSED: dict[str, tuple[Change, str]] = {
     "a file more": (lambda f: (f / "thesis.txt").write_text("mine"), "thesis.txt"),
     "a file more, below": (lambda f: (f / "sub/thesis").write_text("mine"), "sub/thesis"),
     "hidden": (lambda f: (f / ".env").write_text("mine"), ".env"),
-    "a repository": (lambda f: [(f / ".git").mkdir(), (f / ".git/x").touch()], ".git/x"),
+    "a repository": (repository, ".git/x"),
     "changed": (lambda f: (f / "file").write_text("changed"), "file"),
     "as long": (lambda f: (f / "file").write_text("Written"), "file"),
     "a link": (lambda f: (f / "link").symlink_to("file"), "link"),
-    "a link in its place": (
-        lambda f: [(f / "file").rename(f.parent / "x"), (f / "file").symlink_to("../x")],
-        "file",
-    ),
+    "a link in its place": (linked, "file"),
     "a pipe": (lambda f: os.mkfifo(f / "pipe"), "pipe"),
     "no certificate": (lambda f: (f / FILE).unlink(), "file, sub"),
     "of another tool": (lambda f: write_certificate(f, {"tool": "other"}), f"{FILE}, file, sub"),
@@ -73,7 +90,7 @@ REFUSED: dict[str, tuple[Change, str]] = {
         f"{FILE}, file, sub",
     ),
     "nested": (lambda f: (f / FILE).write_text("[" * 10**6), f"{FILE}, file, sub"),
-    "a folder as certificate": (lambda f: [(f / FILE).unlink(), (f / FILE).mkdir()], "sub"),
+    "a folder as certificate": (no_file, "sub"),
 }
 
 

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import onnx
 import torch
+from numpy.typing import NDArray
 from onnx import numpy_helper
 
 from converters.model.base import open_base
@@ -91,7 +92,8 @@ def dequantized(folder: Path) -> dict[str, torch.Tensor]:
             continue
         size = {a.name: a.i for a in node.attribute}
         packed, scales = stored[node.input[1]], stored[node.input[2]]
-        values, zeros = packed, np.full((1, 1, 1), 128, np.float32)
+        values: NDArray[Any] = packed
+        zeros: NDArray[Any] = np.full((1, 1, 1), 128, np.float32)
         if size["bits"] == 4:
             values = np.stack([packed & 15, packed >> 4], axis=-1)
             pairs = stored[node.input[3]]

@@ -158,10 +158,10 @@ def test_every_length(name: str, tmp_path: Path) -> None:
     assert [done.tokens for done in decoder.generate(rows, mixed, steps)] == answers
     case = Case(tmp_path / "onnx", tmp_path / "base", runs)
     with running(case, max_rows=4, piece=10) as engine:
-        told = [Answer() for _ in wishes]
-        for (row, adapter), answer in zip(wishes, told, strict=True):
+        waiting = [Answer() for _ in wishes]
+        for (row, adapter), answer in zip(wishes, waiting, strict=True):
             engine.submit(row, file(case, adapter), [steps], [answer.updates.put])
-        assert [answer.wait()[0] for answer in told] == answers
+        assert [answer.wait()[0] for answer in waiting] == answers
 
 
 @pytest.mark.parametrize("name", KINDS)

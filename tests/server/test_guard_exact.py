@@ -60,8 +60,11 @@ def test_websockets_are_closed() -> None:
     async def never(*_: Any) -> None:
         raise AssertionError("it was let through")
 
+    async def receive() -> dict[str, Any]:
+        raise AssertionError("it was read")
+
     guard = Guard(never, None, 10, False, frozenset(), Metrics())
-    asyncio.run(guard({"type": "websocket", "path": "/x", "headers": []}, never, send))
+    asyncio.run(guard({"type": "websocket", "path": "/x", "headers": []}, receive, send))
     assert [message["type"] for message in sent] == ["websocket.close"]
 
 
