@@ -210,7 +210,7 @@ def test_a_model_far_larger_than_its_file_is_not_built(
 ) -> None:
     config(**change)(root / "good")
     base = open_base(root / "good")
-    architecture = str(list(base.config["architectures"])[0])
+    architecture = json.loads((root / "good" / "config.json").read_text())["architectures"][0]
     with pytest.raises(BaseError, match="larger than its weights' files"):
         check_size(architecture, base.config, 10**6)
     assert "good" in make.make_offer(root, None, True, print).problems
