@@ -199,7 +199,7 @@ def test_a_template_of_the_run_goes_along_and_half_a_tokenizer_does_not(
     written = merge(tmp_path / "run", tmp_path / "again", base=decoder)
     (warning,) = written.warnings
     assert "chat_template.jinja, tokenizer.json of the run stay behind" in warning
-    assert not (tmp_path / "again" / "chat_template.jinja").exists()
+    assert (tmp_path / "again" / "chat_template.jinja").read_text() == "base"
 
 
 def test_other_formats_of_the_base_and_stray_code_stay_behind(

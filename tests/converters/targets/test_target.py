@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 
+from converters.certificate import tool
 from converters.certificate import write_certificate as certify
 from converters.errors import MissingError, OutputError, TargetError
 from converters.model.base import open_base
@@ -154,9 +155,14 @@ def test_a_plan_that_may_not_be_written_is_not(llama_base: Path, tmp_path: Path)
             publish(plan, llama_base / "out", dry_run=dry)
         with pytest.raises(OutputError, match="space"):
             publish(small(tmp_path, llama_base, nbytes=1 << 60), tmp_path / "out", dry_run=dry)
+    with pytest.raises(OutputError, match="not written here"):
+        publish(plan, tmp_path / "full", force=True)
+    certify(tmp_path / "full", {"tool": tool()})
     with pytest.raises(OutputError, match="as it is"):
         publish(small(tmp_path, llama_base, fails=True), tmp_path / "full", force=True)
-    assert sorted(path.name for path in (tmp_path / "full").iterdir()) == ["old"]
+    assert sorted(path.name for path in (tmp_path / "full").iterdir()) == [
+        *("dora_export.json", "old")
+    ]
     publish(plan, tmp_path / "full", force=True)
     assert sorted(path.name for path in (tmp_path / "full").iterdir()) == [
         *("dora_export.json", "file")
