@@ -13,7 +13,7 @@ from .tasks import architecture_of
 _HEAD = re.compile(r"(For[A-Z]\w*|LMHeadModel|(?<=Marian)MTModel|Model|PreTrainedModel)$")
 # What transformers makes a module, or a name, of each of.
 _LAYERS = (
-    r"n_layers?|\w*layers|(\w*_)?depths?|num_\w*(block|stage|level|codebook|flow|group)s?"
+    r"n_layers?|(?!max_window_)\w*layers|(\w*_)?depths?|num_\w*(block|stage|level|codebook|flow|group)s?"
     r"|inner_group_num"
 )
 _EXPERTS = r"\w*experts"
