@@ -97,10 +97,16 @@ class Run:
             if len(self.asked) >= self.answers:
                 self.stop.set()
 
-    def change(self) -> None:
+    def begin(self) -> None:
+        """Let everything be there and served."""
         for place in self.places:
             if not place.events:
                 self.change_one(place, "copy", self.random.choice(["r1", "r4", "patterns", "ada"]))
+        for place in self.places:
+            while _ask(self.url, place.name, 0, prompts()[0]).answer is None:
+                time.sleep(0.5)
+
+    def change(self) -> None:
         while not self.stop.wait(self.random.uniform(*_PAUSE)):
             place = self.random.choice(self.places)
             self.change_one(place, *next_change(place, self.contents, self.random))
@@ -246,6 +252,7 @@ def chaos(root: Path, options: argparse.Namespace) -> int:
                     raise SystemExit((root / "log").read_text()[-3000:])
                 time.sleep(0.5)
             run = Run(url, answers, places, contents, random)
+            run.begin()
             began = time.time()
             limit = threading.Timer(60 * options.minutes, run.stop.set)
             limit.daemon = True

@@ -45,6 +45,9 @@ class Wanted:
     warnings: tuple[str, ...] = ()
 
 
+UNREAD = Wanted(None, _WRITTEN)
+
+
 @dataclass(frozen=True)
 class Desired:
     """Name → adapter folder of everything in a folder; what cannot be served, with the reason; what
@@ -147,11 +150,20 @@ class Following:
             wanted = Wanted(None, _told(error))
         old = self._known.get(path)
         if _state(path) != state:  # changed meanwhile: another look will tell
-            return Wanted(None, _WRITTEN) if old is None else old.wanted
+            return UNREAD if old is None else old.wanted
         if wanted.adapter is None and self._keep and old is not None:
             wanted = Wanted(old.wanted.adapter, wanted.problem, old.wanted.warnings)
         self._known[path] = _Known(state, elsewhere, base, wanted)
         return wanted
+
+    def current(self, name: str) -> Wanted | None:
+        """What is wanted of the run as far as it was found out: `UNREAD` where it was not yet, None
+        when the run is gone."""
+        path = self._paths.get(name)
+        if path is not None and path in self._known:
+            return self._known[path].wanted
+        gone = path is None or not self._seen.get(path, ({"": ()}, 0.0))[0]
+        return None if gone else UNREAD
 
     def now(self, name: str) -> Wanted | None:
         """What is wanted of the run, which is waited for while somebody writes it."""
@@ -166,7 +178,7 @@ class Following:
             if known is None and not state:
                 return None
             time.sleep(SETTLE)
-        return Wanted(None, _WRITTEN)
+        return UNREAD
 
     def look(self) -> Desired:
         """What is wanted of the whole folder by now. Converts for about a second, so that what is

@@ -20,7 +20,7 @@ from converters.files.cache import cache_folder
 from converters.model.base import open_base
 
 from ..folder.inventory import Member
-from .desired import Following, Wanted
+from .desired import UNREAD, Following, Wanted
 from .fleet import ranks_of, with_whole_layers
 from .table import Table
 
@@ -38,7 +38,8 @@ class RunResolver(LoRAResolver):  # type: ignore[misc]
         self._root, self._table = root, table
         self._any_base, self._keep = any_base, keep
         self._following: Following | None = None  # from the start of the server on
-        self._used: set[str] = set()
+        self._given: set[str] = set()  # names that were ever served from here
+        self._failed: dict[str, str] = {}  # name → the folder that the engine did not load
         self._busy: dict[str, asyncio.Task[None]] = {}
         self._loop: asyncio.Task[None] | None = None
 
@@ -60,7 +61,7 @@ class RunResolver(LoRAResolver):  # type: ignore[misc]
         )
         ours = cache_folder().resolve()
         paths = self._table.paths().items()
-        self._used = {name for name, path in paths if ours in Path(path).resolve().parents}
+        self._given = {name for name, path in paths if ours in Path(path).resolve().parents}
         self._loop = asyncio.create_task(self._follow(self._following))
 
     async def resolve_lora(self, base_model_name: str, lora_name: str) -> LoRARequest | None:
@@ -76,7 +77,7 @@ class RunResolver(LoRAResolver):  # type: ignore[misc]
         if wanted.adapter is None:
             logger.warning("run %s cannot be served: %s", lora_name, wanted.problem)
             raise VLLMValidationError(wanted.problem, parameter="model")
-        self._used.add(lora_name)
+        self._given.add(lora_name)
         # vLLM puts its own number in the place of the 1.
         return LoRARequest(lora_name, 1, str(wanted.adapter), base_model_name=base_model_name)
 
@@ -88,38 +89,48 @@ class RunResolver(LoRAResolver):  # type: ignore[misc]
         return None
 
     async def _follow(self, following: Following) -> None:
-        """Switch what changed, refuse what can no longer be served, and let go of what went."""
-        for name in list(self._used):
+        """Keep vLLM's table equal to what is wanted. It is compared anew each time, since vLLM may
+        enter a name a while after it was given here."""
+        for name in list(self._given):
             with suppress(MissingError):
-                if not await asyncio.to_thread(following.find, name):
-                    self._let_go(name)
+                await asyncio.to_thread(following.find, name)
         while True:
             await asyncio.sleep(_INTERVAL)
-            names = self._used - self._busy.keys()
-            for name in await asyncio.to_thread(following.changed, names):
-                self._busy[name] = asyncio.create_task(self._renew(following, name))
+            try:
+                names = self._given & {*self._table.paths(), *self._failed} - self._busy.keys()
+                for name in await asyncio.to_thread(following.changed, names):
+                    self._busy[name] = asyncio.create_task(self._renew(following, name))
+                for name in names - self._busy.keys():
+                    await self._compare(following, name)
+            except Exception:
+                logger.exception("the runs in use")
 
     async def _renew(self, following: Following, name: str) -> None:
         try:
-            wanted = await asyncio.to_thread(following.renew, name)
-            if wanted is None:
-                self._let_go(name)
-            elif wanted.adapter is None:
-                self._let_go(name)  # the next request asks the resolver, which says why
-                logger.warning("run %s can no longer be served: %s", name, wanted.problem)
-            elif self._table.paths().get(name) != str(wanted.adapter):
-                failure = await self._table.put(name, str(wanted.adapter))
-                if failure and not self._keep:
-                    self._table.refuse(name, failure)
-        except Exception:
-            logger.exception("run %s", name)
+            await asyncio.to_thread(following.renew, name)
         finally:
             del self._busy[name]
 
-    def _let_go(self, name: str) -> None:
-        self._used.discard(name)
-        if self._table.remove(name):
-            logger.info("%s is no longer served", name)
+    async def _compare(self, following: Following, name: str) -> None:
+        wanted = following.current(name)
+        if wanted is UNREAD:
+            return
+        if wanted is None or wanted.adapter is None:
+            # The next request asks the resolver, which says why.
+            self._failed.pop(name, None)
+            if self._table.remove(name):
+                reason = "it is gone" if wanted is None else wanted.problem
+                logger.warning("run %s is no longer served: %s", name, reason)
+            return
+        path = str(wanted.adapter)
+        if path in (self._table.paths().get(name), self._failed.get(name)):
+            return
+        failure = await self._table.put(name, path)
+        self._failed.pop(name, None)
+        if failure:
+            self._failed[name] = path
+            if not self._keep:
+                self._table.refuse(name, failure)
 
     def _check(self, member: Member) -> None:
         """Raise `TargetError` when the server's slots have no room for the run."""

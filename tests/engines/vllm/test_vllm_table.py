@@ -1,0 +1,55 @@
+"""The resolver against a table of vLLM's that is slow: what is entered late is put right too."""
+
+from __future__ import annotations
+
+import asyncio
+import shutil
+from importlib.util import find_spec
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+pytestmark = pytest.mark.skipif(find_spec("vllm") is None, reason="needs vLLM")
+
+
+@pytest.mark.parametrize("change", ["damaged", "gone"])
+def test_a_name_that_vllm_enters_late_is_let_go(
+    tmp_path: Path, llama_base: Path, llama_lora: Path, change: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from dora_serve.vllm import resolver as module
+    from dora_serve.vllm.table import Table
+
+    monkeypatch.setattr(module, "_INTERVAL", 0.05)
+    monkeypatch.setenv("DORA_SERVE_CACHE", str(tmp_path / "cache"))
+    run = tmp_path / "root" / "run"
+    shutil.copytree(llama_lora, run)
+    table = Table()
+    models: Any = SimpleNamespace(
+        model_config=SimpleNamespace(model=str(llama_base)),
+        base_model_paths=[],
+        lora_requests={},
+        engine_client=None,
+    )
+    table.models = models
+
+    async def story() -> None:
+        resolver = module.RunResolver(tmp_path / "root", table, any_base=True, keep=False)
+        await resolver.started()
+        request = await resolver.resolve_lora(str(llama_base), "run")
+        assert request is not None
+        models.lora_requests["run"] = request
+        await asyncio.sleep(0.2)
+        assert "run" in models.lora_requests
+        if change == "gone":
+            shutil.rmtree(run)
+        else:
+            (run / "adapter_model.safetensors").write_bytes(b"")
+        while "run" in models.lora_requests:
+            await asyncio.sleep(0.02)
+        models.lora_requests["run"] = request  # vLLM had been loading it all the while
+        while "run" in models.lora_requests:
+            await asyncio.sleep(0.02)
+
+    asyncio.run(asyncio.wait_for(story(), 120))
