@@ -99,9 +99,12 @@ def _save(model: ir.Model, file: Path, places: dict[bytes, int]) -> None:
     data = file.parent / DATA
     for value in model.graph.initializers.values():
         tensor = value.const_value
-        if tensor is None or tensor.nbytes < _DATA_FROM:
+        outside = isinstance(tensor, ir.ExternalTensor) and tensor.path != str(data)
+        if tensor is None or (tensor.nbytes < _DATA_FROM and not outside):
             continue
-        if not isinstance(tensor, ir.ExternalTensor) or tensor.path != str(data):
+        if tensor.nbytes < _DATA_FROM:
+            value.const_value = ir.tensor(tensor.numpy().copy(), tensor.dtype, name=tensor.name)
+        elif outside or not isinstance(tensor, ir.ExternalTensor):
             value.const_value = _place(tensor, data, places)
     ir.save(model, file)
 
