@@ -78,10 +78,11 @@ def test_dry_run_tells_what_could_not_be_made(tmp_path: Path) -> None:
 
 def test_a_cache_that_does_not_stay_in_place_is_not_served(tmp_path: Path) -> None:
     folder = tmp_path / "half"
-    folder.mkdir()
-    (folder / "model.onnx").touch()
-    (folder / "dora_export.json").write_text("{}")
-    (folder / "genai_config.json").write_text('{"search": {"past_present_share_buffer": false}}')
+    write_onnx(MODELS / BASE, folder)
+    config = folder / "genai_config.json"
+    said = json.loads(config.read_text())
+    said["search"]["past_present_share_buffer"] = False
+    config.write_text(json.dumps(said))
     plan = make_offer(tmp_path, None, dry=True)
     assert plan.models == []
     assert "cannot be shared" in plan.problems["half"]
