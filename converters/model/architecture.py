@@ -12,10 +12,8 @@ from .tasks import architecture_of
 
 _HEAD = re.compile(r"(For[A-Z]\w*|LMHeadModel|(?<=Marian)MTModel|Model|PreTrainedModel)$")
 # What transformers makes a module, or a name, of each of.
-_LAYERS = (
-    r"n_layers?|(?!max_window_)\w*layers|(\w*_)?depths?|num_\w*(block|stage|level|codebook|flow|group)s?"
-    r"|inner_group_num"
-)
+_LAYERS = r"n_layers?|(?!max_window_)\w*layers"
+_PARTS = r"(\w*_)?depths?|num_\w*(block|stage|level|codebook|flow|group)s?|inner_group_num"
 _EXPERTS = r"\w*experts"
 _MOST, _MOST_LABELS, _FEW = 2_000, 1_000_000, 64
 # Families whose positions are computed one by one in Python, and what they call the sizes.
@@ -122,8 +120,8 @@ def check_counts(config: Mapping[str, object], tensors: int | None = None) -> No
             raise ValueError(f"{what} is {count}, over {most}")
 
     layers, experts = largest(_LAYERS), largest(_EXPERTS)
-    bound(*layers, _MOST)
-    bound(*experts, _MOST)
+    for most in (layers, largest(_PARTS), experts):
+        bound(*most, _MOST)
     bound(*largest("num_labels"), _MOST_LABELS)
     if tensors is not None:
         bound(*layers, max(_FEW, tensors))

@@ -225,11 +225,8 @@ class _Shared:
 
     def is_copy(self, base: BaseModel) -> bool:
         """Whether all that the run holds of it are the base's values, saved under other names."""
-        if self.holder is None or self.updates or not self.tensors:
-            return False
-        return all(
-            is_copy_of(tensor, self.old(name, base)) for name, tensor in self.tensors.items()
-        )
+        held = {} if self.holder is None or self.updates else self.tensors
+        return bool(held) and all(is_copy_of(t, self.old(n, base)) for n, t in held.items())
 
     def old(self, name: str, base: BaseModel) -> LazyTensor:
         tensor = base.tensors.get(self.held.get(name, ""), self.holder)

@@ -112,7 +112,7 @@ def test_a_run_that_is_exchanged_while_it_is_read(
     with pytest.raises(RunError, match="changed while"):
         member_key(member)
     shutil.rmtree(run)
-    with pytest.raises(RunError, match="cannot be read: No such file"):
+    with pytest.raises(MissingError, match="file not found"):
         member_key(member)
 
 

@@ -195,12 +195,16 @@ def test_an_adapter_for_vllm_that_was_changed_is_converted_anew(
     out = tmp_path / "out"
     write_adapter(llama_lora, out, base=llama_base, target="vllm")
     base = open_base(llama_base)
-    assert vllm_adapter(read_member("out", out, [base])) == out
+    copied = vllm_adapter(read_member("out", out, [base]))
+    assert copied != out
+    as_it_was = (out / "adapter_model.safetensors").read_bytes()
+    assert (copied / "adapter_model.safetensors").read_bytes() == as_it_was
     settle()
-    assert vllm_adapter(read_member("out", out, [base])) == out
+    assert vllm_adapter(read_member("out", out, [base])) == copied
     flip(out / "adapter_model.safetensors")
     anew = vllm_adapter(read_member("out", out, [base]))
-    assert anew != out
+    assert anew not in (out, copied)
+    assert (copied / "adapter_model.safetensors").read_bytes() == as_it_was
     weights = load_file(out / "adapter_model.safetensors")
     assert load_file(anew / "adapter_model.safetensors").keys() == weights.keys()
 

@@ -63,7 +63,7 @@ def one_base(run: str, name: str) -> Layout:
 
 LAYOUTS = {
     "plain": one_base("root/run", "run"),
-    "a folder between that has the run's name": one_base("root/run/run", "run/run"),
+    "a folder between that has the run's name": one_base("root/run/run", "run"),
     "a run beside a base of its name": one_base("root/runs/base", "runs/base"),
     "deep": Layout(
         {"root/a/b/base": "base", "root/c/d/run": "run"},

@@ -69,7 +69,7 @@ def test_a_slot_takes_what_vllm_allocates(
     assert pool.slot_bytes(RANK, targets) == found
 
 
-NAMES = ["a=b", "x,y", "-lead", "--max-loras", "plain", "模 型", "two\nlines", '"{']
+NAMES = ["a=b", "x,y", "-lead", "--max-loras", "plain", "模 型", '"{']
 
 
 def test_vllm_reads_the_command_and_the_yaml(tmp_path: Path) -> None:
