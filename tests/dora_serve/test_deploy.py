@@ -356,3 +356,30 @@ def test_wrong_words(root: Path) -> None:
     for words in wrong:
         done = deploy(root, *words)
         assert done.exit_code == 2, (words, done.output)
+
+
+def test_force_replaces_what_deploy_wrote_and_nobody_changed(root: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+
+    def again(*more: str) -> Result:
+        words = ["deploy", str(root), *VLLM_ON_RAY, "-o", str(out), *more]
+        return CliRunner().invoke(dora_serve, words)
+
+    assert again().exit_code == 0
+    refused = again()
+    assert refused.exit_code == 1 and "not empty" in refused.stderr
+    assert again("--force").exit_code == 0
+    serve = out / "serve.yaml"
+    written = serve.read_text()
+    thesis = out / "thesis.txt"
+    for place, text, found in (
+        (serve, f"{written}# mine\n", "serve.yaml"),
+        (thesis, "mine", "thesis.txt"),
+        (next(out.glob("adapters/*/*/*.safetensors")), "mine", "adapters"),
+    ):
+        place.write_text(text)
+        refused = again("--force")
+        assert refused.exit_code == 1
+        assert found in refused.stderr
+        serve.write_text(written)
+        thesis.unlink(missing_ok=True)
