@@ -83,7 +83,8 @@ def verify(
     """Compare the live model of `run` with `artifact` in `engine` (by default its target's first).
 
     A float32 artifact must equal the live model on every logit within 1e-4, or four times the
-    live model's own float32 noise where that is more. A merged model of a narrower dtype must equal
+    live model's own float32 noise where that is more; a tenth of the update's own effect where that
+    effect is smaller than the bound. A merged model of a narrower dtype must equal
     the live model whose merged weights are rounded once, within the same bound or 1 % of what the
     rounding changed (sums of another order round near ties the other way); what is stored or
     computed less exactly may differ by the share of the update's own effect that its target names
@@ -155,6 +156,8 @@ def _compare(
         if not has_update and run.replaced:
             control = difference(reading.measure(load(run, base).model), truth)
             has_update = control > 0
+    if 0 < control <= exact:
+        exact = max(control / _FAR, NOISE * noisy)
     tolerance = max(exact, model.share * control)
     if model.rounded is not None:
         lost = fold_rounded(live, model.rounded)

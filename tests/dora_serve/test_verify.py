@@ -69,6 +69,21 @@ def test_every_family(tmp_path: Path, family: str) -> None:
         assert found.max_abs > found.tolerance
 
 
+def test_an_update_smaller_than_the_bound_is_proved_by_its_own_size(tmp_path: Path) -> None:
+    base = tmp_path / "base"
+    save_adapter(save_base("llama", base), base, tmp_path / "lora", target_modules=["q_proj"])
+    tiny = changed(tmp_path / "lora", tmp_path / "tiny", scaled(1e-4))
+    merge(tiny, tmp_path / "merged", base=base)
+    merge(changed(tiny, tmp_path / "half", scaled(0.5)), tmp_path / "halved", base=base)
+    run = read_run(tiny, ReadOptions(base=base))
+    found = verify(run, tmp_path / "merged", base)
+    assert 10 * found.noise < found.control < 1e-4
+    assert found.passed
+    for wrong in (tmp_path / "halved", base):
+        found = verify(run, wrong, base)
+        assert not found.passed and found.max_abs > found.tolerance
+
+
 @pytest.mark.parametrize(
     "change",
     [scaled(0.0), scaled(0.5), scaled(2.0), scaled(-1.0), scaled(0.99), scaled(0.5, "layers.1.")],
