@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import subprocess
-import sys
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -12,6 +11,7 @@ from typing import Any
 import pytest
 
 from converters.model.base import open_base
+from dora_serve.vllm.command import find_vllm_or_name
 from dora_serve.vllm.fleet import Pool
 from tests.converters.families import save_adapter, save_base
 from tests.engines.vllm.servers import DORA_SERVE
@@ -84,14 +84,15 @@ def test_vllm_reads_the_command_and_the_yaml(tmp_path: Path) -> None:
     env = {**os.environ, "DORA_SERVE_CACHE": str(tmp_path / "cache")}
     command = [*map(str, words), "--yaml", str(tmp_path / "plan.yaml")]
     printed = subprocess.run(command, env=env, capture_output=True, text=True, check=True).stdout
-    start = printed.index(f"{sys.executable} -m vllm")
+    program = find_vllm_or_name()
+    start = printed.index(" ".join(program))
     pasted = printed[start : printed.index("\n\n`dora-serve up")]
     said = subprocess.run(["sh", "-c", f"printf '%s\\0' {pasted}"], capture_output=True, check=True)
     ran = said.stdout.decode().split("\0")[:-1]
     parser = make_arg_parser(FlexibleArgumentParser())
-    for arguments in (ran[3:], ["--config", str(tmp_path / "plan.yaml")]):
+    for arguments in (ran[len(program) :], ["--config", str(tmp_path / "plan.yaml")]):
         read = parser.parse_args(arguments)
         assert sorted(module.name for module in read.lora_modules) == sorted(NAMES)
         assert all((Path(m.path) / "adapter_config.json").is_file() for m in read.lora_modules)
         assert read.lora_target_modules == ["q_proj"]
-        assert (read.model, read.served_model_name) == (str(base), ["base"])
+        assert (read.model_tag or read.model, read.served_model_name) == (str(base), ["base"])
