@@ -161,15 +161,13 @@ def untied(
         path: {name: t for name, t in tensors.items() if name not in dropped}
         for path, tensors in base.shards.items()
     }
-    last = list(shards)[-1]
-    shards[last] = {**shards[last], **added}
+    shards[list(shards)[-1]] |= added
     if updates.keys() != run.updates.keys():
         shapes = {module: run.shapes[origin] for module, origin in updates.items()}
-        rank = run.start_rank
         run = replace(
             run,
             updates=LazyUpdates({m: partial(run.take, o) for m, o in updates.items()}, shapes),
-            start_rank={m: rank[o] for m, o in updates.items() if o in rank},
+            start_rank={m: run.start_rank[o] for m, o in updates.items() if o in run.start_rank},
             embeddings=frozenset(m for m, o in updates.items() if o in run.embeddings),
             tied=frozenset(m for m, o in updates.items() if o in run.tied),
         )
@@ -208,11 +206,13 @@ class _Shared:
         reaching = [t for name, t in tensors.items() if whole[name] not in run.apart]
         updates = dict(adapted)
         everywhere = [key for key in adapted.values() if key in run.tied]
-        for name in names:
-            if reaching:
-                tensors.setdefault(name, reaching[0])
-            if everywhere:
-                updates.setdefault(name, everywhere[0])
+        alone = [key for key in adapted.values() if everywhere and key not in run.tied]
+        if alone:
+            raise _refusal(run, alone[0], None, "all sides have trained rows of")
+        if reaching:
+            tensors = dict.fromkeys(names, reaching[0]) | tensors
+        if everywhere:
+            updates = dict.fromkeys(names, everywhere[0]) | updates
         now = {n: tensors.get(n, base.tensors.get(held.get(n, ""), holder)) for n in names}
         _check_rows(run, now)
         keys = {n: tuple(k for k in (whole.get(n), adapted.get(n)) if k) for n in names}
