@@ -129,15 +129,13 @@ def write_onnx(
     run: Run | None = None,
     adapters: Mapping[str, Run] | None = None,
     precision: str = "fp32",
-    activations: str = "int8",
     force: bool = False,
     dry_run: bool = False,
 ) -> Artifact:
     """Write `run` merged into `base`, or `base` with `adapters` (name → run), for ONNX Runtime.
     `{}` makes graphs of a decoder that adapters can be added to later.
 
-    `precision` is fp32, fp16, int8 or int4; `activations` int8 or float32, of decoders in the last
-    two. What torch exports is compared with the model, in
+    `precision` is fp32, fp16, int8 or int4. What torch exports is compared with the model, in
     float32, before it is written. For what the builder makes, the certificate records the error:
     run `verify`.
     Raises `DoraExportError` with nothing written.
@@ -151,7 +149,6 @@ def write_onnx(
         run=run,
         adapters=adapters,
         precision=precision,
-        activations=activations,
         force=force,
         dry_run=dry_run,
         prove=partial(_accuracy, base=model, run=run, adapters=adapters or {}),

@@ -25,8 +25,6 @@ ENCODER = "encoder_model.onnx"
 DECODER, WITH_PAST = "decoder_model.onnx", "decoder_with_past_model.onnx"
 
 PRECISIONS = ("fp32", "fp16", "int8", "int4")
-# What products with weights in blocks compute with → ONNX Runtime's level of accuracy.
-ACTIVATIONS = {"int8": 4, "float32": 1}
 
 FOLDER, SUFFIX = "adapters", ".onnx_adapter"
 OWN_HEADS = f"base_heads{SUFFIX}"

@@ -53,7 +53,6 @@ def command(
     adapter_runs: tuple[str, ...],
     add: bool,
     precision: str,
-    activations: str,
     dry_run: bool,
     force: bool,
     as_json: bool,
@@ -100,7 +99,6 @@ def command(
         run=run,
         adapters=adapters or None,
         precision=precision,
-        activations=activations,
         force=force,
         dry_run=dry_run,
     )

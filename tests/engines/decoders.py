@@ -10,7 +10,6 @@ from typing import Any
 import numpy as np
 import onnx
 import torch
-from numpy.typing import NDArray
 from onnx import numpy_helper
 
 from converters.model.base import open_base
@@ -83,7 +82,7 @@ def check(case: Case, steps: int) -> None:
 
 
 def dequantized(folder: Path) -> dict[str, torch.Tensor]:
-    """Module → float32 weight `[out, in]` of every MatMulNBits: (q - zero)·scale of its block."""
+    """Module → float32 weight `[out, in]` of every 4-bit MatMul: (q − 8)·scale in blocks of 32."""
     graph = onnx.load(folder / "model.onnx").graph
     stored = {tensor.name: numpy_helper.to_array(tensor) for tensor in graph.initializer}
     weights = {}
@@ -92,15 +91,8 @@ def dequantized(folder: Path) -> dict[str, torch.Tensor]:
             continue
         size = {a.name: a.i for a in node.attribute}
         packed, scales = stored[node.input[1]], stored[node.input[2]]
-        values: NDArray[Any] = packed
-        zeros: NDArray[Any] = np.full((1, 1, 1), 128, np.float32)
-        if size["bits"] == 4:
-            values = np.stack([packed & 15, packed >> 4], axis=-1)
-            pairs = stored[node.input[3]]
-            zeros = np.stack([pairs & 15, pairs >> 4], axis=-1).reshape(size["N"], -1)
-            zeros = zeros[:, : scales.shape[1], None].astype(np.float32)
-        dense = values.reshape(size["N"], -1, size["block_size"]).astype(np.float32) - zeros
-        dense *= scales.reshape(size["N"], -1, 1)
+        values = np.stack([packed & 15, packed >> 4], axis=-1).reshape(size["N"], -1, 32)
+        dense = (values.astype(np.float32) - 8) * scales.reshape(size["N"], -1, 1)
         name = node.name.split("/MatMul")[0].strip("/").replace("/", ".")
         name = name.replace(".attn.", ".self_attn.")
         weights[name] = torch.from_numpy(dense.reshape(size["N"], -1)[:, : size["K"]])

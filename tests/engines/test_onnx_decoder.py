@@ -234,9 +234,7 @@ def test_adding_an_adapter_to_a_folder(tmp_path: Path) -> None:
 
 def test_int4_equals_its_own_dequantized_base_with_the_adapter(tmp_path: Path) -> None:
     runs = {"down": sample("down")}
-    write_onnx(
-        open_base(BASE), tmp_path / "out", adapters=runs, precision="int4", activations="float32"
-    )
+    write_onnx(open_base(BASE), tmp_path / "out", adapters=runs, precision="int4")
     live = LiveModel(runs["down"], open_base(BASE))
     weights = dequantized(tmp_path / "out")
     assert len(weights) == 29

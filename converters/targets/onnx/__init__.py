@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ...errors import TargetError
-from ...files.onnx_files import ACTIVATIONS, PRECISIONS, is_onnx_folder
+from ...files.onnx_files import PRECISIONS, is_onnx_folder
 from ...options import option
 from ..target import Target
 
@@ -31,12 +31,6 @@ class OnnxOptions:
     precision: str = option(
         "fp32", "Of the base's weights; adapters stay float32.", choices=PRECISIONS
     )
-    activations: str = option(
-        "int8",
-        "What weights in blocks of 8 or 4 bits are multiplied with: int8, which processors are "
-        "fastest at, or float32.",
-        choices=tuple(ACTIVATIONS),
-    )
 
 
 class Onnx(Target):
@@ -52,9 +46,7 @@ class Onnx(Target):
 
         if base is None:
             raise TargetError("a graph is made of its base", file=run.path, remedy="pass `base`")
-        return plan_onnx(
-            base, run=run, precision=options.precision, activations=options.activations
-        )
+        return plan_onnx(base, run=run, precision=options.precision)
 
     def holds(self, folder: Path) -> bool:
         return is_onnx_folder(folder)
@@ -67,7 +59,6 @@ def write_onnx(
     run: Run | None = None,
     adapters: Mapping[str, Run] | None = None,
     precision: str = "fp32",
-    activations: str = "int8",
     force: bool = False,
     dry_run: bool = False,
     prove: Prove | None = None,
@@ -80,7 +71,7 @@ def write_onnx(
     from ..publish import publish
     from .plan import plan_onnx
 
-    plan = plan_onnx(base, run=run, adapters=adapters, precision=precision, activations=activations)
+    plan = plan_onnx(base, run=run, adapters=adapters, precision=precision)
     return publish(plan, output, force=force, dry_run=dry_run, prove=prove)
 
 

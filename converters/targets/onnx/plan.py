@@ -12,15 +12,7 @@ import torch
 
 from ...certificate import FILE, tool
 from ...errors import TargetError
-from ...files.onnx_files import (
-    ACTIVATIONS,
-    BATCHED,
-    DECODER,
-    ENCODER,
-    MODEL,
-    PRECISIONS,
-    WITH_PAST,
-)
+from ...files.onnx_files import BATCHED, DECODER, ENCODER, MODEL, PRECISIONS, WITH_PAST
 from ...files.tensors import nbytes, numel, read_json
 from ...model.architecture import check_size, empty_model
 from ...model.base import BaseModel
@@ -52,7 +44,6 @@ class OnnxPlan(Plan):
     graphs: tuple[str, ...]
     adapters: Mapping[str, Run] | None
     precision: str
-    activations: str
     merges: bool
 
     @property
@@ -102,7 +93,6 @@ def plan_onnx(
     run: Run | None = None,
     adapters: Mapping[str, Run] | None = None,
     precision: str = "fp32",
-    activations: str = "int8",
 ) -> OnnxPlan:
     """What `write_onnx` writes. Raises `DoraExportError` for what graphs cannot carry, and
     `ModuleNotFoundError` where what builds them is not installed."""
@@ -117,8 +107,6 @@ def plan_onnx(
     runs = [merged] if merged is not None else list((stripped or {}).values())
     if precision not in PRECISIONS:
         raise TargetError("unknown precision", found=precision, expected=", ".join(PRECISIONS))
-    if activations not in ACTIVATIONS:
-        raise TargetError("unknown activations", found=activations, expected=", ".join(ACTIVATIONS))
     task = _task(base, runs)
     if task is None or task not in {"causal-lm", SEQ2SEQ_TASK, *ENCODER_TASKS}:
         raise TargetError("no ONNX export for this task", found=task)
@@ -151,7 +139,6 @@ def plan_onnx(
         graphs=graphs,
         adapters=stripped,
         precision=precision,
-        activations=activations,
         merges=merged is not None,
     )
 
