@@ -128,6 +128,23 @@ def test_one_side_of_what_is_tied(tmp_path: Path, name: str, side: str, way: str
         assert apart(logits(family, merged), truth) > 1e-3
 
 
+def test_rows_of_both_sides_beside_lora_on_one_are_refused(tmp_path: Path) -> None:
+    """PEFT's live model has the trained row in the head too, under the head's own LoRA."""
+    family = FAMILIES["qwen2"]
+    base(family, tmp_path / "base")
+    targets = [family.inner, "lm_head"]
+    config = LoraConfig(
+        r=2, target_modules=targets, trainable_token_indices=[5], task_type="CAUSAL_LM"
+    )
+    model: Any = get_peft_model(load(family, tmp_path / "base"), config)
+    randomize(model)
+    model.save_pretrained(tmp_path / "run")
+    run = read_run(tmp_path / "run", ReadOptions(base=tmp_path / "base"))
+    with pytest.raises(DoraExportError, match="all sides have trained rows"):
+        merge(run, tmp_path / "out", base=tmp_path / "base")
+    assert not (tmp_path / "out").exists()
+
+
 def test_a_head_that_its_class_reads_without_calling_it(tmp_path: Path) -> None:
     """LoRA on MobileBERT's decoder has no effect in PEFT's live model; merged it would have."""
     small = {"embedding_size": 32, "intra_bottleneck_size": 32, "true_hidden_size": 32}
