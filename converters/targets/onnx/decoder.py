@@ -11,10 +11,12 @@ import subprocess
 import sys
 import tempfile
 from pathlib import Path
+from typing import Any
 
 import onnx_ir as ir
 
-from ...files.onnx_files import BATCHED, MODEL
+from ...files.json_files import read_json
+from ...files.onnx_files import BATCHED, GENAI, MODEL
 from .branches import Site, add_branches
 from .causal import build_causal
 from .positions import add_positions
@@ -88,8 +90,9 @@ def _finish(file: Path, adaptable: bool) -> None:
     """Mend the builder's graph, and add what it lacks: a choice of logits, and branches.
 
     Quantized MatMuls round the weights only: the builder's default rounds activations too, which
-    costs a hundred times the accuracy. And the shapes of values between nodes are left out: the
-    builder calls the length of a float16 graph's cache that of its input.
+    costs a hundred times the accuracy. The shapes of values between nodes are left out: the
+    builder calls the length of a float16 graph's cache that of its input. And the cache's last
+    side is the number that `genai_config.json` tells, which the builder only names.
     """
     built = ir.load(file)
     for node in built.graph:
@@ -98,6 +101,11 @@ def _finish(file: Path, adaptable: bool) -> None:
         for value in node.outputs:
             if not value.is_graph_output():
                 value.shape = value.type = None
+    settings: Any = read_json(file.with_name(GENAI))
+    size = settings["model"]["decoder"]["head_size"]
+    for value in built.graph.inputs:
+        if str(value.name).startswith("past_key_values."):
+            value.shape = ir.Shape([*list(value.shape or ())[:3], size])
     sites = decoder_sites(built)
     add_positions(built, sites["lm_head"].node)
     for name, batched in ((MODEL, False), (BATCHED, True))[: 2 if adaptable else 1]:
