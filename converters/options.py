@@ -13,6 +13,7 @@ from typing import Any, TypeVar
 from .errors import TargetError
 
 DTYPES = ("float32", "float16", "bfloat16")
+SHORT = {"fp32": "float32", "fp16": "float16", "half": "float16", "bf16": "bfloat16"}
 T = TypeVar("T")
 
 
@@ -51,6 +52,7 @@ def chosen(options: type[T], given: Mapping[str, Any], owner: str) -> T:
         choices = known[name].metadata.get("choices")
         if choices:
             value = str(value).removeprefix("torch.")  # a dtype by itself or by its name
+            value = value if value in choices else SHORT.get(value, value)
             if value not in choices:
                 raise TargetError(f"unknown {name}", found=value, expected=", ".join(choices))
         values[name] = value

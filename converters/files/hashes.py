@@ -21,6 +21,7 @@ from blake3 import blake3
 
 from ..errors import BaseError, OutputError
 from .cache import private_cache
+from .cores import cores
 from .handles import check_file, reading
 from .tensors import LazyTensor, LazyTensors, blocks, byte_view
 
@@ -104,7 +105,7 @@ class TensorHashes:
         threads as there are cores. Raises `DoraExportError` when a file cannot be read."""
         tensors = [tensor for each in self._files.values() for tensor in each.values()]
         left = [tensor for tensor in tensors if (tensor.path, tensor.name) not in self._known]
-        with ThreadPoolExecutor(max(1, len(os.sched_getaffinity(0)))) as pool:
+        with ThreadPoolExecutor(len(cores())) as pool:
             for _ in pool.map(self._hash, left):
                 pass
         for path, memory in self._memory.items():

@@ -12,6 +12,7 @@ from collections import deque
 from collections.abc import Iterator, Sequence
 
 from converters.errors import DoraExportError
+from converters.files.cores import bind, cores
 
 from .job import PULSE, Job, Record, Results
 
@@ -109,19 +110,19 @@ def _one_core() -> Iterator[None]:
 
     A merge has a thread for each core that it may use, and Ray gave it one.
     """
-    cores = sorted(os.sched_getaffinity(0))
+    before = cores()
     with socket.socket(socket.AF_UNIX) as mark:
-        core = random.choice(cores)
-        for free in random.sample(cores, len(cores)):
+        core = random.choice(before)
+        for free in random.sample(before, len(before)):
             with contextlib.suppress(OSError):  # a name in no folder, gone with this process
                 mark.bind(f"\0dora-serve core {free}")
                 core = free
                 break
-        os.sched_setaffinity(0, {core})
+        bind([core])
         try:
             yield
         finally:
-            os.sched_setaffinity(0, cores)
+            bind(before)
 
 
 def _lost(job: Job, error: Exception) -> Record:

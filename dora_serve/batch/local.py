@@ -12,13 +12,11 @@ from collections.abc import Sequence
 from multiprocessing.connection import Connection, wait
 from multiprocessing.context import ForkServerContext
 
+from converters.files.cores import bind, cores
+
 from .job import PULSE, Job, Record, Results
 
 _PATIENCE = 10.0  # seconds for a worker that was told to stop
-
-
-def cores() -> list[int]:
-    return sorted(os.sched_getaffinity(0))
 
 
 def on_processes(jobs: Sequence[Job], workers: int) -> Results:
@@ -98,7 +96,7 @@ def _serve(pipe: Connection, share: list[int]) -> None:
     """A worker's life: until the other end of the pipe is closed, by whatever cause."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches all; the command ends them
     threading.Thread(target=_outlive_nobody, daemon=True).start()
-    os.sched_setaffinity(0, share)  # what a merge takes for the number of its threads
+    bind(share)  # what a merge takes for the number of its threads
     import torch
 
     from .convert import convert

@@ -11,6 +11,10 @@ from typing import Any, NoReturn
 
 import click
 
+from ..wording import json_text
+from .examples import shown
+
+_WANTS_JSON = "dora_serve.json"
 _EXPORT_VERBS = {
     "inspect": "Show a run: method, ranks, sizes, and what each target accepts.",
     "merge": "Merge a run into its base model: a Hugging Face folder.",
@@ -30,6 +34,7 @@ _SERVE_VERBS = {
     "plan": "Say how vLLM should serve a folder: ranks, memory, command line.",
     "deploy": "Write the configuration that serves a folder on Ray or Kubernetes.",
     "watch": "Keep the adapters of running vLLM servers equal to a folder.",
+    "env": "Show versions, processor, cache and what works here: for bug reports.",
 }
 
 
@@ -47,7 +52,22 @@ class _LazyGroup(click.Group):
         if cmd_name not in self._verbs:
             return None
         command: click.Command = import_module(f"dora_serve.commands.{cmd_name}").command
+        command.epilog = shown(str(self.name), cmd_name)
         return command
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        ctx.meta[_WANTS_JSON] = "--json" in args
+        return super().parse_args(ctx, args)
+
+    def invoke(self, ctx: click.Context) -> Any:
+        try:
+            return super().invoke(ctx)
+        except click.UsageError as error:
+            if ctx.meta[_WANTS_JSON]:
+                click.echo(
+                    json_text({"error": {"code": "UsageError", "message": error.format_message()}})
+                )
+            raise
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:  # noqa: ARG002
         with formatter.section("Commands"):
@@ -69,18 +89,22 @@ class _LazyGroup(click.Group):
     cls=_LazyGroup,
     verbs=_EXPORT_VERBS,
     context_settings={"help_option_names": ["-h", "--help"]},
-    epilog="RUN is a checkpoint folder, the task folder above it, or an adapter folder.",
+    epilog="RUN is a checkpoint folder, the task folder above it, or an adapter folder. "
+    "Exit codes: 0 done, 1 refused, failed or not proved, 2 wrong usage.",
+    name="dora-export",
 )
 @click.version_option(version("dora-serve"), prog_name="dora-export")
 def dora_export() -> None:
-    """Take a finished dynamic-rank (DoRA) fine-tune to production, exactly."""
+    """Take a finished LoRA-like fine-tune to production, exactly: merge, repack, export, prove."""
 
 
 @click.group(
     cls=_LazyGroup,
     verbs=_SERVE_VERBS,
     context_settings={"help_option_names": ["-h", "--help"]},
-    epilog="DIR holds base models, runs and adapters, at any depth.",
+    epilog="DIR holds base models, runs and adapters, at any depth. "
+    "Exit codes: 0 done, 1 refused or failed, 2 wrong usage.",
+    name="dora-serve",
 )
 @click.version_option(version("dora-serve"), prog_name="dora-serve")
 def dora_serve() -> None:

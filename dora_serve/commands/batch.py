@@ -59,9 +59,10 @@ def command(
     Each becomes OUT/NAME, whole or not at all, and OUT/batch.json says how each ended. The same
     command goes on where an earlier one was stopped: it leaves out what is done and unchanged.
     """
+    from converters.files.cores import cores
     from dora_serve.batch import FILE, Engine, plan_batch, run_batch
     from dora_serve.batch.cluster import on_ray
-    from dora_serve.batch.local import cores, on_processes
+    from dora_serve.batch.local import on_processes
 
     if ray is not None and workers is not None:
         raise click.UsageError("give one of --workers and --ray")

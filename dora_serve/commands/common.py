@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING, Any, Literal, TypeVar, get_args, get_type_hint
 
 import click
 
-from converters.errors import visible
-from converters.options import FitOptions, ReadOptions, names
+from converters.errors import DoraExportError, visible
+from converters.options import SHORT, FitOptions, ReadOptions, names
 
 from ..remote.local import Remote, is_url, local_values
 from ..wording import in_flags, json_text
@@ -124,6 +124,14 @@ class Size(click.ParamType[int]):
         return int(float(number) * (1024 if binary else 1000) ** power)
 
 
+class _Choice(click.Choice[str]):
+    """One of several words; a dtype by its short name too."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> str:
+        known = value in self.choices
+        return super().convert(value if known else SHORT.get(value, value), param, ctx)
+
+
 def flags(options: type) -> list[click.Option]:
     """The options of a command for the fields of a dataclass that `option` made."""
     hints = get_type_hints(options)
@@ -136,7 +144,7 @@ def _flag(field: Field[Any], hint: Any) -> click.Option:
     kind: Any = kinds[0]
     low, high = about["low"], about["high"]
     if about["choices"]:
-        kind = click.Choice(about["choices"])
+        kind = _Choice(about["choices"])
     elif kind is Path:
         kind = INPUT
     elif kind is int and low is not None:
@@ -238,7 +246,7 @@ def reports_errors(function: F) -> F:
             with local_values(kwargs, progress_bar) as values:
                 return function(*args, **values)
         except Exception as error:
-            from converters.errors import DoraExportError, MissingError, OutputError
+            from converters.errors import MissingError, OutputError
 
             package = str(getattr(error, "name", None)).partition(".")[0]
             if isinstance(error, ModuleNotFoundError) and package in EXTRAS:
@@ -254,11 +262,19 @@ def reports_errors(function: F) -> F:
                     f"reading or writing failed: {error.strerror}", file=error.filename
                 )
             if kwargs.get("as_json"):
-                click.echo(json_text({"error": type(error).__name__, "message": in_flags(error)}))
+                click.echo(json_text({"error": _fields(error)}))
             click.secho(f"error: {in_flags(error)}", fg="red", err=True)
             sys.exit(1)
 
     return wrapped  # type: ignore[return-value]
+
+
+def _fields(error: DoraExportError) -> dict[str, str | None]:
+    """What `--json` tells of a `DoraExportError`."""
+    told = {name: getattr(error, name) for name in ("file", "tensor", "found", "expected")}
+    more = {"message": error.message, **told, "remedy": error.remedy}
+    shown = {name: None if v is None else in_flags(visible(v)) for name, v in more.items()}
+    return {"code": type(error).__name__, **shown}
 
 
 def warn(warnings: tuple[str, ...]) -> None:

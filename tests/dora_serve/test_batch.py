@@ -22,11 +22,12 @@ from click.testing import CliRunner
 from safetensors.torch import load_file, save_file
 
 from converters.errors import OutputError
+from converters.files.cores import cores
 from converters.readers import read_run
 from dora_serve.batch import Job, ManifestError, Summary, plan_batch, run_batch
 from dora_serve.batch.convert import convert
 from dora_serve.batch.job import Results
-from dora_serve.batch.local import _Worker, cores, on_processes
+from dora_serve.batch.local import _Worker, on_processes
 from dora_serve.commands import dora_export
 from tests.conftest import tiny_llama
 from tests.dora_serve.test_commands import EXPORT, export

@@ -16,9 +16,10 @@ import pytest
 from click.testing import CliRunner
 
 from converters.errors import OutputError
+from converters.files.cores import cores
 from dora_serve.batch import Job, ManifestError, plan_batch
 from dora_serve.batch.cluster import _one_core
-from dora_serve.batch.local import cores, on_processes
+from dora_serve.batch.local import on_processes
 from dora_serve.batch.status import locked
 from dora_serve.commands import dora_export
 from dora_serve.folder.cache import content_key

@@ -24,6 +24,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from ...errors import BaseError
+from ...files.cores import cores
 from ...files.handles import opened
 from ...files.hashes import TensorHashes
 from ...files.tensors import DTYPE_NAMES, SafetensorsTensor, byte_view, nbytes, rows_and_columns
@@ -124,9 +125,9 @@ def write_shards(
     called for each, from one thread.
     """
     reports: dict[str, Rounding] = {}
-    cores = max(1, len(os.sched_getaffinity(0)))
+    most = len(cores())
     names = list(shards)
-    width = cores if finished is None else min(cores, max(1, math.ceil(len(names) / _GROUPS)))
+    width = most if finished is None else min(most, max(1, math.ceil(len(names) / _GROUPS)))
     threads = torch.get_num_threads()
 
     def flush(stream: RawIOBase, name: str) -> None:
@@ -137,7 +138,7 @@ def write_shards(
 
     torch.set_num_threads(1)  # the pool has the cores; a block is too small to split further
     try:
-        with ExitStack() as files, ThreadPoolExecutor(cores) as pool, ThreadPoolExecutor(1) as disk:
+        with ExitStack() as files, ThreadPoolExecutor(most) as pool, ThreadPoolExecutor(1) as disk:
             flushes = []
             for start in range(0, len(names), width):
                 streams = {
@@ -226,8 +227,8 @@ def _copy_range(source: SafetensorsTensor, begin: int, fd: int, offset: int, cou
                 if not done:
                     raise _ended(source)
                 begin, offset, count = begin + done, offset + done, count - done
-        except OSError as error:
-            if error.errno not in _NO_KERNEL_COPY:
+        except (AttributeError, OSError) as error:  # no such call, or not between these files
+            if isinstance(error, OSError) and error.errno not in _NO_KERNEL_COPY:
                 raise
             while count:
                 data = os.pread(own, min(count, 1 << 20), begin)
