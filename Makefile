@@ -2,13 +2,15 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 VLLM := .venv-vllm
+LOWEST := .venv-lowest
+EXTRAS := $(patsubst %,--extra %,gguf onnx peft plot remote serve sign)
 OUT := demo-out
 REAL := real-out
 # A worker of the suite needs a core and about 3 GB.
 WORKERS ?= 2
 SPREAD := -n $(WORKERS) --dist loadgroup --no-loadscope-reorder
 
-.PHONY: setup demo test test-all setup-vllm test-vllm lint bench matrix matrix-check faults fuzz mutants audit peft-matrix real
+.PHONY: setup demo test test-all setup-vllm test-vllm test-lowest lint bench matrix matrix-check faults fuzz mutants audit peft-matrix real
 
 setup: $(VENV)/.ready
 
@@ -44,6 +46,15 @@ $(VLLM)/.ready: pyproject.toml constraints-vllm.txt
 
 test-vllm: setup-vllm
 	$(VLLM)/bin/python -m pytest tests/engines/vllm
+
+# The main job with the lowest versions that pyproject.toml names.
+test-lowest:
+	$(PYTHON) -m venv $(LOWEST)
+	$(LOWEST)/bin/pip install --quiet --disable-pip-version-check uv
+	$(LOWEST)/bin/uv pip compile --quiet --resolution lowest-direct $(EXTRAS) pyproject.toml --output-file $(LOWEST)/lowest.txt
+	$(LOWEST)/bin/uv pip install --quiet --python $(LOWEST)/bin/python --requirement $(LOWEST)/lowest.txt
+	$(LOWEST)/bin/uv pip install --quiet --python $(LOWEST)/bin/python --no-deps --editable .
+	$(LOWEST)/bin/python scripts/demo.py $(OUT)-lowest
 
 lint: setup
 	$(BIN)/ruff check .

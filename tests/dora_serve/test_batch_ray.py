@@ -87,7 +87,7 @@ def test_a_lost_cluster_leaves_the_rest_pending(
         cluster.shutdown()
         said = json.loads(process.stdout.read())
     assert process.returncode == 1
-    assert said["error"] == "ClusterError"
+    assert said["error"]["code"] == "ClusterError"
     assert states(out).keys() == {"done", "pending"}
 
 

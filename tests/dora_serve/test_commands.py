@@ -46,7 +46,7 @@ def test_an_error_is_one_message_without_traceback(tmp_path: Path) -> None:
     done = export("merge", tmp_path / "nothing", tmp_path / "out", "--json")
     assert done.returncode == 1
     assert done.stderr.startswith("error: no such run")
-    assert json.loads(done.stdout)["error"] == "MissingError"
+    assert json.loads(done.stdout)["error"]["code"] == "MissingError"
     assert "Traceback" not in done.stderr
     assert not (tmp_path / "out").exists()
 

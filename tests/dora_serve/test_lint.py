@@ -347,7 +347,7 @@ def test_the_table_groups_by_engine(tmp_path: Path, llama_base: Path, full: Path
 
 def test_what_is_no_adapter(tmp_path: Path, llama_base: Path, full: Path) -> None:
     code, told = run(llama_base)
-    assert code == 1 and "no LoRA adapter" in told["message"]
+    assert code == 1 and "no LoRA adapter" in told["error"]["message"]
     two = ["lint", str(full), "--target", "peft", "--target", "vllm", "--fix", str(tmp_path / "x")]
     assert CliRunner().invoke(dora_export, two).exit_code == 2
 

@@ -250,7 +250,7 @@ def test_the_commands_by_url_and_as_json(signed: Path, keys: Path, tmp_path: Pat
     assert json.loads(done.output)["signed"] is True
     assert json.loads(run("check", signed, "--json").output)["signed"] is False
     done = run("check", signed, "--public-key", keys / "other.pub", "--json")
-    assert json.loads(done.stdout)["error"] == "SignatureError"
+    assert json.loads(done.stdout)["error"]["code"] == "SignatureError"
     assert "in place" in run("sign", url, "--private-key", keys / "ours").output
     link = tmp_path / "link"
     link.symlink_to(signed)

@@ -86,7 +86,7 @@ def test_the_command_says_so(
     done = CliRunner().invoke(dora_export, words)
     assert done.exit_code == 1
     assert done.stderr.startswith("error: ")
-    assert json.loads(done.stdout)["message"]
+    assert json.loads(done.stdout)["error"]["message"]
     assert list(work.iterdir()) == []
 
 
