@@ -81,6 +81,7 @@ class Run:
     contents: dict[str, Path]
     random: Random
     asked: list[Asked] = field(default_factory=list)
+    answered: int = 0  # requests that were answered or refused
     down: list[tuple[float, float]] = field(default_factory=list)  # vLLM, since it was killed
     stop: threading.Event = field(default_factory=threading.Event)
 
@@ -92,9 +93,11 @@ class Run:
             prompt = random.randrange(len(all_prompts))
             one = _ask(self.url, random.choice(names), prompt, all_prompts[prompt])
             self.asked.append(one)
-            if one.answer is None:
-                time.sleep(0.05)
-            if len(self.asked) >= self.answers:
+            if one.answer is None and not one.status:
+                time.sleep(1)
+                continue
+            self.answered += 1
+            if self.answered >= self.answers:
                 self.stop.set()
 
     def begin(self) -> None:
@@ -117,7 +120,7 @@ class Run:
     def kill(self, up: int, times: int) -> None:
         for number in range(times):
             wanted = (number + 1) * self.answers // (times + 1)
-            while len(self.asked) < wanted and not self.stop.wait(0.2):
+            while self.answered < wanted and not self.stop.wait(0.2):
                 pass
             begin = time.time()
             below = psutil.Process(up).children(recursive=True)
@@ -272,7 +275,7 @@ def chaos(root: Path, options: argparse.Namespace) -> int:
                 process.wait(timeout=90)
     counts, wrong = run.judge(truth, delay)
     changes = sum(len(place.events) for place in places)
-    print(f"{len(run.asked)} requests in {time.time() - began:.0f} s, {changes} changes, ", end="")
+    print(f"{run.answered} answers in {time.time() - began:.0f} s, {changes} changes, ", end="")
     print(f"vLLM killed {len(run.down)} times; seed {options.seed}, delay {delay:g} s\n")
     print("| what came | how often |\n|---|---:|")
     for verdict in ("right", "refused with a reason", "vLLM was down", *_WRONG):

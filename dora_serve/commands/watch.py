@@ -49,6 +49,10 @@ def command(
     gets all of them again. The servers must have been started with
     VLLM_ALLOW_RUNTIME_LORA_UPDATING=1 (`dora-serve up --live` does).
     """
+    # Of what a conversion imports this takes the longest: on a busy machine ten seconds, in which
+    # no change would be followed.
+    import transformers.modeling_utils  # noqa: F401
+
     from converters.errors import MissingError
     from converters.model.base import open_base
     from dora_serve.vllm.desired import SETTLE, Following, links

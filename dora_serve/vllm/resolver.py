@@ -7,6 +7,7 @@ Interface: vllm-project/vllm `vllm/lora/resolver.py`, `vllm/entrypoints/openai/m
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
 
@@ -43,8 +44,9 @@ class RunResolver(LoRAResolver):  # type: ignore[misc]
         self._busy: dict[str, asyncio.Task[None]] = {}
         self._loop: asyncio.Task[None] | None = None
 
-    async def started(self) -> None:
-        """Follow what the server was started with and what lies in our cache."""
+    async def started(self, failed: Mapping[str, str]) -> None:
+        """Follow what the server was started with and what lies in our cache. `failed`: name → path
+        of what the engine did not load."""
         models = self._table.models
         try:
             base = open_base(models.model_config.model)
@@ -60,8 +62,9 @@ class RunResolver(LoRAResolver):  # type: ignore[misc]
             keep=self._keep,
         )
         ours = cache_folder().resolve()
-        paths = self._table.paths().items()
+        paths = {**self._table.paths(), **failed}.items()
         self._given = {name for name, path in paths if ours in Path(path).resolve().parents}
+        self._failed = {name: path for name, path in failed.items() if name in self._given}
         self._loop = asyncio.create_task(self._follow(self._following))
 
     async def resolve_lora(self, base_model_name: str, lora_name: str) -> LoRARequest | None:

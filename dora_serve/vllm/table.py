@@ -15,7 +15,7 @@ What vLLM 0.32 does by itself (`vllm/entrypoints/openai/models/serving.py`, `vll
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Mapping
 from typing import Any
 
 from vllm.entrypoints.openai.models.serving import OpenAIServingModels
@@ -114,14 +114,15 @@ def _identity(request: LoRARequest) -> tuple[str, int]:
     return request.lora_name, request.lora_int_id
 
 
-def install(table: Table, started: Callable[[], Awaitable[None]] | None) -> None:
+def install(table: Table, started: Callable[[Mapping[str, str]], Awaitable[None]] | None) -> None:
     """Let vLLM's own endpoints act upon `table`. `started` is awaited once vLLM has loaded what its
-    command line names."""
+    command line names, with what of it did not load, name → path."""
     cls: Any = OpenAIServingModels
     load, unload = cls.load_lora_adapter, cls.unload_lora_adapter
 
     async def init_static_loras(self: Any) -> None:
         table.adopt(self)
+        failed = {}
         for module in self.static_lora_modules or ():
             request = LoadLoRAAdapterRequest(
                 lora_name=module.name,
@@ -132,8 +133,9 @@ def install(table: Table, started: Callable[[], Awaitable[None]] | None) -> None
             if isinstance(done, ErrorResponse):  # which would keep all others down
                 logger.error("%s cannot be served: %s", module.name, done.error.message)
                 table.refuse(module.name, done.error.message)
+                failed[module.name] = module.path
         if started is not None:
-            await started()
+            await started(failed)
 
     async def load_lora_adapter(self: Any, request: Any, base_model_name: str | None = None) -> Any:
         name, path = request.lora_name, request.lora_path

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import shutil
+from collections import defaultdict
 from importlib.util import find_spec
 from pathlib import Path
 from types import SimpleNamespace
@@ -36,7 +37,7 @@ def test_a_name_that_vllm_enters_late_is_let_go(
 
     async def story() -> None:
         resolver = module.RunResolver(tmp_path / "root", table, any_base=True, keep=False)
-        await resolver.started()
+        await resolver.started({})
         request = await resolver.resolve_lora(str(llama_base), "run")
         assert request is not None
         models.lora_requests["run"] = request
@@ -51,5 +52,49 @@ def test_a_name_that_vllm_enters_late_is_let_go(
         models.lora_requests["run"] = request  # vLLM had been loading it all the while
         while "run" in models.lora_requests:
             await asyncio.sleep(0.02)
+
+    asyncio.run(asyncio.wait_for(story(), 120))
+
+
+def test_a_run_that_did_not_load_at_the_start_is_followed(
+    tmp_path: Path, llama_base: Path, llama_lora: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As one of a rank over the server's, which is exchanged for another later."""
+    from vllm.utils.counter import AtomicCounter
+
+    from dora_serve.vllm import resolver as module
+    from dora_serve.vllm.table import Table
+
+    cache = tmp_path / "cache"
+    monkeypatch.setattr(module, "_INTERVAL", 0.05)
+    monkeypatch.setenv("DORA_SERVE_CACHE", str(cache))
+    run = tmp_path / "root" / "run"
+    shutil.copytree(llama_lora, run)
+    loaded = []
+
+    async def add_lora(request: Any) -> None:
+        loaded.append(request.lora_path)
+
+    table = Table()
+    models: Any = SimpleNamespace(
+        model_config=SimpleNamespace(model=str(llama_base)),
+        base_model_paths=[],
+        lora_requests={},
+        lora_resolver_lock=defaultdict(asyncio.Lock),
+        lora_id_counter=AtomicCounter(0),
+        is_base_model=lambda _name: False,
+        engine_client=SimpleNamespace(add_lora=add_lora),
+    )
+    table.models = models
+
+    async def story() -> None:
+        resolver = module.RunResolver(tmp_path / "root", table, any_base=True, keep=False)
+        table.refuse("run", "too large")
+        await resolver.started({"run": str(cache / "too large"), "of others": "/elsewhere"})
+        while "run" not in models.lora_requests:
+            await asyncio.sleep(0.02)
+        assert table.refusal("run") is None
+        assert loaded == [models.lora_requests["run"].lora_path]
+        assert cache in Path(loaded[0]).parents
 
     asyncio.run(asyncio.wait_for(story(), 120))
