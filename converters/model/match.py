@@ -15,6 +15,7 @@ from ..updates.update import convolution_matrix
 from .architecture import class_for
 from .base import HEAD, BaseModel
 from .layout import Layout
+from .names import auto_class, is_class
 from .tasks import architecture_of, task_of, usual_ending
 from .tying import new_embedding, tensor_names
 
@@ -153,9 +154,11 @@ def target_architecture(run: Run, base: BaseModel) -> tuple[str | None, list[str
 
 
 def _class_for(task: str | None, base: BaseModel) -> str | None:
+    own = architecture_of(base.config)
     if task is None or task == task_of(base.config):
-        return architecture_of(base.config) or None
-    return class_for(base.config, usual_ending(task))
+        return own or None
+    found = auto_class(base.config, task) if is_class(own) else None
+    return found or class_for(base.config, usual_ending(task))
 
 
 def lies_plainly(run: Run, base: BaseModel) -> bool:

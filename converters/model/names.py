@@ -186,6 +186,13 @@ def as_peft_loads(names: Names, stored: Mapping[str, str]) -> Mapping[str, str]:
     return {module: name for module, name in ours.items() if names.has(name)}
 
 
+def is_class(name: str) -> bool:
+    """Whether transformers has a class of this name."""
+    import transformers
+
+    return bool(name) and hasattr(transformers, name)
+
+
 def auto_class(config: Mapping[str, object], task: str | None) -> str | None:
     """The class that transformers' `AutoModelFor…` makes of a base for `task`."""
     from transformers.models.auto import modeling_auto

@@ -242,7 +242,8 @@ class _Shared:
         if name in self.tensors:
             replaced[name] = self.tensors[name]
         if name in self.updates:
-            updates[name.removesuffix(".weight")] = self.updates[name]
+            key = self.updates[name]
+            updates[name if key.endswith(".weight") else name.removesuffix(".weight")] = key
 
 
 def _alike(base: BaseModel, names: list[str]) -> list[str]:
