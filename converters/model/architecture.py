@@ -44,6 +44,15 @@ def class_for(config: Mapping[str, object], suffix: str) -> str:
     return name
 
 
+def is_known(architecture: str | None, config: Mapping[str, object]) -> bool:
+    """Whether transformers has the class, and the family of the configuration."""
+    import transformers
+
+    return hasattr(transformers, architecture or "") and (
+        config.get("model_type") in transformers.CONFIG_MAPPING
+    )
+
+
 def _is_for(config: Mapping[str, object], name: str) -> bool:
     """Whether the class `name` is made of the base's kind of configuration, or of its text model's.
 

@@ -65,7 +65,8 @@ def truth_of(run: Run, base: BaseModel) -> Truth:
 
 def fold_rounded(truth: Truth, dtype: torch.dtype) -> float:
     """Make of `truth` what a merged model of `dtype` is expected to hold: the updates in the
-    weights, every weight rounded once. Returns the largest share of one update that rounding took.
+    weights, every weight rounded once. Returns the largest change of one weight by rounding, as a
+    share of its update.
     """
     lost = [0.0]
     with torch.no_grad():
