@@ -89,12 +89,11 @@ class RunFolder:
                 "the adapter has no weights", file=self.path, expected=" or ".join(WEIGHT_FILES)
             )
         names = _plain(self.tensors(file), file)
-        own = {name: _SAVED.sub("", name) for name in names if _ORIGINAL not in name}
-        return {
-            plain: names[name]
-            for name, plain in own.items()
-            if plain == name or not {plain, name.replace(_COPY, ".")} & own.keys()
+        own = {n: t for n, t in names.items() if _ORIGINAL not in n and _COPY not in n}
+        copies = {
+            _SAVED.sub("", n): t for n, t in names.items() if n.replace(_COPY, ".") not in own
         }
+        return {**{n: t for n, t in copies.items() if _ORIGINAL not in n}, **own}
 
     @cached_property
     def checkpoint(self) -> BaseModel | None:

@@ -26,9 +26,12 @@ def whole_modules(
         module, _, kind = name.rpartition(".")
         if kind == "weight" and module in run.updates:
             continue  # resized and adapted: stored as the module's base layer
-        if name.split(".", 1)[0] not in bodies:
-            modules[name.split(".", 1)[0]] = None
-        elif kind == "bias" and f"{module}.weight" not in whole:
+        outermost, weight = name.split(".", 1)[0], f"{module}.weight"
+        alone = kind == "bias" and weight not in whole
+        elsewhere = base is not None and base.find(weight) is None  # tied to another
+        if outermost not in bodies and not (alone and elsewhere):
+            modules[outermost] = None
+        elif alone:
             biases.append(name)
         else:
             modules[module] = None
