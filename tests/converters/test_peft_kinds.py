@@ -12,7 +12,7 @@ import transformers
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 
-from converters.errors import BaseError, TargetError
+from converters.errors import BaseError, RunError, TargetError
 from dora_serve import ReadOptions, merge, read_run, verify, write_adapter
 from tests.conftest import randomize
 from tests.converters.families import DECODER, ENCODER
@@ -66,7 +66,7 @@ def prove(name: str, base: Path, run: Path, truth: torch.Tensor, rows: int | Non
         assert found.passed and found.truth == "peft"
 
 
-BIAS, HEAD = {"bias": "all"}, "LlamaForCausalLM"
+BIAS, PISSA, HEAD = {"bias": "all"}, {"init_lora_weights": "pissa"}, "LlamaForCausalLM"
 # class trained, its configuration, values, class saved as the base, the run
 KINDS: dict[str, tuple[str, str, dict[str, Any], str, dict[str, Any]]] = {
     "parameter, tied embedding": (
@@ -103,6 +103,34 @@ KINDS: dict[str, tuple[str, str, dict[str, Any], str, dict[str, Any]]] = {
         BIASED,
         "RobertaForSequenceClassification",
         {"target_modules": ["query"], "task_type": "SEQ_CLS", **BIAS},
+    ),
+    "biases of a tied head": (
+        "DistilBertForMaskedLM",
+        "DistilBertConfig",
+        {"vocab_size": 64, "dim": 32, "n_layers": 1, "n_heads": 4, "hidden_dim": 48},
+        "DistilBertForMaskedLM",
+        {"target_modules": ["q_lin"], "modules_to_save": ["vocab_layer_norm"], **BIAS},
+    ),
+    "principal components": (
+        HEAD,
+        "LlamaConfig",
+        DECODER,
+        HEAD,
+        {"target_modules": ["q_proj", "down_proj", "lm_head"], **PISSA, "use_rslora": True},
+    ),
+    "principal components of a Conv1D": (
+        "GPT2LMHeadModel",
+        "GPT2Config",
+        GPT2,
+        "GPT2LMHeadModel",
+        {"target_modules": ["c_attn", "mlp.c_proj"], "fan_in_fan_out": True, **PISSA},
+    ),
+    "an orthogonal start": (
+        HEAD,
+        "LlamaConfig",
+        TIED,
+        HEAD,
+        {"target_modules": ["up_proj", "embed_tokens"], "init_lora_weights": "olora", **BIAS},
     ),
     "a text model's body": (
         "Gemma3TextModel",
@@ -174,5 +202,40 @@ def test_a_bias_of_its_own_on_a_layer_with_one(tmp_path: Path) -> None:
     assert float((logits(merged) - logits(live)).abs().max()) < 1e-5
     with pytest.raises(TargetError, match="cannot carry") as error:
         write_adapter(run, tmp_path / "out", base=base)
-    assert error.value.remedy == "deploy the merged model (`merge`)"
+    assert error.value.remedy == "merge it (`merge`)"
     assert "[]" not in str(error.value.expected)
+
+
+REFUSED = {
+    "roughly": (DECODER, {"target_modules": ["q_proj"], "init_lora_weights": "pissa_niter_4"}),
+    "a tied head": (TIED, {"target_modules": ["q_proj", "lm_head"], **PISSA}),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_a_start_that_loading_does_not_repeat_for_this_weight_alone(
+    tmp_path: Path, case: str
+) -> None:
+    values, run = REFUSED[case]
+    base = saved(HEAD, "LlamaConfig", values, tmp_path / "base")
+    trained(HEAD, base, tmp_path / "run", **run)
+    with pytest.raises(RunError, match="changed the base weights") as error:
+        read_run(tmp_path / "run", ReadOptions(base=base))
+    assert "path_initial_model_for_weight_conversion" in str(error.value.remedy)
+
+
+def test_an_adapter_that_takes_its_start_from_the_base_needs_it(tmp_path: Path) -> None:
+    base = saved(HEAD, "LlamaConfig", DECODER, tmp_path / "base")
+    trained(HEAD, base, tmp_path / "run", target_modules=["q_proj"], **PISSA)
+    with pytest.raises(RunError, match="without the base"):
+        read_run(tmp_path / "run")
+
+
+def test_trained_rows_of_both_sides_have_one_remedy(tmp_path: Path) -> None:
+    base = saved(HEAD, "LlamaConfig", TIED, tmp_path / "base")
+    trained(HEAD, base, tmp_path / "run", target_modules=["q_proj"], trainable_token_indices=[3])
+    run = read_run(tmp_path / "run", ReadOptions(base=base))
+    for how in ({}, {"max_rank": 4}):
+        with pytest.raises(TargetError) as error:
+            write_adapter(run, tmp_path / "out", base=base, **how)
+        assert error.value.remedy == "merge it (`merge`)"

@@ -178,7 +178,8 @@ def plan_adapter(
             raise TargetError(
                 "this module's update is not low-rank, so no LoRA adapter equals it",
                 tensor=module,
-                remedy="merge it (`merge`), or approximate it with `energy` or `max_rank`",
+                remedy="merge it (`merge`)"
+                + ("" if module in run.tied else ", or approximate it with `energy` or `max_rank`"),
             )
         ranks[module] = (run.start_rank.get(module), rank)
     kernels = kernels_of(run, base)
@@ -274,8 +275,7 @@ def _check_target(
             file=run.path,
             found=", ".join(cannot[:6]) + more,
             expected=_kinds(profile),
-            remedy="deploy the merged model (`merge`)"
-            + ("" if nowhere else ", or use `target` peft"),
+            remedy="merge it (`merge`)" + ("" if nowhere else ", or use `target` peft"),
         )
     largest = max((rank for _, rank in ranks.values()), default=0)
     if profile.max_rank is not None and largest > profile.max_rank:
