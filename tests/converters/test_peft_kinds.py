@@ -83,6 +83,24 @@ KINDS: dict[str, tuple[str, str, dict[str, Any], str, dict[str, Any]]] = {
         "BertForMaskedLM",
         {"target_modules": ["query"], "target_parameters": ["decoder.weight"]},
     ),
+    "parameter, tied embedding, beside the whole head": (
+        "BertForMaskedLM",
+        "BertConfig",
+        ENCODER,
+        "BertForMaskedLM",
+        {
+            "target_modules": ["query"],
+            "target_parameters": ["word_embeddings.weight"],
+            "modules_to_save": ["cls"],
+        },
+    ),
+    "all of a head but its tied weight": (
+        "BertForMaskedLM",
+        "BertConfig",
+        ENCODER,
+        "BertForMaskedLM",
+        {"target_modules": ["query"], "modules_to_save": ["transform"], **BIAS},
+    ),
     "biases beside a whole norm": (
         "GPT2LMHeadModel",
         "GPT2Config",

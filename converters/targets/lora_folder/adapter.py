@@ -171,7 +171,7 @@ def plan_adapter(
     whole = changed(run, own, None if layout is None else layout.find)
     whole = with_heads(run, own, whole, profile)
     modules, biases = whole_modules(run, own, whole)
-    whole = completed(own, run, whole, modules)
+    whole = completed(own, run, whole, modules, layout)
     ranks: dict[str, tuple[int | None, int]] = {}
     for module, rank in run.ranks.items():
         if rank is None:
