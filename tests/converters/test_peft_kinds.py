@@ -66,7 +66,9 @@ def prove(name: str, base: Path, run: Path, truth: torch.Tensor, rows: int | Non
         assert found.passed and found.truth == "peft"
 
 
-BIAS, PISSA, HEAD = {"bias": "all"}, {"init_lora_weights": "pissa"}, "LlamaForCausalLM"
+HEAD = "LlamaForCausalLM"
+BIAS: dict[str, Any] = {"bias": "all"}
+PISSA: dict[str, Any] = {"init_lora_weights": "pissa"}
 # class trained, its configuration, values, class saved as the base, the run
 KINDS: dict[str, tuple[str, str, dict[str, Any], str, dict[str, Any]]] = {
     "parameter, tied embedding": (
@@ -224,7 +226,7 @@ def test_a_bias_of_its_own_on_a_layer_with_one(tmp_path: Path) -> None:
     assert "[]" not in str(error.value.expected)
 
 
-REFUSED = {
+REFUSED: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "roughly": (DECODER, {"target_modules": ["q_proj"], "init_lora_weights": "pissa_niter_4"}),
     "a tied head": (TIED, {"target_modules": ["q_proj", "lm_head"], **PISSA}),
 }
@@ -253,7 +255,7 @@ def test_trained_rows_of_both_sides_have_one_remedy(tmp_path: Path) -> None:
     base = saved(HEAD, "LlamaConfig", TIED, tmp_path / "base")
     trained(HEAD, base, tmp_path / "run", target_modules=["q_proj"], trainable_token_indices=[3])
     run = read_run(tmp_path / "run", ReadOptions(base=base))
-    for how in ({}, {"max_rank": 4}):
+    for most in (None, 4):
         with pytest.raises(TargetError) as error:
-            write_adapter(run, tmp_path / "out", base=base, **how)
+            write_adapter(run, tmp_path / "out", base=base, max_rank=most)
         assert error.value.remedy == "merge it (`merge`)"
