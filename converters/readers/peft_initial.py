@@ -16,8 +16,7 @@ import torch
 
 from ..errors import RunError
 from ..files.tensors import load_finite
-from ..model.layout import Layout
-from ..model.match import classes
+from ..model.match import Classes, classes
 from ..model.tying import groups
 from ..options import ReadOptions
 from ..run import Run
@@ -41,21 +40,21 @@ class Initial:
         said = config.get("init_lora_weights")
         name = str(said).lower()
         self._path, self._said, self._stored = path, said, run.replaced.keys()
-        self._whole: Layout | None = None
+        self._known: Classes | None = None
         if not name.startswith(BASE_CHANGING):
             return
         if said != "pissa" and name != "olora":
             raise self._refusal("is not repeated when the adapter is loaded")
         self._base = need_base(options, f"an adapter that began as {said}", path)
-        self._whole = classes(run.task, run.num_labels, self._base).whole
-        tied = groups(self._base, self._whole.names.architecture, run.num_labels)
+        self._known = classes(run.task, run.num_labels, self._base)
+        tied = groups(self._base, self._known.whole.names.architecture, run.num_labels)
         self._shared = {name for group in tied for name in group}
 
     def check(self, module: AdaptedModule, parameter: bool) -> None:
         """Raise `RunError` for a module of which PEFT takes out something else."""
-        if self._whole is None:
+        if self._known is None:
             return
-        name = self._whole.names.module(module.name) or module.name
+        name = self._known.module(module.name) or module.name
         if parameter or module.kernel or ".base_layer" in name:
             raise self._refusal("is known here for linear layers alone", name)
         if f"{name}.weight" in self._shared:
@@ -64,14 +63,13 @@ class Initial:
     def update(self, module: AdaptedModule, scale: float) -> RankOneSum:
         """The update of the base's own weight; `scale` is that of the pair."""
         name, own = module.name, module.sum(scale)
-        if self._whole is None or f"{name}.weight" in self._stored:
+        if self._known is None or f"{name}.weight" in self._stored:
             return own  # PEFT stores what is left of an embedding's or a head's weight
-        known = self._whole.names.module(name) or name
-        disk = self._whole.find(f"{known}.weight")
+        disk = self._known.whole.find(f"{self._known.module(name) or name}.weight")
         if disk is None:
             raise self._refusal("takes a weight that the base does not hold by itself", name)
         stored = load_finite(self._base.tensors[disk]).double()
-        lying = self._base.is_transposed(name, own.shape)
+        lying = self._base.is_transposed(disk.removesuffix(".weight"), own.shape)
         if self._said == "pissa":
             u, s, vh = torch.linalg.svd(stored.T if lying else stored, full_matrices=False)
             u, s, vh = (part.float() for part in (u[:, : own.rank], s[: own.rank], vh[: own.rank]))

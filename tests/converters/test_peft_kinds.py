@@ -184,12 +184,21 @@ def test_a_resized_embedding_trained_whole(tmp_path: Path) -> None:
     prove("GPT2LMHeadModel", base, tmp_path / "run", logits(live), rows=70)
 
 
-@pytest.mark.parametrize("side", ["lm_head", "embed_tokens"])
-def test_a_side_trained_whole_under_other_names(tmp_path: Path, side: str) -> None:
-    """It is a copy of its own, whatever the file calls it: the other side keeps its values."""
+@pytest.mark.parametrize(
+    "run",
+    [
+        {"modules_to_save": ["lm_head"]},
+        {"modules_to_save": ["embed_tokens"]},
+        {"target_parameters": ["embed_tokens.weight"]},
+        PISSA,
+    ],
+    ids=str,
+)
+def test_the_same_under_other_names(tmp_path: Path, run: dict[str, Any]) -> None:
+    """A side trained whole is a copy of its own, whatever the file calls it: the other side keeps
+    its values."""
     base = saved(HEAD, "LlamaConfig", TIED, tmp_path / "base")
-    run: dict[str, Any] = {"target_modules": ["q_proj"], "modules_to_save": [side]}
-    truth = logits(trained(HEAD, base, tmp_path / "run", **run))
+    truth = logits(trained(HEAD, base, tmp_path / "run", target_modules=["q_proj"], **run))
     file = tmp_path / "run" / FILE
     twice = {key.replace(PREFIX, f"{PREFIX}model."): t for key, t in load_file(file).items()}
     save_file(twice, file, {"format": "pt"})
