@@ -42,13 +42,13 @@ _PARTS = {
 }
 
 
-def checked(run: Run, folder: RunFolder, options: ReadOptions) -> Run:
+def checked(run: Run, folder: RunFolder, options: ReadOptions, named: bool = True) -> Run:
     """`run` with warnings of what its folder has and no reader reads, and of what its configuration
     names and may be lost.
 
     Raises `LostError`, with the file and what it lacks, for whole modules, heads, tokens and biases
     that are trained by the configuration, that the base's class has, and that are not there;
-    `RunError` for adapted modules that the configuration does not name.
+    `RunError`, where only `named` ones are wanted, for adapted modules that it does not name.
     """
     config, path = folder.adapter_config, folder.path / CONFIG_FILE
     if not config:
@@ -61,7 +61,7 @@ def checked(run: Run, folder: RunFolder, options: ReadOptions) -> Run:
         *_unknown(config),
         *promises.modules(),
         *promises.biases(),
-        *(() if run.method == "peft_tuner" else promises.targets(_stored(folder))),
+        *(() if run.method == "peft_tuner" else promises.targets(_stored(folder), named)),
     )
     return replace(run, warnings=tuple(dict.fromkeys((*run.warnings, *warnings))))
 
@@ -185,9 +185,9 @@ class _Promises:
         if lost:
             raise self._lost(f"biases were trained (bias: {kind})", lost)
 
-    def targets(self, stored: Collection[str]) -> Iterator[str]:
+    def targets(self, stored: Collection[str], only: bool) -> Iterator[str]:
         """What the configuration names and the file lacks; raises `RunError` where `stored`, the
-        modules with factors in the file, has more than it names."""
+        modules with factors in the file, has more than it names, unless that is wanted too."""
         config = self._config
         named = Named(config)
         try:
@@ -208,7 +208,7 @@ class _Promises:
                 f"the configuration names {_some(lost)} to be adapted, and the file holds nothing "
                 "of it: is it the whole adapter?"
             )
-        if more:
+        if more and only:
             raise RunError(
                 "the file holds updates of modules that the configuration does not name, so PEFT "
                 "leaves them out",
