@@ -181,6 +181,8 @@ class Run:
             start_rank={modules.get(m, m): rank for m, rank in self.start_rank.items()},
             embeddings=frozenset(modules.get(m, m) for m in self.embeddings),
             tied=frozenset(modules.get(m, m) for m in self.tied),
+            apart=frozenset(tensors.get(name, name) for name in self.apart),
+            kernels={modules.get(m, m): kernel for m, kernel in self.kernels.items()},
         )
 
     def rank(self, module: str) -> int | None:

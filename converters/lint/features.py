@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from ..errors import DoraExportError
 from ..model.base import CONV1D_FAMILIES, CONV1D_LAYERS
 from ..readers import ReadOptions, read_run
-from ..readers.peft_lora import BASE_CHANGING
+from ..readers.peft_initial import BASE_CHANGING
 from ..readers.promises import LostError
 from ..targets.lora_folder import CONFIG
 from .finding import PEFTS_OWN, Adapter, Finding

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from ..fit import prepare
 from ..model.base import BaseModel
-from ..readers import ReadOptions, read_run
+from ..readers import ReadOptions, read_stored
 from ..targets.publish import Artifact, publish
 from ..targets.target import targets
 
@@ -22,5 +22,5 @@ def heal(
     known = targets()
     writer = known.get(engine, known["peft"])  # what is no target of its own loads PEFT's
     options = ReadOptions(base=None if base is None else base.path)
-    run = prepare(read_run(folder, options), base)
+    run = prepare(read_stored(folder, options), base)
     return publish(writer.plan(run, base, writer.options()), target, force=force)

@@ -34,7 +34,7 @@ def class_for(config: Mapping[str, object], suffix: str) -> str:
     current = architecture_of(config)
     family = _HEAD.sub("", current)
     name = family + suffix
-    if not family or not hasattr(transformers, name):
+    if not family or not hasattr(transformers, name) or not _is_for(config, name):
         raise TargetError(
             "the base's family has no class for this task",
             found=f"architectures: {current or None}, model_type: {config.get('model_type')}",
@@ -42,6 +42,30 @@ def class_for(config: Mapping[str, object], suffix: str) -> str:
             remedy="set architectures in the base's config.json",
         )
     return name
+
+
+def is_known(architecture: str | None, config: Mapping[str, object]) -> bool:
+    """Whether transformers has the class, and the family of the configuration."""
+    import transformers
+
+    return hasattr(transformers, architecture or "") and (
+        config.get("model_type") in transformers.CONFIG_MAPPING
+    )
+
+
+def _is_for(config: Mapping[str, object], name: str) -> bool:
+    """Whether the class `name` is made of the base's kind of configuration, or of its text model's.
+
+    Families share their first name with their text models, whose configurations are others.
+    """
+    import transformers
+
+    family = config.get("model_type")
+    if family not in transformers.CONFIG_MAPPING:
+        return True
+    kind = transformers.CONFIG_MAPPING[str(family)]
+    kinds = (kind, getattr(kind, "sub_configs", {}).get("text_config"))
+    return getattr(transformers, name).config_class in kinds
 
 
 def empty_model(

@@ -12,9 +12,10 @@ from ..files.hashes import Memory
 from ..files.tensors import LazyTensor, LazyTensors, is_copy_of, same_values
 from ..run import Run
 from ..updates.update import convolution_matrix
-from .architecture import class_for
+from .architecture import class_for, is_known
 from .base import HEAD, BaseModel
 from .layout import Layout
+from .names import auto_class
 from .tasks import architecture_of, task_of, usual_ending
 from .tying import new_embedding, tensor_names
 
@@ -153,9 +154,11 @@ def target_architecture(run: Run, base: BaseModel) -> tuple[str | None, list[str
 
 
 def _class_for(task: str | None, base: BaseModel) -> str | None:
+    own = architecture_of(base.config)
     if task is None or task == task_of(base.config):
-        return architecture_of(base.config) or None
-    return class_for(base.config, usual_ending(task))
+        return own or None
+    found = auto_class(base.config, task) if is_known(own, base.config) else None
+    return found or class_for(base.config, usual_ending(task))
 
 
 def lies_plainly(run: Run, base: BaseModel) -> bool:
@@ -319,6 +322,15 @@ def _looked_up(run: Run, base: BaseModel) -> Run:
 
 def _unknown_module(run: Run, base: BaseModel, layout: Layout, module: str) -> BaseError:
     kind = module.rsplit(".", 1)[-1]
+    if kind == "bias" and layout.names.has(module.removesuffix(".bias")):
+        return BaseError(
+            "the run trained a bias of a layer that has none in the base, so no weight of the base "
+            "holds it",
+            file=run.path,
+            tensor=module,
+            found=f"{layout.names.architecture} has no such bias (PEFT: lora_bias)",
+            remedy="serve it with PEFT on its base: PeftModel.from_pretrained(base, adapter)",
+        )
     like = [name for name in layout.names.state if f".{kind}." in name][:2]
     meant = base.find(f"{module}.weight") or base.find(module)
     return BaseError(

@@ -14,6 +14,7 @@ from collections.abc import Mapping
 from functools import cached_property, lru_cache
 from typing import Any
 
+from .architecture import empty_model, is_known
 from .base import BaseModel
 
 PEFT_PREFIX = "base_model.model."
@@ -78,13 +79,10 @@ class Names:
     def model(self) -> Any:
         """The class without weights; None where there is none. Raises `BaseError` where
         transformers cannot make it of the configuration."""
-        import transformers
-
-        known = self._base.config.get("model_type") in transformers.CONFIG_MAPPING
-        name = self.architecture
-        if name is None or not known or not hasattr(transformers, name):
+        if not is_known(self.architecture, self._base.config):
             return None
-        return _empty(name, json.dumps(self._base.config, sort_keys=True), self._num_labels)
+        config = json.dumps(self._base.config, sort_keys=True)
+        return _empty(str(self.architecture), config, self._num_labels)
 
     @cached_property
     def state(self) -> Mapping[str, tuple[int, ...]]:
@@ -199,6 +197,4 @@ def auto_class(config: Mapping[str, object], task: str | None) -> str | None:
 
 @lru_cache(maxsize=8)
 def _empty(architecture: str, config: str, num_labels: int | None) -> Any:
-    from .architecture import empty_model
-
     return empty_model(architecture, json.loads(config), num_labels)

@@ -26,6 +26,16 @@ def read_run(path: str | Path, options: ReadOptions | None = None) -> Run:
 
     Only tables of contents are read; tensor data follows when it is used.
     """
+    return _read(path, options, named=True)
+
+
+def read_stored(path: str | Path, options: ReadOptions | None = None) -> Run:
+    """As `read_run`, with the modules too that the file holds and its configuration does not name,
+    which PEFT leaves out."""
+    return _read(path, options, named=False)
+
+
+def _read(path: str | Path, options: ReadOptions | None, *, named: bool) -> Run:
     if not str(path):
         raise MissingError("the run's path is empty")
     folder = Path(path)
@@ -43,7 +53,7 @@ def read_run(path: str | Path, options: ReadOptions | None = None) -> Run:
             run = read_parts(run, options)
         from .promises import checked
 
-        run = checked(run, found, options)
+        run = checked(run, found, options, named)
     if not run.updates and not run.replaced:
         raise RunError("the run adapted nothing", file=run.path)
     return run

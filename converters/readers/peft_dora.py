@@ -31,35 +31,44 @@ class PeftDoraReader:
 
     def detect(self, folder: RunFolder) -> RunFolder | None:
         config = folder.adapter_config
-        own = config.get("use_dora") and not config.get("use_mora")
-        return folder if config.get("peft_type") == "LORA" and own else None
+        if config.get("peft_type") != "LORA" or config.get("use_mora"):
+            return None
+        return folder if config.get("use_dora") or _magnitudes(folder) else None
 
     def read(self, folder: RunFolder, options: ReadOptions) -> Run:
+        magnitudes = _magnitudes(folder)
+        if not folder.adapter_config.get("use_dora"):
+            raise RunError(
+                "the adapter has magnitudes of DoRA, and its configuration says that it is none: "
+                "PEFT leaves them out",
+                file=folder.path / CONFIG_FILE,
+                found="use_dora: false",
+                expected=f"use_dora: true, or no {next(iter(magnitudes))}.lora_magnitude_vector",
+                remedy="set use_dora to true where it was trained so",
+            )
         run, tensors = PeftLoraReader().read(folder, options), folder.adapter
         file = run.files[0]
-        magnitudes = {m[1]: t for name, t in tensors.items() if (m := _MAGNITUDE.fullmatch(name))}
-        if not magnitudes:
+        plain = [module for module in run.start_rank if module not in magnitudes]
+        if plain:
             raise RunError(
-                "use_dora is set, but the adapter has no magnitudes",
+                "use_dora is set, but a module of the adapter has no magnitude",
                 file=file,
+                tensor=f"{plain[0]}.lora_magnitude_vector",
+                found=f"none in {len(plain)} of {len(run.start_rank)} modules",
                 expected="a lora_magnitude_vector beside each lora_A",
-                remedy="a conversion dropped them: use the adapter as it was trained",
+                remedy="a conversion dropped it: use the adapter as it was trained",
             )
         loaders = {module: partial(run.take, module) for module in run.updates}
         for module, magnitude in magnitudes.items():
             _check(module, magnitude, tensors, file)
             loaders[module] = partial(_update, run, module, magnitude)
-        plain = [module for module in run.updates if module not in magnitudes]
-        warning = (
-            f"{len(plain)} of {len(run.updates)} modules have no magnitude and are read as plain "
-            f"LoRA: {', '.join(plain[:3])}"
-        )
-        return replace(
-            run,
-            method=self.name,
-            updates=LazyUpdates(loaders, run.shapes),
-            warnings=(*run.warnings, *([warning] if plain else [])),
-        )
+        return replace(run, method=self.name, updates=LazyUpdates(loaders, run.shapes))
+
+
+def _magnitudes(folder: RunFolder) -> LazyTensors:
+    """Module → its magnitude."""
+    tensors = {} if folder.adapter_file is None else folder.adapter
+    return {m[1]: t for name, t in tensors.items() if (m := _MAGNITUDE.fullmatch(name))}
 
 
 def _check(module: str, magnitude: LazyTensor, tensors: LazyTensors, file: Path) -> None:

@@ -9,10 +9,9 @@ trained tokens (`trainable_token_indices`). What is not read is an error that sa
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection
 from dataclasses import replace
 from functools import partial
-from pathlib import Path
 
 import torch
 
@@ -28,6 +27,7 @@ from ..updates.update import Update
 from .lora_reader import AdapterFiles
 from .module import AdaptedModule, adapted, grouped
 from .peft_common import Scaling, is_variant, of_training_alone, refuse_variant
+from .peft_initial import Initial
 from .peft_parameters import TOKENS, parameter_updates, parameters, token_rows
 from .run_folder import CONFIG_FILE, WEIGHT_FILES, RunFolder
 
@@ -36,8 +36,6 @@ _BIAS, _EMBEDDING = ".lora_B.bias", ".lora_embedding_A"
 _MAGNITUDES = (".lora_magnitude_vector", ".lora_magnitude_vector.weight")  # read by peft_dora
 _LORA = re.compile(r"(.+)\.(?:lora_(A|B)\.weight|lora_embedding_(A|B))")
 
-# Initialisations that change the base weights: the adapter is right on the changed base only.
-BASE_CHANGING = ("pissa", "olora", "corda", "loftq", "lora_ga")
 _OTHERS = ("use_dora", "use_mora")  # readers of their own
 
 
@@ -56,7 +54,6 @@ class PeftLoraReader:
     def read(self, folder: RunFolder, options: ReadOptions) -> Run:
         config, config_path = folder.adapter_config, folder.path / CONFIG_FILE
         refuse_variant(config, config_path)
-        _refuse_changed_base(config, config_path)
         files = AdapterFiles(folder)
         files.tensors = {n: t for n, t in files.tensors.items() if not of_training_alone(config, n)}
         pairs, others = grouped(files.tensors, _LORA)
@@ -69,6 +66,7 @@ class PeftLoraReader:
         own = {tensor.name for name, tensor in files.tensors.items() if name not in rest}
         run = files.rest(own, pairs)
         scaling = Scaling(config, config_path, options)
+        initial = Initial(config, config_path, run, options)
         updates: dict[str, Callable[[], Update]] = {}
         shapes: dict[str, tuple[int, int]] = {}
         start_rank: dict[str, int] = {}
@@ -76,12 +74,14 @@ class PeftLoraReader:
         named = parameters(config, pairs, config_path)
         for name, module in pairs.items():
             rank, shape = module.pair(), module.shape
+            if name not in embeddings:
+                initial.check(module, name in named)
             if name in named:
                 rank, loaders = parameter_updates(named[name], module, rank, scaling)
             else:
                 own_name, times = _attention(name, pairs)
                 scale = times * scaling.of(name.removesuffix(_OUT), rank)
-                loaders = {own_name: partial(_update, module, scale, name in embeddings)}
+                loaders = {own_name: partial(_update, initial, module, scale, name in embeddings)}
                 shape = shape[::-1] if name in embeddings else shape
                 kernels |= {own_name: module.kernel} if module.kernel else {}
             updates |= loaders
@@ -129,19 +129,6 @@ def _more_than_pairs(folder: RunFolder) -> bool:
     return any(module.parts.keys() - {"A", "B"} for module in modules.values())
 
 
-def _refuse_changed_base(config: Mapping[str, object], path: Path) -> None:
-    init = str(config.get("init_lora_weights", "")).lower()
-    if init.startswith(BASE_CHANGING):
-        raise RunError(
-            "the adapter's initialisation changed the base weights, so it is not an update "
-            "of the original base",
-            file=path,
-            found=f"init_lora_weights: {config['init_lora_weights']}",
-            remedy="save it with PEFT's path_initial_model_for_weight_conversion, "
-            "which makes a plain LoRA adapter",
-        )
-
-
 def _spreading(tokens: Collection[str], run: Run, options: ReadOptions) -> frozenset[str]:
     """The embeddings whose trained rows are also those of what is tied to them."""
     if not tokens or options.base is None:
@@ -151,10 +138,10 @@ def _spreading(tokens: Collection[str], run: Run, options: ReadOptions) -> froze
     return spreading(tokens, base, architecture, run.num_labels)
 
 
-def _update(module: AdaptedModule, scale: float, embedding: bool) -> Update:
-    update = module.sum(scale)
-    # ΔE = (B·A)ᵀ for an embedding stored as [vocab, dim].
-    return update.transposed() if embedding else update
+def _update(initial: Initial, module: AdaptedModule, scale: float, embedding: bool) -> Update:
+    if embedding:  # ΔE = (B·A)ᵀ for an embedding stored as [vocab, dim]
+        return module.sum(scale).transposed()
+    return initial.update(module, scale)
 
 
 def _bias(bias: LazyTensor, scale: float) -> Update:

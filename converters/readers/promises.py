@@ -16,7 +16,7 @@ from ..errors import DoraExportError, RunError
 from ..files.json_files import is_number
 from ..model.architecture import empty_model
 from ..model.base import BaseModel
-from ..model.match import target_architecture
+from ..model.match import classes, target_architecture
 from ..model.tasks import HEADS, task_of_peft
 from ..model.tying import aliases
 from ..options import ReadOptions
@@ -42,12 +42,13 @@ _PARTS = {
 }
 
 
-def checked(run: Run, folder: RunFolder, options: ReadOptions) -> Run:
+def checked(run: Run, folder: RunFolder, options: ReadOptions, named: bool = True) -> Run:
     """`run` with warnings of what its folder has and no reader reads, and of what its configuration
     names and may be lost.
 
     Raises `LostError`, with the file and what it lacks, for whole modules, heads, tokens and biases
-    that are trained by the configuration, that the base's class has, and that are not there.
+    that are trained by the configuration, that the base's class has, and that are not there;
+    `RunError`, where only `named` ones are wanted, for adapted modules that it does not name.
     """
     config, path = folder.adapter_config, folder.path / CONFIG_FILE
     if not config:
@@ -60,7 +61,7 @@ def checked(run: Run, folder: RunFolder, options: ReadOptions) -> Run:
         *_unknown(config),
         *promises.modules(),
         *promises.biases(),
-        *(() if run.method == "peft_tuner" else promises.targets(_stored(folder))),
+        *(() if run.method == "peft_tuner" else promises.targets(_stored(folder), named)),
     )
     return replace(run, warnings=tuple(dict.fromkeys((*run.warnings, *warnings))))
 
@@ -184,14 +185,14 @@ class _Promises:
         if lost:
             raise self._lost(f"biases were trained (bias: {kind})", lost)
 
-    def targets(self, stored: Collection[str]) -> Iterator[str]:
-        """What the configuration names and the file lacks, and what `stored`, the modules with
-        factors in the file, has beyond it."""
+    def targets(self, stored: Collection[str], only: bool) -> Iterator[str]:
+        """What the configuration names and the file lacks; raises `RunError` where `stored`, the
+        modules with factors in the file, has more than it names, unless that is wanted too."""
         config = self._config
         named = Named(config)
         try:
             lost = [*self._lost_targets(named), *self._lost_parameters()]
-            more = [m for m in stored if named.known and not named.names(m)]
+            more = [m for m in stored if named.known and not self._names(named, m)]
             idle = [
                 f"{key}[{name!r}]"
                 for key in ("rank_pattern", "alpha_pattern")
@@ -207,10 +208,16 @@ class _Promises:
                 f"the configuration names {_some(lost)} to be adapted, and the file holds nothing "
                 "of it: is it the whole adapter?"
             )
-        if more:
-            yield (
-                f"the file holds updates of {_some(more)}, which the configuration does not name: "
-                "they are part of the run here, and PEFT leaves them out"
+        if more and only:
+            raise RunError(
+                "the file holds updates of modules that the configuration does not name, so PEFT "
+                "leaves them out",
+                file=self._file,
+                tensor=more[0],
+                found=f"updates of {_some(more)}",
+                expected="modules that target_modules and the layers and exclusions beside it mean",
+                remedy="where they were trained: `lint` with `fix` names them in the "
+                "configuration; else take them out of the file",
             )
         if idle:
             yield f"what the configuration says of {_some(idle)} is of nothing in the file"
@@ -219,6 +226,29 @@ class _Promises:
         """The names by which patterns may mean what is `stored`: those of parameters too."""
         parameters = [str(name) for name in _list(self._config.get("target_parameters"))]
         return [*stored, *parameters, *(f"{m}.{p}" for m in stored for p in parameters)]
+
+    def _names(self, named: Named, module: str) -> bool:
+        """Whether `module`, as the file calls it or as the class does, is among those `named`, or
+        adapted because it is tied to one that is (ensure_weight_tying)."""
+        if named.names(module):
+            return True
+        tying = bool(self._config.get("ensure_weight_tying"))
+        own = self._in_memory(module)
+        if own is None:  # without a base nobody knows; a name that no class has is said elsewhere
+            return tying or self._base is not None
+        sides = {own}
+        if tying:
+            one, weight = self._aliases, f"{own}.weight"
+            source = one.get(weight, weight)
+            tied = {source, *(name for name, other in one.items() if other == source)}
+            sides |= {name.removesuffix(".weight") for name in tied}
+        return any(named.names(side) for side in sides)
+
+    def _in_memory(self, module: str) -> str | None:
+        """What the model that the run was trained in calls `module`; None where nobody knows."""
+        if self._base is None or self._model is None:
+            return None
+        return classes(self._run.task, self._run.num_labels, self._base).module(module)
 
     def _lost_targets(self, named: Named) -> list[str]:
         if not named.known:

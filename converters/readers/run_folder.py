@@ -16,9 +16,10 @@ from ..model.names import adapter_in, unwrapped, without_adapter
 CONFIG_FILE = "adapter_config.json"
 WEIGHT_FILES = ("adapter_model.safetensors", "adapter_model.bin")
 
-# With bias="all" PEFT also saves the wrapper's copies of a head it saves under its own name; in a
-# state dict as the model has it there is only the wrapper's.
-_ORIGINAL, _SAVED = ".original_module.", re.compile(r"\.modules_to_save\.[^.]+(?=\.)")
+# PEFT also saves the wrapper's copies of what it saves under its own name, without the adapter's
+# name; in a state dict as the model has it there are only the wrapper's.
+_ORIGINAL, _COPY = ".original_module.", ".modules_to_save."
+_SAVED = re.compile(r"\.modules_to_save\.[^.]+(?=\.)")
 
 
 class RunFolder:
@@ -88,9 +89,11 @@ class RunFolder:
                 "the adapter has no weights", file=self.path, expected=" or ".join(WEIGHT_FILES)
             )
         names = _plain(self.tensors(file), file)
-        saved = {_SAVED.sub("", name): t for name, t in names.items() if _SAVED.search(name)}
-        own = {n: t for n, t in names.items() if _ORIGINAL not in n and not _SAVED.search(n)}
-        return {**saved, **own}
+        own = {n: t for n, t in names.items() if _ORIGINAL not in n and _COPY not in n}
+        copies = {
+            _SAVED.sub("", n): t for n, t in names.items() if n.replace(_COPY, ".") not in own
+        }
+        return {**{n: t for n, t in copies.items() if _ORIGINAL not in n}, **own}
 
     @cached_property
     def checkpoint(self) -> BaseModel | None:

@@ -186,7 +186,9 @@ def attach(model: Any, folder: Path, *, inside: bool = False) -> Loaded:
             str(folder), "default", key_mapping=mapping
         )
     missing = frozenset(name for name in told.missing_keys if "vblora_vector_bank" not in name)
-    return Loaded(model.float().eval(), missing, frozenset(told.unexpected_keys))
+    # With bias="all" PEFT saves biases of whole modules twice, and loads them once.
+    unexpected = frozenset(name for name in told.unexpected_keys if ".modules_to_save." not in name)
+    return Loaded(model.float().eval(), missing, unexpected)
 
 
 def attention(config: Any) -> str | None:

@@ -56,7 +56,8 @@ class Truth(Protocol):
 def truth_of(run: Run, base: BaseModel) -> Truth:
     """PEFT's own model where PEFT made the run and loads its folder as it is; else ours."""
     if _is_peft(run):
-        for inside in (False, True):
+        # In the model without its head PEFT does not see what trained rows are tied to.
+        for inside in (False,) if run.tied else (False, True):
             truth = PeftTruth.of(run, base, inside)
             if truth is not None:
                 return truth
@@ -65,7 +66,8 @@ def truth_of(run: Run, base: BaseModel) -> Truth:
 
 def fold_rounded(truth: Truth, dtype: torch.dtype) -> float:
     """Make of `truth` what a merged model of `dtype` is expected to hold: the updates in the
-    weights, every weight rounded once. Returns the largest share of one update that rounding took.
+    weights, every weight rounded once. Returns the largest change of one weight by rounding, as a
+    share of its update.
     """
     lost = [0.0]
     with torch.no_grad():

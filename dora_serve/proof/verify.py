@@ -23,7 +23,7 @@ from .prompts import Prompts, prompts_of, tokenizer_fault, verification_batch
 TOLERANCE = 1e-4  # float32 logits, max abs; DESIGN bound for float32 engines
 NOISE = 4  # of the float32 noise: two computations of it, each with a margin of two
 TIES_SHARE = 0.01  # a merged model of less than float32: share of the rounding's own effect
-_LOST = 0.05  # share of one update lost to rounding that is worth a warning
+_LOST = 0.05  # rounding of one weight, as a share of its update, that is worth a warning
 _FAR = 10  # how many times the bound the control should be
 
 
@@ -38,9 +38,10 @@ class Verification:
     For an adapter that was fitted, the truth is the live run fitted in the same way; `fit` is how,
     and `unfitted` the largest logit difference to the run as it was trained. For a merged model of
     less than float32, the truth is rounded in the same way; `rounding` is what that changed, and
-    `lost` the largest share of one update that it took. `top1_bound`: the share of equal argmax
-    that passes, below 1 for quantized graphs. `asked`: the prompts. `left`: what they are not.
-    `failures`: reasons beside the numbers, which are not there where the artifact did not load."""
+    `lost` the largest of its changes of one weight, as a share of that weight's update.
+    `top1_bound`: the share of equal argmax that passes, below 1 for quantized graphs. `asked`: the
+    prompts. `left`: what they are not. `failures`: reasons beside the numbers, which are not there
+    where the artifact did not load."""
 
     engine: str
     dtype: str = ""
@@ -217,8 +218,8 @@ def _warnings(control: float, tolerance: float, has_update: bool, lost: float | 
         )
     if lost is not None and lost > _LOST:
         said.append(
-            f"rounding to the output dtype lost {lost:.0%} of a module's update; use `dtype` "
-            "float32, or deploy an adapter"
+            f"rounding to the output dtype moved a module's weight {lost:.0%} as far as its "
+            "update; use `dtype` float32, or deploy an adapter"
         )
     return said
 

@@ -137,26 +137,18 @@ def test_conv1d_is_normed_over_its_inputs(tmp_path: Path) -> None:
     check_merged(tmp_path / "dora", base, tmp_path, GPT2LMHeadModel.from_pretrained, inputs, truth)
 
 
-def test_a_mix_of_modules_with_and_without_magnitude(tmp_path: Path, llama_base: Path) -> None:
+def test_magnitudes_under_the_names_of_other_versions_of_peft(
+    tmp_path: Path, llama_base: Path
+) -> None:
     folder = tmp_path / "dora"
     model = LlamaForCausalLM.from_pretrained(llama_base)
     live = make(model, folder, target_modules=["q_proj", "v_proj"])
     tensors = load_file(folder / WEIGHTS)
-    kept = {  # with the names of PEFT's versions that keep ".weight"
-        name + ".weight" if "magnitude" in name else name: tensor
-        for name, tensor in tensors.items()
-        if not ("magnitude" in name and "v_proj" in name)
-    }
-    save_file(kept, folder / WEIGHTS)
-    for name, layer in live.named_modules():
-        if name.endswith("v_proj"):
-            del layer.lora_variant["default"]  # PEFT computes plain LoRA from here on
+    named = {n + ".weight" if "magnitude" in n else n: t for n, t in tensors.items()}
+    save_file(named, folder / WEIGHTS)
     inputs = verification_batch(model)
-    truth = logits(live, inputs)
-    (warning,) = read_run(folder).warnings
-    assert warning.startswith("2 of 4 modules have no magnitude")
     load = LlamaForCausalLM.from_pretrained
-    check_merged(folder, llama_base, tmp_path, load, inputs, truth)
+    check_merged(folder, llama_base, tmp_path, load, inputs, logits(live, inputs))
 
 
 @pytest.mark.parametrize(
@@ -243,7 +235,9 @@ def test_magnitude_alone_sets_the_length_of_rows() -> None:
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
-        ("no magnitudes", "has no magnitudes"),
+        ("no magnitudes", "has no magnitude"),
+        ("one magnitude less", "1 of 2 modules"),
+        ("no dora", "use_dora: false"),
         ("short magnitude", "does not fit lora_B"),
         ("no factors", "without lora_A and lora_B"),
         ("no lora_B", "incomplete"),
@@ -257,6 +251,11 @@ def test_bad_peft_adapters(tmp_path: Path, llama_base: Path, damage: str, messag
     magnitude = prefix + "lora_magnitude_vector"
     if damage == "no magnitudes":
         tensors = {name: t for name, t in tensors.items() if "magnitude" not in name}
+    elif damage == "one magnitude less":
+        del tensors[magnitude]
+    elif damage == "no dora":
+        config = json.loads((folder / "adapter_config.json").read_text())
+        (folder / "adapter_config.json").write_text(json.dumps({**config, "use_dora": False}))
     elif damage == "short magnitude":
         tensors[magnitude] = tensors[magnitude][:-1].clone()
     elif damage == "no factors":

@@ -56,8 +56,10 @@ AS_IT_LIES: dict[str, dict[str, frozenset[str]]] = {
     },
     **{
         family: {**WRAPPERS, "PEFT": BOTH, "AutoModel": TRANSFORMERS}
-        for family in ("llama", "mistral", "qwen3", "qwen3-moe", "gemma3, decoder")
+        for family in ("llama", "mistral", "qwen3", "gemma3, decoder")
     },
+    # Of families whose experts it fuses, PEFT gives names its prefix before it loads them.
+    "qwen3-moe": {**WRAPPERS, "PEFT": BOTH, "no prefix": BOTH, "AutoModel": TRANSFORMERS},
     "roberta": {"PEFT": BOTH, "AutoModel": TRANSFORMERS},
     "qwen2, base of AutoModel": {"PEFT": BOTH, "AutoModel": TRANSFORMERS},
     "qwen2, embedding": {"PEFT": BOTH, "body twice": TRANSFORMERS},

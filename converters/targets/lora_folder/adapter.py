@@ -24,7 +24,7 @@ from ...model.layout import Layout, split_slice
 from ...model.match import as_trained, changed, check_frozen, classes, kernels_of, resolved
 from ...model.names import PEFT_PREFIX
 from ...model.tasks import peft_type
-from ...model.tying import untied
+from ...model.untying import untied
 from ...run import NO_UPDATE, Run
 from ...updates.rank_one import RankOneSum, stored_error
 from ..engines import Profile
@@ -171,14 +171,15 @@ def plan_adapter(
     whole = changed(run, own, None if layout is None else layout.find)
     whole = with_heads(run, own, whole, profile)
     modules, biases = whole_modules(run, own, whole)
-    whole = completed(own, run, whole, modules)
+    whole = completed(own, run, whole, modules, layout)
     ranks: dict[str, tuple[int | None, int]] = {}
     for module, rank in run.ranks.items():
         if rank is None:
             raise TargetError(
                 "this module's update is not low-rank, so no LoRA adapter equals it",
                 tensor=module,
-                remedy="merge it (`merge`), or approximate it with `energy` or `max_rank`",
+                remedy="merge it (`merge`)"
+                + ("" if module in run.tied else ", or approximate it with `energy` or `max_rank`"),
             )
         ranks[module] = (run.start_rank.get(module), rank)
     kernels = kernels_of(run, base)
@@ -265,16 +266,16 @@ def _check_target(
         cannot += [name for name in whole if name.removesuffix(".weight") in ranks]
     if "target_parameters" not in profile.features:
         cannot += parameters
-    cannot += [name for name in ranks if name.endswith(_NO_MODULE) or name in run.tied]
-    cannot = list(dict.fromkeys(cannot))
+    nowhere = [name for name in ranks if name.endswith(_NO_MODULE) or name in run.tied]
+    cannot = list(dict.fromkeys([*cannot, *nowhere]))
     if cannot:
         more = f" and {len(cannot) - 6} more" if len(cannot) > 6 else ""
         raise TargetError(
             f"the run trained tensors that an adapter for {profile.name} cannot carry",
             file=run.path,
             found=", ".join(cannot[:6]) + more,
-            expected=f"whole modules only of {sorted(profile.whole_modules or [])}",
-            remedy="deploy the merged model (`merge`), or use `target` peft",
+            expected=_kinds(profile),
+            remedy="merge it (`merge`)" + ("" if nowhere else ", or use `target` peft"),
         )
     largest = max((rank for _, rank in ranks.values()), default=0)
     if profile.max_rank is not None and largest > profile.max_rank:
@@ -284,6 +285,12 @@ def _check_target(
             expected=f"at most {profile.max_rank}",
             remedy="deploy the merged model, or cut the ranks with `max_rank`",
         )
+
+
+def _kinds(profile: Profile) -> str:
+    whole = profile.whole_modules
+    said = "" if whole is None else f" of {', '.join(sorted(whole))}" if whole else " of none"
+    return f"pairs of factors for matrices, and whole modules{said}"
 
 
 def _check_family(run: Run, base: BaseModel, profile: Profile) -> None:

@@ -6,7 +6,9 @@ from collections.abc import Iterable, Mapping
 
 from ...files.tensors import LazyTensor, LazyTensors
 from ...model.base import BaseModel
+from ...model.layout import Layout
 from ...model.tasks import HEADS
+from ...model.tying import aliases
 from ...run import Run
 from ..engines import Profile
 
@@ -20,14 +22,16 @@ def whole_modules(
     the body, where the base keeps other tensors as they were, by its own name.
     """
     bodies = {module.split(".", 1)[0] for module in run.updates} | _kept(base, whole)
+    heads = {name.split(".", 1)[0] for name in whole if not name.endswith(".bias")} - bodies
     modules: dict[str, None] = {}
     biases = []
     for name in whole:
         module, _, kind = name.rpartition(".")
         if kind == "weight" and module in run.updates:
             continue  # resized and adapted: stored as the module's base layer
-        if name.split(".", 1)[0] not in bodies:
-            modules[name.split(".", 1)[0]] = None
+        outermost = name.split(".", 1)[0]
+        if outermost in heads or (outermost not in bodies and base is None):
+            modules[outermost] = None
         elif kind == "bias" and f"{module}.weight" not in whole:
             biases.append(name)
         else:
@@ -58,11 +62,17 @@ def with_heads(
 
 
 def completed(
-    base: BaseModel | None, run: Run, whole: Mapping[str, LazyTensor], modules: Iterable[str]
+    base: BaseModel | None,
+    run: Run,
+    whole: Mapping[str, LazyTensor],
+    modules: Iterable[str],
+    layout: Layout | None,
 ) -> dict[str, LazyTensor]:
-    """`whole` with what training left as it was of `modules`, as the run holds it or the base: PEFT
-    loads a module whole or not at all."""
+    """`whole` with what training left as it was of `modules`, as the run holds it or the base, what
+    is tied to another included: PEFT loads a module whole or not at all."""
     result = dict(whole)
+    model = None if layout is None else layout.names.model
+    one = {} if model is None else aliases(model)
     for module in modules:
         result = {**_inside(module, run.replaced), **result}
         if base is None:
@@ -75,6 +85,10 @@ def completed(
                 beside = _inside(stem, base.tensors)
                 named = {module + other[len(stem) :]: t for other, t in beside.items()}
                 result = {**named, **result}
+        for name, source in one.items():
+            disk = layout.find(source) if layout is not None else None
+            if disk is not None and name.startswith(f"{module}."):
+                result.setdefault(name, base.tensors[disk])
     return result
 
 

@@ -40,8 +40,8 @@ class MergeReport(Report):
         if self.resumed:
             said.append(f"{len(self.resumed)} shard(s) are of a killed merge")
         if self.rounding:
-            worst = max(report.lost for report in self.rounding.values())
-            said.append(f"rounding took at most {worst:.2%} of a module's update")
+            most = max(report.lost for report in self.rounding.values())
+            said.append(f"rounding moved a module's weight at most {most:.2%} as far as its update")
         return said
 
 
@@ -105,7 +105,8 @@ def _loss_warnings(rounding: dict[str, Rounding]) -> list[str]:
         return []
     worst = max(lossy, key=lambda module: lossy[module])
     return [
-        f"rounding to the output dtype lost more than {LOSS_WARNING:.0%} of the update in "
-        f"{len(lossy)} of {len(rounding)} modules (worst: {worst}, {lossy[worst]:.0%}); "
+        f"rounding to the output dtype moved the weights of {len(lossy)} of {len(rounding)} "
+        f"modules more than {LOSS_WARNING:.0%} as far as their updates (worst: {worst}, "
+        f"{lossy[worst]:.0%}); "
         "use `dtype` float32, or deploy an adapter"
     ]

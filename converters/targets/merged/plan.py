@@ -30,7 +30,8 @@ from ...model.match import (
     stored_name,
     target_architecture,
 )
-from ...model.tying import new_embedding, untied
+from ...model.tying import new_embedding
+from ...model.untying import untied
 from ...run import Run
 from ..target import Plan, Progress
 from .companions import Companions, companions

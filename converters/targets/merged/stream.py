@@ -85,7 +85,8 @@ class Rounding:
 
     @property
     def lost(self) -> float:
-        """‖S − ΔW‖ / ‖ΔW‖: the part of the update that rounding took away."""
+        """‖S − ΔW‖ / ‖ΔW‖: the rounding of the whole merged weight, against the size of the update;
+        over 1 where it is larger than that."""
         if not self.update:
             return 0.0
         square = self.stored - 2 * self.product + self.update

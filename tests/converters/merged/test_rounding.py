@@ -60,7 +60,8 @@ def test_rounding_is_measured(tmp_path: Path) -> None:
     assert f"{lost:.0%}" in result.warnings[1]
     losses = {module: said["rounding"]["lost"] for module, said in modules.items()}
     assert result.report.summary() == {"lost_to_rounding": losses, "resumed": []}
-    assert result.report.lines() == [f"rounding took at most {lost:.2%} of a module's update"]
+    said = f"rounding moved a module's weight at most {lost:.2%} as far as its update"
+    assert result.report.lines() == [said]
 
 
 def test_what_rounding_says_at_its_ends() -> None:

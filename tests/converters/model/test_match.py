@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from converters.errors import BaseError, TargetError
-from converters.model.base import open_base
+from converters.model.base import BaseModel, open_base
 from converters.model.match import (
     as_trained,
     changed,
@@ -112,6 +112,35 @@ def test_a_run_for_a_task_that_its_family_has_no_class_for(tmp_path: Path) -> No
     odd = make_run(tmp_path / "run", {module[6:]: low_rank(48, 31)}, task="seq2seq-lm")
     with pytest.raises(BaseError, match="does not fit"):
         check_names(odd, base)
+
+
+@pytest.mark.parametrize(
+    ("family", "own", "task", "found"),
+    [
+        ("gemma3_text", "Gemma3ForCausalLM", "feature-extraction", "Gemma3TextModel"),
+        (
+            "gemma3_text",
+            "Gemma3ForCausalLM",
+            "sequence-classification",
+            "Gemma3TextForSequenceClassification",
+        ),
+        ("gemma3n_text", "Gemma3nForCausalLM", "feature-extraction", "Gemma3nTextModel"),
+        ("gemma3", "Gemma3ForConditionalGeneration", "feature-extraction", "Gemma3Model"),
+        ("llama", "LlamaForCausalLM", "feature-extraction", "LlamaModel"),
+        ("bert", "BertForMaskedLM", "causal-lm", "BertLMHeadModel"),
+        ("gemma3_text", "Gemma3ForCausalLM", "seq2seq-lm", None),
+    ],
+)
+def test_the_class_for_a_task_is_the_one_that_transformers_makes_of_the_base(
+    tmp_path: Path, family: str, own: str, task: str, found: str | None
+) -> None:
+    """Text models share their first name with the multimodal models that they are part of."""
+    base = BaseModel(tmp_path, "base", {"model_type": family, "architectures": [own]}, {})
+    if found is None:
+        with pytest.raises(TargetError, match="no class for this task"):
+            classes(task, None, base)
+    else:
+        assert classes(task, None, base).whole.names.architecture == found
 
 
 def test_names_that_a_class_has_not(tmp_path: Path) -> None:

@@ -1,0 +1,93 @@
+"""Adapters whose initialisation took something out of the base's weights, which PEFT takes out
+again when it loads them (huggingface/peft, `pissa_init` and `olora_init` in
+`src/peft/tuners/lora/layer.py`).
+
+PiSSA takes the first r terms of the singular value decomposition of W, OLoRA s·Qᵣ·Rᵣ of W = Q·R. To
+the base itself such an adapter adds s·B·A less what was taken out, of rank up to 2r. Other
+initialisations of the kind draw random numbers, or look at data that is not there.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+
+from ..errors import RunError
+from ..files.tensors import load_finite
+from ..model.match import Classes, classes
+from ..model.tying import groups
+from ..options import ReadOptions
+from ..run import Run
+from ..updates.rank_one import RankOneSum
+from .module import AdaptedModule
+from .peft_common import need_base
+
+# Initialisations that change the base weights: the adapter is right on the changed base only.
+BASE_CHANGING = ("pissa", "olora", "corda", "loftq", "lora_ga")
+_CONVERT = (
+    "save it with PEFT's path_initial_model_for_weight_conversion, which makes a plain LoRA adapter"
+)
+
+
+class Initial:
+    """What the initialisation of `config` took out of the base's weights."""
+
+    def __init__(
+        self, config: Mapping[str, object], path: Path, run: Run, options: ReadOptions
+    ) -> None:
+        said = config.get("init_lora_weights")
+        name = str(said).lower()
+        self._path, self._said, self._stored = path, said, run.replaced.keys()
+        self._known: Classes | None = None
+        if not name.startswith(BASE_CHANGING):
+            return
+        if said != "pissa" and name != "olora":
+            raise self._refusal("is not repeated when the adapter is loaded")
+        self._base = need_base(options, f"an adapter that began as {said}", path)
+        self._known = classes(run.task, run.num_labels, self._base)
+        tied = groups(self._base, self._known.whole.names.architecture, run.num_labels)
+        self._shared = {name for group in tied for name in group}
+
+    def check(self, module: AdaptedModule, parameter: bool) -> None:
+        """Raise `RunError` for a module of which PEFT takes out something else."""
+        if self._known is None:
+            return
+        name = self._known.module(module.name) or module.name
+        if parameter or module.kernel or ".base_layer" in name:
+            raise self._refusal("is known here for linear layers alone", name)
+        if f"{name}.weight" in self._shared:
+            raise self._refusal("changes all that is tied to this module", name)
+
+    def update(self, module: AdaptedModule, scale: float) -> RankOneSum:
+        """The update of the base's own weight; `scale` is that of the pair."""
+        name, own = module.name, module.sum(scale)
+        if self._known is None or f"{name}.weight" in self._stored:
+            return own  # PEFT stores what is left of an embedding's or a head's weight
+        disk = self._known.whole.find(f"{self._known.module(name) or name}.weight")
+        if disk is None:
+            raise self._refusal("takes a weight that the base does not hold by itself", name)
+        stored = load_finite(self._base.tensors[disk]).double()
+        lying = self._base.is_transposed(disk.removesuffix(".weight"), own.shape)
+        if self._said == "pissa":
+            u, s, vh = torch.linalg.svd(stored.T if lying else stored, full_matrices=False)
+            u, s, vh = (part.float() for part in (u[:, : own.rank], s[: own.rank], vh[: own.rank]))
+            taken = RankOneSum(vh, -s, u)
+        else:
+            q, r = torch.linalg.qr(stored)
+            c = torch.full((own.rank,), -scale)
+            taken = RankOneSum(r[: own.rank].float(), c, q[:, : own.rank].float())
+            taken = taken.transposed() if lying else taken
+        parts = zip((own.a, own.c, own.b), (taken.a, taken.c, taken.b), (0, 0, 1), strict=True)
+        return RankOneSum(*(torch.cat(pair, dim=axis) for *pair, axis in parts))
+
+    def _refusal(self, why: str, tensor: str | None = None) -> RunError:
+        return RunError(
+            "the adapter's initialisation changed the base weights, so it is not an update of the "
+            f"original base; what it changed {why}",
+            file=self._path,
+            tensor=tensor,
+            found=f"init_lora_weights: {self._said}",
+            remedy=_CONVERT,
+        )
