@@ -40,6 +40,7 @@ class Verification:
     less than float32, the truth is rounded in the same way; `rounding` is what that changed, and
     `lost` the largest share of one update that it took. `top1_bound`: the share of equal argmax
     that passes, below 1 for quantized graphs. `asked`: the prompts. `left`: what they are not.
+    `dequantized`: of a quantized base, who made the floats that the truth computes with.
     `failures`: reasons beside the numbers, which are not there where the artifact did not load."""
 
     engine: str
@@ -59,6 +60,7 @@ class Verification:
     top1_bound: float = 1.0
     asked: tuple[str, ...] = ()
     left: tuple[str, ...] = ()
+    dequantized: str | None = None
     failures: tuple[str, ...] = ()
     warnings: tuple[str, ...] = ()
 
@@ -186,6 +188,7 @@ def _compare(
         top1_bound=model.top1,
         asked=prompts.asked,
         left=prompts.left,
+        dequantized=live.loaded.dequantized,
         failures=tuple(failures),
         warnings=tuple(_warnings(control, tolerance, has_update, lost)),
     )

@@ -68,6 +68,7 @@ def write_folder(folder: Path, plan: MergePlan, progress: Progress) -> MergeRepo
     written = {id(tensor.source) for tensor in plan.tensors}
     details = {
         "dtype": None if plan.dtype is None else str(plan.dtype).removeprefix("torch."),
+        **({} if plan.dequantized is None else {"dequantized": plan.dequantized}),
         "replaced": sorted(n for n, t in plan.run.replaced.items() if id(t) in written),
     }
     notes, resumed = ((), ()) if journal is None else (journal.notes, tuple(journal.finished))
