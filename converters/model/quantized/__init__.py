@@ -14,13 +14,17 @@ from pathlib import Path
 import torch
 
 from ...files.tensors import LazyTensor, LazyTensors
-from . import bitsandbytes
+from . import bitsandbytes, fp4, scaled
 from .tensor import Dequantized, Packed, Parts
 
 Format = Callable[[Parts, Mapping[str, object]], Iterator[Packed]]
 
 _FORMATS: dict[str, Format] = {
     "bitsandbytes": bitsandbytes.packed,
+    "fp8": scaled.packed,
+    "fbgemm_fp8": scaled.packed,
+    "mxfp4": fp4.packed,
+    "mxfp8": scaled.packed,
 }
 METHODS = tuple(_FORMATS)
 _DTYPES = {str(t)[len("torch.") :]: t for t in (torch.float32, torch.float16, torch.bfloat16)}
