@@ -14,15 +14,17 @@ from pathlib import Path
 import torch
 
 from ...files.tensors import LazyTensor, LazyTensors
-from . import bitsandbytes, fp4, scaled
+from . import bitsandbytes, fp4, ints, scaled
 from .tensor import Dequantized, Packed, Parts
 
 Format = Callable[[Parts, Mapping[str, object]], Iterator[Packed]]
 
 _FORMATS: dict[str, Format] = {
+    "awq": ints.awq,
     "bitsandbytes": bitsandbytes.packed,
     "fp8": scaled.packed,
     "fbgemm_fp8": scaled.packed,
+    "gptq": ints.gptq,
     "mxfp4": fp4.packed,
     "mxfp8": scaled.packed,
 }

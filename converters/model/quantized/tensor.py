@@ -7,6 +7,7 @@ import threading
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 
@@ -86,16 +87,21 @@ class Dequantized:
     def _piece(self, first: int, last: int) -> torch.Tensor:
         if self.step == 1:
             return self.rows(first, last)
-        # What is dequantized as a whole is read in pieces, by one thread.
-        if getattr(_last, "key", None) != (self.rows, first, last):
-            _last.key = _last.value = None
-            _last.value = self.rows(first, last)
-            _last.key = (self.rows, first, last)
-        value: torch.Tensor = _last.value
-        return value
+        return held((self.rows, first, last), lambda: self.rows(first, last))
 
 
 _last = threading.local()
+_Made = TypeVar("_Made")
+
+
+def held(key: object, make: Callable[[], _Made]) -> _Made:
+    """What `make` makes; this thread's last stays in memory, for one who reads it in pieces."""
+    if getattr(_last, "key", None) != key:
+        _last.key = _last.value = None
+        _last.value = make()
+        _last.key = key
+    value: _Made = _last.value
+    return value
 
 
 @dataclass(frozen=True)
