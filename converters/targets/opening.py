@@ -240,11 +240,13 @@ def _dequantized(cls: Any, base: BaseModel, config: Any, seed: int, **options: A
         loaded = _load(cls, base.path, asked, seed, **options)
         if getattr(loaded.model, "is_quantized", False):
             loaded.model.dequantize(torch.float32)
-        kinds = {type(p) for p in loaded.model.parameters()}
-        if kinds != {torch.nn.Parameter} or not all(
-            p.is_floating_point() for p in loaded.model.parameters()
-        ):
-            raise TypeError(f"weights that are no floats: {kinds}")
+        for module in loaded.model.modules():  # compressed-tensors rounds activations there
+            if hasattr(module, "quantization_scheme"):
+                module.quantization_enabled = False
+        for name, parameter in loaded.model.named_parameters():
+            plain = type(parameter) is torch.nn.Parameter and parameter.is_floating_point()
+            if name.endswith((".weight", ".bias")) and not plain:
+                raise TypeError(f"{name} stays {type(parameter).__name__} of {parameter.dtype}")
         return replace(loaded, model=loaded.model.float(), dequantized=f"transformers ({kind})")
     except Exception as error:
         state = {name: tensor.load() for name, tensor in base.tensors.items()}

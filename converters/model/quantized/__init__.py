@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 
 from ...files.tensors import LazyTensor, LazyTensors
-from . import bitsandbytes, fp4, ints, scaled
+from . import bitsandbytes, compressed, fp4, ints, scaled
 from .tensor import Dequantized, Packed, Parts
 
 Format = Callable[[Parts, Mapping[str, object]], Iterator[Packed]]
@@ -22,6 +22,7 @@ Format = Callable[[Parts, Mapping[str, object]], Iterator[Packed]]
 _FORMATS: dict[str, Format] = {
     "awq": ints.awq,
     "bitsandbytes": bitsandbytes.packed,
+    "compressed-tensors": compressed.packed,
     "fp8": scaled.packed,
     "fbgemm_fp8": scaled.packed,
     "gptq": ints.gptq,

@@ -22,7 +22,7 @@ import torch
 
 from ...errors import BaseError
 from ...files.tensors import LazyTensor
-from .tensor import Packed, Parts, check_shape, held, whole
+from .tensor import Packed, Parts, check_shape, held, unknown, whole
 
 _WEIGHT = ".qweight"
 _BITS = (2, 3, 4, 8)
@@ -33,7 +33,7 @@ def gptq(parts: Parts, said: Mapping[str, object]) -> Iterator[Packed]:
     """The weights in GPTQ's format. Raises `BaseError` for one that is not of it."""
     kind = str(said.get("checkpoint_format") or said.get("format") or "gptq")
     if kind not in ("gptq", "gptq_v2"):
-        raise _unknown(parts, f"checkpoint_format {kind}", "gptq or gptq_v2")
+        raise unknown(parts, f"checkpoint_format {kind}", "gptq or gptq_v2")
     bits, group = said.get("bits", 4), said.get("group_size", -1)
     for weight in _weights(parts):
         yield _gptq(parts, weight, bits, group, 1 if kind == "gptq" else 0)
@@ -45,7 +45,7 @@ def awq(parts: Parts, said: Mapping[str, object]) -> Iterator[Packed]:
     kind = str(said.get("version") or said.get("format") or "gemm").lower()
     bits = said.get("bits", said.get("w_bit", 4))
     if kind != "gemm" or bits != 4:
-        raise _unknown(parts, f"version {kind}, {bits} bits", "gemm, 4 bits")
+        raise unknown(parts, f"version {kind}, {bits} bits", "gemm, 4 bits")
     for weight in _weights(parts):
         yield _awq(parts, weight)
     _check_left(parts)
@@ -151,17 +151,6 @@ def _check_left(parts: Parts) -> None:
     for name, tensor in parts.tensors.items():
         if name.endswith((".scales", ".qzeros")) and name not in parts.used:
             raise _unfit(tensor, "scales of no packed weight", "weights alone to be quantized")
-
-
-def _unknown(parts: Parts, found: str, expected: str) -> BaseError:
-    tensor = next(iter(parts.tensors.values()))
-    return BaseError(
-        "the base is quantized in a variant that is not known here",
-        file=tensor.path,
-        found=found,
-        expected=expected,
-        remedy="merge into the base before it was quantized, or deploy an adapter (`adapter`)",
-    )
 
 
 def _unfit(weight: LazyTensor, found: str, expected: str) -> BaseError:

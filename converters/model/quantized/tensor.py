@@ -164,3 +164,15 @@ def number(said: Mapping[str, object], key: str, low: int, high: int) -> int:
     if type(value) is not int or not low <= value <= high:
         raise ValueError(f"{key} is {value}")
     return value
+
+
+def unknown(parts: Parts, found: str, expected: str) -> BaseError:
+    """The error for a format of which this variant is not known."""
+    tensor = next(iter(parts.tensors.values()))
+    return BaseError(
+        "the base is quantized in a variant that is not known here",
+        file=tensor.path,
+        found=found,
+        expected=expected,
+        remedy="merge into the base before it was quantized, or deploy an adapter (`adapter`)",
+    )
