@@ -13,6 +13,7 @@ from pathlib import Path
 
 import torch
 
+from ...errors import BaseError
 from ...files.tensors import LazyTensor, LazyTensors
 from . import bitsandbytes, compressed, fp4, ints, scaled
 from .tensor import Dequantized, Packed, Parts
@@ -75,7 +76,17 @@ def dequantized(
         return None
     tensors = {name: tensor for shard in shards.values() for name, tensor in shard.items()}
     parts = Parts(tensors)
-    found = list(_FORMATS[kind](parts, said))
+    try:
+        found = list(_FORMATS[kind](parts, said))
+    except BaseError:
+        raise
+    except (ArithmeticError, LookupError, TypeError, ValueError) as error:
+        raise BaseError(
+            "the configuration's quantization is not of its format",
+            file=next(iter(shards)).parent / "config.json",
+            found=f"{kind}: {error}",
+            remedy="the base is damaged: download it again",
+        ) from None
     if not found:
         return None
     dtype = _dtype_before(config) or _commonest(tensors, parts.used) or torch.bfloat16

@@ -154,11 +154,15 @@ def plan_merge(run: Run, base: BaseModel, dtype: torch.dtype | None) -> MergePla
     targets = _targets(run, base, replaced)
     check_frozen(run, base)
 
+    packed, before = given.stored is not None, given.dtype()
+
     def output(name: str, source: LazyTensor) -> OutputTensor:
         own = base.tensors.get(source.name) is source
         key = source.name if own else base.find(name) or name
         module, transposed = targets.get(key, (None, False))
         own_dtype = dtype_before(source)
+        if packed and own_dtype.is_floating_point:  # else half of the model is of another dtype
+            own_dtype = torch.promote_types(own_dtype, before)
         out = dtype if dtype is not None and own_dtype.is_floating_point else own_dtype
         return OutputTensor(name, source, out, module, transposed)
 

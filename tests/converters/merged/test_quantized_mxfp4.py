@@ -128,3 +128,13 @@ def test_damaged_scales(base: Path, tmp_path: Path) -> None:
         merge(run, tmp_path / "out", base=other)
     assert not (tmp_path / "out").exists()
     write_adapter(run, tmp_path / "adapter", base=other, target="vllm")
+
+
+def test_the_dtype_of_the_configuration_is_that_of_all(base: Path, tmp_path: Path) -> None:
+    run = adapter(tmp_path / "plain", tmp_path / "run", ["q_proj"])
+    config = json.loads((base / "config.json").read_text())
+    (base / "config.json").write_text(json.dumps({**config, "dtype": "float32"}))
+    merge(run, tmp_path / "out", base=base)
+    assert {t.dtype for t in load_file(tmp_path / "out" / WEIGHTS).values()} == {torch.float32}
+    found = verify(read_run(run, ReadOptions(base=base)), tmp_path / "out", base)
+    assert found.passed and found.dtype == "float32", found
