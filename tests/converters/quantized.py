@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 import transformers
 from peft import LoraConfig, PeftModel, get_peft_model
@@ -14,13 +15,28 @@ from safetensors.torch import load_file, save_file
 
 from converters.model.base import open_base
 from converters.readers import ReadOptions, read_run
-from dora_serve.api import merge
+from dora_serve.api import merge, write_adapter
 from dora_serve.proof.verify import Verification, verify
 from tests.conftest import randomize, tiny_llama
 
 from .made import WEIGHTS, delta_of
 
 MODULES = ["q_proj", "down_proj"]
+
+
+def proves(base: str) -> pytest.MarkDecorator:
+    """That a test which calls `prove` proves these cells of the support matrix."""
+    told = {"method": "peft_lora", "family": "llama", "base": base}
+    return pytest.mark.supports(**told, targets=("merged", "peft", "vllm"))
+
+
+def proving(kinds: Iterable[str], base: str, *further: str) -> list[Any]:
+    """A parameter for each of `kinds` of a quantized base; `further` ones are not run always."""
+
+    def marks(kind: str) -> list[pytest.MarkDecorator]:
+        return [proves(f"{base}: {kind}"), *([pytest.mark.further] if kind in further else [])]
+
+    return [pytest.param(kind, marks=marks(kind)) for kind in kinds]
 
 
 def plain_base(folder: Path, dtype: torch.dtype = torch.bfloat16, **changes: Any) -> Path:
@@ -98,6 +114,10 @@ def prove(
         found = verify(loaded, out / kind, base)
         assert found.passed and found.truth == "peft", found
         assert str(found.dequantized).startswith(by), found
+    for target in ("peft", "vllm"):
+        write_adapter(run, out / target, base=base, target=target)
+        found = verify(loaded, out / target, base, "peft")
+        assert found.passed and str(found.dequantized).startswith(by), found
     return found
 
 

@@ -23,6 +23,7 @@ from tests.converters.quantized import (
     merged_logits,
     plain_base,
     prove,
+    proving,
 )
 
 pytest.importorskip("bitsandbytes")
@@ -64,7 +65,7 @@ def run(tmp_path: Path) -> Path:
     return adapter(plain_base(tmp_path / "plain"), tmp_path / "run")
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", proving(KINDS, "bitsandbytes"))
 def test_what_was_trained(kind: str, run: Path, tmp_path: Path) -> None:
     base = quantized(tmp_path / "plain", tmp_path / "base", kind)
     prove(run, base, tmp_path / "out", dequantized(base), "transformers (bitsandbytes)")

@@ -22,6 +22,7 @@ from tests.converters.quantized import (
     packed_base,
     plain_base,
     prove,
+    proving,
 )
 
 pytest.importorskip("compressed_tensors")
@@ -38,6 +39,7 @@ KINDS: dict[str, tuple[str, str, dict[str, Any]]] = {
     "int4, with zeros": ("W4A16_ASYM", "pack-quantized", {"group_size": 32}),
     "int3": ("W3A16", "pack-quantized", {"group_size": 32}),
 }
+FURTHER = ("fp8, one scale", "fp8, blocks", "mxfp4", "int8, rows", "int4")
 
 
 def quantized(plain: Path, folder: Path, kind: str) -> Path:
@@ -98,7 +100,7 @@ def run(tmp_path: Path) -> Path:
     return adapter(plain_base(tmp_path / "plain"), tmp_path / "run")
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", proving(KINDS, "compressed-tensors", *FURTHER))
 def test_what_was_trained(kind: str, run: Path, tmp_path: Path) -> None:
     base = quantized(tmp_path / "plain", tmp_path / "base", kind)
     assert open_base(base).fault is None

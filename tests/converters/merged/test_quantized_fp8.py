@@ -24,6 +24,7 @@ from tests.converters.quantized import (
     packed_base,
     plain_base,
     prove,
+    proves,
 )
 
 Tensors = dict[str, torch.Tensor]
@@ -82,6 +83,7 @@ def run(tmp_path: Path) -> Path:
     return adapter(plain_base(tmp_path / "plain"), tmp_path / "run")
 
 
+@proves("fp8: blocks")
 def test_blocks(run: Path, tmp_path: Path) -> None:
     tensors = pack(tmp_path / "plain", 32, 64)
     said = {**FP8, "weight_block_size": [32, 64]}
@@ -103,6 +105,7 @@ def test_the_last_blocks_are_smaller(run: Path, tmp_path: Path) -> None:
     prove(run, base, tmp_path / "out", by_hand(tensors, 48, 48), "this tool")
 
 
+@proves("fp8: one scale")
 def test_one_scale_for_all_and_those_of_activations(run: Path, tmp_path: Path) -> None:
     """As Mistral ships it."""
     tensors = pack(tmp_path / "plain", 1000, 1000)
@@ -118,6 +121,7 @@ def test_one_scale_for_all_and_those_of_activations(run: Path, tmp_path: Path) -
     prove(run, base, tmp_path / "out", truth, "transformers (fp8)")
 
 
+@proves("fbgemm_fp8: rows")
 def test_rows(run: Path, tmp_path: Path) -> None:
     """As fbgemm writes it, which computes on a GPU only."""
     tensors = pack(tmp_path / "plain", 1, 1000, "_scale")

@@ -24,6 +24,8 @@ from tests.converters.quantized import (
     packed_base,
     plain_base,
     prove,
+    proves,
+    proving,
 )
 
 Tensors = dict[str, torch.Tensor]
@@ -141,7 +143,7 @@ def run(tmp_path: Path) -> Path:
     return adapter(plain_base(tmp_path / "plain", torch.float16), tmp_path / "run")
 
 
-@pytest.mark.parametrize("kind", GPTQ)
+@pytest.mark.parametrize("kind", proving(GPTQ, "gptq", "4 bits", "8 bits", "2 bits"))
 def test_gptq(kind: str, run: Path, tmp_path: Path) -> None:
     base, truth = gptq_base(tmp_path / "plain", tmp_path / "base", kind)
     prove(run, base, tmp_path / "out", truth, "this tool, because transformers cannot")
@@ -165,6 +167,7 @@ def test_a_zero_off_by_one_is_another_base(run: Path, tmp_path: Path) -> None:
     fails_on(run, tmp_path / "out", other)
 
 
+@proves("awq: gemm")
 def test_awq(run: Path, tmp_path: Path) -> None:
     base, truth = awq_base(tmp_path / "plain", tmp_path / "base")
     prove(run, base, tmp_path / "out", truth, "this tool, because transformers cannot")

@@ -93,6 +93,7 @@ def test_its_tensors(base: Path) -> None:
     assert torch.equal(part, truth[name].flatten()[4000:4777])
 
 
+@pytest.mark.supports(method="peft_lora", family="gpt-oss", base="mxfp4", targets=("merged",))
 @pytest.mark.parametrize("experts", [True, False])
 def test_what_was_trained(experts: bool, base: Path, tmp_path: Path) -> None:
     """With an update on the experts, and with them frozen."""
