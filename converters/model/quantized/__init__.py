@@ -89,6 +89,14 @@ def dequantized(
         ) from None
     if not found:
         return None
+    for each in found:
+        if each.name in tensors and each.name not in parts.used and each.name != each.main:
+            raise BaseError(
+                "the base holds a weight both quantized and plain",
+                file=each.path,
+                tensor=each.name,
+                found=f"also {each.main}",
+            )
     dtype = _dtype_before(config) or _commonest(tensors, parts.used) or torch.bfloat16
     made = {packed.main: packed.tensor(dtype) for packed in found}
     result: dict[Path, LazyTensors] = {}
