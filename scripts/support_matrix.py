@@ -24,7 +24,7 @@ TIES = ROOT / "docs" / "ties.md"
 WAYS = ("whole", "lora", "tokens")
 TARGETS = ("merged", "peft", "vllm", "sglang", "lorax", "gguf", "onnx")
 
-Cells = dict[tuple[str, str], dict[str, set[str]]]
+Cells = dict[tuple[str, ...], dict[str, set[str]]]
 Ties = dict[tuple[str, str], dict[str, str]]
 
 HEAD = """# Support matrix
@@ -37,12 +37,14 @@ Where it is computed: merged in transformers, peft in PEFT, onnx in ONNX Runtime
 itself (`tests/engines/vllm/`), or the folder for vLLM computed in PEFT, since every scale is folded
 in and both read the same. sglang and lorax: in loaders written after those engines' own. gguf: ΔW
 as the `gguf` package reads it back; logits in llama.cpp itself are told in [Targets](targets.md).
+base: how its weights are stored, where not as plain floats; on a
+[quantized base](targets.md#quantized-bases) an adapter is computed in PEFT, on the dequantized one.
 
 Made by `python scripts/support_matrix.py` from the tests' `supports` markers; continuous
 integration checks that it is current.
 
-| method | family | {targets} | proved by |
-|---|---|{rule}|---|
+| method | family | base | {targets} | proved by |
+|---|---|---|{rule}|---|
 """
 
 TIES_HEAD = """# Tied weights
@@ -81,9 +83,9 @@ ENGINES = ("peft", "transformers", "vllm")
 
 
 class _Collector:
-    """Keeps what the collected tests claim: (method, family) → target → test names; (family, form
-    of name) → engine → test names, in `deaf` of the engines that the form is lost on; and (family,
-    tied side) → way → what becomes of it."""
+    """Keeps what the collected tests claim: (method, family, base) → target → test names; (family,
+    form of name) → engine → test names, in `deaf` of the engines that the form is lost on; and
+    (family, tied side) → way → what becomes of it."""
 
     def __init__(self) -> None:
         self.cells: Cells = defaultdict(lambda: defaultdict(set))
@@ -103,7 +105,7 @@ class _Collector:
                 for target in mark.kwargs["targets"]:
                     if target not in TARGETS:
                         raise pytest.UsageError(f"{item.nodeid}: unknown target {target}")
-                    key = (mark.kwargs["method"], mark.kwargs["family"])
+                    key = tuple(mark.kwargs.get(k, "") for k in ("method", "family", "base"))
                     self.cells[key][target].add(name)
             for mark in item.iter_markers("named"):
                 key = (mark.kwargs["family"], mark.kwargs["form"])
@@ -126,19 +128,19 @@ def collect() -> _Collector:
 def rows(cells: Cells, columns: tuple[str, ...], deaf: Cells | None = None) -> list[str]:
     """A row of each key of `cells`, and of `deaf`, which has what was asked in vain."""
     lines, vain = [], deaf or {}
-    for first, second in sorted({*cells, *vain}):
-        found, lost = cells.get((first, second), {}), vain.get((first, second), {})
+    for key in sorted({*cells, *vain}):
+        found, lost = cells.get(key, {}), vain.get(key, {})
         dots = " | ".join("●" if c in found else "○" if c in lost else "" for c in columns)
         named = {name for each in (found, lost) for names in each.values() for name in names}
         tests = ", ".join(f"`{name}`" for name in sorted(named))
-        lines.append(f"| {first} | {second} | {dots} | {tests} |\n")
+        lines.append(f"| {' | '.join(key)} | {dots} | {tests} |\n")
     return lines
 
 
 def page(cells: Cells, names: Cells, deaf: Cells) -> str:
     lines = [HEAD.format(targets=" | ".join(TARGETS), rule="|".join(":-:" for _ in TARGETS))]
     lines += rows(cells, TARGETS)
-    methods, families = {m for m, _ in cells}, {f for _, f in cells}
+    methods, families = {key[0] for key in cells}, {key[1] for key in cells}
     lines.append(f"\n{len(methods)} methods, {len(families)} families, {len(cells)} rows.\n")
     lines.append(NAMES.format(engines=" | ".join(ENGINES), rule="|".join(":-:" for _ in ENGINES)))
     lines += rows(names, ENGINES, deaf)

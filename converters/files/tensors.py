@@ -31,6 +31,7 @@ SAFETENSORS_DTYPES: dict[str, torch.dtype] = {
     "BF16": torch.bfloat16,
     "F8_E4M3": torch.float8_e4m3fn,
     "F8_E5M2": torch.float8_e5m2,
+    "F8_E8M0": getattr(torch, "float8_e8m0fnu", torch.uint8),  # since torch 2.7
     "I64": torch.int64,
     "I32": torch.int32,
     "I16": torch.int16,
@@ -38,7 +39,7 @@ SAFETENSORS_DTYPES: dict[str, torch.dtype] = {
     "U8": torch.uint8,
     "BOOL": torch.bool,
 }
-DTYPE_NAMES = {dtype: name for name, dtype in SAFETENSORS_DTYPES.items()}
+DTYPE_NAMES = {dtype: name for name, dtype in reversed(SAFETENSORS_DTYPES.items())}
 _MAX_AXES = 16
 _MAX_HEADER = 100 << 20  # the limit of the safetensors library
 
@@ -152,8 +153,7 @@ class TorchTensor:
             return self.data.clone(memory_format=torch.contiguous_format)
 
     def read_into(self, buffer: torch.Tensor, start: int) -> None:
-        data = self.data
-        flat = data.view(-1) if data.is_contiguous() else data.reshape(-1)
+        flat = self.data.reshape(-1)
         with opened(self.path, self.state, self.name):
             buffer.copy_(flat[start : start + buffer.numel()])
 

@@ -34,7 +34,7 @@ def _shape(adapter: Adapter, module: str) -> tuple[int, ...] | None:
         state, name = adapter.classes.whole.names.state, adapter.meant(module)
         return state.get(f"{name}.weight") or state.get(str(name))
     weight = adapter.base.weight(module)
-    return None if weight is None or "quantization_config" in adapter.base.config else weight.shape
+    return None if weight is None or adapter.base.packed else weight.shape
 
 
 def fingerprints(adapter: Adapter) -> Iterator[Finding]:

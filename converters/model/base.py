@@ -19,12 +19,14 @@ from ..files.tensors import (
     LazyTensor,
     LazyTensors,
     nbytes,
+    numel,
     open_file,
     read_json,
     rows_and_columns,
 )
 from ..updates.update import convolution_matrix
 from .architecture import check_counts
+from .quantized import METHODS, Dequantized, dequantized, dtype_before, method
 
 SINGLE_FILES = ("model.safetensors", "pytorch_model.bin")
 INDEX_FILES = ("model.safetensors.index.json", "pytorch_model.bin.index.json")
@@ -43,16 +45,32 @@ _WRAPPER_PREFIXES = ("module.", "base_model.model.", "model.")
 
 @dataclass(frozen=True)
 class BaseModel:
-    """A base model on disk. `shards` maps each weight file to its tensors, in file order."""
+    """A base model on disk. `shards` maps each weight file to its tensors, in file order; those of
+    a quantization that is known are float tensors in it, and `stored` are what the files hold.
+    `fault`: why that could not be made of packed tensors."""
 
     path: Path
     name: str
     config: Mapping[str, object]
     shards: Mapping[Path, LazyTensors]
+    stored: Mapping[Path, LazyTensors] | None = None
+    fault: BaseError | None = None
 
     @cached_property
     def tensors(self) -> LazyTensors:
         return {name: tensor for shard in self.shards.values() for name, tensor in shard.items()}
+
+    @property
+    def packed(self) -> bool:
+        """Whether `tensors` are of other shapes than in memory: quantized in a way that is not
+        known here."""
+        return self.stored is None and method(self.config) is not None
+
+    @property
+    def nbytes(self) -> int:
+        """The bytes of the tensors in the files."""
+        shards = self.shards if self.stored is None else self.stored
+        return sum(nbytes(tensor) for shard in shards.values() for tensor in shard.values())
 
     @cached_property
     def _roots(self) -> list[str]:
@@ -123,29 +141,33 @@ class BaseModel:
 
     def refuse_packed(self, module: str) -> None:
         """Raise `BaseError` for a base whose weights are packed, which take no update."""
-        said = self.config.get("quantization_config")
-        if said is not None:
-            kind = said.get("quant_method") if isinstance(said, dict) else said
+        if self.fault is not None:
+            raise self.fault
+        if self.packed:
             raise BaseError(
                 "the base is quantized, and the file holds no plain weight of this module",
                 file=self.path,
                 tensor=f"{module}.weight",
-                found=f"quantization_config: {kind}",
+                found=f"quantization_config: {method(self.config)}",
+                expected=f"no quantization, or one of these: {', '.join(METHODS)}",
                 remedy="merge into the base before it was quantized, or deploy an adapter "
                 "(`adapter`), which engines compute beside the quantized base",
             )
 
     def dtype(self) -> torch.dtype:
-        """The dtype that most of the base's bytes have."""
+        """The dtype that most of the base's bytes have, or had before it was quantized."""
         sizes: dict[torch.dtype, int] = {}
         for tensor in self.tensors.values():
-            sizes[tensor.dtype] = sizes.get(tensor.dtype, 0) + nbytes(tensor)
-        return max(sizes, key=lambda dtype: sizes[dtype])
+            dtype = dtype_before(tensor)
+            if self.packed and not (dtype.is_floating_point and dtype.itemsize > 1):
+                continue
+            sizes[dtype] = sizes.get(dtype, 0) + numel(tensor) * dtype.itemsize
+        return max(sizes, key=lambda dtype: sizes[dtype], default=torch.bfloat16)
 
     @cached_property
     def hashes(self) -> TensorHashes:
         """The hashes of its tensors, for one who reads them anyway."""
-        return TensorHashes(self.shards)
+        return TensorHashes(self.shards if self.stored is None else self.stored)
 
     @cached_property
     def fingerprint(self) -> Mapping[str, str]:
@@ -198,7 +220,14 @@ def _open(folder: Path, name: str) -> BaseModel:
     config = read_json(config_path)
     if not isinstance(config.get("model_type", ""), str):
         raise BaseError("model_type is not a name", file=config_path, found=config["model_type"])
-    base = BaseModel(folder, name, config, _open_shards(folder))
+    stored, floats, fault = _open_shards(folder), None, None
+    try:
+        floats = dequantized(config, stored)
+    except BaseError as error:  # an adapter can be made all the same
+        fault = error
+    if floats and config.get("model_type") in CONV1D_FAMILIES:
+        floats = {path: _as_conv1d(tensors) for path, tensors in floats.items()}
+    base = BaseModel(folder, name, config, floats or stored, floats and stored, fault)
     try:
         check_counts(config, len(base.tensors))
     except ValueError as error:
@@ -206,6 +235,16 @@ def _open(folder: Path, name: str) -> BaseModel:
             "config.json is not of a model with these weights", file=config_path, found=error
         ) from None
     return base
+
+
+def _as_conv1d(tensors: LazyTensors) -> LazyTensors:
+    """Packed weights are `[out, in]` of every layer; those of Conv1D are not, as floats."""
+    return {
+        name: tensor.flipped()
+        if isinstance(tensor, Dequantized) and {*name.split(".")} & CONV1D_LAYERS
+        else tensor
+        for name, tensor in tensors.items()
+    }
 
 
 def _cached_snapshot(name: str) -> Path:

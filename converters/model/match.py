@@ -266,7 +266,7 @@ def resolved(run: Run, base: BaseModel) -> Run:
 def check_names(run: Run, base: BaseModel) -> None:
     """Raise `BaseError` when a matrix that `run` updates is not in `base`, or of another shape. Of
     a quantized base, whose files hold other shapes, the class is asked."""
-    packed = "quantization_config" in base.config
+    packed = base.packed
     known = None if lies_plainly(run, base) and not packed else _classes_of(run, base)
     if known is None or not known.known:
         for module, shape in run.shapes.items():

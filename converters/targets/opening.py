@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import warnings
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -11,10 +12,11 @@ import torch
 
 from ..errors import ArtifactError, BaseError, DoraExportError
 from ..files.json_files import read_json
-from ..files.tensors import open_safetensors
+from ..files.tensors import LazyTensor, open_safetensors
 from ..model.architecture import offline
 from ..model.base import BaseModel
 from ..model.match import as_trained
+from ..model.quantized import Dequantized, method, quantization, unquantized
 from ..model.tasks import architecture_of, task_of
 from ..readers import ReadOptions, read_run
 from ..run import Run
@@ -34,11 +36,12 @@ _AUTO = {
 @dataclass(frozen=True)
 class Loaded:
     """A model, and what transformers or PEFT says of loading it: `missing` tensors begin at random,
-    `unexpected` ones are left out."""
+    `unexpected` ones are left out. `dequantized`: of a quantized base, who made its floats."""
 
     model: Any
     missing: frozenset[str]
     unexpected: frozenset[str]
+    dequantized: str | None = None
 
 
 @offline()
@@ -119,8 +122,12 @@ def load(run: Run, base: BaseModel, seed: int = 0, architecture: str | None = No
         import transformers
 
         cls, config = getattr(transformers, str(architecture)), None
+    options = {"ignore_mismatched_sizes": bool(run.num_labels)}
     try:
-        loaded = _load(cls, base.path, config, seed, ignore_mismatched_sizes=bool(run.num_labels))
+        if base.stored is None:
+            loaded = _load(cls, base.path, config, seed, **options)
+        else:
+            loaded = _dequantized(cls, base, config, seed, **options)
     except Exception as error:
         raise BaseError(
             "transformers does not load this base",
@@ -198,7 +205,7 @@ def attention(config: Any) -> str | None:
 
 
 @offline()
-def _load(cls: Any, folder: Path, config: Any, seed: int, **options: Any) -> Loaded:
+def _load(cls: Any, folder: Path | None, config: Any, seed: int, **options: Any) -> Loaded:
     import transformers
 
     level = transformers.logging.get_verbosity()
@@ -219,6 +226,39 @@ def _load(cls: Any, folder: Path, config: Any, seed: int, **options: Any) -> Loa
         transformers.logging.set_verbosity(level)
     missing = {*told["missing_keys"], *(each[0] for each in told["mismatched_keys"])}
     return Loaded(model.eval(), frozenset(missing), frozenset(told["unexpected_keys"]))
+
+
+def _dequantized(cls: Any, base: BaseModel, config: Any, seed: int, **options: Any) -> Loaded:
+    """A quantized base in float32: as the library that owns its format makes it, where transformers
+    can ask that here, else of the tensors as they are dequantized here."""
+    kind = method(base.config)
+    own = type(config or cls.config_class()).from_dict(unquantized(base.config))
+    own.num_labels = getattr(config, "num_labels", own.num_labels)
+    try:
+        if kind == "bitsandbytes" and any(_ragged(tensor) for tensor in base.tensors.values()):
+            raise ValueError("bitsandbytes' CPU kernel is wrong where rows are no whole blocks")
+        asked = copy.deepcopy(own)
+        asked.quantization_config = {**(quantization(base.config) or {}), "dequantize": True}
+        loaded = _load(cls, base.path, asked, seed, **options)
+        if getattr(loaded.model, "is_quantized", False):
+            loaded.model.dequantize(torch.float32)
+        for module in loaded.model.modules():  # compressed-tensors rounds activations there
+            if hasattr(module, "quantization_scheme"):
+                module.quantization_enabled = False
+        for name, parameter in loaded.model.named_parameters():
+            plain = type(parameter) is torch.nn.Parameter and parameter.is_floating_point()
+            if name.endswith((".weight", ".bias")) and not plain:
+                raise TypeError(f"{name} stays {type(parameter).__name__} of {parameter.dtype}")
+        return replace(loaded, model=loaded.model.float(), dequantized=f"transformers ({kind})")
+    except Exception as error:
+        state = {name: tensor.load() for name, tensor in base.tensors.items()}
+        loaded = _load(cls, None, own, seed, state_dict=state, **options)
+        why = f"{type(error).__name__}: {str(error)[:200]}"
+        return replace(loaded, dequantized=f"this tool, because transformers cannot: {why}")
+
+
+def _ragged(tensor: LazyTensor) -> bool:
+    return isinstance(tensor, Dequantized) and tensor.shape[-1] % 64 != 0
 
 
 def _refused(engine: str, folder: Path, error: Exception) -> ArtifactError:

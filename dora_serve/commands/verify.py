@@ -78,6 +78,8 @@ def _print_numbers(result: Verification) -> None:
             f"{result.rounding:.2e}   (what it changed; it moved a module's weight at most "
             f"{result.lost:.2%} as far as its update)"
         )
+    if result.dequantized is not None:
+        lines["quantized base"] = f"made floats by {result.dequantized}"
     if result.fit is not None:
         limit = ", ".join(f"{name} {value}" for name, value in result.fit.items())
         lines["fitted"] = f"{limit}: the truth above is the live run so fitted"

@@ -15,10 +15,16 @@ from converters.errors import BaseError, DoraExportError, MissingError
 from converters.files.handles import there
 from converters.model.base import BaseModel, open_base
 from converters.model.match import check_frozen, check_names
+from converters.model.quantized import method
 from converters.run import Run
 
 from .names import own_name
 
+# What people call quantized models, in the last part of a name.
+_QUANTIZED = re.compile(
+    r"(?i)(?<![a-z0-9])(bnb|[48]bit|(int|nf|fp|nvfp|mxfp)[48]|gptq|awq|w[48]a(4|8|16))(?![a-z0-9])"
+)
+_MEASURED = 8  # modules, of which the difference of two bases is measured
 _HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
 
 
@@ -73,7 +79,36 @@ def told(run: Run, base: BaseModel) -> Run:
     if run.base is None or run.embedded_base is not None or is_named(run.base, base):
         return run
     warning = f"the run names {run.base} as its base; it goes with {base.name}, as was asked for"
+    if base.stored is None and not base.packed:
+        warning += _quantized_named(run, base)
     return replace(run, warnings=tuple(dict.fromkeys((*run.warnings, warning))))
+
+
+def _quantized_named(run: Run, base: BaseModel) -> str:
+    """What is to be said where the base that `run` names is quantized, and `base` is not."""
+    named, other = str(run.base), None
+    with suppress(DoraExportError):
+        if there(Path(named)) or _is_hub_id(named):
+            other = open_base(named)
+    if (other is None and not _QUANTIZED.search(Path(named).name)) or (
+        other is not None and method(other.config) is None
+    ):
+        return ""
+    said = (
+        "; that base is quantized, and what was trained is its dequantized weights with the update "
+        "on them: on this one it is another model, if a close one"
+    )
+    if other is None or other.stored is None:
+        return said
+    own, theirs = 0.0, 0.0
+    modules = list(run.updates)
+    for module in modules[:: max(1, len(modules) // _MEASURED)]:
+        weight, packed = base.weight(module), other.weight(module)
+        if weight is not None and packed is not None and weight.shape == packed.shape:
+            plain = weight.load().double()
+            own += float(plain.square().sum())
+            theirs += float((packed.load().double() - plain).square().sum())
+    return said + (f" (its weights are {(theirs / own) ** 0.5:.1%} apart)" if own else "")
 
 
 def fits(run: Run, base: BaseModel) -> bool:

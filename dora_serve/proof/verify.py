@@ -40,8 +40,9 @@ class Verification:
     less than float32, the truth is rounded in the same way; `rounding` is what that changed, and
     `lost` the largest of its changes of one weight, as a share of that weight's update.
     `top1_bound`: the share of equal argmax that passes, below 1 for quantized graphs. `asked`: the
-    prompts. `left`: what they are not. `failures`: reasons beside the numbers, which are not there
-    where the artifact did not load."""
+    prompts. `left`: what they are not. `dequantized`: of a quantized base, who made the floats that
+    the truth computes with. `failures`: reasons beside the numbers, which are not there where the
+    artifact did not load."""
 
     engine: str
     dtype: str = ""
@@ -60,6 +61,7 @@ class Verification:
     top1_bound: float = 1.0
     asked: tuple[str, ...] = ()
     left: tuple[str, ...] = ()
+    dequantized: str | None = None
     failures: tuple[str, ...] = ()
     warnings: tuple[str, ...] = ()
 
@@ -187,6 +189,7 @@ def _compare(
         top1_bound=model.top1,
         asked=prompts.asked,
         left=prompts.left,
+        dequantized=live.loaded.dequantized,
         failures=tuple(failures),
         warnings=tuple(_warnings(control, tolerance, has_update, lost)),
     )

@@ -14,7 +14,6 @@ from functools import cached_property
 import torch
 
 from converters.errors import DoraExportError
-from converters.files.tensors import nbytes
 from converters.fit import fit_run
 from converters.model.base import BaseModel
 from converters.model.match import stored_name
@@ -82,7 +81,7 @@ class Pool:
 
     @cached_property
     def base_bytes(self) -> int:
-        return sum(nbytes(tensor) for tensor in self.base.tensors.values())
+        return self.base.nbytes
 
     @cached_property
     def itemsize(self) -> int:

@@ -144,7 +144,7 @@ def taken_for_experts(modules: Iterable[str], base: BaseModel | None) -> frozens
 def transposed_modules(run: Run, base: BaseModel, layout: Layout, profile: Profile) -> set[str]:
     """The modules stored as [in, out]; raises an error for what is not in the model in memory."""
     fused_matters = "target_parameters" in profile.features
-    packed = "quantization_config" in base.config  # its files hold other shapes
+    packed = base.packed  # its files hold other shapes
     result = set()
     for module, shape in run.shapes.items():
         plain = base.weight(module) is not None and not (packed and layout.names.state)

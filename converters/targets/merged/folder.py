@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from .plan import MergePlan
 
 _INDEX = "model.safetensors.index.json"
+_SINGLE = "model.safetensors"  # a file of any other name is found by the index
 
 # Above this share of an update lost to rounding the user is warned.
 LOSS_WARNING = 0.05
@@ -68,6 +69,7 @@ def write_folder(folder: Path, plan: MergePlan, progress: Progress) -> MergeRepo
     written = {id(tensor.source) for tensor in plan.tensors}
     details = {
         "dtype": None if plan.dtype is None else str(plan.dtype).removeprefix("torch."),
+        **({} if plan.dequantized is None else {"dequantized": plan.dequantized}),
         "replaced": sorted(n for n, t in plan.run.replaced.items() if id(t) in written),
     }
     notes, resumed = ((), ()) if journal is None else (journal.notes, tuple(journal.finished))
@@ -92,7 +94,7 @@ def _write_shards(
 
 
 def _write_index(folder: Path, plan: MergePlan) -> None:
-    if len(plan.shards) > 1:
+    if list(plan.shards) != [_SINGLE]:
         files = {t.name: name for name, tensors in plan.shards.items() for t in tensors}
         write_json(folder / _INDEX, {"metadata": {"total_size": plan.nbytes}, "weight_map": files})
 

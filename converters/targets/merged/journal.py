@@ -121,7 +121,8 @@ def _key(plan: MergePlan) -> str:
         for t in tensors
     ]
     # Files of the same state have the same content; hashing it first would read the base twice.
-    stats = {str(t.source.path): t.source.path.stat() for t in plan.tensors}
+    paths = {*(t.source.path for t in plan.tensors), *(plan.base.stored or ())}
+    stats = {str(path): path.stat() for path in paths}
     said = {
         "tool": [tool(), torch.__version__],
         "run": [run.method, *((path.name, sha256(path)) for path in run.files)],

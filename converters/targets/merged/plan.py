@@ -30,6 +30,7 @@ from ...model.match import (
     stored_name,
     target_architecture,
 )
+from ...model.quantized import METHODS, Dequantized, dtype_before, method, unquantized
 from ...model.tying import new_embedding
 from ...model.untying import untied
 from ...run import Run
@@ -97,15 +98,23 @@ class MergePlan(Plan):
             "shards": {name: len(tensors) for name, tensors in self.shards.items()},
             "merged": [tensor.name for tensor in self.tensors if tensor.module],
             "copied": sum(tensor.is_copy for tensor in self.tensors),
+            **({} if (packed := self.dequantized) is None else {"dequantized": packed}),
             "modules": len(self.ranks),
             "components": {"start": sum(start.values()), "kept": kept},
         }
 
+    @property
+    def dequantized(self) -> dict[str, object] | None:
+        """What became of a quantized base; None of another."""
+        count = sum(isinstance(tensor.source, Dequantized) for tensor in self.tensors)
+        return {"method": method(self.base.config), "tensors": count} if count else None
+
     def lines(self) -> list[str]:
-        parts = self.summary()["components"]
+        parts, packed = self.summary()["components"], self.dequantized
         return [
             f"merged {len(self.ranks)} modules ({parts['kept']} of {parts['start']} components "
-            f"survived training) into {len(self.tensors)} tensors in {len(self.shards)} shard(s)"
+            f"survived training) into {len(self.tensors)} tensors in {len(self.shards)} shard(s)",
+            *([] if packed is None else [_dequantized_line(packed)]),
         ]
 
     def write(self, folder: Path, name: str, progress: Progress) -> MergeReport:  # noqa: ARG002
@@ -123,11 +132,14 @@ def plan_merge(run: Run, base: BaseModel, dtype: torch.dtype | None) -> MergePla
     Raises `BaseError` when module names or shapes do not fit, or when the base is not the one the
     run was trained on.
     """
-    if dtype is not None and base.config.get("quantization_config"):
+    if base.fault is not None:
+        raise base.fault
+    if dtype is not None and base.packed:
         raise BaseError(
             "a quantized base keeps its dtypes, which its scales belong to",
             file=base.path,
-            found=f"quantization_config, and the dtype {dtype} wanted",
+            found=f"quantization_config: {method(base.config)}, and the dtype {dtype} wanted",
+            expected=f"no quantization, or one of these: {', '.join(METHODS)}",
             remedy="merge into the base before it was quantized",
         )
     if not lies_plainly(run, base):
@@ -143,11 +155,16 @@ def plan_merge(run: Run, base: BaseModel, dtype: torch.dtype | None) -> MergePla
     targets = _targets(run, base, replaced)
     check_frozen(run, base)
 
+    packed, before = given.stored is not None, given.dtype()
+
     def output(name: str, source: LazyTensor) -> OutputTensor:
         own = base.tensors.get(source.name) is source
         key = source.name if own else base.find(name) or name
         module, transposed = targets.get(key, (None, False))
-        out = dtype if dtype is not None and source.dtype.is_floating_point else source.dtype
+        own_dtype = dtype_before(source)
+        if packed and own_dtype.is_floating_point:  # else half of the model is of another dtype
+            own_dtype = torch.promote_types(own_dtype, before)
+        out = dtype if dtype is not None and own_dtype.is_floating_point else own_dtype
         return OutputTensor(name, source, out, module, transposed)
 
     if expected is None:
@@ -197,6 +214,13 @@ def plan_merge(run: Run, base: BaseModel, dtype: torch.dtype | None) -> MergePla
     return plan
 
 
+def _dequantized_line(packed: Mapping[str, object]) -> str:
+    return (
+        f"the base is quantized ({packed['method']}): its {packed['tensors']} packed tensors are "
+        "dequantized, so the model is not quantized any more"
+    )
+
+
 def _shard_name(path: Path) -> str:
     """`pytorch_model-00001-of-00002.bin` becomes `model-00001-of-00002.safetensors`."""
     if path.suffix == ".safetensors":
@@ -219,6 +243,8 @@ def _targets(run: Run, base: BaseModel, replaced: LazyTensors) -> dict[str, tupl
             )
         stored = replaced.get(name) or base.tensors.get(name)
         if stored is not None:
+            if stored.dtype.itemsize < 2:
+                base.refuse_packed(module)
             refuse_quantized(stored)
         targets[name] = (module, transposed)
     return targets
@@ -277,7 +303,7 @@ def _config(
     dtype: torch.dtype | None,
     embedding: LazyTensor | None,
 ) -> dict[str, object]:
-    config = dict(base.config)
+    config = dict(base.config) if base.stored is None else unquantized(base.config)
     if embedding is not None:
         config = _resized(config, embedding.shape[0])
     if architecture is not None:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from ...files.onnx_files import FOLDER, SUFFIX, graphs_in, heads_in
-from ...model.base import BaseModel
+from ...model.base import BaseModel, open_base
 from ...model.match import changed
 from ...run import LazyUpdates, Run
 from ..merged.folder import write_folder
@@ -47,7 +47,15 @@ def write_graphs(folder: Path, plan: OnnxPlan) -> OnnxReport:
             for module in plan.run.updates
         }
         return OnnxReport(modules, details)
-    _build_base(plan.base, plan.adapters, folder, plan.task, plan.precision)
+    base, floats = plan.base, folder / ".floats"
+    if base.stored is not None:  # a graph is made of floats
+        floats.mkdir()
+        none = plan_merge(Run(base.path, "none", {}), base, torch.float32)
+        write_folder(floats, none, lambda _bytes: None)
+        base = open_base(floats)
+    _build_base(base, plan.adapters, folder, plan.task, plan.precision)
+    if base is not plan.base:
+        shutil.rmtree(floats)
     ranks = write_adapters(folder, plan.adapters, plan.base) if plan.adapters else {}
     return OnnxReport(details=details, ranks=ranks)
 

@@ -19,7 +19,7 @@ from converters.errors import DoraExportError, TargetError, apart
 from converters.files.json_files import read_json
 from converters.files.onnx_files import FOLDER, MODEL, SUFFIX, read_adapter_file
 from converters.files.output import output_folder
-from converters.files.tensors import nbytes, numel
+from converters.files.tensors import numel
 from converters.model.base import BaseModel, open_base
 from converters.model.match import target_architecture
 from converters.model.tasks import task_of
@@ -176,7 +176,7 @@ def _base(name: str, base: BaseModel, graph: offer.Graph) -> offer.OfferedModel:
         adapter=None,
         modules=certified_modules(proof) if merged else {},
         parameters=sum(numel(tensor) for tensor in base.tensors.values()),
-        bytes=sum(nbytes(tensor) for tensor in base.tensors.values()),
+        bytes=base.nbytes,
     )
 
 

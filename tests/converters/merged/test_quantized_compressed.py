@@ -1,0 +1,137 @@
+"""Merging into bases of compressed-tensors: written by the library, and the truth is what
+transformers loads of them with it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from safetensors.torch import load_file
+
+from converters.errors import BaseError
+from converters.model.base import open_base
+from dora_serve.api import merge
+from tests.converters.made import WEIGHTS
+from tests.converters.quantized import (
+    adapter,
+    changed_base,
+    fails_on,
+    packed_base,
+    plain_base,
+    prove,
+    proving,
+)
+
+pytest.importorskip("compressed_tensors")
+Tensors = dict[str, torch.Tensor]
+DOWN = "model.layers.0.mlp.down_proj"
+KINDS: dict[str, tuple[str, str, dict[str, Any]]] = {
+    "fp8, one scale": ("FP8", "float-quantized", {}),
+    "fp8, rows": ("FP8_DYNAMIC", "float-quantized", {}),
+    "fp8, blocks": ("FP8_BLOCK", "float-quantized", {"block_structure": [32, 64]}),
+    "nvfp4": ("NVFP4A16", "nvfp4-pack-quantized", {}),
+    "mxfp4": ("MXFP4A16", "mxfp4-pack-quantized", {}),
+    "int8, rows": ("W8A8", "int-quantized", {}),
+    "int4": ("W4A16", "pack-quantized", {"group_size": 32}),
+    "int4, with zeros": ("W4A16_ASYM", "pack-quantized", {"group_size": 32}),
+    "int3": ("W3A16", "pack-quantized", {"group_size": 32}),
+}
+FURTHER = ("fp8, one scale", "fp8, blocks", "mxfp4", "int8, rows", "int4")
+
+
+def quantized(plain: Path, folder: Path, kind: str) -> Path:
+    """Every linear layer but the head, by the library's own scales and compressors."""
+    from compressed_tensors.compressors import BaseCompressor
+    from compressed_tensors.quantization import QuantizationConfig, preset_name_to_scheme
+    from compressed_tensors.quantization.utils import calculate_qparams, generate_gparam
+
+    preset, form, more = KINDS[kind]
+    scheme = preset_name_to_scheme(preset, ["Linear"])
+    scheme.weights = scheme.weights.model_copy(update=more)
+    scheme.format = form
+    args, tensors = scheme.weights, {}
+    for name, weight in load_file(plain / WEIGHTS).items():
+        if not name.endswith("_proj.weight"):
+            tensors[name] = weight
+            continue
+        weight = weight.float()
+        out, inn = weight.shape
+        rows, columns = {
+            "tensor": (out, inn),
+            "channel": (1, inn),
+            "block": (32, 64),
+        }.get(str(args.strategy), (1, args.group_size))
+        blocks = weight.view(out // rows, rows, inn // columns, columns)
+        state = {"weight": weight}
+        extra = {}
+        if str(args.strategy) == "tensor_group":
+            extra["global_scale"] = generate_gparam(weight.amin(), weight.amax())
+            state["weight_global_scale"] = extra["global_scale"]
+        scale, zero = calculate_qparams(blocks.amin((1, 3)), blocks.amax((1, 3)), args, **extra)
+        if str(args.strategy) == "tensor":
+            scale, zero = scale.view(1), zero.view(1)
+        state |= {"weight_scale": scale, "weight_zero_point": zero}
+        made = BaseCompressor.get_value_from_registry(form).compress(state, scheme)
+        tensors |= {f"{name.removesuffix('weight')}{part}": t for part, t in made.items()}
+    config = QuantizationConfig(
+        config_groups={"group_0": scheme},
+        format=form,
+        ignore=["lm_head"],
+        quantization_status="compressed",
+    )
+    return packed_base(plain, folder, tensors, config.model_dump(mode="json", exclude_none=True))
+
+
+def loaded(base: Path) -> Tensors:
+    model = transformers.AutoModelForCausalLM.from_pretrained(
+        base,
+        quantization_config=transformers.CompressedTensorsConfig(dequantize=True),
+        dtype=torch.float32,
+    )
+    state = {name: tensor.detach().float() for name, tensor in model.state_dict().items()}
+    return {name: tensor for name, tensor in state.items() if name.endswith("weight")}
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> Path:
+    return adapter(plain_base(tmp_path / "plain"), tmp_path / "run")
+
+
+@pytest.mark.parametrize("kind", proving(KINDS, "compressed-tensors", *FURTHER))
+def test_what_was_trained(kind: str, run: Path, tmp_path: Path) -> None:
+    base = quantized(tmp_path / "plain", tmp_path / "base", kind)
+    assert open_base(base).fault is None
+    prove(run, base, tmp_path / "out", loaded(base), "transformers (compressed-tensors)")
+
+
+@pytest.mark.parametrize(
+    ("kind", "part"), [("fp8, rows", "weight_scale"), ("nvfp4", "weight_global_scale")]
+)
+def test_another_scale_is_another_base(kind: str, part: str, run: Path, tmp_path: Path) -> None:
+    base = quantized(tmp_path / "plain", tmp_path / "base", kind)
+    merge(run, tmp_path / "out", base=base, dtype="float32")
+    name = f"{DOWN}.{part}"
+    value = load_file(base / WEIGHTS)[name] * 2
+    fails_on(run, tmp_path / "out", changed_base(base, tmp_path / "other", name, value))
+
+
+def test_another_format(run: Path, tmp_path: Path) -> None:
+    base = quantized(tmp_path / "plain", tmp_path / "base", "int4")
+    text = (base / "config.json").read_text()
+    (base / "config.json").write_text(text.replace("pack-quantized", "marlin-24"))
+    with pytest.raises(BaseError, match="variant") as caught:
+        merge(run, tmp_path / "out", base=base)
+    assert "marlin-24" in str(caught.value.found) and not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("part", ["weight_shape", "weight_scale"])
+def test_damaged(part: str, run: Path, tmp_path: Path) -> None:
+    base = quantized(tmp_path / "plain", tmp_path / "base", "int4")
+    name = f"{DOWN}.{part}"
+    value = load_file(base / WEIGHTS)[name][:1].contiguous()
+    with pytest.raises(BaseError):
+        merge(run, tmp_path / "out", base=changed_base(base, tmp_path / "other", name, value))
+    assert not (tmp_path / "out").exists()
