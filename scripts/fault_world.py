@@ -1,7 +1,8 @@
 """Inputs to break, commands to stop, and the judgement of what is left: for `faults.py`.
 
-A command runs in a fork of this process, in which torch and the writers are imported already, so
-that a round costs a tenth of a second; it is a process of its own and is killed as one.
+A command runs in a fork of this process, in which all that it needs is imported already, so that a
+round costs a tenth of a second and is disturbed while it works, not while it imports; it is a
+process of its own and is killed as one.
 """
 
 from __future__ import annotations
@@ -20,8 +21,12 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
+# What commands import late is imported once, here.
+import peft as peft
+from transformers import LlamaForCausalLM as LlamaForCausalLM
+
 from converters.certificate import FILE, sha256
-from dora_serve.api import merge as merge  # what commands import late is imported once, here
+from dora_serve.api import merge as merge
 from dora_serve.commands import dora_export
 from dora_serve.proof.check import check
 
@@ -57,7 +62,7 @@ class Process:
     log: Path
     code: int | None = None
 
-    def wait(self, seconds: float = 120) -> int:
+    def wait(self, seconds: float = 600) -> int:
         """The exit code, minus the signal's number where one ended it."""
         end = time.monotonic() + seconds
         while self.code is None:
