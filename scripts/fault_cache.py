@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 
 from fault_rounds import ONNX_RUNS, Command, Rounds, Row, as_made, into_cache, outputs, prepare
@@ -47,22 +48,20 @@ def changing_run(rounds: Rounds, command: Command, times: int) -> None:
     shutil.copytree(rounds.world.inputs, copy)
     weights, other = (copy / run / "adapter_model.safetensors" for run in ("new", "old"))
     original = rounds.world.inputs / "new" / weights.name
-    disturbed = Command(
-        command.name, partial(into_cache, copy), command.base, command.made, command.seconds
-    )
+    disturbed = replace(command, work=partial(into_cache, copy))
 
     def restore() -> None:
         shutil.copyfile(original, copy / "fresh")
         (copy / "fresh").replace(weights)
 
-    def replace() -> None:
+    def exchange() -> None:
         shutil.copyfile(other, copy / "fresh")
         (copy / "fresh").replace(weights)
 
     ways: dict[str, Callable[[], object]] = {
         "truncated": lambda: os.truncate(weights, 5000),
         "rewritten": lambda: weights.write_bytes(other.read_bytes()),
-        "replaced": replace,
+        "replaced": exchange,
         "removed": lambda: weights.unlink(),
     }
     for number in range(times):

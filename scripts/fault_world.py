@@ -54,6 +54,13 @@ for name in ("old", "new"):
 """
 
 
+def make_inputs(folder: Path) -> None:
+    """A base and two adapters of it."""
+    folder.mkdir()
+    command = [sys.executable, "-c", _INPUTS, str(folder)]
+    subprocess.run(command, check=True, capture_output=True)
+
+
 @dataclass
 class Process:
     """A command that was started; `said` is read when it has ended."""
@@ -98,18 +105,19 @@ class Arm:
 
 @dataclass
 class World:
-    """The folder in which everything happens. `shim`: the library that makes calls fail."""
+    """The `folder` in which everything happens, with a copy of the inputs `given`. `shim`: whether
+    the library that makes calls fail is loaded."""
 
     folder: Path
+    given: Path
     shim: bool
     hashes: dict[Path, str] = field(default_factory=dict)
     numbers: int = 0
 
     def __post_init__(self) -> None:
-        for name in ("inputs", "place", "temporary", "logs"):
-            (self.folder / name).mkdir()
-        command = [sys.executable, "-c", _INPUTS, str(self.inputs)]
-        subprocess.run(command, check=True, capture_output=True)
+        for name in ("place", "temporary", "logs"):
+            (self.folder / name).mkdir(parents=True)
+        shutil.copytree(self.given, self.inputs)
         self.hashes = self._hash()
 
     @property

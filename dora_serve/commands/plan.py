@@ -34,7 +34,7 @@ def command(
     slot and how much of it is padding, and the command line.
     """
     from dora_serve.folder.inventory import discover
-    from dora_serve.rankmap.output import check_output_file, write_file
+    from dora_serve.rankmap.output import check_apart, check_output_file, write_file
     from dora_serve.vllm.command import (
         command_line,
         find_vllm_or_name,
@@ -50,6 +50,8 @@ def command(
     for file in filter(None, (png, yaml_path)):
         check_output_file(file, force)
     found = discover(folder, base)
+    for file in filter(None, (png, yaml_path)):
+        check_apart(file, found.files())
     fleet = plan_fleet(found, gpu_memory)
     program = find_vllm_or_name()
     commands = []

@@ -58,6 +58,13 @@ class Found:
             name: "; ".join(m.run.warnings) for name, m in self.members.items() if m.run.warnings
         }
 
+    def files(self) -> Iterator[Path]:
+        """Those of everything that can be served."""
+        for member in self.members.values():
+            yield from member.run.files
+        for folder in (*(base.path for base in self.bases.values()), *self.onnx.values()):
+            yield from folder.rglob("*")
+
     def of(self, base: BaseModel) -> list[Member]:
         """The members that belong to `base`."""
         return [member for member in self.members.values() if member.base.path == base.path]

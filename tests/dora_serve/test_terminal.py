@@ -262,3 +262,9 @@ def test_a_plans_files_are_whole_and_replace_nothing(
         assert mine.read_text() == "mine"
         assert CliRunner().invoke(dora_serve, [*words, "--force"]).exit_code == 0
         assert mine.read_bytes() != b"mine"
+        for name in ("base/config.json", "run/adapter_config.json"):
+            before = (tmp_path / "all" / name).read_bytes()
+            words = ["plan", str(tmp_path / "all"), option, str(tmp_path / "all" / name), "--force"]
+            refused = CliRunner().invoke(dora_serve, words)
+            assert refused.exit_code == 1 and "replace an input" in refused.output
+            assert (tmp_path / "all" / name).read_bytes() == before
