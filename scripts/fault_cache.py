@@ -10,8 +10,8 @@ from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 
-from fault_rounds import ONNX_RUNS, Command, Rounds, Row, as_made, into_cache, outputs, prepare
-from fault_world import MODELS, Process, empty, fill, mounted
+from fault_rounds import Command, Rounds, Row, as_made, into_cache, outputs, prepare
+from fault_world import Process, empty, fill, mounted
 
 
 def damaged_cache(rounds: Rounds, command: Command, times: int) -> None:
@@ -79,10 +79,8 @@ def preparing(rounds: Rounds, times: int) -> None:
     """`up` prepares a folder of a base and two runs, and is disturbed."""
     world = rounds.world
     root, disk = world.folder / "served", world.folder / "disk"
-    shutil.copytree(MODELS / "tiny-llama-base", root / "base")
-    for name, run in ONNX_RUNS.items():
-        shutil.copytree(run, root / name)
-    run = root / "new" / "model.safetensors"
+    shutil.copytree(world.inputs, root)
+    run = root / "new" / "adapter_model.safetensors"
     kept, filler = run.read_bytes(), disk / "filler"
 
     def rewrite() -> None:

@@ -47,6 +47,8 @@ def command(
     from dora_serve.vllm.fleet_view import as_json as view
     from dora_serve.vllm.fleet_view import save_png, table
 
+    if png is not None and yaml_path is not None and png.resolve() == yaml_path.resolve():
+        raise click.UsageError("--png and --yaml take a file each")
     for file in filter(None, (png, yaml_path)):
         check_output_file(file, force)
     found = discover(folder, base)

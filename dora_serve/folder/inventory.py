@@ -184,8 +184,9 @@ def things_below(root: Path, known: Sequence[Reader]) -> Iterator[tuple[Path, st
         path = Path(folder)
         kind = _kind(path, files, known) or _odd(path, [*files, *below])
         if kind is not None:
-            below.clear()
             yield path, kind
+            if path != root or not kind.startswith(_ODD):  # what is odd of all says nothing of each
+                below.clear()
         below[:] = sorted(
             name
             for name in below
