@@ -11,7 +11,8 @@ from dataclasses import replace
 from functools import partial
 
 from fault_rounds import Command, Rounds, Row, as_made, into_cache, outputs, prepare
-from fault_world import Process, empty, fill, mounted
+from fault_world import Process, empty, fill, identity, mounted
+from safetensors.torch import load_file, save_file
 
 
 def damaged_cache(rounds: Rounds, command: Command, times: int) -> None:
@@ -46,8 +47,9 @@ def changing_run(rounds: Rounds, command: Command, times: int) -> None:
     """A run's weights are truncated, rewritten, replaced or removed while they are converted."""
     copy = rounds.world.folder / "copy"
     shutil.copytree(rounds.world.inputs, copy)
-    weights, other = (copy / run / "adapter_model.safetensors" for run in ("new", "old"))
+    weights, other = copy / "new" / "adapter_model.safetensors", rounds.world.folder / "other"
     original = rounds.world.inputs / "new" / weights.name
+    save_file({name: -each for name, each in load_file(original).items()}, other, {"format": "pt"})
     disturbed = replace(command, work=partial(into_cache, copy))
 
     def restore() -> None:
@@ -64,10 +66,20 @@ def changing_run(rounds: Rounds, command: Command, times: int) -> None:
         "replaced": exchange,
         "removed": lambda: weights.unlink(),
     }
+    empty(rounds.world.place)
+    exchange()
+    rounds.run(disturbed, "new")
+    changed = identity(outputs(rounds.world.place)[0])
+    assert changed is not None
+    restore()
     for number in range(times):
         for way, disturb in ways.items():
             with rounds.round(
-                f"run {way} while it is converted", disturbed, old=number % 2 == 0, after=restore
+                f"run {way} while it is converted",
+                disturbed,
+                old=number % 2 == 0,
+                allowed=(changed,),
+                after=restore,
             ) as processes:
                 processes.append(rounds.start(disturbed))
                 time.sleep(rounds.random.uniform(0, command.seconds[0]))
