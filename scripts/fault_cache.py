@@ -7,10 +7,12 @@ import shutil
 import subprocess
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 
-from fault_rounds import ONNX_RUNS, Command, Rounds, Row, as_made, into_cache, outputs, prepare
-from fault_world import MODELS, Process, empty, fill, mounted
+from fault_rounds import Command, Rounds, Row, as_made, into_cache, outputs, prepare
+from fault_world import Process, empty, fill, identity, mounted
+from safetensors.torch import load_file, save_file
 
 
 def damaged_cache(rounds: Rounds, command: Command, times: int) -> None:
@@ -45,30 +47,39 @@ def changing_run(rounds: Rounds, command: Command, times: int) -> None:
     """A run's weights are truncated, rewritten, replaced or removed while they are converted."""
     copy = rounds.world.folder / "copy"
     shutil.copytree(rounds.world.inputs, copy)
-    weights, other = (copy / run / "adapter_model.safetensors" for run in ("new", "old"))
+    weights, other = copy / "new" / "adapter_model.safetensors", rounds.world.folder / "other"
     original = rounds.world.inputs / "new" / weights.name
-    disturbed = Command(
-        command.name, partial(into_cache, copy), command.base, command.made, command.seconds
-    )
+    save_file({name: -each for name, each in load_file(original).items()}, other, {"format": "pt"})
+    disturbed = replace(command, work=partial(into_cache, copy))
 
     def restore() -> None:
         shutil.copyfile(original, copy / "fresh")
         (copy / "fresh").replace(weights)
 
-    def replace() -> None:
+    def exchange() -> None:
         shutil.copyfile(other, copy / "fresh")
         (copy / "fresh").replace(weights)
 
     ways: dict[str, Callable[[], object]] = {
         "truncated": lambda: os.truncate(weights, 5000),
         "rewritten": lambda: weights.write_bytes(other.read_bytes()),
-        "replaced": replace,
+        "replaced": exchange,
         "removed": lambda: weights.unlink(),
     }
+    empty(rounds.world.place)
+    exchange()
+    rounds.run(disturbed, "new")
+    changed = identity(outputs(rounds.world.place)[0])
+    assert changed is not None
+    restore()
     for number in range(times):
         for way, disturb in ways.items():
             with rounds.round(
-                f"run {way} while it is converted", disturbed, old=number % 2 == 0, after=restore
+                f"run {way} while it is converted",
+                disturbed,
+                old=number % 2 == 0,
+                allowed=(changed,),
+                after=restore,
             ) as processes:
                 processes.append(rounds.start(disturbed))
                 time.sleep(rounds.random.uniform(0, command.seconds[0]))
@@ -80,10 +91,8 @@ def preparing(rounds: Rounds, times: int) -> None:
     """`up` prepares a folder of a base and two runs, and is disturbed."""
     world = rounds.world
     root, disk = world.folder / "served", world.folder / "disk"
-    shutil.copytree(MODELS / "tiny-llama-base", root / "base")
-    for name, run in ONNX_RUNS.items():
-        shutil.copytree(run, root / name)
-    run = root / "new" / "model.safetensors"
+    shutil.copytree(world.inputs, root)
+    run = root / "new" / "adapter_model.safetensors"
     kept, filler = run.read_bytes(), disk / "filler"
 
     def rewrite() -> None:

@@ -5,9 +5,10 @@ from __future__ import annotations
 import json
 import os
 import random
+import shutil
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
@@ -22,11 +23,13 @@ ONNX_RUNS = {"old": RUNS / "Count_Down/Tiny_Llama--Count_Down--1",
 @dataclass(frozen=True)
 class Command:
     """`work(place, run, base)` makes the artifact of the run in a folder; `seconds` it takes, and
-    the identities of what it makes of both runs are measured once."""
+    the identities of what it makes of both runs are measured once. `kept`: a copy of what the old
+    run becomes."""
 
     name: str
     work: Callable[[Path, str, Path], None]
     base: Path
+    kept: Path
     made: dict[str, str] = field(default_factory=dict)
     seconds: list[float] = field(default_factory=list)
 
@@ -46,7 +49,7 @@ def outputs(place: Path) -> list[Path]:
     return [path for path in own if path.is_dir() and path.name.partition("-")[0] not in beside]
 
 
-def commands(world: World, onnx: bool) -> list[Command]:
+def commands(world: World) -> dict[str, Command]:
     inputs = world.inputs
 
     def merge(place: Path, run: str, base: Path) -> None:
@@ -58,11 +61,15 @@ def commands(world: World, onnx: bool) -> list[Command]:
     def graph(place: Path, run: str, base: Path) -> None:
         export("onnx", ONNX_RUNS[run], place / "out", "--base", base, "--force")
 
-    base = inputs / "base"
-    if onnx:
-        return [Command("onnx", graph, MODELS / "tiny-llama-base")]
-    named = (("merge", merge), ("adapter", adapter), ("cache", partial(into_cache, inputs)))
-    return [Command(name, work, base) for name, work in named]
+    base, tiny = inputs / "base", MODELS / "tiny-llama-base"
+    kept = world.folder / "kept"
+    made = (
+        Command("merge", merge, base, kept),
+        Command("adapter", adapter, base, kept),
+        Command("cache", partial(into_cache, inputs), base, kept),
+        Command("onnx", graph, tiny, kept),
+    )
+    return {command.name: command for command in made}
 
 
 def into_cache(inputs: Path, place: Path, run: str, base: Path) -> None:
@@ -129,6 +136,8 @@ class Rounds:
             if process.code or name is None:
                 raise SystemExit(f"{command.name} fails undisturbed: {process.said}")
             command.made[run] = name
+            if run == "old":
+                shutil.copytree(self.world.place, command.kept)
         if command.made["old"] == command.made["new"]:
             raise SystemExit("both runs make the same artifact: nothing can be told from it")
 
@@ -149,7 +158,7 @@ class Rounds:
         place = place or self.world.place
         empty(place)
         if old:
-            self.run(command, "old", place)
+            shutil.copytree(command.kept, place, dirs_exist_ok=True)
         processes: list[Process] = []
         yield processes
         codes = [process.wait() for process in processes]
@@ -187,12 +196,13 @@ class Rounds:
     def skip(self, fault: str, why: str) -> None:
         self.rows[fault, why] = Row()
 
-    def table(self) -> str:
-        lines = [
-            "| fault | command | tried | old whole, or none | new whole | lost |",
-            "|---|---|---:|---:|---:|---:|",
-        ]
-        for (fault, name), row in self.rows.items():
-            numbers = [row.tried, row.stopped, row.done, len(row.lost)]
-            lines.append(f"| {fault} | {name} | " + " | ".join(map(str, numbers)) + " |")
-        return "\n".join(lines)
+
+def table(rows: Mapping[tuple[str, str], Row]) -> str:
+    lines = [
+        "| fault | command | tried | old whole, or none | new whole | lost |",
+        "|---|---|---:|---:|---:|---:|",
+    ]
+    for (fault, name), row in rows.items():
+        numbers = [row.tried, row.stopped, row.done, len(row.lost)]
+        lines.append(f"| {fault} | {name} | " + " | ".join(map(str, numbers)) + " |")
+    return "\n".join(lines)

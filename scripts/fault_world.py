@@ -1,7 +1,8 @@
 """Inputs to break, commands to stop, and the judgement of what is left: for `faults.py`.
 
-A command runs in a fork of this process, in which torch and the writers are imported already, so
-that a round costs a tenth of a second; it is a process of its own and is killed as one.
+A command runs in a fork of this process, in which all that it needs is imported already, so that a
+round costs a tenth of a second and is disturbed while it works, not while it imports; it is a
+process of its own and is killed as one.
 """
 
 from __future__ import annotations
@@ -20,8 +21,12 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
+# What commands import late is imported once, here.
+import peft as peft
+from transformers import LlamaForCausalLM as LlamaForCausalLM
+
 from converters.certificate import FILE, sha256
-from dora_serve.api import merge as merge  # what commands import late is imported once, here
+from dora_serve.api import merge as merge
 from dora_serve.commands import dora_export
 from dora_serve.proof.check import check
 
@@ -49,6 +54,13 @@ for name in ("old", "new"):
 """
 
 
+def make_inputs(folder: Path) -> None:
+    """A base and two adapters of it."""
+    folder.mkdir()
+    command = [sys.executable, "-c", _INPUTS, str(folder)]
+    subprocess.run(command, check=True, capture_output=True)
+
+
 @dataclass
 class Process:
     """A command that was started; `said` is read when it has ended."""
@@ -57,7 +69,7 @@ class Process:
     log: Path
     code: int | None = None
 
-    def wait(self, seconds: float = 120) -> int:
+    def wait(self, seconds: float = 600) -> int:
         """The exit code, minus the signal's number where one ended it."""
         end = time.monotonic() + seconds
         while self.code is None:
@@ -93,18 +105,19 @@ class Arm:
 
 @dataclass
 class World:
-    """The folder in which everything happens. `shim`: the library that makes calls fail."""
+    """The `folder` in which everything happens, with a copy of the inputs `given`. `shim`: whether
+    the library that makes calls fail is loaded."""
 
     folder: Path
+    given: Path
     shim: bool
     hashes: dict[Path, str] = field(default_factory=dict)
     numbers: int = 0
 
     def __post_init__(self) -> None:
-        for name in ("inputs", "place", "temporary", "logs"):
-            (self.folder / name).mkdir()
-        command = [sys.executable, "-c", _INPUTS, str(self.inputs)]
-        subprocess.run(command, check=True, capture_output=True)
+        for name in ("place", "temporary", "logs"):
+            (self.folder / name).mkdir(parents=True)
+        shutil.copytree(self.given, self.inputs)
         self.hashes = self._hash()
 
     @property

@@ -19,11 +19,15 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import replace
 from functools import partial
+from itertools import repeat
+from multiprocessing import get_context
 from pathlib import Path
 
 from fault_cache import changing_run, damaged_cache, preparing
-from fault_rounds import Command, Rounds, commands, outputs
+from fault_rounds import Command, Rounds, Row, commands, outputs, table
 from fault_world import (
     FINDS,
     NAMES,
@@ -36,6 +40,7 @@ from fault_world import (
     empty,
     fill,
     identity,
+    make_inputs,
     mounted,
 )
 
@@ -58,7 +63,7 @@ def at_calls(
     """The error `code`, or SIGKILL for 0, at `times` system calls spread over all of a command."""
     count = rounds.world.folder / "count"
     empty(rounds.world.place)
-    rounds.run(command, "old")
+    shutil.copytree(command.kept, rounds.world.place, dirs_exist_ok=True)
     rounds.start(command, arm=Arm(kinds, 0, 0, below, count)).wait()
     total = int(count.read_text())
     if not total:
@@ -90,8 +95,8 @@ def changing_base(rounds: Rounds, command: Command, times: int) -> None:
     with (other / shard).open("r+b") as stream:
         stream.seek(size // 2)
         stream.write(bytes(size // 4))
-    disturbed = Command(command.name, command.work, copy, command.made, command.seconds)
-    of_other = Command(command.name, command.work, other)
+    disturbed = replace(command, base=copy)
+    of_other = replace(command, base=other)
     rounds.run(of_other, "new")
     changed = identity(outputs(rounds.world.place)[0])
     assert changed is not None
@@ -99,7 +104,7 @@ def changing_base(rounds: Rounds, command: Command, times: int) -> None:
     def rewrite() -> None:
         (copy / shard).write_bytes((other / shard).read_bytes())
 
-    def replace() -> None:
+    def exchange() -> None:
         shutil.copyfile(other / shard, copy / "fresh")
         (copy / "fresh").replace(copy / shard)
 
@@ -110,7 +115,7 @@ def changing_base(rounds: Rounds, command: Command, times: int) -> None:
     ways: dict[str, Callable[[], object]] = {
         "truncated": lambda: os.truncate(copy / shard, size // 2),
         "rewritten": rewrite,
-        "replaced": replace,
+        "replaced": exchange,
         "removed": lambda: (copy / shard).unlink(),
     }
     for number in range(times):
@@ -200,45 +205,44 @@ def clock(rounds: Rounds, command: Command) -> None:
             processes[0].wait()
 
 
-def run_all(world: World, short: bool, seed: int, onnx: bool) -> Rounds:
+def run_all(world: World, name: str, short: bool, seed: int) -> dict[tuple[str, str], Row]:
+    """All rounds of one command; "up": of what it prepares."""
     rounds = Rounds(world, seed)
-    for command in commands(world, onnx=False):
-        rounds.learn(command)
-        kills(rounds, command, 2 if short else 50)
-        place, inputs = world.place, world.inputs
-        faults = (
-            ("kill -9, at a system call", WRITES | NAMES, 0, place),
-            ("ENOSPC, at a system call", WRITES | NAMES, errno.ENOSPC, place),
-            ("EIO while writing", WRITES, errno.EIO, place),
-            ("EIO while reading", READS, errno.EIO, inputs),
-            ("no permission, from an input on", FINDS, errno.EACCES, inputs),
-            ("gone, from an input on", FINDS, errno.ENOENT, inputs),
-        )
-        for fault, kinds, code, below in faults:
-            if world.shim:
-                times = 2 if short else 60 if code == 0 else 20
-                at_calls(rounds, command, fault, kinds, code, times, below)
-            else:
-                rounds.skip(fault, "skipped: no C compiler")
-        two_at_once(rounds, command, 2 if short else 20)
-        if command.name == "cache":
-            damaged_cache(rounds, command, 5 if short else 40)
-            changing_run(rounds, command, 1 if short else 15)
-        if short and command.name != "merge":
-            continue
-        full_disk(rounds, command, 1 if short else 9)
+    if name == "up":
+        preparing(rounds, 2)
+        return rounds.rows
+    command = commands(world)[name]
+    rounds.learn(command)
+    kills(rounds, command, 2 if short else 5 if name == "onnx" else 25)
+    two_at_once(rounds, command, 2 if short else 1 if name == "onnx" else 10)
+    if name == "onnx":
+        full_disk(rounds, command, 3)
+        return rounds.rows
+    place, inputs = world.place, world.inputs
+    faults = (
+        ("kill -9, at a system call", WRITES | NAMES, 0, place),
+        ("ENOSPC, at a system call", WRITES | NAMES, errno.ENOSPC, place),
+        ("EIO while writing", WRITES, errno.EIO, place),
+        ("EIO while reading", READS, errno.EIO, inputs),
+        ("no permission, from an input on", FINDS, errno.EACCES, inputs),
+        ("gone, from an input on", FINDS, errno.ENOENT, inputs),
+    )
+    for fault, kinds, code, below in faults:
+        if world.shim:
+            times = 2 if short else 30 if code == 0 else 12
+            at_calls(rounds, command, fault, kinds, code, times, below)
+        else:
+            rounds.skip(fault, "skipped: no C compiler")
+    if name == "cache":
+        damaged_cache(rounds, command, 5 if short else 20)
+        changing_run(rounds, command, 1 if short else 6)
+    if name == "merge":
+        changing_base(rounds, command, 1 if short else 6)
+    if name == "merge" or not short:
+        full_disk(rounds, command, 1 if short else 6)
         no_rights(rounds, command)
         clock(rounds, command)
-        if command.name == "merge":
-            changing_base(rounds, command, 1 if short else 15)
-    for command in commands(world, onnx=True) if onnx else ():
-        rounds.learn(command)
-        kills(rounds, command, 8)
-        full_disk(rounds, command, 3)
-        two_at_once(rounds, command, 1)
-    if onnx:
-        preparing(rounds, 3)
-    return rounds
+    return rounds.rows
 
 
 def main() -> None:
@@ -255,16 +259,24 @@ def main() -> None:
     elif library:
         del os.environ["LD_PRELOAD"]  # loaded; not into what the commands start
         shutil.rmtree(Path(library).parent)
-    with tempfile.TemporaryDirectory(prefix="dora-faults.") as folder:
-        Path(folder).chmod(0o755)
+    names = ["merge", "adapter", "cache", *(["onnx", "up"] if options.onnx else [])]
+    with tempfile.TemporaryDirectory(prefix="dora-faults.") as top:
+        Path(top).chmod(0o755)
         begin = time.monotonic()
-        rounds = run_all(
-            World(Path(folder), bool(library)), options.short, options.seed, options.onnx
-        )
+        make_inputs(Path(top) / "inputs")
+        rows: dict[tuple[str, str], Row] = {}
+        # Each command in a world of its own, all of them at once.
+        with ProcessPoolExecutor(len(names), get_context("fork")) as pool:
+            worlds = [
+                World(Path(top) / name, Path(top) / "inputs", bool(library)) for name in names
+            ]
+            short, seeds = repeat(options.short), repeat(options.seed)
+            for found in pool.map(run_all, worlds, names, short, seeds):
+                rows |= found
         seconds = time.monotonic() - begin
-    lost = [problem for row in rounds.rows.values() for problem in row.lost]
-    tried = sum(row.tried for row in rounds.rows.values())
-    print(rounds.table())
+    lost = [problem for row in rows.values() for problem in row.lost]
+    tried = sum(row.tried for row in rows.values())
+    print(table(rows))
     print(f"\n{tried} rounds in {seconds:.0f} s, seed {options.seed}: {len(lost)} lost")
     print("\n".join(lost), file=sys.stderr)
     sys.exit(1 if lost else 0)

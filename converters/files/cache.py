@@ -8,6 +8,7 @@ from pathlib import Path
 
 from ..errors import OutputError
 
+_OWN = {"hashes", "locks", "receipts"}
 _REMEDY = "set DORA_SERVE_CACHE to a folder of your own"
 
 
@@ -22,7 +23,8 @@ def cache_folder() -> Path:
 def private_cache() -> Path:
     """`cache_folder()`, made where it is not there, and closed to everybody else.
 
-    Raises `OutputError` where it cannot be made, is a link, or belongs to somebody else.
+    Raises `OutputError` where it cannot be made, is a link, belongs to somebody else, or holds
+    other things that others may use.
     """
     folder = cache_folder()
     try:
@@ -33,9 +35,19 @@ def private_cache() -> Path:
         try:
             found = os.fstat(descriptor)
             if found.st_uid == os.geteuid() and found.st_mode & 0o077:
+                inside = os.listdir(descriptor)
+                if inside and not _OWN & {*inside}:
+                    raise OutputError(
+                        "the cache is open to others and holds what is not of a cache",
+                        file=folder,
+                        found=", ".join(sorted(inside)[:5]),
+                        remedy=_REMEDY,
+                    )
                 os.fchmod(descriptor, 0o700)
         finally:
             os.close(descriptor)
+    except OutputError:
+        raise
     except OSError as error:
         if folder.is_symlink():
             raise OutputError(

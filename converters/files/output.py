@@ -88,7 +88,7 @@ def check_place(target: Path, inputs: Iterable[Path], size: int = 0, resume: boo
 
 def check_ours(target: Path) -> None:
     """Raise `OutputError` when something lies in the folder `target` that we did not write."""
-    left = re.compile(rf"\.adding\.\w{{8}}{re.escape(_SUFFIX)}(/.*)?|\.{re.escape(FILE)}")
+    left = re.compile(rf"\.adding\.\w{{8}}{re.escape(_SUFFIX)}(/.*)?")
     with reading(target, OutputError):
         others = [name for name in strangers(target) if not left.fullmatch(name)]
     if others:
@@ -100,6 +100,9 @@ def check_ours(target: Path) -> None:
             expected="an empty folder, or an output as its certificate says",
             remedy="choose another folder, or move away what is in this one",
         )
+    for folder, _, _ in os.walk(target):
+        if not os.access(folder, os.W_OK | os.X_OK):
+            raise OutputError("no permission to remove what is here", file=folder)
 
 
 def _resolved(path: Path) -> Path:

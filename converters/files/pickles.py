@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import mmap
+import pickletools
 import zipfile
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
+from typing import IO
 
 from ..errors import TensorFileError
 
@@ -14,14 +16,29 @@ from ..errors import TensorFileError
 # of a tensor whose stride is zero.
 _FILLS = (b"bytearray\n", b"_rebuild_device_tensor_from_")
 _PIECE = 1 << 20
+_ZIP = b"PK\x03\x04"  # so torch tells its two formats apart
+_LEGACY = 5  # pickles that the older one begins with
+_FILLED = {"APPEND", "APPENDS", "SETITEM", "SETITEMS"}
+_PARTS = 1 << 26  # more than any file of tensors has; hashed in seconds
 
 
 def refuse_filling(path: Path) -> None:
     """Raise `TensorFileError` where the pickle in a torch file names a function that takes as much
-    memory as it is told, or where it cannot be read."""
+    memory as it is told, would be larger unpacked than it is, holds tuples that would take forever
+    to compare, or where it cannot be read."""
     try:
+        for stream in _pickles(path):
+            _refuse_growing(stream)
         found = next((n for piece in _pieces(path) for n in _FILLS if piece.find(n) >= 0), None)
-    except (OSError, ValueError, zipfile.BadZipFile, zlib.error, RuntimeError, EOFError) as error:
+    except (
+        OSError,
+        ValueError,
+        LookupError,
+        zipfile.BadZipFile,
+        zlib.error,
+        RuntimeError,
+        EOFError,
+    ) as error:
         raise TensorFileError(
             "torch cannot read this file",
             file=path,
@@ -39,10 +56,65 @@ def refuse_filling(path: Path) -> None:
         )
 
 
+def _pickles(path: Path) -> Iterator[IO[bytes]]:
+    """The streams that begin with a pickle, each as often as there is one behind the other."""
+    with path.open("rb") as stream:
+        if stream.read(4) != _ZIP:
+            stream.seek(0)
+            for _ in range(_LEGACY):
+                yield stream
+            return
+    with zipfile.ZipFile(path) as archive:
+        if sum(entry.file_size for entry in archive.infolist()) > path.stat().st_size:
+            raise ValueError("it is compressed, which torch.save never does")
+        for entry in archive.infolist():
+            if entry.filename.lower().endswith("data.pkl"):
+                with archive.open(entry) as pickled:
+                    yield pickled
+
+
+def _refuse_growing(stream: IO[bytes]) -> None:
+    """Raise `ValueError` where what is hashed, as a key is, would have too many parts written out.
+
+    A tuple that holds another twice, which holds another twice, is a few bytes and never hashed to
+    its end; nothing can interrupt that.
+    """
+    # What torch's unpickler has on its stack, each as the number of its parts.
+    stack: list[list[int]] = []
+    marks: list[int] = []
+    memo: dict[object, list[int]] = {}
+    hashed = 0
+    for operation, argument, _ in pickletools.genops(stream):
+        name = operation.name
+        if name == "MARK":
+            marks.append(len(stack))
+        elif name.endswith("PUT") or name == "MEMOIZE":
+            memo[len(memo) if argument is None else int(argument)] = stack[-1]
+        elif name.endswith("GET"):
+            stack.append(memo[int(argument)])
+        else:
+            before = operation.stack_before
+            marked = pickletools.markobject in before
+            begin = marks.pop() if marked else len(stack) - len(before)
+            filled = name in _FILLED  # the dict or list below, which stays there
+            begin += filled and not marked
+            if begin < filled:
+                raise ValueError("a pickle that takes more than it has")
+            parts = sum(part[0] for part in stack[begin:])
+            del stack[begin:]
+            if filled:
+                stack[-1][0] = min(stack[-1][0] + parts, 1 << 60)
+            elif operation.stack_after:
+                stack.append([min(1 + parts, 1 << 60)])
+            if not name.startswith("TUPLE"):
+                hashed += parts
+            if hashed > _PARTS:
+                raise ValueError("tuples in tuples that never end")
+
+
 def _pieces(path: Path) -> Iterator[bytes | mmap.mmap]:
     with path.open("rb") as stream:
-        zipped = stream.read(4) == b"PK\x03\x04"  # so torch tells them apart
-        if not zipped:
+        if stream.read(4) != _ZIP:
             with mmap.mmap(stream.fileno(), 0, prot=mmap.PROT_READ) as whole:
                 yield whole
             return

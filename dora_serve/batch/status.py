@@ -50,7 +50,8 @@ class Status:
         fresh = self._path.with_name(f".{FILE}")
         try:
             # What an error names may be bytes that are no text.
-            with fresh.open("w", encoding="utf-8", errors="replace") as stream:
+            fresh.unlink(missing_ok=True)  # which may be a link
+            with fresh.open("x", encoding="utf-8", errors="replace") as stream:
                 stream.write(text + "\n")
                 stream.flush()
                 os.fsync(stream.fileno())

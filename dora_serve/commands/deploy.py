@@ -73,7 +73,7 @@ def command(
 
     Nothing is started: `serve deploy` (Ray) or `kubectl apply` takes what is written.
     """
-    from converters.files.output import check_output, check_place, output_folder
+    from converters.files.output import output_folder
     from dora_serve.deploy import Cluster, kubernetes, ray_config
 
     if target == "kubernetes" and not image:
@@ -89,9 +89,7 @@ def command(
     if target == "kubernetes" and (str(at) in kubernetes.TAKEN or ":" in str(at)):
         raise click.UsageError(f"Kubernetes cannot show the folder at {at}")
     if output is not None:
-        check_place(output, [folder])
-        if not (force and _is_ours(output)):
-            check_output(output, force, [folder])
+        _check_output(output, force, folder)
     cluster = Cluster(folder, at, min_replicas, max_replicas or min_replicas)
     adapters: dict[str, Path] = {}
     if engine == "onnxruntime":
@@ -120,9 +118,18 @@ def command(
                 copy = place / _ADAPTERS / adapter / file.relative_to(source)
                 copy.parent.mkdir(parents=True, exist_ok=True)
                 shutil.copyfile(file, copy)
+        _check_output(output, force, folder)  # what came there meanwhile stays
     click.echo(visible(output / name))
     if adapters:
         click.echo(f"{visible(output / _ADAPTERS)}  (copy what is in it to {adapters_at})")
+
+
+def _check_output(output: Path, force: bool, folder: Path) -> None:
+    from converters.files.output import check_output, check_place
+
+    check_place(output, [folder])
+    if not (force and _is_ours(output)):
+        check_output(output, force, [folder])
 
 
 def _marked(text: str) -> str:

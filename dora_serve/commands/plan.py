@@ -34,7 +34,7 @@ def command(
     slot and how much of it is padding, and the command line.
     """
     from dora_serve.folder.inventory import discover
-    from dora_serve.rankmap.output import check_output_file, write_file
+    from dora_serve.rankmap.output import check_apart, check_output_file, write_file
     from dora_serve.vllm.command import (
         command_line,
         find_vllm_or_name,
@@ -47,9 +47,13 @@ def command(
     from dora_serve.vllm.fleet_view import as_json as view
     from dora_serve.vllm.fleet_view import save_png, table
 
+    if png is not None and yaml_path is not None and png.resolve() == yaml_path.resolve():
+        raise click.UsageError("--png and --yaml take a file each")
     for file in filter(None, (png, yaml_path)):
         check_output_file(file, force)
     found = discover(folder, base)
+    for file in filter(None, (png, yaml_path)):
+        check_apart(file, found.files())
     fleet = plan_fleet(found, gpu_memory)
     program = find_vllm_or_name()
     commands = []

@@ -75,6 +75,8 @@ def command(
     user's cache folder). With --engine vllm what follows `--` goes to `vllm serve` untouched.
     """
     _check(engine, more)
+    if api_key == "":  # of a variable that is not set: everybody would have it
+        raise click.UsageError("--api-key is empty")
     if engine == "vllm":
         from dora_serve.vllm import up as vllm_up
 

@@ -58,6 +58,13 @@ class Found:
             name: "; ".join(m.run.warnings) for name, m in self.members.items() if m.run.warnings
         }
 
+    def files(self) -> Iterator[Path]:
+        """Those of everything that can be served."""
+        for member in self.members.values():
+            yield from member.run.files
+        for folder in (*(base.path for base in self.bases.values()), *self.onnx.values()):
+            yield from folder.rglob("*")
+
     def of(self, base: BaseModel) -> list[Member]:
         """The members that belong to `base`."""
         return [member for member in self.members.values() if member.base.path == base.path]
@@ -177,8 +184,9 @@ def things_below(root: Path, known: Sequence[Reader]) -> Iterator[tuple[Path, st
         path = Path(folder)
         kind = _kind(path, files, known) or _odd(path, [*files, *below])
         if kind is not None:
-            below.clear()
             yield path, kind
+            if path != root or not kind.startswith(_ODD):  # what is odd of all says nothing of each
+                below.clear()
         below[:] = sorted(
             name
             for name in below

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from functools import cached_property
+from math import inf
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,6 +17,8 @@ from converters.files.onnx_files import BATCHED, MODEL
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
+
+_LONGEST = 1 << 14  # signs of a token's text
 
 Prompt = str | Sequence[int]
 
@@ -111,6 +115,7 @@ class OnnxFolder:
             raise EngineError(
                 "the tokenizer cannot be read", file=path, found=str(error)[:300]
             ) from None
+        _check_decoder(path, tokenizer)
         # Some files say how to fill or cut texts, which is for whoever makes a batch of them.
         tokenizer.no_padding()
         tokenizer.no_truncation()
@@ -119,6 +124,27 @@ class OnnxFolder:
     def encode(self, prompt: Prompt) -> list[int]:
         """Token ids of a text, special tokens included; ids stay as they are."""
         return list(self.tokenizer.encode(prompt).ids) if isinstance(prompt, str) else list(prompt)
+
+
+def _check_decoder(path: Path, tokenizer: Any) -> None:
+    """Raise `EngineError` where a token's text, which is computed beside all others', could take
+    long or become long: a pattern may never end, and replacements multiply."""
+    said = None if tokenizer.decoder is None else json.loads(tokenizer.decoder.__getstate__())
+    grows, left = 1.0, [said or {}]
+    while left:
+        each = left.pop()
+        left += each.get("decoders", [])
+        if each.get("type") == "Replace":
+            size = len(each["pattern"].get("String", ""))  # there is none where it has a pattern
+            grows *= max(1.0, len(each["content"]) / size) if size else inf
+    longest = max(map(len, tokenizer.get_vocab()), default=0)
+    if grows * longest > _LONGEST:
+        raise EngineError(
+            "the tokenizer's decoder is none that can be bounded",
+            file=path,
+            found=f"tokens of {longest} signs, replaced by up to {grows:g} times as many",
+            expected=f"at most {_LONGEST} signs a token, and no patterns",
+        )
 
 
 class _NoTokenizer:

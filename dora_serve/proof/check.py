@@ -17,6 +17,7 @@ from converters.certificate import (
 )
 from converters.errors import DoraExportError, MissingError, OutputError, TensorFileError
 from converters.files.json_files import read_json
+from converters.files.output import addition
 from converters.files.tensors import open_safetensors
 from converters.model.base import BaseModel, open_base
 
@@ -84,9 +85,9 @@ def record(artifact: str | Path) -> None:
             remedy="remove the signature, record, and sign again",
         )
     files = {name: file_record(path) for name, path in artifact_files(folder).items()}
-    fresh = folder / f".{FILE}"
-    write_json(fresh, {**read_json(folder / FILE), "files": files})
-    fresh.replace(folder / FILE)
+    with addition(folder) as fresh:
+        write_json(fresh / FILE, {**read_json(folder / FILE), "files": files})
+        (fresh / FILE).replace(folder / FILE)
 
 
 def _compare(folder: Path, records: Mapping[str, Mapping[str, object]]) -> Iterator[Difference]:

@@ -231,6 +231,19 @@ def test_what_another_user_put_beside_the_output_is_not_taken_for_ours(tmp_path:
     assert (theirs / "old" / "evil").exists()
 
 
+def test_what_cannot_be_removed_is_not_replaced(
+    ours: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It would be left behind under a hidden name."""
+    monkeypatch.setattr(
+        os, "access", lambda path, mode: path != f"{ours}/sub" or mode != os.W_OK | os.X_OK
+    )
+    before = listing(ours)
+    with pytest.raises(OutputError, match="no permission to remove"):
+        check_output(ours, True, [])
+    assert listing(ours) == before
+
+
 @pytest.mark.parametrize("mask", [0o022, 0o077, 0o002])
 def test_rights_are_those_of_the_mask(
     mask: int, dora_run: Path, llama_base: Path, tmp_path: Path

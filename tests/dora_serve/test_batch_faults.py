@@ -82,6 +82,16 @@ def test_no_worker_writes_on_when_the_command_was_killed(llama_lora: Path, tmp_p
     assert states(out) == {"pending": ["lora"]}
 
 
+def test_the_status_is_written_through_no_link(llama_lora: Path, tmp_path: Path) -> None:
+    manifest, out = lines(tmp_path / "m", {"run": str(llama_lora)}), tmp_path / "out"
+    out.mkdir()
+    (tmp_path / "mine").write_text("mine")
+    (out / ".batch.json").symlink_to(tmp_path / "mine")
+    assert batch(manifest, out).done == 1
+    assert (tmp_path / "mine").read_text() == "mine"
+    assert states(out) == {"done": ["lora"]}
+
+
 def test_one_batch_at_a_time(llama_lora: Path, tmp_path: Path) -> None:
     manifest, out = lines(tmp_path / "m", {"run": str(llama_lora)}), tmp_path / "out"
     with locked(out), pytest.raises(OutputError, match="another batch"):

@@ -108,6 +108,18 @@ def test_what_is_not_as_it_was_made_is_made_anew(
     assert len(made) == 2
 
 
+def test_a_folder_of_other_things_keeps_its_rights(own_cache: Path) -> None:
+    own_cache.mkdir()
+    own_cache.chmod(0o755)
+    (own_cache / "homepage").touch()
+    with pytest.raises(OutputError, match="holds what is not of a cache"):
+        private_cache()
+    assert stat.S_IMODE(own_cache.stat().st_mode) == 0o755
+    (own_cache / "homepage").unlink()
+    private_cache()
+    assert stat.S_IMODE(own_cache.stat().st_mode) == 0o700
+
+
 def test_what_somebody_else_put_there_is_not_served_and_not_deleted(
     own_cache: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -114,6 +114,15 @@ def test_large_files_are_compared_in_pieces_unless_recorded(merged: Path) -> Non
     assert file_record(large, pieces=True) != known
 
 
+def test_what_is_recorded_is_written_through_no_link(merged: Path, tmp_path: Path) -> None:
+    """A stranger's artifact may hold hidden links, which are no files of it."""
+    (tmp_path / "mine").write_text("mine")
+    (merged / f".{FILE}").symlink_to(tmp_path / "mine")
+    (merged / ".adding.abcdefgh.dora-tmp").symlink_to(tmp_path)
+    record(merged)
+    assert (tmp_path / "mine").read_text() == "mine" and check(merged).passed
+
+
 @pytest.mark.parametrize(
     ("files", "says"),
     [

@@ -358,7 +358,9 @@ def test_wrong_words(root: Path) -> None:
         assert done.exit_code == 2, (words, done.output)
 
 
-def test_force_replaces_what_deploy_wrote_and_nobody_changed(root: Path, tmp_path: Path) -> None:
+def test_force_replaces_what_deploy_wrote_and_nobody_changed(
+    root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     out = tmp_path / "out"
 
     def again(*more: str) -> Result:
@@ -372,6 +374,17 @@ def test_force_replaces_what_deploy_wrote_and_nobody_changed(root: Path, tmp_pat
     serve = out / "serve.yaml"
     written = serve.read_text()
     thesis = out / "thesis.txt"
+
+    def copy(source: Path, target: Path) -> None:
+        thesis.write_text("mine")
+        target.write_bytes(source.read_bytes())
+
+    monkeypatch.setattr(shutil, "copyfile", copy)  # it comes while the next is written
+    refused = again("--force")
+    assert refused.exit_code == 1 and "thesis.txt" in refused.stderr
+    assert thesis.read_text() == "mine"
+    thesis.unlink()
+    monkeypatch.undo()
     for place, text, found in (
         (serve, f"{written}# mine\n", "serve.yaml"),
         (thesis, "mine", "thesis.txt"),

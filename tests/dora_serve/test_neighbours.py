@@ -147,6 +147,13 @@ def test_bad_members_are_told_and_the_rest_is_found(root: Path) -> None:
     assert done.output.count("left out: ") == len(told)
 
 
+def test_what_is_odd_of_all_keeps_nothing_from_being_found(root: Path) -> None:
+    os.mkfifo(root / "config.json")
+    found = discover(root)
+    assert {*found.bases} == {"good"} and {*found.members} == {"adapter"}
+    assert found.problems == {root.name: "cannot be read: config.json is no file"}
+
+
 def test_what_lies_beside_a_base_is_not_waited_for(root: Path) -> None:
     good = root / "good"
     os.mkfifo(good / "x.json")

@@ -227,6 +227,13 @@ def test_an_empty_path_is_refused(
     assert [path.name for path in Path().iterdir()] == ["thesis.txt"]
 
 
+@pytest.mark.parametrize("engine", ["onnxruntime", "vllm"])
+def test_an_empty_key_is_none(engine: str, tmp_path: Path) -> None:
+    words = ["up", str(tmp_path), "--engine", engine, "--api-key", ""]
+    refused = CliRunner().invoke(dora_serve, words)
+    assert refused.exit_code == 2 and "--api-key is empty" in refused.output
+
+
 def test_a_link_to_itself_is_refused(llama_lora: Path, tmp_path: Path) -> None:
     (tmp_path / "loop").symlink_to("loop")
     for words in (("adapter", llama_lora, tmp_path / "loop"), ("inspect", tmp_path / "loop")):
@@ -262,3 +269,9 @@ def test_a_plans_files_are_whole_and_replace_nothing(
         assert mine.read_text() == "mine"
         assert CliRunner().invoke(dora_serve, [*words, "--force"]).exit_code == 0
         assert mine.read_bytes() != b"mine"
+        for name in ("base/config.json", "run/adapter_config.json"):
+            before = (tmp_path / "all" / name).read_bytes()
+            words = ["plan", str(tmp_path / "all"), option, str(tmp_path / "all" / name), "--force"]
+            refused = CliRunner().invoke(dora_serve, words)
+            assert refused.exit_code == 1 and "replace an input" in refused.output
+            assert (tmp_path / "all" / name).read_bytes() == before

@@ -40,6 +40,13 @@ SHAPE: dict[str, Any] = {
 SHORT, LONG = [1.0 + i / 8 for i in range(8)], [2.0 + i for i in range(8)]
 
 
+def test_a_context_beyond_all_memory_is_refused() -> None:
+    config = transformers.LlamaConfig(**{**SHAPE, "max_position_embeddings": 10**12})
+    model = AutoModelForCausalLM.from_config(config)
+    with pytest.raises(DoraExportError, match="so long a context"):
+        windows_of(model, torch.ones(1, 4, dtype=torch.int64))
+
+
 def rope(kind: str, **settings: Any) -> dict[str, Any]:
     return {"rope_parameters": {"rope_type": kind, "rope_theta": 1e4, **settings}}
 

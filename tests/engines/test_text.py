@@ -7,11 +7,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers
+from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
 
 from dora_serve.onnxruntime.generation import Detokenizer
 from dora_serve.onnxruntime.sampling import Sampling, draw
-from dora_serve.onnxruntime.session import OnnxFolder
+from dora_serve.onnxruntime.session import EngineError, OnnxFolder
 
 
 def llama_tokenizer() -> Tokenizer:
@@ -42,6 +42,23 @@ def test_no_filling_and_no_cutting(tmp_path: Path) -> None:
     tokenizer.enable_truncation(2)
     tokenizer.save(str(tmp_path / "tokenizer.json"))
     assert OnnxFolder(tmp_path).tokenizer.encode("count nine eight").ids == [1, 2, 3]
+
+
+@pytest.mark.parametrize(
+    "means_harm",
+    [
+        [decoders.Replace(Regex("(x+x+)+y"), "")],
+        [decoders.Replace("a", "aa")] * 40,
+        [decoders.Fuse(), decoders.Replace("", "a")],
+    ],
+    ids=["a pattern", "growth", "nothing replaced"],
+)
+def test_a_decoder_without_bounds_is_refused(means_harm: list[object], tmp_path: Path) -> None:
+    tokenizer = llama_tokenizer()
+    tokenizer.decoder = decoders.Sequence(means_harm)
+    tokenizer.save(str(tmp_path / "tokenizer.json"))
+    with pytest.raises(EngineError, match="decoder"):
+        _ = OnnxFolder(tmp_path).tokenizer
 
 
 def test_logits_that_are_no_numbers_give_no_token() -> None:

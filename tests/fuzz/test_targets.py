@@ -62,3 +62,11 @@ def test_other_errors_come_out(tmp_path: Path) -> None:
 
     with pytest.raises(IndexError):
         Target("broken", lambda _: [b"a"], read)(tmp_path, b"")
+
+
+def test_every_method_is_read(tmp_path: Path) -> None:
+    target = TARGETS["runs of other methods"]
+    seeds = target.prepare(tmp_path)
+    assert len(seeds) == 12
+    for seed in seeds:
+        target.read(tmp_path, seed)

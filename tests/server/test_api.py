@@ -247,11 +247,16 @@ def test_adapters_come_and_go(client: openai.OpenAI, server: Server) -> None:
         }
         assert http.post("/v1/load_lora_adapter", json=inplace).status_code == 200
         assert complete(client, "again", "count : nine").choices[0].text.startswith(" eight")
+        (server.root / "loop").symlink_to("loop")
+        for name in ("x/../run", "a//b", "a/"):  # other ways to write names
+            body = {"lora_name": name, "lora_path": path}
+            assert http.post("/v1/load_lora_adapter", json=body).status_code == 400
         for bad, status in (
             ("/etc", 404),
             ("..", 404),
             ("runs/../../x", 404),
             ("\x00", 404),
+            ("loop", 404),
             (BASE, 400),
         ):
             body = {"lora_name": "bad", "lora_path": bad}

@@ -22,6 +22,7 @@ from ...errors import TargetError
 from ...files.onnx_files import BORDER, ROW_LENGTHS
 from .surgery import Scope, optional_input
 
+_LONGEST = 1 << 24  # tokens of a context
 _NAME = "dora_export_windows"  # of an attention that only looks at its mask, for transformers
 
 
@@ -34,6 +35,10 @@ def windows_of(model: Any, ids: torch.Tensor) -> dict[int, int | None]:
     from transformers.masking_utils import AttentionMaskInterface
 
     context = int(model.config.max_position_embeddings)
+    if context > _LONGEST:
+        raise TargetError(
+            "no ONNX export for so long a context", found=context, expected=f"at most {_LONGEST}"
+        )
     tokens = torch.tensor(sorted({0, context // 3, context // 2, context - 1}))
     windows: dict[int, int | None] = {}
 

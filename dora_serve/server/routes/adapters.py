@@ -10,6 +10,7 @@ from fastapi.responses import PlainTextResponse
 
 from converters.errors import DoraExportError
 
+from ...folder.names import not_a_name
 from ..prepare.child import add_model
 from ..prepare.offer import Addition
 from ..state import State, state_of
@@ -31,6 +32,8 @@ async def load(body: LoadRequest, request: Request) -> str:
 
 async def _add(state: State, body: LoadRequest) -> None:
     name = body.lora_name
+    if why := not_a_name(name):
+        raise ApiError(why, param="lora_name")
     known = state.models.find(name) if name in state.models else None
     if known is not None and (known.model.adapter is None or not body.load_inplace):
         raise ApiError(f"The name `{name}` is taken.", param="lora_name", code="already_loaded")
@@ -61,7 +64,7 @@ def _below(root: Path, given: str) -> Path:
     try:
         path = (root / given).resolve()
         inside = path.is_relative_to(root) and path.is_dir()
-    except (OSError, ValueError):  # a name no file can have
+    except (OSError, ValueError, RuntimeError):  # a name no file can have, a link to itself
         inside = False
     if not inside:
         raise ApiError(
