@@ -112,7 +112,6 @@ class _Promises:
         self, run: Run, config: Mapping[str, object], path: Path, options: ReadOptions
     ) -> None:
         self._run, self._config, self._path, self._options = run, config, path, options
-        self._held = {*run.replaced, *run.updates, *(f"{m}.weight" for m in run.updates)}
 
     def modules(self) -> Iterator[str]:
         """Modules trained whole: PEFT wants each tensor of each module whose name ends so."""
@@ -327,6 +326,17 @@ class _Promises:
             for name, source in self._aliases.items()
             if source in trained and not self._holds(name)
         ]
+
+    @cached_property
+    def _held(self) -> set[str]:
+        """What the run holds, as it calls it; of a text model inside a multimodal base also as the
+        whole model does."""
+        run, base = self._run, self._base
+        own = {*run.replaced, *run.updates, *(f"{m}.weight" for m in run.updates)}
+        if base is None or "text_config" not in base.config or self._model is None:
+            return own
+        known = classes(run.task, run.num_labels, base)
+        return own | {found for name in own if (found := known.tensor(name)) is not None}
 
     def _holds(self, name: str) -> bool:
         return any(_same(name, held) for held in self._held)
