@@ -6,12 +6,9 @@ import subprocess
 import sys
 from pathlib import Path
 
-import pytest
-
 SCRIPT = Path(__file__).parent.parent / "scripts/faults.py"
 
 
-@pytest.mark.further
 def test_nothing_is_lost() -> None:
     done = subprocess.run([sys.executable, SCRIPT, "--short"], capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
