@@ -16,7 +16,7 @@ from ..files.tensors import LazyTensor, open_safetensors
 from ..model.architecture import offline
 from ..model.base import BaseModel
 from ..model.match import as_trained
-from ..model.quantized import Dequantized, method, quantization, unquantized
+from ..model.quantized import Dequantized, method, quantization
 from ..model.tasks import architecture_of, task_of
 from ..readers import ReadOptions, read_run
 from ..run import Run
@@ -232,8 +232,9 @@ def _dequantized(cls: Any, base: BaseModel, config: Any, seed: int, **options: A
     """A quantized base in float32: as the library that owns its format makes it, where transformers
     can ask that here, else of the tensors as they are dequantized here."""
     kind = method(base.config)
-    own = type(config or cls.config_class()).from_dict(unquantized(base.config))
-    own.num_labels = getattr(config, "num_labels", own.num_labels)
+    own = copy.deepcopy(config or cls.config_class.from_pretrained(base.path))
+    for holder in (own, own.get_text_config()):
+        vars(holder).pop("quantization_config", None)
     try:
         if kind == "bitsandbytes" and any(_ragged(tensor) for tensor in base.tensors.values()):
             raise ValueError("bitsandbytes' CPU kernel is wrong where rows are no whole blocks")
@@ -245,6 +246,8 @@ def _dequantized(cls: Any, base: BaseModel, config: Any, seed: int, **options: A
         for module in loaded.model.modules():  # compressed-tensors rounds activations there
             if hasattr(module, "quantization_scheme"):
                 module.quantization_enabled = False
+        if lost := sorted(loaded.missing & base.tensors.keys()):
+            raise ValueError(f"it finds no {lost[0]}")
         for name, parameter in loaded.model.named_parameters():
             plain = type(parameter) is torch.nn.Parameter and parameter.is_floating_point()
             if name.endswith((".weight", ".bias")) and not plain:

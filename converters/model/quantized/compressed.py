@@ -35,6 +35,7 @@ def packed(parts: Parts, said: Mapping[str, object]) -> Iterator[Packed]:
     and for formats beside those above."""
     groups = said.get("config_groups")
     groups = list(groups.values()) if isinstance(groups, Mapping) else []
+    groups = [each for each in groups if isinstance(each, Mapping)]
     formats = {str(each.get("format") or said.get("format")) for each in groups or [said]}
     other = formats - {*_KNOWN, *_PACKED, "None", "dense"}
     sparse = said.get("sparsity_config")
