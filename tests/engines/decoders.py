@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -84,26 +84,29 @@ def check(case: Case, steps: int) -> None:
         assert completion.tokens == greedy(models[name], prompt, steps)
 
 
+def dense(node: onnx.NodeProto, stored: Mapping[str, NDArray[Any]]) -> NDArray[np.float32]:
+    """The float32 weight `[out, in]` of a MatMulNBits: (q - zero)·scale of its block."""
+    size = {a.name: a.i for a in node.attribute}
+    values, scales, *zeros = (stored[name] for name in node.input[1:])
+    zero: NDArray[Any] = np.full(scales.shape, 1 << size["bits"] - 1, np.uint8)
+    if size["bits"] == 4:
+        values = np.stack([values & 15, values >> 4], axis=-1)
+        halves = [np.stack([each & 15, each >> 4], axis=-1) for each in zeros]
+        zero = [*(each.reshape(size["N"], -1) for each in halves), zero][0]
+    steps = values.reshape(*scales.shape, size["block_size"]).astype(np.float32)
+    weight = (steps - zero[:, : scales.shape[1], None]) * scales[..., None]
+    return weight.reshape(size["N"], -1)[:, : size["K"]]
+
+
 def dequantized(folder: Path) -> dict[str, torch.Tensor]:
-    """Module → float32 weight `[out, in]` of every MatMulNBits: (q - zero)·scale of its block."""
+    """Module → the weight of every MatMulNBits."""
     graph = onnx.load(folder / "model.onnx").graph
     stored = {tensor.name: numpy_helper.to_array(tensor) for tensor in graph.initializer}
     weights = {}
     for node in graph.node:
-        if node.op_type != "MatMulNBits":
-            continue
-        size = {a.name: a.i for a in node.attribute}
-        values, scales, *zeros = (stored[name] for name in node.input[1:])
-        zero: NDArray[Any] = np.full(scales.shape, 1 << size["bits"] - 1, np.uint8)
-        if size["bits"] == 4:
-            values = np.stack([values & 15, values >> 4], axis=-1)
-            halves = [np.stack([each & 15, each >> 4], axis=-1) for each in zeros]
-            zero = [*(each.reshape(size["N"], -1) for each in halves), zero][0]
-        steps = values.reshape(*scales.shape, size["block_size"]).astype(np.float32)
-        dense = (steps - zero[:, : scales.shape[1], None]) * scales[..., None]
-        name = node.name.split("/MatMul")[0].strip("/").replace("/", ".")
-        name = name.replace(".attn.", ".self_attn.")
-        weights[name] = torch.from_numpy(dense.reshape(size["N"], -1)[:, : size["K"]])
+        if node.op_type == "MatMulNBits":
+            name = node.name.split("/MatMul")[0].strip("/").replace("/", ".")
+            weights[name.replace(".attn.", ".self_attn.")] = torch.from_numpy(dense(node, stored))
     return weights
 
 
