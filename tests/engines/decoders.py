@@ -23,7 +23,7 @@ from dora_serve.proof.live import LiveModel
 from dora_serve.proof.verify import logits, verification_batch
 
 BOUND = 1e-4
-EFFECT = 0.05  # of an adapter, by which it differs where activations are rounded to 8 bits
+EFFECT = 0.05  # of an adapter, by which it may differ where activations are rounded; 0.023 found
 PROMPTS = ("count : nine", "copy : cat moon river =", "count : twenty-one", "count : five")
 
 

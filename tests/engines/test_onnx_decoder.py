@@ -266,7 +266,6 @@ def test_a_graph_in_blocks_is_its_own_dequantized_base_with_the_adapter(
         change = logits(OnnxDecoder(folder, "down"), inputs) - logits(OnnxDecoder(folder), inputs)
         return float((change - (adapted - bare)).norm() / (adapted - bare).norm())
 
-    print(precision, error(out))
     assert error(out) <= EFFECT
     half = Path(shutil.copytree(out, tmp_path / "half"))
     scale_adapter(half / "adapters" / "down.onnx_adapter", 0.5)
