@@ -92,6 +92,7 @@ def _save(model: ir.Model, file: Path, places: dict[bytes, int]) -> None:
     """Write a graph, and its weights into the file beside it, which has those at `places`: digest
     → offset."""
     data = file.parent / DATA
+    data.touch()
     for value in model.graph.initializers.values():
         tensor = value.const_value
         outside = isinstance(tensor, ir.ExternalTensor) and tensor.path != str(data)

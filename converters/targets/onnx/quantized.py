@@ -4,8 +4,8 @@ Graphs of 8 bits have blocks of 16, rounded to nearest. The kernels round what i
 them to 8 bits in the same blocks: in blocks of 32, as llama.cpp's Q8_0 has them, that costs 1.7
 times the divergence. Graphs of 4 bits have blocks of 32 with a zero of their own, scale and zero
 chosen for the least error of the larger weights; and the matrices that they hurt most get 8 bits:
-the head, values, what attention adds to the residual and the way down into it. Embeddings get 8
-bits too, and are the head's where the two are tied.
+the head, values, what attention adds to the residual, the way down into it, and what chooses
+experts. Embeddings get 8 bits too, and are the head's where the two are tied.
 """
 
 from __future__ import annotations
@@ -26,7 +26,10 @@ _BLOCK = {8: 16, 4: 32}  # bits of a graph → weights, and activations, that sh
 _INTEGERS = 4  # ONNX Runtime's level of accuracy at which activations are rounded to 8 bits
 _LEVELS = np.arange(11, 17.1, 0.5, np.float32)  # steps that a block's span is tried to have
 _AT_ONCE = 1 << 18  # weights that are looked at together
-_SENSITIVE = {"v_proj", "o_proj", "down_proj", "out_proj", "fc2", "c_proj", "dense"}
+_SENSITIVE = {
+    *("v_proj", "o_proj", "out_proj", "dense"),
+    *("down_proj", "fc2", "c_proj", "gate", "router"),
+}
 _Array = NDArray[np.float32]
 # What a matrix became: `B [out, blocks, bytes]`, the same as `rows [out, bytes]`, `scales [out,
 # blocks]` and, of 4 bits, `zero_points`.
