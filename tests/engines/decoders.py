@@ -94,7 +94,7 @@ def dense(node: onnx.NodeProto, stored: Mapping[str, NDArray[Any]]) -> NDArray[n
         halves = [np.stack([each & 15, each >> 4], axis=-1) for each in zeros]
         zero = [*(each.reshape(size["N"], -1) for each in halves), zero][0]
     steps = values.reshape(*scales.shape, size["block_size"]).astype(np.float32)
-    weight = (steps - zero[:, : scales.shape[1], None]) * scales[..., None]
+    weight: NDArray[np.float32] = (steps - zero[:, : scales.shape[1], None]) * scales[..., None]
     return weight.reshape(size["N"], -1)[:, : size["K"]]
 
 

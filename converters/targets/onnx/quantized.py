@@ -24,7 +24,7 @@ from .surgery import Scope, replace, take
 
 _BLOCK = {8: 16, 4: 32}  # bits of a graph → weights, and activations, that share a scale
 _INTEGERS = 4  # ONNX Runtime's level of accuracy at which activations are rounded to 8 bits
-_LEVELS = np.arange(11, 17.1, 0.5, np.float32)  # steps that a block's span is tried to have
+_LEVELS = np.linspace(11, 17, 13, dtype=np.float32)  # steps that a block's span is tried to have
 _AT_ONCE = 1 << 18  # weights that are looked at together
 _SENSITIVE = {
     *("v_proj", "o_proj", "out_proj", "dense"),
