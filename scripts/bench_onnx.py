@@ -104,13 +104,19 @@ def export(name: str, folder: Path) -> tuple[float, float]:
     from converters.model.base import open_base
     from converters.targets.onnx import write_onnx
     from converters.targets.onnx.decoder import build_decoder
+    from converters.targets.onnx.graph_file import GraphWriter
 
     begin = time.perf_counter()
     if name == "adapters":
         write_onnx(open_base(folder / "base"), folder / "onnx", adapters=decoder_runs(folder))
     else:
         (folder / "plain").mkdir()
-        build_decoder(folder / "base", folder / "plain", "fp32", adaptable=False)
+        build_decoder(
+            folder / "base",
+            folder / "plain",
+            GraphWriter(folder / "plain", "fp32"),
+            adaptable=False,
+        )
     seconds = time.perf_counter() - begin
     who = (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)
     return seconds, sum(resource.getrusage(each).ru_maxrss for each in who) * 1024 / 1e9

@@ -12,7 +12,11 @@ from click.core import ParameterSource
 from . import common
 
 _ONLY = {  # parameters that one engine alone has
-    "onnxruntime": {"threads": "--threads", "workers": "--workers"},
+    "onnxruntime": {
+        "threads": "--threads",
+        "workers": "--workers",
+        "precision": "--precision",
+    },
     "vllm": {
         "gpu_memory": "--gpu-memory",
         "vllm": "--vllm",
@@ -43,6 +47,13 @@ _WHERE = {"--host", "--port", "--uds"}  # vLLM listens
     show_default=True,
     help="ONNX Runtime: batches of an encoder at once.",
 )
+@click.option(
+    "--precision",
+    type=click.Choice(["auto", "fp32", "int8", "int4"]),
+    default="auto",
+    show_default=True,
+    help="ONNX Runtime: of the weights; auto is the most exact that fits a quarter of the memory.",
+)
 @click.option("--gpu-memory", type=common.Size(), help="vLLM: memory of the device, as 80GB.")
 @click.option("--vllm", metavar="PROGRAM", help="vLLM: its program or its Python, if elsewhere.")
 @click.option("--live", is_flag=True, help="vLLM: follow what appears, changes or goes later.")
@@ -63,6 +74,7 @@ def command(
     api_key: str | None,
     threads: int | None,
     workers: int,
+    precision: str,
     gpu_memory: int | None,
     vllm: str | None,
     live: bool,
@@ -97,7 +109,7 @@ def command(
     from dora_serve.server.options import ServerOptions
     from dora_serve.server.up import up
 
-    options = ServerOptions(threads=threads, workers=workers)
+    options = ServerOptions(threads=threads, workers=workers, precision=precision)
     sys.exit(up(folder, base, host, port, api_key, dry_run, options))
 
 

@@ -41,6 +41,7 @@ def vllm_servers(cluster: Cluster, pools: Sequence[tuple[str, Pool]], image: str
 def embedded_server(cluster: Cluster, base: str | None, threads: int, image: str) -> str:
     """The embedded server of everything in the folder. `threads`: cores of a replica."""
     words = ["dora-serve", "up", str(cluster.at), *_LISTEN, "--threads", str(threads)]
+    words += ["--precision", "fp32"]  # the same on every node
     if base is not None:
         words += ["--base", base]
     server = _server("dora-serve", words, {})

@@ -11,11 +11,13 @@ from dora_serve.onnxruntime.limits import Limits
 class ServerOptions:
     """`threads` of each engine, None for one per core. `max_length`: tokens of a prompt and its
     completion, None for the model's context. `max_body`: bytes of a request. `timeout`: seconds
-    from a request to the end of its answer. `workers`: batches of an encoder that run at once."""
+    from a request to the end of its answer. `workers`: batches of an encoder that run at once.
+    `precision` of the graphs that are made: fp32, int8, int4, or auto, as the memory allows."""
 
     threads: int | None = None
     max_length: int | None = None
     max_body: int = 4 << 20
     timeout: float = 600
     workers: int = 1
+    precision: str = "auto"
     limits: Limits = field(default_factory=Limits)

@@ -54,7 +54,7 @@ def up(
     options = options or ServerOptions()
     root = root.resolve()
     with _terminable():
-        offer = make_offer(root, base, dry_run)
+        offer = make_offer(root, base, dry_run, options.precision)
     _tell(offer.problems)
     for name, warning in offer.warnings.items():
         print(in_flags(visible(f"warning: {name}: {warning}")), file=sys.stderr)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import shutil
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ from typing import Any
 import numpy as np
 import onnx
 import torch
+from numpy.typing import NDArray
 from onnx import numpy_helper
 
 from converters.model.base import open_base
@@ -21,6 +23,7 @@ from dora_serve.proof.live import LiveModel
 from dora_serve.proof.verify import logits, verification_batch
 
 BOUND = 1e-4
+EFFECT = 0.05  # of an adapter, by which it may differ where activations are rounded; 0.023 found
 PROMPTS = ("count : nine", "copy : cat moon river =", "count : twenty-one", "count : five")
 
 
@@ -81,19 +84,51 @@ def check(case: Case, steps: int) -> None:
         assert completion.tokens == greedy(models[name], prompt, steps)
 
 
+def dense(node: onnx.NodeProto, stored: Mapping[str, NDArray[Any]]) -> NDArray[np.float32]:
+    """The float32 weight `[out, in]` of a MatMulNBits: (q - zero)·scale of its block."""
+    size = {a.name: a.i for a in node.attribute}
+    values, scales, *zeros = (stored[name] for name in node.input[1:])
+    zero: NDArray[Any] = np.full(scales.shape, 1 << size["bits"] - 1, np.uint8)
+    if size["bits"] == 4:
+        values = np.stack([values & 15, values >> 4], axis=-1)
+        halves = [np.stack([each & 15, each >> 4], axis=-1) for each in zeros]
+        zero = [*(each.reshape(size["N"], -1) for each in halves), zero][0]
+    steps = values.reshape(*scales.shape, size["block_size"]).astype(np.float32)
+    weight: NDArray[np.float32] = (steps - zero[:, : scales.shape[1], None]) * scales[..., None]
+    return weight.reshape(size["N"], -1)[:, : size["K"]]
+
+
 def dequantized(folder: Path) -> dict[str, torch.Tensor]:
-    """Module → float32 weight `[out, in]` of every 4-bit MatMul: (q − 8)·scale in blocks of 32."""
+    """Module → the weight of every MatMulNBits."""
     graph = onnx.load(folder / "model.onnx").graph
     stored = {tensor.name: numpy_helper.to_array(tensor) for tensor in graph.initializer}
     weights = {}
     for node in graph.node:
-        if node.op_type != "MatMulNBits":
-            continue
-        size = {a.name: a.i for a in node.attribute}
-        packed, scales = stored[node.input[1]], stored[node.input[2]]
-        values = np.stack([packed & 15, packed >> 4], axis=-1).reshape(size["N"], -1, 32)
-        dense = (values.astype(np.float32) - 8) * scales.reshape(size["N"], -1, 1)
-        name = node.name.split("/MatMul")[0].strip("/").replace("/", ".")
-        name = name.replace(".attn.", ".self_attn.")
-        weights[name] = torch.from_numpy(dense.reshape(size["N"], -1)[:, : size["K"]])
+        if node.op_type == "MatMulNBits":
+            name = node.name.split("/MatMul")[0].strip("/").replace("/", ".")
+            weights[name.replace(".attn.", ".self_attn.")] = torch.from_numpy(dense(node, stored))
     return weights
+
+
+def in_floats(folder: Path, out: Path) -> Path:
+    """A copy of the folder whose graphs do not round what they multiply their weights with."""
+    shutil.copytree(folder, out)
+    for file in out.glob("*.onnx"):
+        model = onnx.load(file, load_external_data=False)
+        levels = [a for n in model.graph.node for a in n.attribute if a.name == "accuracy_level"]
+        assert levels
+        for level in levels:
+            level.i = 1
+        onnx.save(model, file)
+    return out
+
+
+def displace_small_tensors(file: Path) -> None:
+    """Let the float32 tensors that a graph holds itself be read from the begin of its weights."""
+    model = onnx.load(file, load_external_data=False)
+    begin = (file.parent / "model.onnx.data").read_bytes()
+    small = [t for t in model.graph.initializer if t.data_location == 0 and t.data_type == 1]
+    assert any(tensor.raw_data for tensor in small)
+    for tensor in small:
+        tensor.raw_data = begin[: len(tensor.raw_data)]
+    onnx.save(model, file)

@@ -17,6 +17,7 @@ from converters.run import Run
 from dora_serve.onnxruntime.encoder import Encoder
 from dora_serve.proof.live import LiveModel
 from tests.conftest import randomize
+from tests.engines.decoders import dense
 
 BOUND, MIXED = 1e-4, 1e-5
 Built = tuple[BaseModel, dict[str, Run], Path]
@@ -118,17 +119,12 @@ def largest(left: Sequence[dict[str, Any]], right: Sequence[dict[str, Any]]) -> 
 
 
 def dequantize(model: onnx.ModelProto) -> None:
-    """MatMulNBits as MatMul of the weights it stands for: blocks of 32 along the inputs, two to a
-    byte, the lower half first, 8 standing for zero."""
+    """MatMulNBits as MatMul of the weights it stands for."""
     values = {t.name: onnx.numpy_helper.to_array(t) for t in model.graph.initializer}
     for node in model.graph.node:
         if node.op_type == "MatMulNBits":
-            sizes = {a.name: a.i for a in node.attribute}
-            packed, scales = values[node.input[1]], values[node.input[2]]
-            codes = np.stack([packed & 15, packed >> 4], axis=-1).astype(np.float32) - 8
-            rows = codes.reshape(sizes["N"], -1, 32) * scales.reshape(sizes["N"], -1, 1)
-            weight = rows.reshape(sizes["N"], -1)[:, : sizes["K"]].T.copy()
             name = f"{node.name}/dequantized"
+            weight = dense(node, values).T.copy()
             model.graph.initializer.append(onnx.numpy_helper.from_array(weight, name))
             plain = onnx.helper.make_node("MatMul", [node.input[0], name], node.output, node.name)
             node.CopyFrom(plain)

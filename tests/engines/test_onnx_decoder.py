@@ -24,8 +24,17 @@ from dora_serve.onnxruntime.sampling import Sampling
 from dora_serve.proof.live import LiveModel
 from dora_serve.proof.verify import logits, verification_batch
 from tests.conftest import MODELS
-from tests.engines.adapter_files import write_overflowing
-from tests.engines.decoders import BOUND, Case, check, dequantized, truths
+from tests.engines.adapter_files import scale_adapter, write_overflowing
+from tests.engines.decoders import (
+    BOUND,
+    EFFECT,
+    Case,
+    check,
+    dequantized,
+    displace_small_tensors,
+    in_floats,
+    truths,
+)
 
 BASE = MODELS / "tiny-llama-base"
 SAMPLES = {
@@ -232,20 +241,39 @@ def test_adding_an_adapter_to_a_folder(tmp_path: Path) -> None:
     assert not list((tmp_path / "out").glob(".adding*"))
 
 
-def test_int4_equals_its_own_dequantized_base_with_the_adapter(tmp_path: Path) -> None:
-    runs = {"down": sample("down")}
-    write_onnx(open_base(BASE), tmp_path / "out", adapters=runs, precision="int4")
+@pytest.mark.parametrize("precision", ["int8", "int4"])
+def test_a_graph_in_blocks_is_its_own_dequantized_base_with_the_adapter(
+    tmp_path: Path, precision: str
+) -> None:
+    runs, out = {"down": sample("down")}, tmp_path / "out"
+    write_onnx(open_base(BASE), out, adapters=runs, precision=precision)
     live = LiveModel(runs["down"], open_base(BASE))
-    weights = dequantized(tmp_path / "out")
+    weights = dequantized(out)
     assert len(weights) == 29
     for name, weight in weights.items():
         live.model.get_submodule(name).weight = torch.nn.Parameter(weight)
     live.model.model.embed_tokens.weight = live.model.lm_head.weight  # tied in the graph as well
     inputs = verification_batch(live.model)
-    found = logits(OnnxDecoder(tmp_path / "out", "down"), inputs)
-    assert float((found - logits(live.model, inputs)).abs().max()) <= 1e-4
+    adapted = logits(live.model, inputs)
     live.detach()
-    assert float((found - logits(live.model, inputs)).abs().max()) > 1
+    bare = logits(live.model, inputs)
+    exact = logits(OnnxDecoder(in_floats(out, tmp_path / "floats"), "down"), inputs)
+    assert float((exact - adapted).abs().max()) <= 1e-4
+    assert float((exact - bare).abs().max()) > 1
+
+    def error(folder: Path) -> float:
+        """Of what the adapter changes as written, of its size."""
+        change = logits(OnnxDecoder(folder, "down"), inputs) - logits(OnnxDecoder(folder), inputs)
+        return float((change - (adapted - bare)).norm() / (adapted - bare).norm())
+
+    assert error(out) <= EFFECT
+    half = Path(shutil.copytree(out, tmp_path / "half"))
+    scale_adapter(half / "adapters" / "down.onnx_adapter", 0.5)
+    assert error(half) > 10 * EFFECT
+    for file in half.glob("*.onnx"):
+        displace_small_tensors(file)
+    shutil.copyfile(out / "adapters/down.onnx_adapter", half / "adapters/down.onnx_adapter")
+    assert not error(half) <= 10 * EFFECT
 
 
 @pytest.mark.parametrize(("precision", "bound"), [("fp16", 0.1), ("int8", 2.0)])

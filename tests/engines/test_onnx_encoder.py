@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import onnx
+import onnx_ir as ir
 import onnxruntime
 import pytest
 from safetensors.torch import load_file
@@ -19,11 +20,12 @@ from converters.model.base import open_base
 from converters.readers import read_run
 from converters.run import Run
 from converters.targets.onnx import add_adapters, write_onnx
-from converters.targets.onnx.graph_file import shrunk
+from converters.targets.onnx.graph_file import GraphWriter, put_inside
 from dora_serve.onnxruntime.encoder import Encoder
 from dora_serve.onnxruntime.session import EngineError
 from dora_serve.proof.onnxruntime import prove
 from tests.conftest import DATA, MODELS
+from tests.engines.decoders import in_floats
 from tests.engines.encoders import (
     BOUND,
     DEBERTA,
@@ -41,6 +43,7 @@ from tests.engines.encoders import (
 )
 
 REFERENCE = DATA / "reference"
+ROUNDED = 0.01  # of a logit, where activations are rounded to 8 bits
 INDEX: list[dict[str, Any]] = json.loads((REFERENCE / "index.json").read_text())
 SAMPLE = next(MODELS.glob("runs/Checkpoint/Tiny_Roberta/*/*/*--1"))
 
@@ -174,10 +177,11 @@ def test_the_graph_is_fused_and_tells_nothing_of_this_machine(sample: Built) -> 
 def test_precisions(sample: Built, tmp_path: Path, precision: str, bound: float) -> None:
     full = Encoder(sample[2]).run(ROWS)
     (tmp_path / "config.json").write_bytes((sample[2] / "config.json").read_bytes())
-    model = shrunk(sample[2] / "model.onnx", precision)
+    GraphWriter(tmp_path, precision).write("model.onnx", ir.load(sample[2] / "model.onnx"))
+    put_inside(tmp_path / "model.onnx")
     kinds = {"fp16": "Cast", "int8": "MatMulInteger", "int4": "MatMulNBits"}
+    model = onnx.load(tmp_path / "model.onnx")
     assert kinds[precision] in {node.op_type for node in model.graph.node}
-    onnx.save(model, tmp_path / "model.onnx")
     found = Encoder(tmp_path).run(ROWS)
     error = largest(found, full)
     assert 0 < error <= bound
@@ -366,12 +370,14 @@ def test_int4_is_its_own_dequantized_base_and_the_adapters(roberta: Built, tmp_p
     write_onnx(base, out, adapters=runs, precision="int4")
     found = Encoder(out).run(ROWS, name)
     assert largest(Encoder(out).run(ROWS, [name, None, "roberta", name])[::3], found[::3]) <= MIXED
+    exact = Encoder(in_floats(out, tmp_path / "floats")).run(ROWS, name)
     for file in ("model.onnx", "batched.onnx"):
         model = onnx.load(out / file)
         dequantize(model)
         onnx.save(model, out / file)
-    full = Encoder(out).run(ROWS, name)
-    assert largest(found, full) <= BOUND
+    full, bare = (Encoder(out).run(ROWS, each) for each in (name, None))
+    assert largest(exact, full) <= BOUND
+    assert largest(found, full) <= ROUNDED < largest(full, bare) / 10
     assert largest(found, Encoder(roberta[2]).run(ROWS, name)) > BOUND  # the base was rounded
 
 

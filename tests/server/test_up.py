@@ -17,7 +17,11 @@ from transformers import (
 )
 
 from converters.errors import DoraExportError
+from converters.files.tensors import numel
+from converters.model.base import open_base
 from dora_serve import read_run, write_onnx
+from dora_serve.onnxruntime.decoder import Decoder
+from dora_serve.server.prepare import precision
 from dora_serve.server.prepare.child import make_offer
 from dora_serve.server.prepare.make import make_offer as make
 from dora_serve.server.up import up
@@ -112,6 +116,33 @@ def test_a_base_alone_takes_runs_later_and_onnx_folders_are_served_as_they_are(
         assert loaded.status_code == 200, loaded.text
         assert text("later").startswith(" eight seven")
         assert text(BASE).startswith(" ten eleven")
+
+
+def test_the_precision_is_said_or_what_the_memory_holds(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each has a graph of its own in the cache; with an adapter made for it."""
+    root, log = tmp_path / "root", DOWN_PATH.replace("Checkpoint", "Log")
+    for path in (DOWN_PATH, log):
+        shutil.copytree(MODELS / "runs" / path, root / "runs" / path)
+    shutil.copytree(MODELS / BASE, root / BASE)
+    monkeypatch.setenv("DORA_SERVE_CACHE", str(tmp_path / "cache"))
+    weights = sum(map(numel, open_base(root / BASE).tensors.values()))
+
+    def made(asked: str) -> tuple[str, str]:
+        offer = make(root.resolve(), None, False, lambda _: None, asked)
+        assert not offer.problems and [model.name for model in offer.models] == [BASE, DOWN]
+        certificate = json.loads(Path(offer.graphs[0].folder, "dora_export.json").read_text())
+        done = Decoder(offer.graphs[0].folder)
+        done.add_adapter("down", offer.models[1].adapter or "")
+        assert done.generate(["count : nine"], "down")[0].text.startswith(" eight seven")
+        return certificate["precision"], offer.graphs[0].folder
+
+    graphs = dict(made(each) for each in ("fp32", "int8", "int4"))
+    assert graphs.keys() == {"fp32", "int8", "int4"} and len({*graphs.values()}) == 3
+    for share, expected in ((4.0, "fp32"), (3.9, "int8"), (1.25, "int8"), (1.2, "int4")):
+        monkeypatch.setattr(precision, "memory", lambda room=share: int(4 * room * weights))
+        assert made("auto") == (expected, graphs[expected])
 
 
 def test_the_server_imports_no_torch() -> None:

@@ -147,7 +147,7 @@ def _plain_linears(model: Any) -> None:
             model.set_submodule(name, linear)
 
 
-def build_causal(model: Path, out: Path, precision: str, *, adaptable: bool) -> None:
+def build_causal(model: Path, out: Path, writer: GraphWriter, *, adaptable: bool) -> None:
     """Write the graphs of the Hugging Face folder `model` into `out`, configuration and tokenizer
     beside them; `adaptable`: with a branch behind every linear layer.
 
@@ -171,7 +171,6 @@ def build_causal(model: Path, out: Path, precision: str, *, adaptable: bool) -> 
     def check(file: Path) -> None:
         check_graph(file, [truth], inputs)
 
-    writer = GraphWriter(out, precision, weights_only=True)
     for name, batched in ((MODEL, False), (BATCHED, True))[: 2 if adaptable else 1]:
         graph = exported.clone()
         if adaptable:
@@ -180,7 +179,8 @@ def build_causal(model: Path, out: Path, precision: str, *, adaptable: bool) -> 
         if border is not None:
             optional_lengths(graph, border)
         add_positions(graph, head)
-        writer.write(name, graph, None if batched else check)
+        modules = {site.node: site.name for site in sites}
+        writer.write(name, graph, None if batched else check, modules)
     write_config(loaded, out, model)
     (out / GENAI).write_text(json.dumps(_genai(loaded, sizes), indent=4))
 

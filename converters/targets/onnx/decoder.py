@@ -19,6 +19,7 @@ from ...files.json_files import read_json
 from ...files.onnx_files import BATCHED, GENAI, MODEL
 from .branches import Site, add_branches
 from .causal import build_causal
+from .graph_file import GraphWriter
 from .positions import add_positions
 from .surgery import take
 
@@ -36,18 +37,22 @@ _ROPE = {
     },
 }
 _TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json")
-_NODE = re.compile(r"/(?:model/layers\.(\d+)/(attn|mlp)|(lm_head))(?:/(\w+))?/MatMul(?:_Q[48])?")
+_NODE = re.compile(r"/(?:model/layers\.(\d+)/(attn|mlp)|(lm_head))(?:/(\w+))?/MatMul")
 
 
-def build_decoder(model: Path, out: Path, precision: str, *, adaptable: bool) -> None:
+def build_decoder(model: Path, out: Path, writer: GraphWriter, *, adaptable: bool) -> None:
     """Write the graph of the Hugging Face folder `model` into `out`, configuration and tokenizer
     beside it; `adaptable`: both forms of it, with a branch behind every linear layer."""
     # The builder wants a tokenizer.
     named = any((model / name).exists() for name in _TOKENIZERS)
-    if named and _builds(model) and _build(model, out, precision, adaptable):
-        _finish(out / MODEL, adaptable)
-    else:
-        build_causal(model, out, precision, adaptable=adaptable)
+    with tempfile.TemporaryDirectory(dir=out) as built:
+        if named and _builds(model) and _build(model, Path(built), writer.precision, adaptable):
+            _finish(Path(built, MODEL), writer, adaptable)
+            for file in Path(built).iterdir():
+                if not file.name.startswith(MODEL):
+                    file.replace(out / file.name)
+            return
+    build_causal(model, out, writer, adaptable=adaptable)
 
 
 def _builds(model: Path) -> bool:
@@ -69,35 +74,29 @@ def _builds(model: Path) -> bool:
     return rope.keys() <= _ROPE.get(kind, set())
 
 
-def _build(model: Path, out: Path, precision: str, adaptable: bool) -> bool:
+def _build(model: Path, built: Path, precision: str, adaptable: bool) -> bool:
     """Run the builder; False when it fails. `adaptable` keeps q, k and v apart, so that each can
     have a branch."""
-    with tempfile.TemporaryDirectory(dir=out) as built, tempfile.TemporaryDirectory() as cache:
+    with tempfile.TemporaryDirectory() as cache:
         command = [sys.executable, "-m", "onnxruntime_genai.models.builder"]
-        command += ["-m", model.name, "-i", str(model), "-o", built, "-c", cache]
-        command += ["-p", precision, "-e", "cpu", "--extra_options", "hf_token=false"]
+        command += ["-m", model.name, "-i", str(model), "-o", str(built), "-c", cache]
+        command += ["-p", "fp16" if precision == "fp16" else "fp32", "-e", "cpu"]
+        command += ["--extra_options", "hf_token=false"]
         if adaptable:
             command.append("fuse_qkv=false")
         done = subprocess.run(command, capture_output=True, text=True, check=False)
-        if done.returncode or not Path(built, MODEL).exists():
-            return False
-        for file in Path(built).iterdir():
-            file.replace(out / file.name)
-    return True
+    return done.returncode == 0 and (built / MODEL).exists()
 
 
-def _finish(file: Path, adaptable: bool) -> None:
-    """Mend the builder's graph, and add what it lacks: a choice of logits, and branches.
+def _finish(file: Path, writer: GraphWriter, adaptable: bool) -> None:
+    """Write the builder's graph with what it lacks: a choice of logits, and branches.
 
-    Quantized MatMuls round the weights only: the builder's default rounds activations too, which
-    costs a hundred times the accuracy. The shapes of values between nodes are left out: the
-    builder calls the length of a float16 graph's cache that of its input. And the cache's last
-    side is the number that `genai_config.json` tells, which the builder only names.
+    The shapes of values between nodes are left out: the builder calls the length of a float16
+    graph's cache that of its input. And the cache's last side is the number that
+    `genai_config.json` tells, which the builder only names.
     """
     built = ir.load(file)
     for node in built.graph:
-        if node.op_type == "MatMulNBits":
-            node.attributes.add(ir.AttrInt64("accuracy_level", 1))
         for value in node.outputs:
             if not value.is_graph_output():
                 value.shape = value.type = None
@@ -112,7 +111,7 @@ def _finish(file: Path, adaptable: bool) -> None:
         model = built.clone()
         if adaptable:
             add_branches(model, sites.values(), batched)
-        ir.save(model, file.with_name(name))
+        writer.write(name, model, modules={site.node: site.name for site in sites.values()})
 
 
 def decoder_sites(model: ir.Model) -> dict[str, Site]:
@@ -125,9 +124,6 @@ def decoder_sites(model: ir.Model) -> dict[str, Site]:
         block = "self_attn" if match[2] == "attn" else "mlp"
         name = match[3] or f"model.layers.{match[1]}.{block}.{match[4]}"
         weight = take(node, 1).const_value
-        if "K" in node.attributes:
-            sizes = [node.attributes[side].as_int() for side in "KN"]
-            sites[name] = Site(str(node.name), name, *sizes)
-        elif weight is not None:
+        if weight is not None:
             sites[name] = Site(str(node.name), name, *weight.shape.numpy())
     return sites

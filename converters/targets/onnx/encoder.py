@@ -58,18 +58,18 @@ class _Encoder(torch.nn.Module):
         return tuple(output[name] for name in self._outputs)
 
 
-def build_encoder(model: Path, out: Path, task: str, precision: str) -> None:
+def build_encoder(model: Path, out: Path, task: str, writer: GraphWriter) -> None:
     """Write the graph of the Hugging Face folder `model` into `out`, configuration and tokenizer
     beside it. Raises `TargetError` when the graph would not compute what the model computes."""
     loaded = load_whole(model)
     part = _part(loaded, task)
-    GraphWriter(out, precision).write(MODEL, fused(part.export()), part.check)
+    writer.write(MODEL, fused(part.export()), part.check)
     put_inside(out / MODEL)
     write_config(loaded, out, model)
 
 
 def build_adaptable_encoder(
-    base: BaseModel, runs: Mapping[str, Run], out: Path, task: str, precision: str
+    base: BaseModel, runs: Mapping[str, Run], out: Path, task: str, writer: GraphWriter
 ) -> None:
     """Write the graphs of `base`, in the class that `runs` are for, able to carry adapters."""
     first = next(iter(runs.values()))
@@ -89,7 +89,6 @@ def build_adaptable_encoder(
         own = {n: array for head in weights.values() for n, array in head.inputs().items()}
         write_own_heads(out / OWN_HEADS, own)
     three_axes(exported, sites, loaded)
-    writer = GraphWriter(out, precision)
     for name, batched in ((MODEL, False), (BATCHED, True))[: 1 if shared else 2]:
         graph = exported.clone()
         free_heads(graph, {s.node: weights[s.name] for s in sites if s.name in weights}, batched)

@@ -4,41 +4,78 @@ from __future__ import annotations
 
 import hashlib
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import onnx_ir as ir
 
 from .export import quiet
+from .quantized import Blocks, blocks_of, quantize
+from .step import step_times
 
 DATA = "model.onnx.data"
 _DATA_FROM, _ALIGNED = 1024, 64  # bytes; smaller tensors stay inside the graph
-_BLOCK = 32
 _INSIDE = 900_000_000  # bytes of weights that a graph, which ends at 2 GB, may hold itself
 
 
 class GraphWriter:
-    """Writes the graphs of one folder in one precision, over one file of weights."""
+    """Writes the graphs of one folder in one precision, over one file of weights.
 
-    def __init__(self, folder: Path, precision: str, *, weights_only: bool = False) -> None:
-        self._folder, self._precision, self._weights_only = folder, precision, weights_only
+    `decodes`: they are of a decoder, whose int8 is of weights in blocks too. `times`: of a step of
+    the first such graph, once it is written.
+    """
+
+    def __init__(self, folder: Path, precision: str, *, decodes: bool = False) -> None:
+        self._folder, self.precision = folder, precision
+        self._blocks = precision == "int4" or (precision == "int8" and decodes)
+        self._decodes = decodes
+        self.times: dict[str, float] | None = None
         self._places: dict[bytes, int] = {}
+        self._kept: dict[tuple[bytes, int, int, bool], Blocks] = {}
 
     def write(
-        self, name: str, model: ir.Model, check: Callable[[Path], None] | None = None
+        self,
+        name: str,
+        model: ir.Model,
+        check: Callable[[Path], None] | None = None,
+        modules: Mapping[str, str] | None = None,
     ) -> None:
-        """Write a float32 graph, which is no longer whole afterwards; `check` is given its file
-        before it is made smaller."""
+        """Write a float32 graph, or one that is float16 already, which is no longer whole
+        afterwards; `check` is given its file before it is made smaller. `modules`: node → the
+        module that it computes, for those whose precision depends on it."""
         with tempfile.TemporaryDirectory(dir=self._folder) as beside:
-            exact = self._precision == "fp32"
+            exact = self.precision == "fp32" or _is_half(model)
             file = (self._folder if exact else Path(beside)) / name
             _save(model, file, self._places if exact else {})
             if check is not None:
                 check(file)
-            if not exact:
-                small = shrunk(file, self._precision, weights_only=self._weights_only)
-                _save(ir.from_proto(small), self._folder / name, self._places)
+            if self._blocks:
+                small = ir.load(file)
+                bits = int(self.precision.removeprefix("int"))
+                quantize(small, bits, modules or {}, self._keep)
+                _save(small, self._folder / name, self._places)
+                if self._decodes and self.times is None:
+                    self.times = step_times(file, self._folder / name)
+            elif not exact:
+                small = ir.from_proto(shrunk(file, self.precision))
+                _save(small, self._folder / name, self._places)
+
+    def _keep(self, matrix: ir.TensorProtocol, bits: int, block: int, turned: bool) -> Blocks:
+        """What became of a matrix, computed and written once for all graphs."""
+        key = (hashlib.sha256(matrix.tobytes()).digest(), bits, block, turned)
+        if key not in self._kept:
+            data = self._folder / DATA
+            found = blocks_of(matrix, bits, block, turned).items()
+            self._kept[key] = {kind: _place(each, data, self._places) for kind, each in found}
+        if isinstance(matrix, ir.ExternalTensor):
+            matrix.release()
+        return self._kept[key]
+
+
+def _is_half(model: ir.Model) -> bool:
+    tensors = (value.const_value for value in model.graph.initializers.values())
+    return any(tensor is not None and tensor.dtype == ir.DataType.FLOAT16 for tensor in tensors)
 
 
 def put_inside(file: Path) -> None:
@@ -54,65 +91,88 @@ def put_inside(file: Path) -> None:
 def _save(model: ir.Model, file: Path, places: dict[bytes, int]) -> None:
     """Write a graph, and its weights into the file beside it, which has those at `places`: digest
     → offset."""
-    with (file.parent / DATA).open("ab") as stream:
-        for name, value in model.graph.initializers.items():
-            tensor = value.const_value
-            if tensor is None or tensor.nbytes < _DATA_FROM:
-                continue
-            raw = tensor.tobytes()
-            digest = hashlib.sha256(raw).digest()
-            if digest not in places:
-                stream.write(bytes(-stream.tell() % _ALIGNED))
-                places[digest] = stream.tell()
-                stream.write(raw)
-            place, shape = places[digest], ir.Shape(tensor.shape.numpy())
-            value.const_value = ir.ExternalTensor(
-                DATA, place, len(raw), tensor.dtype, shape=shape, name=name, base_dir=file.parent
-            )
+    data = file.parent / DATA
+    data.touch()
+    for value in model.graph.initializers.values():
+        tensor = value.const_value
+        outside = isinstance(tensor, ir.ExternalTensor) and tensor.path != str(data)
+        if tensor is None or (tensor.nbytes < _DATA_FROM and not outside):
+            continue
+        if tensor.nbytes < _DATA_FROM:
+            value.const_value = ir.tensor(tensor.numpy().copy(), tensor.dtype, name=tensor.name)
+        elif outside or not isinstance(tensor, ir.ExternalTensor):
+            value.const_value = _place(tensor, data, places)
     ir.save(model, file)
 
 
-def shrunk(file: Path, precision: str, *, weights_only: bool = False) -> Any:
+def _place(tensor: ir.TensorProtocol, data: Path, places: dict[bytes, int]) -> ir.ExternalTensor:
+    """The tensor in the file of weights, put at its end unless an equal one is there."""
+    raw = tensor.tobytes()
+    digest = hashlib.sha256(raw).digest()
+    if digest not in places:
+        with data.open("ab") as stream:
+            stream.write(bytes(-stream.tell() % _ALIGNED))
+            places[digest] = stream.tell()
+            stream.write(raw)
+    if isinstance(tensor, ir.ExternalTensor):
+        tensor.release()
+    shape = ir.Shape(tensor.shape.numpy())
+    return ir.ExternalTensor(
+        DATA,
+        places[digest],
+        len(raw),
+        tensor.dtype,
+        shape=shape,
+        name=tensor.name or "",
+        base_dir=data.parent,
+    )
+
+
+def shrunk(file: Path, precision: str) -> Any:
     """The `ModelProto` of a float32 graph in another precision, its weights inside; what adapters
     bring stays float32.
 
-    fp16: caches too, other inputs and outputs stay float32.
-    int8: weights in 7 bits per output channel (products of two 8-bit numbers overflow where the
-    processor has no VNNI), activations in 8, their range found anew in every run. int4, and int8
-    with `weights_only`: weights in blocks of 32, computed in float32.
+    fp16: caches too, other inputs and outputs stay float32, and so do angles, which grow with the
+    position. int8: weights in 7 bits per output channel (products of two 8-bit numbers overflow
+    where the processor has no VNNI), activations in 8, their range found anew in every run.
     """
     import onnx
     from onnxruntime.quantization import quantize_dynamic
-    from onnxruntime.quantization.matmul_nbits_quantizer import MatMulNBitsQuantizer
-    from onnxruntime.transformers.float16 import convert_float_to_float16
+    from onnxruntime.transformers.float16 import DEFAULT_OP_BLOCK_LIST, convert_float_to_float16
 
     graph = ir.load(file).graph
-    given = set(graph.inputs)
-    kept = [node.name for node in graph if node.op_type == "MatMul" and given & set(node.inputs)]
     with quiet(), tempfile.TemporaryDirectory(dir=file.parent) as folder:
         if precision == "fp16":
             io = [str(value.name) for value in (*graph.inputs, *graph.outputs)]
-            same = [name for name in io if not name.startswith(("past_key_values.", "present."))]
-            return convert_float_to_float16(str(file), keep_io_types=same)
-        if precision == "int8" and not weights_only:
-            quantize_dynamic(
-                file,
-                Path(folder, file.name),
-                op_types_to_quantize=["MatMul"],
-                per_channel=True,
-                reduce_range=True,
-                nodes_to_exclude=kept,
-                use_external_data_format=True,
-                extra_options={"DefaultTensorType": onnx.TensorProto.FLOAT},
+            return convert_float_to_float16(
+                str(file),
+                keep_io_types=[n for n in io if not n.startswith(("past_key_values.", "present."))],
+                node_block_list=_angles(graph),
+                op_block_list=[*DEFAULT_OP_BLOCK_LIST, "Cos", "Sin"],
             )
-            return onnx.load(Path(folder, file.name))
-        blocks = MatMulNBitsQuantizer(
-            str(file),
-            bits=int(precision.removeprefix("int")),
-            block_size=_BLOCK,
-            is_symmetric=True,
-            accuracy_level=1,
-            nodes_to_exclude=kept,
+        given = set(graph.inputs)
+        products = [node for node in graph if node.op_type == "MatMul"]
+        quantize_dynamic(
+            file,
+            Path(folder, file.name),
+            op_types_to_quantize=["MatMul"],
+            per_channel=True,
+            reduce_range=True,
+            nodes_to_exclude=[node.name for node in products if given & set(node.inputs)],
+            use_external_data_format=True,
+            extra_options={"DefaultTensorType": onnx.TensorProto.FLOAT},
         )
-        blocks.process()
-        return blocks.model.model
+        return onnx.load(Path(folder, file.name))
+
+
+def _angles(graph: ir.Graph) -> list[str]:
+    """The nodes that make what cosines and sines are taken of."""
+    makers = {node for node in graph if node.op_type in ("Cos", "Sin")}
+    waiting = list(makers)
+    while waiting:
+        for value in waiting.pop().inputs:
+            maker = None if value is None else value.producer()
+            if maker is not None and maker not in makers:
+                makers.add(maker)
+                waiting.append(maker)
+    return [str(node.name) for node in makers]

@@ -108,7 +108,7 @@ def _decode(
     return logits
 
 
-def build_seq2seq(model: Path, out: Path, precision: str, *, adaptable: bool) -> None:
+def build_seq2seq(model: Path, out: Path, writer: GraphWriter, *, adaptable: bool) -> None:
     """Write the graphs of the Hugging Face folder `model` into `out`, configuration and tokenizer
     beside it; `adaptable`: another adapter, or none, in every row of a batch.
 
@@ -117,7 +117,6 @@ def build_seq2seq(model: Path, out: Path, precision: str, *, adaptable: bool) ->
     loaded = load_whole(model)
     if not getattr(loaded.config, "d_model", None):
         raise TargetError("no ONNX export for this architecture", found=type(loaded).__name__)
-    writer = GraphWriter(out, precision)
     for name, part in _parts(loaded).items():
         graph = part.export()
         if adaptable:

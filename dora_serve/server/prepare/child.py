@@ -12,9 +12,9 @@ from converters.errors import RunError
 from .offer import Addition, Failure, Offer, OfferedModel
 
 
-def make_offer(root: Path, base: str | None, dry: bool) -> Offer:
+def make_offer(root: Path, base: str | None, dry: bool, precision: str = "fp32") -> Offer:
     """What is in `root`, made ready to be served. Raises `RunError` when it cannot be."""
-    asked = json.dumps({"root": str(root), "base": base, "dry": dry})
+    asked = json.dumps({"root": str(root), "base": base, "dry": dry, "precision": precision})
     return Offer.model_validate_json(_call(asked))
 
 

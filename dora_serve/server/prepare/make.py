@@ -37,6 +37,7 @@ from dora_serve.server.prepare.onnx_folders import (
     certified_modules,
     read_onnx_folder,
 )
+from dora_serve.server.prepare.precision import AUTO, chosen
 
 _TRIED = 3  # runs, before it is the base that no graph can be made of
 _NAME = "adapter"  # of the one in an adapter's own folder
@@ -45,7 +46,9 @@ _MAP = "modules.json"
 Say = Callable[[str], None]
 
 
-def make_offer(root: Path, base: str | None, dry: bool, say: Say) -> offer.Offer:
+def make_offer(
+    root: Path, base: str | None, dry: bool, say: Say, precision: str = "fp32"
+) -> offer.Offer:
     """Discover what is in `root` and make what serving it needs; `dry` makes nothing."""
     found = discover(root, base)
     graphs: list[offer.Graph] = []
@@ -54,6 +57,7 @@ def make_offer(root: Path, base: str | None, dry: bool, say: Say) -> offer.Offer
     for name, model in found.bases.items():
         members = found.of(model)
         own = task_of(model.config)
+        narrow = chosen(model) if precision == AUTO else precision
         tasks = dict.fromkeys([*([own] if own else []), *(m.run.task or own for m in members)])
         if own is None:
             problems[name] = "its architecture is for no task that is served"
@@ -61,7 +65,7 @@ def make_offer(root: Path, base: str | None, dry: bool, say: Say) -> offer.Offer
         for task in tasks:
             runs = [member for member in members if (member.run.task or own) == task]
             runs, graph = _graph_for(
-                name, model, task, runs, name == found.given, dry, say, problems
+                name, model, task, narrow, runs, name == found.given, dry, say, problems
             )
             if graph is None:
                 continue
@@ -110,6 +114,7 @@ def _graph_for(
     name: str,
     base: BaseModel,
     task: str | None,
+    precision: str,
     runs: list[Member],
     given: bool,
     dry: bool,
@@ -122,7 +127,7 @@ def _graph_for(
     failed: dict[str, str] = {}
     for start in range(tries + 1):
         with apart(failed, f"{start}"):
-            graph = _graph(name, base, task, runs[start:], given, dry, say)
+            graph = _graph(name, base, task, precision, runs[start:], given, dry, say)
             problems |= {runs[each].name: failed[f"{each}"] for each in range(start)}
             return runs[start:], graph
     problems |= dict.fromkeys([name, *(member.name for member in runs)], failed["0"])
@@ -133,6 +138,7 @@ def _graph(
     name: str,
     base: BaseModel,
     task: str | None,
+    precision: str,
     members: list[Member],
     given: bool,
     dry: bool,
@@ -143,14 +149,16 @@ def _graph(
     first = members[0].run if members and task != offer.DECODES else None
     head = [target_architecture(first, base)[0], first.num_labels] if first else []
     asked = [task] if task == offer.DECODES else [task, *head, bool(members)]
+    asked.append(precision)
     folder = Path(f"{base.path} {task}")
     if dry:
         _plan(base, {} if first is None else {_NAME: first})
     else:
 
         def make(target: Path) -> None:
-            say(f"{name}: making its ONNX graph, once …")
-            write_onnx(base, target, adapters={"first": first} if first else {})
+            say(f"{name}: making its ONNX graph in {precision}, once …")
+            adapters = {"first": first} if first else {}
+            write_onnx(base, target, adapters=adapters, precision=precision)
 
         folder = cached(_base_key(base, asked), make)
     return offer.Graph(folder=str(folder), task=task, base=name, path=str(base.path), given=given)
@@ -251,8 +259,8 @@ def main() -> None:
         if "path" in request:
             reply = add(offer.Addition(**request))
         else:
-            root, base, dry = Path(request["root"]), request["base"], request["dry"]
-            reply = make_offer(root, base, dry, lambda text: print(text, file=sys.stderr))
+            request["root"] = Path(request["root"])
+            reply = make_offer(**request, say=lambda text: print(text, file=sys.stderr))
     except DoraExportError as error:
         reply = offer.Failure(error=str(error))
     with answer:

@@ -1,0 +1,31 @@
+"""In which precision a base is served where nobody says it."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+from converters.files.tensors import numel
+from converters.model.base import BaseModel
+
+AUTO = "auto"
+_SHARE = 4  # of the memory: a base's weights may take one such part of it
+_BITS = {"fp32": 32, "int8": 10}  # of a weight; with 8 bits a scale of 32 for 16 weights
+_GROUP = Path("/sys/fs/cgroup/memory.max")
+
+
+def chosen(base: BaseModel) -> str:
+    """The most exact precision in which the base's weights take a quarter of the memory at most, or
+    int4."""
+    weights, room = sum(map(numel, base.tensors.values())), memory() // _SHARE
+    fits = (name for name, bits in _BITS.items() if weights * bits <= 8 * room)
+    return next(fits, "int4")
+
+
+def memory() -> int:
+    """Bytes that this process may use: the machine's, or what its control group is given."""
+    machine = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    try:
+        return min(machine, int(_GROUP.read_text()))
+    except (OSError, ValueError):  # none, or "max"
+        return machine
