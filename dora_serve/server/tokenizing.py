@@ -6,6 +6,7 @@ import itertools
 import json
 from array import array
 from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
 
 from .bounded.process import Process
 from .wire.requests import Text
@@ -35,28 +36,38 @@ class Texts:
         return [next(rows) if isinstance(i, str) else (i, [0] * len(i)) for i in inputs]
 
     async def chat(
-        self, messages: Sequence[Mapping[str, str]], generation: bool, longest: int
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        generation: bool,
+        longest: int,
+        values: Mapping[str, Any] | None = None,
+        continued: bool = False,
+        special: bool = False,
     ) -> list[int]:
-        """The tokens of a conversation, with `generation` up to where the answer begins."""
+        """The tokens of a conversation, as `ChatTemplate.render` takes it."""
         told = await self.process.call(
-            "chat", json.dumps(messages).encode(), generation=generation, longest=longest
+            "chat",
+            json.dumps([messages, generation, values, continued]).encode(),
+            special=special,
+            longest=longest,
         )
         return next(_rows(*told))[0]
 
     async def tokenize(
         self,
-        given: str | Sequence[Mapping[str, str]],
+        given: str | Sequence[Mapping[str, Any]],
         special: bool | None,
         generation: bool,
         longest: int,
         strings: bool,
+        values: Mapping[str, Any] | None = None,
+        continued: bool = False,
     ) -> bytes:
         """`answers.Tokens` as JSON, of a text or of a conversation."""
         _, answer = await self.process.call(
             "tokenize",
-            json.dumps(given).encode(),
+            json.dumps([given, generation, values, continued]).encode(),
             special=special,
-            generation=generation,
             longest=longest,
             strings=strings,
         )

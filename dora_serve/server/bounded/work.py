@@ -107,18 +107,17 @@ class Work:
             types.extend(encoded.type_ids)
         return lengths, ids.tobytes() + types.tobytes()
 
-    def chat(self, blob: bytes, generation: bool, longest: int) -> tuple[Any, bytes]:
+    def chat(self, blob: bytes, special: bool, longest: int) -> tuple[Any, bytes]:
         """The same of a conversation, through the chat template."""
-        text = self._template.render(json.loads(blob), generation)
-        return self.encode(b"", [text], False, longest, "messages")
+        text = self._template.render(*json.loads(blob))
+        return self.encode(b"", [text], special, longest, "messages")
 
     def tokenize(
-        self, blob: bytes, special: bool | None, generation: bool, longest: int, strings: bool
+        self, blob: bytes, special: bool | None, longest: int, strings: bool
     ) -> tuple[Any, bytes]:
         """The answer of `/tokenize` to a text or to messages."""
-        text = given = json.loads(blob)
-        if not isinstance(given, str):
-            text = self._template.render(given, generation)
+        given, *how = json.loads(blob)
+        text = given if isinstance(given, str) else self._template.render(given, *how)
         special = isinstance(given, str) if special is None else special
         encoded = self._encoding(text, special, "prompt")
         told = answers.Tokens(

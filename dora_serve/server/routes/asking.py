@@ -74,6 +74,9 @@ class Asking:
             self.cancel()
             raise
         self._lengths = [0] * self.count
+        self._prompts = [
+            len(prompt) for prompt, draws in zip(prompts, samplings, strict=True) for _ in draws
+        ]
         served.requests += 1
         metrics.asked(served.model, [len(prompt) for prompt in prompts])
 
@@ -97,6 +100,10 @@ class Asking:
                 yield choice, delta
         finally:
             self.cancel()
+
+    def lengths(self, choice: int) -> tuple[int, int]:
+        """How many tokens a choice's prompt has, and the choice so far."""
+        return self._prompts[choice], self._lengths[choice]
 
     def cancel(self) -> None:
         """Let what has not ended go."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import base64
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -17,7 +17,7 @@ from ..registry import Served
 from ..state import note, state_of
 from ..wire import answers, pieces
 from ..wire.errors import ApiError
-from ..wire.requests import ClassifyRequest, EmbeddingRequest, Text
+from ..wire.requests import ClassifyRequest, EmbeddingRequest
 from ..wire.sending import while_there
 from .reading import JsonRoute
 
@@ -28,7 +28,7 @@ router = APIRouter(route_class=JsonRoute)
 async def classify(body: ClassifyRequest, request: Request) -> answers.Classification:
     """The class of a text, or of each of several."""
     served, engine = state_of(request).models.encoder(body.model, "logits", "classification")
-    head, outputs, used = await _run(request, served, engine, body.inputs, "classify", _logits)
+    head, outputs, used = await _run(request, served, engine, body, "classify", _logits)
     labels = []
     for i, row in enumerate(outputs):
         found = engine.encoder.classification(row)
@@ -45,7 +45,7 @@ async def embeddings(body: EmbeddingRequest, request: Request) -> answers.Embedd
     """A vector per text: the mean of its tokens' last hidden states."""
     models = state_of(request).models
     served, engine = models.encoder(body.model, "last_hidden_state", "embeddings")
-    head, outputs, used = await _run(request, served, engine, body.inputs, "embd", _mean)
+    head, outputs, used = await _run(request, served, engine, body, "embd", _mean)
     vectors = []
     for i, vector in enumerate(outputs):
         packed = base64.b64encode(vector.astype("<f4").tobytes()).decode()
@@ -66,14 +66,14 @@ async def _run(
     request: Request,
     served: Served,
     engine: EncoderQueue,
-    inputs: Sequence[Text],
+    body: ClassifyRequest | EmbeddingRequest,
     prefix: str,
     finish: Callable[[dict[str, Any]], Any],
 ) -> tuple[dict[str, Any], list[Any], answers.Usage]:
-    state = state_of(request)
+    state, inputs = state_of(request), body.inputs
     if len(inputs) > engine.limits.max_waiting:
         raise ApiError(f"{len(inputs)} texts are more than can wait", param="input")
-    rows = await served.texts.encode(inputs, engine.max_length, "input")
+    rows = await served.texts.encode(inputs, engine.max_length, "input", body.add_special_tokens)
     begin = time.monotonic()
     submitted = engine.submit(rows, served.model.adapter, finish)
     futures = [asyncio.wrap_future(each) for each in submitted]

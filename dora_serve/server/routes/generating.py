@@ -16,7 +16,7 @@ from ..state import note, state_of
 from ..wire import answers, pieces
 from ..wire.errors import ApiError
 from ..wire.pieces import Choice, Json
-from ..wire.requests import ChatRequest, CompletionRequest
+from ..wire.requests import ChatRequest, CompletionRequest, StreamOptions
 from ..wire.sending import EventStream, while_there
 from .asking import Asking, check_count, check_logprobs
 from .reading import JsonRoute
@@ -35,12 +35,14 @@ async def completions(body: CompletionRequest, request: Request) -> Response:
     state = state_of(request)
     served, engine = state.models.decoder(body.model)
     check_count(engine, len(body.prompts) * body.n)
-    rows = await served.texts.encode(body.prompts, engine.max_length, "prompt")
+    rows = await served.texts.encode(
+        body.prompts, engine.max_length, "prompt", body.add_special_tokens
+    )
     prompts = [ids for ids, _ in rows]
     for prompt in prompts:
         _check_length(engine, prompt, body.max_tokens)
-    most = engine.max_length if body.max_tokens is None else body.max_tokens
-    check_logprobs(len(prompts) * body.n, min(most, engine.max_length), body.logprobs)
+    most = min(body.max_tokens, engine.max_length)
+    check_logprobs(len(prompts) * body.n, most, body.logprobs)
     draws = [[body.sampling(i, most, body.logprobs) for i in range(body.n)] for _ in prompts]
     decode = _decoder(engine)
     offsets = [0] * (len(prompts) * body.n)
@@ -54,7 +56,7 @@ async def completions(body: CompletionRequest, request: Request) -> Response:
         return {"index": index, "text": text, "logprobs": told, "finish_reason": reason}
 
     asking = Asking(served, engine, prompts, draws, state.metrics, state.options.timeout)
-    head = pieces.envelope("cmpl", "text_completion", served.model.name)
+    head = pieces.envelope("cmpl", "text_completion", served.model.name, body.request_id)
     return await _answer(body, request, asking, head, write)
 
 
@@ -64,10 +66,17 @@ async def chat(body: ChatRequest, request: Request) -> Response:
     state = state_of(request)
     served, engine = state.models.decoder(body.model)
     messages = [message.plain() for message in body.messages]
-    prompt = await served.texts.chat(messages, body.add_generation_prompt, engine.max_length)
+    prompt = await served.texts.chat(
+        messages,
+        body.add_generation_prompt,
+        engine.max_length,
+        body.template_values(),
+        body.continue_final_message,
+        bool(body.add_special_tokens),
+    )
     wanted = body.max_completion_tokens or body.max_tokens
     _check_length(engine, prompt, wanted)
-    top = (body.top_logprobs or 0) if body.logprobs else None
+    top = body.top_logprobs if body.logprobs else None
     most = engine.max_length if wanted is None else wanted
     check_logprobs(body.n, min(most, engine.max_length), top)
     draws = [[body.sampling(i, most, top) for i in range(body.n)]]
@@ -85,7 +94,7 @@ async def chat(body: ChatRequest, request: Request) -> Response:
 
     asking = Asking(served, engine, [prompt], draws, state.metrics, state.options.timeout)
     kind = "chat.completion.chunk" if body.stream else "chat.completion"
-    head = pieces.envelope("chatcmpl", kind, served.model.name)
+    head = pieces.envelope("chatcmpl", kind, served.model.name, body.request_id)
     return await _answer(body, request, asking, head, write)
 
 
@@ -114,8 +123,8 @@ async def _answer(
 ) -> Response:
     note(request, model=head["model"], prompt_tokens=asking.prompt_tokens, id=head["id"])
     if body.stream:
-        with_usage = body.stream_options is not None and body.stream_options.include_usage
-        events = _events(request, asking, head, write, with_usage)
+        options = body.stream_options or StreamOptions()
+        events = _events(request, asking, head, write, options)
         return EventStream(events, state_of(request).options.timeout)
     return await while_there(request, _whole(request, asking, head, write))
 
@@ -136,15 +145,17 @@ async def _whole(request: Request, asking: Asking, head: Json, write: Write) -> 
 
 
 async def _events(
-    request: Request, asking: Asking, head: Json, write: Write, with_usage: bool
+    request: Request, asking: Asking, head: Json, write: Write, options: StreamOptions
 ) -> AsyncGenerator[bytes, None]:
-    more: dict[str, Any] = {"usage": None} if with_usage else {}
+    more: dict[str, Any] = {"usage": None} if options.include_usage else {}
     async with aclosing(asking.news()) as news:
         async for index, delta in news:
             note(request, completion_tokens=asking.tokens, reason=delta.reason)
             if delta.text or delta.logprobs or delta.reason:
+                if options.include_usage and options.continuous_usage_stats:
+                    more["usage"] = pieces.usage(*asking.lengths(index))
                 yield pieces.as_event({**head, "choices": [write(index, delta)], **more})
-    if with_usage:
+    if options.include_usage:
         used = pieces.usage(asking.prompt_tokens, asking.tokens)
         yield pieces.as_event({**head, "choices": [], "usage": used})
     yield pieces.DONE

@@ -27,9 +27,10 @@ def new_id(prefix: str) -> str:
     return f"{prefix}-{uuid.uuid4().hex}"
 
 
-def envelope(prefix: str, kind: str, model: str) -> Json:
-    """What every piece of one answer repeats."""
-    return {"id": new_id(prefix), "object": kind, "created": int(time.time()), "model": model}
+def envelope(prefix: str, kind: str, model: str, given: str | None = None) -> Json:
+    """What every piece of one answer repeats. `given`: the client's own id of the request."""
+    number = new_id(prefix) if given is None else f"{prefix}-{given}"
+    return {"id": number, "object": kind, "created": int(time.time()), "model": model}
 
 
 def as_event(content: Json) -> bytes:

@@ -2,34 +2,21 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import Field, model_validator
 
 from dora_serve.onnxruntime.sampling import Sampling
+
+from .messages import Message, Several
+from .parameters import Parameters
 
 Token = Annotated[int, Field(ge=0, le=2**31 - 1)]
 Stop = Annotated[str, Field(min_length=1, max_length=1000)]
 Seed = Annotated[int, Field(ge=-(2**63), le=2**63 - 1)]
 Text = str | list[int]  # or its tokens
-_T = TypeVar("_T")
 _Tokens = Annotated[list[Token], Field(fail_fast=True)]
-_Several = Annotated[list[_T], Field(max_length=2048, fail_fast=True)]
 Count = Annotated[int, Field(ge=1, le=2**31 - 1)]
-
-
-_NAMES = 64  # of one object
-
-
-class _Request(BaseModel):
-    model_config = ConfigDict(extra="forbid", allow_inf_nan=False)
-
-    @model_validator(mode="before")
-    @classmethod
-    def _has_few_names(cls, value: Any) -> Any:
-        if isinstance(value, dict) and len(value) > _NAMES:  # each unknown one is an error
-            raise ValueError(f"more than {_NAMES} names")
-        return value
 
 
 def _each(given: Any) -> list[Text]:
@@ -38,15 +25,19 @@ def _each(given: Any) -> list[Text]:
     return list(given) if several else [given]
 
 
-class StreamOptions(_Request):
-    """`include_usage`: a last event with the usage."""
+class StreamOptions(Parameters):
+    """`include_usage`: a last event with the usage; `continuous_usage_stats`: it in every event,
+    of what was written so far."""
 
     include_usage: bool = False
-    continuous_usage_stats: Literal[False] = False
-    include_obfuscation: Literal[False] = False
+    continuous_usage_stats: bool = False
 
 
-class _Generate(_Request):
+class TextFormat(Parameters):
+    type: Literal["text"]
+
+
+class _Generate(Parameters):
     """What completions and chats have in common."""
 
     model: str
@@ -59,14 +50,10 @@ class _Generate(_Request):
     stop: Stop | Annotated[list[Stop], Field(max_length=16, fail_fast=True)] | None = None
     min_tokens: Annotated[int, Field(ge=0, le=2**31 - 1)] = 0
     ignore_eos: bool = False
-    stream: bool | None = None
+    stream: bool = False
+    response_format: TextFormat | None = None
     stream_options: StreamOptions | None = None
-    # Taken in their neutral form alone, since many clients send them always.
-    presence_penalty: Annotated[float, Field(ge=0, le=0)] | None = None
-    frequency_penalty: Annotated[float, Field(ge=0, le=0)] | None = None
-    logit_bias: Annotated[dict[str, float], Field(max_length=0)] | None = None
-    # Says who asks: of no effect.
-    user: str | None = None
+    request_id: Annotated[str, Field(max_length=200)] | None = None
 
     def sampling(self, index: int, max_tokens: int, logprobs: int | None) -> Sampling:
         """How choice `index` is drawn; each has a seed of its own."""
@@ -88,98 +75,108 @@ class _Generate(_Request):
 class CompletionRequest(_Generate):
     """`POST /v1/completions`. `logprobs`: how many of the likeliest tokens to tell."""
 
-    prompt: str | _Several[str] | _Tokens | _Several[_Tokens]
-    max_tokens: Count | None = 16
+    prompt: str | Several[str] | _Tokens | Several[_Tokens]
+    max_tokens: Count = 16
+    add_special_tokens: bool = True
     logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
-    echo: Literal[False] | None = None
-    best_of: Literal[1] | None = None
-    suffix: None = None
+    best_of: Count | None = None
+
+    @model_validator(mode="after")
+    def _check(self) -> CompletionRequest:
+        if self.best_of not in (None, 1, self.n):
+            raise ValueError("best_of is not served: every completion is told, give n alone")
+        return self
 
     @property
     def prompts(self) -> list[Text]:
         return _each(self.prompt)
 
 
-class TextPart(_Request):
-    type: Literal["text"]
-    text: str
+class _Conversation(Parameters):
+    """What chat templates take."""
+
+    add_generation_prompt: bool = True
+    continue_final_message: bool = False
+    add_special_tokens: bool | None = None
+    chat_template_kwargs: dict[str, Any] | None = None
+
+    def template_values(self) -> dict[str, Any]:
+        """What the chat template may name beside the messages."""
+        return dict(self.chat_template_kwargs or {})
+
+    @model_validator(mode="before")
+    @classmethod
+    def _one_end(cls, given: Any) -> Any:
+        if isinstance(given, dict) and given.get("continue_final_message") is True:
+            if given.get("add_generation_prompt"):
+                raise ValueError("give continue_final_message or add_generation_prompt, not both")
+            return {**given, "add_generation_prompt": False}
+        return given
 
 
-class Message(_Request):
-    """One turn of a conversation."""
-
-    role: Literal["system", "developer", "user", "assistant"]
-    content: str | _Several[TextPart]
-    name: str | None = None
-
-    def plain(self) -> dict[str, str]:
-        """As chat templates take it."""
-        content = self.content
-        text = content if isinstance(content, str) else "\n".join(part.text for part in content)
-        named = {} if self.name is None else {"name": self.name}
-        return {"role": self.role, "content": text, **named}
-
-
-class TextFormat(_Request):
-    type: Literal["text"]
-
-
-class ChatRequest(_Generate):
+class ChatRequest(_Generate, _Conversation):
     """`POST /v1/chat/completions`. Without a maximum the answer may fill the context."""
 
-    messages: Annotated[_Several[Message], Field(min_length=1)]
+    messages: Annotated[Several[Message], Field(min_length=1)]
+    add_special_tokens: bool | None = False
+    documents: Annotated[list[dict[str, str]], Field(max_length=256, fail_fast=True)] | None = None
+    reasoning_effort: Annotated[str, Field(max_length=20)] | None = None
     max_tokens: Count | None = None
     max_completion_tokens: Count | None = None
-    logprobs: bool | None = None
-    top_logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
-    add_generation_prompt: bool = True
-    response_format: TextFormat | None = None
-    tools: Annotated[list[Any], Field(max_length=0)] | None = None
+    logprobs: bool = False
+    top_logprobs: Annotated[int, Field(ge=0, le=20)] = 0
     metadata: Annotated[dict[str, str], Field(max_length=16)] | None = None
-    store: Literal[False] | None = None
 
     @model_validator(mode="after")
     def _check(self) -> ChatRequest:
-        if self.top_logprobs is not None and not self.logprobs:
+        if self.top_logprobs and not self.logprobs:
             raise ValueError("top_logprobs needs logprobs")
         return self
 
+    def template_values(self) -> dict[str, Any]:
+        values = super().template_values()
+        if self.documents:
+            values["documents"] = self.documents
+        if self.reasoning_effort is not None:
+            values.setdefault("enable_thinking", self.reasoning_effort != "none")
+            values["reasoning_effort"] = self.reasoning_effort
+        return values
 
-class ClassifyRequest(_Request):
+
+class ClassifyRequest(Parameters):
     """`POST /classify`, as vLLM has it."""
 
     model: str
-    input: str | Annotated[_Several[str], Field(min_length=1)]
-    user: str | None = None
+    input: str | Annotated[Several[str], Field(min_length=1)]
+    add_special_tokens: bool = True
 
     @property
     def inputs(self) -> list[Text]:
         return _each(self.input)
 
 
-class EmbeddingRequest(_Request):
+class EmbeddingRequest(Parameters):
     """`POST /v1/embeddings`."""
 
     model: str
-    input: str | _Several[str] | _Tokens | _Several[_Tokens]
+    input: str | Several[str] | _Tokens | Several[_Tokens]
     encoding_format: Literal["float", "base64"] = "float"
     dimensions: None = None
-    user: str | None = None
+    add_special_tokens: bool = True
 
     @property
     def inputs(self) -> list[Text]:
         return _each(self.input)
 
 
-class TokenizeRequest(_Request):
+class TokenizeRequest(_Conversation):
     """`POST /tokenize`: of a `prompt`, or of `messages` through the chat template."""
 
+    kept_empty: ClassVar = frozenset({"prompt", "messages"})
     model: str
     prompt: str | None = None
-    messages: Annotated[_Several[Message], Field(min_length=1)] | None = None
-    add_special_tokens: bool | None = None
-    add_generation_prompt: bool = True
-    return_token_strs: bool | None = None
+    messages: Annotated[Several[Message], Field(min_length=1)] | None = None
+    return_token_strs: bool = False
 
     @model_validator(mode="after")
     def _check(self) -> TokenizeRequest:
@@ -188,14 +185,14 @@ class TokenizeRequest(_Request):
         return self
 
 
-class DetokenizeRequest(_Request):
+class DetokenizeRequest(Parameters):
     """`POST /detokenize`."""
 
     model: str
     tokens: Annotated[list[Token], Field(max_length=2**18, fail_fast=True)]
 
 
-class LoadRequest(_Request):
+class LoadRequest(Parameters):
     """`POST /v1/load_lora_adapter`. `lora_path`: a run or adapter below the served folder."""
 
     lora_name: Annotated[str, Field(pattern=r"^[\w][\w./=-]*$", max_length=200)]
@@ -203,7 +200,7 @@ class LoadRequest(_Request):
     load_inplace: bool = False
 
 
-class UnloadRequest(_Request):
+class UnloadRequest(Parameters):
     """`POST /v1/unload_lora_adapter`."""
 
     lora_name: str

@@ -1,0 +1,87 @@
+"""The turns of a conversation, as clients send them and as chat templates take them."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, ClassVar, Literal, TypeVar
+
+from pydantic import Field, model_validator
+from pydantic_core import from_json
+
+from .parameters import Parameters
+
+_T = TypeVar("_T")
+Several = Annotated[list[_T], Field(max_length=2048, fail_fast=True)]
+
+
+class Part(Parameters):
+    """A piece of a text; `refusal` where a client hands back a model's refusal."""
+
+    kept_empty: ClassVar = frozenset({"text", "refusal"})
+    type: Literal["text", "refusal", "input_text", "output_text"]
+    text: str = ""
+    refusal: str = ""
+
+
+class CalledFunction(Parameters):
+    """`arguments`: JSON as text."""
+
+    kept_empty: ClassVar = frozenset({"arguments"})
+    name: str
+    arguments: str = "{}"
+
+    def plain(self) -> dict[str, Any]:
+        try:
+            read = from_json(self.arguments or "{}")
+        except ValueError:  # as the model wrote it
+            read = self.arguments
+        return {"name": self.name, "arguments": read}
+
+
+class ToolCall(Parameters):
+    id: str | None = None
+    type: Literal["function"] = "function"
+    index: int | None = None
+    function: CalledFunction
+
+
+class Message(Parameters):
+    """One turn of a conversation, with what clients hand back of an earlier answer."""
+
+    kept_empty: ClassVar = frozenset({"content"})
+    role: Literal["system", "developer", "user", "assistant", "tool"]
+    content: str | Several[Part] | None = None
+    name: str | None = None
+    tool_call_id: str | None = None
+    tool_calls: Several[ToolCall] | None = None
+    refusal: str | None = None
+    reasoning: str | None = None
+    reasoning_content: str | None = None
+    provider_specific_fields: dict[str, Any] | None = None
+    # Of an answer that is handed back; there is none with a value here.
+    annotations: None = None
+    audio: None = None
+    function_call: None = None
+
+    @model_validator(mode="after")
+    def _check(self) -> Message:
+        if self.content is None and self.role != "assistant":
+            raise ValueError("content is missing")
+        return self
+
+    def plain(self) -> dict[str, Any]:
+        """As chat templates take it."""
+        content = self.content
+        if isinstance(content, list):
+            content = "\n".join(part.text or part.refusal for part in content)
+        turn: dict[str, Any] = {"role": self.role, "content": content or self.refusal or ""}
+        for name in ("name", "tool_call_id"):
+            if (value := getattr(self, name)) is not None:
+                turn[name] = value
+        if (thought := self.reasoning or self.reasoning_content) is not None:
+            turn["reasoning"] = turn["reasoning_content"] = thought
+        if self.tool_calls:
+            turn["tool_calls"] = [
+                {**call.model_dump(exclude_none=True), "function": call.function.plain()}
+                for call in self.tool_calls
+            ]
+        return turn

@@ -1,0 +1,158 @@
+"""What a request's object may name: parameters that are served, that change nothing, that are not
+served, each with the values that are no use of it.
+
+Null, the default and the empty form of a parameter are no use of it, whatever it is.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, ClassVar
+
+from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
+from pydantic_core import InitErrorDetails, PydanticCustomError
+
+_NAMES = 128  # of one object
+
+# Who asks, what else the caller does with the answer, and what other engines' caches and billing
+# need: no answer depends on it, but where a request declares it.
+NO_EFFECT = frozenset(
+    {
+        "cache_salt",
+        "include_obfuscation",
+        "include_reasoning",
+        "length_penalty",  # of beams
+        "mm_payload",
+        "parallel_tool_calls",
+        "prompt_cache_key",
+        "prompt_cache_retention",
+        "request_id",
+        "return_mm_kwargs",
+        "return_token_offsets",
+        "routed_experts_prompt_start",
+        "safety_identifier",
+        "service_tier",
+        "session_id",
+        "store",
+        "stream_interval",
+        "user",
+        "watermarking",
+    }
+)
+
+_GUIDED = "vLLM itself ignores it: use `structured_outputs`"
+_MEDIA = "texts alone are read"
+# Why it is not served, and its values that are no use of it beside null and what is empty.
+NOT_SERVED: Mapping[str, tuple[str, tuple[Any, ...]]] = {
+    **{
+        name: ("not yet", (neutral,))
+        for name, neutral in {
+            "allowed_token_ids": None,
+            "bad_words": None,
+            "echo": False,
+            "frequency_penalty": 0,
+            "include_stop_str_in_output": False,
+            "logit_bias": None,
+            "presence_penalty": 0,
+            "prompt_logprobs": None,
+            "repetition_penalty": 1,
+            "return_token_ids": False,
+            "return_tokens_as_token_ids": False,
+            "skip_special_tokens": True,
+            "spaces_between_special_tokens": True,
+            "stop_token_ids": None,
+            "structured_outputs": None,
+            "tool_choice": "none",
+            "tools": None,
+            "truncate_prompt_tokens": None,
+            "truncation_side": None,
+            "use_activation": None,
+        }.items()
+    },
+    "audio": (_MEDIA, ()),
+    "chat_template": ("a template is a program: it comes with the model", ()),
+    "detokenize": ("tokens without text are not told", (True,)),
+    "early_stopping": ("there is no beam search", (False,)),
+    "ec_transfer_params": ("there is one process", ()),
+    "embed_dtype": ("vectors are of float32", ("float32",)),
+    "endianness": ("vectors are little-endian", ("native", "little")),
+    "function_call": ("use `tool_choice`", ("none", "auto")),
+    "functions": ("use `tools`", ()),
+    "guided_choice": (_GUIDED, ()),
+    "guided_decoding_backend": (_GUIDED, ()),
+    "guided_grammar": (_GUIDED, ()),
+    "guided_json": (_GUIDED, ()),
+    "guided_regex": (_GUIDED, ()),
+    "guided_whitespace_pattern": (_GUIDED, ()),
+    "kv_transfer_params": ("there is one process", ()),
+    "logits_processors": ("a processor is a program", ()),
+    "logprob_token_ids": ("the likeliest tokens alone are told", ()),
+    "media_io_kwargs": (_MEDIA, ()),
+    "mm_processor_kwargs": (_MEDIA, ()),
+    "modalities": (_MEDIA, (["text"],)),
+    "padding": ("prompts are not padded", ("do_not_pad",)),
+    "prediction": ("nothing is predicted ahead", ()),
+    "priority": ("requests are run in the order in which they come", (0,)),
+    "prompt_embeds": (_MEDIA, ()),
+    "repetition_detection": ("a repetition ends nothing", ()),
+    "return_prompt_text": ("use /tokenize and /detokenize", (False,)),
+    "suffix": ("no gap is filled", ()),
+    "thinking_token_budget": ("thoughts are not told from the rest", (-1,)),
+    "use_beam_search": ("rows come and go one by one", (False,)),
+    "verbosity": ("no model here knows it", ("medium",)),
+    "vllm_xargs": ("there are no extensions", ()),
+    "web_search_options": ("nothing is searched", ()),
+}
+
+
+def is_empty(value: object) -> bool:
+    """Whether `value` is null or the empty form of something."""
+    return value is None or (isinstance(value, str | list | dict) and not value)
+
+
+def _same(value: object, default: object) -> bool:
+    alike = isinstance(value, bool) == isinstance(default, bool)
+    return alike and value == default
+
+
+def is_neutral(name: str, value: object) -> bool:
+    """Whether `value` is no use of a parameter that is not served."""
+    return is_empty(value) or any(_same(value, each) for each in NOT_SERVED[name][1])
+
+
+class Parameters(BaseModel):
+    """An object of a request. `kept_empty`: fields whose empty form means something."""
+
+    model_config = ConfigDict(extra="forbid", allow_inf_nan=False)
+    kept_empty: ClassVar[frozenset[str]] = frozenset()
+
+    @model_validator(mode="before")
+    @classmethod
+    def _what_is_used(cls, given: Any) -> Any:
+        """What of an object is a use of something; an object of too many names is refused at
+        once, since each unknown one is an error of its own."""
+        if not isinstance(given, dict):
+            return given
+        if len(given) > _NAMES:
+            raise ValueError(f"more than {_NAMES} names")
+        used = {}
+        for name, value in given.items():
+            if name in cls.model_fields:
+                if value is not None and not (is_empty(value) and cls._may_be_empty(name)):
+                    used[name] = value
+            elif name in NOT_SERVED:
+                if not is_neutral(name, value):
+                    raise _not_served(name)
+            elif name not in NO_EFFECT and not is_empty(value):
+                used[name] = value
+        return used
+
+    @classmethod
+    def _may_be_empty(cls, name: str) -> bool:
+        return name not in cls.kept_empty and not cls.model_fields[name].is_required()
+
+
+def _not_served(name: str) -> ValidationError:
+    said = PydanticCustomError("not_served", "{why}", {"why": f"not served: {NOT_SERVED[name][0]}"})
+    error = InitErrorDetails(type=said, loc=(name,), input=None)
+    return ValidationError.from_exception_data("request", [error])
