@@ -17,7 +17,7 @@ from tests.server.conftest import BASE, DOWN, EMBEDS, SENTIMENT, Server
 
 FILE = Path(__file__).parents[1] / "data" / "vllm_parameters.json"
 PARAMETERS: dict[str, dict[str, Any]] = json.loads(FILE.read_text())
-ASKED = [{"role": "user", "content": "count : nine"}]
+ASKED: Any = [{"role": "user", "content": "count : nine"}]
 # vLLM's request: ours, its path, and the least that can be asked.
 KINDS: dict[str, tuple[str, str, dict[str, Any]]] = {
     "CompletionRequest": (
@@ -117,8 +117,10 @@ def test_all_of_them_at_once(server: Server, kind: str, form: str) -> None:
 @pytest.mark.parametrize("name", NOT_SERVED)
 def test_what_is_used_and_not_served(server: Server, name: str) -> None:
     value = next(each for each in ("x", True, 7) if not is_neutral(name, each))
+    taken = name in requests.CompletionRequest.model_fields
+    _, path, plain = KINDS["ChatCompletionRequest" if taken else "CompletionRequest"]
     with server.http as http:
-        answer = http.post("/v1/completions", json={**KINDS["CompletionRequest"][2], name: value})
+        answer = http.post(path, json={**plain, name: value})
     error = answer.json()["error"]
     assert (answer.status_code, error["param"]) == (400, name)
     assert error["message"] == f"{name}: not served: {NOT_SERVED[name][0]}"
@@ -179,6 +181,7 @@ def test_an_answer_that_calls_tools_and_what_they_said() -> None:
 
 def test_a_request_may_have_an_id_and_usage_in_every_event(server: Server) -> None:
     with server.openai as client:
+        options: Any = {"include_usage": True, "continuous_usage_stats": True}
         pieces = list(
             client.completions.create(
                 model=DOWN,
@@ -186,7 +189,7 @@ def test_a_request_may_have_an_id_and_usage_in_every_event(server: Server) -> No
                 temperature=0,
                 max_tokens=4,
                 stream=True,
-                stream_options={"include_usage": True, "continuous_usage_stats": True},  # type: ignore[typeddict-unknown-key]
+                stream_options=options,
                 extra_body={"request_id": "mine"},
             )
         )

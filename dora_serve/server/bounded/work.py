@@ -89,12 +89,21 @@ class Work:
             self._tokenizer.encode("")
 
     def encode(
-        self, _: bytes, texts: Sequence[str], special: bool, longest: int, param: str
+        self,
+        _: bytes,
+        texts: Sequence[str],
+        special: bool,
+        longest: int,
+        param: str,
+        kept: int | None = None,
+        side: str | None = None,
     ) -> tuple[Any, bytes]:
-        """How many tokens each text has; the ids of all of them, and their types."""
+        """How many tokens each text has; the ids of all of them, and their types. At most `kept`
+        of a text, with what belongs around it, where no `side` is given that the caller cuts."""
         ids, types, lengths = array("I"), array("I"), []
         for text in texts:
-            encoded = self._encoding(text, special, param)
+            encoded = self._encoding(text, special, param, kept if side is None else None)
+            longest = max(longest, len(encoded.ids) if kept is not None else 0)
             lengths.append(len(encoded.ids))
             if lengths[-1] > longest:
                 raise ApiError(
@@ -107,10 +116,17 @@ class Work:
             types.extend(encoded.type_ids)
         return lengths, ids.tobytes() + types.tobytes()
 
-    def chat(self, blob: bytes, special: bool, longest: int) -> tuple[Any, bytes]:
+    def chat(
+        self,
+        blob: bytes,
+        special: bool,
+        longest: int,
+        kept: int | None = None,
+        side: str | None = None,
+    ) -> tuple[Any, bytes]:
         """The same of a conversation, through the chat template."""
         text = self._template.render(*json.loads(blob))
-        return self.encode(b"", [text], special, longest, "messages")
+        return self.encode(b"", [text], special, longest, "messages", kept, side)
 
     def tokenize(
         self, blob: bytes, special: bool | None, longest: int, strings: bool
@@ -133,14 +149,20 @@ class Work:
         text = self._tokenizer.decode(json.loads(blob), skip_special_tokens=False)
         return None, answers.Text(prompt=text).model_dump_json().encode()
 
-    def _encoding(self, text: str, special: bool, param: str) -> Any:
+    def _encoding(self, text: str, special: bool, param: str, kept: int | None = None) -> Any:
         if len(text) > LONGEST:
             raise ApiError(
                 f"The text is too long: it has {len(text)} characters, at most {LONGEST} are read.",
                 param=param,
                 code="context_length_exceeded",
             )
-        return self._tokenizer.encode(text, add_special_tokens=special)
+        if kept is None:
+            return self._tokenizer.encode(text, add_special_tokens=special)
+        self._tokenizer.enable_truncation(kept, direction="left")
+        try:
+            return self._tokenizer.encode(text, add_special_tokens=special)
+        finally:
+            self._tokenizer.no_truncation()
 
 
 def _bound() -> None:

@@ -73,7 +73,14 @@ async def _run(
     state, inputs = state_of(request), body.inputs
     if len(inputs) > engine.limits.max_waiting:
         raise ApiError(f"{len(inputs)} texts are more than can wait", param="input")
-    rows = await served.texts.encode(inputs, engine.max_length, "input", body.add_special_tokens)
+    rows = await served.texts.encode(
+        inputs,
+        engine.max_length,
+        "input",
+        body.add_special_tokens,
+        body.kept(engine.max_length),
+        body.truncation_side,
+    )
     begin = time.monotonic()
     submitted = engine.submit(rows, served.model.adapter, finish)
     futures = [asyncio.wrap_future(each) for each in submitted]

@@ -47,25 +47,10 @@ NOT_SERVED: Mapping[str, tuple[str, tuple[Any, ...]]] = {
     **{
         name: ("not yet", (neutral,))
         for name, neutral in {
-            "allowed_token_ids": None,
-            "bad_words": None,
             "echo": False,
-            "frequency_penalty": 0,
-            "include_stop_str_in_output": False,
-            "logit_bias": None,
-            "presence_penalty": 0,
-            "prompt_logprobs": None,
-            "repetition_penalty": 1,
-            "return_token_ids": False,
-            "return_tokens_as_token_ids": False,
-            "skip_special_tokens": True,
-            "spaces_between_special_tokens": True,
-            "stop_token_ids": None,
             "structured_outputs": None,
             "tool_choice": "none",
             "tools": None,
-            "truncate_prompt_tokens": None,
-            "truncation_side": None,
             "use_activation": None,
         }.items()
     },

@@ -6,17 +6,11 @@ from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field, model_validator
 
-from dora_serve.onnxruntime.sampling import Sampling
-
 from .messages import Message, Several
 from .parameters import Parameters
+from .sampling import Count, Generate, Token, Tokens, Top, Truncation
 
-Token = Annotated[int, Field(ge=0, le=2**31 - 1)]
-Stop = Annotated[str, Field(min_length=1, max_length=1000)]
-Seed = Annotated[int, Field(ge=-(2**63), le=2**63 - 1)]
 Text = str | list[int]  # or its tokens
-_Tokens = Annotated[list[Token], Field(fail_fast=True)]
-Count = Annotated[int, Field(ge=1, le=2**31 - 1)]
 
 
 def _each(given: Any) -> list[Text]:
@@ -25,67 +19,30 @@ def _each(given: Any) -> list[Text]:
     return list(given) if several else [given]
 
 
-class StreamOptions(Parameters):
-    """`include_usage`: a last event with the usage; `continuous_usage_stats`: it in every event,
-    of what was written so far."""
+class CompletionRequest(Generate):
+    """`POST /v1/completions`. `logprobs`: how many of the likeliest tokens to tell. `echo`: the
+    prompt is told before each completion, which may have no tokens then."""
 
-    include_usage: bool = False
-    continuous_usage_stats: bool = False
-
-
-class TextFormat(Parameters):
-    type: Literal["text"]
-
-
-class _Generate(Parameters):
-    """What completions and chats have in common."""
-
-    model: str
-    n: Annotated[int, Field(ge=1, le=128)] = 1
-    temperature: Annotated[float, Field(ge=0, le=100)] | None = None
-    top_p: Annotated[float, Field(gt=0, le=1)] | None = None
-    top_k: Annotated[int, Field(ge=-1, le=2**31 - 1)] = 0
-    min_p: Annotated[float, Field(ge=0, le=1)] = 0.0
-    seed: Seed | None = None
-    stop: Stop | Annotated[list[Stop], Field(max_length=16, fail_fast=True)] | None = None
-    min_tokens: Annotated[int, Field(ge=0, le=2**31 - 1)] = 0
-    ignore_eos: bool = False
-    stream: bool = False
-    response_format: TextFormat | None = None
-    stream_options: StreamOptions | None = None
-    request_id: Annotated[str, Field(max_length=200)] | None = None
-
-    def sampling(self, index: int, max_tokens: int, logprobs: int | None) -> Sampling:
-        """How choice `index` is drawn; each has a seed of its own."""
-        stop = [self.stop] if isinstance(self.stop, str) else self.stop or []
-        return Sampling(
-            max_tokens=max_tokens,
-            temperature=1.0 if self.temperature is None else self.temperature,
-            top_p=1.0 if self.top_p is None else self.top_p,
-            top_k=max(self.top_k, 0),
-            min_p=self.min_p,
-            seed=None if self.seed is None else (self.seed + index) % 2**64,
-            stop=tuple(stop),
-            logprobs=logprobs,
-            min_tokens=self.min_tokens,
-            ignore_eos=self.ignore_eos,
-        )
-
-
-class CompletionRequest(_Generate):
-    """`POST /v1/completions`. `logprobs`: how many of the likeliest tokens to tell."""
-
-    prompt: str | Several[str] | _Tokens | Several[_Tokens]
-    max_tokens: Count = 16
+    prompt: str | Several[str] | Tokens | Several[Tokens]
+    max_tokens: Annotated[int, Field(ge=0, le=2**31 - 1)] = 16
+    echo: bool = False
     add_special_tokens: bool = True
-    logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
+    logprobs: Top | None = None
     best_of: Count | None = None
 
     @model_validator(mode="after")
     def _check(self) -> CompletionRequest:
         if self.best_of not in (None, 1, self.n):
             raise ValueError("best_of is not served: every completion is told, give n alone")
+        if self.max_tokens == 0 and not self.echo:
+            raise ValueError("max_tokens: 0 needs echo")
         return self
+
+    @property
+    def told_of_prompt(self) -> int | None:
+        """How many of the likeliest tokens are told of the prompt's own, None for none."""
+        echoed = self.logprobs if self.echo else None
+        return echoed if self.prompt_logprobs is None else self.prompt_logprobs
 
     @property
     def prompts(self) -> list[Text]:
@@ -114,7 +71,7 @@ class _Conversation(Parameters):
         return given
 
 
-class ChatRequest(_Generate, _Conversation):
+class ChatRequest(Generate, _Conversation):
     """`POST /v1/chat/completions`. Without a maximum the answer may fill the context."""
 
     messages: Annotated[Several[Message], Field(min_length=1)]
@@ -124,7 +81,7 @@ class ChatRequest(_Generate, _Conversation):
     max_tokens: Count | None = None
     max_completion_tokens: Count | None = None
     logprobs: bool = False
-    top_logprobs: Annotated[int, Field(ge=0, le=20)] = 0
+    top_logprobs: Top = 0
     metadata: Annotated[dict[str, str], Field(max_length=16)] | None = None
 
     @model_validator(mode="after")
@@ -143,7 +100,7 @@ class ChatRequest(_Generate, _Conversation):
         return values
 
 
-class ClassifyRequest(Parameters):
+class ClassifyRequest(Truncation):
     """`POST /classify`, as vLLM has it."""
 
     model: str
@@ -155,11 +112,11 @@ class ClassifyRequest(Parameters):
         return _each(self.input)
 
 
-class EmbeddingRequest(Parameters):
+class EmbeddingRequest(Truncation):
     """`POST /v1/embeddings`."""
 
     model: str
-    input: str | Several[str] | _Tokens | Several[_Tokens]
+    input: str | Several[str] | Tokens | Several[Tokens]
     encoding_format: Literal["float", "base64"] = "float"
     dimensions: None = None
     add_special_tokens: bool = True
