@@ -31,6 +31,16 @@ ROUTES = {
     "/health": 2,
     "/ready": 2,
     "/metrics": 2,
+    "/ping": 2,
+    "/version": 2,
+    "/load": 2,
+    "/tokenizer_info": 5,
+    "/score": 20,
+    "/v1/score": 5,
+    "/rerank": 20,
+    "/v1/rerank": 5,
+    "/v2/rerank": 5,
+    "/invocations": 60,
 }
 
 

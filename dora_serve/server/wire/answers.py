@@ -139,6 +139,52 @@ class Embeddings(BaseModel):
     usage: Usage
 
 
+class Score(BaseModel):
+    index: int
+    object: Literal["score"] = "score"
+    score: float
+
+
+class Scores(BaseModel):
+    """Of `/score`."""
+
+    id: str
+    object: Literal["list"] = "list"
+    created: int
+    model: str
+    data: list[Score]
+    usage: Usage
+
+
+class Document(BaseModel):
+    text: str
+
+
+class Ranked(BaseModel):
+    index: int
+    document: Document
+    relevance_score: float
+
+
+class Ranking(BaseModel):
+    """Of `/rerank`."""
+
+    id: str
+    model: str
+    usage: Usage
+    results: list[Ranked]
+
+
+class Version(BaseModel):
+    version: str
+
+
+class Load(BaseModel):
+    """Of `/load`: how many rows run or wait."""
+
+    server_load: int
+
+
 class Tokens(BaseModel):
     """Of `/tokenize`."""
 

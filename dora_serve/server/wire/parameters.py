@@ -51,7 +51,6 @@ NOT_SERVED: Mapping[str, tuple[str, tuple[Any, ...]]] = {
             "structured_outputs": None,
             "tool_choice": "none",
             "tools": None,
-            "use_activation": None,
         }.items()
     },
     "audio": (_MEDIA, ()),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import Field, model_validator
+from pydantic import AliasChoices, Discriminator, Field, RootModel, Tag, model_validator
 
 from .messages import Message, Several
 from .parameters import Parameters
@@ -100,30 +100,70 @@ class ChatRequest(Generate, _Conversation):
         return values
 
 
-class ClassifyRequest(Truncation):
-    """`POST /classify`, as vLLM has it."""
+class Texts(Truncation):
+    """What encoders read."""
 
     model: str
-    input: str | Annotated[Several[str], Field(min_length=1)]
     add_special_tokens: bool = True
+
+    @property
+    def inputs(self) -> list[Text]:
+        raise NotImplementedError
+
+
+class ClassifyRequest(Texts):
+    """`POST /classify`, as vLLM has it. `use_activation` false: the logits, not probabilities."""
+
+    input: str | Annotated[Several[str], Field(min_length=1)]
+    use_activation: bool | None = None
 
     @property
     def inputs(self) -> list[Text]:
         return _each(self.input)
 
 
-class EmbeddingRequest(Truncation):
-    """`POST /v1/embeddings`."""
+class EmbeddingRequest(Texts):
+    """`POST /v1/embeddings`. `dimensions`: how many are told, the first ones; `use_activation`
+    true: of length one."""
 
-    model: str
     input: str | Several[str] | Tokens | Several[Tokens]
     encoding_format: Literal["float", "base64"] = "float"
-    dimensions: None = None
-    add_special_tokens: bool = True
+    dimensions: Count | None = None
+    use_activation: bool | None = None
 
     @property
     def inputs(self) -> list[Text]:
         return _each(self.input)
+
+
+_Side = str | Annotated[Several[str], Field(min_length=1)]
+
+
+class ScoreRequest(Texts):
+    """`POST /score`: two sides, under any of vLLM's names for them."""
+
+    text_1: _Side = Field(validation_alias=AliasChoices("text_1", "queries", "data_1"))
+    text_2: _Side = Field(validation_alias=AliasChoices("text_2", "documents", "items", "data_2"))
+
+    @property
+    def sides(self) -> tuple[list[Text], list[Text]]:
+        return _each(self.text_1), _each(self.text_2)
+
+    @property
+    def inputs(self) -> list[Text]:
+        return [text for side in self.sides for text in side]
+
+
+class RerankRequest(Texts):
+    """`POST /rerank`. `top_n`: how many documents are told, 0 for all."""
+
+    query: str
+    documents: Annotated[Several[str], Field(min_length=1)]
+    top_n: Annotated[int, Field(ge=0, le=2**31 - 1)] = 0
+
+    @property
+    def inputs(self) -> list[Text]:
+        return [self.query, *self.documents]
 
 
 class TokenizeRequest(_Conversation):
@@ -162,3 +202,31 @@ class UnloadRequest(Parameters):
 
     lora_name: str
     lora_int_id: int | None = None
+
+
+_NAMES = {  # what tells a request from the others
+    "messages": "chat",
+    "prompt": "completion",
+    "input": "embedding",
+    "query": "rerank",
+}
+
+
+def _kind(body: Any) -> str:
+    named = body if isinstance(body, dict) else {}
+    return next((kind for name, kind in _NAMES.items() if name in named), "score")
+
+
+class Invocation(
+    RootModel[
+        Annotated[
+            Annotated[ChatRequest, Tag("chat")]
+            | Annotated[CompletionRequest, Tag("completion")]
+            | Annotated[EmbeddingRequest, Tag("embedding")]
+            | Annotated[RerankRequest, Tag("rerank")]
+            | Annotated[ScoreRequest, Tag("score")],
+            Discriminator(_kind),
+        ]
+    ]
+):
+    """`POST /invocations`: a request to any of the routes."""

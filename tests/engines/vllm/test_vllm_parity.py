@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import shutil
-import sys
 from collections.abc import Iterator
 from importlib.util import find_spec
 from urllib.error import HTTPError
@@ -13,6 +12,7 @@ from urllib.request import Request, urlopen
 
 import pytest
 
+from dora_serve.vllm.command import find_vllm
 from tests.conftest import MODELS
 from tests.engines.vllm.servers import SMALL, free_port, server
 from tests.server import parity
@@ -32,8 +32,7 @@ def url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     base = shutil.copytree(MODELS / parity.MODEL, folder / parity.MODEL)
     (base / "chat_template.jinja").write_text(TEMPLATE)
     found = f"http://127.0.0.1:{free_port()}"
-    vllm = [sys.executable, "-m", "vllm.entrypoints.cli.main", "serve"]
-    words = [*vllm, base, "--dtype", "float32", *SMALL]
+    words = [*find_vllm(None), "--model", base, "--dtype", "float32", *SMALL]
     words += ["--served-model-name", parity.MODEL, "--port", found.rsplit(":", 1)[1]]
     with server(words, found, folder / "log"):
         yield found
