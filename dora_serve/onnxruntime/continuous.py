@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING
 from .decoder_graph import DecoderGraph
 from .engine import Engine
 from .generation import Generation, Logprobs, PromptLogprobs
+from .grammar import Grammars
 from .limits import Limits, check_rows, check_tokens
 from .runner import Runner
 from .sampling import Sampling
@@ -110,6 +111,7 @@ class ContinuousDecoder(Engine):
         self.slots = Slots(graph, self.limits.max_rows, self.limits.cache_bytes)
         self.max_length = self.slots.max_length
         self.preemptions = 0
+        self.grammars = Grammars(self.tokenizer, graph.vocabulary, graph.eos)
         self._runner = Runner(graph, self.slots)
         self._rows: list[Request] = []  # by slot; each has one token that is not in the cache yet
         self._filling: Request | None = None  # in the slot behind them
@@ -202,6 +204,7 @@ class ContinuousDecoder(Engine):
                 if not self.pool.acquire(request.adapter):
                     return
                 self._filling = request
+                request.generation.begin()
             except Exception as error:
                 request.tell(Delta(error=error))
             with self._changed:

@@ -13,6 +13,7 @@ from .sampling import Sampling, check_finite, draw, likeliest, log_softmax
 from .shaping import Shaping
 
 if TYPE_CHECKING:
+    from .grammar import Constraint
     from .sampling import Logits
 
 Logprobs = tuple[float, dict[int, float]]
@@ -24,7 +25,8 @@ class Generation:
     """What a row's logits became so far. `reason`: None while it goes on, then "stop" or "length".
 
     `logprobs`: at every step the log-probability of the token drawn, and the likeliest tokens with
-    theirs, of the model's own logits, whatever the sampling makes of them. `end`: the token that
+    theirs, of the model's own logits (those that a grammar leaves), whatever the sampling makes of
+    them. `end`: the token that
     ended it, which is not among `tokens`, with its log-probabilities. `stop_reason`: the text or
     the token id that ended it, None for the model's own end. `prompt_logprobs`: of every token of
     the prompt but the first, as far as it was read. `room`: how many tokens the model's context
@@ -54,6 +56,12 @@ class Generation:
         self._generator = np.random.default_rng(sampling.seed)
         self._detokenizer = Detokenizer(tokenizer, self.prompt[-_CONTEXT:], sampling)
         self._text = StoppedText(sampling.stop, sampling.include_stop_str_in_output)
+        self._constraint: Constraint | None = None
+
+    def begin(self) -> None:
+        """Have what the first token takes be computed, beside whatever runs until then."""
+        if self.sampling.grammar is not None and self._constraint is None:
+            self._constraint = self.sampling.grammar.begin()
 
     @property
     def text(self) -> str:
@@ -77,6 +85,9 @@ class Generation:
         check_finite(logits)
         sampling = self.sampling
         early = len(self.tokens) < sampling.min_tokens
+        self.begin()
+        if self._constraint is not None:
+            logits = self._constraint(logits)
         token = draw(self._shaping(logits, self.tokens), sampling, self._generator)
         told = None
         if sampling.logprobs is not None:
@@ -88,6 +99,8 @@ class Generation:
                 self._text.add(self._detokenizer.add(token), search=False)
             self._end("stop")
             return
+        if self._constraint is not None:
+            self._constraint.take(token)
         self.tokens.append(token)
         if told is not None:
             self.logprobs.append(told)

@@ -14,6 +14,8 @@ from .session import EngineError
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
+    from .grammar import Grammar
+
     Logits = NDArray[np.float32]
 
 _COLDEST = 0.01  # temperatures between it and 0 are raised to it, as in vLLM: else scores overflow
@@ -34,7 +36,7 @@ class Sampling:
     tokens that are not completed. `logit_bias`: tokens and what is added to their logits.
     `repetition_penalty` of what the prompt or the completion says, `presence_penalty` and
     `frequency_penalty` of what the completion says, as OpenAI defines them. `prompt_logprobs`: as
-    `logprobs`, of the prompt's own tokens.
+    `logprobs`, of the prompt's own tokens. `grammar`: what the completion has to follow.
     """
 
     max_tokens: int = 128
@@ -58,6 +60,7 @@ class Sampling:
     presence_penalty: float = 0.0
     frequency_penalty: float = 0.0
     prompt_logprobs: int | None = None
+    grammar: Grammar | None = None
 
     @property
     def named_tokens(self) -> Iterable[int]:

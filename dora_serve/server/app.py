@@ -20,7 +20,8 @@ def make_app(state: State, host: str, api_key: str | None) -> FastAPI:
 
     @asynccontextmanager
     async def life(_: FastAPI) -> AsyncIterator[None]:
-        begun = asyncio.gather(*(each.start() for each in state.processes), return_exceptions=True)
+        soon = [each for each in state.processes if each is not state.grammars]
+        begun = asyncio.gather(*(each.start() for each in soon), return_exceptions=True)
         state.ready = True
         yield
         state.ready = False

@@ -1,8 +1,8 @@
 """The process itself: `python -m dora_serve.server.bounded.work FOLDER`, asked by `process.py`.
 
 It runs what the makers of FOLDER wrote: a chat template is a program, and so are a tokenizer's
-patterns. Without FOLDER it reads bodies. The kernel bounds every call's memory and its time of the
-processor.
+patterns. Without FOLDER it reads bodies, and grammars. The kernel bounds every call's memory and
+its time of the processor.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import signal
 import struct
 import sys
 from array import array
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -179,11 +179,19 @@ def _bound_memory() -> None:
         resource.setrlimit(resource.RLIMIT_AS, (size, resource.getrlimit(resource.RLIMIT_AS)[1]))
 
 
+def _call(work: Work | None, name: str) -> Callable[..., tuple[Any, bytes]]:
+    if name == "grammar":
+        from .grammars import read
+
+        return read
+    found: Callable[..., tuple[Any, bytes]] = check if name == "check" else getattr(work, name)
+    return found
+
+
 def _answer(work: Work | None, asked: dict[str, Any], blob: bytes) -> bytes:
     try:
         name = asked.pop("call")
-        call = check if name == "check" else getattr(work, name)
-        told, more = call(blob, **asked)
+        told, more = _call(work, name)(blob, **asked)
         return write_frame({"answer": told}, more)
     except MemoryError:
         refusal = ApiError(f"this takes more than {MEMORY >> 20} MB", code="too_expensive")

@@ -12,15 +12,17 @@ from fastapi import APIRouter, Request
 from fastapi.responses import JSONResponse, Response
 
 from dora_serve.onnxruntime.continuous import ContinuousDecoder
+from dora_serve.onnxruntime.grammar import Grammar
 
 from ..registry import Served
-from ..state import note, state_of
+from ..state import State, note, state_of
 from ..wire import answers, pieces
 from ..wire.errors import ApiError
 from ..wire.pieces import Choice, Json
 from ..wire.requests import ChatRequest, CompletionRequest
-from ..wire.sampling import StreamOptions
+from ..wire.sampling import Generate, StreamOptions
 from ..wire.sending import EventStream, while_there
+from ..wire.structure import asked
 from .asking import Asking, check_count, check_logprobs
 from .reading import JsonRoute
 from .writing import ChatWriter, CompletionWriter, Writer
@@ -43,7 +45,8 @@ async def completions(body: CompletionRequest, request: Request) -> Response:
     check_logprobs(len(prompts) * body.n, longest, told, "prompt")
     # Without a completion one token is drawn all the same, and counted, as vLLM does.
     bad, most = await served.texts.words(body.bad_words or ()), max(most, 1)
-    draws = [[body.sampling(i, most, body.logprobs, bad, told) for i in range(body.n)]]
+    grammar = await _grammar(body, state, engine)
+    draws = [[body.sampling(i, most, body.logprobs, bad, told, grammar) for i in range(body.n)]]
     texts = await _echoed(body, served, prompts)
     write = CompletionWriter(body, prompts, texts, _decoder(engine))
     asking = Asking(
@@ -106,7 +109,8 @@ async def chat(body: ChatRequest, request: Request) -> Response:
     check_logprobs(body.n, most, top)
     check_logprobs(body.n, len(prompt), body.prompt_logprobs, "messages")
     bad = await served.texts.words(body.bad_words or ())
-    draws = [[body.sampling(i, most, top, bad, body.prompt_logprobs) for i in range(body.n)]]
+    told, grammar = body.prompt_logprobs, await _grammar(body, state, engine)
+    draws = [[body.sampling(i, most, top, bad, told, grammar) for i in range(body.n)]]
     asking = Asking(served, engine, [prompt], draws, state.metrics, state.options.timeout)
     kind = "chat.completion.chunk" if body.stream else "chat.completion"
     head = pieces.envelope("chatcmpl", kind, served.model.name, body.request_id)
@@ -114,6 +118,15 @@ async def chat(body: ChatRequest, request: Request) -> Response:
         head["prompt_token_ids"] = prompt
     write = ChatWriter(body, prompt, _decoder(engine))
     return await _answer(body, request, asking, head, write)
+
+
+async def _grammar(body: Generate, state: State, engine: ContinuousDecoder) -> Grammar | None:
+    """What every choice has to follow. It is read in a process with bounds first."""
+    wanted = asked(body.response_format, body.structured_outputs)
+    if wanted is None:
+        return None
+    _, text = await state.grammars.call("grammar", json.dumps(wanted).encode())
+    return await asyncio.to_thread(engine.grammars.compile, text.decode())
 
 
 def _check_length(engine: ContinuousDecoder, prompt: Sequence[int], wanted: int | None) -> None:

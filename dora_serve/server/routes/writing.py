@@ -76,7 +76,7 @@ class CompletionWriter(Writer):
             "finish_reason": grown.reason,
             "stop_reason": written.stop_reason,
         }
-        if body.prompt_logprobs is not None and not body.stream:
+        if body.told_of_prompt is not None and not body.stream:
             choice["prompt_logprobs"] = pieces.prompt_logprobs(
                 prompt, grown.prompt_logprobs, self._decode
             )

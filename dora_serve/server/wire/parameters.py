@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from typing import Any, ClassVar
 
 from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
+from pydantic.fields import FieldInfo
 from pydantic_core import InitErrorDetails, PydanticCustomError
 
 _NAMES = 128  # of one object
@@ -48,7 +49,6 @@ NOT_SERVED: Mapping[str, tuple[str, tuple[Any, ...]]] = {
         name: ("not yet", (neutral,))
         for name, neutral in {
             "echo": False,
-            "structured_outputs": None,
             "tool_choice": "none",
             "tools": None,
         }.items()
@@ -80,6 +80,7 @@ NOT_SERVED: Mapping[str, tuple[str, tuple[Any, ...]]] = {
     "prompt_embeds": (_MEDIA, ()),
     "repetition_detection": ("a repetition ends nothing", ()),
     "return_prompt_text": ("use /tokenize and /detokenize", (False,)),
+    "structural_tag": ("use `json`, or `grammar`", ()),
     "suffix": ("no gap is filled", ()),
     "thinking_token_budget": ("thoughts are not told from the rest", (-1,)),
     "use_beam_search": ("rows come and go one by one", (False,)),
@@ -121,7 +122,7 @@ class Parameters(BaseModel):
             raise ValueError(f"more than {_NAMES} names")
         used = {}
         for name, value in given.items():
-            if name in cls.model_fields:
+            if name in cls._fields():
                 if value is not None and not (is_empty(value) and cls._may_be_empty(name)):
                     used[name] = value
             elif name in NOT_SERVED:
@@ -133,7 +134,12 @@ class Parameters(BaseModel):
 
     @classmethod
     def _may_be_empty(cls, name: str) -> bool:
-        return name not in cls.kept_empty and not cls.model_fields[name].is_required()
+        return name not in cls.kept_empty and not cls._fields()[name].is_required()
+
+    @classmethod
+    def _fields(cls) -> dict[str, FieldInfo]:
+        """By the names that are given."""
+        return {field.alias or name: field for name, field in cls.model_fields.items()}
 
 
 def _not_served(name: str) -> ValidationError:

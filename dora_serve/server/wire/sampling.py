@@ -6,9 +6,11 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
+from dora_serve.onnxruntime.grammar import Grammar
 from dora_serve.onnxruntime.sampling import Sampling
 
 from .parameters import Parameters
+from .structure import ResponseFormat, StructuredOutputs
 
 Token = Annotated[int, Field(ge=0, le=2**31 - 1)]
 Count = Annotated[int, Field(ge=1, le=2**31 - 1)]
@@ -18,10 +20,6 @@ Tokens = Annotated[list[Token], Field(fail_fast=True)]
 Top = Annotated[int, Field(ge=0, le=20)]
 Penalty = Annotated[float, Field(ge=-2, le=2)]
 _Id = Annotated[str, Field(pattern=r"^[0-9]{1,10}$")]
-
-
-class TextFormat(Parameters):
-    type: Literal["text"]
 
 
 class StreamOptions(Parameters):
@@ -78,7 +76,8 @@ class Generate(Truncation):
     return_tokens_as_token_ids: bool = False
     stream: bool = False
     stream_options: StreamOptions | None = None
-    response_format: TextFormat | None = None
+    response_format: ResponseFormat | None = None
+    structured_outputs: StructuredOutputs | None = None
     request_id: Annotated[str, Field(max_length=200)] | None = None
 
     @model_validator(mode="after")
@@ -94,6 +93,7 @@ class Generate(Truncation):
         logprobs: int | None,
         bad_words: tuple[tuple[int, ...], ...],
         prompt_logprobs: int | None,
+        grammar: Grammar | None,
     ) -> Sampling:
         """How choice `index` is drawn; each has a seed of its own, -1 for none."""
         stop = [self.stop] if isinstance(self.stop, str) else self.stop or []
@@ -121,4 +121,5 @@ class Generate(Truncation):
             presence_penalty=self.presence_penalty,
             frequency_penalty=self.frequency_penalty,
             prompt_logprobs=prompt_logprobs,
+            grammar=grammar,
         )
