@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from .sampling import Logits
 
 # Some milliseconds and a few MB for a step, as llguidance counts them.
-LIMITS = {
+LIMITS: dict[str, Any] = {
     "initial_lexer_fuel": 1_000_000,
     "step_lexer_fuel": 100_000,
     "step_max_items": 20_000,

@@ -60,7 +60,7 @@ def _json(given: dict[str, Any]) -> Any:
         raise ValueError(f"more than {_DEEPEST} objects and arrays in one another")
     if given["closed"]:
         _close(schema)
-    options: dict[str, Any] = {"whitespace_flexible": given["flexible"]}
+    options: Any = {"whitespace_flexible": given["flexible"]}
     if given["flexible"]:
         options["whitespace_pattern"] = given["pattern"] or _SPACE
     return LLMatcher.grammar_from_json_schema(json.dumps(schema), overrides=options)
