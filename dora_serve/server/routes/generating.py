@@ -22,7 +22,6 @@ from ..wire.pieces import Choice, Json
 from ..wire.requests import ChatRequest, CompletionRequest
 from ..wire.sampling import Generate, StreamOptions
 from ..wire.sending import EventStream, while_there
-from ..wire.structure import asked
 from .asking import Asking, check_count, check_logprobs
 from .reading import JsonRoute
 from .writing import ChatWriter, CompletionWriter, Writer
@@ -122,7 +121,10 @@ async def chat(body: ChatRequest, request: Request) -> Response:
 
 async def _grammar(body: Generate, state: State, engine: ContinuousDecoder) -> Grammar | None:
     """What every choice has to follow. It is read in a process with bounds first."""
-    wanted = asked(body.response_format, body.structured_outputs)
+    try:
+        wanted = body.structure()
+    except ValueError as error:
+        raise ApiError(str(error), code="bad_grammar") from None
     if wanted is None:
         return None
     _, text = await state.grammars.call("grammar", json.dumps(wanted).encode())

@@ -8,9 +8,11 @@ from collections.abc import Sequence
 from dora_serve.onnxruntime.continuous import Delta
 
 from ..wire import pieces
+from ..wire.calls import Calls, calls_of
 from ..wire.pieces import Choice, Decode, Json
 from ..wire.requests import ChatRequest, CompletionRequest
 from ..wire.sampling import Generate
+from ..wire.tools import NamedTool
 
 
 class Writer(ABC):
@@ -93,21 +95,37 @@ class ChatWriter(Writer):
         super().__init__(body, decode)
         self._body = body
         self._shared = None if body.prompt_logprobs is None else prompt
-        self._begun: set[int] = set()
+        self._names = frozenset(tool.function.name for tool in body.tools or ())
+        self._calls: dict[int, Calls | None] = {}  # of every choice that was begun
 
     def __call__(self, index: int, grown: Choice | Delta) -> Json:
-        body = self._body
-        message: Json = {"content": grown.text}
-        if index not in self._begun:
-            message = {"role": "assistant", **message}
-            self._begun.add(index)
+        body, begins = self._body, index not in self._calls
+        if begins:
+            self._calls[index] = calls_of(body.calls, self._names)
+        calls, reason = self._calls[index], grown.reason
+        message: Json = {"role": "assistant"} if begins else {}
+        if calls is None:
+            message["content"] = grown.text
+        else:
+            message |= self._called(*calls.add(grown.text, last=reason is not None))
+            if calls.count and reason == "stop" and not isinstance(body.calls, NamedTool):
+                reason = "tool_calls"
         choice: Json = {
             "index": index,
             "delta" if body.stream else "message": message,
             "logprobs": pieces.chat_logprobs(grown.steps, self._decode) if body.logprobs else None,
-            "finish_reason": grown.reason,
+            "finish_reason": reason,
             "stop_reason": grown.stop_reason,
         }
         if body.return_token_ids:
             choice["token_ids"] = [token for token, _ in grown.steps]
         return choice
+
+    def _called(self, text: str, found: list[Json]) -> Json:
+        """A message, or what it grew by, with the calls that were found."""
+        if self._body.stream:
+            return ({"content": text} if text else {}) | ({"tool_calls": found} if found else {})
+        if not found:
+            return {"content": text}
+        whole = [{name: call[name] for name in ("id", "type", "function")} for call in found]
+        return {"content": text.strip() or None, "tool_calls": whole}

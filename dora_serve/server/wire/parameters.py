@@ -45,17 +45,10 @@ _GUIDED = "vLLM itself ignores it: use `structured_outputs`"
 _MEDIA = "texts alone are read"
 # Why it is not served, and its values that are no use of it beside null and what is empty.
 NOT_SERVED: Mapping[str, tuple[str, tuple[Any, ...]]] = {
-    **{
-        name: ("not yet", (neutral,))
-        for name, neutral in {
-            "echo": False,
-            "tool_choice": "none",
-            "tools": None,
-        }.items()
-    },
     "audio": (_MEDIA, ()),
     "chat_template": ("a template is a program: it comes with the model", ()),
     "detokenize": ("tokens without text are not told", (True,)),
+    "echo": ("a chat's last message is not told again", (False,)),
     "early_stopping": ("there is no beam search", (False,)),
     "ec_transfer_params": ("there is one process", ()),
     "embed_dtype": ("vectors are of float32", ("float32",)),
@@ -81,6 +74,8 @@ NOT_SERVED: Mapping[str, tuple[str, tuple[Any, ...]]] = {
     "repetition_detection": ("a repetition ends nothing", ()),
     "return_prompt_text": ("use /tokenize and /detokenize", (False,)),
     "structural_tag": ("use `json`, or `grammar`", ()),
+    "tool_choice": ("tools are for chats", ("none", "auto")),
+    "tools": ("tools are for chats", ()),
     "suffix": ("no gap is filled", ()),
     "thinking_token_budget": ("thoughts are not told from the rest", (-1,)),
     "use_beam_search": ("rows come and go one by one", (False,)),

@@ -9,6 +9,8 @@ from pydantic import AliasChoices, Discriminator, Field, RootModel, Tag, model_v
 from .messages import Message, Several
 from .parameters import Parameters
 from .sampling import Count, Generate, Token, Tokens, Top, Truncation
+from .structure import Asked, asked_json
+from .tools import Choice, Tools, check, schema_of_calls
 
 Text = str | list[int]  # or its tokens
 
@@ -78,6 +80,9 @@ class ChatRequest(Generate, _Conversation):
     add_special_tokens: bool | None = False
     documents: Annotated[list[dict[str, str]], Field(max_length=256, fail_fast=True)] | None = None
     reasoning_effort: Annotated[str, Field(max_length=20)] | None = None
+    tools: Tools | None = None
+    tool_choice: Choice | None = None
+    parallel_tool_calls: bool = True
     max_tokens: Count | None = None
     max_completion_tokens: Count | None = None
     logprobs: bool = False
@@ -88,10 +93,22 @@ class ChatRequest(Generate, _Conversation):
     def _check(self) -> ChatRequest:
         if self.top_logprobs and not self.logprobs:
             raise ValueError("top_logprobs needs logprobs")
+        check(self.tools, self.tool_choice)
         return self
+
+    @property
+    def calls(self) -> Choice:
+        """Which tools are called: those that the model wants where nothing is said."""
+        return self.tool_choice or ("auto" if self.tools else "none")
+
+    def structure(self) -> Asked | None:
+        schema = schema_of_calls(self.tools or [], self.calls, self.parallel_tool_calls)
+        return super().structure() if schema is None else asked_json(schema)
 
     def template_values(self) -> dict[str, Any]:
         values = super().template_values()
+        if self.tools:
+            values["tools"] = [tool.model_dump(exclude_none=True) for tool in self.tools]
         if self.documents:
             values["documents"] = self.documents
         if self.reasoning_effort is not None:

@@ -10,7 +10,7 @@ from dora_serve.onnxruntime.grammar import Grammar
 from dora_serve.onnxruntime.sampling import Sampling
 
 from .parameters import Parameters
-from .structure import ResponseFormat, StructuredOutputs
+from .structure import Asked, ResponseFormat, StructuredOutputs, asked
 
 Token = Annotated[int, Field(ge=0, le=2**31 - 1)]
 Count = Annotated[int, Field(ge=1, le=2**31 - 1)]
@@ -85,6 +85,10 @@ class Generate(Truncation):
         if self.stream and self.prompt_logprobs:
             raise ValueError("prompt_logprobs are not told in a stream")
         return self
+
+    def structure(self) -> Asked | None:
+        """What the answer has to follow. Raises `ValueError` for what nothing can."""
+        return asked(self.response_format, self.structured_outputs)
 
     def sampling(
         self,

@@ -59,6 +59,11 @@ class StructuredOutputs(Parameters):
 Asked = dict[str, Any]
 
 
+def asked_json(schema: Any) -> Asked:
+    """JSON of a schema."""
+    return {"json": schema, "flexible": True, "closed": False, "pattern": None}
+
+
 def asked(format: ResponseFormat | None, given: StructuredOutputs | None) -> Asked | None:
     """What is asked for in all, None for any text; a `format` stands before what else is given."""
     flexible = given is None or not given.disable_any_whitespace
