@@ -18,7 +18,7 @@ from .decoder_graph import DecoderGraph
 from .engine import Engine
 from .generation import Generation, Logprobs, PromptLogprobs
 from .grammar import Grammars
-from .limits import Limits, check_rows, check_tokens
+from .limits import Limits, check_rows
 from .runner import Runner
 from .sampling import Sampling
 from .session import EngineError
@@ -145,8 +145,6 @@ class ContinuousDecoder(Engine):
         too many, and then queues none.
         """
         check_rows([prompt], self.max_length - 1, self.graph.vocabulary)
-        for sampling in samplings:
-            check_tokens(sampling.named_tokens, self.graph.vocabulary)
         room, eos = self.max_length - len(prompt), self.graph.eos
         requests = [
             Request(Generation(prompt, sampling, eos, self.tokenizer, room), adapter, tell)

@@ -4,6 +4,7 @@ allowed, which words are not, what may not end it yet, biases, and penalties for
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import cached_property
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -23,10 +24,7 @@ class Shaping:
     def __init__(self, sampling: Sampling, prompt: Sequence[int], ends: frozenset[int]) -> None:
         self._sampling = sampling
         self._prompt = prompt
-        self._ends = np.array(sorted(ends | set(sampling.stop_token_ids)), np.int64)
-        self._allowed = np.array(sampling.allowed_token_ids, np.int64)
-        self._biased = np.array([token for token, _ in sampling.logit_bias], np.int64)
-        self._biases = np.array([bias for _, bias in sampling.logit_bias], np.float32)
+        self._end_ids = ends | set(sampling.stop_token_ids)
         self._penalizes = (
             sampling.repetition_penalty != 1
             or sampling.frequency_penalty != 0
@@ -39,18 +37,26 @@ class Shaping:
     def __call__(self, logits: Logits, written: Sequence[int]) -> Logits:
         """`logits [vocab]` as they are drawn from, behind the tokens `written`; the argument stays
         as it is. Raises `EngineError` when no token is left."""
-        early = len(written) < self._sampling.min_tokens and len(self._ends) > 0
+        sampling = self._sampling
+        early = len(written) < sampling.min_tokens and bool(self._end_ids)
         forbidden = self._forbidden(written)
-        if not (early or forbidden or len(self._allowed) or len(self._biased) or self._penalizes):
+        if not (
+            early
+            or forbidden
+            or sampling.allowed_token_ids
+            or sampling.logit_bias
+            or self._penalizes
+        ):
             return logits
         shaped = logits.copy()
-        if len(self._allowed):
+        if sampling.allowed_token_ids:
             shaped[:] = -np.inf
             shaped[self._allowed] = logits[self._allowed]
         shaped[forbidden] = -np.inf
         if early:
             shaped[self._ends] = -np.inf
-        np.add.at(shaped, self._biased, self._biases)
+        if sampling.logit_bias:
+            np.add.at(shaped, *self._biases)
         if self._penalizes:
             self._penalize(shaped, written)
         if not np.isfinite(shaped.max()):
@@ -58,6 +64,21 @@ class Shaping:
                 "no token is left to draw", remedy="allow more tokens, or forbid fewer words"
             )
         return shaped
+
+    # Made with the first token: rows that wait need none of it.
+
+    @cached_property
+    def _ends(self) -> NDArray[np.int64]:
+        return np.array(sorted(self._end_ids), np.int64)
+
+    @cached_property
+    def _allowed(self) -> NDArray[np.int64]:
+        return np.array(self._sampling.allowed_token_ids, np.int64)
+
+    @cached_property
+    def _biases(self) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
+        tokens, biases = zip(*self._sampling.logit_bias, strict=True)
+        return np.array(tokens, np.int64), np.array(biases, np.float32)
 
     def _forbidden(self, written: Sequence[int]) -> list[int]:
         """The tokens that would complete a word that may not be."""

@@ -34,12 +34,12 @@ ROUTES = {
     "/ping": 2,
     "/version": 2,
     "/load": 2,
-    "/tokenizer_info": 5,
-    "/score": 20,
-    "/v1/score": 5,
-    "/rerank": 20,
-    "/v1/rerank": 5,
-    "/v2/rerank": 5,
+    "/tokenizer_info": 10,
+    "/score": 30,
+    "/v1/score": 30,
+    "/rerank": 30,
+    "/v1/rerank": 30,
+    "/v2/rerank": 30,
     "/invocations": 60,
 }
 

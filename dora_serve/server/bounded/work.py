@@ -60,7 +60,11 @@ def fault(error: ValueError) -> dict[str, Any]:
         return {"type": "json_invalid", "loc": ["body"], "msg": "the body is not JSON"}
     first = error.errors(include_url=False, include_context=False, include_input=False)[0]
     place = [str(part)[:100] for part in first["loc"][:8]]
-    return {"type": first["type"], "loc": ["body", *place], "msg": first["msg"][:300]}
+    return {
+        "type": first["type"],
+        "loc": ["body", *place],
+        "msg": first["msg"].removeprefix("Value error, ")[:300],
+    }
 
 
 def check(blob: bytes, kind: str) -> tuple[Any, bytes]:

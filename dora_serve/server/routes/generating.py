@@ -13,6 +13,7 @@ from fastapi.responses import JSONResponse, Response
 
 from dora_serve.onnxruntime.continuous import ContinuousDecoder
 from dora_serve.onnxruntime.grammar import Grammar
+from dora_serve.onnxruntime.limits import check_tokens
 
 from ..registry import Served
 from ..state import State, note, state_of
@@ -45,7 +46,8 @@ async def completions(body: CompletionRequest, request: Request) -> Response:
     # Without a completion one token is drawn all the same, and counted, as vLLM does.
     bad, most = await served.texts.words(body.bad_words or ()), max(most, 1)
     grammar = await _grammar(body, state, engine)
-    draws = [[body.sampling(i, most, body.logprobs, bad, told, grammar) for i in range(body.n)]]
+    draws = [body.samplings(most, body.logprobs, bad, told, grammar)]
+    check_tokens(draws[0][0].named_tokens, engine.graph.vocabulary)
     texts = await _echoed(body, served, prompts)
     write = CompletionWriter(body, prompts, texts, _decoder(engine))
     asking = Asking(
@@ -109,7 +111,8 @@ async def chat(body: ChatRequest, request: Request) -> Response:
     check_logprobs(body.n, len(prompt), body.prompt_logprobs, "messages")
     bad = await served.texts.words(body.bad_words or ())
     told, grammar = body.prompt_logprobs, await _grammar(body, state, engine)
-    draws = [[body.sampling(i, most, top, bad, told, grammar) for i in range(body.n)]]
+    draws = [body.samplings(most, top, bad, told, grammar)]
+    check_tokens(draws[0][0].named_tokens, engine.graph.vocabulary)
     asking = Asking(served, engine, [prompt], draws, state.metrics, state.options.timeout)
     kind = "chat.completion.chunk" if body.stream else "chat.completion"
     head = pieces.envelope("chatcmpl", kind, served.model.name, body.request_id)

@@ -4,20 +4,32 @@ from __future__ import annotations
 
 from typing import Annotated, Any, ClassVar, Literal, TypeVar
 
-from pydantic import Field, model_validator
+from pydantic import Discriminator, Field, Tag, model_validator
 from pydantic_core import from_json
 
-from .parameters import Parameters
+from .parameters import Parameters, refusal
 
 _T = TypeVar("_T")
 Several = Annotated[list[_T], Field(max_length=2048, fail_fast=True)]
+
+
+_TEXTS = ("text", "refusal", "input_text", "output_text")
 
 
 class Part(Parameters):
     """A piece of a text; `refusal` where a client hands back a model's refusal."""
 
     kept_empty: ClassVar = frozenset({"text", "refusal"})
-    type: Literal["text", "refusal", "input_text", "output_text"]
+
+    @model_validator(mode="before")
+    @classmethod
+    def _is_text(cls, given: Any) -> Any:
+        kind = given.get("type") if isinstance(given, dict) else None
+        if isinstance(kind, str) and kind not in _TEXTS:
+            raise refusal("type", f"{kind[:50]!r} is not served: texts alone are read")
+        return given
+
+    type: Literal["text", "refusal", "input_text", "output_text"] = "text"
     text: str = ""
     refusal: str = ""
 
@@ -44,12 +56,21 @@ class ToolCall(Parameters):
     function: CalledFunction
 
 
+def _form(content: Any) -> str:
+    return "parts" if isinstance(content, list) else "text"
+
+
+_Content = Annotated[
+    Annotated[str, Tag("text")] | Annotated[Several[Part], Tag("parts")], Discriminator(_form)
+]
+
+
 class Message(Parameters):
     """One turn of a conversation, with what clients hand back of an earlier answer."""
 
     kept_empty: ClassVar = frozenset({"content"})
     role: Literal["system", "developer", "user", "assistant", "tool"]
-    content: str | Several[Part] | None = None
+    content: _Content | None = None
     name: str | None = None
     tool_call_id: str | None = None
     tool_calls: Several[ToolCall] | None = None

@@ -46,6 +46,7 @@ _MEDIA = "texts alone are read"
 # Why it is not served, and its values that are no use of it beside null and what is empty.
 NOT_SERVED: Mapping[str, tuple[str, tuple[Any, ...]]] = {
     "audio": (_MEDIA, ()),
+    "best_of": ("every completion is told, give n alone", (1,)),
     "chat_template": ("a template is a program: it comes with the model", ()),
     "detokenize": ("tokens without text are not told", (True,)),
     "echo": ("a chat's last message is not told again", (False,)),
@@ -122,7 +123,7 @@ class Parameters(BaseModel):
                     used[name] = value
             elif name in NOT_SERVED:
                 if not is_neutral(name, value):
-                    raise _not_served(name)
+                    raise refusal(name, f"not served: {NOT_SERVED[name][0]}")
             elif name not in NO_EFFECT and not is_empty(value):
                 used[name] = value
         return used
@@ -137,7 +138,8 @@ class Parameters(BaseModel):
         return {field.alias or name: field for name, field in cls.model_fields.items()}
 
 
-def _not_served(name: str) -> ValidationError:
-    said = PydanticCustomError("not_served", "{why}", {"why": f"not served: {NOT_SERVED[name][0]}"})
+def refusal(name: str, why: str) -> ValidationError:
+    """What to raise where `why` is wrong with the parameter `name`."""
+    said = PydanticCustomError("refused", "{why}", {"why": why})
     error = InitErrorDetails(type=said, loc=(name,), input=None)
     return ValidationError.from_exception_data("request", [error])

@@ -7,10 +7,10 @@ from typing import Annotated, Any, ClassVar, Literal
 from pydantic import AliasChoices, Discriminator, Field, RootModel, Tag, model_validator
 
 from .messages import Message, Several
-from .parameters import Parameters
+from .parameters import Parameters, refusal
 from .sampling import Count, Generate, Token, Tokens, Top, Truncation
 from .structure import Asked, asked_json
-from .tools import Choice, Tools, check, schema_of_calls
+from .tools import Choice, Tools, schema_of_calls, wrong_choice
 
 Text = str | list[int]  # or its tokens
 
@@ -35,9 +35,9 @@ class CompletionRequest(Generate):
     @model_validator(mode="after")
     def _check(self) -> CompletionRequest:
         if self.best_of not in (None, 1, self.n):
-            raise ValueError("best_of is not served: every completion is told, give n alone")
+            raise refusal("best_of", "not served: every completion is told, give n alone")
         if self.max_tokens == 0 and not self.echo:
-            raise ValueError("max_tokens: 0 needs echo")
+            raise refusal("max_tokens", "0 needs echo")
         return self
 
     @property
@@ -68,7 +68,7 @@ class _Conversation(Parameters):
     def _one_end(cls, given: Any) -> Any:
         if isinstance(given, dict) and given.get("continue_final_message") is True:
             if given.get("add_generation_prompt"):
-                raise ValueError("give continue_final_message or add_generation_prompt, not both")
+                raise refusal("continue_final_message", "not with add_generation_prompt")
             return {**given, "add_generation_prompt": False}
         return given
 
@@ -87,13 +87,13 @@ class ChatRequest(Generate, _Conversation):
     max_completion_tokens: Count | None = None
     logprobs: bool = False
     top_logprobs: Top = 0
-    metadata: Annotated[dict[str, str], Field(max_length=16)] | None = None
 
     @model_validator(mode="after")
     def _check(self) -> ChatRequest:
         if self.top_logprobs and not self.logprobs:
-            raise ValueError("top_logprobs needs logprobs")
-        check(self.tools, self.tool_choice)
+            raise refusal("top_logprobs", "it needs logprobs")
+        if wrong := wrong_choice(self.tools, self.tool_choice):
+            raise refusal("tool_choice", wrong)
         return self
 
     @property

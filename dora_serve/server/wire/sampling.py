@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
@@ -9,7 +10,7 @@ from pydantic import Field, model_validator
 from dora_serve.onnxruntime.grammar import Grammar
 from dora_serve.onnxruntime.sampling import Sampling
 
-from .parameters import Parameters
+from .parameters import Parameters, refusal
 from .structure import Asked, ResponseFormat, StructuredOutputs, asked
 
 Token = Annotated[int, Field(ge=0, le=2**31 - 1)]
@@ -40,7 +41,7 @@ class Truncation(Parameters):
     @model_validator(mode="after")
     def _keeps_something(self) -> Truncation:
         if self.truncate_prompt_tokens == 0:
-            raise ValueError("truncate_prompt_tokens: nothing would be left")
+            raise refusal("truncate_prompt_tokens", "nothing would be left")
         return self
 
     def kept(self, longest: int) -> int | None:
@@ -79,37 +80,36 @@ class Generate(Truncation):
     response_format: ResponseFormat | None = None
     structured_outputs: StructuredOutputs | None = None
     request_id: Annotated[str, Field(max_length=200)] | None = None
+    metadata: Annotated[dict[str, str], Field(max_length=16)] | None = None
 
     @model_validator(mode="after")
     def _told_whole(self) -> Generate:
         if self.stream and self.prompt_logprobs:
-            raise ValueError("prompt_logprobs are not told in a stream")
+            raise refusal("prompt_logprobs", "they are not told in a stream")
         return self
 
     def structure(self) -> Asked | None:
         """What the answer has to follow. Raises `ValueError` for what nothing can."""
         return asked(self.response_format, self.structured_outputs)
 
-    def sampling(
+    def samplings(
         self,
-        index: int,
         max_tokens: int,
         logprobs: int | None,
         bad_words: tuple[tuple[int, ...], ...],
         prompt_logprobs: int | None,
         grammar: Grammar | None,
-    ) -> Sampling:
-        """How choice `index` is drawn; each has a seed of its own, -1 for none."""
+    ) -> list[Sampling]:
+        """How every choice is drawn; each has a seed of its own, and none for -1."""
         stop = [self.stop] if isinstance(self.stop, str) else self.stop or []
         seeded = self.seed is not None and self.seed != -1
         biases = (self.logit_bias or {}).items()
-        return Sampling(
+        one = Sampling(
             max_tokens=max_tokens,
             temperature=1.0 if self.temperature is None else self.temperature,
             top_p=1.0 if self.top_p is None else self.top_p,
             top_k=max(self.top_k, 0),
             min_p=self.min_p,
-            seed=((self.seed or 0) + index) % 2**64 if seeded else None,
             stop=tuple(stop),
             logprobs=logprobs,
             min_tokens=self.min_tokens,
@@ -127,3 +127,6 @@ class Generate(Truncation):
             prompt_logprobs=prompt_logprobs,
             grammar=grammar,
         )
+        if not seeded:
+            return [one] * self.n
+        return [replace(one, seed=((self.seed or 0) + i) % 2**64) for i in range(self.n)]

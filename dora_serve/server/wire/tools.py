@@ -41,15 +41,16 @@ Choice = Literal["none", "auto", "required"] | NamedTool
 Tools = Annotated[list[Tool], Field(max_length=128, fail_fast=True)]
 
 
-def check(tools: list[Tool] | None, choice: Choice | None) -> None:
-    """Raise `ValueError` for a choice of a tool that is not there."""
+def wrong_choice(tools: list[Tool] | None, choice: Choice | None) -> str | None:
+    """What is wrong with a choice of tools, None when nothing is."""
     if choice in (None, "none", "auto"):
-        return
+        return None
     if not tools:
-        raise ValueError("tool_choice needs tools")
+        return "it needs tools"
     names = [tool.function.name for tool in tools]
     if isinstance(choice, NamedTool) and choice.function.name not in names:
-        raise ValueError(f"tool_choice: there is no tool {choice.function.name[:200]!r}")
+        return f"there is no tool {choice.function.name[:200]!r}"
+    return None
 
 
 def schema_of_calls(tools: list[Tool], choice: Choice | None, several: bool) -> Any:
