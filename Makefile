@@ -8,7 +8,7 @@ REAL := real-out
 WORKERS ?= 2
 SPREAD := -n $(WORKERS) --dist loadgroup --no-loadscope-reorder
 
-.PHONY: setup demo test test-all setup-vllm test-vllm lint bench matrix matrix-check faults fuzz mutants audit peft-matrix real
+.PHONY: setup demo test test-all setup-vllm test-vllm test-clients lint bench matrix matrix-check faults fuzz mutants audit peft-matrix real
 
 setup: $(VENV)/.ready
 
@@ -44,6 +44,16 @@ $(VLLM)/.ready: pyproject.toml constraints-vllm.txt
 
 test-vllm: setup-vllm
 	$(VLLM)/bin/python -m pytest tests/engines/vllm
+
+# Real clients, pinned in an environment of their own, and vLLM's own benchmark.
+CLIENTS := .venv-clients
+test-clients: setup setup-vllm $(CLIENTS)/.ready
+	$(BIN)/python -m pytest tests/clients
+
+$(CLIENTS)/.ready: constraints-clients.txt
+	$(PYTHON) -m venv $(CLIENTS)
+	$(CLIENTS)/bin/pip install --quiet --disable-pip-version-check --constraint constraints-clients.txt openai litellm langchain-openai instructor
+	touch $@
 
 lint: setup
 	$(BIN)/ruff check .

@@ -212,8 +212,38 @@ ATTACKS: dict[str, Attack] = {
             "max_tokens": 1,
             "chat_template_kwargs": {f"{i:x}": [i] for i in range(200_000)},
         },
+    ),
+    "what a client adds to a message": post(
+        "/v1/chat/completions",
+        lambda: {
+            "model": BASE,
+            "messages": [
+                {
+                    "role": "user",
+                    "content": "one",
+                    "provider_specific_fields": {f"{i:x}": [i] for i in range(200_000)},
+                }
+            ],
+            "max_tokens": 1,
+        },
         200,
-        400,
+    ),
+    "schemas of tools": post(
+        "/v1/chat/completions",
+        lambda: {
+            "model": BASE,
+            "messages": [{"role": "user", "content": "one"}],
+            "tools": [
+                {
+                    "type": "function",
+                    "function": {
+                        "name": f"f{i}",
+                        "parameters": {"properties": {f"{j:x}": {} for j in range(2000)}},
+                    },
+                }
+                for i in range(100)
+            ],
+        },
     ),
     "texts to rank": post(
         "/rerank", lambda: {"model": EMBEDS, "query": "a", "documents": ["a"] * 800_000}

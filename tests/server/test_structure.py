@@ -172,6 +172,7 @@ def test_greedy_and_streamed_are_the_same(structured: Server) -> None:
         ({"response_format": {"type": "json_schema"}}, "json_schema is missing"),
         ({"response_format": {"type": "xml"}}, "response_format"),
         ({"structured_outputs": {"choice": ["x" * 70_000]}}, "65536"),
+        ({"structured_outputs": {"regex": "x" * 70_000}}, "65536"),
     ],
 )
 def test_what_is_wrong(structured: Server, given: dict[str, Any], says: str) -> None:

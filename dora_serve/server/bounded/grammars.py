@@ -10,7 +10,7 @@ from pydantic_core import from_json
 from dora_serve.onnxruntime.grammar import limits
 
 from ..wire.errors import ApiError
-from ..wire.structure import LONGEST
+from ..wire.parameters import LONGEST
 
 _SPACE = r"[\x20\x0A\x0D\x09]{1,64}"  # a weak model would write it without end
 _DEEPEST = 64  # objects and arrays in one another, as in vLLM

@@ -77,7 +77,6 @@ class Message(Parameters):
     refusal: str | None = None
     reasoning: str | None = None
     reasoning_content: str | None = None
-    provider_specific_fields: dict[str, Any] | None = None
     # Of an answer that is handed back; there is none with a value here.
     annotations: None = None
     audio: None = None

@@ -6,14 +6,27 @@ Null, the default and the empty form of a parameter are no use of it, whatever i
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
-from typing import Any, ClassVar
+from typing import Annotated, Any, ClassVar
 
-from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, ValidationError, model_validator
 from pydantic.fields import FieldInfo
 from pydantic_core import InitErrorDetails, PydanticCustomError
 
 _NAMES = 128  # of one object
+LONGEST = 64 << 10  # characters of what may be any JSON
+
+
+def bounded(value: Any) -> Any:
+    """`value`; raises `ValueError` when it is longer than what may be any JSON. Bodies are read
+    beside the event loop first, so that nothing longer comes there."""
+    if len(json.dumps(value, default=BaseModel.model_dump_json)) > LONGEST:
+        raise ValueError(f"more than {LONGEST} bytes")
+    return value
+
+
+Object = Annotated[dict[str, Any], AfterValidator(bounded)]
 
 # Who asks, what else the caller does with the answer, and what other engines' caches and billing
 # need: no answer depends on it, but where a request declares it.
@@ -26,6 +39,7 @@ NO_EFFECT = frozenset(
         "mm_payload",
         "parallel_tool_calls",
         "prompt_cache_key",
+        "provider_specific_fields",  # of an answer that litellm hands back
         "prompt_cache_retention",
         "request_id",
         "return_mm_kwargs",

@@ -7,7 +7,7 @@ from typing import Annotated, Any, ClassVar, Literal
 from pydantic import AliasChoices, Discriminator, Field, RootModel, Tag, model_validator
 
 from .messages import Message, Several
-from .parameters import Parameters, refusal
+from .parameters import Object, Parameters, refusal
 from .sampling import Count, Generate, Token, Tokens, Top, Truncation
 from .structure import Asked, asked_json
 from .tools import Choice, Tools, schema_of_calls, wrong_choice
@@ -57,7 +57,7 @@ class _Conversation(Parameters):
     add_generation_prompt: bool = True
     continue_final_message: bool = False
     add_special_tokens: bool | None = None
-    chat_template_kwargs: dict[str, Any] | None = None
+    chat_template_kwargs: Object | None = None
 
     def template_values(self) -> dict[str, Any]:
         """What the chat template may name beside the messages."""
@@ -73,12 +73,15 @@ class _Conversation(Parameters):
         return given
 
 
+_Document = Annotated[dict[str, str], Field(max_length=32)]
+
+
 class ChatRequest(Generate, _Conversation):
     """`POST /v1/chat/completions`. Without a maximum the answer may fill the context."""
 
     messages: Annotated[Several[Message], Field(min_length=1)]
     add_special_tokens: bool | None = False
-    documents: Annotated[list[dict[str, str]], Field(max_length=256, fail_fast=True)] | None = None
+    documents: Annotated[list[_Document], Field(max_length=256, fail_fast=True)] | None = None
     reasoning_effort: Annotated[str, Field(max_length=20)] | None = None
     tools: Tools | None = None
     tool_choice: Choice | None = None

@@ -4,11 +4,9 @@ from __future__ import annotations
 
 from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import Field, model_validator
+from pydantic import AfterValidator, Field, model_validator
 
-from .parameters import Parameters
-
-LONGEST = 64 << 10  # characters of a schema or grammar
+from .parameters import Object, Parameters, bounded
 
 
 class JsonSchema(Parameters):
@@ -17,7 +15,7 @@ class JsonSchema(Parameters):
     kept_empty: ClassVar = frozenset({"schema"})
     name: str
     description: str | None = None
-    schema_: dict[str, Any] | None = Field(None, alias="schema")
+    schema_: Object | None = Field(None, alias="schema")
     strict: bool | None = None
 
 
@@ -34,13 +32,16 @@ class ResponseFormat(Parameters):
         return self
 
 
+_Choices = Annotated[list[str], Field(max_length=1024, fail_fast=True), AfterValidator(bounded)]
+
+
 class StructuredOutputs(Parameters):
     """One of the first five, as vLLM names them; the others say how JSON is written."""
 
     kept_empty: ClassVar = frozenset({"json"})
-    json_: str | dict[str, Any] | None = Field(None, alias="json")
+    json_: str | Object | None = Field(None, alias="json")
     regex: str | None = None
-    choice: Annotated[list[str], Field(max_length=1024, fail_fast=True)] | None = None
+    choice: _Choices | None = None
     grammar: str | None = None
     json_object: bool | None = None
     disable_any_whitespace: bool = False

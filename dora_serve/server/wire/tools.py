@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import Field
+from pydantic import AfterValidator, Field
 
-from .parameters import Parameters
+from .parameters import Object, Parameters, bounded
 
 
 class Function(Parameters):
@@ -15,7 +15,7 @@ class Function(Parameters):
     kept_empty: ClassVar = frozenset({"parameters"})
     name: Annotated[str, Field(min_length=1, max_length=200)]
     description: str | None = None
-    parameters: dict[str, Any] | None = None
+    parameters: Object | None = None
     strict: bool | None = None
 
     @property
@@ -38,7 +38,7 @@ class NamedTool(Parameters):
 
 
 Choice = Literal["none", "auto", "required"] | NamedTool
-Tools = Annotated[list[Tool], Field(max_length=128, fail_fast=True)]
+Tools = Annotated[list[Tool], Field(max_length=128, fail_fast=True), AfterValidator(bounded)]
 
 
 def wrong_choice(tools: list[Tool] | None, choice: Choice | None) -> str | None:
