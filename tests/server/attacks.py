@@ -226,7 +226,6 @@ ATTACKS: dict[str, Attack] = {
             ],
             "max_tokens": 1,
         },
-        200,
     ),
     "schemas of tools": post(
         "/v1/chat/completions",

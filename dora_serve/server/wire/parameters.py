@@ -138,7 +138,9 @@ class Parameters(BaseModel):
             elif name in NOT_SERVED:
                 if not is_neutral(name, value):
                     raise refusal(name, f"not served: {NOT_SERVED[name][0]}")
-            elif name not in NO_EFFECT and not is_empty(value):
+            elif name in NO_EFFECT:
+                bounded(value)
+            elif not is_empty(value):
                 used[name] = value
         return used
 

@@ -35,11 +35,14 @@ class ResponseFormat(Parameters):
 _Choices = Annotated[list[str], Field(max_length=1024, fail_fast=True), AfterValidator(bounded)]
 
 
+_Json = Annotated[str | dict[str, Any], AfterValidator(bounded)]
+
+
 class StructuredOutputs(Parameters):
     """One of the first five, as vLLM names them; the others say how JSON is written."""
 
     kept_empty: ClassVar = frozenset({"json"})
-    json_: str | Object | None = Field(None, alias="json")
+    json_: _Json | None = Field(None, alias="json")
     regex: str | None = None
     choice: _Choices | None = None
     grammar: str | None = None
