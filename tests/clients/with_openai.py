@@ -47,7 +47,7 @@ called = client.chat.completions.create(
     parallel_tool_calls=False,
 )  # fmt: skip
 (call,) = called.choices[0].message.tool_calls or []
-assert json.loads(call.function.arguments) == {}  # type: ignore[union-attr]
+assert json.loads(call.function.arguments) == {}
 turns = [
     *asked,
     called.choices[0].message,
