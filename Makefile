@@ -10,7 +10,7 @@ REAL := real-out
 WORKERS ?= 2
 SPREAD := -n $(WORKERS) --dist loadgroup --no-loadscope-reorder
 
-.PHONY: setup demo test test-all setup-vllm test-vllm test-lowest lint bench matrix matrix-check faults fuzz mutants audit peft-matrix real
+.PHONY: setup demo test test-all setup-vllm test-vllm test-clients test-lowest lint bench matrix matrix-check faults fuzz mutants audit peft-matrix real
 
 setup: $(VENV)/.ready
 
@@ -55,6 +55,16 @@ test-lowest:
 	$(LOWEST)/bin/uv pip install --quiet --python $(LOWEST)/bin/python --requirement $(LOWEST)/lowest.txt
 	$(LOWEST)/bin/uv pip install --quiet --python $(LOWEST)/bin/python --no-deps --editable .
 	$(LOWEST)/bin/python scripts/demo.py $(OUT)-lowest
+
+# Real clients, pinned in an environment of their own, and vLLM's own benchmark.
+CLIENTS := .venv-clients
+test-clients: setup setup-vllm $(CLIENTS)/.ready
+	$(BIN)/python -m pytest tests/clients
+
+$(CLIENTS)/.ready: constraints-clients.txt
+	$(PYTHON) -m venv $(CLIENTS)
+	$(CLIENTS)/bin/pip install --quiet --disable-pip-version-check --constraint constraints-clients.txt openai litellm langchain-openai instructor
+	touch $@
 
 lint: setup
 	$(BIN)/ruff check .

@@ -33,6 +33,7 @@ EXTRAS = {
     "fsspec": "remote",
     "gguf": "gguf",
     "jinja2": "serve",
+    "llguidance": "serve",
     "matplotlib": "plot",
     "model_signing": "sign",
     "onnx": "onnx",

@@ -16,7 +16,8 @@ from typing import TYPE_CHECKING
 
 from .decoder_graph import DecoderGraph
 from .engine import Engine
-from .generation import Generation, Logprobs
+from .generation import Generation, Logprobs, PromptLogprobs
+from .grammar import Grammars
 from .limits import Limits, check_rows
 from .runner import Runner
 from .sampling import Sampling
@@ -29,17 +30,29 @@ if TYPE_CHECKING:
 _log = logging.getLogger(__name__)
 _numbers = itertools.count()
 _ALONE = 512  # tokens of a prompt at once when no row waits for it
+_LOGITS = 1 << 23  # numbers, of a piece of a prompt all of whose tokens have logits
 
 
 @dataclass(frozen=True)
 class Delta:
-    """What a step added to a request. `reason`: set with the last one; `error`: it failed."""
+    """What a step added to a request. `prompt_logprobs`: with the first one; `reason`,
+    `stop_reason` and `end`: with the last, as `Generation` has them; `error`: it failed."""
 
     text: str = ""
     tokens: tuple[int, ...] = ()
     logprobs: tuple[Logprobs, ...] = ()
     reason: str | None = None
     error: Exception | None = None
+    end: tuple[int, Logprobs | None] | None = None
+    stop_reason: str | int | None = None
+    prompt_logprobs: tuple[PromptLogprobs, ...] = ()
+
+    @property
+    def steps(self) -> list[tuple[int, Logprobs | None]]:
+        """The tokens and the end, each with its log-probabilities where they are told."""
+        told = self.logprobs or [None] * len(self.tokens)
+        end = [] if self.end is None else [self.end]
+        return [*zip(self.tokens, told, strict=True), *end]
 
 
 Tell = Callable[[Delta], None]
@@ -64,8 +77,19 @@ class Request:
         done = self.generation
         text, tokens = done.text[self._told_text :], done.tokens[self._told_tokens :]
         logprobs = done.logprobs[self._told_tokens :]
+        first = () if self._told_tokens else tuple(done.prompt_logprobs)
         self._told_text, self._told_tokens = len(done.text), len(done.tokens)
-        self.tell(Delta(text, tuple(tokens), tuple(logprobs), done.reason))
+        self.tell(
+            Delta(
+                text,
+                tuple(tokens),
+                tuple(logprobs),
+                done.reason,
+                end=done.end,
+                stop_reason=done.stop_reason,
+                prompt_logprobs=first,
+            )
+        )
 
 
 class ContinuousDecoder(Engine):
@@ -87,6 +111,7 @@ class ContinuousDecoder(Engine):
         self.slots = Slots(graph, self.limits.max_rows, self.limits.cache_bytes)
         self.max_length = self.slots.max_length
         self.preemptions = 0
+        self.grammars = Grammars(self.tokenizer, graph.vocabulary, graph.eos)
         self._runner = Runner(graph, self.slots)
         self._rows: list[Request] = []  # by slot; each has one token that is not in the cache yet
         self._filling: Request | None = None  # in the slot behind them
@@ -177,6 +202,7 @@ class ContinuousDecoder(Engine):
                 if not self.pool.acquire(request.adapter):
                     return
                 self._filling = request
+                request.generation.begin()
             except Exception as error:
                 request.tell(Delta(error=error))
             with self._changed:
@@ -188,14 +214,19 @@ class ContinuousDecoder(Engine):
         """Run the next piece of a prompt; with the last one it becomes a row."""
         tokens = [*request.generation.prompt, *request.generation.tokens]
         size = self.limits.piece if self._rows else _ALONE
+        every = request.generation.sampling.prompt_logprobs is not None
+        if every:
+            size = max(1, min(size, _LOGITS // self.graph.vocabulary))
         piece = tokens[request.filled : request.filled + size]
         if not self._reserve(request.filled + len(piece)):
             self._preempt()
             return
         try:
             logits = self._runner.prefill(
-                len(self._rows), piece, request.filled, len(tokens), request.adapter
+                len(self._rows), piece, request.filled, len(tokens), request.adapter, every
             )
+            if every:
+                request.generation.read_prompt(logits, request.filled)
         except Exception as error:  # the rows beside it are not touched
             _log.exception("a prompt failed")
             self._leave_filling()
@@ -205,7 +236,7 @@ class ContinuousDecoder(Engine):
         if request.filled == len(tokens):
             self._rows.append(request)
             self._filling = None
-            self._take(len(self._rows) - 1, logits)
+            self._take(len(self._rows) - 1, logits[-1])
 
     def _step(self) -> None:
         while not self._reserve(max(row.filled for row in self._rows) + 1):

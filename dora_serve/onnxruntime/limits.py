@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from .session import EngineError
@@ -35,6 +35,11 @@ def check_rows(rows: Sequence[Sequence[int]], longest: int, vocabulary: int | No
             expected=f"1 to {longest}",
         )
     if vocabulary is not None:
-        wrong = [token for row in rows for token in row if not 0 <= token < vocabulary]
-        if wrong:
-            raise EngineError("no such token", found=wrong[0], expected=f"0 to {vocabulary - 1}")
+        check_tokens((token for row in rows for token in row), vocabulary)
+
+
+def check_tokens(tokens: Iterable[int], vocabulary: int) -> None:
+    """Raise `EngineError` for a token id that a model of `vocabulary` tokens does not have."""
+    wrong = [token for token in tokens if not 0 <= token < vocabulary]
+    if wrong:
+        raise EngineError("no such token", found=wrong[0], expected=f"0 to {vocabulary - 1}")

@@ -29,16 +29,22 @@ class Runner:
         self._bindings: dict[str, tuple[Hashable, Binding]] = {}
 
     def prefill(
-        self, slot: int, tokens: Sequence[int], filled: int, length: int, adapter: str | None
+        self,
+        slot: int,
+        tokens: Sequence[int],
+        filled: int,
+        length: int,
+        adapter: str | None,
+        every: bool = False,
     ) -> Logits:
         """Add `tokens` behind the `filled` ones of `slot`, which will hold `length` in the end; the
-        logits `[vocab]` after the last."""
+        logits `[1, vocab]` after the last, or `[n, vocab]` after every one of them."""
         used = () if adapter is None else (adapter,)
         binding = self._binding("prefill", slot, slot + 1, used)
         positions = np.arange(filled, filled + len(tokens))[None]
-        logits: Logits = self._run(binding, np.array([tokens]), positions, [adapter], used, length)[
-            0
-        ]
+        wanted = np.arange(0 if every else len(tokens) - 1, len(tokens))[None]
+        ids = np.array([tokens])
+        logits: Logits = self._run(binding, ids, positions, wanted, [adapter], used, length)[0]
         return logits
 
     def step(
@@ -48,7 +54,7 @@ class Runner:
         used = self._stack(adapters)
         binding = self._binding("step", 0, len(tokens), used)
         ids, positions = np.array(tokens)[:, None], np.array(filled)[:, None]
-        return self._run(binding, ids, positions, adapters, used)
+        return self._run(binding, ids, positions, np.zeros_like(ids), adapters, used)[:, 0]
 
     def _stack(self, adapters: Sequence[str | None]) -> tuple[str, ...]:
         """The adapters to compute with: those of before as long as most are needed, since putting
@@ -76,20 +82,20 @@ class Runner:
         binding: Binding,
         ids: NDArray[np.int64],
         positions: NDArray[np.int64],
+        wanted: NDArray[np.int64],
         adapters: Sequence[str | None],
         used: tuple[str, ...],
         length: int = 0,
     ) -> Logits:
-        """The logits `[rows, vocab]` after the last of `ids [rows, n]` at `positions`, in rows of
-        at least `length` tokens."""
+        """The logits `[rows, m, vocab]` after those of `ids [rows, n]` at `positions` that are
+        `wanted [rows, m]`, in rows of at least `length` tokens."""
         ends = positions[:, -1:] + 1
         feeds = {
             "input_ids": ids,
             "attention_mask": (np.arange(ends.max()) < ends).astype(np.int64),
             "position_ids": positions,
             ROW_LENGTHS: np.array([length]),
-            LOGITS_POSITIONS: np.full((len(ids), 1), ids.shape[1] - 1),
+            LOGITS_POSITIONS: wanted,
             ADAPTER_INDEX: row_index(adapters, used),
         }
-        logits: Logits = binding.run(feeds)[:, 0]
-        return logits
+        return binding.run(feeds)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -11,6 +13,8 @@ from .session import EngineError
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
+
+    from .grammar import Grammar
 
     Logits = NDArray[np.float32]
 
@@ -26,6 +30,13 @@ class Sampling:
     tokens to tell at every step, None for no log-probabilities. `top_k` 0, `top_p` 1 and `min_p` 0
     bound nothing. `min_tokens`: before so many, nothing but `max_tokens` ends it. `ignore_eos`: go
     on to `max_tokens`.
+
+    `stop_token_ids`: tokens that end it too. `include_stop_str_in_output`: what ends it is part of
+    the text. `allowed_token_ids`: no others are drawn; empty for all. `bad_words`: sequences of
+    tokens that are not completed. `logit_bias`: tokens and what is added to their logits.
+    `repetition_penalty` of what the prompt or the completion says, `presence_penalty` and
+    `frequency_penalty` of what the completion says, as OpenAI defines them. `prompt_logprobs`: as
+    `logprobs`, of the prompt's own tokens. `grammar`: what the completion has to follow.
     """
 
     max_tokens: int = 128
@@ -38,6 +49,24 @@ class Sampling:
     logprobs: int | None = None
     min_tokens: int = 0
     ignore_eos: bool = False
+    stop_token_ids: tuple[int, ...] = ()
+    include_stop_str_in_output: bool = False
+    skip_special_tokens: bool = True
+    spaces_between_special_tokens: bool = True
+    allowed_token_ids: tuple[int, ...] = ()
+    bad_words: tuple[tuple[int, ...], ...] = ()
+    logit_bias: tuple[tuple[int, float], ...] = ()
+    repetition_penalty: float = 1.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    prompt_logprobs: int | None = None
+    grammar: Grammar | None = None
+
+    @property
+    def named_tokens(self) -> Iterable[int]:
+        """The token ids that are given."""
+        biased = (token for token, _ in self.logit_bias)
+        return itertools.chain(self.stop_token_ids, self.allowed_token_ids, biased)
 
 
 def check_finite(logits: Logits) -> None:

@@ -9,7 +9,7 @@ from contextlib import asynccontextmanager
 from fastapi import FastAPI
 
 from .guard import Guard, is_loopback
-from .routes import adapters, encoding, generating, operation, tokens
+from .routes import adapters, encoding, generating, invoking, operation, scoring, tokens
 from .routes.front import front
 from .state import State
 from .wire import errors
@@ -20,7 +20,8 @@ def make_app(state: State, host: str, api_key: str | None) -> FastAPI:
 
     @asynccontextmanager
     async def life(_: FastAPI) -> AsyncIterator[None]:
-        begun = asyncio.gather(*(each.start() for each in state.processes), return_exceptions=True)
+        soon = [each for each in state.processes if each is not state.grammars]
+        begun = asyncio.gather(*(each.start() for each in soon), return_exceptions=True)
         state.ready = True
         yield
         state.ready = False
@@ -39,7 +40,7 @@ def make_app(state: State, host: str, api_key: str | None) -> FastAPI:
     app.state.server = state
     state.metrics.watch(state.models)
     errors.install(app)
-    for module in (operation, generating, encoding, tokens, adapters):
+    for module in (operation, generating, encoding, scoring, tokens, invoking, adapters):
         app.include_router(module.router)
     page, paths = front()
     app.include_router(page)

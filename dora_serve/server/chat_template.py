@@ -22,6 +22,8 @@ from .wire.errors import ApiError
 
 _SPECIAL = [f"{name}_token" for name in ("bos", "eos", "unk", "pad", "sep", "cls", "mask")]
 
+_END = "CONTINUE_FINAL_MESSAGE_TAG "  # behind a message that is continued
+
 
 class _Generation(Extension):
     """`{% generation %}` marks what is trained on; the text is the same."""
@@ -64,19 +66,32 @@ class ChatTemplate:
         environment.globals["strftime_now"] = lambda form: datetime.now().strftime(form)
         return environment.from_string(text)
 
-    def render(self, messages: Sequence[Mapping[str, Any]], generation: bool) -> str:
-        """The prompt for `messages`, with `generation` up to where the answer begins.
+    def render(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        generation: bool,
+        values: Mapping[str, Any] | None = None,
+        continued: bool = False,
+    ) -> str:
+        """The prompt for `messages`, with `generation` up to where the answer begins, with
+        `continued` up to the end of the last message's text. `values`: what else the template
+        may name.
 
         Raises `ApiError` when there is no template, or it refuses the messages.
         """
+        if continued:
+            last = messages[-1]
+            messages = [*messages[:-1], {**last, "content": last["content"] + _END}]
         try:
-            text: str | None = self._template and self._template.render(
-                messages=messages,
-                add_generation_prompt=generation,
-                tools=None,
-                documents=None,
+            named = {
+                "tools": None,
+                "documents": None,
+                **(values or {}),
                 **{name: self._special(name) for name in _SPECIAL},
-            )
+                "messages": messages,
+                "add_generation_prompt": generation,
+            }
+            text: str | None = self._template and self._template.render(named)
         except Exception as error:  # a template is a program of whoever made the model
             raise ApiError(f"the chat template: {error}", param="messages") from None
         if text is None:
@@ -84,11 +99,20 @@ class ChatTemplate:
                 "This model's tokenizer has no chat template: use /v1/completions.",
                 code="no_chat_template",
             )
-        return text
+        return _until_end(text) if continued else text
 
     def _special(self, name: str) -> str:
         token = self._config.get(name)
         return str(token["content"] if isinstance(token, dict) else token or "")
+
+
+def _until_end(text: str) -> str:
+    """The text before `_END`, as transformers cuts it: a template that strips messages has stripped
+    what was to be continued too."""
+    before, found, behind = text.rpartition(_END.strip())
+    if not found:
+        raise ApiError("the chat template leaves out the message to continue", param="messages")
+    return before if behind.startswith(" ") else before.rstrip()
 
 
 def _refuse(message: str) -> NoReturn:

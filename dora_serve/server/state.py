@@ -20,7 +20,7 @@ NOTES = "dora_serve"  # in a request's scope: what the log tells of it
 @dataclass
 class State:
     """`root`: the folder that is served. `adding`: runs are converted one at a time.
-    `bodies`: reads the large ones first."""
+    `bodies`: reads the large ones first; `grammars`: reads what answers have to follow."""
 
     root: Path
     models: Registry
@@ -29,11 +29,16 @@ class State:
     ready: bool = False
     adding: Turns = field(default_factory=lambda: Turns(16))
     bodies: Process = field(default_factory=Process)
+    grammars: Process = field(default_factory=Process)
 
     @property
     def processes(self) -> list[Process]:
         """Those beside this one."""
-        return [self.bodies, *(texts.process for texts in self.models.texts.values())]
+        return [
+            self.bodies,
+            self.grammars,
+            *(texts.process for texts in self.models.texts.values()),
+        ]
 
 
 def state_of(request: Request) -> State:

@@ -6,10 +6,13 @@ import itertools
 import json
 from array import array
 from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
 
 from .bounded.process import Process
+from .wire.errors import ApiError
 from .wire.requests import Text
 
+_WORD = 64  # tokens of a word that may not be written
 Row = tuple[list[int], list[int]]  # token ids and their types
 
 
@@ -21,42 +24,87 @@ class Texts:
         self.process = Process(folder)
 
     async def encode(
-        self, inputs: Sequence[Text], longest: int, param: str, special: bool = True
+        self,
+        inputs: Sequence[Text],
+        longest: int,
+        param: str,
+        special: bool = True,
+        kept: int | None = None,
+        side: str | None = None,
     ) -> list[Row]:
-        """Every text's tokens, at most `longest`; token ids stay as they are."""
+        """Every text's tokens, at most `longest`; token ids stay as they are. `kept`: at most so
+        many of each, those at the end (`side` "right": at the begin). Of a text, what the
+        tokenizer puts around it is among them, but where a side is given."""
         texts = [given for given in inputs if isinstance(given, str)]
         lengths: list[int] = []
         blob = b""
         if texts:
             lengths, blob = await self.process.call(
-                "encode", texts=texts, special=special, longest=longest, param=param
+                "encode",
+                texts=texts,
+                special=special,
+                longest=longest,
+                param=param,
+                kept=kept,
+                side=side,
             )
         rows = _rows(lengths, blob)
-        return [next(rows) if isinstance(i, str) else (i, [0] * len(i)) for i in inputs]
+        found = [next(rows) if isinstance(i, str) else (i, [0] * len(i)) for i in inputs]
+        return [(cut(ids, kept, side), cut(types, kept, side)) for ids, types in found]
+
+    async def words(self, words: Sequence[str]) -> tuple[tuple[int, ...], ...]:
+        """The tokens of words that may not be written, at the begin of a text and within it, as
+        vLLM finds them."""
+        if not words:
+            return ()
+        texts = [space + word.lstrip() for word in words for space in ("", " ")]
+        rows = [tuple(ids) for ids, _ in await self.encode(texts, _WORD, "bad_words", False)]
+        found: list[tuple[int, ...]] = []
+        for bare, spaced in zip(rows[::2], rows[1::2], strict=True):
+            if not bare:
+                raise ApiError("a word has no tokens", param="bad_words")
+            found.append(bare)
+            if spaced and spaced[0] != bare[0] and len(spaced) == len(bare):
+                found.append(spaced)
+        return tuple(found)
 
     async def chat(
-        self, messages: Sequence[Mapping[str, str]], generation: bool, longest: int
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        generation: bool,
+        longest: int,
+        values: Mapping[str, Any] | None = None,
+        continued: bool = False,
+        special: bool = False,
+        kept: int | None = None,
+        side: str | None = None,
     ) -> list[int]:
-        """The tokens of a conversation, with `generation` up to where the answer begins."""
+        """The tokens of a conversation, as `ChatTemplate.render` takes it, cut as `encode` cuts."""
         told = await self.process.call(
-            "chat", json.dumps(messages).encode(), generation=generation, longest=longest
+            "chat",
+            json.dumps([messages, generation, values, continued]).encode(),
+            special=special,
+            longest=longest,
+            kept=kept,
+            side=side,
         )
-        return next(_rows(*told))[0]
+        return cut(next(_rows(*told))[0], kept, side)
 
     async def tokenize(
         self,
-        given: str | Sequence[Mapping[str, str]],
+        given: str | Sequence[Mapping[str, Any]],
         special: bool | None,
         generation: bool,
         longest: int,
         strings: bool,
+        values: Mapping[str, Any] | None = None,
+        continued: bool = False,
     ) -> bytes:
         """`answers.Tokens` as JSON, of a text or of a conversation."""
         _, answer = await self.process.call(
             "tokenize",
-            json.dumps(given).encode(),
+            json.dumps([given, generation, values, continued]).encode(),
             special=special,
-            generation=generation,
             longest=longest,
             strings=strings,
         )
@@ -66,6 +114,13 @@ class Texts:
         """`answers.Text` as JSON."""
         _, answer = await self.process.call("detokenize", json.dumps(tokens).encode())
         return answer
+
+
+def cut(ids: list[int], kept: int | None, side: str | None) -> list[int]:
+    """At most `kept` of `ids`, those at the end, with `side` "right" those at the begin."""
+    if kept is None:
+        return ids
+    return ids[:kept] if side == "right" else ids[-kept:]
 
 
 def _rows(lengths: Sequence[int], blob: bytes) -> Iterator[Row]:

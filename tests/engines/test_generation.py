@@ -105,14 +105,17 @@ def test_a_stop_text_that_only_the_end_completes() -> None:
     assert (done.text, done.reason) == ("", "stop")
 
 
-def test_logprobs_are_of_what_was_drawn_from() -> None:
+def test_logprobs_are_the_models_own_whatever_may_be_drawn() -> None:
+    """As vLLM tells them."""
     done = generation(Sampling(min_tokens=1, max_tokens=2, logprobs=2))
     values = logits([EOS, A, B])
     done.take(values)
     ((own, best),) = done.logprobs
-    assert list(best) == [A, B]
-    rest = np.exp(np.delete(values, EOS).astype(np.float64))
-    assert own == best[A] == pytest.approx(2 - np.log(rest.sum()), abs=1e-5)
+    assert done.tokens == [A]
+    assert list(best) == [EOS, A]
+    whole = np.log(np.exp(values.astype(np.float64)).sum())
+    assert own == best[A] == pytest.approx(2 - whole, abs=1e-5)
+    assert best[EOS] == pytest.approx(3 - whole, abs=1e-5)
     assert values[EOS] == 3  # the caller's logits are as they were
 
 

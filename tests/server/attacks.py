@@ -99,8 +99,8 @@ def post(path: str, body: Callable[[], object], *fine: int) -> Attack:
     return Attack(ready, frozenset(fine or {400}))
 
 
-def complete(more: Callable[[], dict[str, object]]) -> Attack:
-    return post("/v1/completions", lambda: {"model": BASE, "max_tokens": 1, **more()})
+def complete(more: Callable[[], dict[str, object]], *fine: int) -> Attack:
+    return post("/v1/completions", lambda: {"model": BASE, "max_tokens": 1, **more()}, *fine)
 
 
 def chat(text: str) -> Attack:
@@ -164,6 +164,90 @@ ATTACKS: dict[str, Attack] = {
     "biases": complete(
         lambda: {"prompt": "one", "logit_bias": {str(i): 1 for i in range(300_000)}}
     ),
+    "allowed tokens that are none": complete(
+        lambda: {"prompt": "one", "allowed_token_ids": [-1] * 1_000_000}
+    ),
+    "allowed tokens": complete(
+        lambda: {"prompt": "one", "n": 64, "allowed_token_ids": [5] * 262_144}, 200
+    ),
+    "words that may not be": complete(lambda: {"prompt": "one", "bad_words": ["a"] * 10**6}),
+    "a long word that may not be": complete(
+        lambda: {"prompt": "one", "bad_words": ["one " * 249] * 64}
+    ),
+    "log-probabilities of prompts": complete(
+        lambda: {"prompt": ["one " * 60] * 128, "prompt_logprobs": 20, "n": 2}
+    ),
+    "a schema": complete(
+        lambda: {"prompt": "one", "structured_outputs": {"json": {"enum": ["a" * 1000] * 4000}}}
+    ),
+    "a schema of many names": complete(
+        lambda: {
+            "prompt": "one",
+            "structured_outputs": {"json": {"properties": {f"{i:x}": {} for i in range(300_000)}}},
+        }
+    ),
+    "a pattern of many states": complete(
+        lambda: {"prompt": "one", "structured_outputs": {"regex": "((a{1,999}){1,999}){1,999}b"}}
+    ),
+    "a grammar": complete(
+        lambda: {
+            "prompt": "one",
+            "structured_outputs": {"grammar": "\n".join(f"a{i}: a{i + 1}*" for i in range(5000))},
+        }
+    ),
+    "many tools": post(
+        "/v1/chat/completions",
+        lambda: {
+            "model": BASE,
+            "messages": [{"role": "user", "content": "one"}],
+            "tools": [{"type": "function", "function": {"name": "f"}}] * 60_000,
+            "tool_choice": "required",
+        },
+    ),
+    "values for a template": post(
+        "/v1/chat/completions",
+        lambda: {
+            "model": BASE,
+            "messages": [{"role": "user", "content": "one"}],
+            "max_tokens": 1,
+            "chat_template_kwargs": {f"{i:x}": [i] for i in range(200_000)},
+        },
+    ),
+    "what a client adds to a message": post(
+        "/v1/chat/completions",
+        lambda: {
+            "model": BASE,
+            "messages": [
+                {
+                    "role": "user",
+                    "content": "one",
+                    "provider_specific_fields": {f"{i:x}": [i] for i in range(200_000)},
+                }
+            ],
+            "max_tokens": 1,
+        },
+    ),
+    "schemas of tools": post(
+        "/v1/chat/completions",
+        lambda: {
+            "model": BASE,
+            "messages": [{"role": "user", "content": "one"}],
+            "tools": [
+                {
+                    "type": "function",
+                    "function": {
+                        "name": f"f{i}",
+                        "parameters": {"properties": {f"{j:x}": {} for j in range(2000)}},
+                    },
+                }
+                for i in range(100)
+            ],
+        },
+    ),
+    "texts to rank": post(
+        "/rerank", lambda: {"model": EMBEDS, "query": "a", "documents": ["a"] * 800_000}
+    ),
+    "anything at all": post("/invocations", lambda: {f"{i:x}": 1 for i in range(350_000)}),
     "inputs that are none": post(
         "/v1/embeddings", lambda: {"model": EMBEDS, "input": [-1] * 1_000_000}
     ),

@@ -127,7 +127,7 @@ def test_chat(client: openai.OpenAI) -> None:
     choice = whole.choices[0]
     assert choice.message.content == plain == " eight seven six five four three"
     assert choice.finish_reason == "stop"
-    assert [entry.token for entry in choice.logprobs.content] == plain.split()
+    assert [entry.token for entry in choice.logprobs.content] == [*plain.split(), "</s>"]
     assert all(len(entry.top_logprobs) == 2 for entry in choice.logprobs.content)
     pieces = list(client.chat.completions.create(**options, stream=True))
     assert pieces[0].choices[0].delta.role == "assistant"
@@ -285,7 +285,7 @@ def complete_fails(client: openai.OpenAI, model: str, **more: Any) -> int:
         ("/v1/completions", {"model": DOWN, "prompt": "a", "max_tokens": 64}, 400, "maximum"),
         ("/v1/completions", {"model": DOWN, "prompt": []}, 400, "empty"),
         ("/v1/completions", {"model": DOWN, "prompt": [84]}, 400, "no such token"),
-        ("/v1/completions", {"model": DOWN, "prompt": "a", "echo": True}, 400, "echo"),
+        ("/v1/completions", {"model": DOWN, "prompt": "a", "best_of": 3}, 400, "best_of"),
         ("/v1/completions", {"model": DOWN, "prompt": "a", "unknown": 1}, 400, "unknown"),
         ("/v1/completions", {"model": DOWN, "prompt": ["a"] * 300}, 400, "can wait"),
         ("/v1/completions", {"model": DOWN, "prompt": ["cat " * 80] * 300}, 400, "can wait"),

@@ -31,6 +31,16 @@ ROUTES = {
     "/health": 2,
     "/ready": 2,
     "/metrics": 2,
+    "/ping": 2,
+    "/version": 2,
+    "/load": 2,
+    "/tokenizer_info": 10,
+    "/score": 30,
+    "/v1/score": 30,
+    "/rerank": 30,
+    "/v1/rerank": 30,
+    "/v2/rerank": 30,
+    "/invocations": 60,
 }
 
 
@@ -63,6 +73,8 @@ def test_no_server_error(server: Server, path: str, mode: GenerationMode) -> Non
     def ask(case: Any, name: str) -> None:
         if isinstance(case.body, dict) and isinstance(case.body.get("model"), str):
             case.body["model"] = name
+        if path == "/tokenizer_info":  # a name that is served is not found by chance
+            case.query = {"model": name}
         statuses.add(case.call_and_validate(checks=CHECKS, timeout=60).status_code)
 
     ask()

@@ -1,8 +1,8 @@
 """The process itself: `python -m dora_serve.server.bounded.work FOLDER`, asked by `process.py`.
 
 It runs what the makers of FOLDER wrote: a chat template is a program, and so are a tokenizer's
-patterns. Without FOLDER it reads bodies. The kernel bounds every call's memory and its time of the
-processor.
+patterns. Without FOLDER it reads bodies, and grammars. The kernel bounds every call's memory and
+its time of the processor.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import signal
 import struct
 import sys
 from array import array
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -60,7 +60,11 @@ def fault(error: ValueError) -> dict[str, Any]:
         return {"type": "json_invalid", "loc": ["body"], "msg": "the body is not JSON"}
     first = error.errors(include_url=False, include_context=False, include_input=False)[0]
     place = [str(part)[:100] for part in first["loc"][:8]]
-    return {"type": first["type"], "loc": ["body", *place], "msg": first["msg"][:300]}
+    return {
+        "type": first["type"],
+        "loc": ["body", *place],
+        "msg": first["msg"].removeprefix("Value error, ")[:300],
+    }
 
 
 def check(blob: bytes, kind: str) -> tuple[Any, bytes]:
@@ -89,12 +93,21 @@ class Work:
             self._tokenizer.encode("")
 
     def encode(
-        self, _: bytes, texts: Sequence[str], special: bool, longest: int, param: str
+        self,
+        _: bytes,
+        texts: Sequence[str],
+        special: bool,
+        longest: int,
+        param: str,
+        kept: int | None = None,
+        side: str | None = None,
     ) -> tuple[Any, bytes]:
-        """How many tokens each text has; the ids of all of them, and their types."""
+        """How many tokens each text has; the ids of all of them, and their types. At most `kept`
+        of a text, with what belongs around it, where no `side` is given that the caller cuts."""
         ids, types, lengths = array("I"), array("I"), []
         for text in texts:
-            encoded = self._encoding(text, special, param)
+            encoded = self._encoding(text, special, param, kept if side is None else None)
+            longest = max(longest, len(encoded.ids) if kept is not None else 0)
             lengths.append(len(encoded.ids))
             if lengths[-1] > longest:
                 raise ApiError(
@@ -107,18 +120,24 @@ class Work:
             types.extend(encoded.type_ids)
         return lengths, ids.tobytes() + types.tobytes()
 
-    def chat(self, blob: bytes, generation: bool, longest: int) -> tuple[Any, bytes]:
+    def chat(
+        self,
+        blob: bytes,
+        special: bool,
+        longest: int,
+        kept: int | None = None,
+        side: str | None = None,
+    ) -> tuple[Any, bytes]:
         """The same of a conversation, through the chat template."""
-        text = self._template.render(json.loads(blob), generation)
-        return self.encode(b"", [text], False, longest, "messages")
+        text = self._template.render(*json.loads(blob))
+        return self.encode(b"", [text], special, longest, "messages", kept, side)
 
     def tokenize(
-        self, blob: bytes, special: bool | None, generation: bool, longest: int, strings: bool
+        self, blob: bytes, special: bool | None, longest: int, strings: bool
     ) -> tuple[Any, bytes]:
         """The answer of `/tokenize` to a text or to messages."""
-        text = given = json.loads(blob)
-        if not isinstance(given, str):
-            text = self._template.render(given, generation)
+        given, *how = json.loads(blob)
+        text = given if isinstance(given, str) else self._template.render(given, *how)
         special = isinstance(given, str) if special is None else special
         encoded = self._encoding(text, special, "prompt")
         told = answers.Tokens(
@@ -134,14 +153,20 @@ class Work:
         text = self._tokenizer.decode(json.loads(blob), skip_special_tokens=False)
         return None, answers.Text(prompt=text).model_dump_json().encode()
 
-    def _encoding(self, text: str, special: bool, param: str) -> Any:
+    def _encoding(self, text: str, special: bool, param: str, kept: int | None = None) -> Any:
         if len(text) > LONGEST:
             raise ApiError(
                 f"The text is too long: it has {len(text)} characters, at most {LONGEST} are read.",
                 param=param,
                 code="context_length_exceeded",
             )
-        return self._tokenizer.encode(text, add_special_tokens=special)
+        if kept is None:
+            return self._tokenizer.encode(text, add_special_tokens=special)
+        self._tokenizer.enable_truncation(kept, direction="left")
+        try:
+            return self._tokenizer.encode(text, add_special_tokens=special)
+        finally:
+            self._tokenizer.no_truncation()
 
 
 def _bound() -> None:
@@ -158,11 +183,19 @@ def _bound_memory() -> None:
         resource.setrlimit(resource.RLIMIT_AS, (size, resource.getrlimit(resource.RLIMIT_AS)[1]))
 
 
+def _call(work: Work | None, name: str) -> Callable[..., tuple[Any, bytes]]:
+    if name == "grammar":
+        from .grammars import read
+
+        return read
+    found: Callable[..., tuple[Any, bytes]] = check if name == "check" else getattr(work, name)
+    return found
+
+
 def _answer(work: Work | None, asked: dict[str, Any], blob: bytes) -> bytes:
     try:
         name = asked.pop("call")
-        call = check if name == "check" else getattr(work, name)
-        told, more = call(blob, **asked)
+        told, more = _call(work, name)(blob, **asked)
         return write_frame({"answer": told}, more)
     except MemoryError:
         refusal = ApiError(f"this takes more than {MEMORY >> 20} MB", code="too_expensive")

@@ -23,13 +23,13 @@ def check_count(engine: ContinuousDecoder, count: int) -> None:
         raise ApiError(f"{count} choices are more than can wait", code="too_many_choices")
 
 
-def check_logprobs(count: int, tokens: int, top: int | None) -> None:
+def check_logprobs(count: int, tokens: int, top: int | None, param: str = "max_tokens") -> None:
     """Raise `ApiError` for more log-probabilities than an answer may hold."""
     if top is not None and count * tokens * (top + 1) > _LOGPROBS:
         raise ApiError(
             f"{count} choices of {tokens} tokens with {top} log-probabilities each are more than "
             f"{_LOGPROBS}",
-            param="max_tokens",
+            param=param,
             code="too_many_logprobs",
         )
 
@@ -74,6 +74,9 @@ class Asking:
             self.cancel()
             raise
         self._lengths = [0] * self.count
+        self._prompts = [
+            len(prompt) for prompt, draws in zip(prompts, samplings, strict=True) for _ in draws
+        ]
         served.requests += 1
         metrics.asked(served.model, [len(prompt) for prompt in prompts])
 
@@ -98,6 +101,10 @@ class Asking:
         finally:
             self.cancel()
 
+    def lengths(self, choice: int) -> tuple[int, int]:
+        """How many tokens a choice's prompt has, and the choice so far."""
+        return self._prompts[choice], self._lengths[choice]
+
     def cancel(self) -> None:
         """Let what has not ended go."""
         for request in self._requests.values():
@@ -105,7 +112,7 @@ class Asking:
 
     def _measure(self, choice: int, delta: Delta) -> None:
         now, metrics, model = time.monotonic(), self._metrics, self._served.model
-        count = len(delta.tokens)
+        count = len(delta.steps)
         self.tokens += count
         self._lengths[choice] += count
         metrics.grew(model, count)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import base64
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -17,7 +17,7 @@ from ..registry import Served
 from ..state import note, state_of
 from ..wire import answers, pieces
 from ..wire.errors import ApiError
-from ..wire.requests import ClassifyRequest, EmbeddingRequest, Text
+from ..wire.requests import ClassifyRequest, EmbeddingRequest, Texts
 from ..wire.sending import while_there
 from .reading import JsonRoute
 
@@ -28,15 +28,12 @@ router = APIRouter(route_class=JsonRoute)
 async def classify(body: ClassifyRequest, request: Request) -> answers.Classification:
     """The class of a text, or of each of several."""
     served, engine = state_of(request).models.encoder(body.model, "logits", "classification")
-    head, outputs, used = await _run(request, served, engine, body.inputs, "classify", _logits)
+    head, outputs, used = await run(request, served, engine, body, "classify", _logits)
     labels = []
     for i, row in enumerate(outputs):
         found = engine.encoder.classification(row)
-        labels.append(
-            answers.Label(
-                index=i, label=found.label, probs=list(found.scores), num_classes=len(found.scores)
-            )
-        )
+        told = list(found.logits if body.use_activation is False else found.scores)
+        labels.append(answers.Label(index=i, label=found.label, probs=told, num_classes=len(told)))
     return answers.Classification(**head, data=labels, usage=used)
 
 
@@ -45,35 +42,54 @@ async def embeddings(body: EmbeddingRequest, request: Request) -> answers.Embedd
     """A vector per text: the mean of its tokens' last hidden states."""
     models = state_of(request).models
     served, engine = models.encoder(body.model, "last_hidden_state", "embeddings")
-    head, outputs, used = await _run(request, served, engine, body.inputs, "embd", _mean)
+    head, outputs, used = await run(request, served, engine, body, "embd", mean)
     vectors = []
     for i, vector in enumerate(outputs):
+        vector = _shortened(vector, body)
         packed = base64.b64encode(vector.astype("<f4").tobytes()).decode()
         told = packed if body.encoding_format == "base64" else vector.tolist()
         vectors.append(answers.Embedding(index=i, embedding=told))
     return answers.Embeddings(**head, data=vectors, usage=used)
 
 
+def _shortened(vector: Any, body: EmbeddingRequest) -> Any:
+    """The first `dimensions` of a vector, of length one where that is asked for."""
+    if body.dimensions is not None and body.dimensions > len(vector):
+        raise ApiError(f"the vectors have {len(vector)} dimensions", param="dimensions")
+    vector = vector[: body.dimensions]
+    length = np.linalg.norm(vector) if body.use_activation else np.float32(1)
+    return vector / max(length, np.float32(1e-12))
+
+
 def _logits(row: dict[str, Any]) -> Any:
     return row["logits"]
 
 
-def _mean(row: dict[str, Any]) -> Any:
+def mean(row: dict[str, Any]) -> Any:
     return row["last_hidden_state"].mean(axis=0, dtype=np.float32)
 
 
-async def _run(
+async def run(
     request: Request,
     served: Served,
     engine: EncoderQueue,
-    inputs: Sequence[Text],
+    body: Texts,
     prefix: str,
     finish: Callable[[dict[str, Any]], Any],
 ) -> tuple[dict[str, Any], list[Any], answers.Usage]:
-    state = state_of(request)
+    """The head of an answer, what `finish` makes of the outputs of every text of `body`, and the
+    tokens that were read."""
+    state, inputs = state_of(request), body.inputs
     if len(inputs) > engine.limits.max_waiting:
         raise ApiError(f"{len(inputs)} texts are more than can wait", param="input")
-    rows = await served.texts.encode(inputs, engine.max_length, "input")
+    rows = await served.texts.encode(
+        inputs,
+        engine.max_length,
+        "input",
+        body.add_special_tokens,
+        body.kept(engine.max_length),
+        body.truncation_side,
+    )
     begin = time.monotonic()
     submitted = engine.submit(rows, served.model.adapter, finish)
     futures = [asyncio.wrap_future(each) for each in submitted]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 from collections.abc import AsyncGenerator, Callable, Sequence
 from contextlib import aclosing
 from typing import Any
@@ -10,23 +11,25 @@ from typing import Any
 from fastapi import APIRouter, Request
 from fastapi.responses import JSONResponse, Response
 
-from dora_serve.onnxruntime.continuous import ContinuousDecoder, Delta
+from dora_serve.onnxruntime.continuous import ContinuousDecoder
+from dora_serve.onnxruntime.grammar import Grammar
+from dora_serve.onnxruntime.limits import check_tokens
 
-from ..state import note, state_of
+from ..registry import Served
+from ..state import State, note, state_of
 from ..wire import answers, pieces
 from ..wire.errors import ApiError
 from ..wire.pieces import Choice, Json
 from ..wire.requests import ChatRequest, CompletionRequest
+from ..wire.sampling import Generate, StreamOptions
 from ..wire.sending import EventStream, while_there
 from .asking import Asking, check_count, check_logprobs
 from .reading import JsonRoute
+from .writing import ChatWriter, CompletionWriter, Writer
 
 router = APIRouter(route_class=JsonRoute)
 
 _FEW = 500  # tokens, which are written out at once
-
-# The JSON of a choice by its index, whole or what it grew by.
-Write = Callable[[int, Choice | Delta], Json]
 
 
 @router.post("/v1/completions", response_model=answers.Completion)
@@ -35,27 +38,54 @@ async def completions(body: CompletionRequest, request: Request) -> Response:
     state = state_of(request)
     served, engine = state.models.decoder(body.model)
     check_count(engine, len(body.prompts) * body.n)
-    rows = await served.texts.encode(body.prompts, engine.max_length, "prompt")
-    prompts = [ids for ids, _ in rows]
-    for prompt in prompts:
-        _check_length(engine, prompt, body.max_tokens)
-    most = engine.max_length if body.max_tokens is None else body.max_tokens
-    check_logprobs(len(prompts) * body.n, min(most, engine.max_length), body.logprobs)
-    draws = [[body.sampling(i, most, body.logprobs) for i in range(body.n)] for _ in prompts]
-    decode = _decoder(engine)
-    offsets = [0] * (len(prompts) * body.n)
-
-    def write(index: int, grown: Choice | Delta) -> Json:
-        told = None
-        if body.logprobs is not None:
-            told = pieces.completion_logprobs(grown, decode, offsets[index])
-            offsets[index] += sum(map(len, told["tokens"]))
-        text, reason = grown.text, grown.reason
-        return {"index": index, "text": text, "logprobs": told, "finish_reason": reason}
-
-    asking = Asking(served, engine, prompts, draws, state.metrics, state.options.timeout)
-    head = pieces.envelope("cmpl", "text_completion", served.model.name)
+    prompts = await _prompts(body, served, engine)
+    most = min(body.max_tokens, engine.max_length)
+    told, longest = body.told_of_prompt, max(map(len, prompts), default=0)
+    check_logprobs(len(prompts) * body.n, most, body.logprobs)
+    check_logprobs(len(prompts) * body.n, longest, told, "prompt")
+    # Without a completion one token is drawn all the same, and counted, as vLLM does.
+    bad, most = await served.texts.words(body.bad_words or ()), max(most, 1)
+    grammar = await _grammar(body, state, engine)
+    draws = [body.samplings(most, body.logprobs, bad, told, grammar)]
+    check_tokens(draws[0][0].named_tokens, engine.graph.vocabulary)
+    texts = await _echoed(body, served, prompts)
+    write = CompletionWriter(body, prompts, texts, _decoder(engine))
+    asking = Asking(
+        served, engine, prompts, draws * len(prompts), state.metrics, state.options.timeout
+    )
+    head = pieces.envelope("cmpl", "text_completion", served.model.name, body.request_id)
     return await _answer(body, request, asking, head, write)
+
+
+async def _prompts(
+    body: CompletionRequest, served: Served, engine: ContinuousDecoder
+) -> list[list[int]]:
+    kept = body.kept(engine.max_length - 1)
+    rows = await served.texts.encode(
+        body.prompts,
+        engine.max_length,
+        "prompt",
+        body.add_special_tokens,
+        kept,
+        body.truncation_side,
+    )
+    for ids, _ in rows:
+        _check_length(engine, ids, body.max_tokens)
+    return [ids for ids, _ in rows]
+
+
+async def _echoed(
+    body: CompletionRequest, served: Served, prompts: Sequence[Sequence[int]]
+) -> list[str]:
+    """The text of every prompt that is told, with its tokens where those are told as such."""
+    if not body.echo or body.return_token_ids:
+        return [""] * len(prompts)
+    texts = []
+    for given, ids in zip(body.prompts, prompts, strict=True):
+        if not isinstance(given, str):
+            given = str(json.loads(await served.texts.detokenize(ids))["prompt"])
+        texts.append(given)
+    return texts
 
 
 @router.post("/v1/chat/completions", response_model=answers.ChatCompletion)
@@ -63,38 +93,54 @@ async def chat(body: ChatRequest, request: Request) -> Response:
     """Answer a conversation, through the chat template of the model's tokenizer."""
     state = state_of(request)
     served, engine = state.models.decoder(body.model)
-    messages = [message.plain() for message in body.messages]
-    prompt = await served.texts.chat(messages, body.add_generation_prompt, engine.max_length)
+    prompt = await served.texts.chat(
+        [message.plain() for message in body.messages],
+        body.add_generation_prompt,
+        engine.max_length,
+        body.template_values(),
+        body.continue_final_message,
+        bool(body.add_special_tokens),
+        body.kept(engine.max_length - 1),
+        body.truncation_side,
+    )
     wanted = body.max_completion_tokens or body.max_tokens
     _check_length(engine, prompt, wanted)
-    top = (body.top_logprobs or 0) if body.logprobs else None
-    most = engine.max_length if wanted is None else wanted
-    check_logprobs(body.n, min(most, engine.max_length), top)
-    draws = [[body.sampling(i, most, top) for i in range(body.n)]]
-    decode = _decoder(engine)
-    begun: set[int] = set()
-
-    def write(index: int, grown: Choice | Delta) -> Json:
-        told = None if top is None else pieces.chat_logprobs(grown, decode)
-        message = {"content": grown.text}
-        if index not in begun:
-            message = {"role": "assistant", **message}
-            begun.add(index)
-        part = "delta" if body.stream else "message"
-        return {"index": index, part: message, "logprobs": told, "finish_reason": grown.reason}
-
+    top = body.top_logprobs if body.logprobs else None
+    most = min(wanted or engine.max_length, engine.max_length)
+    check_logprobs(body.n, most, top)
+    check_logprobs(body.n, len(prompt), body.prompt_logprobs, "messages")
+    bad = await served.texts.words(body.bad_words or ())
+    told, grammar = body.prompt_logprobs, await _grammar(body, state, engine)
+    draws = [body.samplings(most, top, bad, told, grammar)]
+    check_tokens(draws[0][0].named_tokens, engine.graph.vocabulary)
     asking = Asking(served, engine, [prompt], draws, state.metrics, state.options.timeout)
     kind = "chat.completion.chunk" if body.stream else "chat.completion"
-    head = pieces.envelope("chatcmpl", kind, served.model.name)
+    head = pieces.envelope("chatcmpl", kind, served.model.name, body.request_id)
+    if body.return_token_ids:
+        head["prompt_token_ids"] = prompt
+    write = ChatWriter(body, prompt, _decoder(engine))
     return await _answer(body, request, asking, head, write)
 
 
+async def _grammar(body: Generate, state: State, engine: ContinuousDecoder) -> Grammar | None:
+    """What every choice has to follow. It is read in a process with bounds first."""
+    try:
+        wanted = body.structure()
+    except ValueError as error:
+        raise ApiError(str(error), code="bad_grammar") from None
+    if wanted is None:
+        return None
+    _, text = await state.grammars.call("grammar", json.dumps(wanted).encode())
+    return await asyncio.to_thread(engine.grammars.compile, text.decode())
+
+
 def _check_length(engine: ContinuousDecoder, prompt: Sequence[int], wanted: int | None) -> None:
-    length = len(prompt) + (wanted or 1)
+    wanted = 1 if wanted is None else wanted
+    length = len(prompt) + wanted
     if length > engine.max_length:
         raise ApiError(
             f"This model's maximum context length is {engine.max_length} tokens, but the prompt "
-            f"has {len(prompt)} tokens and {wanted or 1} more are asked for.",
+            f"has {len(prompt)} tokens and {wanted} more are asked for.",
             param="max_tokens" if len(prompt) < engine.max_length else "prompt",
             code="context_length_exceeded",
         )
@@ -110,17 +156,17 @@ async def _answer(
     request: Request,
     asking: Asking,
     head: Json,
-    write: Write,
+    write: Writer,
 ) -> Response:
     note(request, model=head["model"], prompt_tokens=asking.prompt_tokens, id=head["id"])
     if body.stream:
-        with_usage = body.stream_options is not None and body.stream_options.include_usage
-        events = _events(request, asking, head, write, with_usage)
+        options = body.stream_options or StreamOptions()
+        events = _events(request, asking, head, write, options)
         return EventStream(events, state_of(request).options.timeout)
     return await while_there(request, _whole(request, asking, head, write))
 
 
-async def _whole(request: Request, asking: Asking, head: Json, write: Write) -> Response:
+async def _whole(request: Request, asking: Asking, head: Json, write: Writer) -> Response:
     choices = [Choice() for _ in range(asking.count)]
     async with aclosing(asking.news()) as news:
         async for index, delta in news:
@@ -130,21 +176,24 @@ async def _whole(request: Request, asking: Asking, head: Json, write: Write) -> 
     def answer() -> Response:
         written = [write(i, choice) for i, choice in enumerate(choices)]
         used = pieces.usage(asking.prompt_tokens, asking.tokens)
-        return JSONResponse({**head, "choices": written, "usage": used})
+        return JSONResponse({**head, "choices": written, "usage": used, **write.beside(choices)})
 
-    return answer() if asking.tokens < _FEW else await asyncio.to_thread(answer)
+    few = asking.tokens + sum(len(choice.prompt_logprobs) for choice in choices) < _FEW
+    return answer() if few else await asyncio.to_thread(answer)
 
 
 async def _events(
-    request: Request, asking: Asking, head: Json, write: Write, with_usage: bool
+    request: Request, asking: Asking, head: Json, write: Writer, options: StreamOptions
 ) -> AsyncGenerator[bytes, None]:
-    more: dict[str, Any] = {"usage": None} if with_usage else {}
+    more: dict[str, Any] = {"usage": None} if options.include_usage else {}
     async with aclosing(asking.news()) as news:
         async for index, delta in news:
             note(request, completion_tokens=asking.tokens, reason=delta.reason)
-            if delta.text or delta.logprobs or delta.reason:
+            if delta.text or delta.reason or write.tells(delta):
+                if options.include_usage and options.continuous_usage_stats:
+                    more["usage"] = pieces.usage(*asking.lengths(index))
                 yield pieces.as_event({**head, "choices": [write(index, delta)], **more})
-    if with_usage:
+    if options.include_usage:
         used = pieces.usage(asking.prompt_tokens, asking.tokens)
         yield pieces.as_event({**head, "choices": [], "usage": used})
     yield pieces.DONE

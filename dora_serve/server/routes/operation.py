@@ -2,9 +2,15 @@
 
 from __future__ import annotations
 
+from importlib.metadata import version as package_version
+from pathlib import Path
+from typing import Any
+
 from fastapi import APIRouter, Request
 from fastapi.responses import PlainTextResponse, Response
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
+
+from converters.files.json_files import read_json
 
 from ..registry import Served
 from ..state import state_of
@@ -62,6 +68,40 @@ def _details(served: Served) -> answers.ModelDetails:
 async def health() -> answers.Status:
     """The process answers."""
     return answers.Status()
+
+
+@router.get("/ping", response_class=Response)
+@router.post("/ping", response_class=Response)
+async def ping() -> Response:
+    """The same, as SageMaker asks it."""
+    return Response()
+
+
+@router.get("/version")
+async def version() -> answers.Version:
+    """Of this server."""
+    return answers.Version(version=package_version("dora-serve"))
+
+
+@router.get("/load")
+async def load(request: Request) -> answers.Load:
+    """How much is to be done."""
+    engines = [engine for _, engine in state_of(request).models.engines()]
+    return answers.Load(server_load=sum(each.running + each.waiting for each in engines))
+
+
+@router.get("/tokenizer_info")
+def tokenizer_info(request: Request, model: str | None = None) -> dict[str, Any]:
+    """What the tokenizer's own file says of it; `model` may be left out where there is one base."""
+    models = state_of(request).models
+    folders = {served.model.folder for served in models}
+    if model is not None:
+        folders = {models.find(model).model.folder}
+    if len(folders) != 1:
+        raise ApiError("there are several tokenizers: name a model", param="model")
+    path = Path(folders.pop()) / "tokenizer_config.json"
+    said: dict[str, Any] = read_json(path) if path.exists() else {}
+    return {"tokenizer_class": "PreTrainedTokenizerFast", **said}
 
 
 @router.get("/ready", responses={503: {"model": ErrorAnswer}})

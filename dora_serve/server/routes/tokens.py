@@ -23,7 +23,9 @@ async def tokenize(body: TokenizeRequest, request: Request) -> Response:
         body.add_special_tokens,
         body.add_generation_prompt,
         served.engine.max_length,
-        bool(body.return_token_strs),
+        body.return_token_strs,
+        body.template_values(),
+        body.continue_final_message,
     )
     return Response(answer, media_type="application/json")
 

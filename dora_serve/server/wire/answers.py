@@ -8,7 +8,7 @@ from pydantic import BaseModel
 
 from ..prepare.offer import Module
 
-Finish = Literal["stop", "length"]
+Finish = Literal["stop", "length", "tool_calls"]
 
 
 class Usage(BaseModel):
@@ -21,9 +21,20 @@ class CompletionLogprobs(BaseModel):
     """One entry per token; `text_offset` counts characters of the completion."""
 
     text_offset: list[int]
-    token_logprobs: list[float]
+    token_logprobs: list[float | None]
     tokens: list[str]
-    top_logprobs: list[dict[str, float]]
+    top_logprobs: list[dict[str, float] | None]
+
+
+class PromptLogprob(BaseModel):
+    """`rank`: how many tokens are as likely or likelier, itself among them."""
+
+    logprob: float
+    rank: int
+    decoded_token: str
+
+
+PromptLogprobs = list[dict[str, PromptLogprob] | None]
 
 
 class CompletionChoice(BaseModel):
@@ -31,6 +42,10 @@ class CompletionChoice(BaseModel):
     text: str
     logprobs: CompletionLogprobs | None
     finish_reason: Finish | None
+    stop_reason: int | str | None
+    token_ids: list[int] | None = None
+    prompt_token_ids: list[int] | None = None
+    prompt_logprobs: PromptLogprobs | None = None
 
 
 class Completion(BaseModel):
@@ -59,10 +74,26 @@ class ChatLogprobs(BaseModel):
     refusal: None = None
 
 
+class CalledFunction(BaseModel):
+    """`arguments`: JSON as text."""
+
+    name: str
+    arguments: str
+
+
+class ToolCall(BaseModel):
+    id: str
+    type: Literal["function"]
+    function: CalledFunction
+
+
 class ChatMessage(BaseModel):
+    """`content` may be missing where tools are called."""
+
     role: Literal["assistant"]
-    content: str
+    content: str | None
     refusal: None = None
+    tool_calls: list[ToolCall] | None = None
 
 
 class ChatChoice(BaseModel):
@@ -70,6 +101,8 @@ class ChatChoice(BaseModel):
     message: ChatMessage
     logprobs: ChatLogprobs | None
     finish_reason: Finish
+    stop_reason: int | str | None
+    token_ids: list[int] | None = None
 
 
 class ChatCompletion(BaseModel):
@@ -81,6 +114,8 @@ class ChatCompletion(BaseModel):
     model: str
     choices: list[ChatChoice]
     usage: Usage
+    prompt_token_ids: list[int] | None = None
+    prompt_logprobs: PromptLogprobs | None = None
 
 
 class Label(BaseModel):
@@ -118,6 +153,52 @@ class Embeddings(BaseModel):
     model: str
     data: list[Embedding]
     usage: Usage
+
+
+class Score(BaseModel):
+    index: int
+    object: Literal["score"] = "score"
+    score: float
+
+
+class Scores(BaseModel):
+    """Of `/score`."""
+
+    id: str
+    object: Literal["list"] = "list"
+    created: int
+    model: str
+    data: list[Score]
+    usage: Usage
+
+
+class Document(BaseModel):
+    text: str
+
+
+class Ranked(BaseModel):
+    index: int
+    document: Document
+    relevance_score: float
+
+
+class Ranking(BaseModel):
+    """Of `/rerank`."""
+
+    id: str
+    model: str
+    usage: Usage
+    results: list[Ranked]
+
+
+class Version(BaseModel):
+    version: str
+
+
+class Load(BaseModel):
+    """Of `/load`: how many rows run or wait."""
+
+    server_load: int
 
 
 class Tokens(BaseModel):

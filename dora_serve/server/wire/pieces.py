@@ -5,12 +5,12 @@ from __future__ import annotations
 import json
 import time
 import uuid
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from dora_serve.onnxruntime.continuous import Delta
-from dora_serve.onnxruntime.generation import Logprobs
+from dora_serve.onnxruntime.generation import Logprobs, PromptLogprobs
 
 Json = dict[str, Any]
 Decode = Callable[[int], str]
@@ -27,9 +27,10 @@ def new_id(prefix: str) -> str:
     return f"{prefix}-{uuid.uuid4().hex}"
 
 
-def envelope(prefix: str, kind: str, model: str) -> Json:
-    """What every piece of one answer repeats."""
-    return {"id": new_id(prefix), "object": kind, "created": int(time.time()), "model": model}
+def envelope(prefix: str, kind: str, model: str, given: str | None = None) -> Json:
+    """What every piece of one answer repeats. `given`: the client's own id of the request."""
+    number = new_id(prefix) if given is None else f"{prefix}-{given}"
+    return {"id": number, "object": kind, "created": int(time.time()), "model": model}
 
 
 def as_event(content: Json) -> bytes:
@@ -39,35 +40,65 @@ def as_event(content: Json) -> bytes:
 DONE = b"data: [DONE]\n\n"
 
 
+# A token with its log-probability and the likeliest ones', None where those are not told.
+Step = tuple[int, Logprobs | None]
+
+
 @dataclass
 class Choice:
     """What a choice has become: its deltas put together."""
 
     text: str = ""
-    tokens: list[int] = field(default_factory=list)
-    logprobs: list[Logprobs] = field(default_factory=list)
+    steps: list[Step] = field(default_factory=list)
     reason: str | None = None
+    stop_reason: str | int | None = None
+    prompt_logprobs: tuple[PromptLogprobs, ...] = ()
 
     def add(self, delta: Delta) -> None:
         self.text += delta.text
-        self.tokens += delta.tokens
-        self.logprobs += delta.logprobs
-        self.reason = delta.reason
+        self.steps += delta.steps
+        self.reason, self.stop_reason = delta.reason, delta.stop_reason
+        self.prompt_logprobs = self.prompt_logprobs or delta.prompt_logprobs
 
 
-def completion_logprobs(grown: Choice | Delta, decode: Decode, offset: int) -> Json:
+def echoed(prompt: Sequence[int], told: Sequence[PromptLogprobs]) -> list[Step]:
+    """The steps of a prompt's tokens; nothing is told of the first."""
+    return [
+        (prompt[0], None),
+        *((i, (own, best)) for i, (own, _, best) in zip(prompt[1:], told, strict=True)),
+    ]
+
+
+def completion_logprobs(steps: Sequence[Step], decode: Decode, offset: int) -> Json:
     """In the form of `/v1/completions`; `offset`: characters of the tokens before."""
-    texts = [decode(token) for token in grown.tokens]
+    texts = [decode(token) for token, _ in steps]
     offsets = []
     for text in texts:
         offsets.append(offset)
         offset += len(text)
     top = [
-        {**_by_text(best, decode), text: _finite(own)}
-        for text, (own, best) in zip(texts, grown.logprobs, strict=True)
+        None if told is None else {**_by_text(told[1], decode), text: _finite(told[0])}
+        for text, (_, told) in zip(texts, steps, strict=True)
     ]
-    own = [_finite(own) for own, _ in grown.logprobs]
+    own = [None if told is None else _finite(told[0]) for _, told in steps]
     return {"text_offset": offsets, "token_logprobs": own, "tokens": texts, "top_logprobs": top}
+
+
+def prompt_logprobs(
+    prompt: Sequence[int], told: Sequence[PromptLogprobs], decode: Decode
+) -> list[Json | None]:
+    """As vLLM tells them: by token id, nothing of the first."""
+    found: list[Json | None] = [None]
+    for token, (own, rank, best) in zip(prompt[1:], told, strict=True):
+        ranked = {token: (own, rank)}
+        ranked |= {each: (value, i) for i, (each, value) in enumerate(best.items(), 1)}
+        found.append(
+            {
+                str(each): {"logprob": _finite(value), "rank": i, "decoded_token": decode(each)}
+                for each, (value, i) in ranked.items()
+            }
+        )
+    return found
 
 
 def _by_text(best: Mapping[int, float], decode: Decode) -> dict[str, Any]:
@@ -78,14 +109,15 @@ def _by_text(best: Mapping[int, float], decode: Decode) -> dict[str, Any]:
     return texts
 
 
-def chat_logprobs(grown: Choice | Delta, decode: Decode) -> Json:
+def chat_logprobs(steps: Sequence[Step], decode: Decode) -> Json:
     """In the form of `/v1/chat/completions`."""
     content = [
         {
-            **_entry(decode(token), own),
-            "top_logprobs": [_entry(decode(i), value) for i, value in best.items()],
+            **_entry(decode(token), told[0]),
+            "top_logprobs": [_entry(decode(i), value) for i, value in told[1].items()],
         }
-        for token, (own, best) in zip(grown.tokens, grown.logprobs, strict=True)
+        for token, told in steps
+        if told is not None
     ]
     return {"content": content, "refusal": None}
 

@@ -2,34 +2,17 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import AliasChoices, Discriminator, Field, RootModel, Tag, model_validator
 
-from dora_serve.onnxruntime.sampling import Sampling
+from .messages import Message, Several
+from .parameters import Object, Parameters, refusal
+from .sampling import Count, Generate, Token, Tokens, Top, Truncation
+from .structure import Asked, asked_json
+from .tools import Choice, Tools, schema_of_calls, wrong_choice
 
-Token = Annotated[int, Field(ge=0, le=2**31 - 1)]
-Stop = Annotated[str, Field(min_length=1, max_length=1000)]
-Seed = Annotated[int, Field(ge=-(2**63), le=2**63 - 1)]
 Text = str | list[int]  # or its tokens
-_T = TypeVar("_T")
-_Tokens = Annotated[list[Token], Field(fail_fast=True)]
-_Several = Annotated[list[_T], Field(max_length=2048, fail_fast=True)]
-Count = Annotated[int, Field(ge=1, le=2**31 - 1)]
-
-
-_NAMES = 64  # of one object
-
-
-class _Request(BaseModel):
-    model_config = ConfigDict(extra="forbid", allow_inf_nan=False)
-
-    @model_validator(mode="before")
-    @classmethod
-    def _has_few_names(cls, value: Any) -> Any:
-        if isinstance(value, dict) and len(value) > _NAMES:  # each unknown one is an error
-            raise ValueError(f"more than {_NAMES} names")
-        return value
 
 
 def _each(given: Any) -> list[Text]:
@@ -38,148 +21,179 @@ def _each(given: Any) -> list[Text]:
     return list(given) if several else [given]
 
 
-class StreamOptions(_Request):
-    """`include_usage`: a last event with the usage."""
+class CompletionRequest(Generate):
+    """`POST /v1/completions`. `logprobs`: how many of the likeliest tokens to tell. `echo`: the
+    prompt is told before each completion, which may have no tokens then."""
 
-    include_usage: bool = False
-    continuous_usage_stats: Literal[False] = False
-    include_obfuscation: Literal[False] = False
+    prompt: str | Several[str] | Tokens | Several[Tokens]
+    max_tokens: Annotated[int, Field(ge=0, le=2**31 - 1)] = 16
+    echo: bool = False
+    add_special_tokens: bool = True
+    logprobs: Top | None = None
+    best_of: Count | None = None
 
+    @model_validator(mode="after")
+    def _check(self) -> CompletionRequest:
+        if self.best_of not in (None, 1, self.n):
+            raise refusal("best_of", "not served: every completion is told, give n alone")
+        if self.max_tokens == 0 and not self.echo:
+            raise refusal("max_tokens", "0 needs echo")
+        return self
 
-class _Generate(_Request):
-    """What completions and chats have in common."""
-
-    model: str
-    n: Annotated[int, Field(ge=1, le=128)] = 1
-    temperature: Annotated[float, Field(ge=0, le=100)] | None = None
-    top_p: Annotated[float, Field(gt=0, le=1)] | None = None
-    top_k: Annotated[int, Field(ge=-1, le=2**31 - 1)] = 0
-    min_p: Annotated[float, Field(ge=0, le=1)] = 0.0
-    seed: Seed | None = None
-    stop: Stop | Annotated[list[Stop], Field(max_length=16, fail_fast=True)] | None = None
-    min_tokens: Annotated[int, Field(ge=0, le=2**31 - 1)] = 0
-    ignore_eos: bool = False
-    stream: bool | None = None
-    stream_options: StreamOptions | None = None
-    # Taken in their neutral form alone, since many clients send them always.
-    presence_penalty: Annotated[float, Field(ge=0, le=0)] | None = None
-    frequency_penalty: Annotated[float, Field(ge=0, le=0)] | None = None
-    logit_bias: Annotated[dict[str, float], Field(max_length=0)] | None = None
-    # Says who asks: of no effect.
-    user: str | None = None
-
-    def sampling(self, index: int, max_tokens: int, logprobs: int | None) -> Sampling:
-        """How choice `index` is drawn; each has a seed of its own."""
-        stop = [self.stop] if isinstance(self.stop, str) else self.stop or []
-        return Sampling(
-            max_tokens=max_tokens,
-            temperature=1.0 if self.temperature is None else self.temperature,
-            top_p=1.0 if self.top_p is None else self.top_p,
-            top_k=max(self.top_k, 0),
-            min_p=self.min_p,
-            seed=None if self.seed is None else (self.seed + index) % 2**64,
-            stop=tuple(stop),
-            logprobs=logprobs,
-            min_tokens=self.min_tokens,
-            ignore_eos=self.ignore_eos,
-        )
-
-
-class CompletionRequest(_Generate):
-    """`POST /v1/completions`. `logprobs`: how many of the likeliest tokens to tell."""
-
-    prompt: str | _Several[str] | _Tokens | _Several[_Tokens]
-    max_tokens: Count | None = 16
-    logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
-    echo: Literal[False] | None = None
-    best_of: Literal[1] | None = None
-    suffix: None = None
+    @property
+    def told_of_prompt(self) -> int | None:
+        """How many of the likeliest tokens are told of the prompt's own, None for none."""
+        echoed = self.logprobs if self.echo else None
+        return echoed if self.prompt_logprobs is None else self.prompt_logprobs
 
     @property
     def prompts(self) -> list[Text]:
         return _each(self.prompt)
 
 
-class TextPart(_Request):
-    type: Literal["text"]
-    text: str
+class _Conversation(Parameters):
+    """What chat templates take."""
+
+    add_generation_prompt: bool = True
+    continue_final_message: bool = False
+    add_special_tokens: bool | None = None
+    chat_template_kwargs: Object | None = None
+
+    def template_values(self) -> dict[str, Any]:
+        """What the chat template may name beside the messages."""
+        return dict(self.chat_template_kwargs or {})
+
+    @model_validator(mode="before")
+    @classmethod
+    def _one_end(cls, given: Any) -> Any:
+        if isinstance(given, dict) and given.get("continue_final_message") is True:
+            if given.get("add_generation_prompt"):
+                raise refusal("continue_final_message", "not with add_generation_prompt")
+            return {**given, "add_generation_prompt": False}
+        return given
 
 
-class Message(_Request):
-    """One turn of a conversation."""
-
-    role: Literal["system", "developer", "user", "assistant"]
-    content: str | _Several[TextPart]
-    name: str | None = None
-
-    def plain(self) -> dict[str, str]:
-        """As chat templates take it."""
-        content = self.content
-        text = content if isinstance(content, str) else "\n".join(part.text for part in content)
-        named = {} if self.name is None else {"name": self.name}
-        return {"role": self.role, "content": text, **named}
+_Document = Annotated[dict[str, str], Field(max_length=32)]
 
 
-class TextFormat(_Request):
-    type: Literal["text"]
-
-
-class ChatRequest(_Generate):
+class ChatRequest(Generate, _Conversation):
     """`POST /v1/chat/completions`. Without a maximum the answer may fill the context."""
 
-    messages: Annotated[_Several[Message], Field(min_length=1)]
+    messages: Annotated[Several[Message], Field(min_length=1)]
+    add_special_tokens: bool | None = False
+    documents: Annotated[list[_Document], Field(max_length=256, fail_fast=True)] | None = None
+    reasoning_effort: Annotated[str, Field(max_length=20)] | None = None
+    tools: Tools | None = None
+    tool_choice: Choice | None = None
+    parallel_tool_calls: bool = True
     max_tokens: Count | None = None
     max_completion_tokens: Count | None = None
-    logprobs: bool | None = None
-    top_logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
-    add_generation_prompt: bool = True
-    response_format: TextFormat | None = None
-    tools: Annotated[list[Any], Field(max_length=0)] | None = None
-    metadata: Annotated[dict[str, str], Field(max_length=16)] | None = None
-    store: Literal[False] | None = None
+    logprobs: bool = False
+    top_logprobs: Top = 0
 
     @model_validator(mode="after")
     def _check(self) -> ChatRequest:
-        if self.top_logprobs is not None and not self.logprobs:
-            raise ValueError("top_logprobs needs logprobs")
+        if self.top_logprobs and not self.logprobs:
+            raise refusal("top_logprobs", "it needs logprobs")
+        if wrong := wrong_choice(self.tools, self.tool_choice):
+            raise refusal("tool_choice", wrong)
         return self
 
+    @property
+    def calls(self) -> Choice:
+        """Which tools are called: those that the model wants where nothing is said."""
+        return self.tool_choice or ("auto" if self.tools else "none")
 
-class ClassifyRequest(_Request):
-    """`POST /classify`, as vLLM has it."""
+    def structure(self) -> Asked | None:
+        schema = schema_of_calls(self.tools or [], self.calls, self.parallel_tool_calls)
+        return super().structure() if schema is None else asked_json(schema)
+
+    def template_values(self) -> dict[str, Any]:
+        values = super().template_values()
+        if self.tools:
+            values["tools"] = [tool.model_dump(exclude_none=True) for tool in self.tools]
+        if self.documents:
+            values["documents"] = self.documents
+        if self.reasoning_effort is not None:
+            values.setdefault("enable_thinking", self.reasoning_effort != "none")
+            values["reasoning_effort"] = self.reasoning_effort
+        return values
+
+
+class Texts(Truncation):
+    """What encoders read."""
 
     model: str
-    input: str | Annotated[_Several[str], Field(min_length=1)]
-    user: str | None = None
+    add_special_tokens: bool = True
+
+    @property
+    def inputs(self) -> list[Text]:
+        raise NotImplementedError
+
+
+class ClassifyRequest(Texts):
+    """`POST /classify`, as vLLM has it. `use_activation` false: the logits, not probabilities."""
+
+    input: str | Annotated[Several[str], Field(min_length=1)]
+    use_activation: bool | None = None
 
     @property
     def inputs(self) -> list[Text]:
         return _each(self.input)
 
 
-class EmbeddingRequest(_Request):
-    """`POST /v1/embeddings`."""
+class EmbeddingRequest(Texts):
+    """`POST /v1/embeddings`. `dimensions`: how many are told, the first ones; `use_activation`
+    true: of length one."""
 
-    model: str
-    input: str | _Several[str] | _Tokens | _Several[_Tokens]
+    input: str | Several[str] | Tokens | Several[Tokens]
     encoding_format: Literal["float", "base64"] = "float"
-    dimensions: None = None
-    user: str | None = None
+    dimensions: Count | None = None
+    use_activation: bool | None = None
 
     @property
     def inputs(self) -> list[Text]:
         return _each(self.input)
 
 
-class TokenizeRequest(_Request):
+_Side = str | Annotated[Several[str], Field(min_length=1)]
+
+
+class ScoreRequest(Texts):
+    """`POST /score`: two sides, under any of vLLM's names for them."""
+
+    text_1: _Side = Field(validation_alias=AliasChoices("text_1", "queries", "data_1"))
+    text_2: _Side = Field(validation_alias=AliasChoices("text_2", "documents", "items", "data_2"))
+
+    @property
+    def sides(self) -> tuple[list[Text], list[Text]]:
+        return _each(self.text_1), _each(self.text_2)
+
+    @property
+    def inputs(self) -> list[Text]:
+        return [text for side in self.sides for text in side]
+
+
+class RerankRequest(Texts):
+    """`POST /rerank`. `top_n`: how many documents are told, 0 for all."""
+
+    query: str
+    documents: Annotated[Several[str], Field(min_length=1)]
+    top_n: Annotated[int, Field(ge=0, le=2**31 - 1)] = 0
+
+    @property
+    def inputs(self) -> list[Text]:
+        return [self.query, *self.documents]
+
+
+class TokenizeRequest(_Conversation):
     """`POST /tokenize`: of a `prompt`, or of `messages` through the chat template."""
 
+    kept_empty: ClassVar = frozenset({"prompt", "messages"})
     model: str
     prompt: str | None = None
-    messages: Annotated[_Several[Message], Field(min_length=1)] | None = None
-    add_special_tokens: bool | None = None
-    add_generation_prompt: bool = True
-    return_token_strs: bool | None = None
+    messages: Annotated[Several[Message], Field(min_length=1)] | None = None
+    return_token_strs: bool = False
 
     @model_validator(mode="after")
     def _check(self) -> TokenizeRequest:
@@ -188,14 +202,14 @@ class TokenizeRequest(_Request):
         return self
 
 
-class DetokenizeRequest(_Request):
+class DetokenizeRequest(Parameters):
     """`POST /detokenize`."""
 
     model: str
     tokens: Annotated[list[Token], Field(max_length=2**18, fail_fast=True)]
 
 
-class LoadRequest(_Request):
+class LoadRequest(Parameters):
     """`POST /v1/load_lora_adapter`. `lora_path`: a run or adapter below the served folder."""
 
     lora_name: Annotated[str, Field(pattern=r"^[\w][\w./=-]*$", max_length=200)]
@@ -203,8 +217,36 @@ class LoadRequest(_Request):
     load_inplace: bool = False
 
 
-class UnloadRequest(_Request):
+class UnloadRequest(Parameters):
     """`POST /v1/unload_lora_adapter`."""
 
     lora_name: str
     lora_int_id: int | None = None
+
+
+_NAMES = {  # what tells a request from the others
+    "messages": "chat",
+    "prompt": "completion",
+    "input": "embedding",
+    "query": "rerank",
+}
+
+
+def _kind(body: Any) -> str:
+    named = body if isinstance(body, dict) else {}
+    return next((kind for name, kind in _NAMES.items() if name in named), "score")
+
+
+class Invocation(
+    RootModel[
+        Annotated[
+            Annotated[ChatRequest, Tag("chat")]
+            | Annotated[CompletionRequest, Tag("completion")]
+            | Annotated[EmbeddingRequest, Tag("embedding")]
+            | Annotated[RerankRequest, Tag("rerank")]
+            | Annotated[ScoreRequest, Tag("score")],
+            Discriminator(_kind),
+        ]
+    ]
+):
+    """`POST /invocations`: a request to any of the routes."""

@@ -1,0 +1,118 @@
+"""Completions that a grammar accepts: which tokens may come next.
+
+The masks are computed beside the graph's next run, in threads of their own, and without the
+interpreter's lock. A grammar has bounds of time and memory: one that needs more is an error.
+"""
+
+from __future__ import annotations
+
+from concurrent.futures import Future, ThreadPoolExecutor
+from functools import cached_property
+from threading import Lock
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from .session import EngineError
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+    from .sampling import Logits
+
+# Some milliseconds and a few MB for a step, as llguidance counts them.
+LIMITS: dict[str, Any] = {
+    "initial_lexer_fuel": 1_000_000,
+    "step_lexer_fuel": 100_000,
+    "step_max_items": 20_000,
+    "max_items_in_row": 2_000,
+    "max_lexer_states": 10_000,
+    "max_grammar_size": 100_000,
+    "verbose_errors": False,
+}
+
+
+def limits() -> Any:
+    """Of one grammar."""
+    from llguidance import LLParserLimits
+
+    return LLParserLimits(**LIMITS)
+
+
+class Grammars:
+    """Of a model: `vocabulary` logits, the ends `eos`, and its `tokenizer`."""
+
+    def __init__(self, tokenizer: Any, vocabulary: int, eos: frozenset[int]) -> None:
+        self._tokenizer, self._eos = tokenizer, eos
+        self._vocabulary = vocabulary
+        self._lock = Lock()
+        self._threads = ThreadPoolExecutor(1, thread_name_prefix="grammar")
+
+    @cached_property
+    def _words(self) -> Any:
+        """The tokens as bytes. Takes a second for many."""
+        from llguidance import LLTokenizer
+
+        count = max(self._vocabulary, self._tokenizer.get_vocab_size())
+        try:
+            return LLTokenizer(self._tokenizer.to_str(), n_vocab=count, eos_token=sorted(self._eos))
+        except (KeyboardInterrupt, SystemExit):
+            raise
+        except BaseException as error:  # a panic of the library too
+            raise EngineError(
+                "this model's tokenizer does not say which bytes its tokens are",
+                found=str(error)[:200],
+                remedy="ask without a schema or grammar",
+            ) from None
+
+    def compile(self, grammar: str) -> Grammar:
+        """`grammar` as llguidance writes it. Raises `EngineError` for one that it refuses."""
+        from llguidance import LLMatcher
+
+        with self._lock:
+            words = self._words
+        matcher = LLMatcher(words, grammar, log_level=0, limits=limits())
+        _check(matcher)
+        return Grammar(matcher, self._threads)
+
+
+class Grammar:
+    """One that any number of completions may follow."""
+
+    def __init__(self, matcher: Any, threads: ThreadPoolExecutor) -> None:
+        self._matcher, self._threads = matcher, threads
+
+    def begin(self) -> Constraint:
+        return Constraint(self._matcher.deep_copy(), self._threads)
+
+
+class Constraint:
+    """What one completion may write next."""
+
+    def __init__(self, matcher: Any, threads: ThreadPoolExecutor) -> None:
+        self._matcher, self._threads = matcher, threads
+        self._mask: Future[NDArray[np.bool_]] = threads.submit(self._next, None)
+
+    def __call__(self, logits: Logits) -> Logits:
+        """`logits [vocab]` without the tokens that may not come; the argument stays as it is.
+        Raises `EngineError` when the grammar takes more than it may."""
+        allowed = self._mask.result()[: len(logits)]
+        return np.where(allowed, logits[: len(allowed)], np.float32(-np.inf))
+
+    def take(self, token: int) -> None:
+        """Go on with a token that was allowed."""
+        self._mask = self._threads.submit(self._next, token)
+
+    def _next(self, token: int | None) -> NDArray[np.bool_]:
+        if token is not None and not self._matcher.is_stopped():
+            self._matcher.consume_token(token)
+        packed = np.frombuffer(self._matcher.compute_bitmask(), np.uint8)
+        _check(self._matcher)
+        return np.unpackbits(packed, bitorder="little").view(np.bool_)
+
+
+def _check(matcher: Any) -> None:
+    if matcher.is_error():
+        raise EngineError(
+            "the grammar is wrong, or takes too much", found=matcher.get_error()[:500]
+        )

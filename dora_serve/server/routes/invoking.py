@@ -1,0 +1,42 @@
+"""`/invocations`: any request, told apart by what it has."""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable
+from typing import Any
+
+from fastapi import APIRouter, Request
+
+from ..state import state_of
+from ..wire.requests import (
+    ChatRequest,
+    ClassifyRequest,
+    CompletionRequest,
+    EmbeddingRequest,
+    Invocation,
+    RerankRequest,
+)
+from . import encoding, generating, scoring
+from .reading import JsonRoute
+
+router = APIRouter(route_class=JsonRoute)
+
+
+@router.post("/invocations", response_model=None)
+async def invocations(body: Invocation, request: Request) -> Any:
+    """As the route for such a request answers it."""
+    return await _answer(body.root, request)
+
+
+def _answer(asked: Any, request: Request) -> Awaitable[Any]:
+    if isinstance(asked, ChatRequest):
+        return generating.chat(asked, request)
+    if isinstance(asked, CompletionRequest):
+        return generating.completions(asked, request)
+    if isinstance(asked, RerankRequest):
+        return scoring.rerank(asked, request)
+    if not isinstance(asked, EmbeddingRequest):
+        return scoring.score(asked, request)
+    if state_of(request).models.find(asked.model).model.task == "sequence-classification":
+        return encoding.classify(ClassifyRequest(**asked.model_dump(exclude_unset=True)), request)
+    return encoding.embeddings(asked, request)

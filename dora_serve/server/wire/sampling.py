@@ -1,0 +1,132 @@
+"""How a completion is drawn and what is told of it, as vLLM names it."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Annotated, Literal
+
+from pydantic import Field, model_validator
+
+from dora_serve.onnxruntime.grammar import Grammar
+from dora_serve.onnxruntime.sampling import Sampling
+
+from .parameters import Parameters, refusal
+from .structure import Asked, ResponseFormat, StructuredOutputs, asked
+
+Token = Annotated[int, Field(ge=0, le=2**31 - 1)]
+Count = Annotated[int, Field(ge=1, le=2**31 - 1)]
+Stop = Annotated[str, Field(min_length=1, max_length=1000)]
+Seed = Annotated[int, Field(ge=-(2**63), le=2**63 - 1)]
+Tokens = Annotated[list[Token], Field(fail_fast=True)]
+Top = Annotated[int, Field(ge=0, le=20)]
+Penalty = Annotated[float, Field(ge=-2, le=2)]
+_Id = Annotated[str, Field(pattern=r"^[0-9]{1,10}$")]
+
+
+class StreamOptions(Parameters):
+    """`include_usage`: a last event with the usage; `continuous_usage_stats`: it in every event,
+    of what was written so far."""
+
+    include_usage: bool = False
+    continuous_usage_stats: bool = False
+
+
+class Truncation(Parameters):
+    """`truncate_prompt_tokens`: how many tokens of a prompt are kept, -1 for as many as there is
+    room for; of a text the last ones behind what the tokenizer puts before it."""
+
+    truncate_prompt_tokens: Annotated[int, Field(ge=-1, le=2**31 - 1)] | None = None
+    truncation_side: Literal["left", "right"] | None = None
+
+    @model_validator(mode="after")
+    def _keeps_something(self) -> Truncation:
+        if self.truncate_prompt_tokens == 0:
+            raise refusal("truncate_prompt_tokens", "nothing would be left")
+        return self
+
+    def kept(self, longest: int) -> int | None:
+        """How many tokens of a prompt are kept, None for all."""
+        return longest if self.truncate_prompt_tokens == -1 else self.truncate_prompt_tokens
+
+
+class Generate(Truncation):
+    """What completions and chats have in common."""
+
+    model: str
+    n: Annotated[int, Field(ge=1, le=128)] = 1
+    temperature: Annotated[float, Field(ge=0, le=100)] | None = None
+    top_p: Annotated[float, Field(gt=0, le=1)] | None = None
+    top_k: Annotated[int, Field(ge=-1, le=2**31 - 1)] = 0
+    min_p: Annotated[float, Field(ge=0, le=1)] = 0.0
+    seed: Seed | None = None
+    stop: Stop | Annotated[list[Stop], Field(max_length=16, fail_fast=True)] | None = None
+    stop_token_ids: Annotated[Tokens, Field(max_length=1024)] | None = None
+    include_stop_str_in_output: bool = False
+    min_tokens: Annotated[int, Field(ge=0, le=2**31 - 1)] = 0
+    ignore_eos: bool = False
+    skip_special_tokens: bool = True
+    spaces_between_special_tokens: bool = True
+    presence_penalty: Penalty = 0.0
+    frequency_penalty: Penalty = 0.0
+    repetition_penalty: Annotated[float, Field(gt=0, le=1000)] = 1.0
+    logit_bias: Annotated[dict[_Id, float], Field(max_length=1024)] | None = None
+    allowed_token_ids: Annotated[Tokens, Field(max_length=2**18)] | None = None
+    bad_words: Annotated[list[Stop], Field(max_length=64, fail_fast=True)] | None = None
+    prompt_logprobs: Top | None = None
+    return_token_ids: bool = False
+    return_tokens_as_token_ids: bool = False
+    stream: bool = False
+    stream_options: StreamOptions | None = None
+    response_format: ResponseFormat | None = None
+    structured_outputs: StructuredOutputs | None = None
+    request_id: Annotated[str, Field(max_length=200)] | None = None
+    metadata: Annotated[dict[str, str], Field(max_length=16)] | None = None
+
+    @model_validator(mode="after")
+    def _told_whole(self) -> Generate:
+        if self.stream and self.prompt_logprobs:
+            raise refusal("prompt_logprobs", "they are not told in a stream")
+        return self
+
+    def structure(self) -> Asked | None:
+        """What the answer has to follow. Raises `ValueError` for what nothing can."""
+        return asked(self.response_format, self.structured_outputs)
+
+    def samplings(
+        self,
+        max_tokens: int,
+        logprobs: int | None,
+        bad_words: tuple[tuple[int, ...], ...],
+        prompt_logprobs: int | None,
+        grammar: Grammar | None,
+    ) -> list[Sampling]:
+        """How every choice is drawn; each has a seed of its own, and none for -1."""
+        stop = [self.stop] if isinstance(self.stop, str) else self.stop or []
+        seeded = self.seed is not None and self.seed != -1
+        biases = (self.logit_bias or {}).items()
+        one = Sampling(
+            max_tokens=max_tokens,
+            temperature=1.0 if self.temperature is None else self.temperature,
+            top_p=1.0 if self.top_p is None else self.top_p,
+            top_k=max(self.top_k, 0),
+            min_p=self.min_p,
+            stop=tuple(stop),
+            logprobs=logprobs,
+            min_tokens=self.min_tokens,
+            ignore_eos=self.ignore_eos,
+            stop_token_ids=tuple(self.stop_token_ids or ()),
+            include_stop_str_in_output=self.include_stop_str_in_output,
+            skip_special_tokens=self.skip_special_tokens,
+            spaces_between_special_tokens=self.spaces_between_special_tokens,
+            allowed_token_ids=tuple(self.allowed_token_ids or ()),
+            bad_words=bad_words,
+            logit_bias=tuple((int(key), min(100.0, max(-100.0, value))) for key, value in biases),
+            repetition_penalty=self.repetition_penalty,
+            presence_penalty=self.presence_penalty,
+            frequency_penalty=self.frequency_penalty,
+            prompt_logprobs=prompt_logprobs,
+            grammar=grammar,
+        )
+        if not seeded:
+            return [one] * self.n
+        return [replace(one, seed=((self.seed or 0) + i) % 2**64) for i in range(self.n)]

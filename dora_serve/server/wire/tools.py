@@ -1,0 +1,80 @@
+"""Tools that an answer may or must call, as OpenAI and vLLM say it."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, ClassVar, Literal
+
+from pydantic import AfterValidator, Field
+
+from .parameters import Object, Parameters, bounded
+
+
+class Function(Parameters):
+    """`parameters`: a JSON schema of an object, without one no parameters."""
+
+    kept_empty: ClassVar = frozenset({"parameters"})
+    name: Annotated[str, Field(min_length=1, max_length=200)]
+    description: str | None = None
+    parameters: Object | None = None
+    strict: bool | None = None
+
+    @property
+    def schema_of_arguments(self) -> dict[str, Any]:
+        return {"type": "object"} if self.parameters is None else self.parameters
+
+
+class Tool(Parameters):
+    type: Literal["function"] = "function"
+    function: Function
+
+
+class Named(Parameters):
+    name: str
+
+
+class NamedTool(Parameters):
+    type: Literal["function"] = "function"
+    function: Named
+
+
+Choice = Literal["none", "auto", "required"] | NamedTool
+Tools = Annotated[list[Tool], Field(max_length=128, fail_fast=True), AfterValidator(bounded)]
+
+
+def wrong_choice(tools: list[Tool] | None, choice: Choice | None) -> str | None:
+    """What is wrong with a choice of tools, None when nothing is."""
+    if choice in (None, "none", "auto"):
+        return None
+    if not tools:
+        return "it needs tools"
+    names = [tool.function.name for tool in tools]
+    if isinstance(choice, NamedTool) and choice.function.name not in names:
+        return f"there is no tool {choice.function.name[:200]!r}"
+    return None
+
+
+def schema_of_calls(tools: list[Tool], choice: Choice | None, several: bool) -> Any:
+    """The JSON schema of an answer that has to call: the arguments of a named tool, or a list of
+    calls; None where none has to. Raises `ValueError` where two tools define a name otherwise."""
+    if isinstance(choice, NamedTool):
+        named = (tool.function for tool in tools if tool.function.name == choice.function.name)
+        return next(named).schema_of_arguments
+    if choice != "required":
+        return None
+    shared: dict[str, Any] = {}
+    kinds = []
+    for tool in tools:
+        schema = dict(tool.function.schema_of_arguments)
+        for name, value in schema.pop("$defs", {}).items():
+            if shared.setdefault(name, value) != value:
+                raise ValueError(f"tools: two definitions of {name[:200]!r}")
+        kinds.append(
+            {
+                "type": "object",
+                "properties": {"name": {"const": tool.function.name}, "parameters": schema},
+                "required": ["name", "parameters"],
+                "additionalProperties": False,
+            }
+        )
+    calls = {"type": "array", "minItems": 1, "items": {"anyOf": kinds}}
+    return {**calls, **({} if several else {"maxItems": 1}), "$defs": shared}

@@ -1,0 +1,196 @@
+"""Tools are called as the request says, found in what models write, whole and streamed."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from typing import Any
+
+import jsonschema
+import openai
+import pytest
+
+from dora_serve.server.options import ServerOptions
+from dora_serve.server.wire.calls import WrittenCalls
+from tests.server.conftest import started
+from tests.server.test_structure import MODEL, save_bytes_model
+
+PART = {"type": "object", "properties": {"unit": {"enum": ["C", "F"]}}, "required": ["unit"]}
+WEATHER: Any = {
+    "type": "object",
+    "properties": {"city": {"enum": ["Bern", "Köln"]}, "how": {"$ref": "#/$defs/part"}},
+    "required": ["city", "how"],
+    "additionalProperties": False,
+    "$defs": {"part": {**PART, "additionalProperties": False}},
+}
+NOTHING: Any = {"type": "object", "properties": {}, "additionalProperties": False}
+TOOLS: Any = [
+    {"type": "function", "function": {"name": "weather", "parameters": WEATHER}},
+    {"type": "function", "function": {"name": "now", "description": "d", "parameters": NOTHING}},
+]
+SCHEMAS = {"weather": WEATHER, "now": NOTHING}
+TEMPLATE = (
+    "{{ bos_token }}{% for tool in tools or [] %}{{ tool.function.name }} {% endfor %}"
+    "{% for m in messages %}{{ m.role }} {{ m.content }}{% for c in m.tool_calls or [] %}"
+    "{{ c.function.name }} {{ c.function.arguments | tojson }}{% endfor %}{% endfor %}"
+)
+
+
+@pytest.fixture(scope="module")
+def client(tmp_path_factory: pytest.TempPathFactory) -> Iterator[openai.OpenAI]:
+    root = tmp_path_factory.mktemp("tools")
+    save_bytes_model(root / "models" / MODEL)
+    (root / "models" / MODEL / "chat_template.jinja").write_text(TEMPLATE)
+    options = ServerOptions(threads=1)
+    with started(root / "models", root, None, options) as running, running.openai as found:
+        yield found
+
+
+def ask(client: openai.OpenAI, **more: Any) -> Any:
+    messages: Any = [{"role": "user", "content": "which?"}]
+    options: Any = {"model": MODEL, "messages": messages, "max_tokens": 400, "seed": 3, **more}
+    return client.chat.completions.create(**options)
+
+
+def check(calls: Any) -> None:
+    for call in calls:
+        jsonschema.validate(json.loads(call.function.arguments), SCHEMAS[call.function.name])
+        assert call.type == "function"
+    assert len({call.id for call in calls}) == len(calls) > 0
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_required(client: openai.OpenAI, seed: int) -> None:
+    one = {"parallel_tool_calls": False}
+    (choice,) = ask(client, tools=TOOLS, tool_choice="required", seed=seed, **one).choices
+    assert choice.finish_reason == "tool_calls"
+    assert choice.message.content is None
+    check(choice.message.tool_calls)
+    assert len(choice.message.tool_calls) == 1
+
+
+@pytest.mark.parametrize("name", SCHEMAS)
+def test_named(client: openai.OpenAI, name: str) -> None:
+    wanted = {"type": "function", "function": {"name": name}}
+    (choice,) = ask(client, tools=TOOLS, tool_choice=wanted).choices
+    assert choice.finish_reason == "stop"  # as in vLLM
+    check(choice.message.tool_calls)
+    assert [call.function.name for call in choice.message.tool_calls] == [name]
+
+
+@pytest.mark.parametrize(
+    "wanted", ["required", {"type": "function", "function": {"name": "weather"}}]
+)
+def test_streamed_calls_are_the_whole(client: openai.OpenAI, wanted: Any) -> None:
+    options: Any = {"tools": TOOLS, "tool_choice": wanted, "temperature": 0}
+    options["parallel_tool_calls"] = False
+    (whole,) = ask(client, **options).choices
+    name, arguments, reason = "", "", None
+    for piece in ask(client, stream=True, **options):
+        (choice,) = piece.choices
+        reason = choice.finish_reason or reason
+        for call in choice.delta.tool_calls or []:
+            name += call.function.name or ""
+            arguments += call.function.arguments or ""
+    (call,) = whole.message.tool_calls
+    assert (name, arguments, reason) == (
+        call.function.name,
+        call.function.arguments,
+        whole.finish_reason,
+    )
+
+
+@pytest.mark.parametrize("choice", ["none", "auto"])
+def test_text_stays_text(client: openai.OpenAI, choice: str) -> None:
+    options: Any = {"tools": TOOLS, "tool_choice": choice, "max_tokens": 20}
+    (told,) = ask(client, **options).choices
+    assert told.message.tool_calls is None
+    pieces = list(ask(client, stream=True, **options))
+    streamed = "".join(piece.choices[0].delta.content or "" for piece in pieces)
+    assert streamed == told.message.content != ""
+
+
+def test_the_template_sees_tools_and_calls(client: openai.OpenAI) -> None:
+    call = {"id": "1", "type": "function", "function": {"name": "now", "arguments": '{"a": 1}'}}
+    turns: Any = [
+        {"role": "user", "content": "u"},
+        {"role": "assistant", "content": None, "tool_calls": [call]},
+        {"role": "tool", "tool_call_id": "1", "content": "noon"},
+    ]
+    more: Any = {"extra_body": {"return_token_ids": True}, "max_tokens": 1}
+    answer = ask(client, messages=turns, tools=TOOLS, tool_choice="none", **more)
+    ids = answer.model_extra["prompt_token_ids"]
+    body = {"model": MODEL, "tokens": ids}
+    told: Any = client.post("/../detokenize", body=body, cast_to=object)
+    assert told["prompt"] == '<s>weather now user uassistant now {"a": 1}tool noon'
+
+
+@pytest.mark.parametrize(
+    ("given", "says"),
+    [
+        ({"tool_choice": "required"}, "needs tools"),
+        ({"tools": TOOLS, "tool_choice": {"function": {"name": "none"}}}, "there is no tool"),
+        ({"tools": [{"type": "function", "function": {}}]}, "name"),
+        (
+            {
+                "tools": [{"function": {"name": "f", "parameters": {"type": "foo"}}}],
+                "tool_choice": "required",
+            },
+            "foo",
+        ),
+        (
+            {
+                "tools": [
+                    {"function": {"name": n, "parameters": {"$defs": {"p": {"const": n}}}}}
+                    for n in "ab"
+                ],
+                "tool_choice": "required",
+            },
+            "two definitions",
+        ),
+    ],
+)
+def test_what_is_wrong(client: openai.OpenAI, given: Any, says: str) -> None:
+    with pytest.raises(openai.BadRequestError, match=says):
+        ask(client, **given)
+
+
+CALL = '<tool_call>\n{"name": "f", "arguments": {"a": 1}}\n</tool_call>'
+F = ("f", '{"a": 1}')
+
+
+@pytest.mark.parametrize(
+    ("text", "content", "calls"),
+    [
+        ("no call", "no call", []),
+        (CALL, "", [F]),
+        (f"Well.\n{CALL}\n{CALL}\n", "Well.\n", [F, F]),
+        ("a < b and <tool", "a < b and <tool", []),
+        ("<tool_call>no JSON</tool_call>", "<tool_call>no JSON</tool_call>", []),
+        ('<tool_call>{"name": "f"}', "", [("f", "{}")]),  # the end tag is often cut off
+        ('{"name": "f", "parameters": {"a": 1}}', "", [F]),
+        ('<|python_tag|>{"name": "f", "parameters": {"a": 1}}', "", [F]),
+        ('{"name": "f", "parameters": {}}; {"name": "f", "parameters": {"a": 1}}', "",
+         [("f", "{}"), F]),
+        ('{"name": "other", "parameters": {}}', '{"name": "other", "parameters": {}}', []),
+        ('{"a": 1}', '{"a": 1}', []),
+        ("[1, 2]", "[1, 2]", []),
+        ('[TOOL_CALLS] [{"name": "f", "arguments": {"a": 1}}]', "", [F]),
+        ('[{"name": "f", "parameters": {"a": 1}}, {"name": "f", "parameters": {"a": 1}}]', "",
+         [F, F]),
+        ('[{"name": "f", "parameters": "x"}, 3]', '[{"name": "f", "parameters": "x"}, 3]', []),
+        ("", "", []),
+    ],
+)  # fmt: skip
+@pytest.mark.parametrize("size", [1, 3, 1000])
+def test_the_forms_of_calls(
+    text: str, content: str, calls: list[tuple[str, str]], size: int
+) -> None:
+    """In pieces of any size."""
+    finder = WrittenCalls({"f"}.__contains__)
+    told, found = "", []
+    for begin in range(0, max(len(text), 1), size):
+        more, new = finder.add(text[begin : begin + size], last=begin + size >= len(text))
+        told += more
+        found += [(call["function"]["name"], call["function"]["arguments"]) for call in new]
+    assert (told, found) == (content, calls)
