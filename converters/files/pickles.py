@@ -89,9 +89,9 @@ def _refuse_growing(stream: IO[bytes]) -> None:
         if name == "MARK":
             marks.append(len(stack))
         elif name.endswith("PUT") or name == "MEMOIZE":
-            memo[len(memo) if argument is None else int(argument)] = stack[-1]
+            memo[len(memo) if argument is None else argument] = stack[-1]
         elif name.endswith("GET"):
-            stack.append(memo[int(argument)])
+            stack.append(memo[argument])
         else:
             before = operation.stack_before
             marked = pickletools.markobject in before
