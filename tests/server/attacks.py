@@ -170,7 +170,7 @@ ATTACKS: dict[str, Attack] = {
     "allowed tokens": complete(
         lambda: {"prompt": "one", "n": 64, "allowed_token_ids": [5] * 262_144}, 200
     ),
-    "words that may not be": complete(lambda: {"prompt": "one", "bad_words": ["a"] * 10**6}),
+    "words that may not be": complete(lambda: {"prompt": "one", "bad_words": ["a"] * 800_000}),
     "a long word that may not be": complete(
         lambda: {"prompt": "one", "bad_words": ["one " * 249] * 64}
     ),

@@ -105,6 +105,12 @@ def test_invocations_are_those_of_other_routes(
     assert told[0] == told[1]
 
 
+def test_an_invocation_that_no_class_can_be_told_of(server: Server) -> None:
+    with server.http as http:
+        answer = http.post("/invocations", json={"model": SENTIMENT, "input": [[5]]})
+    assert answer.status_code == 400, answer.text
+
+
 def test_what_the_server_is(server: Server) -> None:
     with server.http as http:
         assert http.get("/ping").status_code == http.post("/ping").status_code == 200

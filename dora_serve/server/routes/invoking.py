@@ -6,7 +6,9 @@ from collections.abc import Awaitable
 from typing import Any
 
 from fastapi import APIRouter, Request
+from fastapi.exceptions import RequestValidationError
 
+from ..bounded.work import fault
 from ..state import state_of
 from ..wire.requests import (
     ChatRequest,
@@ -38,5 +40,14 @@ def _answer(asked: Any, request: Request) -> Awaitable[Any]:
     if not isinstance(asked, EmbeddingRequest):
         return scoring.score(asked, request)
     if state_of(request).models.find(asked.model).model.task == "sequence-classification":
-        return encoding.classify(ClassifyRequest(**asked.model_dump(exclude_unset=True)), request)
+        return encoding.classify(_classified(asked), request)
     return encoding.embeddings(asked, request)
+
+
+def _classified(asked: EmbeddingRequest) -> ClassifyRequest:
+    """The request of the same texts for their classes. Raises for tokens, which `/classify` does
+    not take, and for what vectors alone have."""
+    try:
+        return ClassifyRequest(**asked.model_dump(exclude_unset=True))
+    except ValueError as error:
+        raise RequestValidationError([fault(error)]) from None
