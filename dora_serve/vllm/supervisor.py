@@ -13,6 +13,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
+from urllib.error import HTTPError, URLError
 from urllib.parse import urlsplit
 from urllib.request import ProxyHandler, build_opener
 
@@ -24,6 +25,8 @@ _GRACE_AT_START = 5.0  # of one that answers nobody yet
 _STEADY = 60.0  # a crash after so long counts as the first one
 _FAILURES = 5  # starts in a row that did not become ready
 _LONGEST = 60.0  # between two starts
+_LOOK = 5.0  # between two looks at whether the server is still there
+_GONE = 20.0  # after so long without its engine or its port it will not end by itself
 _PR_SET_PDEATHSIG = 1
 _opener = build_opener(ProxyHandler({}))  # the server is on this machine, a proxy may not be
 
@@ -92,19 +95,24 @@ class Supervisor:
                 preexec_fn=_end_with_parent,
             )
         ready, began = False, time.monotonic()
+        there = looked = began
         try:
-            while process.poll() is None and not signals:
+            while process.poll() is None and not signals and looked - there < _GONE:
                 seconds = time.monotonic() - began
-                if not ready and self._answers():
+                if ready and began + seconds - looked > _LOOK:
+                    looked = time.monotonic()
+                    there = there if self._is_gone() else looked
+                elif not ready and self._answers():
                     ready = True
+                    there = looked = time.monotonic()
                     self.report("ready", seconds)
                 elif not ready:
                     self.report("starting", seconds)
                 _sleep(_POLL, signals)
-            if process.poll() is None:
+            if process.poll() is None and signals:
                 self.report("stopping", 0)
         finally:
-            _end(process, signals, _GRACE if ready else _GRACE_AT_START)
+            _end(process, signals, _GRACE if ready and signals else _GRACE_AT_START)
         return ready, process.returncode
 
     def _taken(self) -> bool:
@@ -117,6 +125,19 @@ class Supervisor:
     def _answers(self) -> bool:
         with suppress(OSError), _opener.open(self.health, timeout=5) as answer:
             return bool(answer.status == 200)
+        return False
+
+    def _is_gone(self) -> bool:
+        """Whether nothing listens any more, or what does says that it cannot serve: vLLM whose
+        engine died waits for ever for requests that wait for the engine."""
+        try:
+            _opener.open(self.health, timeout=5).close()
+        except HTTPError as error:
+            return error.code >= 500
+        except URLError as error:
+            return isinstance(error.reason, ConnectionRefusedError)
+        except OSError:  # busy
+            pass
         return False
 
     def _error(self, code: int | None) -> ServerError:

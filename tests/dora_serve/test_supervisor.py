@@ -16,7 +16,7 @@ import pytest
 
 # Serves 200 on any path after a child of its own has started; refuses to start when told so.
 SERVER = """
-import http.server, pathlib, subprocess, sys
+import http.server, pathlib, subprocess, sys, threading, time
 port, folder = int(sys.argv[1]), pathlib.Path(sys.argv[2])
 if (folder / "refuse").exists():
     sys.exit("Error: told to refuse")
@@ -25,17 +25,27 @@ with (folder / "starts").open("a") as starts:
 child = subprocess.Popen(["sleep", "600"])
 (folder / "child").write_text(str(child.pid))
 class Ok(http.server.BaseHTTPRequestHandler):
+    answer = 200
     def do_GET(self):
-        self.send_response(200); self.end_headers()
+        self.send_response(Ok.answer); self.end_headers()
         if self.path == "/exit":
             import os; os._exit(3)
-http.server.ThreadingHTTPServer(("127.0.0.1", port), Ok).serve_forever()
+        if self.path == "/broken":
+            Ok.answer = 503
+        if self.path == "/deaf":
+            threading.Thread(target=server.shutdown).start()
+server = http.server.ThreadingHTTPServer(("127.0.0.1", port), Ok)
+server.serve_forever()
+server.server_close()
+time.sleep(600)
 """
 SUPERVISE = """
 import sys
 from pathlib import Path
 from converters.errors import DoraExportError
+from dora_serve.vllm import supervisor
 from dora_serve.vllm.supervisor import Supervisor
+supervisor._LOOK, supervisor._GONE = 0.5, 2
 port, folder, server = sys.argv[1], Path(sys.argv[2]), sys.argv[3]
 said = (folder / "events").open("a", buffering=1)
 try:
@@ -117,6 +127,17 @@ def test_a_crash_is_mended_and_ctrl_c_ends_all(supervised: Supervised) -> None:
     assert not alive(second)
     assert supervised.events()[-1] == "stopping"
     assert (supervised.folder / "starts").read_text() == "xx"
+
+
+@pytest.mark.parametrize("path", ["/broken", "/deaf"])
+def test_what_neither_ends_nor_serves_is_started_again(supervised: Supervised, path: str) -> None:
+    """As vLLM does whose engine died while requests waited for it."""
+    until(lambda: supervised.events() == ["ready"])
+    supervised.ask(path)
+    until(lambda: supervised.events() == ["ready", "crashed", "ready"])
+    assert (supervised.folder / "starts").read_text() == "xx"
+    supervised.process.terminate()
+    assert supervised.process.wait(timeout=30) == 0
 
 
 def test_a_first_start_that_fails_is_an_error_with_the_servers_words(tmp_path: Path) -> None:

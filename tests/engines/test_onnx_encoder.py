@@ -397,5 +397,4 @@ def test_the_engine_needs_no_torch(sample: Built) -> None:
         "import sys; from dora_serve.onnxruntime import Encoder; "
         f"Encoder({str(sample[2])!r}).run([[7, 8]]); assert 'torch' not in sys.modules"
     )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr[-500:]
+    subprocess.run([sys.executable, "-c", code], check=True)
