@@ -23,7 +23,7 @@ _OPEN = {"/health", "/ready"}
 _HOST = re.compile(r"(?:\[(?P<six>[0-9A-Fa-f:.]+)\]|(?P<name>[^:\[\]]+))(?::(?P<port>[0-9]{0,5}))?")
 _OWN = {b"same-origin", b"none"}  # what browsers say of a page of ours, and of a typed address
 _SHORT = 64 << 10  # bytes of a body where none, or a name, is expected
-_HELD = 64  # bodies' bounds that are held at once, whoever sent them
+_HELD = 32  # bodies' bounds that are held at once, whoever sent them
 _DRAIN = 4  # bodies' bounds that are read and dropped, so that a client gets to read the refusal
 _BODY_SECONDS = 60
 _UNREAD = {400, 408, 413, 503}  # of the body's remainder nothing is known
@@ -103,12 +103,14 @@ class Guard:
             raise ApiError("The body's length is told twice.", 400, code="two_lengths")
         short = scope["method"] != "POST" or scope["path"].endswith("_lora_adapter")
         bound = min(self._max_body, _SHORT) if short else self._max_body
-        body = bytearray()
+        body, whole = bytearray(), b""
         try:
             await self._fill(body, bound, headers, receive)
-            await self._app(scope, _replay(bytes(body), receive), send)
+            whole = bytes(body)
+            body.clear()  # one copy is enough
+            await self._app(scope, _replay(whole, receive), send)
         finally:
-            self._held -= len(body)
+            self._held -= len(body) + len(whole)
 
     async def _fill(
         self, body: bytearray, bound: int, headers: dict[bytes, bytes], receive: Receive
