@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -180,8 +181,8 @@ def test_precisions(sample: Built, tmp_path: Path, precision: str, bound: float)
     GraphWriter(tmp_path, precision).write("model.onnx", ir.load(sample[2] / "model.onnx"))
     put_inside(tmp_path / "model.onnx")
     kinds = {"fp16": "Cast", "int8": "MatMulInteger", "int4": "MatMulNBits"}
-    model = onnx.load(tmp_path / "model.onnx")
-    assert kinds[precision] in {node.op_type for node in model.graph.node}
+    nodes = onnx.load(tmp_path / "model.onnx").graph.node
+    assert kinds[precision] in {node.op_type for node in nodes}
     found = Encoder(tmp_path).run(ROWS)
     error = largest(found, full)
     assert 0 < error <= bound
@@ -342,11 +343,8 @@ def test_bad_exports_leave_nothing(bert_base: Path, tmp_path: Path) -> None:
 
 
 def test_adapters_are_added_later(roberta: Built, tmp_path: Path) -> None:
-    import shutil
-
     base, _, out = roberta
-    folder = tmp_path / "onnx"
-    shutil.copytree(out, folder)
+    folder = Path(shutil.copytree(out, tmp_path / "onnx"))
     run = reference_runs("roberta-fixed")["roberta-fixed"]
     add_adapters(folder, {"fixed": run}, base)
     found = Encoder(folder).run(ROWS, "fixed")
