@@ -27,9 +27,9 @@ def refuse_filling(path: Path) -> None:
     memory as it is told, would be larger unpacked than it is, holds tuples that would take forever
     to compare, or where it cannot be read."""
     try:
-        for stream in _pickles(path):
-            _refuse_growing(stream)
         found = next((n for piece in _pieces(path) for n in _FILLS if piece.find(n) >= 0), None)
+        for stream in _pickles(path) if found is None else ():
+            _refuse_growing(stream)
     except (
         OSError,
         ValueError,
@@ -63,6 +63,8 @@ def _pickles(path: Path) -> Iterator[IO[bytes]]:
             stream.seek(0)
             for _ in range(_LEGACY):
                 yield stream
+                if not stream.peek(1):
+                    break
             return
     with zipfile.ZipFile(path) as archive:
         if sum(entry.file_size for entry in archive.infolist()) > path.stat().st_size:
