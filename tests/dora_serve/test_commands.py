@@ -79,7 +79,8 @@ def test_a_package_that_is_not_installed_is_named_with_its_extra(
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode == 1
-    assert done.stderr.startswith(f"error: this needs the package {package}")
+    # bitsandbytes, which PEFT imports where it is there, may say something first.
+    assert f"error: this needs the package {package}" in done.stderr
     assert done.stderr.endswith(f"pip install 'dora-serve[{extra}]'\n")
     assert "Traceback" not in done.stderr
 
