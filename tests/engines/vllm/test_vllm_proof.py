@@ -119,7 +119,7 @@ def test_reference_runs_trained_their_head_and_are_merged(tmp_path: Path) -> Non
     (entry,) = (entry for entry in entries if entry["name"] == "llama-32")
     run, base = read_run(REFERENCE / entry["checkpoint"]), REFERENCE / entry["base"]
     in_vllm(run, base, tmp_path / "merged", adapter=False)
-    with pytest.raises(TargetError, match=r"lm_head(.|\n)*deploy the merged model"):
+    with pytest.raises(TargetError, match=r"lm_head(.|\n)*merge it"):
         write_adapter(run, tmp_path / "adapter", base=base, target="vllm")
 
 
@@ -158,7 +158,7 @@ def test_merged_models_of_every_family(tmp_path: Path, family: str) -> None:
 @pytest.mark.parametrize("family", sorted({"gpt2", "bert", "roberta", *MOE}))
 def test_adapters_that_vllm_does_not_compute_are_refused(tmp_path: Path, family: str) -> None:
     run, base = family_run(family, tmp_path)
-    with pytest.raises(TargetError, match="deploy the merged model"):
+    with pytest.raises(TargetError, match="merge it"):
         write_adapter(run, tmp_path / "adapter", base=base, target="vllm")
     assert not (tmp_path / "adapter").exists()
 
