@@ -8,7 +8,7 @@ OUT := demo-out
 REAL := real-out
 # A worker of the suite needs a core and about 3 GB.
 WORKERS ?= 2
-SPREAD := -n $(WORKERS) --dist loadgroup --no-loadscope-reorder
+SPREAD := -n $(WORKERS) --no-loadscope-reorder
 
 .PHONY: setup demo test test-all setup-vllm test-vllm test-clients test-lowest lint bench matrix matrix-check faults fuzz mutants audit peft-matrix real
 
