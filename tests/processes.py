@@ -123,6 +123,7 @@ def _answer(asker: socket.socket) -> NoReturn:
         os.chdir(folder)
         os.environ.clear()
         os.environ.update(environment)
+        sys.path[:0] = filter(None, environment.get("PYTHONPATH", "").split(os.pathsep))
         _run(arguments)
     for stream in (*streams, 0, 1, 2):
         with contextlib.suppress(OSError):
