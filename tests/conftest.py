@@ -29,16 +29,20 @@ MakeAdapter = Callable[..., Path]
 # A shell ignores Ctrl-C for what it runs in the background, and so would all that the tests start.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
+_ONE_VLLM = ("changes", "resolver", "up")  # ask one server
 # What pytest-xdist gives to one worker: a file, or the files that share what is made once. Ray's
 # clusters do not run beside each other. The longest begin first, lest one of them ends alone.
 GROUPS = {
     "tests/server/test_ray_serve.py": "ray",
     "tests/dora_serve/test_batch_ray.py": "ray",
     "tests/server/": "server",
+    **dict.fromkeys((f"tests/engines/vllm/test_vllm_{n}.py" for n in _ONE_VLLM), "vllm"),
 }
 LONGEST = (
     "server",
     "ray",
+    "vllm",
+    "tests/engines/vllm/test_vllm_proof.py",
     "tests/test_docs.py",
     "tests/test_faults.py",
     "tests/engines/test_onnx_families.py",

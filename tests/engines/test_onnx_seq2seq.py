@@ -30,6 +30,7 @@ REFERENCE = DATA / "reference"
 INDEX: list[dict[str, Any]] = json.loads((REFERENCE / "index.json").read_text())
 ROWS = [[7, 8, 9, 10, 11, 12, 13], [20, 21, 22], [33], [30, 31, 32, 33, 34]]
 STEPS = 32
+FURTHER = pytest.mark.further  # read from another checkpoint, then the same
 
 Built = tuple[BaseModel, Run, Path]
 
@@ -127,7 +128,7 @@ def check(built: Built) -> None:
 
 
 @pytest.mark.supports(method="dora", family="bart", targets=("onnx",))
-@pytest.mark.parametrize("name", ["bart", "bart_unfinished"])
+@pytest.mark.parametrize("name", ["bart", pytest.param("bart_unfinished", marks=FURTHER)])
 def test_bart_runs_equal_the_live_model(request: pytest.FixtureRequest, name: str) -> None:
     check(request.getfixturevalue(name))
 
@@ -137,7 +138,7 @@ def test_t5_equals_the_live_model(t5: Built) -> None:
     check(t5)
 
 
-@pytest.mark.parametrize("name", ["bart", "bart-unfinished"])
+@pytest.mark.parametrize("name", ["bart", pytest.param("bart-unfinished", marks=FURTHER)])
 def test_bart_equals_the_reference_implementations_logits(
     request: pytest.FixtureRequest, name: str
 ) -> None:
