@@ -43,11 +43,13 @@ LONGEST = (
     "ray",
     "vllm",
     "tests/engines/vllm/test_vllm_proof.py",
+    "tests/engines/test_onnx_encoder.py",
+    "tests/engines/test_onnx_families.py",
     "tests/test_docs.py",
     "tests/test_faults.py",
-    "tests/engines/test_onnx_families.py",
-    "tests/engines/test_onnx_encoder.py",
-    "tests/engines/test_onnx_decoder.py",
+    "tests/engines/test_onnx_large.py",
+    "tests/engines/test_onnx_seq2seq.py",
+    "tests/dora_serve/test_batch.py",
 )
 
 
