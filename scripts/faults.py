@@ -60,7 +60,8 @@ def kills(rounds: Rounds, command: Command, times: int) -> None:
 def at_calls(
     rounds: Rounds, command: Command, fault: str, kinds: int, code: int, times: int, below: Path
 ) -> None:
-    """The error `code`, or SIGKILL for 0, at `times` system calls spread over all of a command."""
+    """The error `code`, or SIGKILL for 0, at `times` system calls spread over all of a command; one
+    is in its middle."""
     count = rounds.world.folder / "count"
     empty(rounds.world.place)
     shutil.copytree(command.kept, rounds.world.place, dirs_exist_ok=True)
@@ -68,7 +69,8 @@ def at_calls(
     total = int(count.read_text())
     if not total:
         raise SystemExit(f"{fault}: {command.name} makes no such calls")
-    for nth in sorted({1 + i * (total - 1) // max(1, times - 1) for i in range(times)}):
+    places = [i / (times - 1) for i in range(times)] if times > 1 else [0.5]
+    for nth in sorted({1 + int(place * (total - 1)) for place in places}):
         with rounds.round(fault, command, old=nth % 2 == 0) as processes:
             processes.append(rounds.start(command, arm=Arm(kinds, nth, code, below)))
 
@@ -213,8 +215,8 @@ def run_all(world: World, name: str, short: bool, seed: int) -> dict[tuple[str, 
         return rounds.rows
     command = commands(world)[name]
     rounds.learn(command)
-    kills(rounds, command, 2 if short else 5 if name == "onnx" else 25)
-    two_at_once(rounds, command, 2 if short else 1 if name == "onnx" else 10)
+    kills(rounds, command, 1 if short else 5 if name == "onnx" else 25)
+    two_at_once(rounds, command, 1 if short else 1 if name == "onnx" else 10)
     if name == "onnx":
         full_disk(rounds, command, 3)
         return rounds.rows
@@ -229,7 +231,7 @@ def run_all(world: World, name: str, short: bool, seed: int) -> dict[tuple[str, 
     )
     for fault, kinds, code, below in faults:
         if world.shim:
-            times = 2 if short else 30 if code == 0 else 12
+            times = 1 if short else 30 if code == 0 else 12
             at_calls(rounds, command, fault, kinds, code, times, below)
         else:
             rounds.skip(fault, "skipped: no C compiler")
@@ -249,7 +251,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
-    parser.add_argument("--short", action="store_true", help="a few rounds of each")
+    parser.add_argument("--short", action="store_true", help="one round of each")
     parser.add_argument("--onnx", action="store_true", help="dora-export onnx too: slow")
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()

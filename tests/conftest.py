@@ -6,6 +6,7 @@ import os
 import signal
 from collections.abc import Callable
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from filelock import FileLock
 from peft import LoraConfig, get_peft_model
 from transformers import LlamaConfig, LlamaForCausalLM, RobertaConfig, RobertaForMaskedLM
 
+from tests.processes import fork_below
 from tests.reference_layout import state_dict, write_run
 
 DATA = Path(__file__).parent / "data"
@@ -27,34 +29,51 @@ MakeAdapter = Callable[..., Path]
 # A shell ignores Ctrl-C for what it runs in the background, and so would all that the tests start.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
+_ONE_VLLM = ("changes", "resolver", "up")  # ask one server
 # What pytest-xdist gives to one worker: a file, or the files that share what is made once. Ray's
 # clusters do not run beside each other. The longest begin first, lest one of them ends alone.
 GROUPS = {
     "tests/server/test_ray_serve.py": "ray",
     "tests/dora_serve/test_batch_ray.py": "ray",
     "tests/server/": "server",
+    **dict.fromkeys((f"tests/engines/vllm/test_vllm_{n}.py" for n in _ONE_VLLM), "vllm"),
 }
 LONGEST = (
     "server",
     "ray",
+    "vllm",
+    "tests/engines/vllm/test_vllm_proof.py",
+    "tests/engines/test_onnx_encoder.py",
+    "tests/engines/test_onnx_families.py",
     "tests/test_docs.py",
     "tests/test_faults.py",
-    "tests/engines/test_onnx_families.py",
-    "tests/engines/test_onnx_encoder.py",
-    "tests/engines/test_onnx_decoder.py",
+    "tests/engines/test_onnx_large.py",
+    "tests/engines/test_onnx_seq2seq.py",
+    "tests/dora_serve/test_batch.py",
 )
 
 
-def group(item: pytest.Item) -> str:
-    path = item.path.relative_to(Path(__file__).parent.parent).as_posix()
+def group(test: str) -> str:
+    """Of the name of a test, as pytest prints it."""
+    path = test.partition("::")[0]
     return next((name for start, name in GROUPS.items() if path.startswith(start)), path)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    for item in items:
-        item.add_marker(pytest.mark.xdist_group(group(item)))
     rank = {name: place for place, name in enumerate(LONGEST)}
-    items.sort(key=lambda item: rank.get(group(item), len(rank)))
+    items.sort(key=lambda item: rank.get(group(item.nodeid), len(rank)))
+
+
+@pytest.hookimpl(optionalhook=True)  # pytest-xdist is not in every environment
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """A worker takes a group whole: what a file makes once is made once."""
+    from xdist.scheduler import LoadScopeScheduling
+
+    class Groups(LoadScopeScheduling):  # type: ignore[misc]
+        def _split_scope(self, nodeid: str) -> str:
+            return group(nodeid)
+
+    return Groups(config, log)
 
 
 def randomize(model: Any, words: tuple[str, ...] = ("lora_",)) -> None:
@@ -115,8 +134,16 @@ def made_once(factory: pytest.TempPathFactory, name: str, make: Callable[[Path],
 
 @pytest.fixture(scope="session", autouse=True)
 def _own_cache(tmp_path_factory: pytest.TempPathFactory) -> None:
-    """Nothing is read from the user's cache, nor left in it."""
-    os.environ.setdefault("DORA_SERVE_CACHE", str(tmp_path_factory.mktemp("cache")))
+    """Nothing is read from the user's cache, nor left in it; the workers share one."""
+    cache = made_once(tmp_path_factory, "cache", lambda folder: folder.mkdir())
+    os.environ.setdefault("DORA_SERVE_CACHE", str(cache))
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _forked_below() -> None:
+    """Nobody waits for an import of torch but where the process is what is tested."""
+    if find_spec("onnxruntime_genai"):  # not beside vLLM
+        fork_below()
 
 
 @pytest.fixture(scope="session")

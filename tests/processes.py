@@ -3,8 +3,9 @@
 What a command costs is mostly the import of torch and transformers. `commands()` is a folder for
 the PATH: its `dora-export`, `dora-serve` and `python` ask one process, which has imported them, to
 fork. Each is a process of its own with the asker's folder, environment and streams, and ends with
-the command's exit code; who ends the asker ends the command. Tests of what a command imports, of
-signals, or of the processes below a command start the installed ones instead.
+the command's exit code; who ends the asker ends the command. What a command starts below it only to
+import torch again is forked as well. Tests of what a command imports, of signals, or of the
+processes below a command start the installed ones instead.
 """
 
 from __future__ import annotations
@@ -22,12 +23,18 @@ import subprocess
 import sys
 import tempfile
 import traceback
+from collections.abc import Callable
 from functools import cache
 from importlib import import_module
 from pathlib import Path
 from typing import NoReturn
 
-_PRELOADED = ("click", "peft", "safetensors.torch", "torch", "transformers.modeling_utils")
+_PRELOADED = (
+    *("click", "onnxruntime_genai.models.builder", "peft", "safetensors.torch"),
+    *("torch", "transformers.modeling_utils"),
+)
+# Our modules that start a process of Python, ONNX Runtime's builder or the server's `prepare`.
+_STARTING = ("converters.targets.onnx.decoder", "dora_serve.server.prepare.child")
 _NAMES = ("dora-export", "dora-serve", "python")
 _ASK = """#!{python} -SE
 import json, os, socket, sys
@@ -61,12 +68,30 @@ def commands() -> Path:
     return folder
 
 
+class _Below:
+    """What such a module sees as `sys`."""
+
+    def __init__(self, python: Callable[[], Path]) -> None:
+        self._python = python
+
+    @property
+    def executable(self) -> str:
+        return str(self._python())
+
+
+def fork_below(python: Callable[[], Path] = lambda: commands() / "python") -> None:
+    """Let `python` run what our modules start from this process, which is then forked as well."""
+    for module in _STARTING:
+        import_module(module).__dict__["sys"] = _Below(python)
+
+
 def serve() -> None:
     """Fork for each who connects, until standard input ends."""
     address = sys.argv[1]
     sys.path.remove("")  # a command does not look for modules where it is called
     for module in _PRELOADED:
         import_module(module)
+    fork_below(lambda: Path(address).with_name("python"))
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # none of those who answer is waited for
     with socket.socket(socket.AF_UNIX) as listener:
         listener.bind(address)
@@ -98,6 +123,7 @@ def _answer(asker: socket.socket) -> NoReturn:
         os.chdir(folder)
         os.environ.clear()
         os.environ.update(environment)
+        sys.path[:0] = filter(None, environment.get("PYTHONPATH", "").split(os.pathsep))
         _run(arguments)
     for stream in (*streams, 0, 1, 2):
         with contextlib.suppress(OSError):

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import ast
+import os
 import re
 from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 
 import pytest
+
+from tests.conftest import made_once
 
 ROOT = Path(__file__).parent.parent
 FILES = {
@@ -42,6 +45,19 @@ def imports(module: str) -> set[str]:
             continue
         found |= {name for name in names if name in FILES}
     return found - {module}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _one_worker(tmp_path_factory: pytest.TempPathFactory) -> None:
+    """The tests of this file, as those of every other, run in one worker: what a file makes once,
+    a server say, is not made once more."""
+    mine = os.environ.get("PYTEST_XDIST_WORKER", "alone")
+
+    def sign(folder: Path) -> None:
+        folder.mkdir()
+        (folder / "worker").write_text(mine)
+
+    assert (made_once(tmp_path_factory, "worker", sign) / "worker").read_text() == mine
 
 
 def test_no_file_imports_another_in_a_circle() -> None:

@@ -15,8 +15,9 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from tests.processes import commands
+
 PAGE = Path(__file__).parent.parent / "docs" / "extending.md"
-EXPORT = Path(sys.executable).parent / "dora-export"
 STRENGTH, RANK = 0.05, 4
 SHAPES = {"self_attn.q_proj": (32, 32), "self_attn.v_proj": (16, 32), "mlp.down_proj": (32, 48)}
 
@@ -36,7 +37,10 @@ class Installed:
     def __call__(self, *words: object, code: int = 0, site: bool = True) -> Any:
         environment = {**os.environ, "PYTHONPATH": str(self.site if site else "")}
         done = subprocess.run(
-            [str(EXPORT), *map(str, words)], capture_output=True, text=True, env=environment
+            [str(commands() / "dora-export"), *map(str, words)],
+            capture_output=True,
+            text=True,
+            env=environment,
         )
         assert done.returncode == code, f"{words}\n{done.stdout}\n{done.stderr}"
         assert "Traceback" not in done.stderr

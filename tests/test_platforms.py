@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 from tests.conftest import MODELS
+from tests.processes import commands
 
 RUN = next(MODELS.glob("runs/*/*/*/Count_Down/*/checkpoint")).parent
 _ELSEWHERE = """
@@ -22,9 +23,8 @@ run_export()
 """
 
 
-def _export(there: str, *words: object) -> None:
-    command = [sys.executable, "-c", there, *map(str, words)]
-    done = subprocess.run(command, capture_output=True, text=True)
+def _export(command: list[str], *words: object) -> None:
+    done = subprocess.run([*command, *map(str, words)], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
 
 
@@ -37,14 +37,14 @@ def _digests(folder: Path) -> dict[str, str]:
 
 def test_without_the_calls_of_linux(tmp_path: Path) -> None:
     """Merged, replaced by `--force`, and converted by two workers."""
-    here = "from dora_serve.commands import run_export; run_export()"
     base = ("--base", MODELS / "tiny-llama-base")
-    for name, there in (("linux", here), ("elsewhere", _ELSEWHERE)):
+    here, there = [str(commands() / "dora-export")], [sys.executable, "-c", _ELSEWHERE]
+    for name, command in (("linux", here), ("elsewhere", there)):
         out = tmp_path / name
         out.mkdir()
         for force in ((), ("--force",)):
-            _export(there, "merge", RUN, out / "merged", *base, *force)
-        _export(there, "batch", MODELS, out / "batch", "--workers", "2")
+            _export(command, "merge", RUN, out / "merged", *base, *force)
+        _export(command, "batch", MODELS, out / "batch", "--workers", "2")
     found = _digests(tmp_path / "elsewhere")
     assert len(found) >= 3
     assert found == _digests(tmp_path / "linux")

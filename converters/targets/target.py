@@ -6,6 +6,7 @@ its options cost a command line nothing.
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from importlib.metadata import entry_points
@@ -41,7 +42,7 @@ class Report:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Plan:
+class Plan(ABC):
     """What will be written, decided from names, shapes and ranks before a byte is.
 
     `run`: without pruned components, and fitted where that was asked for. `base`: None where it is
@@ -70,9 +71,9 @@ class Plan:
         """What people are told: of the whole in the first line, then of its parts."""
         return [f"{self.target} of {self.run.method}"]
 
+    @abstractmethod
     def write(self, folder: Path, name: str, progress: Progress) -> Report:
         """Fill the empty `folder`, which will be called `name`, with all but the certificate."""
-        raise NotImplementedError
 
     def certificate(self, report: Report) -> dict[str, object]:
         """What the certificate says, but for the files and their hashes."""
@@ -96,10 +97,10 @@ class Target(Protocol):
     engines: tuple[str, ...] = ()
     profile: Profile | None = None
 
+    @abstractmethod
     def plan(self, run: Run, base: BaseModel | None, options: Any) -> Plan:
         """Plan to write `run`, which holds no pruned components. Raises `DoraExportError` for what
         the target cannot carry, naming the tensors and the remedy."""
-        raise NotImplementedError
 
     def holds(self, folder: Path) -> bool:  # noqa: ARG002
         """Whether `folder`, which has no certificate, looks like this target's."""

@@ -26,7 +26,8 @@ def on_processes(jobs: Sequence[Job], workers: int) -> Results:
     """
     workers = min(workers, len(jobs))
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["dora_serve.batch.convert"])
+    # PEFT and transformers take seconds to import: once, not in every worker.
+    context.set_forkserver_preload(["dora_serve.batch.convert", "peft"])
     shares = [
         cores()[number::workers] or [cores()[number % len(cores())]] for number in range(workers)
     ]

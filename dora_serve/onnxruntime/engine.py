@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from typing import Any
 
@@ -11,7 +12,7 @@ from .adapter_set import AdaptedFolder
 from .limits import Limits, QueueFull
 
 
-class Engine:
+class Engine(ABC):
     """A model that worker threads run; adapters are named by the path of their file.
 
     `max_length`: tokens of a row.
@@ -37,14 +38,14 @@ class Engine:
         for thread in self._threads:
             thread.start()
 
+    @abstractmethod
     def _loop(self) -> None:
         """Serve what is queued; return once it is closing and nothing is left."""
-        raise NotImplementedError
 
     @property
+    @abstractmethod
     def running(self) -> int:
         """Rows in a batch."""
-        raise NotImplementedError
 
     @property
     def waiting(self) -> int:

@@ -46,6 +46,17 @@ def plain_base(folder: Path, dtype: torch.dtype = torch.bfloat16, **changes: Any
     return folder
 
 
+def experts_base(model: str, folder: Path, **sizes: Any) -> Path:
+    """A model of four experts, two of which compute a token, whose matrices are whole blocks."""
+    cls = getattr(transformers, f"{model}ForCausalLM")
+    common = {"hidden_size": 64, "num_hidden_layers": 1, "vocab_size": 80, "head_dim": 16}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "num_experts_per_tok": 2}
+    config = cls.config_class(**common, **heads, pad_token_id=0, eos_token_id=1, **sizes)
+    torch.manual_seed(0)
+    cls(config).to(torch.bfloat16).save_pretrained(folder)
+    return folder
+
+
 def adapter(plain: Path, folder: Path, modules: list[str] | None = None, **config: Any) -> Path:
     model = transformers.AutoModelForCausalLM.from_pretrained(plain, dtype=torch.float32)
     told = LoraConfig(r=4, target_modules=modules or MODULES, task_type="CAUSAL_LM", **config)

@@ -142,7 +142,10 @@ def gpt2(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Run]:
     return root, run
 
 
-@pytest.mark.parametrize(("precision", "bound"), [("fp16", 0.005), ("int8", 0.05), ("int4", 0.5)])
+@pytest.mark.parametrize(
+    ("precision", "bound"),
+    [("fp16", 0.005), pytest.param("int8", 0.05, marks=pytest.mark.further), ("int4", 0.5)],
+)
 def test_precisions(gpt2: tuple[Path, Run], tmp_path: Path, precision: str, bound: float) -> None:
     """The error is within a share of the update's effect; steps agree with a run of all tokens."""
     (root, run), out = gpt2, tmp_path / "out"
@@ -178,8 +181,14 @@ def test_genai_runs_what_torch_exported(gpt2: tuple[Path, Run], tmp_path: Path) 
     assert found == wanted[0].tokens != wanted[1].tokens
 
 
+def one_of(entry: dict[str, Any]) -> Any:
+    """The runs of one base differ in how they are read alone, which is not tested here."""
+    plain = entry["name"] in ("llama", "llama-32")
+    return pytest.param(entry, id=entry["name"], marks=() if plain else pytest.mark.further)
+
+
 @pytest.mark.supports(method="dora", family="llama", targets=("onnx",))
-@pytest.mark.parametrize("entry", LLAMAS, ids=[entry["name"] for entry in LLAMAS])
+@pytest.mark.parametrize("entry", [one_of(entry) for entry in LLAMAS])
 def test_reference_runs_whose_base_has_no_tokenizer(entry: dict[str, Any], tmp_path: Path) -> None:
     run, base = read_run(REFERENCE / entry["checkpoint"]), open_base(REFERENCE / entry["base"])
     write_onnx(base, tmp_path / "out", run=run)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from pathlib import Path
 
 import onnx
@@ -18,10 +19,12 @@ from tests.engines.encoders import ROWS, check_adapters, largest
 REFERENCE = DATA / "reference"
 
 
-@pytest.fixture(autouse=True)
-def everything_is_large(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(export, "_SEEN", 2048)
-    monkeypatch.setattr(graph_file, "_INSIDE", 0)
+@pytest.fixture(scope="module", autouse=True)
+def everything_is_large() -> Iterator[None]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(export, "_SEEN", 2048)
+        patch.setattr(graph_file, "_INSIDE", 0)
+        yield
 
 
 def check(folder: Path) -> None:
@@ -54,14 +57,24 @@ def test_merged_graphs(name: str, tmp_path: Path) -> None:
     assert verify(run, tmp_path / "out", base).passed
 
 
-@pytest.mark.parametrize(("precision", "bound"), [("fp16", 5e-3), ("int8", 0.1), ("int4", 0.3)])
-def test_other_precisions(precision: str, bound: float, tmp_path: Path) -> None:
+def sample(out: Path, precision: str) -> Path:
     run = read_run(next(MODELS.glob("runs/Checkpoint/Tiny_Roberta/*/*/*--1")))
-    base = open_base(MODELS / "tiny-roberta-base")
-    full, small = tmp_path / "fp32", tmp_path / precision
-    for out in (full, small):
-        write_onnx(base, out, run=run, precision=out.name)
-        check(out)
+    write_onnx(open_base(MODELS / "tiny-roberta-base"), out, run=run, precision=precision)
+    check(out)
+    return out
+
+
+@pytest.fixture(scope="module")
+def full(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return sample(tmp_path_factory.mktemp("full") / "fp32", "fp32")
+
+
+@pytest.mark.parametrize(
+    ("precision", "bound"),
+    [("fp16", 5e-3), pytest.param("int8", 0.1, marks=pytest.mark.further), ("int4", 0.3)],
+)
+def test_other_precisions(full: Path, precision: str, bound: float, tmp_path: Path) -> None:
+    small = sample(tmp_path / precision, precision)
     sizes = [(out / "model.onnx.data").stat().st_size for out in (small, full)]
     assert sizes[0] < sizes[1]
     assert 0 < largest(Encoder(small).run(ROWS), Encoder(full).run(ROWS)) <= bound

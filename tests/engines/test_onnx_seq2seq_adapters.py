@@ -27,7 +27,7 @@ TARGETS = [[2, 5 + i, 9, 14 + i] for i in range(len(ROWS))]
 Built = tuple[BaseModel, dict[str, Run], Path]
 
 
-@pytest.fixture(scope="module", params=["bart", "t5"])
+@pytest.fixture(scope="module", params=[pytest.param("bart", marks=pytest.mark.further), "t5"])
 def built(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Built:
     root = tmp_path_factory.mktemp(request.param)
     cls = save_base(request.param, root / "base", True if request.param == "t5" else None)

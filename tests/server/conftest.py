@@ -11,7 +11,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -24,6 +24,7 @@ from transformers import AutoTokenizer, RobertaConfig, RobertaModel
 from dora_serve.onnxruntime.limits import Limits
 from dora_serve.server.options import ServerOptions
 from tests.conftest import MODELS
+from tests.processes import commands
 
 DOWN, SECOND = "Tiny_Llama--Count_Down--1", "Tiny_Llama--Every_Second--1"
 BASE, SENTIMENT, EMBEDS = "tiny-llama-base", "Tiny_Roberta--Sentiment--1", "tiny-embedder"
@@ -36,8 +37,11 @@ import json, sys
 from pathlib import Path
 from dora_serve.onnxruntime.limits import Limits
 from dora_serve.server.options import ServerOptions
+from dora_serve.server.prepare import child
 from dora_serve.server.up import up
-root, port, key, options = json.loads(sys.argv[1])
+from types import SimpleNamespace
+root, port, key, options, python = json.loads(sys.argv[1])
+child.sys = SimpleNamespace(executable=python)
 limits = Limits(**options.pop("limits"))
 options = ServerOptions(**options, limits=limits)
 raise SystemExit(up(Path(root), None, "127.0.0.1", port, key, False, options))
@@ -83,7 +87,8 @@ def started(
     options = options or ServerOptions(threads=2)
     port = free_port()
     log = folder / f"log-{port}"
-    arguments = json.dumps([str(root), port, key, asdict(options)])
+    python = str(commands() / "python")
+    arguments = json.dumps([str(root), port, key, asdict(options), python])
     with log.open("wb") as stream:
         process = subprocess.Popen(
             [sys.executable, "-c", _START, arguments],
@@ -104,12 +109,12 @@ def started(
 
 
 def _wait(server: Server) -> None:
-    for _ in range(1800):
-        assert server.process.poll() is None, server.log.read_text()
-        try:
-            if httpx.get(f"{server.url}/ready").status_code == 200:
-                return
-        except httpx.TransportError:
+    with httpx.Client(base_url=server.url) as http:
+        for _ in range(1800):
+            assert server.process.poll() is None, server.log.read_text()
+            with suppress(httpx.TransportError):
+                if http.get("/ready").status_code == 200:
+                    return
             time.sleep(0.1)
     raise AssertionError(server.log.read_text())
 

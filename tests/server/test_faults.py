@@ -71,7 +71,9 @@ def test_clients_that_leave_free_their_rows(narrow: Server, stream: bool) -> Non
             time.sleep(0.01)
             wait_idle(http)
         assert gauge(http, "vllm:generation_tokens_total") - before < 0.8 * 20 * 2 * 60
-        assert text(http.post("/v1/completions", json=ASKED)) == ANSWER
+        while (answer := http.post("/v1/completions", json=ASKED)).status_code == 429:
+            wait_idle(http)  # a request may come after its client has left
+        assert text(answer) == ANSWER
 
 
 def test_a_slow_reader_holds_up_nobody(narrow: Server) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import uuid
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from typing import Any
 
@@ -16,15 +17,15 @@ _MISTRAL, _LLAMA = "[TOOL_CALLS]", "<|python_tag|>"
 Json = dict[str, Any]
 
 
-class Calls:
+class Calls(ABC):
     """What the text of one choice calls. `count`: calls so far."""
 
     def __init__(self) -> None:
         self.count = 0
 
+    @abstractmethod
     def add(self, piece: str, last: bool) -> tuple[str, list[Json]]:
         """The text that is no call, and the calls or their parts, that `piece` makes certain."""
-        raise NotImplementedError
 
     def _call(self, name: str, arguments: str) -> Json:
         self.count += 1

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import AliasChoices, Discriminator, Field, RootModel, Tag, model_validator
@@ -127,8 +128,9 @@ class Texts(Truncation):
     add_special_tokens: bool = True
 
     @property
+    @abstractmethod
     def inputs(self) -> list[Text]:
-        raise NotImplementedError
+        """Each is encoded for itself."""
 
 
 class ClassifyRequest(Texts):

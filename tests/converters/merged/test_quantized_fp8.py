@@ -18,6 +18,7 @@ from tests.converters.made import WEIGHTS
 from tests.converters.quantized import (
     adapter,
     changed_base,
+    experts_base,
     fails_on,
     live_logits,
     merged_logits,
@@ -139,25 +140,8 @@ def test_rows(run: Path, tmp_path: Path) -> None:
 
 def test_experts(tmp_path: Path) -> None:
     """On disk one by one, in memory fused."""
-    config = transformers.Qwen3MoeConfig(
-        hidden_size=64,
-        intermediate_size=64,
-        moe_intermediate_size=64,
-        head_dim=16,
-        num_hidden_layers=1,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        num_experts=4,
-        num_experts_per_tok=2,
-        vocab_size=80,
-        decoder_sparse_step=1,
-        pad_token_id=0,
-        eos_token_id=1,
-        bos_token_id=2,
-    )
-    torch.manual_seed(0)
-    model = transformers.Qwen3MoeForCausalLM(config).to(torch.bfloat16)
-    model.save_pretrained(tmp_path / "plain")
+    sizes = {"intermediate_size": 64, "moe_intermediate_size": 64, "decoder_sparse_step": 1}
+    experts_base("Qwen3Moe", tmp_path / "plain", num_experts=4, bos_token_id=2, **sizes)
     run = adapter(
         tmp_path / "plain",
         tmp_path / "run",

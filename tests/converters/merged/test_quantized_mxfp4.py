@@ -21,6 +21,7 @@ from tests.converters.made import WEIGHTS
 from tests.converters.quantized import (
     adapter,
     changed_base,
+    experts_base,
     fails_on,
     logits,
     merged_logits,
@@ -45,26 +46,16 @@ def packed(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 
 @pytest.fixture
 def base(tmp_path: Path) -> Path:
-    config = transformers.GptOssConfig(
-        hidden_size=64,
+    experts_base(
+        "GptOss",
+        tmp_path / "plain",
         intermediate_size=32,
-        num_hidden_layers=1,
-        head_dim=16,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        vocab_size=80,
         num_local_experts=4,
-        num_experts_per_tok=2,
-        pad_token_id=0,
-        eos_token_id=1,
         layer_types=["full_attention"],
         sliding_window=8,
         max_position_embeddings=64,
         rope_parameters={"rope_type": "default", "rope_theta": 10000.0},
     )
-    torch.manual_seed(0)
-    model = transformers.GptOssForCausalLM(config).to(torch.bfloat16)
-    model.save_pretrained(tmp_path / "plain")
     tensors = load_file(tmp_path / "plain" / WEIGHTS)
     for name in (f"{EXPERTS}.gate_up_proj", f"{EXPERTS}.down_proj"):
         tensors[f"{name}_blocks"], tensors[f"{name}_scales"] = packed(tensors.pop(name))

@@ -215,20 +215,28 @@ def test_what_an_interrupted_plan_leaves_to_one_that_resumes(
 def test_what_a_target_has_that_says_nothing_else(
     tmp_path: Path, llama_base: Path, llama_lora: Path
 ) -> None:
-    class Plain(Target):
+    class Planless(Target):
         name, kind, options = "plain", "adapter", object
 
-    plain = Plain()  # type: ignore[abstract]
-    assert (plain.engines, plain.profile, plain.holds(tmp_path)) == ((), None, False)
+    class Plain(Planless):
+        plan = None  # type: ignore[assignment]
+
+    class Writing(Plan):
+        write = None  # type: ignore[assignment]
+
     run = make_run(tmp_path / "run", {})
-    with pytest.raises(NotImplementedError):
-        plain.plan(run, None, None)
+    with pytest.raises(TypeError, match=r"abstract method '?plan"):
+        Planless()  # type: ignore[abstract]
+    with pytest.raises(TypeError, match=r"abstract method '?write"):
+        Plan(target="plain", run=run, base=None, nbytes=0)  # type: ignore[abstract]
+    plain = Plain()
+    assert (plain.engines, plain.profile, plain.holds(tmp_path)) == ((), None, False)
     lora = read_run(llama_lora)
     opened = plain.open(llama_lora, open_base(llama_base), lora, "peft")
     ids = {"input_ids": torch.tensor([[5]]), "attention_mask": torch.tensor([[1]])}
     assert opened.read([ids]).values[0].shape == (1, 1, 80)
     with pytest.raises(TargetError, match="not installed"):
         plain.open(tmp_path, open_base(llama_base), run, "no such engine")
-    without = Plan(target="plain", run=run, base=None, nbytes=0)
+    without = Writing(target="plain", run=run, base=None, nbytes=0)
     assert (without.inputs, without.pieces, without.warnings) == ([run.path], False, ())
     assert json.loads(json.dumps(without.certificate(Report()), default=str))["target"] == "plain"
