@@ -180,6 +180,10 @@ class Classes:
     text: Layout | None
 
     @property
+    def layouts(self) -> list[Layout]:
+        return [layout for layout in (self.whole, self.text) if layout is not None]
+
+    @property
     def known(self) -> bool:
         """Whether transformers knows the class."""
         return bool(self.whole.names.state)
@@ -223,14 +227,32 @@ def classes(task: str | None, num_labels: int | None, base: BaseModel) -> Classe
 def trained_in(known: Classes, keys: Iterable[str]) -> tuple[Layout, dict[str, str]]:
     """The class whose names the tensors of an adapter have, without PEFT's prefix, and each of
     `keys` as that class names its module. What is of no module keeps its name."""
-    layouts = [layout for layout in (known.whole, known.text) if layout is not None]
-    named = [{key: layout.names.inside(key) for key in keys} for layout in layouts]
+    named = [{key: layout.names.inside(key) for key in keys} for layout in known.layouts]
     strange = [
         (sum(own is None for own in own_names.values()), sum(k != o for k, o in own_names.items()))
         for own_names in named
     ]
     best = strange.index(min(strange))
-    return layouts[best], {key: own or key for key, own in named[best].items()}
+    return known.layouts[best], {key: own or key for key, own in named[best].items()}
+
+
+def class_trained(run: Run, base: BaseModel) -> Layout:
+    """The class whose names `run` has: of a multimodal base perhaps the text model alone."""
+    known = classes(run.task, run.num_labels, base)
+    if known.text is None:
+        return known.whole
+    return trained_in(known, [*run.replaced, *(f"{module}.weight" for module in run.updates)])[0]
+
+
+def rows_in_memory(run: Run, base: BaseModel, module: str) -> int:
+    """The number of rows of a module's weight, which may be tied to one that the base stores; 0
+    where neither the base's class nor its text model has such a module."""
+    weight = base.weight(module)
+    if weight is not None:
+        return weight.shape[0] if weight.shape else 0
+    layouts = classes(run.task, run.num_labels, base).layouts
+    shapes = [layout.names.state.get(f"{module}.weight", ()) for layout in layouts]
+    return next((shape[0] for shape in shapes if shape), 0)
 
 
 def resolved(run: Run, base: BaseModel) -> Run:

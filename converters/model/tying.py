@@ -58,16 +58,6 @@ def groups(base: BaseModel, architecture: str | None, num_labels: int | None) ->
     return _grouped(aliases(empty_model(str(architecture), base.config, num_labels)))
 
 
-def rows_in_memory(base: BaseModel, module: str) -> int:
-    """The number of rows of a module's weight, which may be tied to one that the base stores; 0
-    where the base's class has no such module."""
-    weight = base.weight(module)
-    architecture = architecture_of(base.config)
-    if weight is None and is_known(architecture, base.config):
-        weight = empty_model(architecture, base.config).state_dict().get(f"{module}.weight")
-    return weight.shape[0] if weight is not None and weight.shape else 0
-
-
 def spreading(
     tokens: Collection[str], base: BaseModel, architecture: str | None, num_labels: int | None
 ) -> frozenset[str]:

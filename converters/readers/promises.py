@@ -8,15 +8,15 @@ the model that was trained.
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Iterator, Mapping
+from contextlib import suppress
 from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 
 from ..errors import DoraExportError, RunError
 from ..files.json_files import is_number
-from ..model.architecture import empty_model
 from ..model.base import BaseModel
-from ..model.match import classes, target_architecture
+from ..model.match import class_trained, classes
 from ..model.tasks import HEADS, task_of_peft
 from ..model.tying import aliases
 from ..options import ReadOptions
@@ -181,6 +181,7 @@ class _Promises:
         if kind != "all":
             layers = [f"{module}.bias" for module in run.updates]
             lost = [name for name in lost if any(_same(name, layer) for layer in layers)]
+        lost = self._in_class(lost)
         if lost:
             raise self._lost(f"biases were trained (bias: {kind})", lost)
 
@@ -298,13 +299,8 @@ class _Promises:
             self._built: object | None = None
             if self._base is None:
                 return None
-            try:
-                architecture, _ = target_architecture(self._run, self._base)
-                if architecture is not None:
-                    labels = self._run.num_labels
-                    self._built = empty_model(architecture, self._base.config, labels)
-            except DoraExportError:
-                pass  # said where the model is needed
+            with suppress(DoraExportError):  # said where the model is needed
+                self._built = class_trained(self._run, self._base).names.model
         return self._built
 
     @property
