@@ -19,8 +19,16 @@ from .names import auto_class
 from .tasks import architecture_of, task_of, usual_ending
 from .tying import new_embedding, tensor_names
 
-# Model type → the module whose weight its class reads without calling it.
-_UNCALLED = {"mobilebert": "cls.predictions.decoder"}
+# Model type → the modules whose weights its class reads without calling them, so that an adapter
+# on them does nothing. Of a quantized base some are called.
+_UNCALLED = {
+    "mobilebert": ("cls.predictions.decoder", "cls.predictions.dense"),
+    "longcat_flash": ("router.classifier",),
+    **dict.fromkeys(("mamba", "falcon_mamba", "jamba"), ("dt_proj",)),
+    **dict.fromkeys(
+        ("layoutlmv2", "layoutlmv3"), ("rel_pos_bias", "rel_pos_x_bias", "rel_pos_y_bias")
+    ),
+}
 
 
 def stored_name(module: str, base: BaseModel) -> str:
@@ -272,17 +280,24 @@ def resolved(run: Run, base: BaseModel) -> Run:
         if found is None:
             raise _unknown_module(run, base, known.whole, module)
         modules[module] = found
-        if found == _UNCALLED.get(str(base.config.get("model_type"))):
+    tensors = {n: known.tensor(n) or n for n in (*run.replaced, *(run.embedded_base or ()))}
+    return _renamed(run, modules, tensors)
+
+
+def check_called(run: Run, base: BaseModel) -> None:
+    """Raise `TargetError` for a module of `run`, under its name in memory, whose weight the base's
+    class reads without calling it."""
+    names = _UNCALLED.get(str(base.config.get("model_type")), ())
+    for module in () if base.stored or base.packed else run.updates:
+        if any(f".{module}".endswith(f".{name}") for name in names):
             raise TargetError(
                 "the base's class reads the weight of this module without calling it, so the "
                 "update was without effect in training",
                 file=run.path,
-                tensor=found,
-                found=known.whole.names.architecture,
+                tensor=module,
+                found=base.config.get("model_type"),
                 remedy="train it whole (modules_to_save), or take its tensors out of the run",
             )
-    tensors = {n: known.tensor(n) or n for n in (*run.replaced, *(run.embedded_base or ()))}
-    return _renamed(run, modules, tensors)
 
 
 def check_names(run: Run, base: BaseModel) -> None:

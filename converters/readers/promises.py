@@ -253,12 +253,13 @@ class _Promises:
     def _lost_targets(self, named: Named) -> list[str]:
         if not named.known:
             return []
-        base, said = self._base, self._config.get("target_modules")
-        # A run on the text model alone of a multimodal base names modules as that does.
-        if base is None or "text_config" in base.config:
-            lost = [str(n) for n in _list(said) if not _within(str(n), self._held)]
-            return lost if base is None else [n for n in lost if _within(n, base.tensors)]
-        modules = [n.removesuffix(".weight") for n in base.tensors if n.endswith(".weight")]
+        names: Iterable[str] | None = None if self._base is None else self._base.tensors
+        if self._base is not None and "text_config" in self._base.config:
+            names = self._class_names  # that of the text model alone perhaps
+        if names is None:
+            said = _list(self._config.get("target_modules"))
+            return [str(name) for name in said if not _within(str(name), self._held)]
+        modules = [n.removesuffix(".weight") for n in names if n.endswith(".weight")]
         modules = [m for m in modules if named.names(m, parameters=False)]
         return self._in_class([m for m in modules if not self._has(m)])
 

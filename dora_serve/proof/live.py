@@ -7,7 +7,8 @@ run, and otherwise the updates act as branches beside the layers.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import re
+from collections.abc import Callable, Iterator, Mapping
 from importlib.util import find_spec
 from typing import Any, Protocol
 
@@ -27,6 +28,8 @@ from converters.updates.update import Update, convolution_matrix
 Slot = tuple[torch.nn.Module, str]  # a module and the name of its parameter
 
 _CONFIG = "adapter_config.json"
+# What PEFT puts into the name of a parameter that it wraps.
+_PEFTS = re.compile(r"\.(?:base_layer|token_adapter|original_module|modules_to_save\.[^.]+)(?=\.)")
 
 
 class Truth(Protocol):
@@ -66,19 +69,20 @@ def truth_of(run: Run, base: BaseModel) -> Truth:
     return LiveModel(run, base)
 
 
-def fold_rounded(truth: Truth, dtype: torch.dtype) -> float:
+def fold_rounded(truth: Truth, dtype: torch.dtype, own: Mapping[str, torch.dtype]) -> float:
     """Make of `truth` what a merged model of `dtype` is expected to hold: the updates in the
-    weights, every weight rounded once. Returns the largest change of one weight by rounding, as a
-    share of its update.
+    weights, every weight rounded once, those that `own` names to what it says. Returns the largest
+    change of one weight by rounding, as a share of its update.
     """
     lost = [0.0]
     with torch.no_grad():
-        for before, after in truth.folded():
-            rounding = (after.to(dtype).float() - after).norm()
-            update = (after - before).norm()
-            lost.append(float(rounding / update) if update else 0.0)
-        for parameter in truth.model.parameters():
-            parameter.copy_(parameter.to(dtype))
+        moved = {after.data_ptr(): (after - before).norm() for before, after in truth.folded()}
+        for name, parameter in truth.model.named_parameters():
+            rounded = parameter.to(own.get(_PEFTS.sub("", name), dtype)).float()
+            update = moved.get(parameter.data_ptr())
+            if update:
+                lost.append(float((rounded - parameter).norm() / update))
+            parameter.copy_(rounded)
     return max(lost)
 
 

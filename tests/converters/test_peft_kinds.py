@@ -153,6 +153,13 @@ KINDS: dict[str, tuple[str, str, dict[str, Any], str, dict[str, Any]]] = {
         HEAD,
         {"target_modules": ["up_proj", "embed_tokens"], "init_lora_weights": "olora", **BIAS},
     ),
+    "an encoder of a masked language model": (  # which has no pooling layer
+        "BertModel",
+        "BertConfig",
+        ENCODER,
+        "BertForMaskedLM",
+        {"target_modules": ["query"], "task_type": "FEATURE_EXTRACTION"},
+    ),
     "a text model's body": (
         "Gemma3TextModel",
         "Gemma3TextConfig",

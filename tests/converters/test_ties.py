@@ -178,6 +178,21 @@ def test_a_head_that_its_class_reads_without_calling_it(tmp_path: Path) -> None:
         merge(tmp_path / "lora", tmp_path / "merged", base=tmp_path / "base")
 
 
+def test_a_layer_inside_that_its_class_reads_without_calling_it(tmp_path: Path) -> None:
+    """Mamba's dt_proj, which PEFT's live model has no use of; that lies plainly on disk."""
+    family = FAMILIES["mamba"]
+    base(family, tmp_path / "base")
+    plain = logits(family, load(family, tmp_path / "base"))
+    model = get_peft_model(load(family, tmp_path / "base"), LoraConfig(target_modules=["dt_proj"]))
+    randomize(model)
+    model.save_pretrained(tmp_path / "lora")
+    assert apart(logits(family, model.eval()), plain) < 1e-5
+    run = read_run(tmp_path / "lora", ReadOptions(base=tmp_path / "base"))
+    for write in (merge, write_adapter):
+        with pytest.raises(DoraExportError, match="without calling it"):
+            write(run, tmp_path / "out", base=tmp_path / "base")
+
+
 @pytest.mark.parametrize("name", ["qwen2", "qwen3.5, sees", "bart", "bert"])
 def test_added_tokens(tmp_path: Path, name: str) -> None:
     """All that is tied has the rows that were added; BART's bias per token, which no adapter
