@@ -15,7 +15,7 @@ from converters.errors import TargetError
 from converters.files.tensors import LazyTensor, numel
 from converters.model.architecture import offline
 from converters.model.base import BaseModel
-from converters.model.tying import new_embedding
+from converters.model.tying import input_embedding, new_embedding
 from converters.run import Run
 from converters.targets.model import Inputs
 from converters.targets.opening import class_of
@@ -244,7 +244,7 @@ def _trained_tokens(run: Run, base: BaseModel, vocab: int, size: int) -> list[in
     """Some of the tokens whose rows of an embedding the run changed while it left most others as
     they were, which no text would hit; those from `size` to `vocab` are new."""
     found = set(range(size, vocab))
-    before = base.tensors.get(base.embedding or "")
+    before = base.tensors.get(input_embedding(base) or "")
     for name in run.embeddings & run.updates.keys():
         if run.shapes[name][0] == vocab:
             found |= _few(_rows_changed(run.take(name), before))

@@ -32,7 +32,7 @@ from ...model.match import (
     target_architecture,
 )
 from ...model.quantized import METHODS, Dequantized, dtype_before, method, unquantized
-from ...model.tying import new_embedding
+from ...model.tying import input_embedding, new_embedding
 from ...model.untying import untied
 from ...run import Run
 from ..target import Plan, Progress
@@ -267,16 +267,17 @@ def _resized(config: Mapping[str, object], rows: int) -> dict[str, object]:
 def _check_rows(
     run: Run, base: BaseModel, plan: MergePlan, architecture: str | None, rows: int
 ) -> None:
-    """Raise `BaseError` for a tensor with one number per token that the base has for its own
-    vocabulary only, such as a head's bias, where the run's has other `rows`."""
-    old = base.tensors.get(base.embedding or "")
+    """Raise `BaseError` where a tensor has not the `rows` of the run's vocabulary that its class
+    has, such as a head's bias of the base's vocabulary, or has them where its class has not."""
+    old = base.tensors.get(input_embedding(base) or "")
     known = architecture is not None and classes(run.task, run.num_labels, base).known
     if old is None or old.shape[:1] == (rows,) or architecture is None or not known:
         return
     state = empty_model(architecture, plan.config, run.num_labels).state_dict()
     for tensor in plan.tensors:
         expected = tuple(state[tensor.name].shape) if tensor.name in state else None
-        if expected is not None and rows in expected and tensor.source.shape != expected:
+        found = tensor.source.shape
+        if expected is not None and found != expected and rows in (*expected, *found):
             raise BaseError(
                 "the run has another vocabulary than the base, and does not hold this tensor of it",
                 file=base.path,
