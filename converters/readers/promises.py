@@ -261,6 +261,9 @@ class _Promises:
             return [str(name) for name in said if not _within(str(name), self._held)]
         modules = [n.removesuffix(".weight") for n in names if n.endswith(".weight")]
         modules = [m for m in modules if named.names(m, parameters=False)]
+        # What is trained whole besides is not adapted.
+        saved = [str(name) for name in _list(self._config.get("modules_to_save"))]
+        modules = [m for m in modules if not any(_below(f"{m}.weight", name) for name in saved)]
         return self._in_class([m for m in modules if not self._has(m)])
 
     def _lost_parameters(self) -> list[str]:
