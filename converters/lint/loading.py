@@ -44,8 +44,8 @@ def loading(adapter: Adapter) -> Iterator[Finding]:
     known = adapter.classes
     if not targets or known is None or not adapter.is_lora or find_spec("peft") is None:
         return
-    layouts = [layout for layout in (known.whole, known.text) if layout is not None]
-    outcome = min((_load(adapter, each.names) for each in layouts), key=lambda each: each.wrong)
+    outcomes = (_load(adapter, layout.names) for layout in known.layouts)
+    outcome = min(outcomes, key=lambda each: each.wrong)
     refusing = targets if outcome.both else tuple(name for name in targets if name == "peft")
     if outcome.error and refusing:
         yield Finding(
@@ -89,7 +89,8 @@ def _load(adapter: Adapter, names: Names) -> _Outcome:
         except Exception as error:  # whatever PEFT makes of a stranger's configuration
             both = model is None or isinstance(error, RuntimeError)  # shapes
             return _Outcome(" ".join(f"{type(error).__name__}: {error}".split())[:200], both)
-    unknown = [name for name in told.unexpected_keys if "lora_" in name or "trainable" in name]
+    # With bias="all" PEFT saves biases of whole modules twice, and loads them once.
+    unknown = [name for name in told.unexpected_keys if ".modules_to_save." not in name]
     return _Outcome("", True, tuple(unknown), tuple(_made_up(config, told.missing_keys, model)))
 
 

@@ -156,9 +156,8 @@ def _loads(known: Classes | None, module: str) -> bool:
     plain = module.replace(PREFIX, "")
     if known is None:
         return plain == unwrapped(plain)
-    layouts = [layout for layout in (known.whole, known.text) if layout is not None]
     return any(
-        layout.names.rename(f"{plain}.weight")[0] in layout.names.state for layout in layouts
+        layout.names.rename(f"{plain}.weight")[0] in layout.names.state for layout in known.layouts
     )
 
 

@@ -22,7 +22,7 @@ from ..run import LazyUpdates, Run
 from ..updates.rank_one import RankOneSum
 from ..updates.stacked import Stacked
 from ..updates.update import Update
-from .base import HEAD, BaseModel
+from .base import BaseModel
 from .names import Names
 from .names import split_slice as split_slice
 
@@ -81,7 +81,7 @@ class Layout:
     def find(self, name: str) -> str | None:
         """The tensor on disk that is the tensor `name` in memory, None where there is none."""
         plain = self._base.find(name)
-        return plain if plain is not None or name == HEAD else self._renamed.get(name)
+        return plain if plain is not None else self._renamed.get(name)
 
     def is_fused(self, module: str) -> bool:
         """Whether the weight of `module`, a name on disk, is a part of a parameter in memory."""

@@ -19,8 +19,16 @@ from .names import auto_class
 from .tasks import architecture_of, task_of, usual_ending
 from .tying import new_embedding, tensor_names
 
-# Model type → the module whose weight its class reads without calling it.
-_UNCALLED = {"mobilebert": "cls.predictions.decoder"}
+# Model type → the modules whose weights its class reads without calling them, so that an adapter
+# on them does nothing. Of a quantized base some are called.
+_UNCALLED = {
+    "mobilebert": ("cls.predictions.decoder", "cls.predictions.dense"),
+    "longcat_flash": ("router.classifier",),
+    **dict.fromkeys(("mamba", "falcon_mamba", "jamba"), ("dt_proj",)),
+    **dict.fromkeys(
+        ("layoutlmv2", "layoutlmv3"), ("rel_pos_bias", "rel_pos_x_bias", "rel_pos_y_bias")
+    ),
+}
 
 
 def stored_name(module: str, base: BaseModel) -> str:
@@ -180,6 +188,10 @@ class Classes:
     text: Layout | None
 
     @property
+    def layouts(self) -> list[Layout]:
+        return [layout for layout in (self.whole, self.text) if layout is not None]
+
+    @property
     def known(self) -> bool:
         """Whether transformers knows the class."""
         return bool(self.whole.names.state)
@@ -223,14 +235,32 @@ def classes(task: str | None, num_labels: int | None, base: BaseModel) -> Classe
 def trained_in(known: Classes, keys: Iterable[str]) -> tuple[Layout, dict[str, str]]:
     """The class whose names the tensors of an adapter have, without PEFT's prefix, and each of
     `keys` as that class names its module. What is of no module keeps its name."""
-    layouts = [layout for layout in (known.whole, known.text) if layout is not None]
-    named = [{key: layout.names.inside(key) for key in keys} for layout in layouts]
+    named = [{key: layout.names.inside(key) for key in keys} for layout in known.layouts]
     strange = [
         (sum(own is None for own in own_names.values()), sum(k != o for k, o in own_names.items()))
         for own_names in named
     ]
     best = strange.index(min(strange))
-    return layouts[best], {key: own or key for key, own in named[best].items()}
+    return known.layouts[best], {key: own or key for key, own in named[best].items()}
+
+
+def class_trained(run: Run, base: BaseModel) -> Layout:
+    """The class whose names `run` has: of a multimodal base perhaps the text model alone."""
+    known = classes(run.task, run.num_labels, base)
+    if known.text is None:
+        return known.whole
+    return trained_in(known, [*run.replaced, *(f"{module}.weight" for module in run.updates)])[0]
+
+
+def rows_in_memory(run: Run, base: BaseModel, module: str) -> int:
+    """The number of rows of a module's weight, which may be tied to one that the base stores; 0
+    where neither the base's class nor its text model has such a module."""
+    weight = base.weight(module)
+    if weight is not None:
+        return weight.shape[0] if weight.shape else 0
+    layouts = classes(run.task, run.num_labels, base).layouts
+    shapes = [layout.names.state.get(f"{module}.weight", ()) for layout in layouts]
+    return next((shape[0] for shape in shapes if shape), 0)
 
 
 def resolved(run: Run, base: BaseModel) -> Run:
@@ -250,17 +280,24 @@ def resolved(run: Run, base: BaseModel) -> Run:
         if found is None:
             raise _unknown_module(run, base, known.whole, module)
         modules[module] = found
-        if found == _UNCALLED.get(str(base.config.get("model_type"))):
+    tensors = {n: known.tensor(n) or n for n in (*run.replaced, *(run.embedded_base or ()))}
+    return _renamed(run, modules, tensors)
+
+
+def check_called(run: Run, base: BaseModel) -> None:
+    """Raise `TargetError` for a module of `run`, under its name in memory, whose weight the base's
+    class reads without calling it."""
+    names = _UNCALLED.get(str(base.config.get("model_type")), ())
+    for module in () if base.stored or base.packed else run.updates:
+        if any(f".{module}".endswith(f".{name}") for name in names):
             raise TargetError(
                 "the base's class reads the weight of this module without calling it, so the "
                 "update was without effect in training",
                 file=run.path,
-                tensor=found,
-                found=known.whole.names.architecture,
+                tensor=module,
+                found=base.config.get("model_type"),
                 remedy="train it whole (modules_to_save), or take its tensors out of the run",
             )
-    tensors = {n: known.tensor(n) or n for n in (*run.replaced, *(run.embedded_base or ()))}
-    return _renamed(run, modules, tensors)
 
 
 def check_names(run: Run, base: BaseModel) -> None:

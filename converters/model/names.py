@@ -18,8 +18,11 @@ from .architecture import empty_model, is_known
 from .base import BaseModel
 
 PEFT_PREFIX = "base_model.model."
-# What torch.compile, DDP, FSDP and activation checkpointing put into the names of what they wrap.
-_WRAPPERS = {"_orig_mod", "module", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"}
+# What torch.compile, DDP, FSDP, activation checkpointing and DeepSpeed put into the names of what
+# they wrap.
+_WRAPPERS = frozenset(
+    "_orig_mod module _fsdp_wrapped_module _checkpoint_wrapped_module _forward_module".split()
+)
 _ADAPTER = re.compile(
     r"\.(lora_(?:[ABE]|embedding_[AB]|magnitude_vector))\.(?!weight$|bias$)([^.]+)"
     r"(?=\.weight$|\.bias$|$)"
@@ -43,11 +46,10 @@ def split_slice(name: str) -> tuple[str, int | None]:
 
 
 def unwrapped(name: str) -> str:
-    """A tensor's name without the segments of wrappers and without PEFT's prefix, however often."""
+    """A tensor's name without the segments of wrappers and without PEFT's prefix, however often,
+    and what PEFT's model was an attribute of."""
     plain = ".".join(part for part in name.split(".") if part not in _WRAPPERS)
-    while plain.startswith(PEFT_PREFIX):
-        plain = plain.removeprefix(PEFT_PREFIX)
-    return plain
+    return f".{plain}".rpartition(f".{PEFT_PREFIX}")[2].removeprefix(".")
 
 
 def adapter_in(name: str) -> str | None:

@@ -7,11 +7,16 @@ another tensor that may be shared is at stake.
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping
+from contextlib import suppress
 from typing import Any
 
+import torch
+
+from ..errors import BaseError
 from ..files.tensors import LazyTensor, LazyTensors
 from .architecture import empty_model, is_known
 from .base import HEAD, BaseModel
+from .names import Names
 from .tasks import architecture_of, task_of
 
 
@@ -58,16 +63,6 @@ def groups(base: BaseModel, architecture: str | None, num_labels: int | None) ->
     return _grouped(aliases(empty_model(str(architecture), base.config, num_labels)))
 
 
-def rows_in_memory(base: BaseModel, module: str) -> int:
-    """The number of rows of a module's weight, which may be tied to one that the base stores; 0
-    where the base's class has no such module."""
-    weight = base.weight(module)
-    architecture = architecture_of(base.config)
-    if weight is None and is_known(architecture, base.config):
-        weight = empty_model(architecture, base.config).state_dict().get(f"{module}.weight")
-    return weight.shape[0] if weight is not None and weight.shape else 0
-
-
 def spreading(
     tokens: Collection[str], base: BaseModel, architecture: str | None, num_labels: int | None
 ) -> frozenset[str]:
@@ -93,9 +88,25 @@ def spreading(
     return frozenset(tokens) - stay
 
 
+def input_embedding(base: BaseModel) -> str | None:
+    """The tensor on disk of the input embedding: by its usual names, else as the class says."""
+    model = None
+    if base.embedding is None:
+        with suppress(BaseError):
+            model = Names(base, architecture_of(base.config) or None).model
+    if model is None:
+        return base.embedding
+    with suppress(AttributeError, NotImplementedError):
+        embedding = model.get_input_embeddings()
+        if isinstance(embedding, torch.nn.Embedding):
+            name = next(name for name, module in model.named_modules() if module is embedding)
+            return base.find(f"{name}.weight")
+    return None
+
+
 def new_embedding(base: BaseModel, replaced: LazyTensors) -> LazyTensor | None:
     """The input embedding among the tensors that a run trained whole."""
-    known = base.embedding
+    known = input_embedding(base) if replaced else None
     return next((t for name, t in replaced.items() if known and base.find(name) == known), None)
 
 

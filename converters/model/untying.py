@@ -14,9 +14,13 @@ from typing import Any
 from ..errors import TargetError
 from ..files.tensors import LazyTensor, is_copy_of, same_values
 from ..run import LazyUpdates, Run
+from ..updates.in_turn import InTurn
+from ..updates.update import Update
 from .architecture import empty_model, is_known
 from .base import BaseModel
 from .tying import aliases, groups
+
+Updates = dict[str, tuple[str, ...]]  # module → the run's keys of its updates, in turn
 
 _LAYER = re.compile(r"\.\d+\.")
 _WITH_PEFT = "serve it with PEFT on its base: PeftModel.from_pretrained(base, adapter)"
@@ -59,7 +63,7 @@ def untied(
         alone = [one for one in shared if one.holder and (one in parted or not still(one))]
     else:
         config, alone = dict(base.config), []
-    updates = {module: module for module in run.updates}
+    updates: Updates = {module: (module,) for module in run.updates}
     added: dict[str, LazyTensor] = {}
     dropped: set[str] = set()
     for one in touched:
@@ -76,14 +80,15 @@ def untied(
         for path, tensors in base.shards.items()
     }
     shards[list(shards)[-1]] |= added
-    if updates.keys() != run.updates.keys():
-        shapes = {module: run.shapes[origin] for module, origin in updates.items()}
+    if updates != {module: (module,) for module in run.updates}:
+        shapes = {module: run.shapes[origin] for module, (origin, *_) in updates.items()}
+        last = {module: keys[-1] for module, keys in updates.items()}
         run = replace(
             run,
-            updates=LazyUpdates({m: partial(run.take, o) for m, o in updates.items()}, shapes),
-            start_rank={m: run.start_rank[o] for m, o in updates.items() if o in run.start_rank},
-            embeddings=frozenset(m for m, o in updates.items() if o in run.embeddings),
-            tied=frozenset(m for m, o in updates.items() if o in run.tied),
+            updates=LazyUpdates({m: partial(_in_turn, run, k) for m, k in updates.items()}, shapes),
+            start_rank={m: run.start_rank[o] for m, o in last.items() if o in run.start_rank},
+            embeddings=frozenset(m for m, o in last.items() if o in run.embeddings),
+            tied=frozenset(m for m, (o, *_) in updates.items() if o in run.tied),
         )
     return replace(run, replaced=replaced), replace(base, shards=shards, config=config)
 
@@ -92,14 +97,14 @@ def untied(
 class _Shared:
     """One tensor under several `names` in memory. `held`: name → tensor on disk. `first`: the name
     that stays where they stay one. `tensors`: name → what the run put there whole; `updates`: name
-    → the key of its update; `keys`: name → the run's own keys of it."""
+    → the keys of its updates, in turn; `keys`: name → the run's own keys of it."""
 
     names: list[str]
     held: Mapping[str, str]
     first: str
     holder: LazyTensor | None
     tensors: Mapping[str, LazyTensor]
-    updates: Mapping[str, str]
+    updates: Mapping[str, tuple[str, ...]]
     keys: Mapping[str, tuple[str, ...]]
     same: bool
 
@@ -118,22 +123,12 @@ class _Shared:
         adapted = _keyed(names, held, run.updates, find)
         tensors = {name: run.replaced[key] for name, key in whole.items()}
         reaching = [t for name, t in tensors.items() if whole[name] not in run.apart]
-        updates = dict(adapted)
-        everywhere = [key for key in adapted.values() if key in run.tied]
-        alone = [key for key in adapted.values() if everywhere and key not in run.tied]
-        if alone:
-            raise TargetError(
-                "a tensor has trained rows, and on a side that is tied to it an adapter besides: "
-                "both together are not read",
-                file=run.path,
-                tensor=alone[0],
-                found=f"rows of {everywhere[0]}, and an adapter on {alone[0]}",
-                remedy=_WITH_PEFT,
-            )
+        # Rows that reach every side lie under a side's own adapter.
+        everywhere = tuple(key for key in adapted.values() if key in run.tied)
+        own = {name: (key,) for name, key in adapted.items() if key not in run.tied}
+        updates = {n: everywhere + own.get(n, ()) for n in names if everywhere or n in own}
         if reaching:
             tensors = dict.fromkeys(names, reaching[0]) | tensors
-        if everywhere:
-            updates = dict.fromkeys(names, everywhere[0]) | updates
         now = {n: tensors.get(n, base.tensors.get(held.get(n, ""), holder)) for n in names}
         _check_rows(run, now)
         keys = {n: tuple(k for k in (whole.get(n), adapted.get(n)) if k) for n in names}
@@ -154,17 +149,23 @@ class _Shared:
         assert tensor is not None
         return tensor
 
-    def take_out(self, name: str, updates: dict[str, str], replaced: dict[str, LazyTensor]) -> None:
+    def take_out(self, name: str, updates: Updates, replaced: dict[str, LazyTensor]) -> None:
         for key in self.keys[name]:
             updates.pop(key, None)
             replaced.pop(key, None)
 
-    def put_in(self, name: str, updates: dict[str, str], replaced: dict[str, LazyTensor]) -> None:
+    def put_in(self, name: str, updates: Updates, replaced: dict[str, LazyTensor]) -> None:
         if name in self.tensors:
             replaced[name] = self.tensors[name]
         if name in self.updates:
-            key = self.updates[name]
-            updates[name if key.endswith(".weight") else name.removesuffix(".weight")] = key
+            keys = self.updates[name]
+            plain = name if keys[-1].endswith(".weight") else name.removesuffix(".weight")
+            updates[plain] = keys
+
+
+def _in_turn(run: Run, keys: tuple[str, ...]) -> Update:
+    updates = tuple(run.take(key) for key in keys)
+    return updates[0] if len(updates) == 1 else InTurn(updates)
 
 
 def _alike(base: BaseModel, names: list[str]) -> list[str]:
@@ -217,7 +218,7 @@ def _check_rows(run: Run, now: Mapping[str, LazyTensor | None]) -> None:
 def _check_biases(run: Run, find: Callable[[str], str | None], shared: list[_Shared]) -> None:
     """Raise `TargetError` for single rows of a head with a bias, which PEFT leaves out."""
     biases = {name for one in shared for name in one.names}
-    everywhere = {m: key for one in shared for m, key in one.updates.items()}
+    everywhere = {m: keys[0] for one in shared for m, keys in one.updates.items()}
     sides = {m.removesuffix(".weight") for m, key in everywhere.items() if key in run.embeddings}
     for module in (*run.embeddings, *sides):
         bias = f"{module}.bias"

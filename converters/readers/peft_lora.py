@@ -18,7 +18,7 @@ import torch
 from ..errors import RunError
 from ..files.tensors import LazyTensor, load_finite, numel
 from ..model.base import open_base
-from ..model.match import target_architecture
+from ..model.match import class_trained
 from ..model.tying import spreading
 from ..options import ReadOptions
 from ..run import LazyUpdates, Run
@@ -98,16 +98,16 @@ class PeftLoraReader:
             updates[f"{name}.bias"] = partial(_bias, bias, scaling.of(name, start_rank[name]))
             shapes[f"{name}.bias"] = (1, numel(bias))
         for name, rows in tokens.items():
-            vocab, updates[name] = token_rows(config, name, rows, run.replaced, options)
+            vocab, updates[name] = token_rows(config, name, rows, run, options)
             shapes[name] = (vocab, rows.shape[1])
-        return replace(
+        run = replace(
             run,
             updates=LazyUpdates(updates, shapes),
             start_rank=start_rank,
             embeddings=frozenset(embeddings | tokens),
-            tied=_spreading(tokens, run, options),
             kernels=kernels,
         )
+        return replace(run, tied=_spreading(tokens, run, options))
 
 
 def _attention(name: str, pairs: Collection[str]) -> tuple[str, int]:
@@ -134,7 +134,7 @@ def _spreading(tokens: Collection[str], run: Run, options: ReadOptions) -> froze
     if not tokens or options.base is None:
         return frozenset(tokens)
     base = open_base(options.base)
-    architecture, _ = target_architecture(run, base)
+    architecture = class_trained(run, base).names.architecture
     return spreading(tokens, base, architecture, run.num_labels)
 
 

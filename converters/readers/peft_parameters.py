@@ -13,11 +13,11 @@ from pathlib import Path
 import torch
 
 from ..errors import RunError
-from ..files.tensors import LazyTensor, LazyTensors, load_finite
+from ..files.tensors import LazyTensor, load_finite
 from ..model.layout import FUSED
-from ..model.tying import rows_in_memory
+from ..model.match import rows_in_memory
 from ..options import ReadOptions
-from ..run import LazyUpdates
+from ..run import LazyUpdates, Run
 from ..updates.rank_one import RankOneSum
 from ..updates.replaced import ReplacedRows
 from ..updates.update import Update
@@ -102,7 +102,7 @@ def token_rows(
     config: Mapping[str, object],
     module: str,
     tensor: LazyTensor,
-    resized: LazyTensors,
+    run: Run,
     options: ReadOptions,
 ) -> tuple[int, Callable[[], Update]]:
     """vocab, and the rows of the embedding `module [vocab, dim]` that `trainable_token_indices`
@@ -110,12 +110,12 @@ def token_rows(
 
     vocab is that of the weight in the adapter, where the embedding was resized, or the base's.
     """
-    weight = resized.get(f"{module}.weight")
+    weight = run.replaced.get(f"{module}.weight")
     if weight is not None:
         vocab = weight.shape[0] if weight.shape else 0
     else:
         base = need_base(options, "trainable_token_indices", tensor.path)
-        vocab = rows_in_memory(base, module)
+        vocab = rows_in_memory(run, base, module)
     indices = config.get("trainable_token_indices")
     if isinstance(indices, dict):
         named = [v for k, v in indices.items() if f".{module}".endswith(f".{k}")]

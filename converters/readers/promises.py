@@ -8,15 +8,15 @@ the model that was trained.
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Iterator, Mapping
+from contextlib import suppress
 from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 
 from ..errors import DoraExportError, RunError
 from ..files.json_files import is_number
-from ..model.architecture import empty_model
 from ..model.base import BaseModel
-from ..model.match import classes, target_architecture
+from ..model.match import class_trained, classes
 from ..model.tasks import HEADS, task_of_peft
 from ..model.tying import aliases
 from ..options import ReadOptions
@@ -181,6 +181,7 @@ class _Promises:
         if kind != "all":
             layers = [f"{module}.bias" for module in run.updates]
             lost = [name for name in lost if any(_same(name, layer) for layer in layers)]
+        lost = self._in_class(lost)
         if lost:
             raise self._lost(f"biases were trained (bias: {kind})", lost)
 
@@ -252,13 +253,17 @@ class _Promises:
     def _lost_targets(self, named: Named) -> list[str]:
         if not named.known:
             return []
-        base, said = self._base, self._config.get("target_modules")
-        # A run on the text model alone of a multimodal base names modules as that does.
-        if base is None or "text_config" in base.config:
-            lost = [str(n) for n in _list(said) if not _within(str(n), self._held)]
-            return lost if base is None else [n for n in lost if _within(n, base.tensors)]
-        modules = [n.removesuffix(".weight") for n in base.tensors if n.endswith(".weight")]
+        names: Iterable[str] | None = None if self._base is None else self._base.tensors
+        if self._base is not None and "text_config" in self._base.config:
+            names = self._class_names  # that of the text model alone perhaps
+        if names is None:
+            said = _list(self._config.get("target_modules"))
+            return [str(name) for name in said if not _within(str(name), self._held)]
+        modules = [n.removesuffix(".weight") for n in names if n.endswith(".weight")]
         modules = [m for m in modules if named.names(m, parameters=False)]
+        # What is trained whole besides is not adapted.
+        saved = [str(name) for name in _list(self._config.get("modules_to_save"))]
+        modules = [m for m in modules if not any(_below(f"{m}.weight", name) for name in saved)]
         return self._in_class([m for m in modules if not self._has(m)])
 
     def _lost_parameters(self) -> list[str]:
@@ -298,13 +303,8 @@ class _Promises:
             self._built: object | None = None
             if self._base is None:
                 return None
-            try:
-                architecture, _ = target_architecture(self._run, self._base)
-                if architecture is not None:
-                    labels = self._run.num_labels
-                    self._built = empty_model(architecture, self._base.config, labels)
-            except DoraExportError:
-                pass  # said where the model is needed
+            with suppress(DoraExportError):  # said where the model is needed
+                self._built = class_trained(self._run, self._base).names.model
         return self._built
 
     @property

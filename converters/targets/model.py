@@ -7,8 +7,8 @@ PEFT), `dora_serve` those that it brings itself, so that nothing here knows of i
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from importlib.metadata import entry_points
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -44,14 +44,16 @@ class Model:
     """An artifact in an engine. `read(batches)`: what it computes for batches of a model's inputs.
 
     `dtype`: what it stores or computes in. `rounded`: the weights hold the update, rounded to that
-    torch dtype. `share`: how far it may be from the live model, as a share of the update's own
-    effect; 0 for exact ones. `top1`: the least share of choices that must be equal. `missing`,
-    `unexpected`: tensors that the engine reports it did not find, or found no place for.
+    torch dtype, or to the one that `own` names for a parameter. `share`: how far it may be from the
+    live model, as a share of the update's own effect; 0 for exact ones. `top1`: the least share of
+    choices that must be equal. `missing`, `unexpected`: tensors that the engine reports it did not
+    find, or found no place for.
     """
 
     read: Callable[[Sequence[Inputs]], Reading]
     dtype: str = "float32"
     rounded: torch.dtype | None = None
+    own: Mapping[str, torch.dtype] = field(default_factory=dict)
     share: float = 0.0
     top1: float = 1.0
     missing: frozenset[str] = frozenset()

@@ -14,8 +14,9 @@ from ..errors import ArtifactError, BaseError, DoraExportError
 from ..files.json_files import read_json
 from ..files.tensors import LazyTensor, open_safetensors
 from ..model.architecture import offline
-from ..model.base import BaseModel
+from ..model.base import BaseModel, open_base
 from ..model.match import as_trained
+from ..model.names import Names
 from ..model.quantized import Dequantized, method, quantization
 from ..model.tasks import architecture_of, task_of
 from ..readers import ReadOptions, read_run
@@ -62,7 +63,8 @@ def open_transformers(folder: Path, _base: BaseModel, _run: Run) -> Model:
         loaded = _load(getattr(transformers, known), folder, config, seed=1)
     except Exception as error:
         raise _refused("transformers", folder, error) from error
-    return of_weights(loaded, sorted(folder.glob("*.safetensors")), merged=True)
+    model = of_weights(loaded, sorted(folder.glob("*.safetensors")), merged=True)
+    return model if model.rounded is None else replace(model, own=_dtypes(folder, known))
 
 
 def open_peft(folder: Path, base: BaseModel, run: Run) -> Model:
@@ -81,6 +83,13 @@ def open_peft(folder: Path, base: BaseModel, run: Run) -> Model:
     except Exception as error:
         raise _refused("PEFT", folder, error) from error
     return of_weights(loaded, sorted(folder.glob("adapter_model.safetensors")), merged=False)
+
+
+def _dtypes(folder: Path, architecture: str) -> dict[str, torch.dtype]:
+    """Parameter → the dtype in which `folder` stores it."""
+    artifact = open_base(folder)
+    names = Names(artifact, architecture)
+    return {names.tensor(name) or name: tensor.dtype for name, tensor in artifact.tensors.items()}
 
 
 def of_weights(loaded: Loaded, files: list[Path], *, merged: bool) -> Model:

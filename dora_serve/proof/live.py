@@ -7,7 +7,8 @@ run, and otherwise the updates act as branches beside the layers.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import re
+from collections.abc import Callable, Iterator, Mapping
 from importlib.util import find_spec
 from typing import Any, Protocol
 
@@ -18,7 +19,7 @@ from converters.files.json_files import read_json
 from converters.files.tensors import rows_and_columns
 from converters.model.base import BaseModel
 from converters.model.layout import Layout, Place
-from converters.model.match import resolved, target_architecture
+from converters.model.match import class_trained, resolved, target_architecture
 from converters.run import Run
 from converters.targets.opening import Loaded, attach, load
 from converters.updates.rank_one import RankOneSum
@@ -27,6 +28,8 @@ from converters.updates.update import Update, convolution_matrix
 Slot = tuple[torch.nn.Module, str]  # a module and the name of its parameter
 
 _CONFIG = "adapter_config.json"
+# What PEFT puts into the name of a parameter that it wraps.
+_PEFTS = re.compile(r"\.(?:base_layer|token_adapter|original_module|modules_to_save\.[^.]+)(?=\.)")
 
 
 class Truth(Protocol):
@@ -56,27 +59,30 @@ class Truth(Protocol):
 def truth_of(run: Run, base: BaseModel) -> Truth:
     """PEFT's own model where PEFT made the run and loads its folder as it is; else ours."""
     if _is_peft(run):
+        own = class_trained(run, base).names.architecture
+        text = None if own == target_architecture(run, base)[0] else own
         # In the model without its head PEFT does not see what trained rows are tied to.
         for inside in (False,) if run.tied else (False, True):
-            truth = PeftTruth.of(run, base, inside)
+            truth = PeftTruth.of(run, base, inside, text)
             if truth is not None:
                 return truth
     return LiveModel(run, base)
 
 
-def fold_rounded(truth: Truth, dtype: torch.dtype) -> float:
+def fold_rounded(truth: Truth, dtype: torch.dtype, own: Mapping[str, torch.dtype]) -> float:
     """Make of `truth` what a merged model of `dtype` is expected to hold: the updates in the
-    weights, every weight rounded once. Returns the largest change of one weight by rounding, as a
-    share of its update.
+    weights, every weight rounded once, those that `own` names to what it says. Returns the largest
+    change of one weight by rounding, as a share of its update.
     """
     lost = [0.0]
     with torch.no_grad():
-        for before, after in truth.folded():
-            rounding = (after.to(dtype).float() - after).norm()
-            update = (after - before).norm()
-            lost.append(float(rounding / update) if update else 0.0)
-        for parameter in truth.model.parameters():
-            parameter.copy_(parameter.to(dtype))
+        moved = {after.data_ptr(): (after - before).norm() for before, after in truth.folded()}
+        for name, parameter in truth.model.named_parameters():
+            rounded = parameter.to(own.get(_PEFTS.sub("", name), dtype)).float()
+            update = moved.get(parameter.data_ptr())
+            if update:
+                lost.append(float((rounded - parameter).norm() / update))
+            parameter.copy_(rounded)
     return max(lost)
 
 
@@ -103,9 +109,15 @@ class PeftTruth:
         ]
 
     @classmethod
-    def of(cls, run: Run, base: BaseModel, inside: bool) -> PeftTruth | None:
-        """None where PEFT does not load every tensor of the run, and nothing else, as it is."""
-        loaded = load(run, base)
+    def of(cls, run: Run, base: BaseModel, inside: bool, text: str | None) -> PeftTruth | None:
+        """None where PEFT does not load every tensor of the run, and nothing else, as it is.
+
+        `text`: the class of the text model alone, where the run was trained in that; None too
+        where transformers does not find that in the base.
+        """
+        loaded = load(run, base, architecture=text)
+        if text is not None and loaded.missing:
+            return None
         try:
             adapted = attach(loaded.model, run.path, inside=inside)
         except Exception:
@@ -123,8 +135,10 @@ class PeftTruth:
     def folded(self) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
         for module in self._switched:
             module.enable_adapters(True)
-        for layer in self._layers:
+        for layer in sorted(self._layers, key=lambda layer: not _has_rows(layer)):
             inner = layer.get_base_layer()
+            if hasattr(inner, "token_adapter"):  # PEFT would merge into a copy of it
+                layer.base_layer = inner = inner.token_adapter.get_base_layer()
             own = dict(inner.named_parameters(recurse=False))
             for name, parameter in own.items():
                 copy = parameter.detach().clone(memory_format=torch.contiguous_format)
@@ -196,7 +210,8 @@ class LiveModel:
         """The parameters that `names` update, without and with the updates in them, as the model
         stores them, float32."""
         result: dict[Slot, tuple[torch.Tensor, torch.Tensor]] = {}
-        for name in names:
+        # What reaches all that is tied comes first; the sides have weights of their own then.
+        for name in sorted(names, key=lambda name: name not in self._run.tied):
             update = self._run.updates[name]
             owner, attribute, place = self._place(name, update)
             own = getattr(owner, attribute)
@@ -209,7 +224,9 @@ class LiveModel:
                 shared = self.model.named_parameters(remove_duplicate=False)
                 for other in [n for n, parameter in shared if parameter is own]:
                     module, _, kind = other.rpartition(".")
-                    result[self.model.get_submodule(module), kind] = result[owner, attribute]
+                    slot = self.model.get_submodule(module), kind
+                    if slot != (owner, attribute):
+                        result[slot] = own, result[owner, attribute][1].clone()
         return result
 
     def _place(self, name: str, update: Update) -> tuple[Any, str, Place]:
@@ -238,6 +255,10 @@ def _is_peft(run: Run) -> bool:
     return (config.get("peft_type") != "LORA" or "lora_alpha" in config) and not config.get(
         "megatron_config"
     )
+
+
+def _has_rows(layer: object) -> bool:
+    return hasattr(layer, "trainable_tokens_delta")  # PEFT's, of single rows
 
 
 def _is_conv1d(layer: object) -> bool:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import filecmp
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
@@ -15,7 +15,7 @@ from converters.errors import TargetError
 from converters.files.tensors import LazyTensor, numel
 from converters.model.architecture import offline
 from converters.model.base import BaseModel
-from converters.model.tying import new_embedding
+from converters.model.tying import input_embedding, new_embedding
 from converters.run import Run
 from converters.targets.model import Inputs
 from converters.targets.opening import class_of
@@ -83,9 +83,21 @@ def prompts_of(run: Run, base: BaseModel) -> Prompts:
         repeated = (long * (length // len(long) + 1))[:length]
         batches += _batches(config, [repeated], vocab)
         asked.append(f"one of {length} tokens")
-    if any(hasattr(config, part) for part in ("vision_config", "audio_config")):
+    if cls.__name__ in _beside_images():
+        seed = torch.Generator().manual_seed(0)
+        pixels = torch.randn((ROWS, *_shape("pixel_values", config)), generator=seed)
+        batches = [{**inputs, "pixel_values": pixels} for inputs in batches]
+        asked.append(f"{ROWS} random images beside each")
+    elif any(hasattr(config, part) for part in ("vision_config", "audio_config")):
         left.append("images and sound: only its text was asked")
     return Prompts(batches, tuple(asked), tuple(left))
+
+
+def _beside_images() -> Collection[str]:
+    """The classes that compare texts with images, and take both together."""
+    from transformers.models.auto import modeling_auto
+
+    return modeling_auto.MODEL_FOR_ZERO_SHOT_IMAGE_CLASSIFICATION_MAPPING_NAMES.values()
 
 
 def verification_batch(
@@ -232,7 +244,7 @@ def _trained_tokens(run: Run, base: BaseModel, vocab: int, size: int) -> list[in
     """Some of the tokens whose rows of an embedding the run changed while it left most others as
     they were, which no text would hit; those from `size` to `vocab` are new."""
     found = set(range(size, vocab))
-    before = base.tensors.get(base.embedding or "")
+    before = base.tensors.get(input_embedding(base) or "")
     for name in run.embeddings & run.updates.keys():
         if run.shapes[name][0] == vocab:
             found |= _few(_rows_changed(run.take(name), before))

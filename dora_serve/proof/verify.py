@@ -163,7 +163,7 @@ def _compare(
         exact = max(control / _FAR, NOISE * noisy)
     tolerance = max(exact, model.share * control)
     if model.rounded is not None:
-        lost = fold_rounded(live, model.rounded)
+        lost = fold_rounded(live, model.rounded, model.own)
         unrounded, truth = truth, reading.measure(live.model)
         rounding = difference(truth, unrounded)
         tolerance = max(exact, TIES_SHARE * rounding)

@@ -216,6 +216,8 @@ OTHERS: dict[str, Callable[[str], str]] = {
     "AutoModel": lambda key: re.sub(rf"^{PREFIX}(model|transformer|bert|roberta)\.", PREFIX, key),
     "transformers 4": _transformers4,
     "transformers 4, qwen2-vl": _qwen2_vl_4,
+    "DeepSpeed": lambda key: f"_forward_module.{key}",
+    "Lightning": lambda key: f"model.{key}",
     "body twice": lambda key: key.replace(PREFIX, PREFIX + "model.", 1),
 }
 

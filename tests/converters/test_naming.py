@@ -53,6 +53,8 @@ AS_IT_LIES: dict[str, dict[str, frozenset[str]]] = {
         "PEFT": BOTH,
         "AutoModel": TRANSFORMERS,
         "body twice": TRANSFORMERS,
+        "DeepSpeed": frozenset(),
+        "Lightning": TRANSFORMERS,
     },
     **{
         family: {**WRAPPERS, "PEFT": BOTH, "AutoModel": TRANSFORMERS}

@@ -17,6 +17,7 @@ from dora_serve import ReadOptions, merge, read_run, verify, write_adapter
 from tests.conftest import randomize
 from tests.converters.families import DECODER, ENCODER
 from tests.converters.naming import logits
+from tests.converters.tied_families import FAMILIES
 
 FILE, PREFIX = "adapter_model.safetensors", "base_model.model."
 BIASED = {**ENCODER, "num_labels": 3}
@@ -152,6 +153,13 @@ KINDS: dict[str, tuple[str, str, dict[str, Any], str, dict[str, Any]]] = {
         HEAD,
         {"target_modules": ["up_proj", "embed_tokens"], "init_lora_weights": "olora", **BIAS},
     ),
+    "an encoder of a masked language model": (  # which has no pooling layer
+        "BertModel",
+        "BertConfig",
+        ENCODER,
+        "BertForMaskedLM",
+        {"target_modules": ["query"], "task_type": "FEATURE_EXTRACTION"},
+    ),
     "a text model's body": (
         "Gemma3TextModel",
         "Gemma3TextConfig",
@@ -209,6 +217,32 @@ def test_the_same_under_other_names(tmp_path: Path, run: dict[str, Any]) -> None
     write_adapter(read, tmp_path / "adapter", base=base)
     again = PeftModel.from_pretrained(load(base), str(tmp_path / "adapter"))
     assert float((logits(again) - truth).abs().max()) < 1e-5
+
+
+@pytest.mark.parametrize(
+    "trained_too",
+    [
+        {"trainable_token_indices": {"embed_tokens": [5, 9]}},
+        {"modules_to_save": ["lm_head"], **BIAS},
+    ],
+    ids=str,
+)
+def test_the_text_model_alone_of_a_base_that_sees(
+    tmp_path: Path, trained_too: dict[str, Any]
+) -> None:
+    """Its class has other names than the whole one's, and none of the tower's biases."""
+    whole = FAMILIES["qwen3.5, sees"]
+    base = saved(whole.model, whole.config, whole.values, tmp_path / "base")
+    name = "Qwen3_5ForCausalLM"
+    live = trained(name, base, tmp_path / "run", target_modules=["q_proj"], **trained_too)
+    run = read_run(tmp_path / "run", ReadOptions(base=base))
+    merge(run, tmp_path / "merged", base=base)
+    load = transformers.Qwen3_5ForConditionalGeneration.from_pretrained
+    assert float((logits(load(tmp_path / "merged")) - logits(live)).abs().max()) < 1e-5
+    assert float((logits(load(base)) - logits(live)).abs().max()) > 1e-2
+    found = verify(run, tmp_path / "merged", base=base)
+    assert found.passed
+    assert found.truth == "peft"
 
 
 def test_a_bias_of_its_own_on_a_layer_without_one(tmp_path: Path) -> None:

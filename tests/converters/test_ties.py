@@ -19,7 +19,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 
 from converters.errors import DoraExportError
 from converters.readers import ReadOptions
-from dora_serve import merge, read_run, write_adapter
+from dora_serve import merge, read_run, verify, write_adapter
 from tests.conftest import randomize
 from tests.converters.tied_families import ENCODER, FAMILIES, Family
 
@@ -128,23 +128,34 @@ def test_one_side_of_what_is_tied(tmp_path: Path, name: str, side: str, way: str
         assert apart(logits(family, merged), truth) > 1e-3
 
 
-def test_rows_of_both_sides_beside_lora_on_one_are_refused(tmp_path: Path) -> None:
-    """PEFT's live model has the trained row in the head too, under the head's own LoRA."""
-    family = FAMILIES["qwen2"]
+@pytest.mark.parametrize(("name", "side"), [("qwen2", "lm_head"), ("t5", "lm_head")])
+def test_rows_of_all_sides_beside_lora_on_one(tmp_path: Path, name: str, side: str) -> None:
+    """PEFT's live model has the trained rows in every side, under the one side's own LoRA."""
+    family = FAMILIES[name]
     base(family, tmp_path / "base")
-    targets = [family.inner, "lm_head"]
-    config = LoraConfig(
-        r=2, target_modules=targets, trainable_token_indices=[5], task_type="CAUSAL_LM"
-    )
+    config = LoraConfig(r=2, target_modules=[family.inner, side], trainable_token_indices=[5, 9])
+    if name == "t5":
+        config.trainable_token_indices = {"shared": [5, 9]}
     model: Any = get_peft_model(load(family, tmp_path / "base"), config)
-    randomize(model)
+    randomize(model, ("lora_", "trainable_tokens_delta"))
     model.save_pretrained(tmp_path / "run")
+    truth = logits(
+        family, PeftModel.from_pretrained(load(family, tmp_path / "base"), str(tmp_path / "run"))
+    )
     run = read_run(tmp_path / "run", ReadOptions(base=tmp_path / "base"))
-    for write in (merge, write_adapter):
-        with pytest.raises(DoraExportError, match="has trained rows") as error:
-            write(run, tmp_path / "out", base=tmp_path / "base")
-        assert "PeftModel" in str(error.value.remedy)  # no verb here makes it
-    assert not (tmp_path / "out").exists()
+    for dtype in (None, torch.bfloat16):
+        out = tmp_path / f"merged-{dtype}"
+        merge(run, out, base=tmp_path / "base", dtype=dtype)
+        found = verify(run, out, base=tmp_path / "base")
+        assert found.passed
+        assert found.truth == "peft"
+    merged = load(family, tmp_path / "merged-None")
+    assert apart(logits(family, merged), truth) < 1e-4
+    with torch.no_grad():
+        merged.get_submodule(side).weight[5] += 0.1
+    assert apart(logits(family, merged), truth) > 1e-3
+    with pytest.raises(DoraExportError, match="not low-rank"):
+        write_adapter(run, tmp_path / "adapter", base=tmp_path / "base")
 
 
 def test_a_head_that_its_class_reads_without_calling_it(tmp_path: Path) -> None:
@@ -167,7 +178,24 @@ def test_a_head_that_its_class_reads_without_calling_it(tmp_path: Path) -> None:
         merge(tmp_path / "lora", tmp_path / "merged", base=tmp_path / "base")
 
 
-@pytest.mark.parametrize("name", ["qwen2", "qwen3.5, sees", "bart", "bert"])
+def test_a_layer_inside_that_its_class_reads_without_calling_it(tmp_path: Path) -> None:
+    """Mamba's dt_proj, which PEFT's live model has no use of; that lies plainly on disk."""
+    family = FAMILIES["mamba"]
+    base(family, tmp_path / "base")
+    plain = logits(family, load(family, tmp_path / "base"))
+    model = get_peft_model(load(family, tmp_path / "base"), LoraConfig(target_modules=["dt_proj"]))
+    randomize(model)
+    model.save_pretrained(tmp_path / "lora")
+    assert apart(logits(family, model.eval()), plain) < 1e-5
+    run = read_run(tmp_path / "lora", ReadOptions(base=tmp_path / "base"))
+    for write in (merge, write_adapter):
+        with pytest.raises(DoraExportError, match="without calling it"):
+            write(run, tmp_path / "out", base=tmp_path / "base")
+
+
+@pytest.mark.parametrize(
+    "name", ["qwen2", "qwen3.5, sees", "bart", "bert", "gpt-neox, untied", "modernbert"]
+)
 def test_added_tokens(tmp_path: Path, name: str) -> None:
     """All that is tied has the rows that were added; BART's bias per token, which no adapter
     holds, is asked for."""
@@ -192,7 +220,8 @@ def test_added_tokens(tmp_path: Path, name: str) -> None:
         return
     merge(run, tmp_path / "merged", base=tmp_path / "base")
     merged = load(family, tmp_path / "merged")
-    assert merged.get_input_embeddings().weight is merged.get_output_embeddings().weight
+    sides = merged.get_input_embeddings().weight, merged.get_output_embeddings().weight
+    assert (sides[0] is sides[1]) == ("untied" not in name)
     assert merged.config.get_text_config().vocab_size == 83
     assert apart(logits(family, merged), truth) < 1e-4
     assert apart(logits(family, resized()), truth) > 1e-3

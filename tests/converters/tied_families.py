@@ -174,6 +174,14 @@ FAMILIES = {
         ("model.decoder.embed_tokens", "lm_head"),
         "q_proj",
     ),
+    "gpt-neox, untied": Family(  # whose head is embed_out on disk
+        "GPTNeoXForCausalLM",
+        "GPTNeoXConfig",
+        {**DECODER, "max_position_embeddings": 40, "tie_word_embeddings": False},
+        ("gpt_neox.embed_in", "lm_head"),
+        "query_key_value",
+        default=True,
+    ),
     "mamba": Family(
         "MambaForCausalLM",
         "MambaConfig",

@@ -21,7 +21,15 @@ from ...files.output import save_tensors
 from ...files.tensors import LazyTensor, load_finite, numel
 from ...model.base import BaseModel
 from ...model.layout import Layout, split_slice
-from ...model.match import as_trained, changed, check_frozen, classes, kernels_of, resolved
+from ...model.match import (
+    as_trained,
+    changed,
+    check_called,
+    check_frozen,
+    classes,
+    kernels_of,
+    resolved,
+)
 from ...model.names import PEFT_PREFIX
 from ...model.tasks import peft_type
 from ...model.untying import untied
@@ -221,6 +229,7 @@ def named_for(run: Run, base: BaseModel, profile: Profile) -> tuple[Run, Layout]
         run, layout = as_trained(run, base)
     else:
         run, layout = resolved(run, base), classes(run.task, run.num_labels, base).whole
+    check_called(run, base)
     return (in_memory(run, layout) if "target_parameters" in profile.features else run), layout
 
 

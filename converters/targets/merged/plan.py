@@ -22,6 +22,7 @@ from ...model.base import BaseModel
 from ...model.layout import Layout
 from ...model.match import (
     changed,
+    check_called,
     check_frozen,
     classes,
     is_transposed,
@@ -31,7 +32,7 @@ from ...model.match import (
     target_architecture,
 )
 from ...model.quantized import METHODS, Dequantized, dtype_before, method, unquantized
-from ...model.tying import new_embedding
+from ...model.tying import input_embedding, new_embedding
 from ...model.untying import untied
 from ...run import Run
 from ..target import Plan, Progress
@@ -144,6 +145,7 @@ def plan_merge(run: Run, base: BaseModel, dtype: torch.dtype | None) -> MergePla
         )
     if not lies_plainly(run, base):
         run = resolved(run, base)
+    check_called(run, base)
     given = base
     architecture, _ = target_architecture(run, base)
     run, base = untied(run, base, architecture, Layout(base, architecture, run.num_labels).find)
@@ -161,7 +163,8 @@ def plan_merge(run: Run, base: BaseModel, dtype: torch.dtype | None) -> MergePla
         own = base.tensors.get(source.name) is source
         key = source.name if own else base.find(name) or name
         module, transposed = targets.get(key, (None, False))
-        own_dtype = dtype_before(source)
+        # What was trained whole is stored as what it takes the place of.
+        own_dtype = dtype_before(source if own else base.tensors.get(key, source))
         if packed and own_dtype.is_floating_point:  # else half of the model is of another dtype
             own_dtype = torch.promote_types(own_dtype, before)
         out = dtype if dtype is not None and own_dtype.is_floating_point else own_dtype
@@ -186,8 +189,8 @@ def plan_merge(run: Run, base: BaseModel, dtype: torch.dtype | None) -> MergePla
                 output(renamed[old], tensor) for old, tensor in tensors.items() if old in renamed
             ]
         for name, old in own.items():
-            if old is None and not fused[name]:
-                names[name] = _from_run(run, base, name)
+            if old is None and not fused[name] and (tensor := _from_run(run, base, name)):
+                names[name] = tensor
         names |= replaced
     last = shards[_shard_name(list(base.shards)[-1])]
     # A tensor that the base does not hold takes the dtype of its neighbours.
@@ -264,16 +267,17 @@ def _resized(config: Mapping[str, object], rows: int) -> dict[str, object]:
 def _check_rows(
     run: Run, base: BaseModel, plan: MergePlan, architecture: str | None, rows: int
 ) -> None:
-    """Raise `BaseError` for a tensor with one number per token that the base has for its own
-    vocabulary only, such as a head's bias, where the run's has other `rows`."""
-    old = base.tensors.get(base.embedding or "")
+    """Raise `BaseError` where a tensor has not the `rows` of the run's vocabulary that its class
+    has, such as a head's bias of the base's vocabulary, or has them where its class has not."""
+    old = base.tensors.get(input_embedding(base) or "")
     known = architecture is not None and classes(run.task, run.num_labels, base).known
     if old is None or old.shape[:1] == (rows,) or architecture is None or not known:
         return
     state = empty_model(architecture, plan.config, run.num_labels).state_dict()
     for tensor in plan.tensors:
         expected = tuple(state[tensor.name].shape) if tensor.name in state else None
-        if expected is not None and rows in expected and tensor.source.shape != expected:
+        found = tensor.source.shape
+        if expected is not None and found != expected and rows in (*expected, *found):
             raise BaseError(
                 "the run has another vocabulary than the base, and does not hold this tensor of it",
                 file=base.path,
@@ -285,9 +289,13 @@ def _check_rows(
             )
 
 
-def _from_run(run: Run, base: BaseModel, name: str) -> LazyTensor:
+def _from_run(run: Run, base: BaseModel, name: str) -> LazyTensor | None:
+    """None for a pooling layer that is nowhere: transformers makes it anew at every load, so that
+    nothing was trained with it."""
     if run.embedded_base and name in run.embedded_base:
         return run.embedded_base[name]
+    if ".pooler." in f".{name}" and run.task == "feature-extraction":
+        return None
     raise BaseError(
         "neither the base nor the run has this tensor of the fine-tuned model",
         file=base.path,

@@ -14,9 +14,11 @@ from converters.model.match import (
     changed,
     check_frozen,
     check_names,
+    class_trained,
     classes,
     kernels_of,
     resolved,
+    rows_in_memory,
     target_architecture,
 )
 from tests.converters import naming
@@ -189,6 +191,9 @@ def test_a_run_of_the_text_model_of_a_multimodal_base(
     assert layout.names.architecture == (
         "Gemma3ForCausalLM" if text else "Gemma3ForConditionalGeneration"
     )
+    assert class_trained(run, base).names.architecture == layout.names.architecture
+    assert rows_in_memory(run, base, f"{prefix}embed_tokens") == 80
+    assert rows_in_memory(run, base, f"{prefix}nothing") == 0
 
 
 def test_which_class_a_run_is_for(tmp_path: Path) -> None:

@@ -14,7 +14,8 @@ from safetensors.torch import save_file
 
 from converters.errors import TargetError
 from converters.model.base import BaseModel, open_base
-from converters.model.tying import aliases, groups, rows_in_memory, spreading, tensor_names, tied
+from converters.model.match import rows_in_memory
+from converters.model.tying import aliases, groups, spreading, tensor_names, tied
 from dora_serve import merge
 from tests.converters.made import EMBED, HEAD, WEIGHTS, lazy, make_run
 from tests.converters.tied_families import FAMILIES
@@ -112,16 +113,17 @@ def test_a_class_that_nobody_knows_is_tied_as_its_configuration_says(tmp_path: P
 
 
 def test_rows_of_what_is_stored_or_tied(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "run", {})
     for tie in (True, False):
         base = named(tmp_path / str(tie), llama(tie))
         save_file({EMBED: torch.ones(81, 2), "s": torch.tensor(1.0)}, base.path / WEIGHTS)
         base = open_base(base.path)
-        assert rows_in_memory(base, "model.embed_tokens") == 81
-        assert rows_in_memory(base, "model.layers.0.mlp.up_proj") == 48
-        assert rows_in_memory(base, "model.nothing") == 0
-        assert rows_in_memory(base, "s") == 0
+        assert rows_in_memory(run, base, "model.embed_tokens") == 81
+        assert rows_in_memory(run, base, "model.layers.0.mlp.up_proj") == 48
+        assert rows_in_memory(run, base, "model.nothing") == 0
+        assert rows_in_memory(run, base, "s") == 0
     unknown = named(tmp_path / "unknown", {"architectures": ["PartsForCausalLM"]})
-    assert rows_in_memory(unknown, "model.layers.0.mlp.up_proj") == 0
+    assert rows_in_memory(run, unknown, "model.layers.0.mlp.up_proj") == 0
 
 
 @pytest.mark.parametrize(

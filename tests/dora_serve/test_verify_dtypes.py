@@ -1,0 +1,54 @@
+"""`verify` of merged models whose tensors are of several dtypes, or whose run was of another."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from converters.readers import ReadOptions
+from dora_serve import merge, read_run, verify
+from tests.converters.families import DECODER
+from tests.converters.test_peft_kinds import FILE, saved, trained
+
+NAME = "LlamaForCausalLM"
+F32, BF16, F16 = torch.float32, torch.bfloat16, torch.float16
+
+
+def stored(folder: Path) -> dict[str, torch.dtype]:
+    return {name: t.dtype for name, t in load_file(folder / "model.safetensors").items()}
+
+
+def spoilt(merged: Path) -> None:
+    file = merged / "model.safetensors"
+    tensors = load_file(file)
+    tensors["lm_head.weight"] *= 1.1
+    save_file(tensors, file, {"format": "pt"})
+
+
+@pytest.mark.parametrize("dtype", [F32, F16, BF16], ids=str)
+@pytest.mark.parametrize("kept", [F32, BF16, "mixed"], ids=str)
+def test_a_whole_head(tmp_path: Path, kept: torch.dtype | str, dtype: torch.dtype) -> None:
+    """A base in `kept`, a run saved in `dtype`: the output is of the base's dtypes throughout."""
+    base = saved(NAME, "LlamaConfig", DECODER, tmp_path / "base")
+    file = base / "model.safetensors"
+    narrow = kept if isinstance(kept, torch.dtype) else BF16
+    wide = "model.layers.0" if kept == "mixed" else "nothing"
+    tensors = {n: t if wide in n else t.to(narrow) for n, t in load_file(file).items()}
+    save_file(tensors, file, {"format": "pt"})
+    whole = {"target_modules": ["q_proj"], "modules_to_save": ["lm_head"]}
+    trained(NAME, base, tmp_path / "run", **whole)
+    file = tmp_path / "run" / FILE
+    save_file({n: t.to(dtype) for n, t in load_file(file).items()}, file, {"format": "pt"})
+    run = read_run(tmp_path / "run", ReadOptions(base=base))
+    merge(run, tmp_path / "merged", base=base)
+    assert stored(tmp_path / "merged") == stored(base)
+    found = verify(run, tmp_path / "merged", base=base)
+    assert found.passed
+    assert found.truth == "peft"
+    spoilt(tmp_path / "merged")
+    wrong = verify(run, tmp_path / "merged", base=base)
+    assert not wrong.passed
+    assert wrong.max_abs > 10 * wrong.tolerance
