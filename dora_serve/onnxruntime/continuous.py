@@ -19,6 +19,7 @@ from .engine import Engine
 from .generation import Generation, Logprobs, PromptLogprobs
 from .grammar import Grammars
 from .limits import Limits, check_rows
+from .prefixes import Prefixes
 from .runner import Runner
 from .sampling import Sampling
 from .session import EngineError
@@ -59,18 +60,27 @@ Tell = Callable[[Delta], None]
 
 
 class Request:
-    """A completion asked for. `filled`: how many of its tokens the cache holds."""
+    """A completion asked for. `filled`: how many of its tokens the cache holds. `kind`: what their
+    keys and values follow from beside the tokens. `cached`: how many tokens of the prompt were not
+    computed again, once it has begun."""
 
     def __init__(self, generation: Generation, adapter: str | None, tell: Tell) -> None:
         self.generation, self.adapter, self.tell = generation, adapter, tell
         self.number = next(_numbers)
         self.filled = 0
+        self.kind = b""
+        self.cached: int | None = None
         self.cancelled = False
         self._told_text = self._told_tokens = 0
 
     @property
     def length(self) -> int:
         return len(self.generation.prompt) + len(self.generation.tokens)
+
+    @property
+    def whole(self) -> list[int]:
+        """The tokens of the prompt and of the completion."""
+        return [*self.generation.prompt, *self.generation.tokens]
 
     def tell_news(self) -> None:
         """Tell what the generation has grown by since the last time."""
@@ -112,6 +122,7 @@ class ContinuousDecoder(Engine):
         self.max_length = self.slots.max_length
         self.preemptions = 0
         self.grammars = Grammars(self.tokenizer, graph.vocabulary, graph.eos)
+        self.prefixes = Prefixes(self.slots, self.limits.prefix_bytes)
         self._runner = Runner(graph, self.slots)
         self._rows: list[Request] = []  # by slot; each has one token that is not in the cache yet
         self._filling: Request | None = None  # in the slot behind them
@@ -168,6 +179,8 @@ class ContinuousDecoder(Engine):
         self._drop_cancelled()
         if self._filling is None:
             self._admit()
+            if self._filling is not None:
+                self._recall(self._filling)
         if self._filling is not None:
             self._fill(self._filling)
         self._restart()
@@ -179,9 +192,11 @@ class ContinuousDecoder(Engine):
             if any(request.cancelled for request in self._queue):
                 self._queue = [each for each in self._queue if not each.cancelled]
         if self._filling is not None and self._filling.cancelled:
+            self._keep(len(self._rows))
             self._leave_filling()
         for slot in reversed(range(len(self._rows))):
             if self._rows[slot].cancelled:
+                self._keep(slot)
                 self._leave(slot)
 
     def _restart(self) -> None:
@@ -210,9 +225,24 @@ class ContinuousDecoder(Engine):
             if self._filling is not None:
                 return
 
+    def _recall(self, request: Request) -> None:
+        """Begin a prompt with what was kept of one that began like it."""
+        beyond = self.graph.border is not None and request.length > self.graph.border
+        request.kind = self.graph.adapter_set.digest(request.adapter) + bytes([beyond])
+        told = request.generation.sampling.prompt_logprobs is not None  # so its logits are wanted
+        if not told and self._reserve(request.length):
+            request.filled = self.prefixes.load(request.kind, request.whole, len(self._rows))
+        if request.cached is None:
+            request.cached = request.filled
+
+    def _keep(self, slot: int) -> None:
+        """Keep what a row, or the prompt behind them, has computed."""
+        request = self._admitted[slot]
+        self.prefixes.keep(request.kind, request.whole[: request.filled], slot)
+
     def _fill(self, request: Request) -> None:
         """Run the next piece of a prompt; with the last one it becomes a row."""
-        tokens = [*request.generation.prompt, *request.generation.tokens]
+        tokens = request.whole
         size = self.limits.piece if self._rows else _ALONE
         every = request.generation.sampling.prompt_logprobs is not None
         if every:
@@ -236,6 +266,7 @@ class ContinuousDecoder(Engine):
         if request.filled == len(tokens):
             self._rows.append(request)
             self._filling = None
+            self._keep(len(self._rows) - 1)
             self._take(len(self._rows) - 1, logits[-1])
 
     def _step(self) -> None:
@@ -262,6 +293,7 @@ class ContinuousDecoder(Engine):
             return
         request.tell_news()
         if request.generation.reason is not None:
+            self._keep(slot)
             self._leave(slot)
 
     def _leave(self, slot: int) -> Request:
@@ -291,9 +323,12 @@ class ContinuousDecoder(Engine):
         """Let the youngest row wait for room: it begins again with the tokens it has."""
         request = self._filling
         if request is not None:
+            self._keep(len(self._rows))
             self._leave_filling()
         else:
-            request = self._leave(max(range(len(self._rows)), key=lambda i: self._rows[i].number))
+            youngest = max(range(len(self._rows)), key=lambda i: self._rows[i].number)
+            self._keep(youngest)
+            request = self._leave(youngest)
         self.preemptions += 1
         self._wait(request)
 
