@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import itertools
 import json
 import os
 import random
@@ -33,55 +34,63 @@ PORT = 8767
 URL = f"http://127.0.0.1:{PORT}"
 MODEL = "model"
 PROMPT, NEW, HISTORY = 64, 48, 1000
+LONG = 512  # tokens of every fourth prompt where long and short ones come together
 EQUALS = {"fp32": "F32", "int8": "Q8_0", "int4": "Q4_K_M"}
-ROWS = {  # told of every pair; whether more is better
-    "prompt, tokens/s": True,
-    "1 client, tokens/s": True,
-    "8 clients, tokens/s": True,
-    "first turn, ms": False,
-    "second turn, ms": False,
-}
 
 
 def tokens(seed: int, count: int) -> list[int]:
     return random.Random(seed).choices(range(1000, 30000), k=count)
 
 
-async def complete(http: httpx.AsyncClient, ids: Sequence[int], count: int) -> tuple[float, float]:
-    """Seconds to the first token and from there to the last."""
+async def complete(http: httpx.AsyncClient, ids: Sequence[int], count: int) -> list[float]:
+    """Seconds to the first piece of the answer, and from piece to piece."""
     body: dict[str, Any] = {"prompt": list(ids), "max_tokens": count, "temperature": 0}
     body |= {"ignore_eos": True, "stream": True, "model": MODEL}
-    begin, first = time.perf_counter(), 0.0
+    times = [time.perf_counter()]
     async with http.stream("POST", f"{URL}/v1/completions", json=body) as answer:
         if answer.status_code != 200:
             raise SystemExit((await answer.aread()).decode())
         async for line in answer.aiter_lines():
-            if line.startswith("data: {") and not first:
-                first = time.perf_counter()
-    return first - begin, time.perf_counter() - first
+            if line.startswith("data: {"):
+                times.append(time.perf_counter())
+    return [after - before for before, after in itertools.pairwise(times)]
 
 
 async def measure(clients: Sequence[int], seed: int) -> dict[str, float]:
+    """What one server took, by the rows of the table."""
     found: dict[str, float] = {}
-    async with httpx.AsyncClient(timeout=600) as http:
+    async with httpx.AsyncClient(timeout=600, limits=httpx.Limits(max_connections=99)) as http:
         await complete(http, tokens(seed, 9), 4)
         for count in clients:
             prompts = [tokens(1000 * seed + 10 * count + i, PROMPT) for i in range(count)]
             begin = time.perf_counter()
             done = await asyncio.gather(*(complete(http, ids, NEW) for ids in prompts))
+            seconds = time.perf_counter() - begin
             if count == 1:
-                ((first, rest),) = done
-                found["prompt, tokens/s"] = PROMPT / first
-                found["1 client, tokens/s"] = (NEW - 1) / rest
-            else:
-                seconds = time.perf_counter() - begin
-                found[f"{count} clients, tokens/s"] = count * NEW / seconds
+                found["prompt, tokens/s"] = PROMPT / done[0][0]
+                seconds -= done[0][0]
+            found[f"{count} clients, tokens/s"] = (count * NEW - (count == 1)) / seconds
+            if count > 1:
+                found[f"{count} clients, p95 of a token, ms"] = await _mixed(http, count, seed)
         history = tokens(1000 * seed + 999, HISTORY)
-        first, _ = await complete(http, history, 1)
-        found["first turn, ms"] = 1e3 * first
-        second, _ = await complete(http, history + tokens(seed, 16), 1)
-        found["second turn, ms"] = 1e3 * second
+        found["first turn, ms"] = 1e3 * (await complete(http, history, 1))[0]
+        history += tokens(seed, 16)
+        found["second turn, ms"] = 1e3 * (await complete(http, history, 1))[0]
     return found
+
+
+async def _mixed(http: httpx.AsyncClient, clients: int, seed: int) -> float:
+    """Two requests of each client, every fourth of them long."""
+    gaps: list[float] = []
+
+    async def client(number: int) -> None:
+        for turn in range(2):
+            length = PROMPT if (number + turn) % 4 else LONG
+            ids = tokens(10**6 + 1000 * seed + 100 * number + turn, length)
+            gaps.extend((await complete(http, ids, NEW))[1:])
+
+    await asyncio.gather(*(client(number) for number in range(clients)))
+    return 1e3 * statistics.quantiles(gaps, n=20)[-1]
 
 
 @contextmanager
@@ -136,7 +145,7 @@ def main() -> None:
     parser.add_argument("base", type=Path)
     parser.add_argument("gguf", type=Path)
     parser.add_argument("--llama", type=Path, required=True)
-    parser.add_argument("--clients", type=int, nargs="+", default=[1, 8], choices=[1, 8])
+    parser.add_argument("--clients", type=int, nargs="+", default=[1, 8])
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--threads", type=int, default=os.cpu_count() or 1)
     parser.add_argument("--precisions", nargs="+", default=list(EQUALS), choices=list(EQUALS))
@@ -155,12 +164,11 @@ def main() -> None:
                 for row, value in found.items():
                     medians[name][row].append(value)
     print("| | precision | ours | llama.cpp | × |\n|---|---|---:|---:|---:|")
-    for row, more in ROWS.items():
-        for precision, kind in EQUALS.items():
-            if not medians[precision][row]:
-                continue
+    for row in next(iter(medians.values())):
+        for precision in options.precisions:
+            kind = EQUALS[precision]
             ours, theirs = (statistics.median(medians[n][row]) for n in (precision, kind))
-            ratio = ours / theirs if more else theirs / ours
+            ratio = theirs / ours if row.endswith("ms") else ours / theirs
             print(f"| {row} | {precision}, {kind} | {ours:.1f} | {theirs:.1f} | {ratio:.2f} |")
 
 
