@@ -204,8 +204,7 @@ class ContinuousDecoder(Engine):
                 self._leave(slot)
 
     def _restart(self) -> None:
-        """Let every row that is about to cross the graph's border begin again: its keys and values
-        are others beyond it."""
+        """Let the rows at the graph's border begin again: beyond it their keys are others."""
         for slot in reversed(range(len(self._rows))):
             if self._rows[slot].filled == self.graph.border:
                 self._wait(self._leave(slot))
@@ -302,8 +301,10 @@ class ContinuousDecoder(Engine):
         self._rows += self._filling[:count]
         del self._filling[:count]
         for slot in reversed(range(first, first + count)):  # as in a step
-            self._keep(slot)
+            request = self._rows[slot]
             self._take(slot, logits[slot - first])
+            if request in self._rows:  # its first token is told before it is kept
+                self._keep(slot)
 
     def _refuse(self, requests: Sequence[Request], error: Exception) -> None:
         _log.error("a prompt failed", exc_info=error)
