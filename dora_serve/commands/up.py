@@ -16,6 +16,7 @@ _ONLY = {  # parameters that one engine alone has
         "threads": "--threads",
         "workers": "--workers",
         "precision": "--precision",
+        "prefix_cache": "--prefix-cache",
     },
     "vllm": {
         "gpu_memory": "--gpu-memory",
@@ -54,6 +55,13 @@ _WHERE = {"--host", "--port", "--uds"}  # vLLM listens
     show_default=True,
     help="ONNX Runtime: of the weights; auto is the most exact that fits a quarter of the memory.",
 )
+@click.option(
+    "--prefix-cache",
+    type=common.Size(),
+    help="ONNX Runtime: memory of each base for keys and values of earlier texts, which are not "
+    "computed again where a prompt begins with them, as 4GB; 0 keeps none  "
+    "[default: a sixteenth of the memory]",
+)
 @click.option("--gpu-memory", type=common.Size(), help="vLLM: memory of the device, as 80GB.")
 @click.option("--vllm", metavar="PROGRAM", help="vLLM: its program or its Python, if elsewhere.")
 @click.option("--live", is_flag=True, help="vLLM: follow what appears, changes or goes later.")
@@ -75,6 +83,7 @@ def command(
     threads: int | None,
     workers: int,
     precision: str,
+    prefix_cache: int | None,
     gpu_memory: int | None,
     vllm: str | None,
     live: bool,
@@ -106,10 +115,12 @@ def command(
             more=more,
         )
         return
+    from dora_serve.onnxruntime.limits import Limits
     from dora_serve.server.options import ServerOptions
     from dora_serve.server.up import up
 
-    options = ServerOptions(threads=threads, workers=workers, precision=precision)
+    limits = Limits() if prefix_cache is None else Limits(prefix_bytes=prefix_cache)
+    options = ServerOptions(threads=threads, workers=workers, precision=precision, limits=limits)
     sys.exit(up(folder, base, host, port, api_key, dry_run, options))
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from hashlib import sha256
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -50,6 +51,7 @@ class AdapterSet:
         self._shapes = {n: shape for n, shape in shapes.items() if n not in others}
         self._own = dict(own or {})
         self._loaded: dict[str, dict[str, Array]] = {}
+        self._digests: dict[str, bytes] = {}
         self._stacks: dict[tuple[str, ...], dict[str, Array]] = {}
 
     @property
@@ -104,13 +106,29 @@ class AdapterSet:
                     remedy="the file is damaged: add the adapter again",
                 )
         self._loaded[name] = parameters
+        self._digests.pop(name, None)
         self._stacks.clear()
 
     def remove(self, name: str) -> None:
         """Forget an adapter; the graphs and the sessions stay as they are."""
         self._check([name])
         del self._loaded[name]
+        self._digests.pop(name, None)
         self._stacks.clear()
+
+    def digest(self, name: str | None) -> bytes:
+        """SHA-256 of what was loaded under `name`, which is the same for the same parameters and
+        no others; of nothing for no adapter."""
+        self._check([name])
+        if name is None:
+            return sha256().digest()
+        if name not in self._digests:
+            digest = sha256()
+            for parameter, array in sorted(self._loaded[name].items()):
+                digest.update(f"{parameter} {array.dtype} {array.shape};".encode())
+                digest.update(np.ascontiguousarray(array))
+            self._digests[name] = digest.digest()
+        return self._digests[name]
 
     def _check(self, wanted: Iterable[str | None]) -> None:
         for name in wanted:

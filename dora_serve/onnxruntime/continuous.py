@@ -1,9 +1,10 @@
 """Continuous batching: requests join and leave a running batch between two steps.
 
-One thread owns the graph. Every round it runs one piece of one new prompt, then one token of every
-row, whatever their adapters: GroupQueryAttention takes a prompt by itself or single tokens of many
-rows, and a piece bounds how long a prompt keeps the others waiting. A row's tokens do not depend
-on its neighbours.
+One thread owns the graph. Every round it runs one piece of one new prompt, or as many short ones of
+one adapter as are no longer than a piece together, then one token of every row, whatever their
+adapters. GroupQueryAttention takes prompts from their begin, a prompt that goes on by itself, or
+single tokens of many rows, and a piece bounds how long a prompt keeps the others waiting. A row's
+tokens do not depend on its neighbours.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from .engine import Engine
 from .generation import Generation, Logprobs, PromptLogprobs
 from .grammar import Grammars
 from .limits import Limits, check_rows
+from .prefixes import Prefixes
 from .runner import Runner
 from .sampling import Sampling
 from .session import EngineError
@@ -59,18 +61,31 @@ Tell = Callable[[Delta], None]
 
 
 class Request:
-    """A completion asked for. `filled`: how many of its tokens the cache holds."""
+    """A completion asked for. `filled`: how many of its tokens the cache holds; `kind`: what these
+    follow from beside the tokens; `cached`: how many were not computed, once it has begun."""
 
     def __init__(self, generation: Generation, adapter: str | None, tell: Tell) -> None:
         self.generation, self.adapter, self.tell = generation, adapter, tell
         self.number = next(_numbers)
         self.filled = 0
+        self.kind = b""
+        self.cached: int | None = None
         self.cancelled = False
         self._told_text = self._told_tokens = 0
 
     @property
     def length(self) -> int:
         return len(self.generation.prompt) + len(self.generation.tokens)
+
+    @property
+    def told(self) -> bool:
+        """Whether the logits of the whole prompt are wanted."""
+        return self.generation.sampling.prompt_logprobs is not None
+
+    @property
+    def whole(self) -> list[int]:
+        """The tokens of the prompt and of the completion."""
+        return [*self.generation.prompt, *self.generation.tokens]
 
     def tell_news(self) -> None:
         """Tell what the generation has grown by since the last time."""
@@ -112,14 +127,15 @@ class ContinuousDecoder(Engine):
         self.max_length = self.slots.max_length
         self.preemptions = 0
         self.grammars = Grammars(self.tokenizer, graph.vocabulary, graph.eos)
+        self.prefixes = Prefixes(self.slots, self.limits.prefix_bytes)
         self._runner = Runner(graph, self.slots)
         self._rows: list[Request] = []  # by slot; each has one token that is not in the cache yet
-        self._filling: Request | None = None  # in the slot behind them
+        self._filling: list[Request] = []  # in the slots behind them
         self._start()
 
     @property
     def _admitted(self) -> list[Request]:
-        return [row for row in (*self._rows, self._filling) if row is not None]
+        return [*self._rows, *self._filling]
 
     @property
     def running(self) -> int:
@@ -166,10 +182,11 @@ class ContinuousDecoder(Engine):
 
     def _round(self) -> None:
         self._drop_cancelled()
-        if self._filling is None:
-            self._admit()
-        if self._filling is not None:
-            self._fill(self._filling)
+        if not self._filling:
+            while self._queue and self._joins(self._queue[0]) and self._admit():
+                pass
+        if self._filling:
+            self._fill()
         self._restart()
         if self._rows:
             self._step()
@@ -178,43 +195,72 @@ class ContinuousDecoder(Engine):
         with self._changed:
             if any(request.cancelled for request in self._queue):
                 self._queue = [each for each in self._queue if not each.cancelled]
-        if self._filling is not None and self._filling.cancelled:
-            self._leave_filling()
+        for request in [each for each in self._filling if each.cancelled]:
+            self._keep(self._admitted.index(request))
+            self._leave_filling(request)
         for slot in reversed(range(len(self._rows))):
             if self._rows[slot].cancelled:
+                self._keep(slot)
                 self._leave(slot)
 
     def _restart(self) -> None:
-        """Let every row that is about to cross the graph's border begin again: its keys and values
-        are others beyond it."""
+        """Let the rows at the graph's border begin again: beyond it their keys are others."""
         for slot in reversed(range(len(self._rows))):
             if self._rows[slot].filled == self.graph.border:
                 self._wait(self._leave(slot))
 
-    def _admit(self) -> None:
-        """Let the request that waits longest begin, as soon as the cache has room for it."""
-        while self._queue:
-            request = self._queue[0]
-            longest = max(request.length, *(row.length for row in self._rows), 0)
-            if not self.slots.fits(len(self._rows) + 1, min(longest + 1, self.max_length)):
-                return
-            try:
-                if not self.pool.acquire(request.adapter):
-                    return
-                self._filling = request
-                request.generation.begin()
-            except Exception as error:
-                request.tell(Delta(error=error))
-            with self._changed:
-                self._queue.pop(0)
-            if self._filling is not None:
-                return
+    def _joins(self, request: Request) -> bool:
+        """Whether it can begin with those that begin now, as one piece."""
+        together = [*self._filling, request]
+        size = len(together) * max(each.length for each in together)
+        fresh = not any(each.filled or each.told for each in together)
+        alike = fresh and len({each.adapter for each in together}) == 1
+        return not self._filling or (alike and size <= self.limits.piece)
 
-    def _fill(self, request: Request) -> None:
-        """Run the next piece of a prompt; with the last one it becomes a row."""
-        tokens = [*request.generation.prompt, *request.generation.tokens]
+    def _admit(self) -> bool:
+        """Let the request that waits longest begin; False when there is no room for it yet."""
+        request = self._queue[0]
+        longest = max(request.length, *(row.length for row in self._admitted), 0)
+        if not self.slots.fits(len(self._admitted) + 1, min(longest + 1, self.max_length)):
+            return False
+        try:
+            if not self.pool.acquire(request.adapter):
+                return False
+            self._filling.append(request)
+            request.generation.begin()
+            self._recall(request)
+        except Exception as error:
+            if request in self._filling:
+                self._leave_filling(request)
+            request.tell(Delta(error=error))
+        with self._changed:
+            self._queue.pop(0)
+        return True
+
+    def _recall(self, request: Request) -> None:
+        """Begin a prompt with what was kept of one that began like it."""
+        beyond = self.graph.border is not None and request.length > self.graph.border
+        request.kind = self.graph.adapter_set.digest(request.adapter) + bytes([beyond])
+        if not request.told and self._reserve(request.length):
+            slot = self._admitted.index(request)
+            request.filled = self.prefixes.load(request.kind, request.whole, slot)
+        if request.cached is None:
+            request.cached = request.filled
+
+    def _keep(self, slot: int) -> None:
+        """Keep what a row, or the prompt behind them, has computed."""
+        request = self._admitted[slot]
+        self.prefixes.keep(request.kind, request.whole[: request.filled], slot)
+
+    def _fill(self) -> None:
+        """Run the next piece of a prompt, or whole ones; with the last it becomes a row."""
+        begin = list(itertools.takewhile(lambda each: not each.filled, self._filling))
+        if len(begin) > 1:
+            self._fill_all(begin)
+            return
+        request = self._filling[0]
+        tokens, every = request.whole, request.told
         size = self.limits.piece if self._rows else _ALONE
-        every = request.generation.sampling.prompt_logprobs is not None
         if every:
             size = max(1, min(size, _LOGITS // self.graph.vocabulary))
         piece = tokens[request.filled : request.filled + size]
@@ -228,15 +274,43 @@ class ContinuousDecoder(Engine):
             if every:
                 request.generation.read_prompt(logits, request.filled)
         except Exception as error:  # the rows beside it are not touched
-            _log.exception("a prompt failed")
-            self._leave_filling()
-            request.tell(Delta(error=error))
+            self._refuse([request], error)
             return
         request.filled += len(piece)
         if request.filled == len(tokens):
-            self._rows.append(request)
-            self._filling = None
-            self._take(len(self._rows) - 1, logits[-1])
+            self._become_rows(logits[-1:])
+
+    def _fill_all(self, requests: Sequence[Request]) -> None:
+        """Run the whole prompts of the first that fill, which have one adapter."""
+        if not self._reserve(max(each.length for each in requests)):
+            self._preempt()
+            return
+        prompts = [each.whole for each in requests]
+        try:
+            logits = self._runner.prefill_all(len(self._rows), prompts, requests[0].adapter)
+        except Exception as error:
+            self._refuse(requests, error)
+        else:
+            for request in requests:
+                request.filled = request.length
+            self._become_rows(logits)
+
+    def _become_rows(self, logits: Logits) -> None:
+        """Let the first that filled be rows; each takes its token from `logits [n, vocab]`."""
+        first, count = len(self._rows), len(logits)
+        self._rows += self._filling[:count]
+        del self._filling[:count]
+        for slot in reversed(range(first, first + count)):  # as in a step
+            request = self._rows[slot]
+            self._take(slot, logits[slot - first])
+            if request in self._rows:  # its first token is told before it is kept
+                self._keep(slot)
+
+    def _refuse(self, requests: Sequence[Request], error: Exception) -> None:
+        _log.error("a prompt failed", exc_info=error)
+        for request in requests:
+            self._leave_filling(request)
+            request.tell(Delta(error=error))
 
     def _step(self) -> None:
         while not self._reserve(max(row.filled for row in self._rows) + 1):
@@ -262,6 +336,7 @@ class ContinuousDecoder(Engine):
             return
         request.tell_news()
         if request.generation.reason is not None:
+            self._keep(slot)
             self._leave(slot)
 
     def _leave(self, slot: int) -> Request:
@@ -273,14 +348,19 @@ class ContinuousDecoder(Engine):
             self._rows[slot] = self._rows[last]
             self.slots.move(last, slot, self._rows[slot].filled)
         self._rows.pop()
-        if self._filling is not None:
-            self.slots.move(last + 1, last, self._filling.filled)
+        self._close_up(last)
         return left
 
-    def _leave_filling(self) -> None:
-        if self._filling is not None:
-            self.pool.release(self._filling.adapter)
-            self._filling = None
+    def _leave_filling(self, request: Request) -> None:
+        slot = self._admitted.index(request)
+        self.pool.release(request.adapter)
+        self._filling.remove(request)
+        self._close_up(slot)
+
+    def _close_up(self, slot: int) -> None:
+        """Let those that fill behind `slot`, which was left, move up by one."""
+        for target in range(slot, len(self._admitted)):
+            self.slots.move(target + 1, target, self._admitted[target].filled)
 
     def _reserve(self, length: int) -> bool:
         rows = self._admitted
@@ -289,11 +369,14 @@ class ContinuousDecoder(Engine):
 
     def _preempt(self) -> None:
         """Let the youngest row wait for room: it begins again with the tokens it has."""
-        request = self._filling
-        if request is not None:
-            self._leave_filling()
+        if self._filling:
+            request = self._filling[-1]
+            self._keep(len(self._admitted) - 1)
+            self._leave_filling(request)
         else:
-            request = self._leave(max(range(len(self._rows)), key=lambda i: self._rows[i].number))
+            youngest = max(range(len(self._rows)), key=lambda i: self._rows[i].number)
+            self._keep(youngest)
+            request = self._leave(youngest)
         self.preemptions += 1
         self._wait(request)
 
@@ -309,7 +392,7 @@ class ContinuousDecoder(Engine):
         failed = self._admitted
         for request in failed:
             self.pool.release(request.adapter)
-        self._rows, self._filling = [], None
+        self._rows, self._filling = [], []
         with self._changed:
             if not failed and self._queue:
                 failed.append(self._queue.pop(0))

@@ -2,25 +2,40 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from pathlib import Path
 
 from .session import EngineError
+
+_GROUP = Path("/sys/fs/cgroup/memory.max")
 
 
 class QueueFull(EngineError):
     """More requests wait than are allowed to."""
 
 
+def memory() -> int:
+    """Bytes that this process may use: the machine's, or what its control group is given."""
+    machine = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    try:
+        return min(machine, int(_GROUP.read_text()))
+    except (OSError, ValueError):  # none, or "max"
+        return machine
+
+
 @dataclass(frozen=True)
 class Limits:
     """`max_rows` at once, `max_waiting` behind them, bytes of keys and values, bytes of adapters,
-    and `piece`: tokens of a prompt between two steps."""
+    and `piece`: tokens of a prompt between two steps. `prefix_bytes` of keys and values that are
+    kept for later requests, by default a sixteenth of the memory."""
 
     max_rows: int = 32
     max_waiting: int = 256
     cache_bytes: int = 1 << 30
     adapter_bytes: int = 1 << 30
+    prefix_bytes: int = field(default_factory=lambda: memory() // 16)
     piece: int = 64
 
 

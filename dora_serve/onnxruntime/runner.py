@@ -12,6 +12,7 @@ from converters.files.onnx_files import ADAPTER_INDEX, LOGITS_POSITIONS, ROW_LEN
 from .adapter_set import row_index
 from .binding import Binding
 from .decoder_graph import DecoderGraph
+from .session import padded
 from .slots import Slots
 
 if TYPE_CHECKING:
@@ -21,7 +22,8 @@ if TYPE_CHECKING:
 
 
 class Runner:
-    """Runs `graph` over `slots`: a piece of one row's prompt, or one token of many rows."""
+    """Runs `graph` over `slots`: a piece of one row's prompt, whole prompts that begin
+    together, or one token of many rows."""
 
     def __init__(self, graph: DecoderGraph, slots: Slots) -> None:
         self._graph, self._slots = graph, slots
@@ -43,9 +45,18 @@ class Runner:
         binding = self._binding("prefill", slot, slot + 1, used)
         positions = np.arange(filled, filled + len(tokens))[None]
         wanted = np.arange(0 if every else len(tokens) - 1, len(tokens))[None]
-        ids = np.array([tokens])
-        logits: Logits = self._run(binding, ids, positions, wanted, [adapter], used, length)[0]
-        return logits
+        ids, ends = np.array([tokens]), positions[:, -1:] + 1
+        logits: Logits = self._run(binding, ids, positions, ends, wanted, [adapter], used, length)
+        return logits[0]
+
+    def prefill_all(self, slot: int, rows: Sequence[Sequence[int]], adapter: str | None) -> Logits:
+        """Begin the slots from `slot` on with whole prompts; the logits `[rows, vocab]` after the
+        last token of each."""
+        used = () if adapter is None else (adapter,)
+        binding = self._binding("prefill", slot, slot + len(rows), used)
+        ids, ends = padded(rows, 0), np.array([[len(row)] for row in rows])
+        positions = np.tile(np.arange(ids.shape[1]), (len(rows), 1))
+        return self._run(binding, ids, positions, ends, ends - 1, [adapter] * len(rows), used)[:, 0]
 
     def step(
         self, tokens: Sequence[int], filled: Sequence[int], adapters: Sequence[str | None]
@@ -54,7 +65,8 @@ class Runner:
         used = self._stack(adapters)
         binding = self._binding("step", 0, len(tokens), used)
         ids, positions = np.array(tokens)[:, None], np.array(filled)[:, None]
-        return self._run(binding, ids, positions, np.zeros_like(ids), adapters, used)[:, 0]
+        wanted, ends = np.zeros_like(ids), positions + 1
+        return self._run(binding, ids, positions, ends, wanted, adapters, used)[:, 0]
 
     def _stack(self, adapters: Sequence[str | None]) -> tuple[str, ...]:
         """The adapters to compute with: those of before as long as most are needed, since putting
@@ -82,14 +94,15 @@ class Runner:
         binding: Binding,
         ids: NDArray[np.int64],
         positions: NDArray[np.int64],
+        ends: NDArray[np.int64],
         wanted: NDArray[np.int64],
         adapters: Sequence[str | None],
         used: tuple[str, ...],
         length: int = 0,
     ) -> Logits:
         """The logits `[rows, m, vocab]` after those of `ids [rows, n]` at `positions` that are
-        `wanted [rows, m]`, in rows of at least `length` tokens."""
-        ends = positions[:, -1:] + 1
+        `wanted [rows, m]`, in rows that end at `ends [rows, 1]` and get at least `length` tokens.
+        """
         feeds = {
             "input_ids": ids,
             "attention_mask": (np.arange(ends.max()) < ends).astype(np.int64),

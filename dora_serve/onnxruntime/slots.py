@@ -6,6 +6,7 @@ head_size]`, so that the first n slots are a batch without a copy, and slot n al
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -15,6 +16,7 @@ if TYPE_CHECKING:
 
     from .decoder_graph import DecoderGraph
 
+BLOCK = 16  # tokens that are kept and found together, as many as in vLLM
 _STEP = 64  # tokens: what a length is rounded up to
 
 
@@ -69,6 +71,14 @@ class Slots:
         """Put the first `used` tokens of slot `source` into slot `target`."""
         for array in self._arrays:
             array[target, :, :used] = array[source, :, :used]
+
+    def blocks(self, slot: int, begin: int, end: int) -> Iterator[NDArray[Any]]:
+        """The blocks of tokens from `begin` to `end` of a slot, `[blocks, heads, BLOCK, head_size]`
+        of every cache, in its own memory."""
+        for array in self._arrays:
+            tokens = array[slot : slot + 1, :, begin * BLOCK : end * BLOCK]
+            shape = self._heads, end - begin, BLOCK, self._head_size
+            yield tokens.reshape(shape).swapaxes(0, 1)
 
     def view(self, begin: int, end: int) -> list[Any]:
         """The slots from `begin` to `end` of every cache, as OrtValues over the same memory."""

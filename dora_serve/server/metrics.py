@@ -92,6 +92,12 @@ class _Engines:
         loaded = GaugeMetricFamily("dora:adapter_bytes", "Adapters in memory.", labels=label)
         cache = GaugeMetricFamily("vllm:kv_cache_usage_perc", "Share filled.", labels=label)
         again = CounterMetricFamily("vllm:num_preemptions", "Rows begun again.", labels=label)
+        looked = CounterMetricFamily(
+            "vllm:prefix_cache_queries", "Tokens looked for among those kept.", labels=label
+        )
+        found = CounterMetricFamily(
+            "vllm:prefix_cache_hits", "Tokens that were not computed again.", labels=label
+        )
         for name, engine in self._models.engines():
             running.add_metric([name], engine.running)
             waiting.add_metric([name], engine.waiting)
@@ -99,4 +105,6 @@ class _Engines:
             if isinstance(engine, ContinuousDecoder):
                 cache.add_metric([name], engine.cache_usage)
                 again.add_metric([name], engine.preemptions)
-        yield from (running, waiting, loaded, cache, again)
+                looked.add_metric([name], engine.prefixes.queries)
+                found.add_metric([name], engine.prefixes.hits)
+        yield from (running, waiting, loaded, cache, again, looked, found)

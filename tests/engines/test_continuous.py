@@ -10,6 +10,7 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -141,6 +142,36 @@ def test_a_row_in_another_slot_would_be_found(llama: Case, monkeypatch: pytest.M
     monkeypatch.setattr(Slots, "move", lambda *_: None)
     with running(llama, max_rows=5, piece=3) as engine, pytest.raises(AssertionError):
         check(llama, engine, wishes(llama, 40, seed=0))
+
+
+@pytest.mark.parametrize("broken", [False, True])
+def test_short_prompts_of_one_adapter_begin_together(
+    llama: Case, monkeypatch: pytest.MonkeyPatch, broken: bool
+) -> None:
+    prefill, together = Runner.prefill_all, []
+
+    def counted(runner: Runner, slot: int, rows: list[list[int]], adapter: str | None) -> Any:
+        together.append([len(row) for row in rows])
+        return prefill(runner, slot, rows, None if broken else adapter)
+
+    monkeypatch.setattr(Runner, "prefill_all", counted)
+    words, sampling = random.Random(0), Sampling(max_tokens=9, ignore_eos=True)
+    lengths = {"down": [3, 12, 1, 9, 30, 2, 2], "second": [16, 15, 14, 2, 7], None: [5, 5, 5]}
+    asked = [
+        (words.choices(range(3, 80), k=length), name)
+        for name in lengths
+        for length in lengths[name]
+    ]
+    decoder = Decoder(llama.folder, threads=1)
+    expected = [decoder.generate([ids], name, sampling)[0].tokens for ids, name in asked]
+    with running(llama, piece=48) as engine:
+        answers = [Answer() for _ in asked]
+        with engine._changed:  # so that all are there when the first begins
+            for (ids, name), answer in zip(asked, answers, strict=True):
+                engine.submit(ids, file(llama, name), [sampling], [answer.updates.put])
+        found = [answer.wait()[0] for answer in answers]
+    assert together == [[3, 12, 1, 9], [2, 2], [16, 15, 14], [2, 7], [5, 5, 5]]
+    assert (found == expected) != broken  # the control
 
 
 def test_adapters_come_and_go_within_their_bound(llama: Case, tmp_path: Path) -> None:

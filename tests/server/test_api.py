@@ -306,3 +306,26 @@ def test_paths_that_are_not_there(server: Server) -> None:
     answer = httpx.get(f"{server.url}/nothing")
     assert answer.status_code == 404
     assert answer.json()["error"]["message"] == "Not Found"
+
+
+def test_what_a_turn_computed_is_not_computed_again(client: openai.OpenAI, server: Server) -> None:
+    def counted() -> list[float]:
+        with server.http as http:
+            lines = dict(line.rsplit(" ", 1) for line in http.get("/metrics").text.splitlines())
+        told = ("vllm:prefix_cache_queries_total", "vllm:prefix_cache_hits_total")
+        return [float(lines[f'{name}{{model_name="{BASE}"}}']) for name in told]
+
+    before = counted()
+    prompt, extra = [61, 7, 13, 5] * 5, {"ignore_eos": True, "return_token_ids": True}
+    first = complete(client, DOWN, prompt, extra_body=extra)
+    turn = [*prompt, *first.choices[0].token_ids, 9, 11]
+    for model, cached in ((DOWN, 16), (SECOND, 0), (SECOND, 32), (DOWN, 32)):
+        answer = complete(client, model, turn, n=2, extra_body=extra)
+        assert answer.usage.prompt_tokens_details.cached_tokens == cached
+    *_, last = complete(client, DOWN, turn, stream=True, stream_options={"include_usage": True})
+    assert last.usage.prompt_tokens_details.cached_tokens == 32
+    assert first.usage.prompt_tokens_details.cached_tokens == 0
+    assert [now - then for now, then in zip(counted(), before, strict=True)] == [
+        len(prompt) + 9 * len(turn),
+        16 + 32 + 0 + 32 + 5 * 32,
+    ]

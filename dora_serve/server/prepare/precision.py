@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import os
-from pathlib import Path
-
 from converters.files.tensors import numel
 from converters.model.base import BaseModel
+from dora_serve.onnxruntime.limits import memory
 
 AUTO = "auto"
 _SHARE = 4  # of the memory: a base's weights may take one such part of it
 _BITS = {"fp32": 32, "int8": 10}  # of a weight; with 8 bits a scale of 32 for 16 weights
-_GROUP = Path("/sys/fs/cgroup/memory.max")
 
 
 def chosen(base: BaseModel) -> str:
@@ -20,12 +17,3 @@ def chosen(base: BaseModel) -> str:
     weights, room = sum(map(numel, base.tensors.values())), memory() // _SHARE
     fits = (name for name, bits in _BITS.items() if weights * bits <= 8 * room)
     return next(fits, "int4")
-
-
-def memory() -> int:
-    """Bytes that this process may use: the machine's, or what its control group is given."""
-    machine = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    try:
-        return min(machine, int(_GROUP.read_text()))
-    except (OSError, ValueError):  # none, or "max"
-        return machine

@@ -59,6 +59,7 @@ class Asking:
         self.prompt_tokens = sum(map(len, prompts))
         self.tokens = 0
         self._requests: dict[int, Request] = {}
+        self._begun: list[Request] = []  # the first of every prompt
         loop = asyncio.get_running_loop()
 
         def tell(choice: int, delta: Delta) -> None:
@@ -70,6 +71,7 @@ class Asking:
                 tells = [partial(tell, first + i) for i in range(len(draws))]
                 asked = engine.submit(prompt, served.model.adapter, draws, tells)
                 self._requests.update(enumerate(asked, first))
+                self._begun += asked[:1]
         except Exception:
             self.cancel()
             raise
@@ -100,6 +102,11 @@ class Asking:
                 yield choice, delta
         finally:
             self.cancel()
+
+    @property
+    def cached_tokens(self) -> int:
+        """How many tokens of the prompts were not computed for this request."""
+        return sum(request.cached or 0 for request in self._begun)
 
     def lengths(self, choice: int) -> tuple[int, int]:
         """How many tokens a choice's prompt has, and the choice so far."""

@@ -175,7 +175,7 @@ async def _whole(request: Request, asking: Asking, head: Json, write: Writer) ->
 
     def answer() -> Response:
         written = [write(i, choice) for i, choice in enumerate(choices)]
-        used = pieces.usage(asking.prompt_tokens, asking.tokens)
+        used = pieces.usage(asking.prompt_tokens, asking.tokens, asking.cached_tokens)
         return JSONResponse({**head, "choices": written, "usage": used, **write.beside(choices)})
 
     few = asking.tokens + sum(len(choice.prompt_logprobs) for choice in choices) < _FEW
@@ -194,6 +194,6 @@ async def _events(
                     more["usage"] = pieces.usage(*asking.lengths(index))
                 yield pieces.as_event({**head, "choices": [write(index, delta)], **more})
     if options.include_usage:
-        used = pieces.usage(asking.prompt_tokens, asking.tokens)
+        used = pieces.usage(asking.prompt_tokens, asking.tokens, asking.cached_tokens)
         yield pieces.as_event({**head, "choices": [], "usage": used})
     yield pieces.DONE

@@ -18,9 +18,12 @@ Decode = Callable[[int], str]
 _LEAST = -9999.0  # JSON has no infinity
 
 
-def usage(prompt: int, completion: int) -> Json:
+def usage(prompt: int, completion: int, cached: int | None = None) -> Json:
+    """`cached`: how many tokens of the prompt were not computed again, where that is told."""
     total = prompt + completion
-    return {"prompt_tokens": prompt, "completion_tokens": completion, "total_tokens": total}
+    used = {"prompt_tokens": prompt, "completion_tokens": completion, "total_tokens": total}
+    details = {} if cached is None else {"prompt_tokens_details": {"cached_tokens": cached}}
+    return used | details
 
 
 def new_id(prefix: str) -> str:
