@@ -16,6 +16,8 @@ _ONLY = {  # parameters that one engine alone has
         "threads": "--threads",
         "workers": "--workers",
         "precision": "--precision",
+        "generation_config": "--generation-config",
+        "chat_template": "--chat-template",
     },
     "vllm": {
         "gpu_memory": "--gpu-memory",
@@ -54,6 +56,20 @@ _WHERE = {"--host", "--port", "--uds"}  # vLLM listens
     show_default=True,
     help="ONNX Runtime: of the weights; auto is the most exact that fits a quarter of the memory.",
 )
+@click.option(
+    "--generation-config",
+    metavar="auto|vllm|DIR",
+    default="auto",
+    show_default=True,
+    help="ONNX Runtime: what requests leave open, as the base's generation_config.json says it, "
+    "as vLLM does without one, or as that in DIR says it.",
+)
+@click.option(
+    "--chat-template",
+    type=click.Path(exists=True, dir_okay=False, resolve_path=True),
+    metavar="FILE",
+    help="ONNX Runtime: a chat template in place of every base's own.",
+)
 @click.option("--gpu-memory", type=common.Size(), help="vLLM: memory of the device, as 80GB.")
 @click.option("--vllm", metavar="PROGRAM", help="vLLM: its program or its Python, if elsewhere.")
 @click.option("--live", is_flag=True, help="vLLM: follow what appears, changes or goes later.")
@@ -75,6 +91,8 @@ def command(
     threads: int | None,
     workers: int,
     precision: str,
+    generation_config: str,
+    chat_template: str | None,
     gpu_memory: int | None,
     vllm: str | None,
     live: bool,
@@ -109,7 +127,13 @@ def command(
     from dora_serve.server.options import ServerOptions
     from dora_serve.server.up import up
 
-    options = ServerOptions(threads=threads, workers=workers, precision=precision)
+    options = ServerOptions(
+        threads=threads,
+        workers=workers,
+        precision=precision,
+        generation_config=generation_config,
+        chat_template=chat_template,
+    )
     sys.exit(up(folder, base, host, port, api_key, dry_run, options))
 
 

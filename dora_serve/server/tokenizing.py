@@ -17,11 +17,11 @@ Row = tuple[list[int], list[int]]  # token ids and their types
 
 
 class Texts:
-    """The tokenizer and the chat template of `folder`. Its methods raise `ApiError` for a text that
-    is too long, and for whatever else the files refuse."""
+    """The tokenizer and the chat template of `folder`, or the template in the file `template`. Its
+    methods raise `ApiError` for a text that is too long, and for whatever else the files refuse."""
 
-    def __init__(self, folder: str) -> None:
-        self.process = Process(folder)
+    def __init__(self, folder: str, template: str | None = None) -> None:
+        self.process = Process(folder, template)
 
     async def encode(
         self,

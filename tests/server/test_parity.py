@@ -2,29 +2,26 @@
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-from tests.server import parity
+from tests.server import parity, parity_models, parity_more
 from tests.server.conftest import Server, started
 
-TEMPLATE = (
-    "{{ bos_token }}{% for message in messages %}{% if message.role == 'system' %}"
-    "{{ raise_exception('no system') }}{% endif %}{{ before }}{{ message.content }}{% endfor %}"
-)
-ANSWERS = parity.answers()
+ANSWERS, MORE = parity.answers(), parity_more.answers()
 # What vLLM takes or says otherwise, as docs/server.md says.
-OTHERS: dict[str, str] = {}
+OTHERS: dict[str, dict[str, str]] = {}
+ASKED = [(group, name) for group, names in parity_more.GROUPS.items() for name in names]
 
 
 @pytest.fixture(scope="module")
 def alike(place: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     root = tmp_path_factory.mktemp("alike")
-    base = shutil.copytree(place / "models" / parity.MODEL, root / parity.MODEL)
-    (base / "chat_template.jinja").write_text(TEMPLATE)
+    for group in parity_more.GROUPS:
+        if group != "defaults":
+            parity_models.save(group, root)
     with started(root, place) as running:
         yield running
 
@@ -32,15 +29,33 @@ def alike(place: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Ser
 def test_every_request_was_asked_of_vllm() -> None:
     assert ANSWERS.keys() == parity.REQUESTS.keys()
     assert sum(answer["status"] == 200 for answer in ANSWERS.values()) > 50
+    assert {group: list(names) for group, names in MORE.items()} == {
+        group: list(names) for group, names in parity_more.GROUPS.items()
+    }
+    assert len(ANSWERS) + len(ASKED) >= 200
 
 
-@pytest.mark.parametrize("name", [name for name in parity.REQUESTS if name not in OTHERS])
+@pytest.mark.parametrize("name", parity.REQUESTS)
 def test_as_vllm(alike: Server, name: str) -> None:
     path, body = parity.REQUESTS[name]
     with alike.http as http:
         answer = http.post(path, json=body)
     found = parity.core(answer.status_code, answer.json() if answer.status_code == 200 else {})
     assert found == parity.same(found, ANSWERS[name]), answer.text
+
+
+def asked_alike(server: Server, group: str, name: str) -> None:
+    path, body = parity_more.GROUPS[group][name]
+    with server.http as http:
+        answer = http.get(path) if body is None else http.post(path, json=body)
+    kind = answer.headers.get("content-type", "")
+    found = parity_more.told(path, answer.status_code, kind, answer.text)
+    assert found == parity.same(found, MORE[group][name]), answer.text
+
+
+@pytest.mark.parametrize(("group", "name"), [each for each in ASKED if each[0] != "defaults"])
+def test_endpoints_as_vllm(alike: Server, group: str, name: str) -> None:
+    asked_alike(alike, group, name)
 
 
 def test_the_answers_are_not_all_alike() -> None:

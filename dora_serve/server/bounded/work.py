@@ -1,4 +1,5 @@
-"""The process itself: `python -m dora_serve.server.bounded.work FOLDER`, asked by `process.py`.
+"""The process itself, asked by `process.py`:
+`python -m dora_serve.server.bounded.work FOLDER [TEMPLATE]`.
 
 It runs what the makers of FOLDER wrote: a chat template is a program, and so are a tokenizer's
 patterns. Without FOLDER it reads bodies, and grammars. The kernel bounds every call's memory and
@@ -27,13 +28,14 @@ from converters.errors import DoraExportError
 from dora_serve.onnxruntime.session import OnnxFolder
 
 from ..chat_template import ChatTemplate
-from ..wire import answers, requests
+from ..wire import answers, requests, responses
 from ..wire.errors import ApiError, as_api_error
 
 SECONDS = 5  # of the processor
 MEMORY = 192 << 20  # bytes, beyond what the process has when it is ready
 LONGEST = 1 << 20  # characters of a text
 
+_BODIES = {**vars(requests), **vars(responses)}
 _SIZES = struct.Struct("<II")  # bytes of the JSON, and of what follows it
 
 
@@ -70,7 +72,7 @@ def fault(error: ValueError) -> dict[str, Any]:
 def check(blob: bytes, kind: str) -> tuple[Any, bytes]:
     """What is wrong with a body, None when nothing is."""
     try:
-        read_body(getattr(requests, kind), blob)
+        read_body(_BODIES[kind], blob)
     except ValueError as error:
         return fault(error), b""
     return None, b""
@@ -79,9 +81,9 @@ def check(blob: bytes, kind: str) -> tuple[Any, bytes]:
 class Work:
     """The calls for a model, by name: each returns something that JSON can tell, and bytes."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, template: Path | None = None) -> None:
         self._folder = OnnxFolder(folder)
-        self._template = ChatTemplate(folder)
+        self._template = ChatTemplate(folder, template)
 
     @cached_property
     def _tokenizer(self) -> Any:
@@ -210,9 +212,9 @@ def _answer(work: Work | None, asked: dict[str, Any], blob: bytes) -> bytes:
     )
 
 
-def serve(source: BinaryIO, target: BinaryIO, folder: str | None = None) -> None:
-    """Answer what `source` asks until it ends."""
-    work = None if folder is None else Work(Path(folder))
+def serve(source: BinaryIO, target: BinaryIO, *model: str) -> None:
+    """Answer what `source` asks until it ends. `model`: as `Work` takes it, or nothing."""
+    work = Work(*map(Path, model)) if model else None
     if work is not None:
         work.ready()
     _bound_memory()

@@ -6,9 +6,10 @@ from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import AliasChoices, Discriminator, Field, RootModel, Tag, model_validator
 
+from .defaults import Count
 from .messages import Message, Several
 from .parameters import Object, Parameters, refusal
-from .sampling import Count, Generate, Token, Tokens, Top, Truncation
+from .sampling import Generate, Token, Tokens, Top, Truncation
 from .structure import Asked, asked_json
 from .tools import Choice, Tools, schema_of_calls, wrong_choice
 
