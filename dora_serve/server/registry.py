@@ -91,12 +91,12 @@ class Registry:
             raise _other_task(served, DECODES)
         return served, served.engine
 
-    def encoder(self, name: str, output: str, task: str) -> tuple[Served, EncoderQueue]:
-        """As `find`, for a model with that output, which is for that task."""
+    def encoder(self, name: str, *tasks: str) -> tuple[Served, EncoderQueue]:
+        """As `find`, for an encoder that is for one of `tasks`."""
         served = self.find(name)
         engine = served.engine
-        if not isinstance(engine, EncoderQueue) or output not in engine.encoder.outputs:
-            raise _other_task(served, task)
+        if not isinstance(engine, EncoderQueue) or served.model.task not in tasks:
+            raise _other_task(served, " or ".join(tasks))
         return served, engine
 
     def own(self) -> list[Graph]:

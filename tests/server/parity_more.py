@@ -7,6 +7,7 @@ with defaults of its own, a classifier and an embedder.
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -266,6 +267,22 @@ def shape(value: Any) -> Any:
     if isinstance(value, list):
         return [shape(value[0])] if value else []
     return "number" if isinstance(value, int | float) else type(value).__name__
+
+
+def unlike(theirs: Any, ours: Any, place: str = "") -> Iterator[tuple[str, str]]:
+    """The names of `theirs` that are not in `ours`, those that are in ours alone, and those of
+    another type, each with where it lies."""
+    if isinstance(theirs, dict) and isinstance(ours, dict):
+        for name in sorted({*theirs, *ours}):
+            inner = f"{place}.{name}"
+            if name not in ours or name not in theirs:
+                yield inner, "vLLM" if name in theirs else "here"
+            else:
+                yield from unlike(theirs[name], ours[name], inner)
+    elif isinstance(theirs, list) and isinstance(ours, list) and theirs and ours:
+        yield from unlike(theirs[0], ours[0], place)
+    elif type(theirs) is not type(ours) or (isinstance(theirs, str) and theirs != ours):
+        yield place, "type"
 
 
 def told(path: str, status: int, kind: str, text: str) -> dict[str, Any]:

@@ -120,7 +120,7 @@ def reply(body: ResponsesRequest, model: str, draw: Sampling) -> Json:
         "parallel_tool_calls": body.parallel_tool_calls,
         "temperature": draw.temperature,
         "top_p": draw.top_p,
-        "tool_choice": told["tool_choice"],
+        "tool_choice": told["tool_choice"] if body.tools else "none",
         "tools": told.get("tools", []),
         "max_output_tokens": draw.max_tokens,
         "previous_response_id": None,

@@ -157,6 +157,13 @@ class EmbeddingRequest(Texts):
         return _each(self.input)
 
 
+class PoolingRequest(EmbeddingRequest):
+    """`POST /pooling`, as vLLM has it. `use_activation` false: neither of length one, nor
+    probabilities."""
+
+    task: Literal["embed", "classify", "token_embed", "token_classify"] | None = None
+
+
 _Side = str | Annotated[Several[str], Field(min_length=1)]
 
 
@@ -167,8 +174,11 @@ class ScoreRequest(Texts):
     text_2: _Side = Field(validation_alias=AliasChoices("text_2", "documents", "items", "data_2"))
 
     @property
-    def sides(self) -> tuple[list[Text], list[Text]]:
-        return _each(self.text_1), _each(self.text_2)
+    def sides(self) -> tuple[list[str], list[str]]:
+        """Either, as a list."""
+        both = (self.text_1, self.text_2)
+        one, other = ([side] if isinstance(side, str) else side for side in both)
+        return one, other
 
     @property
     def inputs(self) -> list[Text]:
