@@ -18,6 +18,7 @@ from tests.conftest import MODELS
 from tests.server import parity
 from tests.server.parity_more import CLASSIFIER, DEFAULTS, EMBEDDER
 
+TWICE = "twice"
 TEMPLATE = (
     "{{ bos_token }}{% for message in messages %}{% if message.role == 'system' %}"
     "{{ raise_exception('no system') }}{% endif %}{{ before }}{{ message.content }}{% endfor %}"
@@ -41,6 +42,13 @@ def save_encoder(folder: Path, head: type, **more: object) -> None:
     )  # fmt: skip
     head(config).save_pretrained(folder)
     AutoTokenizer.from_pretrained(MODELS / "tiny-roberta-base").save_pretrained(folder)
+
+
+def save_twice(folder: Path) -> str:
+    """The decoder whose chats begin twice, as those of `/v1/responses` do in vLLM; its name."""
+    save_base(folder / TWICE)
+    (folder / TWICE / "chat_template.jinja").write_text("{{ bos_token }}" + TEMPLATE)
+    return TWICE
 
 
 def save(group: str, folder: Path) -> str:

@@ -11,6 +11,7 @@ from dora_serve.onnxruntime.grammar import Grammar
 from dora_serve.onnxruntime.sampling import Sampling
 
 from .defaults import Defaults, MinP, Penalty, Repetition, Temperature, TopK, TopP
+from .errors import ApiError
 from .parameters import Parameters, refusal
 from .structure import Asked, ResponseFormat, StructuredOutputs, asked
 
@@ -106,7 +107,10 @@ class Generate(Truncation):
         grammar: Grammar | None,
         defaults: Defaults,
     ) -> list[Sampling]:
-        """How every choice is drawn; each has a seed of its own, and none for -1."""
+        """How every choice is drawn; each has a seed of its own, and none for -1. Raises `ApiError`
+        for a least number of tokens above the most."""
+        if self.min_tokens > max_tokens:
+            raise ApiError(f"min_tokens is more than {max_tokens}", param="min_tokens")
         stop = [self.stop] if isinstance(self.stop, str) else self.stop or []
         seeded = self.seed is not None and self.seed != -1
         biases = (self.logit_bias or {}).items()

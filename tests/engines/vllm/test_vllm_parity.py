@@ -23,11 +23,12 @@ from tests.server import parity, parity_models, parity_more
 pytestmark = pytest.mark.skipif(find_spec("vllm") is None, reason="needs vLLM")
 
 KEEPS = bool(os.environ.get("DORA_SERVE_KEEP_ANSWERS"))
+POOLS = ["--runner", "pooling", "--enforce-eager", "--gpu-memory-utilization", "0.1"]
 FLAGS = {
     "decoder": ["--enable-tokenizer-info-endpoint", "--enable-server-load-tracking"],
     "defaults": [],
-    "classifier": ["--runner", "pooling"],
-    "embedder": ["--runner", "pooling"],
+    "classifier": POOLS,
+    "embedder": POOLS,
 }
 Asks = dict[str, tuple[int, str, str]]
 
@@ -41,7 +42,7 @@ def group(
     model = parity_models.save(request.param, folder)
     url = f"http://127.0.0.1:{free_port()}"
     words = [*find_vllm(None), "--model", folder / model, "--dtype", "float32"]
-    words += [*(SMALL if request.param in ("decoder", "defaults") else ["--enforce-eager"])]
+    words += SMALL if request.param in ("decoder", "defaults") else ()
     words += ["--served-model-name", model, "--port", url.rsplit(":", 1)[1], *FLAGS[request.param]]
     with server(words, url, folder / "log"):
         yield request.param, url
