@@ -3,15 +3,22 @@ transformers; `make test-clients`."""
 
 from __future__ import annotations
 
+import json
 import random
+import shutil
+import subprocess
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from dora_serve.api import merge, read_run, write_onnx
+from dora_serve.server.options import ServerOptions
+from tests.clients.test_clients import CLIENTS, HERE
 from tests.conftest import MODELS
-from tests.server.conftest import BASE
+from tests.server.conftest import BASE, DOWN, started
 
 COUNT, CHOICES = 200, 3
 TASKS = {
