@@ -70,8 +70,11 @@ def test_a_model_that_reads_both(pooled: Server) -> None:
     assert abs(swapped - expected[1]) > 1e-3  # the control: the order of the two matters
     pairs = ask(pooled, "/score", model=CROSS, text_1=[TEXTS[1]], text_2=[query])
     assert pairs["data"][0]["score"] == pytest.approx(swapped, abs=1e-5)
-    raw = ask(pooled, "/score", model=IDENTITY, text_1=query, text_2=TEXTS)
+    same: Any = {"model": IDENTITY, "text_1": query, "text_2": TEXTS}
+    raw = ask(pooled, "/score", **same)
     assert [each["score"] for each in raw["data"]] == pytest.approx(logits, abs=1e-5)
+    bare = ask(pooled, "/score", **{**same, "model": CROSS}, use_activation=False)
+    assert [each["score"] for each in bare["data"]] == pytest.approx(logits, abs=1e-5)
     ranked = ask(pooled, "/rerank", model=CROSS, query=query, documents=TEXTS)["results"]
     assert [each["index"] for each in ranked] == np.argsort(-np.array(expected)).tolist()
     assert ranked[0]["relevance_score"] == pytest.approx(max(expected), abs=1e-5)

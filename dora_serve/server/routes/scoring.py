@@ -74,7 +74,9 @@ async def _near(
             param="model",
             code="other_task",
         )
-    return head, engine.encoder.probabilities(told)[:, 0].astype(np.float64), used
+    if body.use_activation is not False:
+        told = engine.encoder.probabilities(told)
+    return head, told[:, 0].astype(np.float64), used
 
 
 def _cosines(first: Sequence[Any], second: Sequence[Any]) -> Any:

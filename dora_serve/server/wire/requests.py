@@ -168,7 +168,10 @@ _Side = str | Annotated[Several[str], Field(min_length=1)]
 
 
 class ScoreRequest(Texts):
-    """`POST /score`: two sides, under any of vLLM's names for them."""
+    """`POST /score`: two sides, under any of vLLM's names for them. `use_activation` false: of a
+    model that reads both, its logits."""
+
+    use_activation: bool | None = None
 
     text_1: _Side = Field(validation_alias=AliasChoices("text_1", "queries", "data_1"))
     text_2: _Side = Field(validation_alias=AliasChoices("text_2", "documents", "items", "data_2"))
@@ -186,7 +189,10 @@ class ScoreRequest(Texts):
 
 
 class RerankRequest(Texts):
-    """`POST /rerank`. `top_n`: how many documents are told, 0 for all."""
+    """`POST /rerank`, which scores as `/score` does. `top_n`: how many documents are told, 0 for
+    all."""
+
+    use_activation: bool | None = None
 
     query: str
     documents: Annotated[Several[str], Field(min_length=1)]

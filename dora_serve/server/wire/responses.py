@@ -188,6 +188,7 @@ class ResponsesRequest(Parameters):
     metadata: Metadata | None = None
     request_id: RequestId | None = None
     user: str | None = None
+    prompt: None = None  # one that is stored: there are none
     _chat: ChatRequest = PrivateAttr()
 
     @model_validator(mode="after")
