@@ -31,7 +31,7 @@ from .writing import ChatWriter, CompletionWriter, Writer
 
 router = APIRouter(route_class=JsonRoute)
 
-_FEW = 500  # tokens, which are written out at once
+FEW = 500  # tokens, which are written out at once
 
 
 @router.post("/v1/completions", response_model=answers.Completion)
@@ -198,7 +198,7 @@ async def _whole(request: Request, asking: Asking, head: Json, write: Writer) ->
         used = pieces.usage(asking.prompt_tokens, asking.tokens)
         return JSONResponse({**head, "choices": written, "usage": used, **write.beside(choices)})
 
-    few = asking.tokens + sum(len(choice.prompt_logprobs) for choice in choices) < _FEW
+    few = asking.tokens + sum(len(choice.prompt_logprobs) for choice in choices) < FEW
     return answer() if few else await asyncio.to_thread(answer)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
@@ -16,7 +17,7 @@ from ..wire.replies import Output, Reply
 from ..wire.responses import ResponsesRequest
 from ..wire.sending import EventStream, while_there
 from .asking import Asking
-from .generating import begin_chat
+from .generating import FEW, begin_chat
 from .reading import JsonRoute
 from .writing import ChatWriter
 
@@ -41,10 +42,14 @@ async def _whole(request: Request, asking: Asking, head: Json, write: ChatWriter
         async for _, delta in news:
             choice.add(delta)
     note(request, completion_tokens=asking.tokens, reason=choice.reason)
-    told = write(0, choice)
-    for _ in output.add(told["message"], told["logprobs"]):
-        pass
-    return JSONResponse(_ended(asking, head, output, told["finish_reason"])[0])
+
+    def answer() -> Response:
+        told = write(0, choice)
+        for _ in output.add(told["message"], told["logprobs"]):
+            pass
+        return JSONResponse(_ended(asking, head, output, told["finish_reason"])[0])
+
+    return answer() if asking.tokens < FEW else await asyncio.to_thread(answer)
 
 
 def _ended(asking: Asking, head: Json, output: Output, reason: str) -> tuple[Json, list[Json]]:
@@ -79,7 +84,9 @@ async def _events(
             reason = told["finish_reason"] or reason
             for event in output.add(told["delta"], told["logprobs"]):
                 yield sent(event)
-    whole, events = _ended(asking, head, output, reason)
-    for event in events:
-        yield sent(event)
-    yield sent({"type": "response.completed", "response": whole})
+
+    def last() -> bytes:
+        whole, events = _ended(asking, head, output, reason)
+        return b"".join(map(sent, [*events, {"type": "response.completed", "response": whole}]))
+
+    yield last() if asking.tokens < FEW else await asyncio.to_thread(last)

@@ -187,7 +187,7 @@ class Output:
             self.items[-1]["content"] = [part]
         (part,) = self.items[-1]["content"]
         part["text"] += text
-        part["logprobs"] = [*part["logprobs"], *logprobs]
+        part["logprobs"] += logprobs
         yield self._event("output_text.delta", content_index=0, delta=text, logprobs=logprobs)
 
     def _call(self, call: Json) -> Iterator[Json]:
