@@ -17,6 +17,8 @@ _ONLY = {  # parameters that one engine alone has
         "workers": "--workers",
         "precision": "--precision",
         "prefix_cache": "--prefix-cache",
+        "generation_config": "--generation-config",
+        "chat_template": "--chat-template",
     },
     "vllm": {
         "gpu_memory": "--gpu-memory",
@@ -62,6 +64,20 @@ _WHERE = {"--host", "--port", "--uds"}  # vLLM listens
     "computed again where a prompt begins with them, as 4GB; 0 keeps none  "
     "[default: a sixteenth of the memory]",
 )
+@click.option(
+    "--generation-config",
+    metavar="auto|vllm|DIR",
+    default="auto",
+    show_default=True,
+    help="ONNX Runtime: what requests leave open, as the base's generation_config.json says it, "
+    "as vLLM does without one, or as that in DIR says it.",
+)
+@click.option(
+    "--chat-template",
+    type=click.Path(exists=True, dir_okay=False, resolve_path=True),
+    metavar="FILE",
+    help="ONNX Runtime: a chat template in place of every base's own.",
+)
 @click.option("--gpu-memory", type=common.Size(), help="vLLM: memory of the device, as 80GB.")
 @click.option("--vllm", metavar="PROGRAM", help="vLLM: its program or its Python, if elsewhere.")
 @click.option("--live", is_flag=True, help="vLLM: follow what appears, changes or goes later.")
@@ -84,6 +100,8 @@ def command(
     workers: int,
     precision: str,
     prefix_cache: int | None,
+    generation_config: str,
+    chat_template: str | None,
     gpu_memory: int | None,
     vllm: str | None,
     live: bool,
@@ -120,7 +138,14 @@ def command(
     from dora_serve.server.up import up
 
     limits = Limits() if prefix_cache is None else Limits(prefix_bytes=prefix_cache)
-    options = ServerOptions(threads=threads, workers=workers, precision=precision, limits=limits)
+    options = ServerOptions(
+        threads=threads,
+        workers=workers,
+        precision=precision,
+        generation_config=generation_config,
+        chat_template=chat_template,
+        limits=limits,
+    )
     sys.exit(up(folder, base, host, port, api_key, dry_run, options))
 
 

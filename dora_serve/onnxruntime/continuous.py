@@ -126,7 +126,11 @@ class ContinuousDecoder(Engine):
         self.slots = Slots(graph, self.limits.max_rows, self.limits.cache_bytes)
         self.max_length = self.slots.max_length
         self.preemptions = 0
-        self.grammars = Grammars(self.tokenizer, graph.vocabulary, graph.eos)
+        # As vLLM: the tokenizer's own end, and those of the configuration, told by their id.
+        own = frozenset(() if graph.end is None else (graph.end,))
+        self.eos = graph.eos | own
+        self._named = graph.eos - own if own else frozenset()
+        self.grammars = Grammars(self.tokenizer, graph.vocabulary, self.eos)
         self.prefixes = Prefixes(self.slots, self.limits.prefix_bytes)
         self._runner = Runner(graph, self.slots)
         self._rows: list[Request] = []  # by slot; each has one token that is not in the cache yet
@@ -161,9 +165,9 @@ class ContinuousDecoder(Engine):
         too many, and then queues none.
         """
         check_rows([prompt], self.max_length - 1, self.graph.vocabulary)
-        room, eos = self.max_length - len(prompt), self.graph.eos
+        room, eos, named = self.max_length - len(prompt), self.eos, self._named
         requests = [
-            Request(Generation(prompt, sampling, eos, self.tokenizer, room), adapter, tell)
+            Request(Generation(prompt, sampling, eos, self.tokenizer, room, named), adapter, tell)
             for sampling, tell in zip(samplings, tells, strict=True)
         ]
         self._accept(requests)

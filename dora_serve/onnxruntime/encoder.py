@@ -33,6 +33,7 @@ _POSITIONS_AFTER_PADDING = frozenset(
     "camembert data2vec-text ibert longformer luke mpnet roberta roberta-prelayernorm xlm-roberta "
     "xlm-roberta-xl xmod".split()
 )
+_WIDEST = 1 << 14  # numbers of a token's state
 Ids = Sequence[int]
 Text = str | tuple[str, str]
 
@@ -180,6 +181,26 @@ class Encoder(AdaptedFolder):
             ]
             for text, codes, each in zip(texts, encoded, outputs, strict=True)
         ]
+
+    def probabilities(self, logits: Array) -> Array:
+        """Those of `logits [..., labels]` as vLLM's pooling has them: by the configuration's
+        `problem_type`, else by its activation, else of all labels together, or of the only one."""
+        said = self._config.get("sentence_transformers") or {}
+        function = said.get("activation_fn") or self._config.get(
+            "sbert_ce_default_activation_function"
+        )
+        problem = self._config.get("problem_type")
+        if problem == "regression" or (not problem and str(function).endswith(".Identity")):
+            return logits
+        if problem == "multi_label_classification" or logits.shape[-1] == 1:
+            return np.exp(-np.logaddexp(np.float32(0), -logits))
+        return np.exp(log_softmax(logits))
+
+    @property
+    def hidden_size(self) -> int:
+        """Numbers of a token's state; the most there may be where the model does not tell."""
+        names = ("hidden_size", "dim", "d_model")
+        return next((int(self._config[n]) for n in names if n in self._config), _WIDEST)
 
     def classification(self, logits: Array) -> Classification:
         """What `logits [labels]` say."""

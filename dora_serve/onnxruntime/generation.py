@@ -28,9 +28,9 @@ class Generation:
     theirs, of the model's own logits (those that a grammar leaves), whatever the sampling makes of
     them. `end`: the token that
     ended it, which is not among `tokens`, with its log-probabilities. `stop_reason`: the text or
-    the token id that ended it, None for the model's own end. `prompt_logprobs`: of every token of
-    the prompt but the first, as far as it was read. `room`: how many tokens the model's context
-    leaves behind the prompt.
+    the token id that ended it, None for those of `eos` that are not `named`.
+    `prompt_logprobs`: of every token of the prompt but the first, as far as it was read. `room`:
+    how many tokens the model's context leaves behind the prompt.
     """
 
     def __init__(
@@ -40,6 +40,7 @@ class Generation:
         eos: frozenset[int],
         tokenizer: Any,
         room: int,
+        named: frozenset[int] = frozenset(),
     ) -> None:
         # A prompt is not copied for each of many that complete it.
         self.prompt = prompt if isinstance(prompt, list) else list(prompt)
@@ -52,6 +53,7 @@ class Generation:
         self.stop_reason: str | int | None = None
         self._limit = min(sampling.max_tokens, room)
         self._eos = frozenset() if sampling.ignore_eos else eos
+        self._unnamed = self._eos - named
         self._shaping = Shaping(sampling, self.prompt, eos)
         self._generator = np.random.default_rng(sampling.seed)
         self._detokenizer = Detokenizer(tokenizer, self.prompt[-_CONTEXT:], sampling)
@@ -94,7 +96,7 @@ class Generation:
             told = _logprobs(log_softmax(logits), token, sampling.logprobs)
         if token in self._eos or token in sampling.stop_token_ids:
             self.end = token, told
-            self.stop_reason = None if token in self._eos else token
+            self.stop_reason = None if token in self._unnamed else token
             if sampling.include_stop_str_in_output:
                 self._text.add(self._detokenizer.add(token), search=False)
             self._end("stop")

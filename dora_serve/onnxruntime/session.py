@@ -13,6 +13,7 @@ import numpy as np
 
 from converters.errors import DoraExportError, MissingError
 from converters.files.handles import check_file
+from converters.files.json_files import read_json
 from converters.files.onnx_files import BATCHED, MODEL
 
 if TYPE_CHECKING:
@@ -121,6 +122,18 @@ class OnnxFolder:
         tokenizer.no_truncation()
         return tokenizer
 
+    @cached_property
+    def end(self) -> int | None:
+        """The token that the tokenizer's files call the end of a text; None where none does."""
+        for name in ("tokenizer_config.json", "special_tokens_map.json"):
+            path = self.folder / name
+            said: Any = read_json(path).get("eos_token") if path.exists() else None
+            text = said.get("content") if isinstance(said, dict) else said
+            if isinstance(text, str):
+                found: int | None = self.tokenizer.token_to_id(text)
+                return found
+        return None
+
     def encode(self, prompt: Prompt) -> list[int]:
         """Token ids of a text, special tokens included; ids stay as they are."""
         return list(self.tokenizer.encode(prompt).ids) if isinstance(prompt, str) else list(prompt)
@@ -156,3 +169,6 @@ class _NoTokenizer:
 
     def decode(self, _: object, **__: bool) -> str:
         return ""
+
+    def token_to_id(self, _: str) -> None:
+        return None

@@ -9,7 +9,17 @@ from contextlib import asynccontextmanager
 from fastapi import FastAPI
 
 from .guard import Guard, is_loopback
-from .routes import adapters, encoding, generating, invoking, operation, scoring, tokens
+from .routes import (
+    adapters,
+    encoding,
+    generating,
+    invoking,
+    operation,
+    pooling,
+    responding,
+    scoring,
+    tokens,
+)
 from .routes.front import front
 from .state import State
 from .wire import errors
@@ -40,7 +50,17 @@ def make_app(state: State, host: str, api_key: str | None) -> FastAPI:
     app.state.server = state
     state.metrics.watch(state.models)
     errors.install(app)
-    for module in (operation, generating, encoding, scoring, tokens, invoking, adapters):
+    for module in (
+        operation,
+        generating,
+        responding,
+        encoding,
+        scoring,
+        pooling,
+        tokens,
+        invoking,
+        adapters,
+    ):
         app.include_router(module.router)
     page, paths = front()
     app.include_router(page)

@@ -38,10 +38,11 @@ class _Generation(Extension):
 
 
 class ChatTemplate:
-    """Of the model in `folder`. A template may neither call what it likes nor change anything."""
+    """Of the model in `folder`, or the one in `file`. A template may neither call what it likes nor
+    change anything."""
 
-    def __init__(self, folder: Path) -> None:
-        self._folder = folder
+    def __init__(self, folder: Path, file: Path | None = None) -> None:
+        self._folder, self._file = folder, file or folder / "chat_template.jinja"
 
     @cached_property
     def _config(self) -> dict[str, Any]:
@@ -50,10 +51,9 @@ class ChatTemplate:
 
     @cached_property
     def _template(self) -> Any:
-        file = self._folder / "chat_template.jinja"
         text: Any = self._config.get("chat_template")
-        if file.exists():
-            text = file.read_text(encoding="utf-8")
+        if self._file.exists():
+            text = self._file.read_text(encoding="utf-8")
         if isinstance(text, list):  # several by name
             text = {each["name"]: each["template"] for each in text}.get("default")
         if not text:

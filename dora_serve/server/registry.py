@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from pathlib import Path
 
 from converters.errors import apart
 from dora_serve.onnxruntime.continuous import ContinuousDecoder
@@ -15,6 +16,7 @@ from dora_serve.onnxruntime.encoder_queue import EncoderQueue
 from .options import ServerOptions
 from .prepare.offer import DECODES, Graph, Offer, OfferedModel
 from .tokenizing import Texts
+from .wire.defaults import Defaults, read_defaults
 from .wire.errors import ApiError
 
 Engine = ContinuousDecoder | EncoderQueue
@@ -22,11 +24,13 @@ Engine = ContinuousDecoder | EncoderQueue
 
 @dataclass(eq=False)
 class Served:
-    """A model and the engine that runs it. `requests`: how many named it so far."""
+    """A model and the engine that runs it. `defaults`: of what its requests leave open;
+    `requests`: how many named it so far."""
 
     model: OfferedModel
     engine: Engine
     texts: Texts
+    defaults: Defaults
     created: int = field(default_factory=lambda: int(time.time()))
     requests: int = 0
 
@@ -38,11 +42,13 @@ class Registry:
     def __init__(self, offer: Offer, options: ServerOptions) -> None:
         self.problems: dict[str, str] = {}
         self._engines: dict[str, Engine] = {}
+        self._defaults: dict[str, Defaults] = {}
         for graph in offer.graphs:
             with apart(self.problems, *(m.name for m in offer.models if m.folder == graph.folder)):
+                self._defaults[graph.folder] = _defaults(graph, options)
                 self._engines[graph.folder] = _open(graph, options)
         self.graphs = {g.folder: g for g in offer.graphs if g.folder in self._engines}
-        self.texts = {folder: Texts(folder) for folder in self.graphs}
+        self.texts = {folder: Texts(folder, options.chat_template) for folder in self.graphs}
         self._models: dict[str, Served] = {}
         for model in offer.models:
             if model.folder in self._engines:
@@ -51,7 +57,9 @@ class Registry:
     def add(self, model: OfferedModel) -> None:
         """Serve `model`, in place of an earlier one of that name."""
         folder = model.folder
-        self._models[model.name] = Served(model, self._engines[folder], self.texts[folder])
+        self._models[model.name] = Served(
+            model, self._engines[folder], self.texts[folder], self._defaults[folder]
+        )
 
     def remove(self, name: str) -> None:
         """Serve it no longer; requests that are running go on."""
@@ -83,12 +91,12 @@ class Registry:
             raise _other_task(served, DECODES)
         return served, served.engine
 
-    def encoder(self, name: str, output: str, task: str) -> tuple[Served, EncoderQueue]:
-        """As `find`, for a model with that output, which is for that task."""
+    def encoder(self, name: str, *tasks: str) -> tuple[Served, EncoderQueue]:
+        """As `find`, for an encoder that is for one of `tasks`."""
         served = self.find(name)
         engine = served.engine
-        if not isinstance(engine, EncoderQueue) or output not in engine.encoder.outputs:
-            raise _other_task(served, task)
+        if not isinstance(engine, EncoderQueue) or served.model.task not in tasks:
+            raise _other_task(served, " or ".join(tasks))
         return served, engine
 
     def own(self) -> list[Graph]:
@@ -106,6 +114,12 @@ class Registry:
         """Finish what was submitted, then end the engines."""
         for engine in self._engines.values():
             engine.close()
+
+
+def _defaults(graph: Graph, options: ServerOptions) -> Defaults:
+    if graph.task != DECODES:
+        return Defaults()
+    return read_defaults(Path(graph.folder), options.generation_config)
 
 
 def _open(graph: Graph, options: ServerOptions) -> Engine:

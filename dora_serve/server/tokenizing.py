@@ -17,25 +17,25 @@ Row = tuple[list[int], list[int]]  # token ids and their types
 
 
 class Texts:
-    """The tokenizer and the chat template of `folder`. Its methods raise `ApiError` for a text that
-    is too long, and for whatever else the files refuse."""
+    """The tokenizer and the chat template of `folder`, or the template in the file `template`. Its
+    methods raise `ApiError` for a text that is too long, and for whatever else the files refuse."""
 
-    def __init__(self, folder: str) -> None:
-        self.process = Process(folder)
+    def __init__(self, folder: str, template: str | None = None) -> None:
+        self.process = Process(folder, template)
 
     async def encode(
         self,
-        inputs: Sequence[Text],
+        inputs: Sequence[Text | tuple[str, str]],
         longest: int,
         param: str,
         special: bool = True,
         kept: int | None = None,
         side: str | None = None,
     ) -> list[Row]:
-        """Every text's tokens, at most `longest`; token ids stay as they are. `kept`: at most so
-        many of each, those at the end (`side` "right": at the begin). Of a text, what the
-        tokenizer puts around it is among them, but where a side is given."""
-        texts = [given for given in inputs if isinstance(given, str)]
+        """The tokens of every text, or pair of texts, at most `longest`; token ids stay as they
+        are. `kept`: at most so many of each, those at the end (`side` "right": at the begin). Of a
+        text, what the tokenizer puts around it is among them, but where a side is given."""
+        texts = [given for given in inputs if not isinstance(given, list)]
         lengths: list[int] = []
         blob = b""
         if texts:
@@ -49,7 +49,7 @@ class Texts:
                 side=side,
             )
         rows = _rows(lengths, blob)
-        found = [next(rows) if isinstance(i, str) else (i, [0] * len(i)) for i in inputs]
+        found = [(i, [0] * len(i)) if isinstance(i, list) else next(rows) for i in inputs]
         return [(cut(ids, kept, side), cut(types, kept, side)) for ids, types in found]
 
     async def words(self, words: Sequence[str]) -> tuple[tuple[int, ...], ...]:

@@ -21,11 +21,13 @@ from .prepare.offer import DECODES, Offer
 _PATHS = {
     DECODES: "/v1/completions",
     "sequence-classification": "/classify",
+    "token-classification": "/pooling",
     "feature-extraction": "/v1/embeddings",
 }
 _EXAMPLES: dict[str, dict[str, object]] = {
     DECODES: {"prompt": "count : nine", "max_tokens": 16, "temperature": 0},
     "sequence-classification": {"input": "a good film"},
+    "token-classification": {"input": "a good film"},
     "feature-extraction": {"input": "a good film"},
 }
 

@@ -39,6 +39,8 @@ TEMPLATE = (
     )
     + "{% else %}{{ m.content }}{% endif %}{% endfor %}"
 )
+_PART = {"type": "output_text", "text": "", "annotations": [[]] * 300}
+HANDED_BACK = {"role": "assistant", "content": [_PART]}
 PATTERN = "(x+x+)+y"  # takes forever with many x
 
 
@@ -262,6 +264,17 @@ ATTACKS: dict[str, Attack] = {
             "model": BASE,
             "messages": [{"role": "user", "content": [{"type": "text", "text": ""}] * 10**5}],
         },
+    ),
+    "too many items": post("/v1/responses", lambda: {"model": BASE, "input": [{}] * 10**6}),
+    "what is handed back": post(
+        "/v1/responses",
+        lambda: {"model": BASE, "max_output_tokens": 1, "input": [HANDED_BACK] * 2000},
+        *(200, 400),
+    ),
+    "tokens to pool": post(
+        "/pooling",
+        lambda: {"model": EMBEDS, "input": ["good film " * 10] * 256, "task": "token_embed"},
+        200,
     ),
     "too many tokens": complete(lambda: {"prompt": [5] * 1_300_000}),
     "too many tokens to decode": post(

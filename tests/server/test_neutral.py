@@ -10,7 +10,7 @@ from typing import Any
 import openai
 import pytest
 
-from dora_serve.server.bounded.work import read_body
+from dora_serve.server.bounded.work import BODIES, read_body
 from dora_serve.server.wire import requests
 from dora_serve.server.wire.parameters import NO_EFFECT, NOT_SERVED, is_neutral
 from tests.server.conftest import BASE, DOWN, EMBEDS, SENTIMENT, Server
@@ -40,6 +40,21 @@ KINDS: dict[str, tuple[str, str, dict[str, Any]]] = {
         "/classify",
         {"model": SENTIMENT, "input": "bad"},
     ),
+    "PoolingCompletionRequest": (
+        "PoolingRequest",
+        "/pooling",
+        {"model": EMBEDS, "input": "bad"},
+    ),
+    "RerankRequest": (
+        "RerankRequest",
+        "/rerank",
+        {"model": EMBEDS, "query": "bad", "documents": ["good", "bad"]},
+    ),
+    "ResponsesRequest": (
+        "ResponsesRequest",
+        "/v1/responses",
+        {"model": DOWN, "input": "count : nine"},
+    ),
     "TokenizeCompletionRequest": (
         "TokenizeRequest",
         "/tokenize",
@@ -52,11 +67,11 @@ EMPTY: list[Any] = [None, [], {}, ""]
 
 
 def read(kind: str, body: dict[str, Any]) -> Any:
-    return read_body(getattr(requests, KINDS[kind][0]), json.dumps(body).encode())
+    return read_body(BODIES[KINDS[kind][0]], json.dumps(body).encode())
 
 
 def known(kind: str) -> set[str]:
-    ours = getattr(requests, KINDS[kind][0]).model_fields
+    ours = BODIES[KINDS[kind][0]].model_fields
     return {*ours, *NO_EFFECT, *NOT_SERVED}
 
 

@@ -2,29 +2,41 @@
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-from tests.server import parity
+from tests.server import parity, parity_models, parity_more
 from tests.server.conftest import Server, started
 
-TEMPLATE = (
-    "{{ bos_token }}{% for message in messages %}{% if message.role == 'system' %}"
-    "{{ raise_exception('no system') }}{% endif %}{{ before }}{{ message.content }}{% endfor %}"
-)
-ANSWERS = parity.answers()
+ANSWERS, MORE = parity.answers(), parity_more.answers()
 # What vLLM takes or says otherwise, as docs/server.md says.
-OTHERS: dict[str, str] = {}
+NO_SUCH_PATH = "of a model of another task vLLM says 404"
+OTHERS: dict[str, dict[str, str]] = {
+    "decoder": {
+        "a message without content": "refused here",
+        "tools by themselves": "vLLM wants flags",
+        "response before": "vLLM says 404",
+        "response top_logprobs above": "refused here",
+        "embeddings of a decoder": NO_SUCH_PATH,
+        "classes of a decoder": NO_SUCH_PATH,
+        "scores of a decoder": NO_SUCH_PATH,
+        "a ranking of a decoder": NO_SUCH_PATH,
+        "pooling of a decoder": NO_SUCH_PATH,
+    },
+}
+NAMES: set[tuple[str, str]] = set()
+ASKED = [(group, name) for group, names in parity_more.GROUPS.items() for name in names]
 
 
 @pytest.fixture(scope="module")
 def alike(place: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     root = tmp_path_factory.mktemp("alike")
-    base = shutil.copytree(place / "models" / parity.MODEL, root / parity.MODEL)
-    (base / "chat_template.jinja").write_text(TEMPLATE)
+    for group in parity_more.GROUPS:
+        if group != "defaults":
+            parity_models.save(group, root)
+    parity_models.save_twice(root)
     with started(root, place) as running:
         yield running
 
@@ -32,15 +44,42 @@ def alike(place: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Ser
 def test_every_request_was_asked_of_vllm() -> None:
     assert ANSWERS.keys() == parity.REQUESTS.keys()
     assert sum(answer["status"] == 200 for answer in ANSWERS.values()) > 50
+    assert {group: list(names) for group, names in MORE.items()} == {
+        group: list(names) for group, names in parity_more.GROUPS.items()
+    }
+    assert len(ANSWERS) + len(ASKED) >= 200
 
 
-@pytest.mark.parametrize("name", [name for name in parity.REQUESTS if name not in OTHERS])
+@pytest.mark.parametrize("name", parity.REQUESTS)
 def test_as_vllm(alike: Server, name: str) -> None:
     path, body = parity.REQUESTS[name]
     with alike.http as http:
         answer = http.post(path, json=body)
     found = parity.core(answer.status_code, answer.json() if answer.status_code == 200 else {})
     assert found == parity.same(found, ANSWERS[name]), answer.text
+
+
+def asked_alike(server: Server, group: str, name: str) -> None:
+    path, body = parity_more.GROUPS[group][name]
+    if group == "decoder" and path == "/v1/responses" and body and body["model"] == parity.MODEL:
+        body = {**body, "model": parity_models.TWICE}  # docs/server.md: the second BOS
+    with server.http as http:
+        answer = http.get(path) if body is None else http.post(path, json=body)
+    kind = answer.headers.get("content-type", "")
+    found = parity_more.told(path, answer.status_code, kind, answer.text)
+    expected = dict(MORE[group][name])
+    shapes = [each.pop("shape", {}) for each in (expected, found)]
+    if name in OTHERS.get(group, {}):
+        assert found != parity.same(found, expected), OTHERS[group][name]  # else it is none
+        return
+    assert found == parity.same(found, expected), answer.text
+    unlike = {tuple(each) for each in parity_more.unlike(*shapes)}
+    assert unlike <= NAMES, unlike - NAMES
+
+
+@pytest.mark.parametrize(("group", "name"), [each for each in ASKED if each[0] != "defaults"])
+def test_endpoints_as_vllm(alike: Server, group: str, name: str) -> None:
+    asked_alike(alike, group, name)
 
 
 def test_the_answers_are_not_all_alike() -> None:

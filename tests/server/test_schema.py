@@ -42,6 +42,8 @@ ROUTES = {
     "/v1/rerank": 30,
     "/v2/rerank": 30,
     "/invocations": 60,
+    "/v1/responses": 60,
+    "/pooling": 30,
 }
 
 

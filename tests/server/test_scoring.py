@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from prometheus_client.parser import text_string_to_metric_families
 
 from tests.conftest import MODELS
 from tests.server.conftest import BASE, DOWN, EMBEDS, SENTIMENT, Server
@@ -122,3 +123,20 @@ def test_what_the_server_is(server: Server) -> None:
         assert told["tokenizer_class"]
         assert http.get("/tokenizer_info", params={"model": "none"}).status_code == 404
     assert (MODELS / BASE / "tokenizer_config.json").exists()
+
+
+def test_prometheus_reads_the_metrics(server: Server) -> None:
+    ask(server, "/v1/completions", {"model": DOWN, "prompt": "cat", "max_tokens": 3})
+    with server.http as http:
+        answer = http.get("/metrics", headers={"Accept": "text/plain;version=0.0.4"})
+    assert answer.headers["content-type"].startswith("text/plain; version=")
+    families = {family.name: family for family in text_string_to_metric_families(answer.text)}
+    kinds = {
+        "vllm:generation_tokens": "counter",
+        "vllm:num_requests_running": "gauge",
+        "vllm:time_to_first_token_seconds": "histogram",
+    }
+    assert {name: families[name].type for name in kinds} == kinds
+    samples = families["vllm:generation_tokens"].samples
+    counted = {sample.labels["model_name"]: sample.value for sample in samples}
+    assert counted[DOWN] >= 1

@@ -21,11 +21,11 @@ _ENVIRONMENT = {"TOKENIZERS_PARALLELISM": "false", "MALLOC_ARENA_MAX": "1"}
 
 
 class Process:
-    """Does the calls of `work.Work` for the model in `folder`, one after the other. A call that
+    """Does the calls of `work.Work` with these arguments, one after the other. A call that
     takes more than it may ends the process, and the next call has another."""
 
-    def __init__(self, folder: str | None = None) -> None:
-        self._arguments = [] if folder is None else [folder]
+    def __init__(self, *arguments: str | None) -> None:
+        self._arguments = [each for each in arguments if each is not None]
         self._process: asyncio.subprocess.Process | None = None
         self._turns = Turns(_WAITING)
 

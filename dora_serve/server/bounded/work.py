@@ -1,4 +1,5 @@
-"""The process itself: `python -m dora_serve.server.bounded.work FOLDER`, asked by `process.py`.
+"""The process itself, asked by `process.py`:
+`python -m dora_serve.server.bounded.work FOLDER [TEMPLATE]`.
 
 It runs what the makers of FOLDER wrote: a chat template is a program, and so are a tokenizer's
 patterns. Without FOLDER it reads bodies, and grammars. The kernel bounds every call's memory and
@@ -27,13 +28,14 @@ from converters.errors import DoraExportError
 from dora_serve.onnxruntime.session import OnnxFolder
 
 from ..chat_template import ChatTemplate
-from ..wire import answers, requests
+from ..wire import answers, requests, responses
 from ..wire.errors import ApiError, as_api_error
 
 SECONDS = 5  # of the processor
 MEMORY = 192 << 20  # bytes, beyond what the process has when it is ready
 LONGEST = 1 << 20  # characters of a text
 
+BODIES = {**vars(requests), **vars(responses)}
 _SIZES = struct.Struct("<II")  # bytes of the JSON, and of what follows it
 
 
@@ -70,7 +72,7 @@ def fault(error: ValueError) -> dict[str, Any]:
 def check(blob: bytes, kind: str) -> tuple[Any, bytes]:
     """What is wrong with a body, None when nothing is."""
     try:
-        read_body(getattr(requests, kind), blob)
+        read_body(BODIES[kind], blob)
     except ValueError as error:
         return fault(error), b""
     return None, b""
@@ -79,9 +81,9 @@ def check(blob: bytes, kind: str) -> tuple[Any, bytes]:
 class Work:
     """The calls for a model, by name: each returns something that JSON can tell, and bytes."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, template: Path | None = None) -> None:
         self._folder = OnnxFolder(folder)
-        self._template = ChatTemplate(folder)
+        self._template = ChatTemplate(folder, template)
 
     @cached_property
     def _tokenizer(self) -> Any:
@@ -95,15 +97,16 @@ class Work:
     def encode(
         self,
         _: bytes,
-        texts: Sequence[str],
+        texts: Sequence[str | Sequence[str]],
         special: bool,
         longest: int,
         param: str,
         kept: int | None = None,
         side: str | None = None,
     ) -> tuple[Any, bytes]:
-        """How many tokens each text has; the ids of all of them, and their types. At most `kept`
-        of a text, with what belongs around it, where no `side` is given that the caller cuts."""
+        """How many tokens each text, or pair of texts, has; the ids of all of them, and their
+        types. At most `kept` of a text, with what belongs around it, where no `side` is given that
+        the caller cuts."""
         ids, types, lengths = array("I"), array("I"), []
         for text in texts:
             encoded = self._encoding(text, special, param, kept if side is None else None)
@@ -153,18 +156,21 @@ class Work:
         text = self._tokenizer.decode(json.loads(blob), skip_special_tokens=False)
         return None, answers.Text(prompt=text).model_dump_json().encode()
 
-    def _encoding(self, text: str, special: bool, param: str, kept: int | None = None) -> Any:
-        if len(text) > LONGEST:
+    def _encoding(
+        self, text: str | Sequence[str], special: bool, param: str, kept: int | None = None
+    ) -> Any:
+        parts = (text,) if isinstance(text, str) else tuple(text)
+        if (length := sum(map(len, parts))) > LONGEST:
             raise ApiError(
-                f"The text is too long: it has {len(text)} characters, at most {LONGEST} are read.",
+                f"The text is too long: it has {length} characters, at most {LONGEST} are read.",
                 param=param,
                 code="context_length_exceeded",
             )
         if kept is None:
-            return self._tokenizer.encode(text, add_special_tokens=special)
+            return self._tokenizer.encode(*parts, add_special_tokens=special)
         self._tokenizer.enable_truncation(kept, direction="left")
         try:
-            return self._tokenizer.encode(text, add_special_tokens=special)
+            return self._tokenizer.encode(*parts, add_special_tokens=special)
         finally:
             self._tokenizer.no_truncation()
 
@@ -210,9 +216,9 @@ def _answer(work: Work | None, asked: dict[str, Any], blob: bytes) -> bytes:
     )
 
 
-def serve(source: BinaryIO, target: BinaryIO, folder: str | None = None) -> None:
-    """Answer what `source` asks until it ends."""
-    work = None if folder is None else Work(Path(folder))
+def serve(source: BinaryIO, target: BinaryIO, *model: str) -> None:
+    """Answer what `source` asks until it ends. `model`: as `Work` takes it, or nothing."""
+    work = Work(*map(Path, model)) if model else None
     if work is not None:
         work.ready()
     _bound_memory()

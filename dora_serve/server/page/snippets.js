@@ -17,6 +17,7 @@ const TASKS = {
       `answer = client.embeddings.create(\n${named(body)})\nprint(answer.data[0].embedding)`,
   },
   "sequence-classification": { path: "/classify", body: { input: "a good film" } },
+  "token-classification": { path: "/pooling", body: { input: "a good film" } },
 };
 
 export function snippets(model, locked) {

@@ -16,7 +16,7 @@ from ...folder.names import not_a_name
 from .offer import DECODES, Graph, Module, OfferedModel
 from .onnx_graphs import check_graphs, read_genai
 
-SERVED = (DECODES, "sequence-classification", "feature-extraction")
+SERVED = (DECODES, "sequence-classification", "token-classification", "feature-extraction")
 
 
 def read_onnx_folder(name: str, path: Path) -> tuple[Graph, OfferedModel, list[OfferedModel]]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import base64
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -27,13 +27,16 @@ router = APIRouter(route_class=JsonRoute)
 @router.post("/classify")
 async def classify(body: ClassifyRequest, request: Request) -> answers.Classification:
     """The class of a text, or of each of several."""
-    served, engine = state_of(request).models.encoder(body.model, "logits", "classification")
-    head, outputs, used = await run(request, served, engine, body, "classify", _logits)
+    served, engine = state_of(request).models.encoder(body.model, "sequence-classification")
+    head, outputs, used = await run(request, served, engine, body, "classify", logits)
     labels = []
     for i, row in enumerate(outputs):
-        found = engine.encoder.classification(row)
-        told = list(found.logits if body.use_activation is False else found.scores)
-        labels.append(answers.Label(index=i, label=found.label, probs=told, num_classes=len(told)))
+        found, told = engine.encoder.classification(row), row
+        if body.use_activation is not False:
+            told = engine.encoder.probabilities(row)
+        labels.append(
+            answers.Label(index=i, label=found.label, probs=told.tolist(), num_classes=len(told))
+        )
     return answers.Classification(**head, data=labels, usage=used)
 
 
@@ -41,27 +44,32 @@ async def classify(body: ClassifyRequest, request: Request) -> answers.Classific
 async def embeddings(body: EmbeddingRequest, request: Request) -> answers.Embeddings:
     """A vector per text: the mean of its tokens' last hidden states."""
     models = state_of(request).models
-    served, engine = models.encoder(body.model, "last_hidden_state", "embeddings")
+    served, engine = models.encoder(body.model, "feature-extraction")
     head, outputs, used = await run(request, served, engine, body, "embd", mean)
     vectors = []
     for i, vector in enumerate(outputs):
-        vector = _shortened(vector, body)
+        vector = shortened(vector, body.dimensions)
+        vector = of_length_one(vector) if body.use_activation else vector
         packed = base64.b64encode(vector.astype("<f4").tobytes()).decode()
         told = packed if body.encoding_format == "base64" else vector.tolist()
         vectors.append(answers.Embedding(index=i, embedding=told))
     return answers.Embeddings(**head, data=vectors, usage=used)
 
 
-def _shortened(vector: Any, body: EmbeddingRequest) -> Any:
-    """The first `dimensions` of a vector, of length one where that is asked for."""
-    if body.dimensions is not None and body.dimensions > len(vector):
+def shortened(vector: Any, dimensions: int | None) -> Any:
+    """The first `dimensions` of a vector, all of it for None."""
+    if dimensions is not None and dimensions > len(vector):
         raise ApiError(f"the vectors have {len(vector)} dimensions", param="dimensions")
-    vector = vector[: body.dimensions]
-    length = np.linalg.norm(vector) if body.use_activation else np.float32(1)
-    return vector / max(length, np.float32(1e-12))
+    return vector[:dimensions]
 
 
-def _logits(row: dict[str, Any]) -> Any:
+def of_length_one(vectors: Any) -> Any:
+    """The directions of `vectors [..., n]`."""
+    lengths = np.linalg.norm(vectors, axis=-1, keepdims=True)
+    return vectors / np.maximum(lengths, np.float32(1e-12))
+
+
+def logits(row: dict[str, Any]) -> Any:
     return row["logits"]
 
 
@@ -76,10 +84,12 @@ async def run(
     body: Texts,
     prefix: str,
     finish: Callable[[dict[str, Any]], Any],
+    pairs: Sequence[tuple[str, str]] | None = None,
+    check: Callable[[Sequence[int]], None] | None = None,
 ) -> tuple[dict[str, Any], list[Any], answers.Usage]:
-    """The head of an answer, what `finish` makes of the outputs of every text of `body`, and the
-    tokens that were read."""
-    state, inputs = state_of(request), body.inputs
+    """The head of an answer, what `finish` makes of the outputs of every text of `body`, or of
+    `pairs`, and the tokens that were read. `check` is told their counts before they are run."""
+    state, inputs = state_of(request), body.inputs if pairs is None else pairs
     if len(inputs) > engine.limits.max_waiting:
         raise ApiError(f"{len(inputs)} texts are more than can wait", param="input")
     rows = await served.texts.encode(
@@ -90,11 +100,13 @@ async def run(
         body.kept(engine.max_length),
         body.truncation_side,
     )
+    lengths = [len(ids) for ids, _ in rows]
+    if check is not None:
+        check(lengths)
     begin = time.monotonic()
     submitted = engine.submit(rows, served.model.adapter, finish)
     futures = [asyncio.wrap_future(each) for each in submitted]
     served.requests += 1
-    lengths = [len(ids) for ids, _ in rows]
     count, name = sum(lengths), served.model.name
     note(request, model=name, prompt_tokens=count)
     state.metrics.asked(served.model, lengths)

@@ -6,6 +6,7 @@ import asyncio
 import json
 from collections.abc import AsyncGenerator, Callable, Sequence
 from contextlib import aclosing
+from dataclasses import dataclass
 from typing import Any
 
 from fastapi import APIRouter, Request
@@ -14,6 +15,7 @@ from fastapi.responses import JSONResponse, Response
 from dora_serve.onnxruntime.continuous import ContinuousDecoder
 from dora_serve.onnxruntime.grammar import Grammar
 from dora_serve.onnxruntime.limits import check_tokens
+from dora_serve.onnxruntime.sampling import Sampling
 
 from ..registry import Served
 from ..state import State, note, state_of
@@ -29,7 +31,7 @@ from .writing import ChatWriter, CompletionWriter, Writer
 
 router = APIRouter(route_class=JsonRoute)
 
-_FEW = 500  # tokens, which are written out at once
+FEW = 500  # tokens, which are written out at once
 
 
 @router.post("/v1/completions", response_model=answers.Completion)
@@ -39,14 +41,14 @@ async def completions(body: CompletionRequest, request: Request) -> Response:
     served, engine = state.models.decoder(body.model)
     check_count(engine, len(body.prompts) * body.n)
     prompts = await _prompts(body, served, engine)
-    most = min(body.max_tokens, engine.max_length)
+    most = min(body.max_tokens, served.defaults.longest or engine.max_length, engine.max_length)
     told, longest = body.told_of_prompt, max(map(len, prompts), default=0)
     check_logprobs(len(prompts) * body.n, most, body.logprobs)
     check_logprobs(len(prompts) * body.n, longest, told, "prompt")
     # Without a completion one token is drawn all the same, and counted, as vLLM does.
     bad, most = await served.texts.words(body.bad_words or ()), max(most, 1)
     grammar = await _grammar(body, state, engine)
-    draws = [body.samplings(most, body.logprobs, bad, told, grammar)]
+    draws = [body.samplings(most, body.logprobs, bad, told, grammar, served.defaults)]
     check_tokens(draws[0][0].named_tokens, engine.graph.vocabulary)
     texts = await _echoed(body, served, prompts)
     write = CompletionWriter(body, prompts, texts, _decoder(engine))
@@ -91,6 +93,27 @@ async def _echoed(
 @router.post("/v1/chat/completions", response_model=answers.ChatCompletion)
 async def chat(body: ChatRequest, request: Request) -> Response:
     """Answer a conversation, through the chat template of the model's tokenizer."""
+    begun = await begin_chat(body, request)
+    kind = "chat.completion.chunk" if body.stream else "chat.completion"
+    head = pieces.envelope("chatcmpl", kind, begun.served.model.name, body.request_id)
+    if body.return_token_ids:
+        head["prompt_token_ids"] = begun.prompt
+    return await _answer(body, request, begun.asking, head, begun.write)
+
+
+@dataclass(frozen=True)
+class BegunChat:
+    """A conversation that is being answered. `draw`: how."""
+
+    served: Served
+    prompt: list[int]
+    draw: Sampling
+    asking: Asking
+    write: ChatWriter
+
+
+async def begin_chat(body: ChatRequest, request: Request) -> BegunChat:
+    """Have a conversation answered. Raises `ApiError` for what is not possible."""
     state = state_of(request)
     served, engine = state.models.decoder(body.model)
     prompt = await served.texts.chat(
@@ -106,20 +129,17 @@ async def chat(body: ChatRequest, request: Request) -> Response:
     wanted = body.max_completion_tokens or body.max_tokens
     _check_length(engine, prompt, wanted)
     top = body.top_logprobs if body.logprobs else None
-    most = min(wanted or engine.max_length, engine.max_length)
+    most = wanted or served.defaults.max_new_tokens or engine.max_length
+    most = min(most, served.defaults.longest or engine.max_length, engine.max_length)
     check_logprobs(body.n, most, top)
     check_logprobs(body.n, len(prompt), body.prompt_logprobs, "messages")
     bad = await served.texts.words(body.bad_words or ())
     told, grammar = body.prompt_logprobs, await _grammar(body, state, engine)
-    draws = [body.samplings(most, top, bad, told, grammar)]
+    draws = [body.samplings(most, top, bad, told, grammar, served.defaults)]
     check_tokens(draws[0][0].named_tokens, engine.graph.vocabulary)
     asking = Asking(served, engine, [prompt], draws, state.metrics, state.options.timeout)
-    kind = "chat.completion.chunk" if body.stream else "chat.completion"
-    head = pieces.envelope("chatcmpl", kind, served.model.name, body.request_id)
-    if body.return_token_ids:
-        head["prompt_token_ids"] = prompt
     write = ChatWriter(body, prompt, _decoder(engine))
-    return await _answer(body, request, asking, head, write)
+    return BegunChat(served, prompt, draws[0][0], asking, write)
 
 
 async def _grammar(body: Generate, state: State, engine: ContinuousDecoder) -> Grammar | None:
@@ -178,7 +198,7 @@ async def _whole(request: Request, asking: Asking, head: Json, write: Writer) ->
         used = pieces.usage(asking.prompt_tokens, asking.tokens, asking.cached_tokens)
         return JSONResponse({**head, "choices": written, "usage": used, **write.beside(choices)})
 
-    few = asking.tokens + sum(len(choice.prompt_logprobs) for choice in choices) < _FEW
+    few = asking.tokens + sum(len(choice.prompt_logprobs) for choice in choices) < FEW
     return answer() if few else await asyncio.to_thread(answer)
 
 

@@ -1,4 +1,5 @@
-"""`/score` and `/rerank`: how near texts are, by the cosine of their embeddings."""
+"""`/score` and `/rerank`: how near texts are, by the cosine of their embeddings, or as a model says
+that reads both and has one label."""
 
 from __future__ import annotations
 
@@ -12,10 +13,12 @@ from ..state import state_of
 from ..wire import answers
 from ..wire.errors import ApiError
 from ..wire.requests import RerankRequest, ScoreRequest
-from .encoding import mean, run
+from .encoding import logits, mean, run
 from .reading import JsonRoute
 
 router = APIRouter(route_class=JsonRoute)
+
+_TASKS = ("feature-extraction", "sequence-classification")
 
 
 @router.post("/score")
@@ -28,8 +31,7 @@ async def score(body: ScoreRequest, request: Request) -> answers.Scores:
             f"{len(first)} texts on one side and {len(second)} on the other: give one, or as many",
             param="text_1",
         )
-    head, vectors, used = await _embed(body, request)
-    near = _cosines(vectors[: len(first)], vectors[len(first) :])
+    head, near, used = await _near(body, request, first, second)
     data = [answers.Score(index=i, score=value) for i, value in enumerate(near)]
     return answers.Scores(**head, data=data, usage=used)
 
@@ -39,8 +41,7 @@ async def score(body: ScoreRequest, request: Request) -> answers.Scores:
 @router.post("/v2/rerank")
 async def rerank(body: RerankRequest, request: Request) -> answers.Ranking:
     """The documents, the nearest to the query first."""
-    head, vectors, used = await _embed(body, request)
-    near = _cosines(vectors[:1], vectors[1:])
+    head, near, used = await _near(body, request, [body.query], body.documents)
     order = np.argsort(-near, kind="stable").tolist()
     results = [
         answers.Ranked(
@@ -51,11 +52,31 @@ async def rerank(body: RerankRequest, request: Request) -> answers.Ranking:
     return answers.Ranking(id=head["id"], model=head["model"], usage=used, results=results)
 
 
-async def _embed(
-    body: ScoreRequest | RerankRequest, request: Request
-) -> tuple[dict[str, Any], list[Any], answers.Usage]:
-    served, engine = state_of(request).models.encoder(body.model, "last_hidden_state", "embeddings")
-    return await run(request, served, engine, body, "score", mean)
+async def _near(
+    body: ScoreRequest | RerankRequest,
+    request: Request,
+    first: Sequence[str],
+    second: Sequence[str],
+) -> tuple[dict[str, Any], Any, answers.Usage]:
+    """How near every text of `second` is to its own of `first`, or to the only one there."""
+    served, engine = state_of(request).models.encoder(body.model, *_TASKS)
+    if served.model.task == _TASKS[0]:
+        head, vectors, used = await run(request, served, engine, body, "score", mean)
+        return head, _cosines(vectors[: len(first)], vectors[len(first) :]), used
+    ones = [*first] * len(second) if len(first) == 1 else first
+    pairs = list(zip(ones, second, strict=True))
+    head, rows, used = await run(request, served, engine, body, "score", logits, pairs)
+    told = np.array(rows)
+    if told.shape[1] != 1:
+        raise ApiError(
+            f"The model `{served.model.name}` has {told.shape[1]} labels: one says how near texts "
+            "are.",
+            param="model",
+            code="other_task",
+        )
+    if body.use_activation is not False:
+        told = engine.encoder.probabilities(told)
+    return head, told[:, 0].astype(np.float64), used
 
 
 def _cosines(first: Sequence[Any], second: Sequence[Any]) -> Any:

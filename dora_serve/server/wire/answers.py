@@ -162,6 +162,25 @@ class Embeddings(BaseModel):
     usage: Usage
 
 
+class Pooled(BaseModel):
+    """`data`: numbers, of every token where that is asked for, or all of them in base64."""
+
+    index: int
+    object: Literal["pooling"] = "pooling"
+    data: list[list[float]] | list[float] | str
+
+
+class Pooling(BaseModel):
+    """Of `/pooling`."""
+
+    id: str
+    object: Literal["list"] = "list"
+    created: int
+    model: str
+    data: list[Pooled]
+    usage: Usage
+
+
 class Score(BaseModel):
     index: int
     object: Literal["score"] = "score"

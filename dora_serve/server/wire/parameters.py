@@ -36,9 +36,11 @@ NO_EFFECT = frozenset(
         "include_obfuscation",
         "include_reasoning",
         "length_penalty",  # of beams
+        "max_tool_calls",  # of tools that a server itself runs
         "mm_payload",
         "parallel_tool_calls",
         "prompt_cache_key",
+        "prompt_cache_options",
         "provider_specific_fields",  # of an answer that litellm hands back
         "prompt_cache_retention",
         "request_id",
@@ -57,16 +59,22 @@ NO_EFFECT = frozenset(
 
 _GUIDED = "vLLM itself ignores it: use `structured_outputs`"
 _MEDIA = "texts alone are read"
+_KEPT = "no answer is kept: send its turns again"
 # Why it is not served, and its values that are no use of it beside null and what is empty.
 NOT_SERVED: Mapping[str, tuple[str, tuple[Any, ...]]] = {
     "audio": (_MEDIA, ()),
+    "background": (_KEPT, (False,)),
     "best_of": ("every completion is told, give n alone", (1,)),
+    "chat_template_kwargs": ("it is for chats", ()),
     "chat_template": ("a template is a program: it comes with the model", ()),
+    "context_management": (_KEPT, ()),
+    "conversation": (_KEPT, ()),
     "detokenize": ("tokens without text are not told", (True,)),
     "echo": ("a chat's last message is not told again", (False,)),
     "early_stopping": ("there is no beam search", (False,)),
     "ec_transfer_params": ("there is one process", ()),
     "embed_dtype": ("vectors are of float32", ("float32",)),
+    "enable_response_messages": ("the tokens are told by chats", (False,)),
     "endianness": ("vectors are little-endian", ("native", "little")),
     "function_call": ("use `tool_choice`", ("none", "auto")),
     "functions": ("use `tools`", ()),
@@ -76,14 +84,19 @@ NOT_SERVED: Mapping[str, tuple[str, tuple[Any, ...]]] = {
     "guided_json": (_GUIDED, ()),
     "guided_regex": (_GUIDED, ()),
     "guided_whitespace_pattern": (_GUIDED, ()),
+    "instruction": ("texts are compared as they are", ()),
     "kv_transfer_params": ("there is one process", ()),
     "logits_processors": ("a processor is a program", ()),
     "logprob_token_ids": ("the likeliest tokens alone are told", ()),
+    "max_tokens_per_doc": ("use `truncate_prompt_tokens`", (0,)),
+    "max_tokens_per_query": ("use `truncate_prompt_tokens`", (0,)),
     "media_io_kwargs": (_MEDIA, ()),
     "mm_processor_kwargs": (_MEDIA, ()),
     "modalities": (_MEDIA, (["text"],)),
     "padding": ("prompts are not padded", ("do_not_pad",)),
     "prediction": ("nothing is predicted ahead", ()),
+    "previous_input_messages": (_KEPT, ()),
+    "previous_response_id": (_KEPT, ()),
     "priority": ("requests are run in the order in which they come", (0,)),
     "prompt_embeds": (_MEDIA, ()),
     "repetition_detection": ("a repetition ends nothing", ()),

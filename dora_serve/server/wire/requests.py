@@ -7,9 +7,10 @@ from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import AliasChoices, Discriminator, Field, RootModel, Tag, model_validator
 
+from .defaults import Count
 from .messages import Message, Several
 from .parameters import Object, Parameters, refusal
-from .sampling import Count, Generate, Token, Tokens, Top, Truncation
+from .sampling import Generate, Token, Tokens, Top, Truncation
 from .structure import Asked, asked_json
 from .tools import Choice, Tools, schema_of_calls, wrong_choice
 
@@ -158,18 +159,31 @@ class EmbeddingRequest(Texts):
         return _each(self.input)
 
 
+class PoolingRequest(EmbeddingRequest):
+    """`POST /pooling`, as vLLM has it. `use_activation` false: neither of length one, nor
+    probabilities."""
+
+    task: Literal["embed", "classify", "token_embed", "token_classify"] | None = None
+
+
 _Side = str | Annotated[Several[str], Field(min_length=1)]
 
 
 class ScoreRequest(Texts):
-    """`POST /score`: two sides, under any of vLLM's names for them."""
+    """`POST /score`: two sides, under any of vLLM's names for them. `use_activation` false: of a
+    model that reads both, its logits."""
+
+    use_activation: bool | None = None
 
     text_1: _Side = Field(validation_alias=AliasChoices("text_1", "queries", "data_1"))
     text_2: _Side = Field(validation_alias=AliasChoices("text_2", "documents", "items", "data_2"))
 
     @property
-    def sides(self) -> tuple[list[Text], list[Text]]:
-        return _each(self.text_1), _each(self.text_2)
+    def sides(self) -> tuple[list[str], list[str]]:
+        """Either, as a list."""
+        both = (self.text_1, self.text_2)
+        one, other = ([side] if isinstance(side, str) else side for side in both)
+        return one, other
 
     @property
     def inputs(self) -> list[Text]:
@@ -177,7 +191,10 @@ class ScoreRequest(Texts):
 
 
 class RerankRequest(Texts):
-    """`POST /rerank`. `top_n`: how many documents are told, 0 for all."""
+    """`POST /rerank`, which scores as `/score` does. `top_n`: how many documents are told, 0 for
+    all."""
+
+    use_activation: bool | None = None
 
     query: str
     documents: Annotated[Several[str], Field(min_length=1)]

@@ -3,24 +3,30 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Annotated, Literal
+from typing import Annotated, Literal, TypeVar
 
 from pydantic import Field, model_validator
 
 from dora_serve.onnxruntime.grammar import Grammar
 from dora_serve.onnxruntime.sampling import Sampling
 
+from .defaults import Defaults, MinP, Penalty, Repetition, Temperature, TopK, TopP
+from .errors import ApiError
 from .parameters import Parameters, refusal
 from .structure import Asked, ResponseFormat, StructuredOutputs, asked
 
+_T = TypeVar("_T")
 Token = Annotated[int, Field(ge=0, le=2**31 - 1)]
-Count = Annotated[int, Field(ge=1, le=2**31 - 1)]
 Stop = Annotated[str, Field(min_length=1, max_length=1000)]
 Seed = Annotated[int, Field(ge=-(2**63), le=2**63 - 1)]
 Tokens = Annotated[list[Token], Field(fail_fast=True)]
 Top = Annotated[int, Field(ge=0, le=20)]
-Penalty = Annotated[float, Field(ge=-2, le=2)]
 _Id = Annotated[str, Field(pattern=r"^[0-9]{1,10}$")]
+Stops = Stop | Annotated[list[Stop], Field(max_length=16, fail_fast=True)]
+StopIds = Annotated[Tokens, Field(max_length=1024)]
+Biases = Annotated[dict[_Id, float], Field(max_length=1024)]
+RequestId = Annotated[str, Field(max_length=200)]
+Metadata = Annotated[dict[str, str], Field(max_length=16)]
 
 
 class StreamOptions(Parameters):
@@ -54,22 +60,22 @@ class Generate(Truncation):
 
     model: str
     n: Annotated[int, Field(ge=1, le=128)] = 1
-    temperature: Annotated[float, Field(ge=0, le=100)] | None = None
-    top_p: Annotated[float, Field(gt=0, le=1)] | None = None
-    top_k: Annotated[int, Field(ge=-1, le=2**31 - 1)] = 0
-    min_p: Annotated[float, Field(ge=0, le=1)] = 0.0
+    temperature: Temperature | None = None
+    top_p: TopP | None = None
+    top_k: TopK | None = None
+    min_p: MinP | None = None
     seed: Seed | None = None
-    stop: Stop | Annotated[list[Stop], Field(max_length=16, fail_fast=True)] | None = None
-    stop_token_ids: Annotated[Tokens, Field(max_length=1024)] | None = None
+    stop: Stops | None = None
+    stop_token_ids: StopIds | None = None
     include_stop_str_in_output: bool = False
     min_tokens: Annotated[int, Field(ge=0, le=2**31 - 1)] = 0
     ignore_eos: bool = False
     skip_special_tokens: bool = True
     spaces_between_special_tokens: bool = True
-    presence_penalty: Penalty = 0.0
-    frequency_penalty: Penalty = 0.0
-    repetition_penalty: Annotated[float, Field(gt=0, le=1000)] = 1.0
-    logit_bias: Annotated[dict[_Id, float], Field(max_length=1024)] | None = None
+    presence_penalty: Penalty | None = None
+    frequency_penalty: Penalty | None = None
+    repetition_penalty: Repetition | None = None
+    logit_bias: Biases | None = None
     allowed_token_ids: Annotated[Tokens, Field(max_length=2**18)] | None = None
     bad_words: Annotated[list[Stop], Field(max_length=64, fail_fast=True)] | None = None
     prompt_logprobs: Top | None = None
@@ -79,8 +85,8 @@ class Generate(Truncation):
     stream_options: StreamOptions | None = None
     response_format: ResponseFormat | None = None
     structured_outputs: StructuredOutputs | None = None
-    request_id: Annotated[str, Field(max_length=200)] | None = None
-    metadata: Annotated[dict[str, str], Field(max_length=16)] | None = None
+    request_id: RequestId | None = None
+    metadata: Metadata | None = None
 
     @model_validator(mode="after")
     def _told_whole(self) -> Generate:
@@ -99,17 +105,21 @@ class Generate(Truncation):
         bad_words: tuple[tuple[int, ...], ...],
         prompt_logprobs: int | None,
         grammar: Grammar | None,
+        defaults: Defaults,
     ) -> list[Sampling]:
-        """How every choice is drawn; each has a seed of its own, and none for -1."""
+        """How every choice is drawn; each has a seed of its own, and none for -1. Raises `ApiError`
+        for a least number of tokens above the most."""
+        if self.min_tokens > max_tokens:
+            raise ApiError(f"min_tokens is more than {max_tokens}", param="min_tokens")
         stop = [self.stop] if isinstance(self.stop, str) else self.stop or []
         seeded = self.seed is not None and self.seed != -1
         biases = (self.logit_bias or {}).items()
         one = Sampling(
             max_tokens=max_tokens,
-            temperature=1.0 if self.temperature is None else self.temperature,
-            top_p=1.0 if self.top_p is None else self.top_p,
-            top_k=max(self.top_k, 0),
-            min_p=self.min_p,
+            temperature=_first(self.temperature, defaults.temperature, 1.0),
+            top_p=_first(self.top_p, defaults.top_p, 1.0),
+            top_k=max(_first(self.top_k, defaults.top_k, 0), 0),
+            min_p=_first(self.min_p, defaults.min_p, 0.0),
             stop=tuple(stop),
             logprobs=logprobs,
             min_tokens=self.min_tokens,
@@ -121,12 +131,17 @@ class Generate(Truncation):
             allowed_token_ids=tuple(self.allowed_token_ids or ()),
             bad_words=bad_words,
             logit_bias=tuple((int(key), min(100.0, max(-100.0, value))) for key, value in biases),
-            repetition_penalty=self.repetition_penalty,
-            presence_penalty=self.presence_penalty,
-            frequency_penalty=self.frequency_penalty,
+            repetition_penalty=_first(self.repetition_penalty, defaults.repetition_penalty, 1.0),
+            presence_penalty=_first(self.presence_penalty, defaults.presence_penalty, 0.0),
+            frequency_penalty=_first(self.frequency_penalty, defaults.frequency_penalty, 0.0),
             prompt_logprobs=prompt_logprobs,
             grammar=grammar,
         )
         if not seeded:
             return [one] * self.n
         return [replace(one, seed=((self.seed or 0) + i) % 2**64) for i in range(self.n)]
+
+
+def _first(given: _T | None, default: _T | None, neutral: _T) -> _T:
+    """What a request says, else what its model does."""
+    return next((each for each in (given, default) if each is not None), neutral)
