@@ -2,16 +2,16 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 VLLM := .venv-vllm
-LOWEST := .venv-lowest
 EXTRAS := $(patsubst %,--extra %,gguf onnx peft plot remote serve sign)
 OUT := demo-out
+PART := tests/converters/test_samples.py tests/converters/test_reference_runs.py tests/engines/test_onnx_command.py
 REAL := real-out
 # A worker of the suite needs up to 3 GB, and waits for other processes a third of its time: three
 # keep two cores at work.
 WORKERS ?= 3
 SPREAD := --no-loadscope-reorder -n
 
-.PHONY: setup demo test test-all setup-vllm test-vllm test-clients test-lowest lint bench matrix matrix-check faults fuzz mutants audit peft-matrix real
+.PHONY: setup demo test test-all setup-vllm test-vllm test-clients test-lowest test-newest test-python lint docs release bench matrix matrix-check faults fuzz mutants audit peft-matrix real
 
 setup: $(VENV)/.ready
 
@@ -48,14 +48,30 @@ $(VLLM)/.ready: pyproject.toml constraints-vllm.txt
 test-vllm: setup-vllm
 	$(VLLM)/bin/python -m pytest $(SPREAD) 2 tests/engines/vllm
 
-# The main job with the lowest versions that pyproject.toml names.
+# The main job and a part of the suite with other versions than those of constraints.txt, or with
+# another interpreter. UV_TORCH_BACKEND=cpu keeps CUDA's gigabytes out where PyTorch's own index is
+# reached.
+define other_versions
+	$(2) -m venv $(1)
+	$(1)/bin/pip install --quiet --disable-pip-version-check uv
+	$(1)/bin/uv pip compile --quiet $(3) $(EXTRAS) pyproject.toml --output-file $(1)/versions.txt
+	$(1)/bin/uv pip install --quiet --python $(1)/bin/python --requirement $(1)/versions.txt pytest
+	$(1)/bin/uv pip install --quiet --python $(1)/bin/python --no-deps --editable .
+	$(1)/bin/python scripts/demo.py $(OUT)$(1)
+	$(1)/bin/python -m pytest $(PART)
+endef
+
+# What pyproject.toml names as the lowest of each package.
 test-lowest:
-	$(PYTHON) -m venv $(LOWEST)
-	$(LOWEST)/bin/pip install --quiet --disable-pip-version-check uv
-	$(LOWEST)/bin/uv pip compile --quiet --resolution lowest-direct $(EXTRAS) pyproject.toml --output-file $(LOWEST)/lowest.txt
-	$(LOWEST)/bin/uv pip install --quiet --python $(LOWEST)/bin/python --requirement $(LOWEST)/lowest.txt
-	$(LOWEST)/bin/uv pip install --quiet --python $(LOWEST)/bin/python --no-deps --editable .
-	$(LOWEST)/bin/python scripts/demo.py $(OUT)-lowest
+	$(call other_versions,.venv-lowest,$(PYTHON),--resolution lowest-direct)
+
+# The newest of each package that there is today.
+test-newest:
+	$(call other_versions,.venv-newest,$(PYTHON),)
+
+# make test-python PY=python3.13
+test-python:
+	$(call other_versions,.venv-$(notdir $(PY)),$(PY),--constraint constraints.txt)
 
 # Real clients, pinned in an environment of their own, and vLLM's own benchmark.
 CLIENTS := .venv-clients
@@ -71,6 +87,26 @@ lint: setup
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+# The site in build/site; what cannot be found, or is linked wrongly, ends it.
+DOCS := .venv-docs
+docs: setup $(DOCS)/.ready
+	$(BIN)/python scripts/reference.py build/reference
+	NO_MKDOCS_2_WARNING=1 $(DOCS)/bin/mkdocs build --quiet
+
+$(DOCS)/.ready: constraints-docs.txt
+	$(PYTHON) -m venv $(DOCS)
+	$(DOCS)/bin/pip install --quiet --disable-pip-version-check --constraint constraints-docs.txt mkdocs-material 'mkdocstrings[python]'
+	touch $@
+
+# Wheel and source distribution, looked at as the package index will, and the wheel installed alone.
+release:
+	rm -rf dist .venv-release
+	$(PYTHON) -m venv .venv-release
+	.venv-release/bin/pip install --quiet --disable-pip-version-check build==1.6.1 twine==7.0.0
+	.venv-release/bin/python -m build --outdir dist
+	.venv-release/bin/twine check --strict dist/*
+	$(PYTHON) scripts/release.py dist
 
 matrix: setup
 	$(BIN)/python scripts/support_matrix.py

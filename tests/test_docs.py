@@ -6,17 +6,20 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
+import yaml
 
 from tests.processes import commands
 
 ROOT = Path(__file__).parent.parent
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 _BLOCK = re.compile(r"(<!-- not run: [^\n]*-->\n+)?```(sh|python)\n(.*?)```", re.DOTALL)
 
 
@@ -44,18 +47,60 @@ def test_what_is_to_run_is_found() -> None:
 
 @pytest.mark.parametrize("page", RUNNING, ids=[page.name for page in RUNNING])
 def test_every_command_runs(page: Path, tmp_path: Path) -> None:
-    shell, python = script(page)
     for name in ("models", "scripts"):
         (tmp_path / name).symlink_to(ROOT / name)
-    environment = {**os.environ, "PATH": f"{commands()}:{os.environ['PATH']}"}
-    for command in (
-        ["bash", "-euo", "pipefail", "-c", shell],
-        *(["python", "-c", p] for p in python),
-    ):
-        done = subprocess.run(
-            command, cwd=tmp_path, env=environment, capture_output=True, text=True
-        )
-        assert done.returncode == 0, f"{command}\n{done.stdout}\n{done.stderr}"
+    shell, python = script(page)
+    run(["bash", "-euo", "pipefail", "-c", shell], tmp_path)
+    for code in python:
+        run(["python", "-c", code], tmp_path)
+
+
+def run(command: list[str], folder: Path, **variables: str) -> None:
+    path = f"{commands()}:{os.environ['PATH']}"
+    environment = {**os.environ, **variables, "PATH": path}
+    done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, f"{command}\n{done.stdout}\n{done.stderr}"
+
+
+def test_the_workflow_for_users_runs(tmp_path: Path) -> None:
+    """Its commands, that is, without the actions of others and the installation."""
+    (tmp_path / "models").symlink_to(ROOT / "models")
+    page = (ROOT / "docs" / "tutorials" / "ci.md").read_text()
+    told = re.search(r"```yaml\n(.*?)```", page, re.DOTALL)
+    assert told is not None
+    job = yaml.safe_load(told[1])["jobs"]["prove"]
+    lines = [step["run"] for step in job["steps"] if step.get("run", "").startswith("dora-")]
+    assert len(lines) == 3
+    for line in lines:
+        run(["bash", "-euo", "pipefail", "-c", line], tmp_path, **job["env"])
+    assert json.loads((tmp_path / "proof.json").read_text())["passed"]
+
+
+def test_the_reference_has_every_verb_and_path(tmp_path: Path) -> None:
+    from dora_serve.commands.examples import EXAMPLES
+
+    run([sys.executable, str(ROOT / "scripts" / "reference.py"), str(tmp_path)], ROOT)
+    shown = (tmp_path / "commands.md").read_text()
+    assert {line.split()[-1] for line in shown.splitlines() if line.startswith("### ")} == {
+        *EXAMPLES
+    }
+    paths = (tmp_path / "http.md").read_text()
+    for path in ("GET /v1/models", "POST /v1/completions", "POST /classify", "POST /v1/embeddings"):
+        assert f"## {path}\n" in paths
+    assert "| `max_tokens` | integer |" in paths
+
+
+def test_every_variable_is_told() -> None:
+    """Those that our own code reads."""
+    names = {
+        name
+        for folder in ("converters", "dora_serve")
+        for file in (ROOT / folder).rglob("*.py")
+        for name in re.findall(r'"(DORA_SERVE_[A-Z_]+)"', file.read_text())
+    }
+    told = (ROOT / "docs" / "reference" / "environment.md").read_text()
+    assert len(names) >= 5
+    assert {name for name in names if f"`{name}`" not in told} == set()
 
 
 def test_every_local_link_leads_somewhere() -> None:

@@ -1,0 +1,53 @@
+"""What is told in one place only is told there: the version, the tools of a commit, the image."""
+
+from __future__ import annotations
+
+import re
+import shlex
+import tomllib
+from importlib.metadata import version
+from pathlib import Path
+
+import pytest
+import yaml
+
+ROOT = Path(__file__).parent.parent
+TARGETS = set(re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
+
+
+def test_the_version_has_one_place() -> None:
+    number = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["version"]
+    assert version("dora-serve") == number
+    assert f"## {number}" in (ROOT / "CHANGELOG.md").read_text()
+    code = [*(ROOT / "converters").rglob("*.py"), *(ROOT / "dora_serve").rglob("*.py")]
+    assert len(code) > 200
+    assert [file for file in code if f'"{number}"' in file.read_text()] == []
+
+
+@pytest.mark.parametrize("file", sorted((ROOT / ".github").rglob("*.yml")), ids=lambda f: f.name)
+def test_workflows_and_templates_are_read(file: Path) -> None:
+    assert isinstance(yaml.safe_load(file.read_text()), dict)
+
+
+def test_workflows_make_what_there_is() -> None:
+    text = (ROOT / ".github" / "workflows" / "checks.yml").read_text()
+    made = re.findall(r"make:? ([a-z][\w-]*)", text)
+    assert {"lint", "test", "test-lowest", "test-newest", "docs", "release"} <= set(made) <= TARGETS
+
+
+def test_a_commit_is_checked_by_the_tools_of_make_lint() -> None:
+    hooks = yaml.safe_load((ROOT / ".pre-commit-config.yaml").read_text())["repos"][0]["hooks"]
+    told = {shlex.split(hook["entry"])[0].removeprefix(".venv/bin/") for hook in hooks}
+    assert told == {"ruff", "mypy"}
+
+
+def test_the_image_copies_what_is_there_and_runs_what_is_installed() -> None:
+    lines = (ROOT / "Containerfile").read_text().splitlines()
+    copied = [word for line in lines if line.startswith("COPY ") for word in line.split()[1:-1]]
+    assert len(copied) >= 4
+    for name in copied:
+        assert (ROOT / name).exists(), name
+        assert f"!{name}" in (ROOT / ".containerignore").read_text().splitlines()
+    scripts = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["scripts"]
+    (entry,) = (line for line in lines if line.startswith("ENTRYPOINT "))
+    assert yaml.safe_load(entry.removeprefix("ENTRYPOINT "))[0] in scripts
