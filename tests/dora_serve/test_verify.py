@@ -42,7 +42,8 @@ def test_every_family(tmp_path: Path, family: str) -> None:
     more = PARAMETERS if family in MOE else {}
     targets = {"gpt2": ["c_attn", "c_proj"], "distilbert": ["q_lin", "lin1"]}
     # The proof's prompts are longer than a window, which is 4096 where nothing is said.
-    window = {"sliding_window": 24} if family in ("gemma2", "gemma3", "mistral") else {}
+    windowed = family in ("gemma2", "gemma3", "mistral")
+    window: dict[str, Any] = {"sliding_window": 24} if windowed else {}
     save_adapter(
         save_base(family, base, **window),
         base,

@@ -81,13 +81,18 @@ def free_port() -> int:
 
 @contextmanager
 def started(
-    root: Path, folder: Path, key: str | None = None, options: ServerOptions | None = None
+    root: Path,
+    folder: Path,
+    key: str | None = None,
+    options: ServerOptions | None = None,
+    forked: bool = True,
 ) -> Iterator[Server]:
-    """A server of `root`; `folder` is for its log, and its cache unless the environment has one."""
+    """A server of `root`; `folder` is for its log, and its cache unless the environment has one.
+    `forked`: the process that prepares for it is forked, and not one below it."""
     options = options or ServerOptions(threads=2)
     port = free_port()
     log = folder / f"log-{port}"
-    python = str(commands() / "python")
+    python = str(commands() / "python") if forked else sys.executable
     arguments = json.dumps([str(root), port, key, asdict(options), python])
     with log.open("wb") as stream:
         process = subprocess.Popen(

@@ -93,7 +93,8 @@ def attacked(place: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[
     parts = [split, tokenizer["pre_tokenizer"]]
     tokenizer["pre_tokenizer"] = {"type": "Sequence", "pretokenizers": parts}
     file.write_text(json.dumps(tokenizer))
-    with started(root, place, None, ServerOptions(threads=1, timeout=60)) as running:
+    options = ServerOptions(threads=1, timeout=60)
+    with started(root, place, None, options, forked=False) as running:  # all it has is weighed
         with running.http as http:
             asked = {"model": BASE, "prompt": "count : nine " * 2, "n": 100, "max_tokens": 20}
             for _ in range(2):
