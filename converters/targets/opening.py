@@ -19,6 +19,7 @@ from ..model.match import as_trained
 from ..model.names import Names
 from ..model.quantized import Dequantized, method, quantization
 from ..model.tasks import architecture_of, task_of
+from ..model.tying import embedding_in
 from ..readers import ReadOptions, read_run
 from ..run import Run
 from .model import Model, read_logits
@@ -283,8 +284,6 @@ def _refused(engine: str, folder: Path, error: Exception) -> ArtifactError:
 
 def _resize(model: Any, run: Run) -> None:
     """Give the embedding as many rows as the one that the run brings."""
-    embedding = model.get_input_embeddings()
-    name = next(n for n, module in model.named_modules() if module is embedding)
-    tensor = run.replaced.get(f"{name}.weight")
-    if tensor is not None and tensor.shape != embedding.weight.shape:
+    tensor = run.replaced.get(f"{embedding_in(model)}.weight")
+    if tensor is not None and tensor.shape != model.get_input_embeddings().weight.shape:
         model.resize_token_embeddings(tensor.shape[0], mean_resizing=False)
