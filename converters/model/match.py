@@ -291,8 +291,8 @@ def check_called(run: Run, base: BaseModel) -> None:
     for module in () if base.stored or base.packed else run.updates:
         if any(f".{module}".endswith(f".{name}") for name in names):
             raise TargetError(
-                "the base's class reads the weight of this module without calling it, so an adapter "
-                "on it does nothing, in training neither",
+                "the base's class reads the weight of this module without calling it, so that an "
+                "adapter on it does nothing, in training neither",
                 file=run.path,
                 tensor=module,
                 found=base.config.get("model_type"),

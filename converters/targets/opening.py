@@ -4,18 +4,19 @@ from __future__ import annotations
 
 import copy
 import warnings
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from ..errors import ArtifactError, BaseError, DoraExportError
+from ..errors import ArtifactError, BaseError, DoraExportError, TargetError
 from ..files.json_files import read_json
 from ..files.tensors import LazyTensor, open_safetensors
 from ..model.architecture import offline
 from ..model.base import BaseModel, open_base
-from ..model.match import as_trained
+from ..model.match import as_trained, classes
 from ..model.names import Names
 from ..model.quantized import Dequantized, method, quantization
 from ..model.tasks import architecture_of, task_of
@@ -173,6 +174,10 @@ def class_of(run: Run, base: BaseModel) -> tuple[Any, Any]:
     else:
         mapping = getattr(transformers, _AUTO[run.task or "feature-extraction"])._model_mapping
         cls = mapping.get(type(config), None)
+    if cls is None:  # of a task that the family's class is for by another name
+        with suppress(TargetError):
+            found = classes(run.task, run.num_labels, base).whole.names.architecture
+            cls = getattr(transformers, found or "", None)
     if cls is None:
         raise BaseError(
             "transformers has no class for this base and task",
