@@ -105,7 +105,8 @@ def embedding_in(model: Any) -> str | None:
         return None
     if not isinstance(embedding, torch.nn.Embedding):
         return None
-    return next(name for name, module in model.named_modules() if module is embedding)
+    own: str = next(name for name, module in model.named_modules() if module is embedding)
+    return own
 
 
 def new_embedding(base: BaseModel, replaced: LazyTensors) -> LazyTensor | None:
