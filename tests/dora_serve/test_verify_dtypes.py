@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -38,7 +39,7 @@ def test_a_whole_head(tmp_path: Path, kept: torch.dtype | str, dtype: torch.dtyp
     wide = "model.layers.0" if kept == "mixed" else "nothing"
     tensors = {n: t if wide in n else t.to(narrow) for n, t in load_file(file).items()}
     save_file(tensors, file, {"format": "pt"})
-    whole = {"target_modules": ["q_proj"], "modules_to_save": ["lm_head"]}
+    whole: dict[str, Any] = {"target_modules": ["q_proj"], "modules_to_save": ["lm_head"]}
     trained(NAME, base, tmp_path / "run", **whole)
     file = tmp_path / "run" / FILE
     save_file({n: t.to(dtype) for n, t in load_file(file).items()}, file, {"format": "pt"})
