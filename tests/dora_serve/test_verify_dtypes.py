@@ -32,7 +32,7 @@ def spoilt(merged: Path) -> None:
 @pytest.mark.parametrize("dtype", [F32, F16, BF16], ids=str)
 @pytest.mark.parametrize("kept", [F32, BF16, "mixed"], ids=str)
 def test_a_whole_head(tmp_path: Path, kept: torch.dtype | str, dtype: torch.dtype) -> None:
-    """A base in `kept`, a run saved in `dtype`: the output is of the base's dtypes throughout."""
+    """A base in `kept`, a run saved in `dtype`: what the run brings keeps its own."""
     base = saved(NAME, "LlamaConfig", DECODER, tmp_path / "base")
     file = base / "model.safetensors"
     narrow = kept if isinstance(kept, torch.dtype) else BF16
@@ -45,7 +45,7 @@ def test_a_whole_head(tmp_path: Path, kept: torch.dtype | str, dtype: torch.dtyp
     save_file({n: t.to(dtype) for n, t in load_file(file).items()}, file, {"format": "pt"})
     run = read_run(tmp_path / "run", ReadOptions(base=base))
     merge(run, tmp_path / "merged", base=base)
-    assert stored(tmp_path / "merged") == stored(base)
+    assert stored(tmp_path / "merged") == {**stored(base), "lm_head.weight": dtype}
     found = verify(run, tmp_path / "merged", base=base)
     assert found.passed
     assert found.truth == "peft"
