@@ -287,12 +287,14 @@ def resolved(run: Run, base: BaseModel) -> Run:
 def check_called(run: Run, base: BaseModel) -> None:
     """Raise `TargetError` for a module of `run`, under its name in memory, whose weight the base's
     class reads without calling it."""
+    if base.stored is not None or base.packed:
+        return
     names = _UNCALLED.get(str(base.config.get("model_type")), ())
-    for module in () if base.stored or base.packed else run.updates:
+    for module in run.updates:
         if any(f".{module}".endswith(f".{name}") for name in names):
             raise TargetError(
-                "the base's class reads the weight of this module without calling it, so the "
-                "update was without effect in training",
+                "the base's class reads the weight of this module without calling it, so that an "
+                "adapter on it does nothing, in training neither",
                 file=run.path,
                 tensor=module,
                 found=base.config.get("model_type"),

@@ -75,15 +75,14 @@ def spreading(
     if not tokens or not is_known(architecture, base.config):
         return frozenset(tokens)
     model = empty_model(str(architecture), base.config, num_labels)
-    embedding = model.get_input_embeddings()
-    own = [name for name, module in model.named_modules() if module is embedding]
+    own = embedding_in(model)
     stay: set[str] = set()
     for group in _grouped(aliases(model)):
         sides = [name.removesuffix(".weight") for name in group]
         found = [
             token for token in tokens if any(f".{side}".endswith(f".{token}") for side in sides)
         ]
-        if len(found) > 1 or not any(f".{own[0]}".endswith(f".{token}") for token in found):
+        if len(found) > 1 or not any(f".{own}".endswith(f".{token}") for token in found):
             stay.update(found)
     return frozenset(tokens) - stay
 
@@ -94,14 +93,20 @@ def input_embedding(base: BaseModel) -> str | None:
     if base.embedding is None:
         with suppress(BaseError):
             model = Names(base, architecture_of(base.config) or None).model
-    if model is None:
-        return base.embedding
-    with suppress(AttributeError, NotImplementedError):
+    name = None if model is None else embedding_in(model)
+    return base.embedding if name is None else base.find(f"{name}.weight")
+
+
+def embedding_in(model: Any) -> str | None:
+    """The name in memory of a model's input embedding; None where it has none."""
+    try:
         embedding = model.get_input_embeddings()
-        if isinstance(embedding, torch.nn.Embedding):
-            name = next(name for name, module in model.named_modules() if module is embedding)
-            return base.find(f"{name}.weight")
-    return None
+    except (AttributeError, NotImplementedError):
+        return None
+    if not isinstance(embedding, torch.nn.Embedding):
+        return None
+    own: str = next(name for name, module in model.named_modules() if module is embedding)
+    return own
 
 
 def new_embedding(base: BaseModel, replaced: LazyTensors) -> LazyTensor | None:

@@ -4,21 +4,23 @@ from __future__ import annotations
 
 import copy
 import warnings
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from ..errors import ArtifactError, BaseError, DoraExportError
+from ..errors import ArtifactError, BaseError, DoraExportError, TargetError
 from ..files.json_files import read_json
 from ..files.tensors import LazyTensor, open_safetensors
 from ..model.architecture import offline
 from ..model.base import BaseModel, open_base
-from ..model.match import as_trained
+from ..model.match import as_trained, classes
 from ..model.names import Names
 from ..model.quantized import Dequantized, method, quantization
 from ..model.tasks import architecture_of, task_of
+from ..model.tying import embedding_in
 from ..readers import ReadOptions, read_run
 from ..run import Run
 from .model import Model, read_logits
@@ -172,6 +174,10 @@ def class_of(run: Run, base: BaseModel) -> tuple[Any, Any]:
     else:
         mapping = getattr(transformers, _AUTO[run.task or "feature-extraction"])._model_mapping
         cls = mapping.get(type(config), None)
+    if cls is None:  # of a task that the family's class is for by another name
+        with suppress(TargetError):
+            found = classes(run.task, run.num_labels, base).whole.names.architecture
+            cls = getattr(transformers, found or "", None)
     if cls is None:
         raise BaseError(
             "transformers has no class for this base and task",
@@ -283,8 +289,6 @@ def _refused(engine: str, folder: Path, error: Exception) -> ArtifactError:
 
 def _resize(model: Any, run: Run) -> None:
     """Give the embedding as many rows as the one that the run brings."""
-    embedding = model.get_input_embeddings()
-    name = next(n for n, module in model.named_modules() if module is embedding)
-    tensor = run.replaced.get(f"{name}.weight")
-    if tensor is not None and tensor.shape != embedding.weight.shape:
+    tensor = run.replaced.get(f"{embedding_in(model)}.weight")
+    if tensor is not None and tensor.shape != model.get_input_embeddings().weight.shape:
         model.resize_token_embeddings(tensor.shape[0], mean_resizing=False)

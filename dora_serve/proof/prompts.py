@@ -97,7 +97,9 @@ def _beside_images() -> Collection[str]:
     """The classes that compare texts with images, and take both together."""
     from transformers.models.auto import modeling_auto
 
-    return modeling_auto.MODEL_FOR_ZERO_SHOT_IMAGE_CLASSIFICATION_MAPPING_NAMES.values()
+    names: Collection[str]
+    names = modeling_auto.MODEL_FOR_ZERO_SHOT_IMAGE_CLASSIFICATION_MAPPING_NAMES.values()
+    return names
 
 
 def verification_batch(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,8 @@ from converters.readers import ReadOptions
 from dora_serve import merge, read_run, verify
 from dora_serve.proof.prompts import prompts_of
 from tests.conftest import MODELS, tiny_llama
+from tests.converters.test_peft_kinds import saved, trained
+from tests.converters.tied_families import ENCODER, EYES
 
 VOCAB, TOKENS = 900, [411, 655, 890]
 SAMPLE = MODELS / "runs/Checkpoint/Tiny_Llama/Lora_Rank=8/Count_Down/Tiny_Llama--Count_Down--1"
@@ -133,3 +136,23 @@ def test_the_last_position_is_asked(tmp_path: Path, rope: bool) -> None:
         tensors["transformer.wpe.weight"][80:] = 0.0
         save_file(tensors, out / "model.safetensors", {"format": "pt"})
     assert not verify(run, out, base).passed
+
+
+def test_texts_beside_images(tmp_path: Path) -> None:
+    """A class that compares the two takes both; it has no input embedding of its own."""
+    text = {**ENCODER, "eos_token_id": 2}
+    values = {"text_config": text, "vision_config": EYES, "projection_dim": 32}
+    base = saved("CLIPModel", "CLIPConfig", values, tmp_path / "base")
+    trained("CLIPModel", base, tmp_path / "run", target_modules=["fc1"], bias="all")
+    run = read_run(tmp_path / "run", ReadOptions(base=base))
+    merge(run, tmp_path / "merged", base=base)
+    found = verify(run, tmp_path / "merged", base=base)
+    assert found.passed
+    assert "4 random images beside each" in found.asked
+    for tower in ("text_model", "vision_model"):
+        tensors = load_file(tmp_path / "merged" / "model.safetensors")
+        tensors[f"{tower}.encoder.layers.0.mlp.fc1.weight"] *= 1.1
+        (tmp_path / tower).mkdir()
+        save_file(tensors, tmp_path / tower / "model.safetensors", {"format": "pt"})
+        shutil.copy(tmp_path / "merged" / "config.json", tmp_path / tower)
+        assert not verify(run, tmp_path / tower, base=base).passed

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -31,20 +32,20 @@ def spoilt(merged: Path) -> None:
 @pytest.mark.parametrize("dtype", [F32, F16, BF16], ids=str)
 @pytest.mark.parametrize("kept", [F32, BF16, "mixed"], ids=str)
 def test_a_whole_head(tmp_path: Path, kept: torch.dtype | str, dtype: torch.dtype) -> None:
-    """A base in `kept`, a run saved in `dtype`: the output is of the base's dtypes throughout."""
+    """A base in `kept`, a run saved in `dtype`: what the run brings keeps its own."""
     base = saved(NAME, "LlamaConfig", DECODER, tmp_path / "base")
     file = base / "model.safetensors"
     narrow = kept if isinstance(kept, torch.dtype) else BF16
     wide = "model.layers.0" if kept == "mixed" else "nothing"
     tensors = {n: t if wide in n else t.to(narrow) for n, t in load_file(file).items()}
     save_file(tensors, file, {"format": "pt"})
-    whole = {"target_modules": ["q_proj"], "modules_to_save": ["lm_head"]}
+    whole: dict[str, Any] = {"target_modules": ["q_proj"], "modules_to_save": ["lm_head"]}
     trained(NAME, base, tmp_path / "run", **whole)
     file = tmp_path / "run" / FILE
     save_file({n: t.to(dtype) for n, t in load_file(file).items()}, file, {"format": "pt"})
     run = read_run(tmp_path / "run", ReadOptions(base=base))
     merge(run, tmp_path / "merged", base=base)
-    assert stored(tmp_path / "merged") == stored(base)
+    assert stored(tmp_path / "merged") == {**stored(base), "lm_head.weight": dtype}
     found = verify(run, tmp_path / "merged", base=base)
     assert found.passed
     assert found.truth == "peft"

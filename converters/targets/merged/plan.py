@@ -163,8 +163,7 @@ def plan_merge(run: Run, base: BaseModel, dtype: torch.dtype | None) -> MergePla
         own = base.tensors.get(source.name) is source
         key = source.name if own else base.find(name) or name
         module, transposed = targets.get(key, (None, False))
-        # What was trained whole is stored as what it takes the place of.
-        own_dtype = dtype_before(source if own else base.tensors.get(key, source))
+        own_dtype = dtype_before(source)
         if packed and own_dtype.is_floating_point:  # else half of the model is of another dtype
             own_dtype = torch.promote_types(own_dtype, before)
         out = dtype if dtype is not None and own_dtype.is_floating_point else own_dtype

@@ -202,6 +202,13 @@ def test_the_class_that_a_run_was_trained_in(
         assert bool(loaded.missing) is name.endswith("Classification")
 
 
+def test_a_class_that_is_for_a_task_by_another_name(tmp_path: Path) -> None:
+    naming.make(tmp_path, naming.FAMILIES["llava"])
+    run = a_run(tmp_path / "run", task="seq2seq-lm")
+    cls, _ = class_of(run, open_base(tmp_path / "base"))
+    assert cls.__name__ == "LlavaForConditionalGeneration"
+
+
 def test_classes_that_there_are_not(llama_base: Path, tmp_path: Path) -> None:
     run = a_run(tmp_path / "run", task="seq2seq-lm")
     with pytest.raises(BaseError, match="no class for this base and task") as caught:
