@@ -16,6 +16,7 @@ import itertools
 import json
 import os
 import random
+import shutil
 import signal
 import statistics
 import subprocess
@@ -119,9 +120,8 @@ def peers(options: argparse.Namespace, folder: Path) -> dict[str, list[str]]:
     """Name → the command of a server."""
     threads, port = str(options.threads), ["--port", str(PORT)]
     served = folder / "served"
-    served.mkdir(exist_ok=True)
-    if not (served / MODEL).exists():
-        (served / MODEL).symlink_to(options.base.resolve())
+    if not served.exists():
+        shutil.copytree(options.base, served / MODEL)
     ours = [str(Path(sys.executable).parent / "dora-serve"), "up", str(served), *port]
     found = {}
     for precision, kind in EQUALS.items():
