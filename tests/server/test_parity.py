@@ -38,7 +38,6 @@ ASKED = [("decoder", name) for name in COMPARED]
 def alike(place: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     root = tmp_path_factory.mktemp("alike")
     parity_models.save("decoder", root)
-    parity_models.save_twice(root)
     with started(root, place) as running:
         yield running
 
