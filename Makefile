@@ -80,7 +80,7 @@ test-clients: setup setup-vllm $(CLIENTS)/.ready
 
 $(CLIENTS)/.ready: constraints-clients.txt
 	$(PYTHON) -m venv $(CLIENTS)
-	$(CLIENTS)/bin/pip install --quiet --disable-pip-version-check --constraint constraints-clients.txt openai litellm langchain-openai instructor
+	$(CLIENTS)/bin/pip install --quiet --disable-pip-version-check --constraint constraints-clients.txt openai litellm langchain-openai instructor 'lm-eval[api]' transformers
 	touch $@
 
 lint: setup

@@ -201,9 +201,7 @@ def _choice(choice: dict[str, Any]) -> dict[str, Any]:
 def same(one: Any, other: Any) -> Any:
     """`other`, with its numbers near those of `one` where they are as near."""
     if isinstance(one, dict):
-        return {key: same(one[key], other[key]) for key in one} | {
-            key: other[key] for key in other if key not in one
-        }
+        return {key: same(one[key], value) if key in one else value for key, value in other.items()}
     if isinstance(one, list) and len(one) == len(other):
         return [same(*pair) for pair in zip(one, other, strict=True)]
     if isinstance(one, float) and isinstance(other, float):

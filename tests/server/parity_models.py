@@ -44,9 +44,9 @@ def save_encoder(folder: Path, head: type, **more: object) -> None:
     AutoTokenizer.from_pretrained(MODELS / "tiny-roberta-base").save_pretrained(folder)
 
 
-def save_twice(folder: Path) -> str:
+def save_twice(folder: Path, **said: object) -> str:
     """The decoder whose chats begin twice, as those of `/v1/responses` do in vLLM; its name."""
-    save_base(folder / TWICE)
+    save_base(folder / TWICE, **said)
     (folder / TWICE / "chat_template.jinja").write_text("{{ bos_token }}" + TEMPLATE)
     return TWICE
 

@@ -36,7 +36,7 @@ ITEMS: list[Any] = [
 ]  # fmt: skip
 
 
-def opened(prompt: str = "cat", **more: Any) -> Asked:
+def opened(prompt: str = LONG, **more: Any) -> Asked:
     """Without what a request leaves open."""
     return "/v1/completions", {"model": MODEL, "prompt": prompt, "max_tokens": 12, **more}
 
@@ -62,7 +62,7 @@ OF_DEFAULTS: dict[str, Asked] = {
     "no maximum": ("/v1/completions", {"model": MODEL, "prompt": "cat", "ignore_eos": True}),
     "chat": ("/v1/chat/completions", {**CHAT, "ignore_eos": True}),
     "chat with a maximum": ("/v1/chat/completions", {**CHAT, "ignore_eos": True, "max_tokens": 9}),
-    "response": ("/v1/responses", {"model": MODEL, "input": "cat", "ignore_eos": True}),
+    "response": ("/v1/responses", {"model": MODEL, "input": LONG, "ignore_eos": True}),
 }
 
 OF_DECODER: dict[str, Asked] = {

@@ -33,6 +33,7 @@ def written(folder: Path, **said: Any) -> Path:
 def said(place: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     root = tmp_path_factory.mktemp("defaults")
     parity_models.save_base(root / BASE, **parity_more.DEFAULTS)
+    parity_models.save_twice(root, **parity_more.DEFAULTS)
     with started(root, place) as running:
         yield running
 
@@ -44,10 +45,11 @@ def test_as_vllm(said: Server, name: str) -> None:
 
 def test_the_defaults_change_what_is_said() -> None:
     """The control."""
-    texts = {name: ANSWERS[name]["choices"][0]["text"] for name in ("nothing", "all of it")}
-    assert len(set(texts.values())) == 2
+    used = {name: ANSWERS[name]["choices"][0] for name in ("nothing", "ignoring ends")}
+    assert [each["finish_reason"] for each in used.values()] == ["stop", "length"]
     assert ANSWERS["chat"]["usage"]["completion_tokens"] == parity_more.DEFAULTS["max_new_tokens"]
-    assert ANSWERS["other end"]["choices"][0]["stop_reason"] in parity_more.DEFAULTS["eos_token_id"]
+    assert ANSWERS["other end"]["choices"][0]["stop_reason"] == 20
+    assert ANSWERS["own end"]["choices"][0]["stop_reason"] is None
 
 
 def test_flags_against_them(said: Server, place: Path, tmp_path: Path) -> None:

@@ -40,21 +40,6 @@ KINDS: dict[str, tuple[str, str, dict[str, Any]]] = {
         "/classify",
         {"model": SENTIMENT, "input": "bad"},
     ),
-    "PoolingCompletionRequest": (
-        "PoolingRequest",
-        "/pooling",
-        {"model": EMBEDS, "input": "bad"},
-    ),
-    "RerankRequest": (
-        "RerankRequest",
-        "/rerank",
-        {"model": EMBEDS, "query": "bad", "documents": ["good", "bad"]},
-    ),
-    "ResponsesRequest": (
-        "ResponsesRequest",
-        "/v1/responses",
-        {"model": DOWN, "input": "count : nine"},
-    ),
     "TokenizeCompletionRequest": (
         "TokenizeRequest",
         "/tokenize",

@@ -56,12 +56,13 @@ class ToolCall(Parameters):
     function: CalledFunction
 
 
-def _form(content: Any) -> str:
+def form(content: Any) -> str:
+    """Whether a content is told as a text or as its parts."""
     return "parts" if isinstance(content, list) else "text"
 
 
 _Content = Annotated[
-    Annotated[str, Tag("text")] | Annotated[Several[Part], Tag("parts")], Discriminator(_form)
+    Annotated[str, Tag("text")] | Annotated[Several[Part], Tag("parts")], Discriminator(form)
 ]
 
 

@@ -7,7 +7,7 @@ from typing import Annotated, Any, ClassVar, Literal
 from pydantic import AfterValidator, Discriminator, Field, PrivateAttr, Tag, model_validator
 
 from .defaults import Count, MinP, Penalty, Repetition, Temperature, TopK, TopP
-from .messages import Part, Several
+from .messages import Part, Several, form
 from .parameters import Object, Parameters, bounded, refusal
 from .requests import ChatRequest
 from .sampling import Biases, Metadata, RequestId, Seed, StopIds, Stops, Top
@@ -25,7 +25,9 @@ class _Piece(Part):
     logprobs: _Any = None
 
 
-_Text = str | Several[_Piece]
+_Text = Annotated[
+    Annotated[str, Tag("text")] | Annotated[Several[_Piece], Tag("parts")], Discriminator(form)
+]
 
 
 class _Item(Parameters):
@@ -157,7 +159,10 @@ class ResponsesRequest(Parameters):
 
     kept_empty: ClassVar = frozenset({"input"})
     model: str
-    input: str | Annotated[Several[Item], Field(min_length=1)]
+    input: Annotated[
+        Annotated[str, Tag("text")] | Annotated[Several[Item], Field(min_length=1), Tag("parts")],
+        Discriminator(form),
+    ]
     instructions: str | None = None
     max_output_tokens: Count | None = None
     temperature: Temperature | None = None

@@ -30,7 +30,6 @@ FLAGS = {
     "classifier": POOLS,
     "embedder": POOLS,
 }
-Asks = dict[str, tuple[int, str, str]]
 
 
 @pytest.fixture(scope="module", params=parity_more.GROUPS)
@@ -76,7 +75,6 @@ def test_the_kept_answers_are_vllms(group: tuple[str, str]) -> None:
         assert found == parity.same(found, parity.answers())
     asked_for = parity_more.GROUPS[name]
     raw = {each: ask(url, *asked) for each, asked in asked_for.items()}
-    Path(f"/tmp/i20-raw-{name}.json").write_text(json.dumps(raw))  # TEMPORARY
     more = {each: parity_more.told(asked_for[each][0], *said) for each, said in raw.items()}
     if KEEPS:
         keep(parity_more.FILE, {**parity_more.answers(), name: more})
