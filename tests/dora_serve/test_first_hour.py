@@ -1,4 +1,4 @@
-"""What a newcomer's terminal shows: colours, silence, completion, exit codes, and what to do next."""
+"""What a newcomer meets: colours, silence, completion, exit codes, and what to do next."""
 
 from __future__ import annotations
 
