@@ -24,9 +24,10 @@ def read_run(path: str | Path, options: ReadOptions | None = None) -> Run:
     """Read the run at `path`: a checkpoint folder, the task folder above it, an adapter folder,
     or a hub id that is in the local cache.
 
-    Only tables of contents are read; tensor data follows when it is used. Raises `MissingError`
-    where nothing is there, `RunError` where it is no run or less than it promises, `TensorFileError`
-    for a damaged file.
+    Only tables of contents are read; tensor data follows when it is used.
+
+    Raises `MissingError` where nothing is there, `RunError` where it is no run or less than it
+    promises, `TensorFileError` for a damaged file.
     """
     return _read(path, options, named=True)
 
