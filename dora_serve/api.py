@@ -178,6 +178,7 @@ def extract(
 
     Without `max_rank` or `budget`, every module keeps the share `energy` (by default 0.999) of its
     squared singular values. Tensors that changed and are no linear weights are carried whole.
+    Raises `RunError` when no linear layer differs, `BaseError` for models of other shapes.
     """
     if all(options.get(name) is None for name in names(FitOptions)):
         options["energy"] = ENERGY
@@ -209,7 +210,8 @@ def diff(
 ) -> Comparison:
     """How far apart the updates of two runs, adapters or models are, module by module.
 
-    `base` is the base of both, `base_b` that of `right` where it is another. Models need one.
+    `base` is the base of both, `base_b` that of `right` where it is another. Models need one, or
+    `MissingError` is raised.
     """
     model = None if base is None else open_base(base)
     other = model if base_b is None else open_base(base_b)

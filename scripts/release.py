@@ -20,7 +20,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         venv.create(folder, with_pip=True)
         bin = Path(folder) / "bin"
-        for more in ([str(wheel), "--no-deps"], ["click>=8.4"]):
+        for more in (["click>=8.4"], [str(wheel), "--no-deps"]):
             subprocess.run([bin / "pip", "install", "--quiet", *more], check=True)
         for program in ("dora-export", "dora-serve"):
             said = subprocess.run(

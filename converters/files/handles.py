@@ -35,6 +35,12 @@ def there(path: Path) -> bool:
         return False
 
 
+def check_there(path: Path) -> None:
+    """Raise `MissingError` where nothing is at `path`."""
+    if not there(path):
+        raise MissingError("there is no such path", file=path)
+
+
 def check_file(path: Path) -> int:
     """The size of the file `path`. Raises `MissingError` where there is none, `TensorFileError` for
     what is no file: reading a pipe or device might never end."""

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Literal
 
 from ..errors import BaseError, MissingError, RunError, TargetError
+from ..files.handles import check_there
 from ..files.tensors import LazyTensor, LazyTensors, open_file, read_json
 from ..model.base import BaseModel
 from ..model.match import Classes, classes
@@ -217,6 +218,7 @@ Check = Callable[[Adapter], Iterator[Finding]]
 
 def open_adapter(folder: Path, base: BaseModel | None, targets: Iterable[str]) -> Adapter:
     """Open an adapter folder for checks of `targets`; raises `MissingError` when it is none."""
+    check_there(folder)
     config = folder / CONFIG_FILE
     weights = next((folder / name for name in WEIGHT_FILES if (folder / name).is_file()), None)
     if not config.is_file() or weights is None:

@@ -25,6 +25,9 @@ def read_run(path: str | Path, options: ReadOptions | None = None) -> Run:
     or a hub id that is in the local cache.
 
     Only tables of contents are read; tensor data follows when it is used.
+
+    Raises `MissingError` where nothing is there, `RunError` where it is no run or less than it
+    promises, `TensorFileError` for a damaged file.
     """
     return _read(path, options, named=True)
 

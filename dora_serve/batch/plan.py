@@ -8,7 +8,7 @@ from pathlib import Path
 
 from converters.certificate import FILE as CERTIFICATE
 from converters.errors import MissingError
-from converters.files.handles import there
+from converters.files.handles import check_there, there
 from converters.files.output import check_output, check_place
 
 from .job import Job, Record
@@ -39,6 +39,7 @@ def plan_batch(
     `base` and `to` hold where an entry says nothing. `force`: convert what is done, and replace
     folders that no batch made. Raises `DoraExportError` when the batch as a whole cannot be done.
     """
+    check_there(source)
     out = out.absolute()
     folder = source.is_dir()
     entries, problems = _found(source, base) if folder else (read_manifest(source), {})

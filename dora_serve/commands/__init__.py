@@ -12,9 +12,11 @@ from typing import Any, NoReturn
 import click
 
 from ..wording import json_text
+from . import common
 from .examples import shown
 
 _WANTS_JSON = "dora_serve.json"
+_INTERRUPTED = 130  # 128 and the number of SIGINT, as a shell tells it
 _EXPORT_VERBS = {
     "inspect": "Show a run: method, ranks, sizes, and what each target accepts.",
     "merge": "Merge a run into its base model: a Hugging Face folder.",
@@ -53,10 +55,12 @@ class _LazyGroup(click.Group):
             return None
         command: click.Command = import_module(f"dora_serve.commands.{cmd_name}").command
         command.epilog = shown(str(self.name), cmd_name)
+        command.params += [each for each in common.loudness() if each.name not in _names(command)]
         return command
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
         ctx.meta[_WANTS_JSON] = "--json" in args
+        ctx.color = _colour()
         return super().parse_args(ctx, args)
 
     def invoke(self, ctx: click.Context) -> Any:
@@ -68,6 +72,9 @@ class _LazyGroup(click.Group):
                     json_text({"error": {"code": "UsageError", "message": error.format_message()}})
                 )
             raise
+        except KeyboardInterrupt:
+            click.echo("stopped by Ctrl-C", err=True)
+            ctx.exit(_INTERRUPTED)
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:  # noqa: ARG002
         with formatter.section("Commands"):
@@ -85,12 +92,23 @@ class _LazyGroup(click.Group):
         return super().resolve_command(ctx, args)
 
 
+def _names(command: click.Command) -> set[str | None]:
+    return {each.name for each in command.params}
+
+
+def _colour() -> bool | None:
+    """Whether to write colours, where the user says so: https://no-color.org."""
+    if os.environ.get("NO_COLOR"):
+        return False
+    return True if os.environ.get("FORCE_COLOR") else None
+
+
 @click.group(
     cls=_LazyGroup,
     verbs=_EXPORT_VERBS,
     context_settings={"help_option_names": ["-h", "--help"]},
     epilog="RUN is a checkpoint folder, the task folder above it, or an adapter folder. "
-    "Exit codes: 0 done, 1 refused, failed or not proved, 2 wrong usage.",
+    "Exit codes: 0 done, 1 refused, failed or not proved, 2 wrong usage, 130 stopped by Ctrl-C.",
     name="dora-export",
 )
 @click.version_option(version("dora-serve"), prog_name="dora-export")
@@ -103,7 +121,7 @@ def dora_export() -> None:
     verbs=_SERVE_VERBS,
     context_settings={"help_option_names": ["-h", "--help"]},
     epilog="DIR holds base models, runs and adapters, at any depth. "
-    "Exit codes: 0 done, 1 refused or failed, 2 wrong usage.",
+    "Exit codes: 0 done, 1 refused or failed, 2 wrong usage, 130 stopped by Ctrl-C.",
     name="dora-serve",
 )
 @click.version_option(version("dora-serve"), prog_name="dora-serve")

@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import functools
+import io
 import re
+import socket
 import sys
+import time
+import traceback
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext, redirect_stdout
 from dataclasses import Field, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeVar, get_args, get_type_hints
@@ -197,6 +201,42 @@ base_option = click.option(
 json_option = click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 force_option = click.option("--force", is_flag=True, help="Replace an output that is there.")
 dry_run_option = click.option("--dry-run", is_flag=True, help="Check and show the plan only.")
+_LOUDNESS = "dora_serve.loudness"
+
+
+def loudness() -> list[click.Option]:
+    """What every verb takes, and `_said` and `progress_bar` heed."""
+
+    def note(ctx: click.Context, param: click.Parameter, value: bool) -> None:
+        if value and ctx.meta.setdefault(_LOUDNESS, param.name) != param.name:
+            raise click.UsageError("give one of --quiet and --verbose")
+
+    return [
+        click.Option(
+            [f"--{name}", f"-{name[0]}"], is_flag=True, expose_value=False, callback=note, help=told
+        )
+        for name, told in (
+            ("quiet", "Say nothing on stdout but JSON, and show no progress."),
+            ("verbose", "Show where in the code an error arose, and the time it took."),
+        )
+    ]
+
+
+def _is(loudness: str) -> bool:
+    context = click.get_current_context(silent=True)
+    return context is not None and context.meta.get(_LOUDNESS) == loudness
+
+
+@contextmanager
+def _said(as_json: bool) -> Iterator[None]:
+    """Let nothing of a quiet command reach stdout; a verbose one ends with its time."""
+    begun = time.monotonic()
+    with redirect_stdout(io.StringIO()) if _is("quiet") and not as_json else nullcontext():
+        try:
+            yield
+        finally:
+            if _is("verbose"):
+                click.echo(f"{time.monotonic() - begun:.1f} s", err=True)
 
 
 def load_run(run: Path, base: str | None, **options: Any) -> Run:
@@ -244,7 +284,10 @@ def reports_errors(function: F) -> F:
     @functools.wraps(function)
     def wrapped(*args: Any, **kwargs: Any) -> Any:
         try:
-            with local_values(kwargs, progress_bar) as values:
+            with (
+                _said(bool(kwargs.get("as_json"))),
+                local_values(kwargs, progress_bar) as values,
+            ):
                 return function(*args, **values)
         except Exception as error:
             from converters.errors import MissingError, OutputError
@@ -264,6 +307,8 @@ def reports_errors(function: F) -> F:
                 )
             if kwargs.get("as_json"):
                 click.echo(json_text({"error": _fields(error)}))
+            if _is("verbose"):
+                traceback.print_exception(error)
             click.secho(f"error: {in_flags(error)}", fg="red", err=True)
             sys.exit(1)
 
@@ -298,7 +343,7 @@ def print_json(value: object) -> None:
 @contextmanager
 def progress_bar(total: int, text: str, unit: str = "B") -> Iterator[Callable[[int], None]]:
     """A bar with bytes (or runs, …) and time left; nothing where stderr is no terminal."""
-    if not sys.stderr.isatty():
+    if not sys.stderr.isatty() or _is("quiet"):
         yield lambda _count: None
         return
     from tqdm import tqdm
@@ -309,6 +354,24 @@ def progress_bar(total: int, text: str, unit: str = "B") -> Iterator[Callable[[i
             bar.update(count)
 
         yield update
+
+
+def check_port(host: str, port: int) -> None:
+    """Raise `OutputError` where nothing can listen there, before hours of work are for it."""
+    from converters.errors import OutputError
+
+    try:
+        where = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
+        for family, kind, protocol, _, address in where:
+            with socket.socket(family, kind, protocol) as probe:
+                probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+                probe.bind(address)
+    except OSError as error:
+        raise OutputError(
+            f"nothing can listen on port {port} of {host}",
+            found=error.strerror or error,
+            remedy="stop what uses it, or name another with `port`",
+        ) from None
 
 
 def size(count: float) -> str:

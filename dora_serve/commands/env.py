@@ -22,6 +22,7 @@ _FEATURES = ("avx2", "avx512f", "avx512_vnni", "avx_vnni", "amx_int8", "asimddp"
 
 @click.command("env")
 @common.json_option
+@common.reports_errors
 def command(as_json: bool) -> None:
     """Show versions, processor, memory, cache, and which extras work here: for bug reports."""
     packages = _packages()

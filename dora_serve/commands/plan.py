@@ -6,6 +6,8 @@ from pathlib import Path
 
 import click
 
+from converters.errors import MissingError
+
 from ..wording import quoted
 from . import common
 
@@ -55,6 +57,12 @@ def command(
     for file in filter(None, (png, yaml_path)):
         check_apart(file, found.files())
     fleet = plan_fleet(found, gpu_memory)
+    if not fleet.pools and not found.problems:
+        raise MissingError(
+            "no base model lies here",
+            file=folder,
+            remedy="put one there, and runs or adapters beside it, or name it with `base`",
+        )
     program = find_vllm_or_name()
     commands = []
     for pool in fleet.pools:

@@ -116,6 +116,8 @@ def command(
     _check(engine, more)
     if api_key == "":  # of a variable that is not set: everybody would have it
         raise click.UsageError("--api-key is empty")
+    if not dry_run:
+        common.check_port(host, port)
     if engine == "vllm":
         from dora_serve.vllm import up as vllm_up
 

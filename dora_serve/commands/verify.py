@@ -75,8 +75,8 @@ def _print_numbers(result: Verification) -> None:
     lines["update left out"] = f"{result.control:.2e}   ({control})"
     if result.rounding is not None:
         lines["rounding"] = (
-            f"{result.rounding:.2e}   (what it changed; it moved a module's weight at most "
-            f"{result.lost:.2%} as far as its update)"
+            f"{result.rounding:.2e}   (what it changed of the logits; of a module's update "
+            f"at most {result.lost:.2%})"
         )
     if result.dequantized is not None:
         lines["quantized base"] = f"made floats by {result.dequantized}"

@@ -16,6 +16,7 @@ from converters.certificate import (
     write_json,
 )
 from converters.errors import DoraExportError, MissingError, OutputError, TensorFileError
+from converters.files.handles import check_there
 from converters.files.json_files import read_json
 from converters.files.output import addition
 from converters.files.tensors import open_safetensors
@@ -55,6 +56,7 @@ def check(artifact: str | Path, base: str | Path | BaseModel | None = None) -> C
     """
     folder = Path(artifact)
     path = folder / FILE
+    check_there(folder)
     if not path.is_file():
         raise MissingError(
             "no certificate here",

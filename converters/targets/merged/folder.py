@@ -42,7 +42,7 @@ class MergeReport(Report):
             said.append(f"{len(self.resumed)} shard(s) are of a killed merge")
         if self.rounding:
             most = max(report.lost for report in self.rounding.values())
-            said.append(f"rounding moved a module's weight at most {most:.2%} as far as its update")
+            said.append(f"rounding changed a module's update by at most {most:.2%}")
         return said
 
 

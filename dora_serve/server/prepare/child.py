@@ -24,7 +24,9 @@ def add_model(wanted: Addition) -> OfferedModel:
 
 
 def _call(request: str) -> str:
-    command = [sys.executable, "-m", "dora_serve.server.prepare.make"]
+    # Ctrl-C reaches both; this one ends that one, which has nothing to say of it.
+    deaf = ["/bin/sh", "-c", """trap '' INT; exec "$0" "$@" """]
+    command = [*deaf, sys.executable, "-m", "dora_serve.server.prepare.make"]
     done = subprocess.run(command, input=request, stdout=subprocess.PIPE, text=True, check=False)
     if done.returncode:
         raise RunError("preparing what is to be served broke off", found=done.returncode)

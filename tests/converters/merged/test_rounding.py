@@ -60,7 +60,7 @@ def test_rounding_is_measured(tmp_path: Path) -> None:
     assert f"{lost:.0%}" in result.warnings[1]
     losses = {module: said["rounding"]["lost"] for module, said in modules.items()}
     assert result.report.summary() == {"lost_to_rounding": losses, "resumed": []}
-    said = f"rounding moved a module's weight at most {lost:.2%} as far as its update"
+    said = f"rounding changed a module's update by at most {lost:.2%}"
     assert result.report.lines() == [said]
 
 
