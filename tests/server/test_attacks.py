@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
 import threading
 import time
@@ -16,23 +15,27 @@ import httpx
 import pytest
 
 from dora_serve.server.options import ServerOptions
-from tests.server.attacks import ATTACKS, PATTERN, SLOW, TEMPLATE
-from tests.server.conftest import BASE, EMBEDS, Server, started
+from tests.conftest import MODELS
+from tests.server.attacks import ATTACKS, LATER, PATTERN, SLOW, TEMPLATE
+from tests.server.conftest import BASE, DOWN, EMBEDS, Server, started
 
+RUN = f"Tiny_Llama/Lora_Rank=8/Count_Down/{DOWN}"
 MEMORY = 300 << 20  # bytes
 STALLED = 30.0  # seconds after which a server that says nothing is stalled
 
 
 def used(server: Server) -> int:
-    """Bytes of memory of the server and the processes below it."""
-    pages, wanted = 0, {server.process.pid}
+    """Bytes of memory of the server and the processes below it; what several share of a library
+    counts once."""
+    found, wanted = 0, {server.process.pid}
     for folder in sorted(Path("/proc").glob("[0-9]*"), key=lambda each: int(each.name)):
         with suppress(OSError):
             parent = int((folder / "stat").read_text().rpartition(")")[2].split()[1])
             if parent in wanted or int(folder.name) in wanted:
                 wanted.add(int(folder.name))
-                pages += int((folder / "statm").read_text().split()[1])
-    return pages * os.sysconf("SC_PAGE_SIZE")
+                told = (folder / "smaps_rollup").read_text().split()
+                found += int(told[told.index("Pss:") + 1]) << 10
+    return found
 
 
 @contextmanager
@@ -80,6 +83,9 @@ def attacked(place: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[
         "runs/Log/Tiny_Roberta",
     ):
         shutil.copytree(place / "models" / name, root / name)
+    later = root / LATER  # which nothing finds
+    shutil.copytree(MODELS / "runs/Checkpoint" / RUN, later)
+    shutil.copyfile(MODELS / "runs/Log" / RUN / "task_info.json", later / "task_info.json")
     (root / BASE / "chat_template.jinja").write_text(TEMPLATE)
     file = root / BASE / "tokenizer.json"
     tokenizer = json.loads(file.read_text())

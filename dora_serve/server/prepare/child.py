@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -25,7 +26,10 @@ def add_model(wanted: Addition) -> OfferedModel:
 
 def _call(request: str) -> str:
     command = [sys.executable, "-m", "dora_serve.server.prepare.make"]
-    done = subprocess.run(command, input=request, stdout=subprocess.PIPE, text=True, check=False)
+    environment = {"MALLOC_ARENA_MAX": "1", **os.environ}
+    done = subprocess.run(
+        command, input=request, stdout=subprocess.PIPE, text=True, check=False, env=environment
+    )
     if done.returncode:
         raise RunError("preparing what is to be served broke off", found=done.returncode)
     reply = json.loads(done.stdout)

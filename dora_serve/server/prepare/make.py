@@ -43,6 +43,8 @@ _TRIED = 3  # runs, before it is the base that no graph can be made of
 _NAME = "adapter"  # of the one in an adapter's own folder
 _MAP = "modules.json"
 
+_UNUSED = ("boto3", "scipy", "sklearn")  # 65 MB, while others are served
+
 Say = Callable[[str], None]
 
 
@@ -96,6 +98,7 @@ def add(wanted: offer.Addition) -> offer.OfferedModel:
 
     Raises `DoraExportError` when it cannot be read or belongs to none of the graphs.
     """
+    _import_transformers()
     bases = {graph.path: open_base(graph.path) for graph in wanted.graphs if graph.path}
     given = next((bases[graph.path] for graph in wanted.graphs if graph.path and graph.given), None)
     member = read_member(wanted.name, Path(wanted.path), list(bases.values()), given)
@@ -108,6 +111,16 @@ def add(wanted: offer.Addition) -> offer.OfferedModel:
         expected=", ".join(f"{graph.task} of {graph.base}" for graph in wanted.graphs),
         remedy="start the server anew with the run in its folder",
     )
+
+
+def _import_transformers() -> None:
+    """Import transformers without `_UNUSED`, of which it makes nothing here."""
+    hidden = [name for name in _UNUSED if name not in sys.modules]
+    sys.modules.update(dict.fromkeys(hidden))  # None: not to be found
+    from transformers import GenerationMixin, PreTrainedModel  # noqa: F401
+
+    for name in hidden:  # PEFT may need one
+        del sys.modules[name]
 
 
 def _graph_for(
