@@ -18,8 +18,10 @@ from dora_serve.server.options import ServerOptions
 from tests.conftest import MODELS
 from tests.server.attacks import ATTACKS, LATER, PATTERN, SLOW, TEMPLATE
 from tests.server.conftest import BASE, DOWN, EMBEDS, Server, started
+from tests.server.smuggled import MORE
 
 RUN = f"Tiny_Llama/Lora_Rank=8/Count_Down/{DOWN}"
+ALL = ATTACKS | MORE
 MEMORY = 300 << 20  # bytes
 STALLED = 30.0  # seconds after which a server that says nothing is stalled
 
@@ -108,10 +110,10 @@ def attacked(place: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[
 
 @pytest.mark.parametrize(
     "name",
-    [pytest.param(n, marks=pytest.mark.further) if n in SLOW else n for n in ATTACKS],
+    [pytest.param(n, marks=pytest.mark.further) if n in SLOW else n for n in ALL],
 )
 def test_attack(attacked: Server, name: str) -> None:
-    attack, host = ATTACKS[name], attacked.url.removeprefix("http://").split(":")
+    attack, host = ALL[name], attacked.url.removeprefix("http://").split(":")
     send = attack.ready()
     before = used(attacked)
     with watched(attacked) as idle:

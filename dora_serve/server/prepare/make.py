@@ -98,7 +98,6 @@ def add(wanted: offer.Addition) -> offer.OfferedModel:
 
     Raises `DoraExportError` when it cannot be read or belongs to none of the graphs.
     """
-    _import_transformers()
     bases = {graph.path: open_base(graph.path) for graph in wanted.graphs if graph.path}
     given = next((bases[graph.path] for graph in wanted.graphs if graph.path and graph.given), None)
     member = read_member(wanted.name, Path(wanted.path), list(bases.values()), given)
@@ -211,6 +210,7 @@ def _member(member: Member, graph: offer.Graph, dry: bool, say: Say) -> offer.Of
 
         def make(target: Path) -> None:
             say(f"{member.name}: making its adapter, once …")
+            _import_transformers()
             _write(run, base, Path(graph.folder), target)
 
         key = member_key(member, form="onnx adapter", graph=Path(graph.folder).name)
