@@ -183,12 +183,13 @@ def test_nothing_is_written_into_what_was_given(given: str, tmp_path: Path) -> N
     before = listing(run)
     info = MODELS / "runs/Log" / sample.relative_to(MODELS / "runs/Checkpoint") / "task_info.json"
     read = read_run(run / given, ReadOptions(task_info=info))
-    for write in (
+    writes: list[Callable[[Path], object]] = [
         lambda output: merge(read, output, base=base),
         lambda output: write_adapter(read, output),
         lambda output: write_onnx(base, output, run=read, dry_run=True),
         lambda output: write_onnx(base, output, adapters={"a": read}, dry_run=True),
-    ):
+    ]
+    for write in writes:
         with pytest.raises(OutputError, match="inside an input"):
             write(run / given / "x")
     assert listing(run) == before

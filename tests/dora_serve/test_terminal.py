@@ -279,6 +279,7 @@ def test_a_plans_files_are_whole_and_replace_nothing(
             assert (tmp_path / "all" / name).read_bytes() == before
         for name in ("base", "run"):
             fresh = tmp_path / "all" / name / "fresh"
-            refused = CliRunner().invoke(dora_serve, ["plan", str(fresh.parents[1]), option, fresh])
+            words = ["plan", str(fresh.parents[1]), option, str(fresh)]
+            refused = CliRunner().invoke(dora_serve, words)
             assert refused.exit_code == 1 and "lie inside one" in refused.output
             assert not fresh.exists()

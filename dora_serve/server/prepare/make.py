@@ -114,12 +114,13 @@ def add(wanted: offer.Addition) -> offer.OfferedModel:
 
 def _import_transformers() -> None:
     """Import transformers without `_UNUSED`, of which it makes nothing here."""
-    hidden = [name for name in _UNUSED if name not in sys.modules]
-    sys.modules.update(dict.fromkeys(hidden))  # None: not to be found
+    modules: dict[str, Any] = sys.modules
+    hidden = [name for name in _UNUSED if name not in modules]
+    modules.update(dict.fromkeys(hidden))  # None: not to be found
     from transformers import GenerationMixin, PreTrainedModel  # noqa: F401
 
     for name in hidden:  # PEFT may need one
-        del sys.modules[name]
+        del modules[name]
 
 
 def _graph_for(
