@@ -28,7 +28,7 @@ from ..folder.names import names_below, own_name
 from .convert import vllm_adapter
 
 SETTLE = 0.25  # seconds between two looks at what just came or changed
-_PATIENCE = 60.0  # that a request waits for a run that somebody is writing
+PATIENCE = 60.0  # that whoever asks waits for a run that somebody is writing
 _AT_ONCE = 1.0  # seconds of converting in one look
 _WRITTEN = "the run is being written"
 
@@ -132,8 +132,10 @@ class Following:
 
     def renew(self, name: str) -> Wanted | None:
         """Read and convert the run: what is wanted of it from now on, None when it is gone."""
-        path = self._paths[name]
-        state, _ = self._seen[path]
+        path = self._paths.get(name)
+        if path is None:
+            return None
+        state, _ = self._seen.get(path, ({}, 0.0))
         if not state:
             self._known.pop(path, None)
             return None
@@ -156,6 +158,17 @@ class Following:
         self._known[path] = _Known(state, elsewhere, base, wanted)
         return wanted
 
+    def settled(self, name: str) -> Wanted | None:
+        """What is wanted of the run as its files were last seen, None when it is gone; `UNREAD`
+        while they change, or were not yet read."""
+        path = self._paths.get(name)
+        if path is None:  # gone before it was read
+            return None
+        state, known = self._seen.get(path, ({}, 0.0))[0], self._known.get(path)
+        if known is None:
+            return UNREAD if state else None
+        return known.wanted if self._is_known(path, state) else UNREAD
+
     def current(self, name: str) -> Wanted | None:
         """What is wanted of the run as far as it was found out: `UNREAD` where it was not yet, None
         when the run is gone."""
@@ -164,21 +177,6 @@ class Following:
             return self._known[path].wanted
         gone = path is None or not self._seen.get(path, ({"": ()}, 0.0))[0]
         return None if gone else UNREAD
-
-    def now(self, name: str) -> Wanted | None:
-        """What is wanted of the run, which is waited for while somebody writes it."""
-        end = time.monotonic() + _PATIENCE
-        path = self._paths[name]
-        while time.monotonic() < end:
-            if self.changed([name]):
-                self.renew(name)
-            state, known = self._seen[path][0], self._known.get(path)
-            if known is not None and self._is_known(path, state):
-                return known.wanted
-            if known is None and not state:
-                return None
-            time.sleep(SETTLE)
-        return UNREAD
 
     def look(self) -> Desired:
         """What is wanted of the whole folder by now. Converts for about a second, so that what is
@@ -224,7 +222,7 @@ class Following:
 
     def at_rest(self) -> Desired:
         """What is wanted of the whole folder once nothing moves there, or after a minute."""
-        end = time.monotonic() + _PATIENCE
+        end = time.monotonic() + PATIENCE
         found = self.look()
         while self.moving and time.monotonic() < end:
             time.sleep(SETTLE)

@@ -7,7 +7,9 @@ Interface: vllm-project/vllm `vllm/lora/resolver.py`, `vllm/entrypoints/openai/m
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
 
@@ -21,7 +23,7 @@ from converters.files.cache import cache_folder
 from converters.model.base import open_base
 
 from ..folder.inventory import Member
-from .desired import UNREAD, Following, Wanted
+from .desired import PATIENCE, SETTLE, UNREAD, Following, Wanted
 from .fleet import ranks_of, with_whole_layers
 from .table import Table
 
@@ -43,6 +45,8 @@ class RunResolver(LoRAResolver):  # type: ignore[misc]
         self._failed: dict[str, str] = {}  # name → the folder that the engine did not load
         self._busy: dict[str, asyncio.Task[None]] = {}
         self._loop: asyncio.Task[None] | None = None
+        # Of their own: the few threads of the loop are for what is over at once.
+        self._conversions = ThreadPoolExecutor(2, "dora-serve conversion")
 
     async def started(self, failed: Mapping[str, str]) -> None:
         """Follow what the server was started with and what lies in our cache. `failed`: name → path
@@ -72,7 +76,7 @@ class RunResolver(LoRAResolver):  # type: ignore[misc]
 
         Raises `VLLMValidationError`, an answer 400, when the run cannot be served.
         """
-        wanted = await asyncio.to_thread(self._now, lora_name)
+        wanted = await self._now(lora_name)
         if wanted is None:
             return None
         for warning in wanted.warnings:
@@ -84,12 +88,29 @@ class RunResolver(LoRAResolver):  # type: ignore[misc]
         # vLLM puts its own number in the place of the 1.
         return LoRARequest(lora_name, 1, str(wanted.adapter), base_model_name=base_model_name)
 
-    def _now(self, name: str) -> Wanted | None:
-        following = self._following
+    async def _now(self, name: str) -> Wanted | None:
+        """What is wanted of the run, which is waited for while somebody writes it. No thread waits:
+        with a few such runs none would be left for the requests for others."""
+        following, end = self._following, time.monotonic() + PATIENCE
+        if following is None or not await asyncio.to_thread(self._find, following, name):
+            return None
+        while time.monotonic() < end:
+            if await asyncio.to_thread(following.changed, [name]):
+                await self._convert(following, name)
+            wanted = following.settled(name)
+            if wanted is not UNREAD:
+                return wanted
+            await asyncio.sleep(SETTLE)
+        return UNREAD
+
+    def _find(self, following: Following, name: str) -> bool:
         with suppress(MissingError):
-            if following is not None and following.find(name):
-                return following.now(name)
-        return None
+            return following.find(name)
+        return False
+
+    async def _convert(self, following: Following, name: str) -> None:
+        loop = asyncio.get_running_loop()
+        await loop.run_in_executor(self._conversions, following.renew, name)
 
     async def _follow(self, following: Following) -> None:
         """Keep vLLM's table equal to what is wanted. It is compared anew each time, since vLLM may
@@ -110,7 +131,7 @@ class RunResolver(LoRAResolver):  # type: ignore[misc]
 
     async def _renew(self, following: Following, name: str) -> None:
         try:
-            await asyncio.to_thread(following.renew, name)
+            await self._convert(following, name)
         finally:
             del self._busy[name]
 

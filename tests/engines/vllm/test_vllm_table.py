@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import math
+import os
 import shutil
+import threading
 from collections import defaultdict
 from importlib.util import find_spec
 from pathlib import Path
@@ -98,3 +101,53 @@ def test_a_run_that_did_not_load_at_the_start_is_followed(
         assert cache in Path(loaded[0]).parents
 
     asyncio.run(asyncio.wait_for(story(), 120))
+
+
+def test_runs_that_are_being_written_hold_up_no_other(
+    tmp_path: Path, llama_base: Path, llama_lora: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """More of them than the event loop has threads."""
+    from dora_serve.vllm import resolver as module
+    from dora_serve.vllm.table import Table
+
+    monkeypatch.setattr(module, "PATIENCE", math.inf)
+    monkeypatch.setenv("DORA_SERVE_CACHE", str(tmp_path / "cache"))
+    root = tmp_path / "root"
+    shutil.copytree(llama_lora, root / "run")
+    written = [f"written-{number}" for number in range(2 * min(32, (os.cpu_count() or 1) + 4))]
+    for name in written:
+        shutil.copytree(llama_lora, root / name)
+    done = threading.Event()
+
+    def write() -> None:
+        while not done.wait(0.05):
+            for name in written:
+                with (root / name / "training.log").open("a") as log:
+                    log.write("step\n")
+
+    table = Table()
+    table.models = SimpleNamespace(
+        model_config=SimpleNamespace(model=str(llama_base)),
+        base_model_paths=[],
+        lora_requests={},
+        engine_client=None,
+    )
+
+    async def story() -> None:
+        resolver = module.RunResolver(root, table, any_base=True, keep=False)
+        await resolver.started({})
+        waiting = [asyncio.create_task(resolver.resolve_lora("", name)) for name in written]
+        await asyncio.sleep(0.2)
+        assert await resolver.resolve_lora("", "run") is not None
+        assert not any(task.done() for task in waiting)
+        assert await resolver.resolve_lora("", "no run") is None
+        done.set()
+        assert all(await asyncio.gather(*waiting))
+
+    writer = threading.Thread(target=write)
+    writer.start()
+    try:
+        asyncio.run(asyncio.wait_for(story(), 120))
+    finally:
+        done.set()
+        writer.join()
