@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import hashlib
 import json
 import os
@@ -9,6 +10,7 @@ from collections.abc import Mapping
 from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path, PurePosixPath
+from typing import Any
 
 from .errors import DoraExportError, TensorFileError
 from .files.json_files import read_json
@@ -151,10 +153,22 @@ def strangers(folder: Path) -> list[str]:
     return [
         name.as_posix()
         for path in sorted(folder.rglob("*"))
-        if (name := path.relative_to(folder)).as_posix() not in (FILE, SIGNATURE)
+        if (name := path.relative_to(folder)).as_posix() != FILE
+        and not (name.as_posix() == SIGNATURE and _is_signature(path))
         and not (path.is_dir() and not path.is_symlink() and os.access(path, os.R_OK | os.X_OK))
         and not _is_recorded(path, records.get(name.as_posix()))
     ]
+
+
+def _is_signature(path: Path) -> bool:
+    """Whether it signs a certificate, as `sign` and model_signing write it, and not whose it is."""
+    try:
+        bundle: Any = read_json(path)
+        statement = json.loads(base64.b64decode(bundle["dsseEnvelope"]["payload"]))
+        signed = [each["name"] for each in statement["predicate"]["resources"]]
+    except (DoraExportError, ValueError, TypeError, LookupError, RecursionError):
+        return False
+    return FILE in signed and not path.is_symlink()
 
 
 def _is_recorded(path: Path, known: Mapping[str, object] | None) -> bool:

@@ -121,7 +121,8 @@ class Run:
     update also reaches the tensors that share their weight. `apart`: the tensors of `replaced` that
     are copies of their own: what was tied to them keeps its values. `kernels`: module →
     `[in, *kernel]` of those that are convolutions, whose weights `[out, in, *kernel]` are seen as
-    `[out, in·kernel]`. `fit`: how the updates were cut, None where they are as trained.
+    `[out, in·kernel]`. `fit`: how the updates were cut, None where they are as trained. `inputs`:
+    the folders and files that were given, beside or above `path`.
 
     A key of `updates` is a module, whose weight the update is for; or a parameter such as a bias
     `[n]`, which is seen as `[1, n]`; or `parameter[e]`, block e of a parameter `[E, …]`.
@@ -145,6 +146,7 @@ class Run:
     options: Mapping[str, object] = field(default_factory=dict)
     warnings: tuple[str, ...] = ()
     fit: FitReport | None = None
+    inputs: tuple[Path, ...] = ()
 
     @cached_property
     def _updates(self) -> LazyUpdates:

@@ -16,6 +16,8 @@ from pathlib import Path
 
 from fault_world import MODELS, RUNS, Arm, Process, World, empty, export, identity
 
+from converters.certificate import FILE
+
 ONNX_RUNS = {"old": RUNS / "Count_Down/Tiny_Llama--Count_Down--1",
              "new": RUNS / "Every_Second/Tiny_Llama--Every_Second--1"}  # fmt: skip
 
@@ -178,8 +180,11 @@ class Rounds:
         if self.world.inputs_changed():
             problems.append("the inputs changed")
         again = self.run(command, "new", place)
-        if again.code or command.made["new"] not in map(identity, outputs(place)):
+        if again.code:
             problems.append(f"the next command fails: {again.said[-1500:]}")
+        elif command.made["new"] not in map(identity, outputs(place)):
+            known = [(path / FILE).read_text() for path in outputs(place)]
+            problems.append(f"the next command makes something else: {known}")
         if left := self.world.litter(place):
             problems.append(f"litter: {left}")
         row.tried += 1

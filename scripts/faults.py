@@ -1,6 +1,6 @@
 """Commands that write, stopped and disturbed in every way: is anything lost?
 
-    python scripts/faults.py [--short] [--seed 0] [--onnx]
+    python scripts/faults.py [--short] [--seed 0] [--onnx] [--only merge]
 
 After every round the old output must be there whole or the new one, the inputs as they were, the
 message one error without traceback; then the command runs undisturbed, and no temporary file may be
@@ -253,6 +253,7 @@ def main() -> None:
     )
     parser.add_argument("--short", action="store_true", help="one round of each")
     parser.add_argument("--onnx", action="store_true", help="dora-export onnx too: slow")
+    parser.add_argument("--only", help="one of merge, adapter, cache, onnx, up")
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
     library = os.environ.get(SHIM)
@@ -262,6 +263,7 @@ def main() -> None:
         del os.environ["LD_PRELOAD"]  # loaded; not into what the commands start
         shutil.rmtree(Path(library).parent)
     names = ["merge", "adapter", "cache", *(["onnx", "up"] if options.onnx else [])]
+    names = [options.only] if options.only else names
     with tempfile.TemporaryDirectory(prefix="dora-faults.") as top:
         Path(top).chmod(0o755)
         begin = time.monotonic()

@@ -56,7 +56,7 @@ def _read(path: str | Path, options: ReadOptions | None, *, named: bool) -> Run:
             run = read_parts(run, options)
         from .promises import checked
 
-        run = checked(run, found, options, named)
+        run = replace(checked(run, found, options, named), inputs=(folder, *options.parts))
     if not run.updates and not run.replaced:
         raise RunError("the run adapted nothing", file=run.path)
     return run

@@ -37,8 +37,10 @@ class Patterns:
     def _match(self, pattern: str, module: str) -> bool:
         if len(pattern) > 100_000:
             raise PatternError("the pattern is longer than 100 000 characters")
+        if self._left <= 0:  # many that are quick, but for being read
+            raise PatternError(f"the patterns take longer than {SECONDS_IN_ALL:.0f} s to match")
         begin = time.monotonic()
-        seconds = max(0.001, min(SECONDS, self._left))
+        seconds = min(SECONDS, self._left)
         try:
             return regex.match(pattern, module, timeout=seconds) is not None
         except TimeoutError:

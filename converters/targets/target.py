@@ -61,7 +61,7 @@ class Plan(ABC):
     @property
     def inputs(self) -> list[Path]:
         """The folders it reads, which the output must not touch."""
-        return [self.run.path, *([] if self.base is None else [self.base.path])]
+        return [self.run.path, *self.run.inputs, *([] if self.base is None else [self.base.path])]
 
     def summary(self) -> dict[str, Any]:
         """What a script is told, JSON."""

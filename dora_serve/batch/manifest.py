@@ -46,7 +46,8 @@ def read_manifest(path: Path) -> list[Entry]:
     A path in it is relative to the current folder, as on the command line. Raises `ManifestError`
     with the line or the number of the entry.
     """
-    entries = [_entry(path, where, value) for where, value in _values(path)]
+    known = forms()  # which asks every installed package
+    entries = [_entry(path, where, value, known) for where, value in _values(path)]
     if not entries:
         raise ManifestError("the manifest names no run", file=path)
     return entries
@@ -119,7 +120,7 @@ def _parse(text: str, path: Path, where: str) -> object:
         ) from None
 
 
-def _entry(path: Path, where: str, value: object) -> Entry:
+def _entry(path: Path, where: str, value: object, known: Sequence[str]) -> Entry:
     if not isinstance(value, dict):
         raise ManifestError(f"{where} is not an object", file=path, found=_short(value))
     if unknown := value.keys() - _KEYS:
@@ -135,7 +136,7 @@ def _entry(path: Path, where: str, value: object) -> Entry:
             raise ManifestError(f"{where}: {key} is not a name", file=path, found=_short(text))
     if "run" not in said:
         raise ManifestError(f"{where} names no run", file=path, found=_short(value))
-    if said.get("to", ADAPTER) not in (known := forms()):
+    if said.get("to", ADAPTER) not in known:
         raise ManifestError(
             f"{where}: no such form", file=path, found=said["to"], expected=" or ".join(known)
         )

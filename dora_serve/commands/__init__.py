@@ -7,6 +7,7 @@ import os
 import sys
 from importlib import import_module
 from importlib.metadata import version
+from traceback import extract_tb
 from typing import Any, NoReturn
 
 import click
@@ -62,6 +63,16 @@ class _LazyGroup(click.Group):
         ctx.meta[_WANTS_JSON] = "--json" in args
         ctx.color = _colour()
         return super().parse_args(ctx, args)
+
+    def main(self, *args: Any, **kwargs: Any) -> Any:
+        try:
+            return super().main(*args, **kwargs)
+        except OSError as error:
+            if not _of_printing(error):
+                raise
+            with contextlib.suppress(OSError):
+                click.secho(f"error: printing failed: {error.strerror}", fg="red", err=True)
+            sys.exit(1)
 
     def invoke(self, ctx: click.Context) -> Any:
         try:
@@ -127,6 +138,21 @@ def dora_export() -> None:
 @click.version_option(version("dora-serve"), prog_name="dora-serve")
 def dora_serve() -> None:
     """Serve training runs and adapters."""
+
+
+def _of_printing(error: OSError) -> bool:
+    """Whether standard output or error takes no more, as of a full disk. What is left for it is
+    dropped, so that the end of the process does not fail by it again."""
+    failed = extract_tb(error.__traceback__)[-1].name == click.echo.__name__
+    for stream in (sys.stdout, sys.stderr):
+        try:
+            stream.flush()
+        except OSError:
+            failed = True
+            nowhere = os.open(os.devnull, os.O_WRONLY)
+            os.dup2(nowhere, stream.fileno())
+            os.close(nowhere)
+    return failed
 
 
 def run_export() -> NoReturn:

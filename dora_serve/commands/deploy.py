@@ -73,6 +73,7 @@ def command(
 
     Nothing is started: `serve deploy` (Ray) or `kubectl apply` takes what is written.
     """
+    from converters.files.handles import there
     from converters.files.output import output_folder
     from dora_serve.deploy import Cluster, kubernetes, ray_config
 
@@ -88,8 +89,9 @@ def command(
         raise click.UsageError("--models-at takes an absolute path")
     if target == "kubernetes" and (str(at) in kubernetes.TAKEN or ":" in str(at)):
         raise click.UsageError(f"Kubernetes cannot show the folder at {at}")
+    inputs = [folder, *([Path(base)] if base is not None and there(Path(base)) else [])]
     if output is not None:
-        _check_output(output, force, folder)
+        _check_output(output, force, inputs)
     cluster = Cluster(folder, at, min_replicas, max_replicas or min_replicas)
     adapters: dict[str, Path] = {}
     if engine == "onnxruntime":
@@ -118,18 +120,18 @@ def command(
                 copy = place / _ADAPTERS / adapter / file.relative_to(source)
                 copy.parent.mkdir(parents=True, exist_ok=True)
                 shutil.copyfile(file, copy)
-        _check_output(output, force, folder)  # what came there meanwhile stays
+        _check_output(output, force, inputs)  # what came there meanwhile stays
     click.echo(visible(output / name))
     if adapters:
         click.echo(f"{visible(output / _ADAPTERS)}  (copy what is in it to {adapters_at})")
 
 
-def _check_output(output: Path, force: bool, folder: Path) -> None:
+def _check_output(output: Path, force: bool, inputs: list[Path]) -> None:
     from converters.files.output import check_output, check_place
 
-    check_place(output, [folder])
+    check_place(output, inputs)
     if not (force and _is_ours(output)):
-        check_output(output, force, [folder])
+        check_output(output, force, inputs)
 
 
 def _marked(text: str) -> str:

@@ -58,8 +58,9 @@ def command(
         check_output_file(file, force)
     loaded = common.load_run(run, base, **options)
     model = None if base is None else open_base(base)
+    inputs = [*loaded.files, *loaded.inputs, *([] if model is None else [model.path])]
     for file in files:
-        check_apart(file, [*loaded.files, *(() if model is None else model.path.iterdir())])
+        check_apart(file, inputs)
     info = _describe(loaded, model)
     largest = max(loaded.start_rank.values(), default=0)
     if png is not None:

@@ -59,11 +59,10 @@ class Found:
         }
 
     def files(self) -> Iterator[Path]:
-        """Those of everything that can be served."""
+        """The files and folders of everything that can be served."""
         for member in self.members.values():
-            yield from member.run.files
-        for folder in (*(base.path for base in self.bases.values()), *self.onnx.values()):
-            yield from folder.rglob("*")
+            yield from (*member.run.files, member.path)
+        yield from (*(base.path for base in self.bases.values()), *self.onnx.values())
 
     def of(self, base: BaseModel) -> list[Member]:
         """The members that belong to `base`."""

@@ -11,6 +11,7 @@ import base64
 import contextlib
 import json
 import os
+import stat
 import sys
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -164,6 +165,8 @@ def _changed(folder: Path, found: Mapping[str, str]) -> SignatureError:
 @contextlib.contextmanager
 def _key_errors(path: str | Path, kind: str) -> Iterator[None]:
     try:
+        if stat.S_ISCHR(Path(path).stat().st_mode):
+            raise ValueError("a device, which may have no end")
         yield
     except OSError as error:
         raise MissingError(

@@ -29,11 +29,18 @@ def check_output_file(path: Path, force: bool) -> None:
 
 
 def check_apart(path: Path, inputs: Iterable[Path]) -> None:
-    """Raise `OutputError` when `path` is one of the files `inputs`."""
-    if there(path) and any(there(file) and path.samefile(file) for file in inputs):
-        raise OutputError(
-            "the output would replace an input", file=path, remedy="choose another file"
-        )
+    """Raise `OutputError` when `path` is one of the files `inputs`, or lies in a folder of them, as
+    a file that is there or a new one."""
+    for source in inputs:
+        files = (source, *source.rglob("*"))
+        same = there(path) and any(there(file) and path.samefile(file) for file in files)
+        if same or source.resolve() in path.resolve().parents:
+            raise OutputError(
+                "the output would replace an input, or lie inside one",
+                file=path,
+                found=f"input {source}",
+                remedy="choose another place",
+            )
 
 
 def write_file(path: Path, data: bytes, force: bool = False) -> None:

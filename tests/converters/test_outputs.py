@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import base64
 import ctypes
+import json
 import os
 import shutil
 import stat
@@ -15,7 +17,9 @@ import pytest
 from converters.certificate import FILE, SIGNATURE, tool, write_certificate, write_json
 from converters.errors import OutputError
 from converters.files.output import check_output, output_folder, save_tensors
-from dora_serve import merge, write_adapter
+from converters.options import ReadOptions
+from dora_serve import merge, read_run, write_adapter, write_onnx
+from tests.conftest import MODELS
 
 Change = Callable[[Path], object]
 
@@ -58,10 +62,17 @@ def no_file(folder: Path) -> None:
     (folder / FILE).mkdir()
 
 
+def signature(folder: Path, *names: str) -> None:
+    """What `sign` writes, so far as it tells what it signs."""
+    statement = {"predicate": {"resources": [{"name": name} for name in names]}}
+    payload = base64.b64encode(json.dumps(statement).encode()).decode()
+    write_json(folder / SIGNATURE, {"dsseEnvelope": {"payload": payload}})
+
+
 REPLACED: dict[str, Change] = {
     "as it was made": lambda _: None,
     "a file went": lambda folder: (folder / "file").unlink(),
-    "signed": lambda folder: (folder / SIGNATURE).write_text("signature"),
+    "signed": lambda folder: signature(folder, FILE),
     "an addition broke off": lambda folder: (folder / ".adding.abcd1234.dora-tmp").mkdir(),
     "an addition broke off later": lambda folder: shutil.copytree(
         folder / "sub", folder / ".adding.abcd1234.dora-tmp" / "sub"
@@ -91,6 +102,9 @@ REFUSED: dict[str, tuple[Change, str]] = {
     ),
     "nested": (lambda f: (f / FILE).write_text("[" * 10**6), f"{FILE}, file, sub"),
     "a folder as certificate": (no_file, "sub"),
+    "a file called as a signature": (lambda f: (f / SIGNATURE).write_text("mine"), SIGNATURE),
+    "JSON called as a signature": (lambda f: write_json(f / SIGNATURE, {"a": 1}), SIGNATURE),
+    "a signature of something else": (lambda f: signature(f, "thesis.txt"), SIGNATURE),
 }
 
 
@@ -159,6 +173,26 @@ def test_places_that_no_output_can_have(
         with pytest.raises(OutputError, match=says):
             check_output(place, True, [])
     assert listing(tmp_path) == before
+
+
+@pytest.mark.parametrize("given", ["", "checkpoint"])
+def test_nothing_is_written_into_what_was_given(given: str, tmp_path: Path) -> None:
+    base = MODELS / "tiny-llama-base"
+    sample = MODELS / "runs/Checkpoint/Tiny_Llama/Lora_Rank=8/Count_Down/Tiny_Llama--Count_Down--1"
+    run = Path(shutil.copytree(sample, tmp_path / "run"))
+    before = listing(run)
+    info = MODELS / "runs/Log" / sample.relative_to(MODELS / "runs/Checkpoint") / "task_info.json"
+    read = read_run(run / given, ReadOptions(task_info=info))
+    writes: list[Callable[[Path], object]] = [
+        lambda output: merge(read, output, base=base),
+        lambda output: write_adapter(read, output),
+        lambda output: write_onnx(base, output, run=read, dry_run=True),
+        lambda output: write_onnx(base, output, adapters={"a": read}, dry_run=True),
+    ]
+    for write in writes:
+        with pytest.raises(OutputError, match="inside an input"):
+            write(run / given / "x")
+    assert listing(run) == before
 
 
 def test_an_empty_current_folder_stays(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -125,6 +125,8 @@ def test_an_output_that_cannot_be_written(root: Path, tmp_path: Path) -> None:
     refused = deploy(nothing, *VLLM_ON_RAY, "-o", used)  # before anything is looked for
     assert refused.exit_code == 1
     assert "not empty" in refused.stderr
+    inside = deploy(nothing, *VLLM_ON_RAY, "--base", used, "-o", used / "new")
+    assert inside.exit_code == 1 and "inside an input" in inside.stderr
     assert deploy(root, *VLLM_ON_RAY, "-o", tmp_path / "first").exit_code == 0
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     try:

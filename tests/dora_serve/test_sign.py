@@ -171,6 +171,7 @@ def test_unsigned(merged: Path, keys: Path) -> None:
         ("locked", "passphrase: --private-key <"),
         ("ours.pub", "no private key"),
         ("none", "cannot be read"),
+        ("/dev/zero", "a device"),
     ],
 )
 def test_unfit_private_keys(name: str, says: str, merged: Path, keys: Path) -> None:
@@ -180,7 +181,7 @@ def test_unfit_private_keys(name: str, says: str, merged: Path, keys: Path) -> N
     assert not (merged / SIGNATURE).exists()
 
 
-@pytest.mark.parametrize("name", ["rsa.pub", "k1.pub", "ours", "none"])
+@pytest.mark.parametrize("name", ["rsa.pub", "k1.pub", "ours", "none", "/dev/zero"])
 def test_unfit_public_keys(name: str, signed: Path, keys: Path) -> None:
     done = run("check", signed, "--public-key", keys / name)
     assert done.exit_code == 1

@@ -251,6 +251,8 @@ def test_a_picture_replaces_no_input(llama_lora: Path, tmp_path: Path) -> None:
         assert done.exit_code == 1
         assert "would replace an input" in done.stderr
     assert (run / CONFIG).read_bytes() == before
+    fresh = export("inspect", run, "--html", run / "x", "--force")
+    assert fresh.exit_code == 1 and "lie inside one" in fresh.stderr and not (run / "x").exists()
     two = export("inspect", run, "--html", tmp_path / "x", "--png", tmp_path / "x")
     assert two.exit_code == 2 and not (tmp_path / "x").exists()
 
@@ -275,3 +277,9 @@ def test_a_plans_files_are_whole_and_replace_nothing(
             refused = CliRunner().invoke(dora_serve, words)
             assert refused.exit_code == 1 and "replace an input" in refused.output
             assert (tmp_path / "all" / name).read_bytes() == before
+        for name in ("base", "run"):
+            fresh = tmp_path / "all" / name / "fresh"
+            words = ["plan", str(fresh.parents[1]), option, str(fresh)]
+            refused = CliRunner().invoke(dora_serve, words)
+            assert refused.exit_code == 1 and "lie inside one" in refused.output
+            assert not fresh.exists()

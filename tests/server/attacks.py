@@ -41,6 +41,7 @@ TEMPLATE = (
 )
 _PART = {"type": "output_text", "text": "", "annotations": [[]] * 300}
 HANDED_BACK = {"role": "assistant", "content": [_PART]}
+LATER = ".later/run"  # below the served folder
 PATTERN = "(x+x+)+y"  # takes forever with many x
 
 
@@ -338,6 +339,12 @@ ATTACKS: dict[str, Attack] = {
     ),
     "an adapter's name": post(
         "/v1/load_lora_adapter", lambda: {"lora_name": "a" * 10**6, "lora_path": "a"}, 413
+    ),
+    "an adapter to convert": post(
+        "/v1/load_lora_adapter", lambda: {"lora_name": "later", "lora_path": LATER}, 200
+    ),
+    "a model as an adapter": post(
+        "/v1/load_lora_adapter", lambda: {"lora_name": "none", "lora_path": EMBEDS}
     ),
     "a body of another type": Attack(
         raw(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
 import threading
 import time
@@ -16,23 +15,29 @@ import httpx
 import pytest
 
 from dora_serve.server.options import ServerOptions
-from tests.server.attacks import ATTACKS, PATTERN, SLOW, TEMPLATE
-from tests.server.conftest import BASE, EMBEDS, Server, started
+from tests.conftest import MODELS
+from tests.server.attacks import ATTACKS, LATER, PATTERN, SLOW, TEMPLATE
+from tests.server.conftest import BASE, DOWN, EMBEDS, Server, started
+from tests.server.smuggled import MORE
 
+RUN = f"Tiny_Llama/Lora_Rank=8/Count_Down/{DOWN}"
+ALL = ATTACKS | MORE
 MEMORY = 300 << 20  # bytes
 STALLED = 30.0  # seconds after which a server that says nothing is stalled
 
 
 def used(server: Server) -> int:
-    """Bytes of memory of the server and the processes below it."""
-    pages, left = 0, [server.process.pid]
+    """Bytes of memory of the server and the processes below it; what several share of a library
+    counts once."""
+    found, left = 0, [server.process.pid]
     while left:
         folder = Path(f"/proc/{left.pop()}")
         with suppress(OSError):
-            pages += int((folder / "statm").read_text().split()[1])
+            told = (folder / "smaps_rollup").read_text().split()
+            found += int(told[told.index("Pss:") + 1]) << 10
             for children in folder.glob("task/*/children"):
                 left += map(int, children.read_text().split())
-    return pages * os.sysconf("SC_PAGE_SIZE")
+    return found
 
 
 @contextmanager
@@ -81,6 +86,9 @@ def attacked(place: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[
         "runs/Log/Tiny_Roberta",
     ):
         shutil.copytree(place / "models" / name, root / name)
+    later = root / LATER  # which nothing finds
+    shutil.copytree(MODELS / "runs/Checkpoint" / RUN, later)
+    shutil.copyfile(MODELS / "runs/Log" / RUN / "task_info.json", later / "task_info.json")
     (root / BASE / "chat_template.jinja").write_text(TEMPLATE)
     file = root / BASE / "tokenizer.json"
     tokenizer = json.loads(file.read_text())
@@ -112,10 +120,10 @@ def idle(attacked: Server) -> float:
 
 @pytest.mark.parametrize(
     "name",
-    [pytest.param(n, marks=pytest.mark.further) if n in SLOW else n for n in ATTACKS],
+    [pytest.param(n, marks=pytest.mark.further) if n in SLOW else n for n in ALL],
 )
 def test_attack(attacked: Server, idle: float, name: str) -> None:
-    attack, host = ATTACKS[name], attacked.url.removeprefix("http://").split(":")
+    attack, host = ALL[name], attacked.url.removeprefix("http://").split(":")
     send = attack.ready()
     before = used(attacked)
     with watched(attacked) as worst:

@@ -35,6 +35,7 @@ _TEMPLATES = "additional_chat_templates"
 # A sentence-transformers pipeline: which modules there are, and what else it says of them.
 _MODULES = "modules.json"
 _LARGEST = 1_000_000
+_LONGEST = 1 << 30  # bytes of one file: its holes become bytes when it is copied
 _NO_CODE = "nothing of it is executed here, and it is not passed on"
 
 
@@ -98,6 +99,13 @@ def companions(source: Path, run: Run | None = None, base: BaseModel | None = No
     for path in files.values():
         folder = saved if saved is not None and path.is_relative_to(saved) else source
         _check_inside(path, folder)
+        if path.stat().st_size > _LONGEST:
+            raise BaseError(
+                "too large for a file that goes along with a model",
+                file=path,
+                found=f"{path.stat().st_size} bytes",
+                expected=f"at most {_LONGEST}",
+            )
     return Companions(files, tuple(left))
 
 

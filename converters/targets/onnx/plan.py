@@ -49,7 +49,7 @@ class OnnxPlan(Plan):
     @property
     def inputs(self) -> list[Path]:
         runs = [self.run] if self.merges else list((self.adapters or {}).values())
-        return [self.base.path, *(run.path for run in runs)]
+        return [self.base.path, *(path for run in runs for path in (run.path, *run.inputs))]
 
     def summary(self) -> dict[str, Any]:
         adapters = (self.adapters or {}).items()

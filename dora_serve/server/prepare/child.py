@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -27,7 +28,10 @@ def _call(request: str) -> str:
     # Ctrl-C reaches both; this one ends that one, which has nothing to say of it.
     deaf = ["/bin/sh", "-c", """trap '' INT; exec "$0" "$@" """]
     command = [*deaf, sys.executable, "-m", "dora_serve.server.prepare.make"]
-    done = subprocess.run(command, input=request, stdout=subprocess.PIPE, text=True, check=False)
+    environment = {"MALLOC_ARENA_MAX": "1", **os.environ}
+    done = subprocess.run(
+        command, input=request, stdout=subprocess.PIPE, text=True, check=False, env=environment
+    )
     if done.returncode:
         raise RunError("preparing what is to be served broke off", found=done.returncode)
     reply = json.loads(done.stdout)

@@ -43,6 +43,8 @@ _TRIED = 3  # runs, before it is the base that no graph can be made of
 _NAME = "adapter"  # of the one in an adapter's own folder
 _MAP = "modules.json"
 
+_UNUSED = ("boto3", "scipy", "sklearn")  # 65 MB, while others are served
+
 Say = Callable[[str], None]
 
 
@@ -108,6 +110,17 @@ def add(wanted: offer.Addition) -> offer.OfferedModel:
         expected=", ".join(f"{graph.task} of {graph.base}" for graph in wanted.graphs),
         remedy="start the server anew with the run in its folder",
     )
+
+
+def _import_transformers() -> None:
+    """Import transformers without `_UNUSED`, of which it makes nothing here."""
+    modules: dict[str, Any] = sys.modules
+    hidden = [name for name in _UNUSED if name not in modules]
+    modules.update(dict.fromkeys(hidden))  # None: not to be found
+    from transformers import GenerationMixin, PreTrainedModel  # noqa: F401
+
+    for name in hidden:  # PEFT may need one
+        del modules[name]
 
 
 def _graph_for(
@@ -198,6 +211,7 @@ def _member(member: Member, graph: offer.Graph, dry: bool, say: Say) -> offer.Of
 
         def make(target: Path) -> None:
             say(f"{member.name}: making its adapter, once …")
+            _import_transformers()
             _write(run, base, Path(graph.folder), target)
 
         key = member_key(member, form="onnx adapter", graph=Path(graph.folder).name)

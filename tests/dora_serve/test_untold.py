@@ -1,0 +1,53 @@
+"""What a command does when what it says cannot be written: the disk is full, or nobody reads."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.conftest import MODELS
+
+RUN = MODELS / "runs/Checkpoint/Tiny_Llama/Lora_Rank=8/Count_Down/Tiny_Llama--Count_Down--1"
+FULL = Path("/dev/full")
+EXPORT = "from dora_serve.commands import run_export; run_export()"
+SERVE = "from dora_serve.commands import dora_serve; dora_serve()"
+
+
+@pytest.mark.skipif(not FULL.exists(), reason="needs /dev/full")
+@pytest.mark.parametrize(
+    "words",
+    [
+        (EXPORT, "--help"),
+        (EXPORT, "inspect", str(RUN)),
+        (EXPORT, "inspect", str(RUN), "--json"),
+        (EXPORT, "inspect", "nothing", "--json"),
+        (SERVE, "--version"),
+        (SERVE, "plan", "--json", str(MODELS)),
+    ],
+)
+def test_a_full_disk_is_one_line(words: tuple[str, ...]) -> None:
+    with FULL.open("w") as full:
+        done = subprocess.run(
+            [sys.executable, "-c", *words], stdout=full, stderr=subprocess.PIPE, text=True
+        )
+    assert done.returncode == 1
+    assert "Traceback" not in done.stderr
+    assert done.stderr.splitlines()[-1] == "error: printing failed: No space left on device"
+    with FULL.open("w") as full:
+        silent = subprocess.run([sys.executable, "-c", *words], stdout=full, stderr=full)
+    assert silent.returncode == 1
+
+
+@pytest.mark.parametrize("program", [EXPORT, SERVE])
+def test_nobody_reads(program: str) -> None:
+    with subprocess.Popen(
+        [sys.executable, "-c", program, "--help"], stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    ) as process:
+        assert process.stdout is not None and process.stderr is not None
+        process.stdout.close()
+        told = process.stderr.read()
+    assert process.returncode == 1
+    assert told == b""

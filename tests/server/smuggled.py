@@ -1,0 +1,85 @@
+"""Requests in the body of another, schemas and grammars that grow, and other attacks of the second
+fresh attempt: more rows of `test_attacks.py`."""
+
+from __future__ import annotations
+
+import socket
+from collections.abc import Iterable
+from typing import Any
+
+from tests.server.attacks import Attack, Send, complete, head, post, read
+from tests.server.conftest import BASE
+
+_SECOND = b"GET /metrics HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n"
+
+
+def smuggles(*lines: str, body: bytes) -> Attack:
+    """A request behind which another lies that only a reader of other lengths sees: 0 where more
+    than one was answered."""
+
+    def send(address: tuple[str, int]) -> Iterable[int]:
+        with socket.create_connection(address, timeout=120) as bare:
+            bare.sendall(head("/v1/completions", "Connection: close", *lines) + body + _SECOND)
+            answers = read(bare).split(b"HTTP/1.1 ")[1:]
+        return [int(answers[0][:3]) if len(answers) == 1 else 0]
+
+    def ready() -> Send:
+        return send
+
+    return Attack(ready, frozenset({400}))
+
+
+def follows(**structure: Any) -> Attack:
+    return complete(lambda: {"prompt": "one", "structured_outputs": structure})
+
+
+def _doubled(depth: int) -> dict[str, Any]:
+    """A schema whose objects are 2 ** depth when each reference is written out."""
+    steps = {
+        f"a{i}": {"properties": {key: {"$ref": f"#/$defs/a{i + 1}"} for key in "xy"}}
+        for i in range(depth)
+    }
+    return {"$ref": "#/$defs/a0", "$defs": {**steps, f"a{depth}": {"type": "string"}}}
+
+
+MORE: dict[str, Attack] = {
+    "two kinds of length": smuggles(
+        "Content-Length: 5", "Transfer-Encoding: chunked", body=b"0\r\n\r\n"
+    ),
+    "two codings": smuggles(
+        "Transfer-Encoding: chunked", "Transfer-Encoding: identity", body=b"0\r\n\r\n"
+    ),
+    "an unknown coding": smuggles("Transfer-Encoding: xchunked", body=b"0\r\n\r\n"),
+    "two lengths that differ": smuggles("Content-Length: 2", "Content-Length: 40", body=b"{}"),
+    "a length with a blank": smuggles("Content-Length : 2", body=b"{}"),
+    "a length in hexadecimal": smuggles("Content-Length: 0x2", body=b"{}"),
+    "a length below zero": smuggles("Content-Length: -1", body=b"{}"),
+    "a line break in a header": smuggles("X: a\rContent-Length: 3", body=b"{}"),
+    "a piece of a length without end": smuggles(
+        "Transfer-Encoding: chunked", body=b"f" * 40 + b"\r\nx"
+    ),
+    "references that double": follows(json=_doubled(300)),
+    "a reference to itself": follows(json={"$ref": "#"}),
+    "a reference to a file": follows(json={"$ref": "file:///etc/passwd"}),
+    "a grammar of a file": follows(grammar='start: %json {"$ref": "file:///etc/passwd"}'),
+    "repeats in repeats": follows(
+        grammar='start: b{1,9999}\nb: c{1,9999}\nc: "x"{1,9999}'
+    ),
+    "a string of a billion": follows(json={"type": "string", "minLength": 10**9}),
+    "alternatives of alternatives": follows(
+        json={"allOf": [{"anyOf": [{"maxLength": i} for i in range(40)]}] * 20}
+    ),
+    "a hundred thousand choices": follows(choice=[f"{i}" for i in range(100_000)]),
+    "a tool that doubles": post(
+        "/v1/chat/completions",
+        lambda: {
+            "model": BASE,
+            "messages": [{"role": "user", "content": "one"}],
+            "tools": [{"type": "function", "function": {"name": "f", "parameters": _doubled(300)}}],
+            "tool_choice": "required",
+        },
+    ),
+    "a name that would be a metric": post(
+        "/v1/completions", lambda: {"model": 'a"}\nevil 1', "prompt": "one"}, 404
+    ),
+}  # fmt: skip
