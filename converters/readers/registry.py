@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import suppress
 from importlib.metadata import entry_points
 from pathlib import Path
 from typing import Protocol
 
-from ..errors import MissingError, RunError
+from ..errors import DoraExportError, MissingError, RunError
 from ..options import ReadOptions
 from ..run import Run
+from .no_run import no_run
 from .run_folder import RunFolder
 
 
 class Reader(Protocol):
-    """Reads the runs of one training method."""
+    """Reads the runs of one training method. A reader may also have `over`, the names of those
+    whose files it reads better where both find something."""
 
     name: str
     looks_for: str
@@ -56,6 +59,8 @@ def detect(path: Path, method: str | None = None) -> tuple[Reader, RunFolder]:
         )
     folder = RunFolder(path)
     hits = [(reader, found) for reader in known if (found := reader.detect(folder)) is not None]
+    beneath = {name for reader, _ in hits for name in getattr(reader, "over", ())}
+    hits = [(reader, found) for reader, found in hits if reader.name not in beneath]
     if len(hits) == 1:
         return hits[0]
     if hits:
@@ -65,6 +70,14 @@ def detect(path: Path, method: str | None = None) -> tuple[Reader, RunFolder]:
             found=", ".join(f"{reader.name} in {found.path}" for reader, found in hits),
             remedy="name one of these folders, or the method with `method`",
         )
-    content = ", ".join(sorted(p.name for p in path.iterdir())[:8]) or "an empty folder"
-    looked = "".join(f"\n    {reader.name}: {reader.looks_for}" for reader in known)
-    raise RunError("no run found in this folder", file=path, found=content, expected=looked)
+    raise no_run(folder, {reader.name: reader.looks_for for reader in known}, _runs_below(path))
+
+
+def _runs_below(path: Path) -> list[Path]:
+    """The folders inside `path` that hold a run."""
+    known, found = readers(), []
+    for below in sorted(each for each in path.iterdir() if each.is_dir()):
+        with suppress(DoraExportError, OSError):
+            if is_run(below, known):
+                found.append(below)
+    return found
