@@ -8,7 +8,9 @@ import shlex
 
 from converters.errors import visible
 
-VERBS = frozenset("adapter check diff export extract inspect lint merge onnx sign verify".split())
+VERBS = frozenset(
+    "adapter batch check diff export extract inspect lint merge onnx sign verify".split()
+)
 
 
 def in_flags(text: object) -> str:

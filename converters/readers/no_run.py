@@ -13,7 +13,7 @@ _NUMBER = re.compile(r"\d+")
 _TRAINERS = {  # what they leave that is no file of tensors, and how it becomes one
     "*.distcp": (
         "a checkpoint in shards of FSDP or torch.distributed, which no reader opens",
-        "put them together: `accelerate merge-weights FOLDER OUT` (Trainer, axolotl), or python -m "
+        "put them together: accelerate merge-weights FOLDER OUT (Trainer, axolotl), or python -m "
         "torch.distributed.checkpoint.format_utils dcp_to_torch FOLDER OUT",
     ),
     "zero_to_fp32.py": (
@@ -32,15 +32,14 @@ def no_run(folder: RunFolder, looked_for: Mapping[str, str], below: Sequence[Pat
     that hold one, `looked_for` what each reader wants to see."""
     path = folder.path
     if below:
-        names = sorted((each.name for each in below), key=_by_number)
+        names = sorted((str(each.relative_to(path)) for each in below), key=_by_number)
         some = names if len(names) < 7 else [*names[:3], "…", *names[-3:]]
         return RunError(
             "a folder of runs, not a run",
             file=path,
             found=", ".join(some),
             expected="one of them",
-            remedy=f"give {path / names[-1]} for example; all of them take `batch` (dora-export), "
-            "and `plan` or `up` (dora-serve)",
+            remedy=f"give {path / names[-1]} for example; `batch` takes all of them",
         )
     for pattern, (message, remedy) in _TRAINERS.items():
         found = next((p for each in (pattern, f"*/{pattern}") for p in path.glob(each)), None)

@@ -70,14 +70,16 @@ def detect(path: Path, method: str | None = None) -> tuple[Reader, RunFolder]:
             found=", ".join(f"{reader.name} in {found.path}" for reader, found in hits),
             remedy="name one of these folders, or the method with `method`",
         )
-    raise no_run(folder, {reader.name: reader.looks_for for reader in known}, _runs_below(path))
+    raise no_run(folder, {reader.name: reader.looks_for for reader in known}, runs_below(path))
 
 
-def _runs_below(path: Path) -> list[Path]:
-    """The folders inside `path` that hold a run."""
+def runs_below(path: Path, depth: int = 2) -> list[Path]:
+    """The folders inside `path` that hold a run, or else those inside these."""
     known, found = readers(), []
     for below in sorted(each for each in path.iterdir() if each.is_dir()):
         with suppress(DoraExportError, OSError):
             if is_run(below, known):
                 found.append(below)
+            elif depth > 1:
+                found += runs_below(below, depth - 1)
     return found

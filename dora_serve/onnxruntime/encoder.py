@@ -20,6 +20,7 @@ from converters.files.onnx_files import OWN_HEADS, read_adapter_file
 
 from .adapter_set import AdaptedFolder, Adapters, AdapterSet
 from .limits import check_rows
+from .pipeline import POOLING, Pipeline, normalized
 from .sampling import log_softmax
 from .session import EngineError, open_adaptable, padded
 
@@ -33,6 +34,7 @@ _POSITIONS_AFTER_PADDING = frozenset(
     "camembert data2vec-text ibert longformer luke mpnet roberta roberta-prelayernorm xlm-roberta "
     "xlm-roberta-xl xmod".split()
 )
+_STATES = "last_hidden_state"
 Ids = Sequence[int]
 Text = str | tuple[str, str]
 
@@ -68,6 +70,7 @@ class Encoder(AdaptedFolder):
         self._session = open_adaptable(self.folder, threads, spin)
         self._config: Any = read_json(self.folder / "config.json")
         self.outputs = self._session.outputs
+        self._pipeline = Pipeline(self.folder) if _STATES in self.outputs else None
         own = self.folder / OWN_HEADS
         heads = read_adapter_file(own) if own.exists() else {}
         self.adapter_set = AdapterSet([self._session], heads)
@@ -215,13 +218,25 @@ class Encoder(AdaptedFolder):
         return found
 
     def embed(
-        self, texts: Sequence[str], adapters: Adapters = None, pooling: str = "mean"
+        self, texts: Sequence[str], adapters: Adapters = None, pooling: str | None = None
     ) -> Array:
-        """One vector per text, `[texts, hidden]`: the mean of its tokens, or with `pooling` "cls"
-        its first."""
-        self._needs("last_hidden_state")
-        if pooling not in ("mean", "cls"):
-            raise EngineError("no such pooling", found=pooling, expected="mean, cls")
+        """One vector per text, `[texts, n]`: what the folder's pipeline makes of its tokens, the
+        mean where it has none; or with `pooling` one of `POOLING` alone."""
+        self._needs(_STATES)
+        if pooling is not None and pooling not in POOLING:
+            raise EngineError("no such pooling", found=pooling, expected=", ".join(POOLING))
         _, outputs = self._run_texts(texts, adapters)
-        states = [each["last_hidden_state"] for each in outputs]
-        return np.stack([s.mean(axis=0) if pooling == "mean" else s[0] for s in states])
+        if pooling is not None:
+            return np.stack([POOLING[pooling](each[_STATES]) for each in outputs])
+        vectors = [self.vector(each) for each in outputs]
+        return np.stack([normalized(v) for v in vectors] if self.normalizes else vectors)
+
+    @property
+    def normalizes(self) -> bool:
+        """Whether the folder's pipeline ends with vectors of length one."""
+        return self._pipeline is not None and self._pipeline.normalized
+
+    def vector(self, outputs: dict[str, Array]) -> Array:
+        """The vector of one text of `run`, before its length is made one."""
+        assert self._pipeline is not None
+        return self._pipeline(outputs[_STATES])

@@ -12,7 +12,7 @@ from ..state import state_of
 from ..wire import answers
 from ..wire.errors import ApiError
 from ..wire.requests import RerankRequest, ScoreRequest
-from .encoding import mean, run
+from .encoding import run
 from .reading import JsonRoute
 
 router = APIRouter(route_class=JsonRoute)
@@ -55,7 +55,7 @@ async def _embed(
     body: ScoreRequest | RerankRequest, request: Request
 ) -> tuple[dict[str, Any], list[Any], answers.Usage]:
     served, engine = state_of(request).models.encoder(body.model, "last_hidden_state", "embeddings")
-    return await run(request, served, engine, body, "score", mean)
+    return await run(request, served, engine, body, "score", engine.encoder.vector)
 
 
 def _cosines(first: Sequence[Any], second: Sequence[Any]) -> Any:
