@@ -7,6 +7,7 @@ the one whose name has dots where this has underscores.
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Callable
 from contextlib import suppress
@@ -108,7 +109,8 @@ def _modules(base: BaseModel) -> dict[str, list[str]]:
 def _update(module: AdaptedModule, rank: int) -> Update:
     alpha = float(rank)
     if "alpha" in module.parts:
-        if numel(module.parts["alpha"]) != 1:
-            raise module.error("alpha is not one number", "alpha")
-        alpha = float(module.load("alpha")) or alpha
+        stored = module.parts["alpha"]  # of whole numbers in some files
+        alpha = float(stored.load()) or alpha if numel(stored) == 1 else math.nan
+        if not math.isfinite(alpha):
+            raise module.error("alpha is not one finite number", "alpha")
     return module.sum(alpha / max(1, rank))

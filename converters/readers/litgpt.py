@@ -30,6 +30,8 @@ WEIGHTS, MODEL, TRAINING = "lit_model.pth.lora", "model_config.yaml", "hyperpara
 _PART = re.compile(r"(.+)\.lora_(A|B)")
 _LAYER = re.compile(r"transformer\.h\.(\d+)\.(.+)")
 _EXPERT = re.compile(r"mlp\.experts\.(\d+)\.(fc_1|fc_2|proj)")
+_LARGEST = 100_000
+_MOST = 1 << 24  # rows of queries, keys and values
 _EXPERT_LAYERS = ("fc_1", "fc_2", "proj")
 _QKV = ("q_proj", "k_proj", "v_proj")
 
@@ -188,6 +190,12 @@ class _Names:
         heads, groups, size = (self._number(k) for k in ("n_head", "n_query_groups", "head_size"))
         sizes = [size * heads, size * groups, size * groups]
         of = [part for part, trained in enumerate(self._trained) if trained]
+        if not of or sum(sizes) > _MOST:
+            raise module.error(
+                "queries, keys and values are not of a model",
+                "lora_A",
+                found=f"{sizes} rows, of which {of} were trained",
+            )
         needed = {"A": self._rank * len(of), "B": sum(sizes[part] for part in of)}
         for part in "AB":
             if part not in module.parts:
@@ -277,7 +285,9 @@ def _yaml(path: Path) -> Mapping[str, object]:
 
     try:
         with path.open("rb") as stream:
-            text = stream.read(1 << 20)
+            text = stream.read(_LARGEST)
+        if any(isinstance(token, yaml.AliasToken) for token in yaml.scan(text)):
+            raise ValueError  # a few bytes that are as large as one likes, once they are written
         value = yaml.safe_load(text)
     except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
         raise RunError(

@@ -45,6 +45,7 @@ _LAYERS = {
 }
 _HEADS = {"self_attn.q_proj": "num_attention_heads", "self_attn.k_proj": "num_key_value_heads"}
 _REORDERED, _AS_THEY_ARE = ("llama", "mistral", "gemma", "gemma2"), ("qwen2", "qwen3", "phi3")
+_MOST = 1 << 24  # rows of one weight
 # Phi-3 stores these as one, in this order.
 _FUSED = {
     "self_attn.qkv_proj": ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
@@ -180,6 +181,8 @@ class _Family:
             block, weight = name.removesuffix(layer), whole[layer]
             held = [block + part for part in _FUSED[weight] if block + part in loaders]
             sizes = [self._size(part) for part in _FUSED[weight]]
+            if sum(sizes) > _MOST:
+                raise RunError("not the rows of a model", file=self._file, found=f"{sizes}")
             ends = torch.tensor(sizes).cumsum(0).tolist()
             rows = {
                 block + part: torch.arange(end - size, end)
