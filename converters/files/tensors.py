@@ -262,9 +262,8 @@ def load_torch(path: Path) -> object:
     check_file(path)
     refuse_filling(path)
     try:
-        return torch.load(
-            path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path)
-        )
+        mapped = zipfile.is_zipfile(path)
+        return torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
     except pickle.UnpicklingError as error:
         raise TensorFileError(
             "the file holds more than tensors, and nothing of it is executed",
