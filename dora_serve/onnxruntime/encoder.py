@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -34,7 +35,7 @@ _POSITIONS_AFTER_PADDING = frozenset(
     "camembert data2vec-text ibert longformer luke mpnet roberta roberta-prelayernorm xlm-roberta "
     "xlm-roberta-xl xmod".split()
 )
-_STATES = "last_hidden_state"
+STATES = "last_hidden_state"
 Ids = Sequence[int]
 Text = str | tuple[str, str]
 
@@ -70,7 +71,6 @@ class Encoder(AdaptedFolder):
         self._session = open_adaptable(self.folder, threads, spin)
         self._config: Any = read_json(self.folder / "config.json")
         self.outputs = self._session.outputs
-        self._pipeline = Pipeline(self.folder) if _STATES in self.outputs else None
         own = self.folder / OWN_HEADS
         heads = read_adapter_file(own) if own.exists() else {}
         self.adapter_set = AdapterSet([self._session], heads)
@@ -222,21 +222,21 @@ class Encoder(AdaptedFolder):
     ) -> Array:
         """One vector per text, `[texts, n]`: what the folder's pipeline makes of its tokens, the
         mean where it has none; or with `pooling` one of `POOLING` alone."""
-        self._needs(_STATES)
+        self._needs(STATES)
         if pooling is not None and pooling not in POOLING:
             raise EngineError("no such pooling", found=pooling, expected=", ".join(POOLING))
         _, outputs = self._run_texts(texts, adapters)
         if pooling is not None:
-            return np.stack([POOLING[pooling](each[_STATES]) for each in outputs])
+            return np.stack([POOLING[pooling](each[STATES]) for each in outputs])
         vectors = [self.vector(each) for each in outputs]
-        return np.stack([normalized(v) for v in vectors] if self.normalizes else vectors)
+        return np.stack([normalized(v) for v in vectors] if self.pipeline.normalized else vectors)
 
-    @property
-    def normalizes(self) -> bool:
-        """Whether the folder's pipeline ends with vectors of length one."""
-        return self._pipeline is not None and self._pipeline.normalized
+    @cached_property
+    def pipeline(self) -> Pipeline:
+        """What makes vectors of the states; raises `EngineError` where it is not known here."""
+        self._needs(STATES)
+        return Pipeline(self.folder)
 
     def vector(self, outputs: dict[str, Array]) -> Array:
         """The vector of one text of `run`, before its length is made one."""
-        assert self._pipeline is not None
-        return self._pipeline(outputs[_STATES])
+        return self.pipeline(outputs[STATES])

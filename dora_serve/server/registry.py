@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from converters.errors import apart
 from dora_serve.onnxruntime.continuous import ContinuousDecoder
 from dora_serve.onnxruntime.decoder_graph import DecoderGraph
-from dora_serve.onnxruntime.encoder import Encoder
+from dora_serve.onnxruntime.encoder import STATES, Encoder
 from dora_serve.onnxruntime.encoder_queue import EncoderQueue
 
 from .options import ServerOptions
@@ -116,6 +116,8 @@ def _open(graph: Graph, options: ServerOptions) -> Engine:
         return ContinuousDecoder(decoder, options.limits)
     encoder = Encoder(graph.folder, options.threads, spin=False)
     _ = encoder.tokenizer
+    if STATES in encoder.outputs:
+        _ = encoder.pipeline
     return EncoderQueue(encoder, options.limits, options.workers)
 
 

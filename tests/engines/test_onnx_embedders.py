@@ -102,7 +102,7 @@ def vector(
 
 
 def of(encoder: Encoder, adapter: str | None) -> list[np.ndarray]:
-    assert encoder.normalizes
+    assert encoder.pipeline.normalized
     return [normalized(encoder.vector(each)) for each in encoder.run(ROWS, adapter)]
 
 

@@ -46,7 +46,7 @@ async def embeddings(body: EmbeddingRequest, request: Request) -> answers.Embedd
     head, outputs, used = await run(request, served, engine, body, "embd", engine.encoder.vector)
     vectors = []
     for i, vector in enumerate(outputs):
-        vector = _shortened(vector, body, engine.encoder.normalizes)
+        vector = _shortened(vector, body, engine.encoder.pipeline.normalized)
         packed = base64.b64encode(vector.astype("<f4").tobytes()).decode()
         told = packed if body.encoding_format == "base64" else vector.tolist()
         vectors.append(answers.Embedding(index=i, embedding=told))
