@@ -9,6 +9,8 @@ from typing import Any
 import numpy as np
 import pytest
 
+from dora_serve.server.routes.encoding import shortened
+from dora_serve.server.wire.requests import EmbeddingRequest
 from tests.conftest import MODELS
 from tests.server.conftest import BASE, DOWN, EMBEDS, SENTIMENT, Server
 
@@ -122,3 +124,14 @@ def test_what_the_server_is(server: Server) -> None:
         assert told["tokenizer_class"]
         assert http.get("/tokenizer_info", params={"model": "none"}).status_code == 404
     assert (MODELS / BASE / "tokenizer_config.json").exists()
+
+
+@pytest.mark.parametrize(
+    ("ends", "asked", "length"),
+    [(True, None, 1), (True, False, 5), (False, None, 5), (False, True, 1)],
+)
+def test_a_pipeline_that_normalizes(ends: bool, asked: bool | None, length: int) -> None:
+    """What is asked comes before what the model's folder says, and after the cut."""
+    body = EmbeddingRequest(model="m", input="a", use_activation=asked, dimensions=2)
+    found = shortened(np.array([3, 4, 100], np.float32), body, ends)
+    assert np.linalg.norm(found) == pytest.approx(length)

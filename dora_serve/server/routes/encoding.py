@@ -46,14 +46,14 @@ async def embeddings(body: EmbeddingRequest, request: Request) -> answers.Embedd
     head, outputs, used = await run(request, served, engine, body, "embd", engine.encoder.vector)
     vectors = []
     for i, vector in enumerate(outputs):
-        vector = _shortened(vector, body, engine.encoder.pipeline.normalized)
+        vector = shortened(vector, body, engine.encoder.pipeline.normalized)
         packed = base64.b64encode(vector.astype("<f4").tobytes()).decode()
         told = packed if body.encoding_format == "base64" else vector.tolist()
         vectors.append(answers.Embedding(index=i, embedding=told))
     return answers.Embeddings(**head, data=vectors, usage=used)
 
 
-def _shortened(vector: Any, body: EmbeddingRequest, ends: bool) -> Any:
+def shortened(vector: Any, body: EmbeddingRequest, ends: bool) -> Any:
     """The first `dimensions` of a vector, of length one where that is asked for, or where the
     pipeline `ends` so and nothing is asked."""
     if body.dimensions is not None and body.dimensions > len(vector):
