@@ -27,6 +27,7 @@ from .run_folder import RunFolder
 _TEXT = re.compile(r"(lora_te[123]?_.+)\.(lora_down\.weight|lora_up\.weight|alpha)")
 _PARTS = {"lora_down.weight": "A", "lora_up.weight": "B"}
 _PREFIX = re.compile(r"lora_te[123]?_")
+_INNER = "text_model."
 _OTHER_FILES = re.compile(r"(model|adapter|pytorch_model|diffusion_pytorch_model|optimizer).*")
 
 
@@ -97,12 +98,15 @@ def _files(folder: RunFolder) -> list[Path]:
 
 
 def _modules(base: BaseModel) -> dict[str, list[str]]:
-    """Name with underscores → the modules that it may be."""
+    """Name with underscores → the modules that it may be. CLIP's text model lay in `text_model`
+    before transformers 5."""
     names: dict[str, list[str]] = {}
     for tensor in base.tensors:
         if tensor.endswith(".weight"):
             module = tensor.removesuffix(".weight")
-            names.setdefault(module.replace(".", "_"), []).append(module)
+            inner = module.removeprefix(_INNER)
+            for name in {module, inner, _INNER + inner}:
+                names.setdefault(name.replace(".", "_"), []).append(module)
     return names
 
 

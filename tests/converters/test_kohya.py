@@ -91,7 +91,7 @@ def test_what_is_not_read(base: Path, tmp_path: Path) -> None:
     }
     with pytest.raises(RunError, match="more than one model"):
         read_run(write(tmp_path / "unet", {**tensors, **unet}), options)
-    second = {name.replace("lora_te_", "lora_te2_"): tensor for name, tensor in tensors.items()}
+    second = {n.replace("lora_te_", "lora_te2_"): t.clone() for n, t in tensors.items()}
     with pytest.raises(RunError, match="more than one model"):
         read_run(write(tmp_path / "sdxl", {**tensors, **second}), options)
     strange = {name.replace("q_proj", "qkv"): tensor for name, tensor in tensors.items()}

@@ -19,7 +19,7 @@ from tests.converters.other_trainers import drawn, make_base, proved, weights_of
 
 RANK, ALPHA = 3, 6
 HEADS, GROUPS, SIZE = 4, 2, 8
-ROWS = {"q_proj": HEADS * SIZE, "k_proj": GROUPS * SIZE, "v_proj": GROUPS * SIZE}
+NAMED = "q_proj k_proj v_proj o_proj gate_proj up_proj down_proj lm_head".split()
 HF = {"output_proj": "o_proj", "w1": "gate_proj", "w2": "down_proj", "w3": "up_proj"}
 
 
@@ -71,7 +71,7 @@ def write(folder: Path, state: dict[str, torch.Tensor], base: Path | None) -> Pa
     """The folder of an epoch, as `FullModelHFCheckpointer.save_checkpoint` leaves it."""
     folder.mkdir()
     torch.save(state, folder / "adapter_model.pt")
-    config = {"r": RANK, "lora_alpha": ALPHA, "target_modules": ["q_proj"], "peft_type": "LORA"}
+    config = {"r": RANK, "lora_alpha": ALPHA, "target_modules": NAMED, "peft_type": "LORA"}
     (folder / "adapter_config.json").write_text(json.dumps(config))
     if base is not None:
         shutil.copy(base / "config.json", folder)
