@@ -262,9 +262,8 @@ def load_torch(path: Path) -> object:
     check_file(path)
     refuse_filling(path)
     try:
-        return torch.load(
-            path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path)
-        )
+        mapped = zipfile.is_zipfile(path)
+        return torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
     except pickle.UnpicklingError as error:
         raise TensorFileError(
             "the file holds more than tensors, and nothing of it is executed",
@@ -287,8 +286,9 @@ def open_torch(path: Path) -> dict[str, LazyTensor]:
     """The tensors of a torch state dict (`.bin`, `.pt`), in its own order."""
     saved = load_torch(path)
     state = state_of(path.stat())
-    if isinstance(saved, dict) and isinstance(saved.get("state_dict"), dict):
-        saved = saved["state_dict"]
+    for key in ("state_dict", "model"):
+        if isinstance(saved, dict) and isinstance(saved.get(key), dict):
+            saved = saved[key]
     if not isinstance(saved, dict) or not saved:
         raise TensorFileError(
             "not a state dict", file=path, found=type(saved).__name__, expected="a dict of tensors"
@@ -330,7 +330,7 @@ def _kind(value: object) -> str:
 
 
 def open_file(path: Path) -> dict[str, LazyTensor]:
-    """The tensors of one `.safetensors`, `.bin`, `.pt` or `.pth` file."""
+    """The tensors of one `.safetensors` file, or of one that torch wrote (`.bin`, `.pt`, …)."""
     return open_safetensors(path) if path.suffix == ".safetensors" else open_torch(path)
 
 

@@ -18,9 +18,11 @@ from ..model.match import Classes, classes
 from ..model.names import PEFT_PREFIX as PREFIX
 from ..model.names import as_peft_loads, unwrapped
 from ..model.tasks import task_of_peft
+from ..readers.no_run import no_run
 from ..readers.patterns import Patterns
 from ..readers.peft_common import origin
-from ..readers.run_folder import CONFIG_FILE, WEIGHT_FILES
+from ..readers.registry import runs_below
+from ..readers.run_folder import CONFIG_FILE, WEIGHT_FILES, RunFolder
 from ..targets.engines import Profile
 from ..targets.target import profiles
 
@@ -222,6 +224,8 @@ def open_adapter(folder: Path, base: BaseModel | None, targets: Iterable[str]) -
     config = folder / CONFIG_FILE
     weights = next((folder / name for name in WEIGHT_FILES if (folder / name).is_file()), None)
     if not config.is_file() or weights is None:
+        if folder.is_dir() and (below := runs_below(folder)):
+            raise no_run(RunFolder(folder), {}, below)
         raise MissingError(
             "no LoRA adapter here",
             file=folder,

@@ -78,7 +78,7 @@ def empty_model(
     import torch
     import transformers
 
-    values = dict(config)
+    values = {key: _decoded(value) for key, value in config.items()}
     if num_labels is not None:
         values.pop("id2label", None)
         values.pop("label2id", None)
@@ -99,6 +99,17 @@ def empty_model(
             expected=f"the configuration of a {architecture}",
             remedy="correct config.json, or install the transformers that the base was saved with",
         ) from error
+
+
+def _decoded(value: Any) -> Any:
+    """A value with the numbers that JSON has not, as transformers writes them in an object
+    (Mamba-2's `time_step_limit`); only its own reading of files decodes them."""
+    if isinstance(value, Mapping):
+        tag = value.get("__float__") if len(value) == 1 else None
+        if tag in ("Infinity", "-Infinity", "NaN"):
+            return float(str(tag))
+        return {key: _decoded(each) for key, each in value.items()}
+    return [_decoded(each) for each in value] if isinstance(value, list) else value
 
 
 @contextmanager

@@ -120,7 +120,7 @@ class AdapterFiles(LoraFiles):
             updates={},
             replaced=whole,
             **origin(self.config, heads),
-            files=(file, self.config_path),
+            files=(*self._folder.adapter_files, self.config_path),
         )
 
 

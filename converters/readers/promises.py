@@ -51,7 +51,7 @@ def checked(run: Run, folder: RunFolder, options: ReadOptions, named: bool = Tru
     `RunError`, where only `named` ones are wanted, for adapted modules that it does not name.
     """
     config, path = folder.adapter_config, folder.path / CONFIG_FILE
-    if not config:
+    if not config or not {*run.files} & {*folder.adapter_files}:  # of another trainer than PEFT
         return run
     _refuse_parts(folder)
     promises = _Promises(run, config, path, options)

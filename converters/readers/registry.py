@@ -8,17 +8,16 @@ from importlib.metadata import entry_points
 from pathlib import Path
 from typing import Protocol
 
-from ..certificate import FILE as CERTIFICATE
-from ..errors import MissingError, RunError
+from ..errors import DoraExportError, MissingError, RunError
 from ..options import ReadOptions
 from ..run import Run
+from .no_run import no_run
 from .run_folder import RunFolder
-
-_LOOK = 1000  # folders that are looked through for a run, where a folder is none
 
 
 class Reader(Protocol):
-    """Reads the runs of one training method."""
+    """Reads the runs of one training method. A reader may also have `over`, the names of those
+    whose files it reads better where both find something."""
 
     name: str
     looks_for: str
@@ -60,6 +59,8 @@ def detect(path: Path, method: str | None = None) -> tuple[Reader, RunFolder]:
         )
     folder = RunFolder(path)
     hits = [(reader, found) for reader in known if (found := reader.detect(folder)) is not None]
+    beneath = {name for reader, _ in hits for name in getattr(reader, "over", ())}
+    hits = [(reader, found) for reader, found in hits if reader.name not in beneath]
     if len(hits) == 1:
         return hits[0]
     if hits:
@@ -69,38 +70,16 @@ def detect(path: Path, method: str | None = None) -> tuple[Reader, RunFolder]:
             found=", ".join(f"{reader.name} in {found.path}" for reader, found in hits),
             remedy="name one of these folders, or the method with `method`",
         )
-    content = ", ".join(sorted(p.name for p in path.iterdir())[:8]) or "an empty folder"
-    looked = "; ".join(f"{reader.name}: {reader.looks_for}" for reader in known[:2])
-    several = f"what a run of one of these holds: {', '.join(reader.name for reader in known)}"
-    raise RunError(
-        "no run found in this folder",
-        file=path,
-        found=content,
-        expected=several if len(known) > 2 else looked,
-        remedy=_instead(path),
-    )
+    raise no_run(folder, {reader.name: reader.looks_for for reader in known}, runs_below(path))
 
 
-def _instead(path: Path) -> str:
-    """What to do with a folder that is no run, by what it is."""
-    if (path / CERTIFICATE).is_file():
-        return "this is what was made of a run: give the run, or look at this one with `check`"
-    if (path / "config.json").is_file():
-        return "this looks like a model: give it as `base`, or make a run of it with `extract`"
-    run = _run_below(path)
-    if run is not None:
-        return f"give one of the runs below, such as {run}; `batch` converts all"
-    return "give the checkpoint, task or adapter folder that training wrote"
-
-
-def _run_below(path: Path) -> Path | None:
-    """A folder below `path` that looks like a run, if one is soon found."""
-    folders = [path]
-    for folder in folders:
-        with suppress(OSError):
-            inside = sorted(each for each in folder.iterdir() if each.is_dir())
-            for each in inside:
-                if each.name == "checkpoint" or (each / "adapter_config.json").is_file():
-                    return folder if each.name == "checkpoint" else each
-            folders += inside[: max(0, _LOOK - len(folders))]
-    return None
+def runs_below(path: Path, depth: int = 2) -> list[Path]:
+    """The folders inside `path` that hold a run, or else those inside these."""
+    known, found = readers(), []
+    for below in sorted(each for each in path.iterdir() if each.is_dir()):
+        with suppress(DoraExportError, OSError):
+            if is_run(below, known):
+                found.append(below)
+            elif depth > 1:
+                found += runs_below(below, depth - 1)
+    return found

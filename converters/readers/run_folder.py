@@ -8,13 +8,14 @@ from functools import cached_property
 from pathlib import Path
 
 from ..errors import DoraExportError, MissingError, RunError
-from ..files.tensors import LazyTensors, open_file, read_json
+from ..files.tensors import LazyTensors, open_file, open_files, read_json
 from ..model.base import INDEX_FILES, SINGLE_FILES, BaseModel, open_base
 from ..model.names import adapter_in, unwrapped, without_adapter
 
 # What PEFT and its forks save.
 CONFIG_FILE = "adapter_config.json"
 WEIGHT_FILES = ("adapter_model.safetensors", "adapter_model.bin")
+_SHARDS = "adapter_model-?????-of-?????.safetensors"  # transformers' `save_pretrained`
 
 # PEFT also saves the wrapper's copies of what it saves under its own name, without the adapter's
 # name; in a state dict as the model has it there are only the wrapper's.
@@ -76,19 +77,37 @@ class RunFolder:
 
     @property
     def adapter_file(self) -> Path | None:
-        """The weights of the adapter, None where there are none."""
-        return self._weights or self.first(*WEIGHT_FILES)
+        """The weights of the adapter, or their first shard; None where there are none."""
+        return next(iter(self.adapter_files), None)
+
+    @property
+    def adapter_files(self) -> tuple[Path, ...]:
+        """The weights of the adapter, in shards where transformers wrote it so."""
+        one = self._weights or self.first(*WEIGHT_FILES)
+        return (one,) if one else tuple(sorted(self.path.glob(_SHARDS)))
 
     @cached_property
     def adapter(self) -> LazyTensors:
         """The tensors of the adapter by name without PEFT's prefix, the segments of wrappers and
-        the name of the adapter; raises `MissingError`, and `RunError` for several adapters."""
-        file = self.adapter_file
-        if file is None:
+        the name of the adapter; raises `MissingError`, and `RunError` for several adapters, and for
+        tensors that lie elsewhere."""
+        files = self.adapter_files
+        if not files:
             raise MissingError(
                 "the adapter has no weights", file=self.path, expected=" or ".join(WEIGHT_FILES)
             )
-        names = _plain(self.tensors(file), file)
+        shards = re.fullmatch(r".*-of-0*(\d+)\.safetensors", files[0].name)
+        if shards and len(files) != int(shards[1]):
+            raise MissingError(
+                "shards of the adapter are missing",
+                file=self.path,
+                found=", ".join(file.name for file in files),
+                expected=f"{shards[1]} files",
+                remedy="copy or download the whole folder again",
+            )
+        stored = self.tensors(files[0]) if len(files) == 1 else open_files(files)
+        refuse_empty(stored)
+        names = _plain(stored, files[0])
         own = {n: t for n, t in names.items() if _ORIGINAL not in n and _COPY not in n}
         copies = {
             _SAVED.sub("", n): t for n, t in names.items() if n.replace(_COPY, ".") not in own
@@ -100,6 +119,22 @@ class RunFolder:
         """The model folder as transformers saves it, None where this is none."""
         whole = self.has("config.json") and self.first(*SINGLE_FILES, *INDEX_FILES) is not None
         return open_base(self.path) if whole else None
+
+
+def refuse_empty(tensors: LazyTensors) -> None:
+    """Raise `RunError` for the empty vector that DeepSpeed leaves of a matrix whose pieces lie on
+    other processes."""
+    for name, tensor in tensors.items():
+        if tensor.shape == (0,) and name.endswith(".weight"):
+            raise RunError(
+                "a tensor is empty: it was saved while DeepSpeed (ZeRO-3) kept its pieces on other "
+                "processes",
+                file=tensor.path,
+                tensor=name,
+                found="[0]",
+                remedy="save it with stage3_gather_16bit_weights_on_model_save, or put its pieces "
+                "together with the zero_to_fp32.py in the checkpoint's folder",
+            )
 
 
 def _plain(tensors: LazyTensors, file: Path) -> LazyTensors:

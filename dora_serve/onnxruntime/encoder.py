@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,6 +21,7 @@ from converters.files.onnx_files import OWN_HEADS, read_adapter_file
 
 from .adapter_set import AdaptedFolder, Adapters, AdapterSet
 from .limits import check_rows
+from .pipeline import POOLING, Pipeline, normalized
 from .sampling import log_softmax
 from .session import EngineError, open_adaptable, padded
 
@@ -34,6 +36,7 @@ _POSITIONS_AFTER_PADDING = frozenset(
     "xlm-roberta-xl xmod".split()
 )
 _WIDEST = 1 << 14  # numbers of a token's state
+STATES = "last_hidden_state"
 Ids = Sequence[int]
 Text = str | tuple[str, str]
 
@@ -236,13 +239,25 @@ class Encoder(AdaptedFolder):
         return found
 
     def embed(
-        self, texts: Sequence[str], adapters: Adapters = None, pooling: str = "mean"
+        self, texts: Sequence[str], adapters: Adapters = None, pooling: str | None = None
     ) -> Array:
-        """One vector per text, `[texts, hidden]`: the mean of its tokens, or with `pooling` "cls"
-        its first."""
-        self._needs("last_hidden_state")
-        if pooling not in ("mean", "cls"):
-            raise EngineError("no such pooling", found=pooling, expected="mean, cls")
+        """One vector per text, `[texts, n]`: what the folder's pipeline makes of its tokens, the
+        mean where it has none; or with `pooling` one of `POOLING` alone."""
+        self._needs(STATES)
+        if pooling is not None and pooling not in POOLING:
+            raise EngineError("no such pooling", found=pooling, expected=", ".join(POOLING))
         _, outputs = self._run_texts(texts, adapters)
-        states = [each["last_hidden_state"] for each in outputs]
-        return np.stack([s.mean(axis=0) if pooling == "mean" else s[0] for s in states])
+        if pooling is not None:
+            return np.stack([POOLING[pooling](each[STATES]) for each in outputs])
+        vectors = [self.vector(each) for each in outputs]
+        return np.stack([normalized(v) for v in vectors] if self.pipeline.normalized else vectors)
+
+    @cached_property
+    def pipeline(self) -> Pipeline:
+        """What makes vectors of the states; raises `EngineError` where it is not known here."""
+        self._needs(STATES)
+        return Pipeline(self.folder)
+
+    def vector(self, outputs: dict[str, Array]) -> Array:
+        """The vector of one text of `run`, before its length is made one."""
+        return self.pipeline(outputs[STATES])

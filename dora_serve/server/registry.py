@@ -10,7 +10,7 @@ from pathlib import Path
 from converters.errors import apart
 from dora_serve.onnxruntime.continuous import ContinuousDecoder
 from dora_serve.onnxruntime.decoder_graph import DecoderGraph
-from dora_serve.onnxruntime.encoder import Encoder
+from dora_serve.onnxruntime.encoder import STATES, Encoder
 from dora_serve.onnxruntime.encoder_queue import EncoderQueue
 
 from .options import ServerOptions
@@ -130,6 +130,8 @@ def _open(graph: Graph, options: ServerOptions) -> Engine:
         return ContinuousDecoder(decoder, options.limits)
     encoder = Encoder(graph.folder, options.threads, spin=False)
     _ = encoder.tokenizer
+    if STATES in encoder.outputs:
+        _ = encoder.pipeline
     return EncoderQueue(encoder, options.limits, options.workers)
 
 

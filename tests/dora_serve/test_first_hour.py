@@ -122,15 +122,15 @@ def test_the_port_is_tried_before_any_work(engine: str, tmp_path: Path) -> None:
 def test_a_folder_that_is_no_run_is_told_what_it_is(tmp_path: Path) -> None:
     merge(RUN, tmp_path / "merged", base=BASE)
     (tmp_path / "empty").mkdir()
-    for folder, next_command in (
-        (tmp_path / "merged", "dora-export check"),
-        (BASE, "dora-export extract"),
-        (MODELS, "dora-export batch"),
-        (tmp_path / "empty", "give the checkpoint"),
+    for folder, what, next_command in (
+        (tmp_path / "merged", "made of a run, not a run", "dora-export check"),
+        (BASE, "a whole model", "dora-export extract"),
+        (MODELS, "a folder of runs, not a run", "dora-export batch"),
+        (tmp_path / "empty", "no run found", "give the checkpoint"),
     ):
         done = export("inspect", folder)
         assert done.exit_code == 1
-        assert "no run found" in done.stderr and next_command in done.stderr
+        assert what in done.stderr and next_command in done.stderr
         assert "\\n" not in done.stderr
     assert "Tiny_" in export("inspect", MODELS).stderr
     assert "peft_type" in export("inspect", tmp_path / "empty", "--method", "peft_lora").stderr

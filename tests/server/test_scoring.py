@@ -10,6 +10,8 @@ import numpy as np
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
+from dora_serve.server.routes.encoding import shortened
+from dora_serve.server.wire.requests import EmbeddingRequest
 from tests.conftest import MODELS
 from tests.server.conftest import BASE, DOWN, EMBEDS, SENTIMENT, Server
 
@@ -140,3 +142,14 @@ def test_prometheus_reads_the_metrics(server: Server) -> None:
     samples = families["vllm:generation_tokens"].samples
     counted = {sample.labels["model_name"]: sample.value for sample in samples}
     assert counted[DOWN] >= 1
+
+
+@pytest.mark.parametrize(
+    ("ends", "asked", "length"),
+    [(True, None, 1), (True, False, 5), (False, None, 5), (False, True, 1)],
+)
+def test_a_pipeline_that_normalizes(ends: bool, asked: bool | None, length: int) -> None:
+    """What is asked comes before what the model's folder says, and after the cut."""
+    body = EmbeddingRequest(model="m", input="a", use_activation=asked, dimensions=2)
+    found = shortened(np.array([3, 4, 100], np.float32), body, ends)
+    assert np.linalg.norm(found) == pytest.approx(length)

@@ -61,7 +61,7 @@ class _Encoder(torch.nn.Module):
 def build_encoder(model: Path, out: Path, task: str, writer: GraphWriter) -> None:
     """Write the graph of the Hugging Face folder `model` into `out`, configuration and tokenizer
     beside it. Raises `TargetError` when the graph would not compute what the model computes."""
-    loaded = load_whole(model)
+    loaded = load_whole(model, _unread(task))
     part = _part(loaded, task)
     writer.write(MODEL, fused(part.export()), part.check)
     put_inside(out / MODEL)
@@ -75,6 +75,7 @@ def build_adaptable_encoder(
     first = next(iter(runs.values()))
     architecture, _ = target_architecture(first, base)
     loaded, missing = load_model(base.path, architecture, first.num_labels)
+    missing = [name for name in missing if not name.startswith(_unread(task))]
     heads = _heads(loaded, task)
     _check_missing(missing, heads, runs, base)
     with torch.no_grad():
@@ -98,6 +99,11 @@ def build_adaptable_encoder(
             logits.shape = ir.Shape([*OUTPUTS[task]["logits"][:-1], LABELS])
         writer.write(name, fused(graph), None if batched else part.check)
     write_config(loaded, out, base.path)
+
+
+def _unread(task: str) -> tuple[str, ...]:
+    """What a class has that its outputs for `task` are not made of: embedders come without."""
+    return ("pooler.",) if task == "feature-extraction" else ()
 
 
 def _part(loaded: Any, task: str) -> Part:

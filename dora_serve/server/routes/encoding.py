@@ -8,10 +8,10 @@ import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
-import numpy as np
 from fastapi import APIRouter, Request
 
 from dora_serve.onnxruntime.encoder_queue import EncoderQueue
+from dora_serve.onnxruntime.pipeline import normalized
 
 from ..registry import Served
 from ..state import note, state_of
@@ -42,39 +42,32 @@ async def classify(body: ClassifyRequest, request: Request) -> answers.Classific
 
 @router.post("/v1/embeddings")
 async def embeddings(body: EmbeddingRequest, request: Request) -> answers.Embeddings:
-    """A vector per text: the mean of its tokens' last hidden states."""
+    """A vector per text, as the model's pipeline makes it; without one the mean of its tokens' last
+    hidden states."""
     models = state_of(request).models
     served, engine = models.encoder(body.model, "feature-extraction")
-    head, outputs, used = await run(request, served, engine, body, "embd", mean)
+    head, outputs, used = await run(request, served, engine, body, "embd", engine.encoder.vector)
     vectors = []
     for i, vector in enumerate(outputs):
-        vector = shortened(vector, body.dimensions)
-        vector = of_length_one(vector) if body.use_activation else vector
+        vector = shortened(vector, body, engine.encoder.pipeline.normalized)
         packed = base64.b64encode(vector.astype("<f4").tobytes()).decode()
         told = packed if body.encoding_format == "base64" else vector.tolist()
         vectors.append(answers.Embedding(index=i, embedding=told))
     return answers.Embeddings(**head, data=vectors, usage=used)
 
 
-def shortened(vector: Any, dimensions: int | None) -> Any:
-    """The first `dimensions` of a vector, all of it for None."""
-    if dimensions is not None and dimensions > len(vector):
+def shortened(vector: Any, body: EmbeddingRequest, ends: bool) -> Any:
+    """The first `dimensions` of a vector, of length one where that is asked for, or where the
+    pipeline `ends` so and nothing is asked."""
+    if body.dimensions is not None and body.dimensions > len(vector):
         raise ApiError(f"the vectors have {len(vector)} dimensions", param="dimensions")
-    return vector[:dimensions]
-
-
-def of_length_one(vectors: Any) -> Any:
-    """The directions of `vectors [..., n]`."""
-    lengths = np.linalg.norm(vectors, axis=-1, keepdims=True)
-    return vectors / np.maximum(lengths, np.float32(1e-12))
+    vector = vector[: body.dimensions]
+    wanted = ends if body.use_activation is None else body.use_activation
+    return normalized(vector) if wanted else vector
 
 
 def logits(row: dict[str, Any]) -> Any:
     return row["logits"]
-
-
-def mean(row: dict[str, Any]) -> Any:
-    return row["last_hidden_state"].mean(axis=0, dtype=np.float32)
 
 
 async def run(

@@ -11,13 +11,14 @@ import numpy as np
 from fastapi import APIRouter, Request
 from fastapi.responses import Response
 
-from dora_serve.onnxruntime.encoder import Encoder
+from dora_serve.onnxruntime.encoder import STATES, Encoder
+from dora_serve.onnxruntime.pipeline import normalized
 
 from ..state import state_of
 from ..wire import answers
 from ..wire.errors import ApiError
 from ..wire.requests import PoolingRequest
-from .encoding import mean, of_length_one, run, shortened
+from .encoding import run, shortened
 from .reading import JsonRoute
 
 router = APIRouter(route_class=JsonRoute)
@@ -42,7 +43,8 @@ async def pooling(body: PoolingRequest, request: Request) -> Response:
         raise ApiError(f"The model `{served.model.name}` takes {' or '.join(tasks)}.", param="task")
     if body.dimensions is not None and task != "embed":
         raise ApiError("only an embedding has some of its dimensions", param="dimensions")
-    finish, width = _FINISH[task], engine.encoder.hidden_size
+    finish = engine.encoder.vector if task == "embed" else _FINISH[task]
+    width = engine.encoder.hidden_size
 
     def check(lengths: Sequence[int]) -> None:
         if task.startswith("token") and sum(lengths) * width > _NUMBERS:
@@ -62,16 +64,16 @@ async def pooling(body: PoolingRequest, request: Request) -> Response:
 def _told(encoder: Encoder, values: Any, task: str, body: PoolingRequest) -> Any:
     active = body.use_activation is not False
     if task == "embed":
-        values = shortened(values, body.dimensions)
-    if active:
-        values = of_length_one(values) if "embed" in task else encoder.probabilities(values)
+        values = shortened(values, body, True)
+    elif active:
+        values = normalized(values) if task == "token_embed" else encoder.probabilities(values)
     if body.encoding_format == "base64":
         return base64.b64encode(values.astype("<f4").tobytes()).decode()
     return values.tolist()
 
 
 def _states(row: dict[str, Any]) -> Any:
-    return np.array(row["last_hidden_state"])
+    return np.array(row[STATES])
 
 
 def _logits(row: dict[str, Any]) -> Any:
@@ -79,7 +81,6 @@ def _logits(row: dict[str, Any]) -> Any:
 
 
 _FINISH: dict[str, Callable[[dict[str, Any]], Any]] = {
-    "embed": mean,
     "token_embed": _states,
     "classify": _logits,
     "token_classify": _logits,

@@ -13,7 +13,7 @@ from ..state import state_of
 from ..wire import answers
 from ..wire.errors import ApiError
 from ..wire.requests import RerankRequest, ScoreRequest
-from .encoding import logits, mean, run
+from .encoding import logits, run
 from .reading import JsonRoute
 
 router = APIRouter(route_class=JsonRoute)
@@ -61,7 +61,8 @@ async def _near(
     """How near every text of `second` is to its own of `first`, or to the only one there."""
     served, engine = state_of(request).models.encoder(body.model, *_TASKS)
     if served.model.task == _TASKS[0]:
-        head, vectors, used = await run(request, served, engine, body, "score", mean)
+        vector = engine.encoder.vector
+        head, vectors, used = await run(request, served, engine, body, "score", vector)
         return head, _cosines(vectors[: len(first)], vectors[len(first) :]), used
     ones = [*first] * len(second) if len(first) == 1 else first
     pairs = list(zip(ones, second, strict=True))

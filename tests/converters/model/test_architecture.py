@@ -9,15 +9,19 @@ from typing import Any
 import pytest
 import torch
 import transformers
+from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file
+from transformers import Mamba2Config, Mamba2ForCausalLM
 
 from converters.errors import BaseError, DoraExportError, TargetError
 from converters.model.architecture import class_for, empty_model
-from dora_serve import merge
-from tests.conftest import tiny_llama
+from dora_serve import merge, read_run
+from tests.conftest import randomize, tiny_llama
 from tests.converters import naming
 from tests.converters.families import save_base
 from tests.converters.made import lazy, low_rank, make_run
+from tests.converters.other_trainers import INPUTS
+from tests.converters.proving import logits, prove
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 
@@ -156,3 +160,25 @@ def test_how_many_parts_a_configuration_may_ask_for(key: str, inside: bool) -> N
                 empty_model("LlamaForCausalLM", config)
             assert f"{key} is 2001, over 2000" in str(caught.value.found)
     empty_model("LlamaForCausalLM", tiny(**{f"{key}_x": 5000, "odd": [5000]}))
+
+
+@pytest.mark.supports(method="peft_lora", family="mamba2", targets=("merged", "peft"))
+def test_numbers_that_json_has_not(tmp_path: Path) -> None:
+    """transformers writes Mamba-2's `time_step_limit` as {"__float__": "Infinity"}."""
+    sizes = {"num_heads": 4, "head_dim": 16, "state_size": 8, "n_groups": 1, "chunk_size": 4}
+    config = Mamba2Config(
+        hidden_size=32, num_hidden_layers=2, vocab_size=80, expand=2, pad_token_id=0, **sizes
+    )
+    torch.manual_seed(0)
+    Mamba2ForCausalLM(config).save_pretrained(tmp_path / "base")
+    stored = json.loads((tmp_path / "base" / "config.json").read_text())
+    assert {"__float__": "Infinity"} in stored["time_step_limit"]
+    model = Mamba2ForCausalLM.from_pretrained(tmp_path / "base")
+    lora = LoraConfig(r=3, target_modules=["in_proj"], task_type="CAUSAL_LM")
+    wrapped = get_peft_model(model, lora)
+    control = logits(wrapped, INPUTS)
+    randomize(wrapped)
+    wrapped.save_pretrained(tmp_path / "run")
+    run = read_run(tmp_path / "run")
+    truth = logits(wrapped, INPUTS)
+    prove(run, tmp_path / "base", INPUTS, truth, control, tmp_path, ("peft",))

@@ -1,0 +1,21 @@
+"""Pairs of LoRA for rows of one weight, where a trainer keeps apart what transformers stores as one
+(queries, keys and values; gate and up)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+from ..updates.rank_one import RankOneSum
+
+
+def for_rows(out: int, parts: Sequence[tuple[torch.Tensor, RankOneSum]]) -> RankOneSum:
+    """The update `[out, in]` that adds each part, `[n, in]`, to the rows `[n]` beside it."""
+    b = torch.zeros(out, sum(part.rank for _, part in parts))
+    first = 0
+    for rows, part in parts:
+        b[rows, first : first + part.rank] = part.b
+        first += part.rank
+    a, c = (torch.cat([getattr(part, name) for _, part in parts]) for name in ("a", "c"))
+    return RankOneSum(a, c, b)

@@ -1,0 +1,170 @@
+"""Adapters of mlx-lm (ml-explore/mlx-lm, `mlx_lm/tuner/lora.py`, `dora.py` and `utils.py`).
+
+Of a linear layer `lora_a [in, r]` and `lora_b [r, out]`: ΔW = scale·(lora_a·lora_b)ᵀ; of an
+embedding `[vocab, r]` and `[r, dim]`: ΔE = scale·lora_a·lora_b, in its use as a head too; of
+experts `[E, r, in]` and `[E, out, r]`. With `fine_tune_type` dora each row of W + ΔW gets the
+length `m [out]`; with full the tensors are weights. Names are those of transformers, but of
+experts, which mlx-lm stacks as `switch_mlp`.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping
+from functools import partial
+from pathlib import Path
+
+import torch
+
+from ..errors import RunError
+from ..files.json_files import is_number
+from ..files.tensors import LazyTensor, load_finite
+from ..options import ReadOptions
+from ..run import LazyUpdates, Run
+from ..updates.magnitude import MagnitudeUpdate
+from ..updates.rank_one import RankOneSum
+from ..updates.update import Update
+from .module import AdaptedModule, grouped
+from .run_folder import CONFIG_FILE, RunFolder
+
+WEIGHTS = "adapters.safetensors"
+_PART = re.compile(r"(.+)\.(lora_a|lora_b|m)")
+_EMBEDDINGS = ("embed_tokens", "wte", "tok_embeddings", "word_embeddings", "embeddings")
+_EXPERTS = re.compile(r"(.+)\.switch_mlp\.(gate_proj|up_proj|down_proj)")
+# In the blocks that Mixtral's family calls so, experts' layers have numbers.
+_NUMBERED = {"gate_proj": "w1", "down_proj": "w2", "up_proj": "w3"}
+
+
+class MlxLmReader:
+    """Reads an adapter folder."""
+
+    name = "mlx_lm"
+    looks_for = f"{CONFIG_FILE} and {WEIGHTS}, as mlx-lm writes them"
+
+    def detect(self, folder: RunFolder) -> RunFolder | None:
+        return folder if folder.has(CONFIG_FILE, WEIGHTS) else None
+
+    def read(self, folder: RunFolder, options: ReadOptions) -> Run:
+        config, path = folder.adapter_config, folder.path / CONFIG_FILE
+        kind, tensors = config.get("fine_tune_type", "lora"), folder.tensors(WEIGHTS)
+        modules, whole = grouped(tensors, _PART)
+        if kind not in ("lora", "dora", "full") or bool(modules) == (kind == "full"):
+            raise RunError(
+                "fine_tune_type is not known, or the file holds something else",
+                file=path,
+                found=f"{kind}, and {next(iter(tensors), 'no tensor')}",
+                expected="lora or dora with tensors lora_a and lora_b, or full without",
+            )
+        if kind != "full" and whole:
+            raise RunError(
+                "a tensor that is no part of an adapter",
+                file=folder.path / WEIGHTS,
+                tensor=next(iter(whole)),
+                expected="lora_a, lora_b" + (", m" if kind == "dora" else ""),
+            )
+        scale = _scale(config, path, options.lora_alpha) if modules else 0.0
+        updates: dict[str, Callable[[], Update]] = {}
+        start_rank, embeddings = {}, set()
+        for name, module in modules.items():
+            embedding = name.endswith(_EMBEDDINGS)
+            found = _updates(module, scale, embedding, kind == "dora")
+            updates |= found
+            embeddings |= set(found) if embedding else set()
+            start_rank |= dict.fromkeys(found, _rank(module))
+        base = config.get("model")
+        return Run(
+            path=folder.path,
+            method=self.name,
+            updates=LazyUpdates(updates),
+            replaced=whole,
+            base=str(base) if base else None,
+            task="causal-lm",
+            start_rank=start_rank,
+            embeddings=frozenset(embeddings),
+            tied=frozenset(embeddings),
+            files=(folder.path / WEIGHTS, path),
+        )
+
+
+def _scale(config: Mapping[str, object], path: Path, alpha_said: float | None) -> float:
+    """The scale, which mlx-lm multiplied by alpha/rank before June 2024; `fine_tune_type` came
+    later, and so tells that an alpha in the file is read by nothing."""
+    said = config.get("lora_parameters")
+    said = said if isinstance(said, dict) else {}
+    scale, alpha, rank = (said.get(key) for key in ("scale", "alpha", "rank"))
+    if not is_number(scale):
+        raise RunError(
+            "the scale is not known",
+            file=path,
+            found=scale,
+            expected="a number as lora_parameters.scale",
+            remedy="write it there, as it was in training",
+        )
+    if "fine_tune_type" in config or alpha in (None, rank):
+        return float(scale)
+    if alpha_said is None or not is_number(rank) or not rank:
+        raise RunError(
+            "it is not known whether alpha was used: mlx-lm multiplied the scale by alpha/rank "
+            "before June 2024, and not afterwards",
+            file=path,
+            found=f"scale {scale}, alpha {alpha}, rank {rank}",
+            expected="no alpha in lora_parameters",
+            remedy=f"pass `lora_alpha`: {alpha} where it was trained before, {rank} where later",
+        )
+    return scale * alpha_said / rank
+
+
+def _rank(module: AdaptedModule) -> int:
+    """The rank; raises `RunError` where the tensors do not fit each other."""
+    a, b = (module.parts.get(part) for part in ("lora_a", "lora_b"))
+    if a is None or b is None:
+        raise module.incomplete("lora_a" if a is None else "lora_b", "lora_a and lora_b")
+    fits = len(a.shape) == len(b.shape) == 2 and a.shape[1] == b.shape[0]
+    experts = len(a.shape) == len(b.shape) == 3
+    fits |= experts and a.shape[0] == b.shape[0] and a.shape[1] == b.shape[2]
+    if not fits or (experts and _EXPERTS.fullmatch(module.name) is None):
+        raise module.error(
+            "lora_a and lora_b do not fit each other",
+            "lora_b",
+            found=f"{list(a.shape)} and {list(b.shape)}",
+            expected="[in, r] and [r, out]; of experts (switch_mlp) [E, r, in] and [E, out, r]",
+        )
+    return b.shape[2] if experts else b.shape[0]
+
+
+def _updates(
+    module: AdaptedModule, scale: float, embedding: bool, dora: bool
+) -> dict[str, Callable[[], Update]]:
+    """What one module of mlx-lm updates: itself, or every expert of a stack."""
+    _rank(module)
+    a, b = module.parts["lora_a"], module.parts["lora_b"]
+    stack = _EXPERTS.fullmatch(module.name)
+    if stack is None or len(a.shape) == 2:
+        magnitude = module.parts.get("m")
+        if dora:
+            module.need("m", a.shape[0] if embedding else b.shape[1], "lora_a, lora_b and m")
+        elif magnitude is not None:
+            raise module.error("a magnitude, and fine_tune_type is not dora", "m")
+        return {module.name: partial(_update, a, b, scale, embedding, magnitude)}
+    numbered = stack[1].endswith("block_sparse_moe")
+    layer = _NUMBERED[stack[2]] if numbered else stack[2]
+    return {
+        f"{stack[1]}.experts.{e}.{layer}": partial(_expert, a, b, scale, e)
+        for e in range(a.shape[0])
+    }
+
+
+def _update(
+    a: LazyTensor, b: LazyTensor, scale: float, embedding: bool, magnitude: LazyTensor | None
+) -> Update:
+    pair = _sum(load_finite(b), load_finite(a), scale)  # [in, out] as mlx-lm has it
+    delta = pair if embedding else pair.transposed()
+    return delta if magnitude is None else MagnitudeUpdate(load_finite(magnitude), delta)
+
+
+def _expert(a: LazyTensor, b: LazyTensor, scale: float, expert: int) -> Update:
+    return _sum(load_finite(a)[expert], load_finite(b)[expert], scale)
+
+
+def _sum(a: torch.Tensor, b: torch.Tensor, scale: float) -> RankOneSum:
+    return RankOneSum(a, torch.full((a.shape[0],), scale), b)

@@ -1,0 +1,83 @@
+"""What a folder holds instead of a run, and what to do with it."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from ..certificate import FILE as CERTIFICATE
+from ..errors import DoraExportError, RunError
+from .run_folder import RunFolder
+
+_NUMBER = re.compile(r"\d+")
+_TRAINERS = {  # what they leave that is no file of tensors, and how it becomes one
+    "*.distcp": (
+        "a checkpoint in shards of FSDP or torch.distributed, which no reader opens",
+        "put them together: accelerate merge-weights FOLDER OUT (Trainer, axolotl), or python -m "
+        "torch.distributed.checkpoint.format_utils dcp_to_torch FOLDER OUT",
+    ),
+    "zero_to_fp32.py": (
+        "a checkpoint in pieces of DeepSpeed, one for each process",
+        "put them together: python zero_to_fp32.py . OUT, in this folder",
+    ),
+    "adapters.npz": (
+        "an adapter of an early mlx-lm, whose configuration is not beside it",
+        "train it with a newer mlx-lm, or fuse it there (mlx_lm.fuse), then `extract`",
+    ),
+}
+
+
+def no_run(folder: RunFolder, looked_for: Mapping[str, str], below: Sequence[Path]) -> RunError:
+    """The error for `folder`, in which no reader found a run; `below` are the folders inside it
+    that hold one, `looked_for` what each reader wants to see."""
+    path = folder.path
+    if (path / CERTIFICATE).is_file():
+        return RunError(
+            "what was made of a run, not a run",
+            file=path,
+            found=CERTIFICATE,
+            remedy="give the run, or look at this with `check`",
+        )
+    if below:
+        names = sorted((str(each.relative_to(path)) for each in below), key=_by_number)
+        some = names if len(names) < 7 else [*names[:3], "…", *names[-3:]]
+        return RunError(
+            "a folder of runs, not a run",
+            file=path,
+            found=", ".join(some),
+            expected="one of them",
+            remedy=f"give {path / names[-1]} for example; `batch` takes all of them",
+        )
+    for pattern, (message, remedy) in _TRAINERS.items():
+        found = next((p for each in (pattern, f"*/{pattern}") for p in path.glob(each)), None)
+        if found is not None:
+            return RunError(message, file=path, found=str(found.relative_to(path)), remedy=remedy)
+    try:
+        model = folder.checkpoint
+    except DoraExportError:
+        model = None
+    if model is not None:
+        return RunError(
+            "a whole model without factors of LoRA in it: a full fine-tune, a merged model, or a "
+            "base",
+            file=path,
+            found=", ".join(list(model.tensors)[:3]),
+            remedy="`extract` makes an adapter of what a full fine-tune changed of its base; it is "
+            "deployed as it is, and `onnx` takes it too",
+        )
+    content = ", ".join(sorted(p.name for p in path.iterdir())[:8]) or "an empty folder"
+    looked = "; ".join(f"{name}: {what}" for name, what in looked_for.items())
+    names = f"what a run of one of these holds: {', '.join(looked_for)}"
+    return RunError(
+        "no run found in this folder",
+        file=path,
+        found=content,
+        expected=names if len(looked_for) > 2 else looked,
+        remedy="give the checkpoint, task or adapter folder that training wrote",
+    )
+
+
+def _by_number(name: str) -> tuple[list[int], str]:
+    """checkpoint-1000 comes behind checkpoint-200."""
+    return [int(n) for n in _NUMBER.findall(name)], name

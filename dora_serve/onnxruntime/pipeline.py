@@ -1,0 +1,130 @@
+"""From the last hidden states of a text to its vector, as a sentence-transformers folder says:
+`modules.json` names pooling, dense layers and normalization in order. Without one it is the mean.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from converters.files.json_files import parse_json, read_json
+
+from .session import EngineError
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+    Array = NDArray[np.float32]
+    Step = Callable[[Array], Array]
+
+_MODULES = "modules.json"
+_LARGEST = 1_000_000
+
+
+def _weighted(states: Array) -> Array:
+    places = np.arange(1, len(states) + 1, dtype=np.float32)[:, None]
+    return (states * places).sum(axis=0) / places.sum()
+
+
+# Of the tokens of one text, `[tokens, hidden]` → `[hidden]`.
+POOLING: Mapping[str, Step] = {
+    "mean": lambda states: states.mean(axis=0, dtype=np.float32),
+    "cls": lambda states: states[0],
+    "lasttoken": lambda states: states[-1],
+    "max": lambda states: states.max(axis=0),
+    "mean_sqrt_len_tokens": lambda states: states.sum(axis=0) / np.float32(np.sqrt(len(states))),
+    "weightedmean": _weighted,
+}
+# The switches of older versions, in the order in which their vectors are put together.
+_SWITCHES = {
+    "pooling_mode_cls_token": "cls",
+    "pooling_mode_max_tokens": "max",
+    "pooling_mode_mean_tokens": "mean",
+    "pooling_mode_mean_sqrt_len_tokens": "mean_sqrt_len_tokens",
+    "pooling_mode_weightedmean_tokens": "weightedmean",
+    "pooling_mode_lasttoken": "lasttoken",
+}
+_ACTIVATIONS: Mapping[str, Step] = {"Identity": lambda x: x, "Tanh": np.tanh}
+
+
+class Pipeline:
+    """What the folder of an encoder does with its states. `normalized`: whether the vector gets
+    length one at the end, which a caller may leave out. Raises `EngineError` for modules and modes
+    that are not known here."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder, self.normalized = folder, False
+        self._steps: list[Step] = [POOLING["mean"]]
+        if not (folder / _MODULES).is_file():
+            return
+        raw = (folder / _MODULES).read_bytes()[: _LARGEST + 1]
+        listed = parse_json(raw) if len(raw) <= _LARGEST else None
+        if not isinstance(listed, list) or not all(isinstance(each, dict) for each in listed):
+            raise self._error(_MODULES, "no list of modules")
+        self._steps = []
+        for number, module in enumerate(listed):
+            kind = str(module.get("type")).rpartition(".")[2]
+            own = folder / str(module.get("path", ""))
+            if not own.resolve().is_relative_to(folder.resolve()):
+                raise self._error(_MODULES, f"a path out of the folder: {module.get('path')}")
+            self.normalized = False
+            if kind == "Normalize":
+                if number + 1 < len(listed):
+                    self._steps.append(normalized)
+                self.normalized = True
+            elif kind == "Pooling":
+                self._steps.append(self._pooling(read_json(own / "config.json")))
+            elif kind == "Dense":
+                self._steps.append(self._dense(own))
+            elif kind != "Transformer" or number:
+                raise self._error(_MODULES, kind)
+        if not self._steps:
+            raise self._error(_MODULES, "no Pooling")
+
+    def __call__(self, states: Array) -> Array:
+        """The vector `[n]` of the states `[tokens, hidden]`, before its length is made one."""
+        for step in self._steps:
+            states = step(states)
+        return states
+
+    def _pooling(self, config: Mapping[str, object]) -> Step:
+        said = config.get("pooling_mode")
+        if said is not None:
+            modes = [str(mode) for mode in (said if isinstance(said, list) else [said])]
+        else:
+            modes = [mode for switch, mode in _SWITCHES.items() if config.get(switch)]
+        if not modes or not set(modes) <= POOLING.keys():
+            raise self._error("pooling_mode", ", ".join(modes) or "none")
+        return lambda states: np.concatenate([POOLING[mode](states) for mode in modes])
+
+    def _dense(self, folder: Path) -> Step:
+        from safetensors.numpy import load_file
+
+        config = read_json(folder / "config.json")
+        said = str(config.get("activation_function", "torch.nn.modules.activation.Tanh"))
+        activation = _ACTIVATIONS.get(said.rpartition(".")[2])
+        if activation is None or not (folder / "model.safetensors").is_file():
+            raise self._error(f"{folder.name} (Dense)", said)
+        tensors = load_file(folder / "model.safetensors")
+        weight = tensors["linear.weight"].astype(np.float32)
+        bias = tensors.get("linear.bias", np.zeros(len(weight))).astype(np.float32)
+        return lambda vector: activation(weight @ vector + bias)
+
+    def _error(self, what: str, found: str) -> EngineError:
+        return EngineError(
+            f"the vectors of this folder are made in a way that is not known here: {what}",
+            file=self._folder / _MODULES,
+            found=found,
+            expected=f"Transformer, Pooling ({', '.join(POOLING)}), Dense (Tanh or Identity, in "
+            "safetensors), Normalize",
+        )
+
+
+def normalized(vectors: Array) -> Array:
+    """The directions of `vectors [..., n]`, of length one; zeros stay."""
+    lengths = np.linalg.norm(vectors, axis=-1, keepdims=True)
+    result: Array = vectors / np.maximum(lengths, np.float32(1e-12))
+    return result

@@ -1,0 +1,175 @@
+"""mlx-lm: `fuse` of `mlx_lm/tuner/lora.py` and `dora.py`, written out in float64."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from converters.errors import RunError
+from converters.readers import ReadOptions
+from dora_serve import merge, read_run
+from tests.converters.other_trainers import drawn, make_base, proved, truth, weights_of
+
+SCALE = 2.5
+Q, DOWN = "model.layers.1.self_attn.q_proj", "model.layers.0.mlp.down_proj"
+EMBED = "model.embed_tokens"
+# What `save_config` writes: every argument of the trainer.
+ARGUMENTS: dict[str, Any] = {
+    "adapter_path": "adapters",
+    "batch_size": 4,
+    "fine_tune_type": "lora",
+    "grad_checkpoint": True,
+    "iters": 100,
+    "lora_parameters": {"rank": 3, "dropout": 0.0, "scale": SCALE},
+    "model": "mlx-community/Llama-3.2-1B-Instruct-4bit",
+    "num_layers": 2,
+    "optimizer": "adam",
+    "train": True,
+}
+
+
+def write(folder: Path, tensors: dict[str, torch.Tensor], **changes: Any) -> Path:
+    folder.mkdir()
+    save_file(tensors, folder / "adapters.safetensors")
+    (folder / "0000100_adapters.safetensors").write_bytes(b"an earlier step, which nobody reads")
+    config = {**ARGUMENTS, **changes}
+    config = {key: value for key, value in config.items() if value is not None}
+    (folder / "adapter_config.json").write_text(json.dumps(config))
+    return folder
+
+
+def pairs(base: Path, *modules: str) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
+    """The file's tensors, and the fused weights."""
+    weights = weights_of(base)
+    tensors, fused = {}, {}
+    for module in modules:
+        out, inn = weights[f"{module}.weight"].shape
+        a, b = drawn(inn, 3), drawn(3, out, seed=1)
+        tensors |= {f"{module}.lora_a": a, f"{module}.lora_b": b}
+        fused[f"{module}.weight"] = (
+            weights[f"{module}.weight"] + (SCALE * b.double().T) @ a.double().T
+        )
+    return tensors, fused
+
+
+@pytest.mark.supports(method="mlx_lm", family="llama", targets=("merged", "peft", "vllm"))
+def test_lora(tmp_path: Path) -> None:
+    base = make_base("llama", tmp_path / "base")
+    tensors, fused = pairs(base, Q, DOWN)
+    run = read_run(write(tmp_path / "run", tensors))
+    assert run.warnings == ()
+    assert run.start_rank == {Q: 3, DOWN: 3}
+    half = {n: (t + weights_of(base)[n]) / 2 for n, t in fused.items()}
+    proved(run, base, fused, tmp_path, wrong=half)
+
+
+@pytest.mark.supports(method="mlx_lm", family="llama", targets=("merged",))
+def test_a_tied_embedding(tmp_path: Path) -> None:
+    """`as_linear` adds the pair too, so what is tied to the embedding follows it."""
+    base = make_base("tied", tmp_path / "base")
+    weight = weights_of(base)[f"{EMBED}.weight"]
+    a, b = drawn(weight.shape[0], 3), drawn(3, weight.shape[1], seed=1)
+    run = read_run(write(tmp_path / "run", {f"{EMBED}.lora_a": a, f"{EMBED}.lora_b": b}))
+    fused = weight + SCALE * a.double() @ b.double()
+    proved(run, base, {f"{EMBED}.weight": fused}, tmp_path, targets=())
+
+
+@pytest.mark.supports(method="mlx_lm (DoRA)", family="llama", targets=("merged",))
+def test_dora(tmp_path: Path) -> None:
+    base = make_base("llama", tmp_path / "base")
+    tensors, fused = pairs(base, Q)
+    plain = dict(fused)
+    length = drawn(fused[f"{Q}.weight"].shape[0]).abs() + 1
+    tensors[f"{Q}.m"] = length
+    for name, weight in fused.items():
+        fused[name] = (length.double() / weight.norm(dim=1))[:, None] * weight
+    run = read_run(write(tmp_path / "run", tensors, fine_tune_type="dora"))
+    proved(run, base, fused, tmp_path, (), wrong=plain)
+    with pytest.raises(RunError, match="not dora"):
+        lora = read_run(write(tmp_path / "lora", tensors))
+        merge(lora, tmp_path / "never", base=base)
+
+
+@pytest.mark.supports(method="mlx_lm (full)", family="llama", targets=("merged",))
+def test_full(tmp_path: Path) -> None:
+    base = make_base("llama", tmp_path / "base")
+    _, fused = pairs(base, Q, DOWN)
+    whole = {name: weight.float() for name, weight in fused.items()}
+    run = read_run(write(tmp_path / "run", whole, fine_tune_type="full", lora_parameters=None))
+    proved(run, base, fused, tmp_path, targets=())
+
+
+@pytest.mark.parametrize(
+    ("family", "block", "layers"),
+    [
+        ("qwen3_moe", "mlp", {"gate_proj": "gate_proj", "down_proj": "down_proj"}),
+        ("mixtral", "block_sparse_moe", {"gate_proj": "w1", "down_proj": "w2", "up_proj": "w3"}),
+    ],
+)
+@pytest.mark.supports(method="mlx_lm", family="mixtral", targets=("merged",))
+@pytest.mark.supports(method="mlx_lm", family="qwen3_moe", targets=("merged",))
+def test_experts(family: str, block: str, layers: dict[str, str], tmp_path: Path) -> None:
+    """`sanitize` stacks the experts as `switch_mlp`, Mixtral's under the names of the others."""
+    base = make_base(family, tmp_path / "base")
+    weights, tensors, fused = weights_of(base), {}, {}
+    for stacked, own in layers.items():
+        names = [f"model.layers.1.{block}.experts.{e}.{own}.weight" for e in range(4)]
+        out, inn = weights[names[0]].shape
+        a, b = drawn(4, 3, inn), drawn(4, out, 3, seed=1)
+        module = f"model.layers.1.{block}.switch_mlp.{stacked}"
+        tensors |= {f"{module}.lora_a": a, f"{module}.lora_b": b}
+        delta = SCALE * b.double() @ a.double()
+        fused |= {name: weights[name] + delta[e] for e, name in enumerate(names)}
+    run = read_run(write(tmp_path / "run", tensors))
+    turned = {n: fused[n.replace("experts.0", "experts.1")] for n in fused if "experts.0" in n}
+    proved(run, base, fused, tmp_path, (), wrong=turned)
+
+
+@pytest.mark.parametrize(("said", "factor"), [(6, 2.0), (3, 1.0)])
+def test_alpha_of_old_versions(said: int, factor: float, tmp_path: Path) -> None:
+    """Up to June 2024 the scale was scale·alpha/rank; `fine_tune_type` is newer than that."""
+    base = make_base("llama", tmp_path / "base")
+    tensors, _ = pairs(base, Q)
+    parameters = {"rank": 3, "alpha": 6, "dropout": 0.0, "scale": SCALE}
+    old = write(tmp_path / "old", tensors, fine_tune_type=None, lora_parameters=parameters)
+    with pytest.raises(RunError, match="whether alpha was used"):
+        read_run(old)
+    run = read_run(old, ReadOptions(lora_alpha=said))
+    assert run.updates[Q].components().c.tolist() == [SCALE * factor] * 3  # type: ignore[union-attr]
+    new = read_run(write(tmp_path / "new", tensors, lora_parameters=parameters))
+    assert new.updates[Q].components().c.tolist() == [SCALE] * 3  # type: ignore[union-attr]
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"lora_parameters": {"rank": 3}}, "scale is not known"),
+        ({"fine_tune_type": "prompt"}, "fine_tune_type"),
+        ({"fine_tune_type": "full"}, "fine_tune_type"),
+    ],
+)
+def test_what_is_not_read(change: dict[str, Any], message: str, tmp_path: Path) -> None:
+    tensors = {f"{Q}.lora_a": drawn(32, 3), f"{Q}.lora_b": drawn(3, 32)}
+    with pytest.raises(RunError, match=message):
+        read_run(write(tmp_path / "run", tensors, **change))
+
+
+def test_tensors_that_do_not_fit(tmp_path: Path) -> None:
+    tensors = {f"{Q}.lora_a": drawn(3, 32), f"{Q}.lora_b": drawn(32, 3)}  # PEFT's way round
+    with pytest.raises(RunError, match="do not fit"):
+        read_run(write(tmp_path / "run", {**tensors, f"{Q}.lora_b": drawn(31, 3)}))
+    with pytest.raises(RunError, match="no part of an adapter"):
+        read_run(write(tmp_path / "more", {**tensors, "model.norm.weight": drawn(32)}))
+
+
+def test_the_truth_knows_a_transposed_pair(tmp_path: Path) -> None:
+    base = make_base("llama", tmp_path / "base")
+    _, fused = pairs(base, Q)
+    own = truth(base, fused, tmp_path / "one")
+    lying = {name: weight.T.contiguous() for name, weight in fused.items()}
+    assert float((own - truth(base, lying, tmp_path / "other")).abs().max()) > 1e-2

@@ -1,0 +1,216 @@
+"""The folders that trainers leave: which of them are runs, and what is said of the others."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from click.testing import CliRunner
+from peft import LoraConfig, get_peft_model
+from safetensors.torch import load_file, save_file
+from transformers import LlamaForCausalLM
+
+from converters.errors import MissingError, RunError
+from dora_serve import merge, read_run
+from dora_serve.commands import dora_export
+from tests.conftest import randomize, tiny_llama
+from tests.converters.other_trainers import INPUTS
+from tests.converters.proving import logits, prove
+
+ADAPTER = ("adapter_model.safetensors", "adapter_config.json")
+TARGETS = ["q_proj", "v_proj", "down_proj"]
+
+
+@pytest.fixture
+def trained(llama_base: Path, tmp_path: Path) -> Path:
+    """An adapter as PEFT saves it."""
+    model = LlamaForCausalLM.from_pretrained(llama_base)
+    config = LoraConfig(r=3, lora_alpha=6, target_modules=TARGETS, task_type="CAUSAL_LM")
+    wrapped = get_peft_model(model, config)
+    randomize(wrapped)
+    wrapped.save_pretrained(tmp_path / "trained")
+    return tmp_path / "trained"
+
+
+def put(folder: Path, *names: str, **texts: str) -> Path:
+    """Files of no meaning to us."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for name in names:
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_bytes(b"")
+    for name, text in texts.items():
+        (folder / f"{name}.json").write_text(text)
+    return folder
+
+
+def checkpoint(adapter: Path, folder: Path) -> Path:
+    """What Trainer puts into checkpoint-N."""
+    names = ("optimizer.pt", "scheduler.pt", "rng_state.pth", "training_args.bin")
+    put(folder, *names, trainer_state='{"global_step": 100}')
+    for name in ADAPTER:
+        shutil.copy(adapter / name, folder)
+    return folder
+
+
+def trainer(adapter: Path, out: Path) -> Path:
+    checkpoint(adapter, out / "checkpoint-90")
+    return checkpoint(adapter, put(out, "runs/events.out.tfevents.1", "README.md"))
+
+
+def llama_factory(adapter: Path, out: Path) -> Path:
+    put(out, "trainer_log.jsonl", "training_loss.png", all_results="{}", train_results="{}")
+    return trainer(adapter, out)
+
+
+def axolotl(adapter: Path, out: Path) -> Path:
+    """With the configuration of the base, and no weights of it."""
+    put(out, "debug.log", "chat_template.jinja", config=tiny_llama().config.to_json_string())
+    return trainer(adapter, out)
+
+
+def unsloth(adapter: Path, out: Path) -> Path:
+    trainer(adapter, out)
+    config = json.loads((out / "adapter_config.json").read_text())
+    config["auto_mapping"] = {"base_model_class": "LlamaForCausalLM", "unsloth_fixed": True}
+    config["target_modules"] = r"(?:.*?\.(?:self_attn|mlp)\.(?:q_proj|v_proj|down_proj))"
+    (out / "adapter_config.json").write_text(json.dumps(config))
+    return out
+
+
+def ms_swift(adapter: Path, out: Path) -> Path:
+    swift = json.dumps({"lora_dtype": None, "lorap_lr_ratio": None, "lorap_emb_lr": 1e-06})
+    args = json.dumps({"tuner_type": "lora", "use_rslora": False, "train": True})
+    return checkpoint(adapter, put(out, additional_config=swift, args=args))
+
+
+def trl(adapter: Path, out: Path) -> Path:
+    """GRPO and PPO; with DeepSpeed's own checkpoint beside what Trainer gathered."""
+    names = ("global_step100/zero_pp_rank_0_mp_rank_00_model_states.pt", "latest")
+    return trainer(adapter, put(out, *names, "zero_to_fp32.py", completions="{}"))
+
+
+@pytest.mark.parametrize("make", [trainer, llama_factory, axolotl, unsloth, ms_swift, trl])
+def test_folders_that_are_runs(
+    make: Callable[[Path, Path], Path], trained: Path, tmp_path: Path
+) -> None:
+    plain, run = read_run(trained), read_run(make(trained, tmp_path / "out"))
+    assert run.method == "peft_lora" and run.path == tmp_path / "out"
+    assert run.warnings == plain.warnings == ()
+    assert run.updates.keys() == plain.updates.keys() and len(run.updates) == 6
+    for module, update in run.updates.items():
+        assert torch.equal(update.components().dense(), plain.updates[module].components().dense())  # type: ignore[union-attr]
+
+
+def several(trained: Path, out: Path) -> tuple[Path, str, str]:
+    for step in (1000, 200, 90):
+        checkpoint(trained, out / f"checkpoint-{step}")
+    return out, "checkpoint-90, checkpoint-200, checkpoint-1000", "checkpoint-1000"
+
+
+def named(trained: Path, out: Path) -> tuple[Path, str, str]:
+    """As PEFT saves a model with adapters of names of their own."""
+    for name in ("math", "code"):
+        shutil.copytree(trained, out / name)
+    return out, "code, math", "math"
+
+
+def versions(trained: Path, out: Path) -> tuple[Path, str, str]:
+    """ms-swift: a folder of every start, and in it the checkpoints."""
+    found = []
+    for version in ("v0-20261126-101010", "v1-20261126-111111"):
+        ms_swift(trained, out / version / "checkpoint-94")
+        found.append(f"{version}/checkpoint-94")
+    return out, ", ".join(found), found[-1]
+
+
+@pytest.mark.parametrize("make", [several, named, versions])
+def test_folders_of_runs(
+    make: Callable[[Path, Path], tuple[Path, str, str]],
+    trained: Path,
+    tmp_path: Path,
+    llama_base: Path,
+) -> None:
+    folder, names, last = make(trained, tmp_path / "out")
+    with pytest.raises(RunError, match="a folder of runs") as error:
+        read_run(folder)
+    assert error.value.found == names
+    assert str(folder / last) in str(error.value.remedy)
+    verbs: list[list[str]] = [
+        ["inspect", str(folder)],
+        ["merge", str(folder), str(tmp_path / "m"), "--base", str(llama_base)],
+        ["adapter", str(folder), str(tmp_path / "a"), "--base", str(llama_base)],
+        ["lint", str(folder), "--base", str(llama_base), "--target", "vllm"],
+    ]
+    for verb in verbs:
+        result = CliRunner().invoke(dora_export, verb)
+        assert result.exit_code == 1, result.output
+        assert "a folder of runs" in result.output and "dora-export batch" in result.output, verb
+    assert not (tmp_path / "m").exists()
+    merge(read_run(folder / last), tmp_path / "one", base=llama_base)  # as the remedy says
+    assert (tmp_path / "one" / "dora_export.json").exists()
+
+
+def fsdp(out: Path) -> Path:
+    return put(out, "pytorch_model_fsdp_0/.metadata", "pytorch_model_fsdp_0/__0_0.distcp")
+
+
+def deepspeed(out: Path) -> Path:
+    return put(out, "zero_to_fp32.py", "latest", "global_step9/mp_rank_00_model_states.pt")
+
+
+def full(out: Path) -> Path:
+    tiny_llama().save_pretrained(out)
+    return out
+
+
+def early_mlx(out: Path) -> Path:
+    return put(out, "adapters.npz")
+
+
+@pytest.mark.parametrize(
+    ("make", "message", "remedy"),
+    [
+        (fsdp, "shards of FSDP", "merge-weights"),
+        (deepspeed, "pieces of DeepSpeed", "zero_to_fp32"),
+        (full, "a whole model", "`extract`"),
+        (early_mlx, "early mlx-lm", "`extract`"),
+    ],
+)
+def test_folders_that_are_none(
+    make: Callable[[Path], Path], message: str, remedy: str, tmp_path: Path
+) -> None:
+    with pytest.raises(RunError, match=message) as error:
+        read_run(make(tmp_path / "out"))
+    assert remedy in str(error.value.remedy)
+
+
+def test_what_zero_3_leaves(trained: Path) -> None:
+    tensors = load_file(trained / ADAPTER[0])
+    name = next(name for name in tensors if "lora_A" in name)
+    save_file({**tensors, name: torch.zeros(0)}, trained / ADAPTER[0])
+    with pytest.raises(RunError, match="ZeRO-3") as error:
+        read_run(trained)
+    assert error.value.tensor == name
+
+
+@pytest.mark.supports(method="peft_lora (sharded)", family="llama", targets=("merged", "peft"))
+def test_an_adapter_in_shards(llama_base: Path, tmp_path: Path) -> None:
+    """As transformers writes one that is larger than `max_shard_size`."""
+    model: Any = LlamaForCausalLM.from_pretrained(llama_base)
+    control = logits(model, INPUTS)
+    model.add_adapter(LoraConfig(r=3, lora_alpha=6, target_modules=TARGETS))
+    randomize(model)
+    model.save_pretrained(tmp_path / "run", max_shard_size="2KB")
+    shards = sorted((tmp_path / "run").glob("adapter_model-*"))
+    assert len(shards) > 2 and not (tmp_path / "run" / ADAPTER[0]).exists()
+    run = read_run(tmp_path / "run")
+    assert {*shards} < {*run.files}
+    prove(run, llama_base, INPUTS, logits(model, INPUTS), control, tmp_path, ("peft",))
+    shards[1].unlink()
+    with pytest.raises(MissingError, match="shards of the adapter"):
+        read_run(tmp_path / "run")
