@@ -14,7 +14,7 @@ from contextlib import suppress
 from functools import partial
 from pathlib import Path
 
-from ..errors import RunError, TensorFileError
+from ..errors import DoraExportError, RunError
 from ..files.tensors import numel
 from ..model.base import BaseModel
 from ..options import ReadOptions
@@ -91,7 +91,7 @@ def _files(folder: RunFolder) -> list[Path]:
     found = []
     for path in sorted(folder.path.glob("*.safetensors")):
         if not _OTHER_FILES.fullmatch(path.name):
-            with suppress(TensorFileError):  # what is damaged is nobody's
+            with suppress(DoraExportError):  # what is damaged is nobody's
                 if any(_TEXT.fullmatch(name) for name in folder.tensors(path)):
                     found.append(path)
     return found
