@@ -68,12 +68,12 @@ def no_run(folder: RunFolder, looked_for: Mapping[str, str], below: Sequence[Pat
         )
     content = ", ".join(sorted(p.name for p in path.iterdir())[:8]) or "an empty folder"
     looked = "; ".join(f"{name}: {what}" for name, what in looked_for.items())
-    names = f"what a run of one of these holds: {', '.join(looked_for)}"
+    several = f"what a run of one of these holds: {', '.join(looked_for)}"
     return RunError(
         "no run found in this folder",
         file=path,
         found=content,
-        expected=names if len(looked_for) > 2 else looked,
+        expected=several if len(looked_for) > 2 else looked,
         remedy="give the checkpoint, task or adapter folder that training wrote",
     )
 

@@ -126,7 +126,7 @@ class AdapterSet:
             digest = sha256()
             for parameter, array in sorted(self._loaded[name].items()):
                 digest.update(f"{parameter} {array.dtype} {array.shape};".encode())
-                digest.update(np.ascontiguousarray(array))
+                digest.update(np.ascontiguousarray(array).data)
             self._digests[name] = digest.digest()
         return self._digests[name]
 

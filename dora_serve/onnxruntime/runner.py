@@ -47,7 +47,8 @@ class Runner:
         wanted = np.arange(0 if every else len(tokens) - 1, len(tokens))[None]
         ids, ends = np.array([tokens]), positions[:, -1:] + 1
         logits: Logits = self._run(binding, ids, positions, ends, wanted, [adapter], used, length)
-        return logits[0]
+        own: Logits = logits[0]
+        return own
 
     def prefill_all(self, slot: int, rows: Sequence[Sequence[int]], adapter: str | None) -> Logits:
         """Begin the slots from `slot` on with whole prompts; the logits `[rows, vocab]` after the

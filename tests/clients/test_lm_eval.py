@@ -14,7 +14,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from dora_serve.api import merge, read_run, write_onnx
+from dora_serve import merge, read_run, write_onnx
 from dora_serve.server.options import ServerOptions
 from tests.clients.test_clients import CLIENTS, HERE
 from tests.conftest import MODELS
@@ -108,7 +108,9 @@ def test_scores_are_those_of_transformers(tmp_path: Path) -> None:
     names = ["merged", "exported", DOWN, BASE]
     with started(root, tmp_path, None, ServerOptions(threads=1)) as running:
         program = [CLIENTS, HERE / "with_lm_eval.py", running.url, root / BASE, tasks, *names]
-        done = subprocess.run(map(str, program), capture_output=True, text=True, timeout=500)
+        done = subprocess.run(
+            [str(word) for word in program], capture_output=True, text=True, timeout=500
+        )
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-3000:]
     found = json.loads(done.stdout.splitlines()[-1])
     expected = truth(root / "merged", docs)

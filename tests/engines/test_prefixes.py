@@ -34,7 +34,8 @@ def ask(
     engine: ContinuousDecoder, ids: Sequence[int], path: str | None, count: int = 8
 ) -> tuple[Request, list[int], list[dict[int, float]]]:
     """The request, its tokens, and at every step the likeliest with their log-probabilities."""
-    answer, told, tokens = Answer(), [], []
+    answer, told = Answer(), []
+    tokens: list[int] = []
     sampling = Sampling(max_tokens=count, ignore_eos=True, logprobs=TOLD)
     (request,) = engine.submit(ids, path, [sampling], [answer.updates.put])
     while True:

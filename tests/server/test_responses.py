@@ -40,7 +40,8 @@ def client(tmp_path_factory: pytest.TempPathFactory) -> Iterator[openai.OpenAI]:
 
 def chat_text(client: openai.OpenAI, messages: Any, count: int) -> str | None:
     done = client.chat.completions.create(**OPTIONS, messages=messages, max_tokens=count)
-    return done.choices[0].message.content
+    text: str | None = done.choices[0].message.content
+    return text
 
 
 def test_the_answer_of_a_chat(client: openai.OpenAI) -> None:
