@@ -168,8 +168,9 @@ async def drive(models: Sequence[str], clients: int, each: int) -> Load:
 
 def drive_engine(folder: Path, clients: int, each: int, threads: int) -> Load:
     """As `drive`, without HTTP: from threads of this process."""
-    from dora_serve.onnxruntime.continuous import ContinuousDecoder, Delta
+    from dora_serve.onnxruntime.continuous import ContinuousDecoder
     from dora_serve.onnxruntime.decoder_graph import DecoderGraph
+    from dora_serve.onnxruntime.request import Delta
     from dora_serve.onnxruntime.sampling import Sampling
 
     engine, load = ContinuousDecoder(DecoderGraph(folder, threads, spin=False)), Load()

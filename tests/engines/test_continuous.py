@@ -19,11 +19,12 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from converters.model.base import open_base
 from converters.targets.onnx import write_onnx
 from dora_serve import DoraExportError
-from dora_serve.onnxruntime.continuous import ContinuousDecoder, Delta
+from dora_serve.onnxruntime.continuous import ContinuousDecoder
 from dora_serve.onnxruntime.decoder import Decoder
 from dora_serve.onnxruntime.decoder_graph import DecoderGraph
 from dora_serve.onnxruntime.generation import Detokenizer, StoppedText
 from dora_serve.onnxruntime.limits import Limits, QueueFull
+from dora_serve.onnxruntime.request import Delta
 from dora_serve.onnxruntime.runner import Runner
 from dora_serve.onnxruntime.sampling import Sampling, draw
 from dora_serve.onnxruntime.slots import Slots

@@ -14,9 +14,10 @@ from transformers import AutoTokenizer
 from converters.model.base import open_base
 from converters.targets.onnx import write_onnx
 from dora_serve.onnxruntime.adapter_set import AdapterSet
-from dora_serve.onnxruntime.continuous import ContinuousDecoder, Request
+from dora_serve.onnxruntime.continuous import ContinuousDecoder
 from dora_serve.onnxruntime.decoder import Decoder
 from dora_serve.onnxruntime.prefixes import Prefixes
+from dora_serve.onnxruntime.request import Request
 from dora_serve.onnxruntime.sampling import Sampling
 from dora_serve.onnxruntime.slots import BLOCK
 from tests.conftest import MODELS

@@ -7,7 +7,8 @@ import time
 from collections.abc import AsyncGenerator, Sequence
 from functools import partial
 
-from dora_serve.onnxruntime.continuous import ContinuousDecoder, Delta, Request
+from dora_serve.onnxruntime.continuous import ContinuousDecoder
+from dora_serve.onnxruntime.request import Delta, Request
 from dora_serve.onnxruntime.sampling import Sampling
 
 from ..metrics import Metrics

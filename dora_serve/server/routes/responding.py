@@ -57,7 +57,7 @@ def _ended(asking: Asking, head: Json, output: Output, reason: str) -> tuple[Jso
     status: replies.Status = "incomplete" if reason == "length" else "completed"
     events = list(output.end(status))
     why = {"reason": "max_output_tokens"} if status == "incomplete" else None
-    used = replies.usage(asking.prompt_tokens, asking.tokens)
+    used = replies.usage(asking.prompt_tokens, asking.tokens, asking.cached_tokens)
     more = {"status": status, "incomplete_details": why, "output": output.items, "usage": used}
     return {**head, **more}, events
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 
-from dora_serve.onnxruntime.continuous import Delta
+from dora_serve.onnxruntime.request import Delta
 
 from ..wire import pieces
 from ..wire.calls import Calls, calls_of

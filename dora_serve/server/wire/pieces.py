@@ -9,8 +9,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from dora_serve.onnxruntime.continuous import Delta
 from dora_serve.onnxruntime.generation import Logprobs, PromptLogprobs
+from dora_serve.onnxruntime.request import Delta
 
 Json = dict[str, Any]
 Decode = Callable[[int], str]

@@ -92,10 +92,10 @@ class Reply(BaseModel):
     user: str | None
 
 
-def usage(prompt: int, completion: int) -> Json:
+def usage(prompt: int, completion: int, cached: int) -> Json:
     return {
         "input_tokens": prompt,
-        "input_tokens_details": {"cached_tokens": 0, "cache_write_tokens": 0},
+        "input_tokens_details": {"cached_tokens": cached, "cache_write_tokens": 0},
         "output_tokens": completion,
         "output_tokens_details": {"reasoning_tokens": 0},
         "total_tokens": prompt + completion,
