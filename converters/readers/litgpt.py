@@ -224,10 +224,10 @@ class _Names:
                     file=self._file.parent / MODEL,
                     found=f"{heads}, {groups}",
                 )
-            q, k, v = order.split(sizes)
+            q, k, v = torch.split(order, sizes)
             grouped_rows = [part.view(groups, -1) for part in (q, k, v)]
             order = torch.cat(grouped_rows, 1).flatten().argsort()
-        rows = order.split(sizes)
+        rows = torch.split(order, sizes)
 
         def load() -> RankOneSum:
             return for_rows(sum(sizes), [(rows[part], pair()) for part, pair in pairs.items()])

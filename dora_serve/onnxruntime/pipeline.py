@@ -26,7 +26,8 @@ _LARGEST = 1_000_000
 
 def _weighted(states: Array) -> Array:
     places = np.arange(1, len(states) + 1, dtype=np.float32)[:, None]
-    return (states * places).sum(axis=0) / places.sum()
+    weighted: Array = (states * places).sum(axis=0) / places.sum()
+    return weighted
 
 
 # Of the tokens of one text, `[tokens, hidden]` → `[hidden]`.

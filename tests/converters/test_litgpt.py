@@ -60,7 +60,7 @@ def qkv(
     state |= {f"{layer}.lora_A": a, f"{layer}.lora_B": b}
     deltas = [
         ALPHA / RANK * part_b.double() @ part_a.double()
-        for part_a, part_b in zip(a.split(RANK), b.split(rows), strict=True)
+        for part_a, part_b in zip(torch.split(a, RANK), torch.split(b, list(rows)), strict=True)
     ]
     return [deltas[0], torch.zeros(sizes[1], inn, dtype=torch.float64), deltas[1]]
 
@@ -101,7 +101,7 @@ def test_rows_head_by_head(tmp_path: Path) -> None:
     state: dict[str, torch.Tensor] = {}
     own = "gpt_neox.layers.0.attention.query_key_value.weight"
     deltas = qkv(state, "transformer.h.0.attn.qkv", (32, 32, 32), 32)
-    groups = zip(*(delta.split(SIZE) for delta in deltas), strict=True)
+    groups = zip(*(torch.split(delta, SIZE) for delta in deltas), strict=True)
     reassembled = torch.cat([part for group in groups for part in group])
     merged = {own: weights[own] + reassembled}
     for layer, name in (

@@ -46,7 +46,8 @@ def write(folder: Path, tensors: dict[str, torch.Tensor], **changes: Any) -> Pat
 def pairs(base: Path, *modules: str) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
     """The file's tensors, and the fused weights."""
     weights = weights_of(base)
-    tensors, fused = {}, {}
+    tensors: dict[str, torch.Tensor] = {}
+    fused: dict[str, torch.Tensor] = {}
     for module in modules:
         out, inn = weights[f"{module}.weight"].shape
         a, b = drawn(inn, 3), drawn(3, out, seed=1)
@@ -116,7 +117,9 @@ def test_full(tmp_path: Path) -> None:
 def test_experts(family: str, block: str, layers: dict[str, str], tmp_path: Path) -> None:
     """`sanitize` stacks the experts as `switch_mlp`, Mixtral's under the names of the others."""
     base = make_base(family, tmp_path / "base")
-    weights, tensors, fused = weights_of(base), {}, {}
+    weights = weights_of(base)
+    tensors: dict[str, torch.Tensor] = {}
+    fused: dict[str, torch.Tensor] = {}
     for stacked, own in layers.items():
         names = [f"model.layers.1.{block}.experts.{e}.{own}.weight" for e in range(4)]
         out, inn = weights[names[0]].shape

@@ -51,7 +51,9 @@ def train(
     base: Path, modules: tuple[str, ...], permuted: bool, dora: bool = False
 ) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
     """The adapter's state dict, and the merged weights as transformers has them."""
-    weights, state, merged = weights_of(base), {}, {}
+    weights = weights_of(base)
+    state: dict[str, torch.Tensor] = {}
+    merged: dict[str, torch.Tensor] = {}
     for seed, module in enumerate(modules):
         weight = weights[own_name(module)]
         heads = heads_of(module) if permuted else None
@@ -146,7 +148,9 @@ def test_dora(tmp_path: Path) -> None:
 def test_phi3(tmp_path: Path) -> None:
     """Weights that transformers stores as one: `phi3_hf_to_tune`, `phi3_tune_to_hf`."""
     base = make_base("phi3", tmp_path / "base")
-    weights, state, merged = weights_of(base), {}, {}
+    weights = weights_of(base)
+    state: dict[str, torch.Tensor] = {}
+    merged: dict[str, torch.Tensor] = {}
     parts = {
         "self_attn.qkv_proj": [("attn.q_proj", 32), ("attn.k_proj", 16), ("attn.v_proj", 16)],
         "mlp.gate_up_proj": [("mlp.w1", 48), ("mlp.w3", 48)],
@@ -154,7 +158,7 @@ def test_phi3(tmp_path: Path) -> None:
     }
     for own, layers in parts.items():
         name = f"model.layers.1.{own}.weight"
-        pieces = list(weights[name].split([rows for _, rows in layers]))
+        pieces = list(torch.split(weights[name], [rows for _, rows in layers]))
         for place, (layer, rows) in enumerate(layers):
             if layer == "attn.k_proj":
                 continue  # not trained
