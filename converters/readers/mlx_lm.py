@@ -65,7 +65,7 @@ class MlxLmReader:
         scale = _scale(config, path, options.lora_alpha) if modules else 0.0
         updates: dict[str, Callable[[], Update]] = {}
         start_rank: dict[str, int] = {}
-        embeddings = set()
+        embeddings: set[str] = set()
         for name, module in modules.items():
             embedding = name.endswith(_EMBEDDINGS)
             found = _updates(module, scale, embedding, kind == "dora")

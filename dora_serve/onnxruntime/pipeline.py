@@ -26,8 +26,8 @@ _LARGEST = 1_000_000
 
 def _weighted(states: Array) -> Array:
     places = np.arange(1, len(states) + 1, dtype=np.float32)[:, None]
-    mean: Array = (states * places).sum(axis=0) / places.sum()
-    return mean
+    weighted: Array = (states * places).sum(axis=0) / places.sum()
+    return weighted
 
 
 # Of the tokens of one text, `[tokens, hidden]` → `[hidden]`.
@@ -124,8 +124,8 @@ class Pipeline:
         )
 
 
-def normalized(vectors: Array) -> Array:
-    """The directions of `vectors [..., n]`, of length one; zeros stay."""
-    lengths = np.linalg.norm(vectors, axis=-1, keepdims=True)
-    result: Array = vectors / np.maximum(lengths, np.float32(1e-12))
+def normalized(vector: Array) -> Array:
+    """The vector with length one; zeros stay."""
+    length = max(np.float32(np.linalg.norm(vector)), np.float32(1e-12))
+    result: Array = vector / length
     return result

@@ -44,7 +44,7 @@ def train(
     base: Path, alpha: float | None
 ) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
     tensors: dict[str, torch.Tensor] = {}
-    merged = {}
+    merged: dict[str, torch.Tensor] = {}
     for name, weight in open_base(base).tensors.items():
         if name.endswith(tuple(f"{layer}.weight" for layer in LAYERS)):
             out, inn = weight.shape

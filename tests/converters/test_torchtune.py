@@ -51,8 +51,9 @@ def train(
     base: Path, modules: tuple[str, ...], permuted: bool, dora: bool = False
 ) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
     """The adapter's state dict, and the merged weights as transformers has them."""
-    weights, merged = weights_of(base), {}
+    weights = weights_of(base)
     state: dict[str, torch.Tensor] = {}
+    merged: dict[str, torch.Tensor] = {}
     for seed, module in enumerate(modules):
         weight = weights[own_name(module)]
         heads = heads_of(module) if permuted else None
@@ -147,8 +148,9 @@ def test_dora(tmp_path: Path) -> None:
 def test_phi3(tmp_path: Path) -> None:
     """Weights that transformers stores as one: `phi3_hf_to_tune`, `phi3_tune_to_hf`."""
     base = make_base("phi3", tmp_path / "base")
-    weights, merged = weights_of(base), {}
+    weights = weights_of(base)
     state: dict[str, torch.Tensor] = {}
+    merged: dict[str, torch.Tensor] = {}
     parts = {
         "self_attn.qkv_proj": [("attn.q_proj", 32), ("attn.k_proj", 16), ("attn.v_proj", 16)],
         "mlp.gate_up_proj": [("mlp.w1", 48), ("mlp.w3", 48)],
