@@ -124,8 +124,8 @@ class Pipeline:
         )
 
 
-def normalized(vector: Array) -> Array:
-    """The vector with length one; zeros stay."""
-    length = max(np.float32(np.linalg.norm(vector)), np.float32(1e-12))
-    result: Array = vector / length
+def normalized(vectors: Array) -> Array:
+    """The directions of `vectors [..., n]`, of length one; zeros stay."""
+    lengths = np.linalg.norm(vectors, axis=-1, keepdims=True)
+    result: Array = vectors / np.maximum(lengths, np.float32(1e-12))
     return result
