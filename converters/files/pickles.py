@@ -8,7 +8,7 @@ import zipfile
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
-from typing import IO
+from typing import IO, cast
 
 from ..errors import TensorFileError
 
@@ -60,11 +60,12 @@ def _pickles(path: Path) -> Iterator[IO[bytes]]:
     """The streams that begin with a pickle, each as often as there is one behind the other."""
     with path.open("rb") as stream:
         if stream.read(4) != _ZIP:
-            stream.seek(0)
-            for _ in range(_LEGACY):
-                yield stream
-                if not stream.peek(1):
-                    break
+            # A file takes memory for as many bytes as it is asked for, a map for those it has.
+            with mmap.mmap(stream.fileno(), 0, prot=mmap.PROT_READ) as whole:
+                for _ in range(_LEGACY):
+                    yield cast(IO[bytes], whole)
+                    if whole.tell() == len(whole):
+                        break
             return
     with zipfile.ZipFile(path) as archive:
         if sum(entry.file_size for entry in archive.infolist()) > path.stat().st_size:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import pickle
 from pathlib import Path
 
 import pytest
@@ -91,3 +92,20 @@ def test_products_beyond_float32(value: float) -> None:
     update.b[1, 1] = value
     with pytest.raises(DoraExportError, match=r"finite(.|\n)*q_proj"):
         strip_update(update, "q_proj", Path("run"))
+
+
+@pytest.mark.parametrize("opcode", [pickle.BINUNICODE8, pickle.BINBYTES8, pickle.BYTEARRAY8])
+def test_a_string_longer_than_memory_in_a_torch_file(opcode: bytes, tmp_path: Path) -> None:
+    path = tmp_path / "x.bin"
+    path.write_bytes(b"\x80\x05" + opcode + (1 << 60).to_bytes(8, "little") + b"a.")
+    with pytest.raises(DoraExportError, match="torch cannot read"):
+        open_file(path)
+
+
+def test_a_graph_whose_input_is_called_by_what_is_no_text(tmp_path: Path) -> None:
+    target = TARGETS["ONNX graph"]
+    seed, *_ = target.prepare(tmp_path / "x")
+    name = b"past_key_values.0.key"
+    assert seed.count(name) > 0
+    with ends():
+        target(tmp_path / "x", seed.replace(name, b"\xff" + name[1:]))

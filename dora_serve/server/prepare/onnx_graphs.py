@@ -80,7 +80,7 @@ def _check(path: Path, genai: Genai | None) -> None:
     except Exception as error:  # of protobuf, whose kinds changed over time
         raise TensorFileError("not an ONNX graph", file=path, found=str(error)[:200]) from None
     for tensor in _tensors(model):
-        said = {entry.key: entry.value for entry in tensor.external_data}
+        said = {_text(entry.key): _text(entry.value) for entry in tensor.external_data}
         if tensor.data_location != onnx.TensorProto.EXTERNAL and not said:
             continue
         place = PurePosixPath(said.get("location", ""))
@@ -95,7 +95,7 @@ def _check(path: Path, genai: Genai | None) -> None:
     if genai is None:
         return
     decoder = genai.model.decoder
-    inputs = {value.name: value.type.tensor_type.shape.dim for value in model.graph.input}
+    inputs = {_text(value.name): value.type.tensor_type.shape.dim for value in model.graph.input}
     keys = [
         name for name in inputs if name.startswith("past_key_values.") and name.endswith(".key")
     ]
@@ -111,6 +111,11 @@ def _check(path: Path, genai: Genai | None) -> None:
             expected=f"{decoder.num_hidden_layers} layers, {decoder.num_key_value_heads} heads "
             f"of {decoder.head_size}",
         )
+
+
+def _text(name: str | bytes) -> str:
+    """A name in a graph, which protobuf gives as bytes where it is no text."""
+    return name if isinstance(name, str) else name.decode(errors="replace")
 
 
 def _tensors(message: Any) -> Iterator[Any]:
