@@ -14,6 +14,8 @@ from ..run import Run
 from .no_run import no_run
 from .run_folder import RunFolder
 
+_LOOK = 500  # folders that are looked through for runs, where a folder is none
+
 
 class Reader(Protocol):
     """Reads the runs of one training method. A reader may also have `over`, the names of those
@@ -73,13 +75,14 @@ def detect(path: Path, method: str | None = None) -> tuple[Reader, RunFolder]:
     raise no_run(folder, {reader.name: reader.looks_for for reader in known}, runs_below(path))
 
 
-def runs_below(path: Path, depth: int = 2) -> list[Path]:
-    """The folders inside `path` that hold a run, or else those inside these."""
-    known, found = readers(), []
-    for below in sorted(each for each in path.iterdir() if each.is_dir()):
-        with suppress(DoraExportError, OSError):
-            if is_run(below, known):
-                found.append(below)
-            elif depth > 1:
-                found += runs_below(below, depth - 1)
+def runs_below(path: Path) -> list[Path]:
+    """The folders below `path` that hold a run, as far as they are soon found."""
+    known, found, folders = readers(), [], [path]
+    for folder in folders:
+        inside: list[Path] = []
+        with suppress(OSError):
+            inside = sorted(each for each in folder.iterdir() if each.is_dir())
+        for below in inside[: _LOOK - len(folders)]:
+            with suppress(DoraExportError, OSError):
+                (found if is_run(below, known) else folders).append(below)
     return found
