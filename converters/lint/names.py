@@ -138,7 +138,8 @@ def _finds(adapter: Adapter, engine: Profile, module: str, meant: str) -> bool:
         return _loads(known, module)
     if engine.name != "vllm":
         return module == meant
-    plain = module.replace(PREFIX, "")
+    # Everywhere, but only of a name that begins with it.
+    plain = module.replace(PREFIX, "") if module.startswith(PREFIX) else module
     forms = {meant}
     if known is not None and known.base.config.get("text_config") is not None:
         own = meant.removeprefix("model.").replace("language_model.", "language_model.model.", 1)
