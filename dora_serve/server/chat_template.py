@@ -50,13 +50,18 @@ class ChatTemplate:
         return dict(read_json(path)) if path.exists() else {}
 
     @cached_property
-    def _template(self) -> Any:
+    def text(self) -> str | None:
+        """The template itself; None where there is none."""
         text: Any = self._config.get("chat_template")
         if self._file.exists():
             text = self._file.read_text(encoding="utf-8")
         if isinstance(text, list):  # several by name
             text = {each["name"]: each["template"] for each in text}.get("default")
-        if not text:
+        return text or None
+
+    @cached_property
+    def _template(self) -> Any:
+        if self.text is None:
             return None
         environment = ImmutableSandboxedEnvironment(
             trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols, _Generation]
@@ -64,7 +69,7 @@ class ChatTemplate:
         environment.filters["tojson"] = _to_json
         environment.globals["raise_exception"] = _refuse
         environment.globals["strftime_now"] = lambda form: datetime.now().strftime(form)
-        return environment.from_string(text)
+        return environment.from_string(self.text)
 
     def render(
         self,

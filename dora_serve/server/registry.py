@@ -20,6 +20,7 @@ from .wire.defaults import Defaults, read_defaults
 from .wire.errors import ApiError
 
 Engine = ContinuousDecoder | EncoderQueue
+_FOR = {"feature-extraction": "embeddings"}  # tasks that callers know by another name
 
 
 @dataclass(eq=False)
@@ -96,7 +97,7 @@ class Registry:
         served = self.find(name)
         engine = served.engine
         if not isinstance(engine, EncoderQueue) or served.model.task not in tasks:
-            raise _other_task(served, " or ".join(tasks))
+            raise _other_task(served, " or ".join(_FOR.get(task, task) for task in tasks))
         return served, engine
 
     def own(self) -> list[Graph]:

@@ -207,6 +207,11 @@ def test_plain_onnxruntime_and_genai_use_our_files(llama: Case) -> None:
     assert words == "eight seven six five four three"
 
 
+def test_the_generation_defaults_of_the_base_go_along(llama: Case) -> None:
+    name = "generation_config.json"
+    assert (llama.folder / name).read_bytes() == (BASE / name).read_bytes()
+
+
 def test_adapters_come_and_go_without_a_new_session(llama: Case) -> None:
     decoder = Decoder(llama.folder)
     session = decoder.session

@@ -35,7 +35,7 @@ def save_base(folder: Path, **said: object) -> None:
 
 def save_encoder(folder: Path, head: type, **more: object) -> None:
     torch.manual_seed(0)
-    shape = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
+    shape = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
     config = RobertaConfig(
         **shape, vocab_size=36, intermediate_size=48, max_position_embeddings=34,
         initializer_range=0.3, **more,
@@ -64,4 +64,18 @@ def save(group: str, folder: Path) -> str:
         save_encoder(folder / CLASSIFIER, RobertaForSequenceClassification, num_labels=3, **labels)
         return CLASSIFIER
     save_encoder(folder / EMBEDDER, RobertaModel)
+    _save_modules(folder / EMBEDDER)
     return EMBEDDER
+
+
+def _save_modules(folder: Path) -> None:
+    """Those of sentence-transformers: the mean, of length one."""
+    modules = {"Transformer": "", "Pooling": "1_Pooling", "Normalize": "2_Normalize"}
+    listed = [
+        {"idx": i, "name": str(i), "path": path, "type": f"sentence_transformers.models.{kind}"}
+        for i, (kind, path) in enumerate(modules.items())
+    ]
+    (folder / "modules.json").write_text(json.dumps(listed))
+    (folder / "1_Pooling").mkdir()
+    mean = {"word_embedding_dimension": 64, "pooling_mode_mean_tokens": True}
+    (folder / "1_Pooling" / "config.json").write_text(json.dumps(mean))

@@ -6,14 +6,21 @@ with defaults of its own, a classifier and an embedder.
 
 from __future__ import annotations
 
+import base64
 import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from tests.server.parity import LONG, MODEL, chat, complete, core
 
 FILE = Path(__file__).parents[1] / "data" / "vllm_answers_more.json"
+_POOLED = (
+    *("/classify", "/pooling", "/v1/embeddings", "/invocations"),
+    *("/score", "/v1/score", "/rerank", "/v1/rerank", "/v2/rerank"),
+)
 Asked = tuple[str, dict[str, Any] | None]  # nothing: a GET
 
 DEFAULTS = {
@@ -148,7 +155,8 @@ OF_DECODER: dict[str, Asked] = {
     "response": respond(),
     "response with instructions": respond(instructions="copy :"),
     "response to items": respond(ITEMS),
-    "response that ends": respond(max_output_tokens=60),
+    "response that ends": respond(max_output_tokens=50),
+    "response of no room": respond(max_output_tokens=60),
     "response logprobs": respond(
         include=["message.output_text.logprobs"], top_logprobs=2, max_output_tokens=3
     ),
@@ -231,6 +239,7 @@ OF_EMBEDDER: dict[str, Asked] = {
     "embeddings": pool(EMBEDDER, "/v1/embeddings", FILMS),
     "embedding of tokens": pool(EMBEDDER, "/v1/embeddings", [5, 6, 7]),
     "embedding in base64": pool(EMBEDDER, "/v1/embeddings", encoding_format="base64"),
+    "embedding of length one": pool(EMBEDDER, "/v1/embeddings", use_activation=True),
     "embedding as it is": pool(EMBEDDER, "/v1/embeddings", use_activation=False),
     "some dimensions": pool(EMBEDDER, "/v1/embeddings", dimensions=5),
     "too many dimensions": pool(EMBEDDER, "/v1/embeddings", dimensions=5000),
@@ -303,11 +312,19 @@ def told(path: str, status: int, kind: str, text: str) -> dict[str, Any]:
         found |= _response(answer)
     elif path in ("/tokenize", "/detokenize"):
         found["answer"] = {name: value for name, value in answer.items() if value is not None}
-    elif path == "/classify" or (path == "/pooling" and "classify" in text):
-        found["answer"] = answer["data"]
+    elif path in _POOLED:
+        found["answer"] = [_numbers(each) for each in answer.get("data") or answer["results"]]
     if isinstance(answer.get("usage"), dict) and "prompt_tokens" in answer["usage"]:
         found["prompt_tokens"] = answer["usage"]["prompt_tokens"]
     return found
+
+
+def _numbers(told: dict[str, Any]) -> dict[str, Any]:
+    """An embedding as numbers, whatever it is sent as; of a document its text alone."""
+    packed, document = told.get("embedding"), told.get("document")
+    if isinstance(packed, str):
+        return {**told, "embedding": np.frombuffer(base64.b64decode(packed), "<f4").tolist()}
+    return {**told, "document": document["text"]} if document else told
 
 
 def _streamed(events: list[Any]) -> dict[str, Any]:

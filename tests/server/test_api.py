@@ -294,7 +294,7 @@ def complete_fails(client: openai.OpenAI, model: str, **more: Any) -> int:
         ("/v1/completions", {"model": SENTIMENT, "prompt": "a"}, 400, "is for sequence-class"),
         ("/classify", {"model": DOWN, "input": "a"}, 400, "is for causal-lm"),
         ("/classify", {"model": SENTIMENT, "input": "good " * 40}, 400, "too long"),
-        ("/v1/embeddings", {"model": SENTIMENT, "input": "a"}, 400, "not for feature-extraction"),
+        ("/v1/embeddings", {"model": SENTIMENT, "input": "a"}, 400, "not for embeddings"),
         ("/v1/embeddings", {"model": EMBEDS, "input": [99]}, 400, "no such token"),
     ],
 )

@@ -17,6 +17,7 @@ from dora_serve.server.options import ServerOptions
 from dora_serve.server.wire.defaults import Defaults, read_defaults
 from tests.server import parity_models, parity_more
 from tests.server.conftest import BASE, Server, started
+from tests.server.parity import LONG
 from tests.server.test_parity import asked_alike
 
 ANSWERS = parity_more.answers()["defaults"]
@@ -58,20 +59,19 @@ def test_flags_against_them(said: Server, place: Path, tmp_path: Path) -> None:
     template = tmp_path / "other.jinja"
     template.write_text(OTHER)
     bound = written(tmp_path / "bound", temperature=0, max_new_tokens=3)
-    body = {
-        "model": BASE, "prompt": "count : nine", "max_tokens": 10, "repetition_penalty": 1.0,
-        "temperature": 0,
-    }  # fmt: skip
+    plain = {"model": BASE, "prompt": LONG, "max_tokens": 10, "min_tokens": 3}
+    body = {**plain, "repetition_penalty": 1.0, "temperature": 0}
     chat = {"model": BASE, "messages": [{"role": "user", "content": "nine"}], "max_tokens": 2}
     values = {"chat_template_kwargs": {"tail": " ten"}, "return_token_ids": True}
-    plain = {name: body[name] for name in ("model", "prompt", "max_tokens")}
     with said.http as http:
-        expected = http.post("/v1/completions", json=body).json()["choices"][0]["text"]
+        asked = [http.post("/v1/completions", json=each).json() for each in (body, plain)]
+    expected, penalized = (each["choices"][0]["text"].split()[:3] for each in asked)
+    assert expected != penalized  # the control
     options = ServerOptions(threads=1, generation_config=str(bound), chat_template=str(template))
     with started(root, place, None, options) as running, running.http as http:
         told = http.post("/v1/completions", json=plain).json()["choices"][0]
         assert told["finish_reason"] == "length"
-        assert told["text"].split() == expected.split()[:3]  # bounded, and no penalty
+        assert told["text"].split() == expected  # bounded, and no penalty
         answer = http.post("/v1/chat/completions", json={**chat, **values}).json()
         text = "<s>count : nine ten"
         assert ChatTemplate(root / BASE, template).render(

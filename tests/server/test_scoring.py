@@ -13,7 +13,7 @@ from prometheus_client.parser import text_string_to_metric_families
 from dora_serve.server.routes.encoding import shortened
 from dora_serve.server.wire.requests import EmbeddingRequest
 from tests.conftest import MODELS
-from tests.server.conftest import BASE, DOWN, EMBEDS, SENTIMENT, Server
+from tests.server.conftest import BASE, DOWN, EMBEDS, SENTIMENT, TEMPLATE, Server
 
 TEXTS = ["good film", "bad", "a dull and bad film"]
 
@@ -123,6 +123,7 @@ def test_what_the_server_is(server: Server) -> None:
         told = http.get("/tokenizer_info", params={"model": DOWN}).json()
         assert told["eos_token"] == "</s>"
         assert told["tokenizer_class"]
+        assert told["chat_template"] == TEMPLATE
         assert http.get("/tokenizer_info", params={"model": "none"}).status_code == 404
     assert (MODELS / BASE / "tokenizer_config.json").exists()
 

@@ -17,6 +17,7 @@ import onnx_ir as ir
 
 from ...files.json_files import read_json
 from ...files.onnx_files import BATCHED, GENAI, MODEL
+from ..merged.companions import companions
 from .branches import Site, add_branches
 from .causal import build_causal
 from .graph_file import GraphWriter
@@ -48,6 +49,7 @@ def build_decoder(model: Path, out: Path, writer: GraphWriter, *, adaptable: boo
     with tempfile.TemporaryDirectory(dir=out) as built:
         if named and _builds(model) and _build(model, Path(built), writer.precision, adaptable):
             _finish(Path(built, MODEL), writer, adaptable)
+            companions(model).copy(out)
             for file in Path(built).iterdir():
                 if not file.name.startswith(MODEL):
                     file.replace(out / file.name)

@@ -92,16 +92,23 @@ async def load(request: Request) -> answers.Load:
 
 @router.get("/tokenizer_info")
 def tokenizer_info(request: Request, model: str | None = None) -> dict[str, Any]:
-    """What the tokenizer's own file says of it; `model` may be left out where there is one base."""
+    """What the tokenizer's own file says of it, and the chat template; `model` may be left out
+    where there is one base."""
+    from ..chat_template import ChatTemplate
+
     models = state_of(request).models
+    template = state_of(request).options.chat_template
     folders = {served.model.folder for served in models}
     if model is not None:
         folders = {models.find(model).model.folder}
     if len(folders) != 1:
         raise ApiError("there are several tokenizers: name a model", param="model")
-    path = Path(folders.pop()) / "tokenizer_config.json"
+    folder = Path(folders.pop())
+    path = folder / "tokenizer_config.json"
     said: dict[str, Any] = read_json(path) if path.exists() else {}
-    return {"tokenizer_class": "PreTrainedTokenizerFast", **said}
+    text = ChatTemplate(folder, Path(template) if template else None).text
+    chat = {} if text is None else {"chat_template": text}
+    return {"tokenizer_class": "PreTrainedTokenizerFast", **said, **chat}
 
 
 @router.get("/ready", responses={503: {"model": ErrorAnswer}})

@@ -78,6 +78,8 @@ class Reply(BaseModel):
     parallel_tool_calls: bool
     temperature: float
     top_p: float
+    presence_penalty: float
+    frequency_penalty: float
     tool_choice: Any
     tools: list[Json]
     max_output_tokens: int
@@ -120,6 +122,8 @@ def reply(body: ResponsesRequest, model: str, draw: Sampling) -> Json:
         "parallel_tool_calls": body.parallel_tool_calls,
         "temperature": draw.temperature,
         "top_p": draw.top_p,
+        "presence_penalty": draw.presence_penalty,
+        "frequency_penalty": draw.frequency_penalty,
         "tool_choice": told["tool_choice"] if body.tools else "none",
         "tools": told.get("tools", []),
         "max_output_tokens": draw.max_tokens,

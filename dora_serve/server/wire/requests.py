@@ -38,6 +38,8 @@ class CompletionRequest(Generate):
     def _check(self) -> CompletionRequest:
         if self.best_of not in (None, 1, self.n):
             raise refusal("best_of", "not served: every completion is told, give n alone")
+        if self.prompt in ("", []):
+            raise refusal("prompt", "it is empty")
         if self.max_tokens == 0 and not self.echo:
             raise refusal("max_tokens", "0 needs echo")
         return self
