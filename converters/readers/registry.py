@@ -77,7 +77,8 @@ def detect(path: Path, method: str | None = None) -> tuple[Reader, RunFolder]:
 
 def runs_below(path: Path) -> list[Path]:
     """The folders below `path` that hold a run, as far as they are soon found."""
-    known, found, folders = readers(), [], [path]
+    known, folders = readers(), [path]
+    found: list[Path] = []
     for folder in folders:
         inside: list[Path] = []
         with suppress(OSError):
