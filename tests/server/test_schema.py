@@ -18,17 +18,26 @@ from tests.server.conftest import BASE, DOWN, EMBEDS, SENTIMENT, Server
 CHECKS = [not_a_server_error, response_schema_conformance]
 NAMES = [BASE, DOWN, SENTIMENT, EMBEDS]
 # Of those that few of the models serve, one that does; it is asked more often than the others.
-OWN = {"/classify": SENTIMENT, "/v1/embeddings": EMBEDS, "/score": EMBEDS, "/v1/score": EMBEDS}
+_EMBEDS = (
+    "/score",
+    "/v1/score",
+    "/rerank",
+    "/v1/rerank",
+    "/v2/rerank",
+    "/pooling",
+    "/v1/embeddings",
+)
+OWN = {"/classify": SENTIMENT, **dict.fromkeys(_EMBEDS, EMBEDS)}
 ROUTES = {
     "/v1/completions": 60,
     "/v1/chat/completions": 60,
-    "/v1/embeddings": 30,
+    "/v1/embeddings": 60,
     "/v1/load_lora_adapter": 20,
     "/v1/unload_lora_adapter": 20,
     "/v1/models": 2,
     "/v1/models/{name}": 20,
     "/dora/models": 2,
-    "/classify": 30,
+    "/classify": 60,
     "/tokenize": 30,
     "/detokenize": 30,
     "/health": 2,
@@ -38,14 +47,14 @@ ROUTES = {
     "/version": 2,
     "/load": 2,
     "/tokenizer_info": 10,
-    "/score": 30,
-    "/v1/score": 30,
-    "/rerank": 30,
-    "/v1/rerank": 30,
-    "/v2/rerank": 30,
+    "/score": 60,
+    "/v1/score": 60,
+    "/rerank": 60,
+    "/v1/rerank": 60,
+    "/v2/rerank": 60,
     "/invocations": 60,
     "/v1/responses": 60,
-    "/pooling": 30,
+    "/pooling": 60,
 }
 
 
