@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 
@@ -37,7 +38,22 @@ def vllm_adapter(member: Member) -> Path:
     make: Callable[[Path], object] = partial(_copy, member.path)
     if not _is_for_vllm(member.path):
         make = partial(write_adapter, member.run, base=member.base, target=TARGET)
-    return cached(_key(member), make).absolute()
+    with _one_thread():
+        return cached(_key(member), make).absolute()
+
+
+@contextmanager
+def _one_thread() -> Iterator[None]:
+    """Compute in this thread alone. The cores are the server's, and what waits for a second thread
+    at every step of small matrices takes a minute beside it instead of a second."""
+    import torch
+
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
 
 
 def vllm_adapter_path(member: Member) -> Path:
