@@ -271,3 +271,25 @@ def test_what_a_server_does_not_take_is_told_once(root: Path) -> None:
     assert reconciled(server, root, following) == {"run": "failed"}
     assert "no" in server.refused["run"]
     assert reconciled(server, root, following) == {}
+
+
+def test_a_conversion_leaves_the_cores_to_the_server(
+    root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from dora_serve.vllm import convert
+
+    seen = []
+
+    def noted(*given: Any, **asked: Any) -> object:
+        seen.append(torch.get_num_threads())
+        return write_adapter(*given, **asked)
+
+    monkeypatch.setattr(convert, "write_adapter", noted)
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        assert "run" in desired(root).adapters
+        assert torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(before)
+    assert seen == [1]
