@@ -17,22 +17,19 @@ import json
 import os
 import random
 import shutil
-import signal
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import httpx
+from bench_server import PORT, URL, serving
 
-PORT = 8767
-URL = f"http://127.0.0.1:{PORT}"
 MODEL = "model"
 PROMPT, NEW, HISTORY = 64, 48, 1000
 LONG = 512  # tokens of every fourth prompt where long and short ones come together
@@ -94,28 +91,6 @@ async def _mixed(http: httpx.AsyncClient, clients: int, seed: int) -> float:
     return 1e3 * statistics.quantiles(gaps, n=20)[-1]
 
 
-@contextmanager
-def serving(command: Sequence[str], environment: dict[str, str], log: Path) -> Iterator[None]:
-    with log.open("wb") as stream:
-        process = subprocess.Popen(
-            command, stdout=stream, stderr=stream, env={**os.environ, **environment}
-        )
-    try:
-        while True:
-            if process.poll() is not None:
-                raise SystemExit(log.read_text()[-3000:])
-            try:
-                if httpx.get(f"{URL}/health").status_code == 200:
-                    break
-            except httpx.TransportError:
-                pass
-            time.sleep(0.2)
-        yield
-    finally:
-        process.send_signal(signal.SIGTERM)
-        process.wait(60)
-
-
 def peers(options: argparse.Namespace, folder: Path) -> dict[str, list[str]]:
     """Name → the command of a server."""
     threads, port = str(options.threads), ["--port", str(PORT)]
@@ -158,7 +133,7 @@ def main() -> None:
         medians: dict[str, dict[str, list[float]]] = defaultdict(lambda: defaultdict(list))
         for turn in range(options.rounds):
             for name, command in peers(options, folder).items():
-                with serving(command, environment, folder / "server.log"):
+                with serving(command, folder, environment):
                     found = asyncio.run(measure(options.clients, turn))
                 print(json.dumps({"round": turn, "server": name, **found}), file=sys.stderr)
                 for row, value in found.items():

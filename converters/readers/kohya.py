@@ -41,14 +41,7 @@ class KohyaReader:
         return folder if _files(folder) else None
 
     def read(self, folder: RunFolder, options: ReadOptions) -> Run:
-        file, *others = _files(folder)
-        if others:
-            raise RunError(
-                "the folder holds several files of LoRA",
-                file=folder.path,
-                found=", ".join(path.name for path in (file, *others)),
-                remedy="put the one you want into a folder of its own",
-            )
+        file = folder.only(_files(folder), "several files of LoRA")
         modules, rest = grouped(folder.tensors(file), _TEXT, _PARTS)
         encoders = {prefix[0] for name in modules if (prefix := _PREFIX.match(name))}
         if rest or len(encoders) > 1:

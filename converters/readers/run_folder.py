@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 
@@ -69,6 +69,17 @@ class RunFolder:
     def below(self, name: str) -> RunFolder:
         """The folder of that name inside this one."""
         return RunFolder(self.path / name)
+
+    def only(self, files: Sequence[Path], what: str) -> Path:
+        """The file of a run that may lie in one of several. Raises `RunError` for more than one."""
+        if len(files) > 1:
+            raise RunError(
+                f"the folder holds {what}",
+                file=self.path,
+                found=", ".join(path.name for path in files),
+                remedy="put the one you want into a folder of its own",
+            )
+        return files[0]
 
     @property
     def adapter_config(self) -> Mapping[str, object]:

@@ -66,14 +66,7 @@ class TorchtuneReader:
         return folder if any(name.endswith(_NAMES) for name in names) else None
 
     def read(self, folder: RunFolder, options: ReadOptions) -> Run:
-        file, *others = _files(folder)
-        if others:
-            raise RunError(
-                "the folder holds adapters of several epochs",
-                file=folder.path,
-                found=", ".join(path.name for path in (file, *others)),
-                remedy="put the one you want into a folder of its own",
-            )
+        file = folder.only(_files(folder), "adapters of several epochs")
         modules, rest = grouped(folder.tensors(file), _PART, _PARTS)
         if rest:
             raise RunError(
