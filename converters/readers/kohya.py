@@ -56,13 +56,13 @@ class KohyaReader:
         base = need_base(options, "names with underscores", file)
         names = _modules(base)
         updates: dict[str, Callable[[], Update]] = {}
-        start_rank = {}
+        start_rank, shapes = {}, {}
         for name, module in modules.items():
             flat = _PREFIX.sub("", name, count=1)
             own = names.get(flat, [])
-            if len(own) != 1:
+            if len(own) != 1 or own[0] in updates:
                 raise RunError(
-                    "the base has no module of this name, or several",
+                    "the base has no module of this name, several, or one that another name is for",
                     file=file,
                     tensor=name,
                     found=", ".join(own) or None,
@@ -70,11 +70,12 @@ class KohyaReader:
                     remedy="is this the text encoder that it was trained on? pass it with `base`",
                 )
             start_rank[own[0]] = module.pair(("lora_down", "lora_up"))
+            shapes[own[0]] = module.shape
             updates[own[0]] = partial(_update, module, start_rank[own[0]])
         return Run(
             path=folder.path,
             method=self.name,
-            updates=LazyUpdates(updates),
+            updates=LazyUpdates(updates, shapes),
             start_rank=start_rank,
             files=(file,),
         )

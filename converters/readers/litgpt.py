@@ -22,7 +22,7 @@ from ..files.json_files import is_number
 from ..options import ReadOptions
 from ..run import LazyUpdates, Run
 from ..updates.rank_one import RankOneSum
-from .fused import for_rows
+from .fused import MOST, count, for_rows
 from .module import AdaptedModule, grouped
 from .run_folder import RunFolder
 
@@ -31,7 +31,6 @@ _PART = re.compile(r"(.+)\.lora_(A|B)")
 _LAYER = re.compile(r"transformer\.h\.(\d+)\.(.+)")
 _EXPERT = re.compile(r"mlp\.experts\.(\d+)\.(fc_1|fc_2|proj)")
 _LARGEST = 100_000
-_MOST = 1 << 24  # rows of queries, keys and values
 _EXPERT_LAYERS = ("fc_1", "fc_2", "proj")
 _QKV = ("q_proj", "k_proj", "v_proj")
 
@@ -83,6 +82,10 @@ _NEOX = _Family(
 )
 
 
+# A module of transformers, and of what it has: the rank, `[out, in]` of its weight, the update.
+_Found = tuple[str, int, tuple[int, int], Callable[[], RankOneSum]]
+
+
 class LitgptReader:
     """Reads the folder of a finished or intermediate step."""
 
@@ -111,15 +114,23 @@ class LitgptReader:
         names = _Names(model, training, file, rank, alpha / rank)
         updates: dict[str, Callable[[], RankOneSum]] = {}
         start: dict[str, int] = {}
+        shapes: dict[str, tuple[int, int]] = {}
         for name, module in modules.items():
-            for own, stored, load in names.updates(name, module):
+            for own, stored, shape, load in names.updates(name, module):
+                if shapes.setdefault(own, shape) != shape:
+                    raise module.error(
+                        "parts of one weight do not fit each other",
+                        "lora_B",
+                        found=list(shape),
+                        expected=list(shapes[own]),
+                    )
                 before = updates.get(own)
                 updates[own] = load if before is None else partial(_both, before, load)
                 start[own] = start.get(own, 0) + stored
         return Run(
             path=folder.path,
             method=self.name,
-            updates=LazyUpdates(updates),
+            updates=LazyUpdates(updates, shapes),
             base=_hub_id(model),
             task="causal-lm",
             start_rank=start,
@@ -143,10 +154,8 @@ class _Names:
         self._family = _family(model)
         self._trained = [bool(training.get(f"lora_{part}")) for part in ("query", "key", "value")]
 
-    def updates(
-        self, name: str, module: AdaptedModule
-    ) -> list[tuple[str, int, Callable[[], RankOneSum]]]:
-        """Module of transformers, rank and update of each that `module` is for."""
+    def updates(self, name: str, module: AdaptedModule) -> list[_Found]:
+        """What each module of transformers has of `module`."""
         family, scale = self._family, self._scale
         match = _LAYER.fullmatch(name)
         block, layer = (f"{family.prefix}.{match[1]}", match[2]) if match else ("", name)
@@ -164,12 +173,12 @@ class _Names:
             weight, place = family.fused[layer]
             rows = module.shape[0]
             load = partial(self._at, 2 * rows, torch.arange(rows) + place * rows, module)
-            return [(f"{block}.{weight}", self._rank, load)]
+            return [(f"{block}.{weight}", self._rank, (2 * rows, module.shape[1]), load)]
         if expert and family.experts[0]:
             parent, layers = family.experts
             own = f"{parent}.experts.{expert[1]}.{layers[_EXPERT_LAYERS.index(expert[2])]}"
         if name == "lm_head":
-            return [(family.head, self._rank, partial(module.sum, scale))]
+            return [(family.head, self._rank, module.shape, partial(module.sum, scale))]
         if own is None or not match:
             raise RunError(
                 "a module whose name in transformers is not known",
@@ -179,18 +188,19 @@ class _Names:
                 remedy="merge and convert it with litgpt (merge_lora, convert_from_litgpt), then "
                 "`extract`",
             )
-        return [(f"{block}.{own}", self._rank, partial(module.sum, scale))]
+        return [(f"{block}.{own}", self._rank, module.shape, partial(module.sum, scale))]
 
     def _at(self, out: int, rows: torch.Tensor, module: AdaptedModule) -> RankOneSum:
         return for_rows(out, [(rows, module.sum(self._scale))])
 
-    def _qkv(
-        self, block: str, module: AdaptedModule
-    ) -> list[tuple[str, int, Callable[[], RankOneSum]]]:
-        heads, groups, size = (self._number(k) for k in ("n_head", "n_query_groups", "head_size"))
+    def _qkv(self, block: str, module: AdaptedModule) -> list[_Found]:
+        said = self._file.parent / MODEL
+        heads, groups, size = (
+            count(self._model, key, said) for key in ("n_head", "n_query_groups", "head_size")
+        )
         sizes = [size * heads, size * groups, size * groups]
         of = [part for part, trained in enumerate(self._trained) if trained]
-        if not of or sum(sizes) > _MOST:
+        if not of or sum(sizes) > MOST:
             raise module.error(
                 "queries, keys and values are not of a model",
                 "lora_A",
@@ -210,10 +220,10 @@ class _Names:
                     expected=[needed[part], columns],
                 )
         pairs = {part: partial(self._part, module, sizes, of, part) for part in of}
-        family = self._family
+        family, width = self._family, module.shape[1]
         if family.qkv is None:
             return [
-                (f"{block}.self_attn.{_QKV[part]}", self._rank, load)
+                (f"{block}.self_attn.{_QKV[part]}", self._rank, (sizes[part], width), load)
                 for part, load in pairs.items()
             ]
         order = torch.arange(sum(sizes))
@@ -221,7 +231,7 @@ class _Names:
             if heads % groups:
                 raise RunError(
                     "n_head is no multiple of n_query_groups",
-                    file=self._file.parent / MODEL,
+                    file=said,
                     found=f"{heads}, {groups}",
                 )
             q, k, v = torch.split(order, sizes)
@@ -232,7 +242,7 @@ class _Names:
         def load() -> RankOneSum:
             return for_rows(sum(sizes), [(rows[part], pair()) for part, pair in pairs.items()])
 
-        return [(f"{block}.{family.qkv}", self._rank * len(of), load)]
+        return [(f"{block}.{family.qkv}", self._rank * len(of), (sum(sizes), width), load)]
 
     def _part(
         self, module: AdaptedModule, sizes: list[int], of: list[int], part: int
@@ -242,16 +252,6 @@ class _Names:
         a = module.load("A")[place * self._rank : (place + 1) * self._rank]
         b = module.load("B")[first : first + sizes[part]]
         return RankOneSum(a, torch.full((self._rank,), self._scale), b)
-
-    def _number(self, key: str) -> int:
-        value = self._model.get(key)
-        if type(value) is not int or not 0 < value < 1 << 24:
-            raise RunError(
-                "not a number of a model",
-                file=self._file.parent / MODEL,
-                found=f"{key}: {value}",
-            )
-        return value
 
 
 def _family(model: Mapping[str, object]) -> _Family:

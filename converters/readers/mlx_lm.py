@@ -65,18 +65,21 @@ class MlxLmReader:
         scale = _scale(config, path, options.lora_alpha) if modules else 0.0
         updates: dict[str, Callable[[], Update]] = {}
         start_rank: dict[str, int] = {}
+        shapes: dict[str, tuple[int, int]] = {}
         embeddings: set[str] = set()
         for name, module in modules.items():
             embedding = name.endswith(_EMBEDDINGS)
-            found = _updates(module, scale, embedding, kind == "dora")
+            rank = _rank(module)
+            shape, found = _updates(module, scale, embedding, kind == "dora")
             updates |= found
+            shapes |= dict.fromkeys(found, shape)
             embeddings |= set(found) if embedding else set()
-            start_rank |= dict.fromkeys(found, _rank(module))
+            start_rank |= dict.fromkeys(found, rank)
         base = config.get("model")
         return Run(
             path=folder.path,
             method=self.name,
-            updates=LazyUpdates(updates),
+            updates=LazyUpdates(updates, shapes),
             replaced=whole,
             base=str(base) if base else None,
             task="causal-lm",
@@ -135,9 +138,8 @@ def _rank(module: AdaptedModule) -> int:
 
 def _updates(
     module: AdaptedModule, scale: float, embedding: bool, dora: bool
-) -> dict[str, Callable[[], Update]]:
-    """What one module of mlx-lm updates: itself, or every expert of a stack."""
-    _rank(module)
+) -> tuple[tuple[int, int], dict[str, Callable[[], Update]]]:
+    """What one module of mlx-lm updates: itself, or every expert of a stack; and its shape."""
     a, b = module.parts["lora_a"], module.parts["lora_b"]
     stack = _EXPERTS.fullmatch(module.name)
     if stack is None or len(a.shape) == 2:
@@ -146,11 +148,15 @@ def _updates(
             module.need("m", a.shape[0] if embedding else b.shape[1], "lora_a, lora_b and m")
         elif magnitude is not None:
             raise module.error("a magnitude, and fine_tune_type is not dora", "m")
-        return {module.name: partial(_update, a, b, scale, embedding, magnitude)}
+        shape = (a.shape[0], b.shape[1]) if embedding else (b.shape[1], a.shape[0])
+        return shape, {module.name: partial(_update, a, b, scale, embedding, magnitude)}
+    if dora or "m" in module.parts:
+        raise module.error("DoRA of experts is not read", "m")
     numbered = stack[1].endswith("block_sparse_moe")
     layer = _NUMBERED[stack[2]] if numbered else stack[2]
-    return {
-        f"{stack[1]}.experts.{e}.{layer}": partial(_expert, a, b, scale, e)
+    whole = LazyUpdates({"": partial(_stack, a, b, scale)})  # read once for all its experts
+    return (b.shape[1], a.shape[2]), {
+        f"{stack[1]}.experts.{e}.{layer}": partial(_expert, whole, e, a.shape[1])
         for e in range(a.shape[0])
     }
 
@@ -163,8 +169,15 @@ def _update(
     return delta if magnitude is None else MagnitudeUpdate(load_finite(magnitude), delta)
 
 
-def _expert(a: LazyTensor, b: LazyTensor, scale: float, expert: int) -> Update:
-    return _sum(load_finite(a)[expert], load_finite(b)[expert], scale)
+def _stack(a: LazyTensor, b: LazyTensor, scale: float) -> RankOneSum:
+    """The pairs of all experts, one behind the other."""
+    return _sum(load_finite(a).flatten(0, 1), load_finite(b).transpose(0, 1).flatten(1), scale)
+
+
+def _expert(whole: LazyUpdates, expert: int, rank: int) -> RankOneSum:
+    every, own = whole[""].components(), slice(expert * rank, (expert + 1) * rank)
+    assert every is not None
+    return RankOneSum(every.a[own].clone(), every.c[own].clone(), every.b[:, own].clone())
 
 
 def _sum(a: torch.Tensor, b: torch.Tensor, scale: float) -> RankOneSum:

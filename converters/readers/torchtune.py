@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Mapping
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -25,7 +24,7 @@ from ..run import LazyUpdates, Run
 from ..updates.magnitude import MagnitudeUpdate
 from ..updates.rank_one import RankOneSum
 from ..updates.update import Update
-from .fused import for_rows
+from .fused import MOST, count, for_rows
 from .module import AdaptedModule, grouped
 from .peft_common import need_base
 from .run_folder import CONFIG_FILE, RunFolder
@@ -45,7 +44,6 @@ _LAYERS = {
 }
 _HEADS = {"self_attn.q_proj": "num_attention_heads", "self_attn.k_proj": "num_key_value_heads"}
 _REORDERED, _AS_THEY_ARE = ("llama", "mistral", "gemma", "gemma2"), ("qwen2", "qwen3", "phi3")
-_MOST = 1 << 24  # rows of one weight
 # Phi-3 stores these as one, in this order.
 _FUSED = {
     "self_attn.qkv_proj": ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
@@ -92,14 +90,17 @@ class TorchtuneReader:
             name: partial(family.update, name, module, alpha / max(1, ranks[name]))
             for name, module in named.items()
         }
-        updates, start = family.fused(named, loaders, ranks)
+        updates, start, shapes = family.fused(named, loaders, ranks)
         base = said.get("base_model_name_or_path")
         files = (file, *(folder.path / n for n in (CONFIG_FILE, "config.json") if folder.has(n)))
-        run = Run(folder.path, self.name, LazyUpdates(updates), start_rank=start, files=files)
-        return replace(
-            run,
+        return Run(
+            path=folder.path,
+            method=self.name,
+            updates=LazyUpdates(updates, shapes),
             base=str(base) if base else None,
             task="causal-lm",
+            start_rank=start,
+            files=files,
             options={"lora_alpha": alpha},
         )
 
@@ -154,15 +155,16 @@ class _Family:
         modules: Mapping[str, AdaptedModule],
         loaders: Mapping[str, Callable[[], Update]],
         ranks: Mapping[str, int],
-    ) -> tuple[dict[str, Callable[[], Update]], dict[str, int]]:
-        """The updates and ranks of the weights as the family stores them."""
+    ) -> tuple[dict[str, Callable[[], Update]], dict[str, int], dict[str, tuple[int, int]]]:
+        """The updates, ranks and shapes of the weights as the family stores them."""
+        shapes = {name: module.shape for name, module in modules.items()}
         for name, module in modules.items():
             if "magnitude" in module.parts:
                 module.check_size("magnitude", module.shape[0])
                 if self._kind == "phi3" and any(name.endswith(p) for p in _FUSED.values()):
                     raise module.error("DoRA on a part of a fused weight is not read", "magnitude")
         if self._kind != "phi3":
-            return dict(loaders), dict(ranks)
+            return dict(loaders), dict(ranks), shapes
         whole = {part: weight for weight, parts in _FUSED.items() for part in parts}
         updates: dict[str, Callable[[], Update]] = {}
         start: dict[str, int] = {}
@@ -174,7 +176,7 @@ class _Family:
             block, weight = name.removesuffix(layer), whole[layer]
             held = [block + part for part in _FUSED[weight] if block + part in loaders]
             sizes = [self._size(part) for part in _FUSED[weight]]
-            if sum(sizes) > _MOST:
+            if sum(sizes) > MOST:
                 raise RunError("not the rows of a model", file=self._file, found=f"{sizes}")
             ends = torch.tensor(sizes).cumsum(0).tolist()
             rows = {
@@ -182,38 +184,44 @@ class _Family:
                 for part, size, end in zip(_FUSED[weight], sizes, ends, strict=True)
             }
             for part in held:
-                if modules[part].shape[0] != len(rows[part]):
+                expected = (len(rows[part]), shapes[held[0]][1])
+                if shapes[part] != expected:
                     raise modules[part].error(
-                        "lora_b has other rows than the base's configuration says",
+                        "it has other rows than the base's configuration says, or is of another "
+                        "width than the other parts of the weight",
                         "lora_b.weight",
-                        found=modules[part].shape[0],
-                        expected=len(rows[part]),
+                        found=list(shapes[part]),
+                        expected=list(expected),
                     )
+            shapes[block + weight] = ends[-1], shapes[held[0]][1]
             updates[block + weight] = partial(
                 _stacked, ends[-1], {part: (rows[part], loaders[part]) for part in held}
             )
             start[block + weight] = sum(ranks[part] for part in held)
-        return updates, start
+        return updates, start, {name: shapes[name] for name in updates}
 
     def _size(self, part: str) -> int:
         """The rows of one part of a fused weight."""
         if part.startswith("mlp."):
-            return self._number("intermediate_size")
-        return self._number(_HEADS.get(part, "num_key_value_heads")) * self._head_size
+            return self._count("intermediate_size")
+        return self._count(_HEADS.get(part, "num_key_value_heads")) * self._head_size
 
-    def _order(self, name: str, rows: int) -> torch.Tensor:
+    def _count(self, key: str) -> int:
+        return count(self._config, key, self._file)
+
+    def _order(self, name: str, rows: int) -> torch.Tensor | slice:
         """For each row in transformers the row in torchtune."""
         key = _HEADS.get(".".join(name.split(".")[-2:]))
         if key is None or self._kind not in _REORDERED:
-            return torch.arange(rows)
-        heads, size = self._number(key), self._head_size
-        if rows != heads * size:
+            return slice(None)
+        heads, size = self._count(key), self._head_size
+        if rows != heads * size or size % 2:
             raise RunError(
                 "lora_b has other rows than the base's configuration says",
                 file=self._file,
                 tensor=name,
                 found=rows,
-                expected=heads * size,
+                expected=f"{heads} heads of an even number: {size}",
                 remedy="is this the base the run was trained on? pass it with `base`",
             )
         return torch.arange(rows).view(heads, size // 2, 2).transpose(1, 2).reshape(-1)
@@ -221,18 +229,16 @@ class _Family:
     @property
     def _head_size(self) -> int:
         if self._config.get("head_dim") is not None:
-            return self._number("head_dim")
-        return self._number("hidden_size") // self._number("num_attention_heads")
-
-    def _number(self, key: str) -> int:
-        value = self._config.get(key)
-        if type(value) is not int or not 0 < value < 1 << 24:
-            raise RunError("not a number of a model", file=self._file, found=f"{key}: {value}")
-        return value
+            return self._count("head_dim")
+        return self._count("hidden_size") // self._count("num_attention_heads")
 
 
 def _stacked(
     out: int, parts: Mapping[str, tuple[torch.Tensor, Callable[[], Update]]]
 ) -> RankOneSum:
-    pairs = [(rows, load().components()) for rows, load in parts.values()]
-    return for_rows(out, [(rows, pair) for rows, pair in pairs if pair is not None])
+    pairs = []
+    for rows, load in parts.values():
+        pair = load().components()
+        assert pair is not None  # DoRA on a part was refused
+        pairs.append((rows, pair))
+    return for_rows(out, pairs)
