@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import functools
 import io
 import re
@@ -362,16 +363,29 @@ def check_port(host: str, port: int) -> None:
 
     try:
         where = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
-        for family, kind, protocol, _, address in where:
-            with socket.socket(family, kind, protocol) as probe:
-                probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-                probe.bind(address)
+        missing = [_no_address(family, kind, number, at) for family, kind, number, _, at in where]
+        if None not in missing:
+            raise OSError(f"this machine has no such address: {missing[0]}")
     except OSError as error:
         raise OutputError(
             f"nothing can listen on port {port} of {host}",
             found=error.strerror or error,
             remedy="stop what uses it, or name another with `port`",
         ) from None
+
+
+def _no_address(family: int, kind: int, protocol: int, address: Any) -> OSError | None:
+    """Why the machine has no such address, as with IPv6 off; None where something can listen there.
+    Raises `OSError` where it has, and nothing can."""
+    try:
+        with socket.socket(family, kind, protocol) as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            probe.bind(address)
+    except OSError as error:
+        if error.errno in (errno.EADDRNOTAVAIL, errno.EAFNOSUPPORT):
+            return error
+        raise
+    return None
 
 
 def size(count: float) -> str:

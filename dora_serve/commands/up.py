@@ -60,8 +60,8 @@ _WHERE = {"--host", "--port", "--uds"}  # vLLM listens
 @click.option(
     "--prefix-cache",
     type=common.Size(),
-    help="ONNX Runtime: memory of each base for keys and values of earlier texts, which are not "
-    "computed again where a prompt begins with them, as 4GB; 0 keeps none  "
+    help="ONNX Runtime: memory, shared by the bases, for keys and values of earlier texts, which "
+    "are not computed again where a prompt begins with them, as 4GB; 0 keeps none  "
     "[default: a sixteenth of the memory]",
 )
 @click.option(

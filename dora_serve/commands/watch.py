@@ -51,6 +51,7 @@ def command(
     """
     # Of what a conversion imports this takes the longest: on a busy machine ten seconds, in which
     # no change would be followed.
+    import torch
     import transformers.modeling_utils  # noqa: F401
 
     from converters.errors import MissingError
@@ -58,6 +59,9 @@ def command(
     from dora_serve.vllm.desired import SETTLE, Following, links
     from dora_serve.vllm.watch import Server, reconcile
 
+    # The cores are the servers': two threads that wait for each other beside theirs at every small
+    # step take a minute for a tiny adapter.
+    torch.set_num_threads(1)
     given = None if base is None else open_base(base)
     following = Following(folder, given=given, keep=keep)
     wanted = following.at_rest() if once else following.look()

@@ -170,18 +170,20 @@ class ContinuousDecoder(Engine):
 
     def _recall(self, request: Request) -> None:
         """Begin a prompt with what was kept of one that began like it."""
-        beyond = self.graph.border is not None and request.length > self.graph.border
-        request.kind = self.graph.adapter_set.digest(request.adapter) + bytes([beyond])
-        if not request.told and self._reserve(request.length):
-            slot = self._admitted.index(request)
-            request.filled = self.prefixes.load(request.kind, request.whole, slot)
+        if self.prefixes.kept:
+            beyond = self.graph.border is not None and request.length > self.graph.border
+            request.kind = self.graph.adapter_set.digest(request.adapter) + bytes([beyond])
+            if not request.told and self._reserve(request.length):
+                slot = self._admitted.index(request)
+                request.filled = self.prefixes.load(request.kind, request.whole, slot)
         if request.cached is None:
             request.cached = request.filled
 
     def _keep(self, slot: int) -> None:
         """Keep what a row, or the prompt behind them, has computed."""
         request = self._admitted[slot]
-        self.prefixes.keep(request.kind, request.whole[: request.filled], slot)
+        if self.prefixes.kept:
+            self.prefixes.keep(request.kind, request.whole[: request.filled], slot)
 
     def _fill(self) -> None:
         """Run the next piece of a prompt, or whole ones; with the last it becomes a row."""

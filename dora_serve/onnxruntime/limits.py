@@ -29,7 +29,7 @@ def memory() -> int:
 class Limits:
     """`max_rows` at once, `max_waiting` behind them, bytes of keys and values, bytes of adapters,
     and `piece`: tokens of a prompt between two steps. `prefix_bytes` of keys and values that are
-    kept for later requests, by default a sixteenth of the memory."""
+    kept for later requests of one engine, by default a sixteenth of the memory."""
 
     max_rows: int = 32
     max_waiting: int = 256

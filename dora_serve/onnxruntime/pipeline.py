@@ -5,6 +5,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -61,8 +62,10 @@ class Pipeline:
         self._steps: list[Step] = [POOLING["mean"]]
         if not (folder / _MODULES).is_file():
             return
-        raw = (folder / _MODULES).read_bytes()[: _LARGEST + 1]
-        listed = parse_json(raw) if len(raw) <= _LARGEST else None
+        listed = None
+        if (folder / _MODULES).stat().st_size <= _LARGEST:
+            with suppress(ValueError, RecursionError):
+                listed = parse_json((folder / _MODULES).read_bytes())
         if not isinstance(listed, list) or not all(isinstance(each, dict) for each in listed):
             raise self._error(_MODULES, "no list of modules")
         self._steps = []
@@ -110,6 +113,8 @@ class Pipeline:
         if activation is None or not (folder / "model.safetensors").is_file():
             raise self._error(f"{folder.name} (Dense)", said)
         tensors = load_file(folder / "model.safetensors")
+        if "linear.weight" not in tensors:
+            raise self._error(f"{folder.name} (Dense)", ", ".join(tensors))
         weight = tensors["linear.weight"].astype(np.float32)
         bias = tensors.get("linear.bias", np.zeros(len(weight))).astype(np.float32)
         return lambda vector: activation(weight @ vector + bias)

@@ -38,11 +38,14 @@ class Prefixes:
         self._places: OrderedDict[bytes, int] = OrderedDict()  # least recently used first
         self.queries = self.hits = 0
 
+    @property
+    def kept(self) -> bool:
+        """Whether there is room for any."""
+        return self._room > 0
+
     def load(self, kind: bytes, tokens: Sequence[int], slot: int) -> int:
         """Put what is kept of the first of `tokens`, but never the last of them, into `slot`, which
         has room for all; how many tokens these are."""
-        if not self._room:
-            return 0
         known: list[bytes] = []
         for digest in _digests(kind, tokens[:-1]):
             if digest not in self._places:

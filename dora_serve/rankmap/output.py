@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 from collections.abc import Iterable
+from itertools import chain
 from pathlib import Path
 from uuid import uuid4
 
@@ -32,8 +33,9 @@ def check_apart(path: Path, inputs: Iterable[Path]) -> None:
     """Raise `OutputError` when `path` is one of the files `inputs`, or lies in a folder of them, as
     a file that is there or a new one."""
     for source in inputs:
-        files = (source, *source.rglob("*"))
-        same = there(path) and any(there(file) and path.samefile(file) for file in files)
+        same = there(path) and any(
+            there(file) and path.samefile(file) for file in chain([source], source.rglob("*"))
+        )
         if same or source.resolve() in path.resolve().parents:
             raise OutputError(
                 "the output would replace an input, or lie inside one",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from converters.errors import apart
@@ -44,6 +44,9 @@ class Registry:
         self.problems: dict[str, str] = {}
         self._engines: dict[str, Engine] = {}
         self._defaults: dict[str, Defaults] = {}
+        decoders = sum(graph.task == DECODES for graph in offer.graphs)
+        share = options.limits.prefix_bytes // max(1, decoders)
+        options = replace(options, limits=replace(options.limits, prefix_bytes=share))
         for graph in offer.graphs:
             with apart(self.problems, *(m.name for m in offer.models if m.folder == graph.folder)):
                 self._defaults[graph.folder] = _defaults(graph, options)

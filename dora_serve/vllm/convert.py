@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
@@ -38,22 +37,7 @@ def vllm_adapter(member: Member) -> Path:
     make: Callable[[Path], object] = partial(_copy, member.path)
     if not _is_for_vllm(member.path):
         make = partial(write_adapter, member.run, base=member.base, target=TARGET)
-    with _one_thread():
-        return cached(_key(member), make).absolute()
-
-
-@contextmanager
-def _one_thread() -> Iterator[None]:
-    """Compute in this thread alone. The cores are the server's, and what waits for a second thread
-    at every step of small matrices takes a minute beside it instead of a second."""
-    import torch
-
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(threads)
+    return cached(_key(member), make).absolute()
 
 
 def vllm_adapter_path(member: Member) -> Path:

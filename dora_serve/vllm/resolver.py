@@ -13,6 +13,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
 
+import torch
 from vllm.exceptions import VLLMValidationError
 from vllm.logger import init_logger
 from vllm.lora.request import LoRARequest
@@ -45,8 +46,11 @@ class RunResolver(LoRAResolver):  # type: ignore[misc]
         self._failed: dict[str, str] = {}  # name → the folder that the engine did not load
         self._busy: dict[str, asyncio.Task[None]] = {}
         self._loop: asyncio.Task[None] | None = None
-        # Of their own: the few threads of the loop are for what is over at once.
-        self._conversions = ThreadPoolExecutor(2, "dora-serve conversion")
+        # Of their own, since the few threads of the loop are for what is over at once; and each
+        # without threads of torch, which would wait for each other and for vLLM's at every step.
+        self._conversions = ThreadPoolExecutor(
+            2, "dora-serve conversion", torch.set_num_threads, (1,)
+        )
 
     async def started(self, failed: Mapping[str, str]) -> None:
         """Follow what the server was started with and what lies in our cache. `failed`: name → path

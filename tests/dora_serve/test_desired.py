@@ -12,13 +12,16 @@ from urllib.error import HTTPError
 
 import pytest
 import torch
+from click.testing import CliRunner
 from safetensors.torch import load_file, save_file
 
 from converters.errors import MissingError, RunError, TargetError
 from converters.model.base import open_base
 from dora_serve import write_adapter
+from dora_serve.commands import dora_serve as main
 from dora_serve.folder.inventory import Member
 from dora_serve.vllm import desired as module
+from dora_serve.vllm.convert import vllm_adapter
 from dora_serve.vllm.desired import SETTLE, Following, desired, links
 from dora_serve.vllm.watch import Server, reconcile, refusal_at
 
@@ -273,23 +276,19 @@ def test_what_a_server_does_not_take_is_told_once(root: Path) -> None:
     assert reconciled(server, root, following) == {}
 
 
-def test_a_conversion_leaves_the_cores_to_the_server(
-    root: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    from dora_serve.vllm import convert
-
+def test_watch_leaves_the_cores_to_the_servers(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     seen = []
 
-    def noted(*given: Any, **asked: Any) -> object:
+    def noted(member: Member) -> Path:
         seen.append(torch.get_num_threads())
-        return write_adapter(*given, **asked)
+        return vllm_adapter(member)
 
-    monkeypatch.setattr(convert, "write_adapter", noted)
+    monkeypatch.setattr(module, "vllm_adapter", noted)
     before = torch.get_num_threads()
     torch.set_num_threads(2)
     try:
-        assert "run" in desired(root).adapters
-        assert torch.get_num_threads() == 2
+        words = ["watch", str(root), "--server", "http://127.0.0.1:9", "--once"]
+        assert CliRunner().invoke(main, words).exit_code == 1  # no server is there
     finally:
         torch.set_num_threads(before)
-    assert seen == [1]
+    assert seen and set(seen) == {1}

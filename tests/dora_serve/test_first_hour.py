@@ -119,6 +119,18 @@ def test_the_port_is_tried_before_any_work(engine: str, tmp_path: Path) -> None:
     assert free.exit_code == 1 and "can listen" not in free.stderr
 
 
+@pytest.mark.parametrize(("addresses", "free"), [(["::2", "127.0.0.1"], True), (["::2"], False)])
+def test_an_address_that_the_machine_has_not(
+    addresses: list[str], free: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As `localhost` has two, of which one is nowhere where IPv6 is off."""
+    kinds = [(socket.AF_INET6 if ":" in each else socket.AF_INET, each) for each in addresses]
+    found = [(kind, socket.SOCK_STREAM, 6, "", (each, 0)) for kind, each in kinds]
+    monkeypatch.setattr(socket, "getaddrinfo", lambda *_args, **_more: found)
+    done = CliRunner().invoke(dora_serve, ["up", str(tmp_path / "nowhere")])
+    assert done.exit_code == 1 and ("can listen" not in done.stderr) == free
+
+
 def test_a_folder_that_is_no_run_is_told_what_it_is(tmp_path: Path) -> None:
     merge(RUN, tmp_path / "merged", base=BASE)
     (tmp_path / "empty").mkdir()

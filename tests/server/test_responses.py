@@ -146,6 +146,8 @@ def test_calls_of_functions(client: openai.OpenAI, choice: Any) -> None:
         ({"prompt": {"id": "p"}}, "prompt"),
         ({"tools": [{"type": "web_search"}]}, "tools.0.type"),
         ({"input": [{"type": "item_reference", "id": "x"}]}, "type"),
+        ({"input": [{"type": [1]}]}, "type"),
+        ({"input": [{"type": {"a": 1}}]}, "type"),
         ({"input": [{"role": "user", "content": [{"type": "input_image"}]}]}, "type"),
         ({"tool_choice": {"type": "function", "name": "none"}, "tools": [TOOL]}, "tool_choice"),
         ({"tools": [TOOL, OTHER], "tool_choice": {"type": "mcp"}}, "tool_choice"),

@@ -44,13 +44,13 @@ async def pooling(body: PoolingRequest, request: Request) -> Response:
     if body.dimensions is not None and task != "embed":
         raise ApiError("only an embedding has some of its dimensions", param="dimensions")
     finish = engine.encoder.vector if task == "embed" else _FINISH[task]
-    width = engine.encoder.hidden_size
 
     def check(lengths: Sequence[int]) -> None:
-        if task.startswith("token") and sum(lengths) * width > _NUMBERS:
-            raise ApiError(f"{sum(lengths)} tokens are too many for one answer", param="input")
+        if task == "token_embed":
+            _check(sum(lengths), sum(lengths) * engine.encoder.hidden_size)
 
     head, outputs, used = await run(request, served, engine, body, "pool", finish, check=check)
+    _check(used.prompt_tokens, sum(each.size for each in outputs))
 
     def answer() -> Response:
         told = [_told(engine.encoder, values, task, body) for values in outputs]
@@ -59,6 +59,11 @@ async def pooling(body: PoolingRequest, request: Request) -> Response:
         return Response(whole.model_dump_json(), media_type="application/json")
 
     return await asyncio.to_thread(answer)
+
+
+def _check(tokens: int, numbers: int) -> None:
+    if numbers > _NUMBERS:
+        raise ApiError(f"{tokens} tokens are too many for one answer", param="input")
 
 
 def _told(encoder: Encoder, values: Any, task: str, body: PoolingRequest) -> Any:

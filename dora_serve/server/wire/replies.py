@@ -106,7 +106,8 @@ def usage(prompt: int, completion: int, cached: int) -> Json:
 
 def reply(body: ResponsesRequest, model: str, draw: Sampling) -> Json:
     """A `Reply` to `body` before anything is written."""
-    told = body.model_dump(exclude_none=True, by_alias=True)
+    shown = {"tool_choice", "tools", "reasoning", "text"}
+    told = body.model_dump(include=shown, exclude_none=True, by_alias=True)
     return {
         "id": body.request_id or f"resp_{uuid.uuid4().hex}",
         "object": "response",

@@ -82,9 +82,9 @@ _KINDS = {"message", "function_call", "function_call_output", "reasoning"}
 
 def _kind(item: Any) -> str:
     kind = item.get("type") or "message" if isinstance(item, dict) else "message"
-    if kind not in _KINDS:
+    if not isinstance(kind, str) or kind not in _KINDS:
         raise refusal("type", f"{str(kind)[:50]!r} is not served: texts and calls of functions are")
-    return str(kind)
+    return kind
 
 
 Item = Annotated[

@@ -14,6 +14,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 
 pytestmark = pytest.mark.skipif(find_spec("vllm") is None, reason="needs vLLM")
 
@@ -107,9 +108,18 @@ def test_runs_that_are_being_written_hold_up_no_other(
     tmp_path: Path, llama_base: Path, llama_lora: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """More of them than the event loop has threads."""
+    from dora_serve.vllm import desired as following
     from dora_serve.vllm import resolver as module
+    from dora_serve.vllm.convert import vllm_adapter
     from dora_serve.vllm.table import Table
 
+    threads = []
+
+    def noted(member: Any) -> Path:
+        threads.append(torch.get_num_threads())
+        return vllm_adapter(member)
+
+    monkeypatch.setattr(following, "vllm_adapter", noted)
     monkeypatch.setattr(module, "PATIENCE", math.inf)
     monkeypatch.setenv("DORA_SERVE_CACHE", str(tmp_path / "cache"))
     root = tmp_path / "root"
@@ -143,6 +153,7 @@ def test_runs_that_are_being_written_hold_up_no_other(
         assert await resolver.resolve_lora("", "no run") is None
         done.set()
         assert all(await asyncio.gather(*waiting))
+        assert threads and set(threads) == {1}  # the cores are vLLM's
 
     writer = threading.Thread(target=write)
     writer.start()
