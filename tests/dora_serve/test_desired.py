@@ -22,8 +22,9 @@ from dora_serve.commands import dora_serve as main
 from dora_serve.folder.inventory import Member
 from dora_serve.vllm import desired as module
 from dora_serve.vllm.convert import vllm_adapter
-from dora_serve.vllm.desired import SETTLE, Following, desired, links
+from dora_serve.vllm.desired import SETTLE, Following, links
 from dora_serve.vllm.watch import Server, reconcile, refusal_at
+from tests.dora_serve.following import desired
 
 WEIGHTS = "adapter_model.safetensors"
 
