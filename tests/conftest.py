@@ -8,19 +8,20 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch: tiny matrices, and tests side by side
 
 import pytest
-import torch
 from filelock import FileLock
-from peft import LoraConfig, get_peft_model
-from transformers import LlamaConfig, LlamaForCausalLM, RobertaConfig, RobertaForMaskedLM
 
-from tests.processes import fork_below
-from tests.reference_layout import state_dict, write_run
+from tests.processes import SHARED, begin, fork_below
 
+if TYPE_CHECKING:  # not for the process that only hands out the tests
+    import torch
+    from transformers import LlamaForCausalLM
+
+_FORKS = find_spec("onnxruntime_genai") is not None  # not beside vLLM
 DATA = Path(__file__).parent / "data"
 MODELS = Path(__file__).parent.parent / "models"
 
@@ -59,6 +60,13 @@ def group(test: str) -> str:
     return next((name for start, name in GROUPS.items() if path.startswith(start)), path)
 
 
+def pytest_configure(config: pytest.Config) -> None:
+    """What commands are forked from is one process for all workers, which import beside it."""
+    alone = not getattr(config.option, "numprocesses", None)
+    if not (alone or hasattr(config, "workerinput") or config.option.collectonly) and _FORKS:
+        os.environ[SHARED] = str(begin())
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     rank = {name: place for place, name in enumerate(LONGEST)}
     items.sort(key=lambda item: rank.get(group(item.nodeid), len(rank)))
@@ -78,6 +86,8 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
 
 def randomize(model: Any, words: tuple[str, ...] = ("lora_",)) -> None:
     """Give the fresh adapter weights values, so that the update is visible."""
+    import torch
+
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
@@ -104,6 +114,9 @@ class Dense:
 
 
 def tiny_llama(**changes: Any) -> LlamaForCausalLM:
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM
+
     torch.manual_seed(0)
     values: dict[str, Any] = {
         "hidden_size": 32,
@@ -142,7 +155,7 @@ def _own_cache(tmp_path_factory: pytest.TempPathFactory) -> None:
 @pytest.fixture(scope="session", autouse=True)
 def _forked_below() -> None:
     """Nobody waits for an import of torch but where the process is what is tested."""
-    if find_spec("onnxruntime_genai"):  # not beside vLLM
+    if _FORKS:
         fork_below()
 
 
@@ -153,6 +166,9 @@ def llama_base(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def roberta_base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    import torch
+    from transformers import RobertaConfig, RobertaForMaskedLM
+
     torch.manual_seed(0)
     config = RobertaConfig(
         hidden_size=32,
@@ -168,6 +184,9 @@ def roberta_base(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def llama_lora(llama_base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A PEFT adapter with rank and alpha patterns on linear layers."""
+    from peft import LoraConfig, get_peft_model
+    from transformers import LlamaForCausalLM
+
     config = LoraConfig(
         r=4,
         lora_alpha=6,
@@ -181,9 +200,43 @@ def llama_lora(llama_base: Path, tmp_path_factory: pytest.TempPathFactory) -> Pa
     return made_once(tmp_path_factory, "lora", model.save_pretrained)
 
 
+# The sample decoder's runs: what they learnt → the folder.
+LLAMA_RUNS = {
+    name: MODELS / f"runs/Checkpoint/Tiny_Llama/Lora_Rank=8/{task}/Tiny_Llama--{task}--1"
+    for name, task in (("down", "Count_Down"), ("second", "Every_Second"))
+}
+
+
+@pytest.fixture(scope="session")
+def merged_onnx(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The first of them merged, as ONNX."""
+    from dora_serve import read_run, write_onnx
+
+    def make(folder: Path) -> None:
+        write_onnx(MODELS / "tiny-llama-base", folder, run=read_run(LLAMA_RUNS["down"]))
+
+    return made_once(tmp_path_factory, "merged-onnx", make)
+
+
+@pytest.fixture(scope="session")
+def adapters_onnx(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The sample decoder as ONNX, with both runs as adapters."""
+    from dora_serve import read_run, write_onnx
+
+    def make(folder: Path) -> None:
+        runs = {name: read_run(path) for name, path in LLAMA_RUNS.items()}
+        write_onnx(MODELS / "tiny-llama-base", folder, adapters=runs)
+
+    return made_once(tmp_path_factory, "adapters-onnx", make)
+
+
 @pytest.fixture
 def dora_run(llama_base: Path, tmp_path: Path) -> Path:
     """A run in the reference layout on `llama_base`, free to be damaged."""
+    from transformers import LlamaForCausalLM
+
+    from tests.reference_layout import state_dict, write_run
+
     model = LlamaForCausalLM.from_pretrained(llama_base)
     state = state_dict(model, ("q_proj", "k_proj", "v_proj", "down_proj"))
     return write_run(tmp_path / "runs", state)

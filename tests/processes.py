@@ -1,11 +1,12 @@
 """The commands as processes that have their imports behind them.
 
 What a command costs is mostly the import of torch and transformers. `commands()` is a folder for
-the PATH: its `dora-export`, `dora-serve` and `python` ask one process, which has imported them, to
-fork. Each is a process of its own with the asker's folder, environment and streams, and ends with
-the command's exit code; who ends the asker ends the command. What a command starts below it only to
-import torch again is forked as well. Tests of what a command imports, of signals, or of the
-processes below a command start the installed ones instead.
+the PATH, the same for all workers of pytest-xdist: its `dora-export`, `dora-serve` and `python` ask
+one process, which has imported them, to fork. Each is a process of its own with the asker's folder,
+environment and streams, and ends with the command's exit code; who ends the asker ends the command.
+What a command starts below it only to import torch again, a batch's workers too, is forked as well.
+Tests of what a command imports, of signals, or of the processes below a command start the installed
+ones instead.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from __future__ import annotations
 import atexit
 import contextlib
 import json
+import multiprocessing
 import os
 import runpy
 import select
@@ -22,6 +24,7 @@ import socket
 import subprocess
 import sys
 import tempfile
+import time
 import traceback
 from collections.abc import Callable
 from functools import cache
@@ -36,6 +39,9 @@ _PRELOADED = (
 # Our modules that start a process of Python, ONNX Runtime's builder or the server's `prepare`.
 _STARTING = ("converters.targets.onnx.decoder", "dora_serve.server.prepare.child")
 _NAMES = ("dora-export", "dora-serve", "python")
+_READY = "ready"
+_PATIENCE = 300.0  # seconds
+SHARED = "DORA_TESTS_COMMANDS"
 _ASK = """#!{python} -SE
 import json, os, socket, sys
 with socket.socket(socket.AF_UNIX) as asked:
@@ -48,23 +54,30 @@ os._exit(code[0] if code else 70)
 """
 
 
-@cache
-def commands() -> Path:
-    """The folder; its process is started by the first call, and ends with this one."""
+def begin() -> Path:
+    """Start that process, which ends with this one and is ready some seconds later."""
     folder = Path(tempfile.mkdtemp(prefix="commands-"))
     address = str(folder / "socket")
     for name in _NAMES:
         (folder / name).write_text(_ASK.format(python=sys.executable, address=address, name=name))
         (folder / name).chmod(0o755)
-    forker = subprocess.Popen(
+    subprocess.Popen(
         [sys.executable, "-c", "from tests.processes import serve; serve()", address],
         cwd=Path(__file__).parent.parent,
         stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
     )
-    assert forker.stdout is not None
-    assert forker.stdout.readline() == b"ready\n"
     atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    return folder
+
+
+@cache
+def commands() -> Path:
+    """The folder: that of all workers, whom `$SHARED` tells it, or one of our own."""
+    folder = Path(os.environ[SHARED]) if SHARED in os.environ else begin()
+    end = time.monotonic() + _PATIENCE
+    while not (folder / _READY).exists():
+        assert time.monotonic() < end
+        time.sleep(0.02)
     return folder
 
 
@@ -85,6 +98,16 @@ def fork_below(python: Callable[[], Path] = lambda: commands() / "python") -> No
         import_module(module).__dict__["sys"] = _Below(python)
 
 
+class _Forking:
+    """What a batch sees as `multiprocessing`: its workers are forked from it."""
+
+    parent_process = staticmethod(multiprocessing.parent_process)
+
+    @staticmethod
+    def get_context(_forkserver: str) -> object:
+        return multiprocessing.get_context("fork")
+
+
 def serve() -> None:
     """Fork for each who connects, until standard input ends."""
     address = sys.argv[1]
@@ -92,11 +115,12 @@ def serve() -> None:
     for module in _PRELOADED:
         import_module(module)
     fork_below(lambda: Path(address).with_name("python"))
+    import_module("dora_serve.batch.local").__dict__["multiprocessing"] = _Forking
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # none of those who answer is waited for
     with socket.socket(socket.AF_UNIX) as listener:
         listener.bind(address)
         listener.listen(64)
-        print("ready", flush=True)
+        Path(address).with_name(_READY).touch()
         while True:
             ready, _, _ = select.select([listener.fileno(), 0], [], [])
             if 0 in ready:

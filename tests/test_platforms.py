@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import hashlib
 import subprocess
-import sys
 from pathlib import Path
 
 from tests.conftest import MODELS
@@ -38,7 +37,8 @@ def _digests(folder: Path) -> dict[str, str]:
 def test_without_the_calls_of_linux(tmp_path: Path) -> None:
     """Merged, replaced by `--force`, and converted by two workers."""
     base = ("--base", MODELS / "tiny-llama-base")
-    here, there = [str(commands() / "dora-export")], [sys.executable, "-c", _ELSEWHERE]
+    here = [str(commands() / "dora-export")]
+    there = [str(commands() / "python"), "-c", _ELSEWHERE]
     for name, command in (("linux", here), ("elsewhere", there)):
         out = tmp_path / name
         out.mkdir()

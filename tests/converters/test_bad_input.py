@@ -7,7 +7,6 @@ import math
 import os
 import shutil
 import subprocess
-import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -17,6 +16,7 @@ from safetensors.torch import load_file, save_file
 
 from dora_serve import DoraExportError, ReadOptions, merge, read_run, write_adapter
 from tests.conftest import tiny_llama
+from tests.processes import commands
 from tests.reference_layout import ALPHA, START_RANK
 
 FILE = "model.safetensors"
@@ -311,9 +311,8 @@ dora_export(["merge", sys.argv[1], "out", "--base", sys.argv[2]])
 
 
 def test_a_failing_write_leaves_nothing(dora_run: Path, base: Path) -> None:
-    done = subprocess.run(
-        [sys.executable, "-c", LIMITED, str(dora_run), str(base)], capture_output=True, text=True
-    )
+    command = [str(commands() / "python"), "-c", LIMITED, str(dora_run), str(base)]
+    done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 1
     assert "error: reading or writing failed: File too large" in done.stderr
     assert "Traceback" not in done.stderr

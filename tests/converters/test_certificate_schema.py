@@ -11,7 +11,7 @@ import pytest
 from jsonschema import Draft202012Validator
 
 from converters.certificate import FILE
-from dora_serve import export, merge, read_run, write_adapter, write_onnx
+from dora_serve import export, merge, write_adapter
 from tests.conftest import MODELS
 
 SCHEMA = Path(__file__).parents[2] / "docs" / "reference" / "certificate.schema.json"
@@ -19,8 +19,6 @@ RUN = next(MODELS.glob("runs/*/*/*/Count_Down/*/checkpoint")).parent
 BASE = MODELS / "tiny-llama-base"
 ARTIFACTS: dict[str, Callable[[Path], object]] = {
     "merged": lambda out: merge(RUN, out, base=BASE, dtype="bf16"),
-    "onnx of a base": lambda out: write_onnx(BASE, out, adapters={"down": read_run(RUN)}),
-    "onnx of a run": lambda out: write_onnx(BASE, out, run=read_run(RUN)),
     "fitted": lambda out: write_adapter(RUN, out, base=BASE, max_rank=2),
     "fitted to a budget": lambda out: write_adapter(RUN, out, base=BASE, budget=9000),
     "without a base": lambda out: write_adapter(RUN, out),
@@ -41,10 +39,15 @@ def faults(certificate: object) -> list[str]:
     ]
 
 
-@pytest.mark.parametrize("kind", ARTIFACTS)
-def test_certificates_follow_the_schema(kind: str, tmp_path: Path) -> None:
-    ARTIFACTS[kind](tmp_path / "out")
-    certificate: dict[str, Any] = json.loads((tmp_path / "out" / FILE).read_text())
+@pytest.mark.parametrize("kind", [*ARTIFACTS, "merged_onnx", "adapters_onnx"])
+def test_certificates_follow_the_schema(
+    kind: str, tmp_path: Path, request: pytest.FixtureRequest
+) -> None:
+    if kind in ARTIFACTS:
+        ARTIFACTS[kind](out := tmp_path / "out")
+    else:
+        out = request.getfixturevalue(kind)
+    certificate: dict[str, Any] = json.loads((out / FILE).read_text())
     assert faults(certificate) == []
     for key in certificate:
         if key not in ("dtype", "replaced", "precision", "accuracy", "fit"):

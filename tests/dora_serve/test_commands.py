@@ -77,7 +77,8 @@ def test_a_package_that_is_not_installed_is_named_with_its_extra(
         "from dora_serve.commands import dora_export\n"
         f"dora_export({[verb, str(dora_run), *more]!r})"
     )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    python = commands() / "python"
+    done = subprocess.run([python, "-c", code], capture_output=True, text=True)
     assert done.returncode == 1
     # bitsandbytes, which PEFT imports where it is there, may say something first.
     assert f"error: this needs the package {package}" in done.stderr

@@ -16,6 +16,7 @@ from click.testing import CliRunner, Result
 from dora_serve import merge
 from dora_serve.commands import dora_export, dora_serve
 from tests.conftest import MODELS
+from tests.processes import commands
 
 RUN = next(MODELS.glob("runs/*/*/*/Count_Down/*/checkpoint")).parent
 BASE = MODELS / "tiny-llama-base"
@@ -28,7 +29,7 @@ def export(*words: object, **variables: str) -> Result:
 
 def test_colours_follow_the_variables(tmp_path: Path) -> None:
     code = "from dora_serve.commands import run_export; run_export()"
-    words = [sys.executable, "-c", code, "inspect", str(tmp_path)]
+    words = [str(commands() / "python"), "-c", code, "inspect", str(tmp_path)]
     for variables, coloured in (
         ({"FORCE_COLOR": "1"}, True),
         ({"FORCE_COLOR": "1", "NO_COLOR": "1"}, False),

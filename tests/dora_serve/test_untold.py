@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from tests.conftest import MODELS
+from tests.processes import commands
 
 RUN = MODELS / "runs/Checkpoint/Tiny_Llama/Lora_Rank=8/Count_Down/Tiny_Llama--Count_Down--1"
 FULL = Path("/dev/full")
@@ -29,15 +30,16 @@ SERVE = "from dora_serve.commands import dora_serve; dora_serve()"
     ],
 )
 def test_a_full_disk_is_one_line(words: tuple[str, ...]) -> None:
+    python = sys.executable if words[1].startswith("--") else commands() / "python"
     with FULL.open("w") as full:
         done = subprocess.run(
-            [sys.executable, "-c", *words], stdout=full, stderr=subprocess.PIPE, text=True
+            [python, "-c", *words], stdout=full, stderr=subprocess.PIPE, text=True
         )
     assert done.returncode == 1
     assert "Traceback" not in done.stderr
     assert done.stderr.splitlines()[-1] == "error: printing failed: No space left on device"
     with FULL.open("w") as full:
-        silent = subprocess.run([sys.executable, "-c", *words], stdout=full, stderr=full)
+        silent = subprocess.run([python, "-c", *words], stdout=full, stderr=full)
     assert silent.returncode == 1
 
 
