@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner
 
+from converters.readers import patterns
 from dora_serve import DoraExportError, merge, read_run, write_adapter
 from dora_serve.commands import dora_export
 
@@ -51,6 +52,13 @@ def work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def test_there_are_enough_and_each_is_another() -> None:
     assert len(CASES) >= 60
     assert len({(case.kind, case.name) for case in CASES}) == len(CASES)
+
+
+@pytest.fixture(autouse=True)
+def _short_patience(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """For patterns that never end, which every verb would wait for."""
+    if "bomb" in request.node.name:
+        monkeypatch.setattr(patterns, "SECONDS", 0.2)
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: f"{case.kind}: {case.name}")
