@@ -14,6 +14,7 @@ import tempfile
 import threading
 from collections import defaultdict
 from functools import cache
+from inspect import CO_OPTIMIZED
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -41,7 +42,7 @@ def walk(words: list[str]) -> tuple[set[str], dict[str, float], int]:
 
     def enter(frame: FrameType, event: str, _argument: Any) -> None:
         code = frame.f_code
-        if event != "call" or code.co_name == "<module>":
+        if event != "call" or not code.co_flags & CO_OPTIMIZED:  # the body of a module or class
             return
         own = _own(code.co_filename)
         if own is not None:
