@@ -19,46 +19,64 @@ import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from importlib import import_module
+from multiprocessing import get_context
 from pathlib import Path
+from pkgutil import iter_modules
 
-# What commands import late is imported once, here.
-import peft as peft
-from transformers import LlamaForCausalLM as LlamaForCausalLM
+import peft
+from transformers import LlamaConfig, LlamaForCausalLM
 
+from converters import model, readers
 from converters.certificate import FILE, sha256
+from converters.targets import lora_folder, merged
+from converters.targets.target import targets
 from dora_serve.api import merge as merge
+from dora_serve.commands import adapter as adapter
 from dora_serve.commands import dora_export
 from dora_serve.proof.check import check
+
+# What commands import late is imported once, here.
+for _room in (lora_folder, merged, model, readers):
+    for _module in iter_modules(_room.__path__, f"{_room.__name__}."):
+        import_module(_module.name)
+targets()
 
 MODELS = Path(__file__).parent.parent / "models"
 RUNS = MODELS / "runs/Checkpoint/Tiny_Llama/Lora_Rank=8"
 READS, WRITES, NAMES, FINDS = 1, 2, 4, 8  # as in fault_shim.c
 NOBODY = 65534
 
-_INPUTS = """
-import sys, torch
-from pathlib import Path
-from peft import LoraConfig, get_peft_model
-from transformers import LlamaConfig, LlamaForCausalLM
-folder = Path(sys.argv[1])
-torch.manual_seed(0)
-config = LlamaConfig(hidden_size=256, intermediate_size=704, num_hidden_layers=6, vocab_size=2000,
-                     num_attention_heads=8, num_key_value_heads=8, tie_word_embeddings=False)
-model = LlamaForCausalLM(config)
-model.save_pretrained(folder / "base", max_shard_size="8MB")
-for name in ("old", "new"):
-    tuned = get_peft_model(LlamaForCausalLM(config), LoraConfig(r=8, target_modules="all-linear"))
-    for parameter in tuned.parameters():
-        torch.nn.init.normal_(parameter, std=0.02)
-    tuned.save_pretrained(folder / name)
-"""
-
 
 def make_inputs(folder: Path) -> None:
     """A base and two adapters of it."""
-    folder.mkdir()
-    command = [sys.executable, "-c", _INPUTS, str(folder)]
-    subprocess.run(command, check=True, capture_output=True)
+    made = get_context("fork").Process(target=_make_inputs, args=(folder,))
+    made.start()
+    made.join()
+    assert made.exitcode == 0
+
+
+def _make_inputs(folder: Path) -> None:
+    import torch
+
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        hidden_size=256,
+        intermediate_size=704,
+        num_hidden_layers=6,
+        vocab_size=2000,
+        num_attention_heads=8,
+        num_key_value_heads=8,
+        tie_word_embeddings=False,
+    )
+    model = LlamaForCausalLM(config)
+    model.save_pretrained(folder / "base", max_shard_size="8MB")
+    lora = peft.LoraConfig(r=8, target_modules="all-linear")
+    for name in ("old", "new"):
+        tuned = peft.get_peft_model(LlamaForCausalLM(config), lora)
+        for parameter in tuned.parameters():
+            torch.nn.init.normal_(parameter, std=0.02)
+        tuned.save_pretrained(folder / name)
 
 
 @dataclass

@@ -62,17 +62,23 @@ def at_calls(
 ) -> None:
     """The error `code`, or SIGKILL for 0, at `times` system calls spread over all of a command; one
     is in its middle."""
-    count = rounds.world.folder / "count"
-    empty(rounds.world.place)
-    shutil.copytree(command.kept, rounds.world.place, dirs_exist_ok=True)
-    rounds.start(command, arm=Arm(kinds, 0, 0, below, count)).wait()
-    total = int(count.read_text())
+    total = calls(rounds, command, kinds, below)
     if not total:
         raise SystemExit(f"{fault}: {command.name} makes no such calls")
     places = [i / (times - 1) for i in range(times)] if times > 1 else [0.5]
     for nth in sorted({1 + int(place * (total - 1)) for place in places}):
         with rounds.round(fault, command, old=nth % 2 == 0) as processes:
             processes.append(rounds.start(command, arm=Arm(kinds, nth, code, below)))
+
+
+def calls(rounds: Rounds, command: Command, kinds: int, below: Path) -> int:
+    """How many calls of these kinds the command makes undisturbed."""
+    count = rounds.world.folder / f"count-{kinds}"
+    if not count.exists():
+        empty(rounds.world.place)
+        shutil.copytree(command.kept, rounds.world.place, dirs_exist_ok=True)
+        rounds.start(command, arm=Arm(kinds, 0, 0, below, count)).wait()
+    return int(count.read_text())
 
 
 def two_at_once(rounds: Rounds, command: Command, times: int) -> None:
