@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,7 @@ from dora_serve.onnxruntime.model import OnnxDecoder
 from dora_serve.onnxruntime.sampling import Sampling
 from dora_serve.proof.live import LiveModel
 from dora_serve.proof.verify import logits, verification_batch
-from tests.conftest import MODELS
+from tests.conftest import LLAMA_RUNS, MODELS, made_once
 from tests.engines.adapter_files import scale_adapter, write_overflowing
 from tests.engines.decoders import (
     BOUND,
@@ -37,24 +38,17 @@ from tests.engines.decoders import (
 )
 
 BASE = MODELS / "tiny-llama-base"
-SAMPLES = {
-    name: MODELS / f"runs/Checkpoint/Tiny_Llama/Lora_Rank=8/{name}/Tiny_Llama--{name}--1"
-    for name in ("Count_Down", "Every_Second")
-}
-NAMES = {"down": "Count_Down", "second": "Every_Second"}
+NAMES = tuple(LLAMA_RUNS)
 PROMPTS = ("count : nine", "copy : cat moon river =", "count : twenty-one", "count : five")
 
 
 def sample(name: str) -> Run:
-    return read_run(SAMPLES[NAMES[name]])
+    return read_run(LLAMA_RUNS[name])
 
 
 @pytest.fixture(scope="session")
-def llama(tmp_path_factory: pytest.TempPathFactory) -> Case:
-    folder = tmp_path_factory.mktemp("onnx") / "llama"
-    runs = {name: sample(name) for name in NAMES}
-    write_onnx(open_base(BASE), folder, adapters=runs)
-    return Case(folder, BASE, runs)
+def llama(adapters_onnx: Path) -> Case:
+    return Case(adapters_onnx, BASE, {name: sample(name) for name in NAMES})
 
 
 @pytest.mark.supports(method="dora", family="llama", targets=("onnx",))
@@ -81,17 +75,16 @@ def test_verify_finds_the_run_among_the_adapters_and_a_wrong_one(
         verify(sample("down"), folder, BASE, engine="peft")
 
 
-def test_merged_graph_equals_the_live_run(tmp_path: Path) -> None:
+def test_merged_graph_equals_the_live_run(merged_onnx: Path) -> None:
     run, base = sample("down"), open_base(BASE)
-    write_onnx(base, tmp_path / "out", run=run)
-    assert verify(run, tmp_path / "out", base).passed
+    assert verify(run, merged_onnx, base).passed
     live = LiveModel(run, base)
     inputs = verification_batch(live.model)
-    found = logits(OnnxDecoder(tmp_path / "out"), inputs)
+    found = logits(OnnxDecoder(merged_onnx), inputs)
     assert float((found - logits(live.model, inputs)).abs().max()) <= BOUND
     live.detach()
     assert float((found - logits(live.model, inputs)).abs().max()) > 1
-    done = Decoder(tmp_path / "out").generate(["count : nine"])
+    done = Decoder(merged_onnx).generate(["count : nine"])
     assert done[0].text == " eight seven six five four three"
     assert done[0].reason == "stop"
 
@@ -246,13 +239,20 @@ def test_adding_an_adapter_to_a_folder(tmp_path: Path) -> None:
     assert not list((tmp_path / "out").glob(".adding*"))
 
 
-@pytest.mark.parametrize("precision", ["int8", "int4"])
+@pytest.fixture
+def narrow(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The graph with both adapters in this precision."""
+    runs = {name: sample(name) for name in NAMES}
+    make = partial(write_onnx, open_base(BASE), adapters=runs, precision=request.param)
+    return made_once(tmp_path_factory, f"adapters-{request.param}", make)
+
+
+@pytest.mark.parametrize("narrow", ["int8", "int4"], indirect=True)
 def test_a_graph_in_blocks_is_its_own_dequantized_base_with_the_adapter(
-    tmp_path: Path, precision: str
+    narrow: Path, tmp_path: Path
 ) -> None:
-    runs, out = {"down": sample("down")}, tmp_path / "out"
-    write_onnx(open_base(BASE), out, adapters=runs, precision=precision)
-    live = LiveModel(runs["down"], open_base(BASE))
+    out = narrow
+    live = LiveModel(sample("down"), open_base(BASE))
     weights = dequantized(out)
     assert len(weights) == 29
     for name, weight in weights.items():
@@ -281,16 +281,14 @@ def test_a_graph_in_blocks_is_its_own_dequantized_base_with_the_adapter(
     assert not error(half) <= 10 * EFFECT
 
 
-@pytest.mark.parametrize(("precision", "bound"), [("fp16", 0.1), ("int8", 2.0)])
-def test_narrow_graphs_generate(tmp_path: Path, precision: str, bound: float) -> None:
-    runs = {name: sample(name) for name in NAMES}
-    write_onnx(open_base(BASE), tmp_path / "out", adapters=runs, precision=precision)
-    live = LiveModel(runs["down"], open_base(BASE))
+@pytest.mark.parametrize(("narrow", "bound"), [("fp16", 0.1), ("int8", 2.0)], indirect=["narrow"])
+def test_narrow_graphs_generate(narrow: Path, bound: float) -> None:
+    live = LiveModel(sample("down"), open_base(BASE))
     inputs = verification_batch(live.model)
-    found = logits(OnnxDecoder(tmp_path / "out", "down"), inputs)
+    found = logits(OnnxDecoder(narrow, "down"), inputs)
     assert float((found - logits(live.model, inputs)).abs().max()) <= bound
     prompts = ["count : nine", "copy : cat moon river =", "count : nine"]
-    done = Decoder(tmp_path / "out").generate(prompts, ["down", "second", None])
+    done = Decoder(narrow).generate(prompts, ["down", "second", None])
     assert [row.text.split()[0] for row in done] == ["eight", "cat", "ten"]
 
 
