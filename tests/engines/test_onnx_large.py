@@ -19,11 +19,15 @@ from tests.engines.encoders import ROWS, check_adapters, largest
 REFERENCE = DATA / "reference"
 
 
+def everything_is_large(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(export, "_SEEN", 2048)
+    patch.setattr(graph_file, "_INSIDE", 0)
+
+
 @pytest.fixture(scope="module", autouse=True)
-def everything_is_large() -> Iterator[None]:
+def _everything_is_large() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(export, "_SEEN", 2048)
-        patch.setattr(graph_file, "_INSIDE", 0)
+        everything_is_large(patch)
         yield
 
 
@@ -48,7 +52,8 @@ def test_an_encoder_with_adapters(tmp_path: Path) -> None:
     check_adapters((base, runs, tmp_path / "out"))
 
 
-@pytest.mark.parametrize("name", ["roberta-qa", "bart", "llama"])
+# Of BART it is a fixture of test_onnx_seq2seq.py.
+@pytest.mark.parametrize("name", [pytest.param("roberta-qa", marks=pytest.mark.further), "llama"])
 def test_merged_graphs(name: str, tmp_path: Path) -> None:
     run, path = reference(name)
     base = open_base(path)
@@ -57,9 +62,12 @@ def test_merged_graphs(name: str, tmp_path: Path) -> None:
     assert verify(run, tmp_path / "out", base).passed
 
 
+RUN = next(MODELS.glob("runs/Checkpoint/Tiny_Roberta/*/*/*--1"))
+BASE = MODELS / "tiny-roberta-base"
+
+
 def sample(out: Path, precision: str) -> Path:
-    run = read_run(next(MODELS.glob("runs/Checkpoint/Tiny_Roberta/*/*/*--1")))
-    write_onnx(open_base(MODELS / "tiny-roberta-base"), out, run=run, precision=precision)
+    write_onnx(open_base(BASE), out, run=read_run(RUN), precision=precision)
     check(out)
     return out
 
@@ -67,6 +75,10 @@ def sample(out: Path, precision: str) -> Path:
 @pytest.fixture(scope="module")
 def full(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return sample(tmp_path_factory.mktemp("full") / "fp32", "fp32")
+
+
+def test_a_merged_encoder(full: Path) -> None:
+    assert verify(read_run(RUN), full, open_base(BASE)).passed
 
 
 @pytest.mark.parametrize(

@@ -24,6 +24,8 @@ from dora_serve.onnxruntime.session import EngineError
 from dora_serve.proof.live import LiveModel
 from dora_serve.proof.onnxruntime import prove
 from tests.conftest import DATA, randomize
+from tests.engines.test_onnx_large import check as weights_lie_outside
+from tests.engines.test_onnx_large import everything_is_large
 
 BOUND = 1e-4
 REFERENCE = DATA / "reference"
@@ -46,7 +48,10 @@ def reference(name: str, folder: Path) -> Built:
 
 @pytest.fixture(scope="session")
 def bart(tmp_path_factory: pytest.TempPathFactory) -> Built:
-    return reference("bart", tmp_path_factory.mktemp("bart"))
+    """With weights that no fusion sees, as those of large models."""
+    with pytest.MonkeyPatch.context() as patch:
+        everything_is_large(patch)
+        return reference("bart", tmp_path_factory.mktemp("bart"))
 
 
 @pytest.fixture(scope="session")
@@ -198,6 +203,7 @@ def test_the_graphs_share_their_weights(bart: Built) -> None:
     files = {path.name: path.stat().st_size for path in bart[2].iterdir()}
     whole = sum(p.stat().st_size for p in bart[0].path.glob("*.safetensors"))
     assert files["model.onnx.data"] < 1.3 * whole
+    weights_lie_outside(bart[2])
 
 
 @pytest.mark.parametrize("rows", [[], [[]], [[7] * 1000]])
