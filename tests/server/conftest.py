@@ -37,14 +37,26 @@ import json, sys
 from pathlib import Path
 from dora_serve.onnxruntime.limits import Limits
 from dora_serve.server.options import ServerOptions
+from dora_serve.server.bounded import process
 from dora_serve.server.prepare import child
 from dora_serve.server.up import up
 from types import SimpleNamespace
-root, port, key, options, python = json.loads(sys.argv[1])
+root, port, key, options, python, impatient = json.loads(sys.argv[1])
 child.sys = SimpleNamespace(executable=python)
+process.sys = SimpleNamespace(executable=impatient)
 limits = Limits(**options.pop("limits"))
 options = ServerOptions(**options, limits=limits)
 raise SystemExit(up(Path(root), None, "127.0.0.1", port, key, False, options))
+"""
+# Python, for a bounded process: of the seconds that a call may take of the processor one is left,
+# as many attacks use up all. test_tokenizing.py has what it is in earnest.
+_IMPATIENT = """#!{python}
+import resource, runpy, sys
+def sooner(kind, bounds, real=resource.setrlimit):
+    real(kind, (bounds[0] - 4, bounds[1]) if kind == resource.RLIMIT_CPU else bounds)
+resource.setrlimit = sooner
+_, _, name, *sys.argv[1:] = sys.argv
+runpy.run_module(name, run_name="__main__")
 """
 
 
@@ -93,7 +105,10 @@ def started(
     port = free_port()
     log = folder / f"log-{port}"
     python = str(commands() / "python") if forked else sys.executable
-    arguments = json.dumps([str(root), port, key, asdict(options), python])
+    impatient = folder / f"impatient-{port}"
+    impatient.write_text(_IMPATIENT.format(python=sys.executable))
+    impatient.chmod(0o755)
+    arguments = json.dumps([str(root), port, key, asdict(options), python, str(impatient)])
     with log.open("wb") as stream:
         process = subprocess.Popen(
             [sys.executable, "-c", _START, arguments],

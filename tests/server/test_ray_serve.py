@@ -13,6 +13,7 @@ import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -25,8 +26,7 @@ from dora_serve.commands import dora_serve
 from tests.conftest import MODELS
 from tests.server.conftest import BASE, DOWN, SECOND, Server, free_port, started
 
-ray = pytest.importorskip("ray", reason="Ray is not installed")
-pytest.importorskip("ray.serve", reason="Ray is not installed with what Ray Serve needs")
+pytestmark = pytest.mark.skipif(find_spec("ray") is None, reason="Ray is not installed")
 
 PROMPTS = ("count : nine", "copy : cat moon river =", "count : twenty-one", "cat")
 PATIENCE = 300  # seconds after which nothing more is waited for
@@ -60,6 +60,8 @@ def single(folder: Path) -> Iterator[Server]:
 
 @pytest.fixture(scope="module")
 def nodes(folder: Path, single: Server) -> Iterator[Nodes]:
+    pytest.importorskip("ray.serve", reason="Ray is not installed with what Ray Serve needs")
+    import ray
     from ray.cluster_utils import Cluster
 
     assert single.process.poll() is None  # what it converted is in the cache
@@ -97,20 +99,25 @@ def nodes(folder: Path, single: Server) -> Iterator[Nodes]:
 
 def _wait(nodes: Nodes) -> None:
     """Until there is a replica on each node, and proxies that know them."""
+    import ray
+    from ray import serve
+
     ray.init(address=nodes.cluster.address, log_to_driver=False)
     end = time.monotonic() + PATIENCE
     while time.monotonic() < end:
-        status = ray.serve.status()
+        status = serve.status()
         healthy = [proxy == "HEALTHY" for proxy in status.proxies.values()]
         if replicas() == 2 and healthy == [True, True]:
             return
         time.sleep(0.2)
-    raise AssertionError(str(ray.serve.status()))
+    raise AssertionError(str(serve.status()))
 
 
 def replicas() -> int:
     """How many run."""
-    application = ray.serve.status().applications.get("dora-serve")
+    from ray import serve
+
+    application = serve.status().applications.get("dora-serve")
     if application is None or not application.deployments:
         return 0
     states = application.deployments["Embedded"].replica_states
