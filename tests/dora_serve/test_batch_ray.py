@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import subprocess
 from collections.abc import Iterator
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 
 from tests.dora_serve.test_batch import (
@@ -22,13 +25,15 @@ from tests.dora_serve.test_batch import (
 from tests.dora_serve.test_commands import EXPORT, export
 
 os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
-cluster_utils = pytest.importorskip("ray.cluster_utils", reason="ray is not installed")
+pytestmark = pytest.mark.skipif(find_spec("ray") is None, reason="Ray is not installed")
 
 
 @pytest.fixture
 def cluster() -> Iterator[Any]:
+    from ray.cluster_utils import Cluster
+
     small = {"num_cpus": 1, "object_store_memory": 80_000_000, "include_dashboard": False}
-    made = cluster_utils.Cluster(initialize_head=True, head_node_args=small)
+    made = Cluster(initialize_head=True, head_node_args=small)
     yield made
     made.shutdown()
 
@@ -40,26 +45,50 @@ def at_work(out: Path) -> set[str]:
     return {record["worker"] for record in status(out).values() if record["worker"]}
 
 
+def hold_a_run_on(node: Any) -> psutil.Process:
+    """Stop the node's worker when it has one, and return it; the other node's does none so long."""
+    raylet = node.all_processes["raylet"][0].process.pid
+    held: set[psutil.Process] = set()
+
+    def holds() -> bool:
+        for worker in psutil.Process().children(recursive=True):
+            with contextlib.suppress(psutil.NoSuchProcess):
+                if worker.cmdline()[:1] == ["ray::_convert"] and worker not in held:
+                    worker.suspend()
+                    held.add(worker)
+        return any(worker.ppid() == raylet for worker in held)
+
+    try:
+        wait_for(holds)
+    finally:
+        for worker in held:
+            if worker.ppid() != raylet:
+                worker.resume()
+    return next(worker for worker in held if worker.ppid() == raylet)
+
+
 def test_a_lost_node_loses_no_run(
     cluster: Any, llama_lora: Path, llama_base: Path, tmp_path: Path
 ) -> None:
     node = cluster.add_node(num_cpus=1, object_store_memory=80_000_000)
-    runs = copies(llama_lora, tmp_path / "runs", 60, only="")
+    runs = copies(llama_lora, tmp_path / "runs", 12, only="")
     (runs[4] / "adapter_model.safetensors").write_bytes(b"no tensors")
     manifest = write_manifest(tmp_path / "all.jsonl", runs, llama_base)
     out = tmp_path / "out"
     command = [str(EXPORT), "batch", str(manifest), str(out), "--ray", cluster.address, "--json"]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
         assert process.stdout is not None
-        wait_for(lambda: len(at_work(out)) == 2)  # one on each node
+        worker = hold_a_run_on(node)
+        wait_for(lambda: at_work(out))
         cluster.remove_node(node, allow_graceful=False)
+        worker.kill()  # stopped, it does not see that its node is gone
         summary = json.loads(process.stdout.read())
     assert process.returncode == 1
     found = states(out)
     assert found.keys() == {"done", "failed"}
     assert set(found["failed"]) == set(summary["failed"])
     assert "run-004" in found["failed"]
-    assert len(found["done"]) + len(found["failed"]) == 60
+    assert len(found["done"]) + len(found["failed"]) == 12
     # What died with the node was tried again on the other.
     assert [name for name in found["failed"] if name != "run-004"] == []
     assert all(record["error"] for record in status(out).values() if record["state"] == "failed")
@@ -77,7 +106,7 @@ def test_a_lost_node_loses_no_run(
 def test_a_lost_cluster_leaves_the_rest_pending(
     cluster: Any, llama_lora: Path, llama_base: Path, tmp_path: Path
 ) -> None:
-    runs = copies(llama_lora, tmp_path / "runs", 100, only="")
+    runs = copies(llama_lora, tmp_path / "runs", 40, only="")
     manifest = write_manifest(tmp_path / "all.jsonl", runs, llama_base)
     out = tmp_path / "out"
     command = [str(EXPORT), "batch", str(manifest), str(out), "--ray", cluster.address, "--json"]
