@@ -6,6 +6,7 @@ import shutil
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -160,6 +161,11 @@ def test_the_key_follows_content_base_and_options(
     content[-1] ^= 1
     weights.write_bytes(content)
     assert content_key(read_run(copy), base, target="vllm") != key
+    run, changes = read_run(llama_lora), ({"options": {"lora_alpha": 1.0}}, {"method": "other"})
+    for change in changes:
+        assert content_key(replace(run, **change), base, target="vllm") != key  # type: ignore[arg-type]
+    monkeypatch.setattr("dora_serve.folder.cache.tool", lambda: "another version")
+    assert content_key(run, base, target="vllm") != key
 
 
 def test_what_many_want_is_made_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
