@@ -10,6 +10,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 
 from converters.errors import BaseError, MissingError, RunError
 from converters.model.base import open_base
@@ -143,6 +144,22 @@ def test_folders_that_come_and_go_while_they_are_looked_for(
             stop.set()
         mover.result()
     assert set(discover(away, llama_base).members) == {"0", "1", "2", "3"}
+
+
+@pytest.mark.parametrize("how", ["one file", "shards", "torch", "an index alone"])
+def test_however_a_base_is_stored(how: str, tmp_path: Path) -> None:
+    base = tmp_path / "root" / "base"
+    size = "5GB" if how in ("one file", "torch") else "12KB"
+    tiny_llama().save_pretrained(base, max_shard_size=size)
+    assert (base / "model.safetensors").exists() is (size == "5GB")
+    if how == "torch":
+        torch.save(tiny_llama().state_dict(), base / "pytorch_model.bin")
+    for file in base.glob("*.safetensors") if how in ("torch", "an index alone") else ():
+        file.unlink()
+    found = discover(tmp_path / "root")
+    assert (set(found.bases), set(found.problems)) == (
+        (set(), {"base"}) if how == "an index alone" else ({"base"}, set())
+    )
 
 
 def test_the_key_follows_content_base_and_options(
