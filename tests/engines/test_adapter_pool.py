@@ -51,6 +51,7 @@ def steps(text: str) -> list[tuple[str, str]]:
 @given(
     st.lists(st.tuples(st.sampled_from(["acquire", "release", "forget"]), st.sampled_from("abcd")))
 )
+@example(steps("+b -b +c"))  # together they fill it
 @example(steps("+a -a +b -b +a -a +c"))  # the longest unused is not the first that came
 @example(steps("+a -a !a +b -b +a -a +b"))  # what was forgotten comes again, and stays
 def test_any_order(folder: Path, asked: list[tuple[str, str]]) -> None:
