@@ -16,8 +16,9 @@ from converters.errors import BaseError, MissingError, RunError
 from converters.model.base import open_base
 from dora_serve import read_run
 from dora_serve.folder.cache import cached, content_key, member_key
-from dora_serve.folder.inventory import discover, find_run, read_member
+from dora_serve.folder.inventory import discover, read_member
 from tests.conftest import MODELS, tiny_llama
+from tests.dora_serve.following import find_run
 
 
 def test_everything_in_models_has_its_base() -> None:
@@ -137,7 +138,7 @@ def test_folders_that_come_and_go_while_they_are_looked_for(
     with ThreadPoolExecutor(1) as pool:
         mover = pool.submit(moving)
         try:
-            for _ in range(100):
+            for _ in range(40):
                 discover(root, llama_base)
                 find_run(root, "2")
         finally:
