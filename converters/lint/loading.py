@@ -96,9 +96,15 @@ def _load(adapter: Adapter, names: Names) -> _Outcome:
         except Exception as error:  # whatever PEFT makes of a stranger's configuration
             both = model is None or isinstance(error, RuntimeError)  # shapes
             return _Outcome(" ".join(f"{type(error).__name__}: {error}".split())[:200], both)
-    # With bias="all" PEFT saves biases of whole modules twice, and loads them once.
-    unknown = [name for name in told.unexpected_keys if ".modules_to_save." not in name]
-    ignored = [name for name in lost.unexpected_keys if ".modules_to_save." not in name]
+
+    def matters(name: str) -> bool:
+        # With bias="all" PEFT saves biases of whole modules twice, and loads them once. What is no
+        # tensor of the class under any name was not trained in it.
+        added = any(part in name for part in (".lora_", ".trainable_tokens_"))
+        known = added or names.tensor(name.replace(PEFT_PREFIX, "")) is not None
+        return known and ".modules_to_save." not in name
+
+    unknown, ignored = (filter(matters, each.unexpected_keys) for each in (told, lost))
     fresh = _made_up(config, told.missing_keys, model)
     return _Outcome("", True, tuple(unknown), tuple(ignored), tuple(fresh))
 

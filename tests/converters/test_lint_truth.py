@@ -141,7 +141,7 @@ SINGLE: dict[str, tuple[dict[str, Any], tuple[str, ...], frozenset[str]]] = {
     "qwen3-moe": ({}, ("experts.", "q_proj"), BOTH),
     "qwen3-moe, beside a dense layer": ({"mlp_only_layers": [0]}, ("mlp.", "q_proj"), NONE),
     "qwen3-moe, two experts": ({}, ("experts.0.gate_proj", "experts.2.up_proj"), NONE),
-    "qwen2-moe": ({}, ("experts.", "q_proj"), BOTH),
+    "qwen2-moe": ({}, ("experts.", "q_proj"), NONE),
     "qwen2-moe, and what they share": ({}, ("experts.", "shared_expert."), NONE),
     "mixtral": ({}, ("experts.", "v_proj"), BOTH),
     "mixtral, one expert": ({}, ("experts.1.w2", "v_proj"), NONE),
