@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ...certificate import write_json
-from ...files.output import JOURNAL
+from ...files.leftovers import JOURNAL
 from ...run import NO_UPDATE
 from ..target import Progress, Report
 from .journal import Journal
