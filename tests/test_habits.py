@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import re
 import shlex
 import tomllib
@@ -51,3 +52,18 @@ def test_the_image_copies_what_is_there_and_runs_what_is_installed() -> None:
     scripts = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["scripts"]
     (entry,) = (line for line in lines if line.startswith("ENTRYPOINT "))
     assert yaml.safe_load(entry.removeprefix("ENTRYPOINT "))[0] in scripts
+
+
+def test_the_picture_of_the_benchmarks_is_of_what_the_tables_say() -> None:
+    path = ROOT / "scripts" / "bench_picture.py"
+    spec = importlib.util.spec_from_file_location("bench_picture", path)
+    assert spec is not None and spec.loader is not None
+    script = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(script)
+    table = (ROOT / "docs" / "benchmarks.md").read_text()
+    found = [
+        script.number(table, row, column) for *_, column, rows in script.PANELS for row in rows
+    ]
+    assert found[:6] == [1.66, 18.06, 174, 2442, 68.1, 228.2] and len(found) == 11
+    with pytest.raises(ValueError, match="unpack"):
+        script.number(table, "no such row", 1)

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import click
 
-from converters.errors import MissingError
+from converters.errors import MissingError, visible
 
 from ..wording import quoted
 from . import common
@@ -73,7 +73,8 @@ def command(
         if len(commands) != 1:
             raise click.UsageError(f"--yaml takes one base, and there are {len(commands)}")
         write_file(yaml_path, yaml_file(commands[0]).encode(), force)
-    if png is not None and any(pool.ranks for pool in fleet.pools):
+    drawn = png is not None and any(pool.ranks for pool in fleet.pools)
+    if png is not None and drawn:
         save_png(fleet, png, force)
     if as_json:
         lines = [command_line(options, program) for options in commands]
@@ -86,6 +87,8 @@ def command(
     for options in commands:
         click.echo()
         click.echo(shell(command_line(options, program)))
+    for file in filter(None, (yaml_path, png if drawn else None)):
+        click.echo(f"\n{visible(file)}: written")
     if commands:
         given = f" --base {quoted(base)}" if base else ""
         where = f"{quoted(folder)}{given}"

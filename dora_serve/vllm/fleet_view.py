@@ -13,6 +13,7 @@ from converters.errors import visible
 
 from ..commands.common import size
 from ..rankmap.output import write_file
+from ..rankmap.palette import EMPTY, FULL
 from ..rankmap.picture import drawn
 from ..wording import in_flags
 from .fleet import Fleet, Pool, step_for
@@ -124,14 +125,21 @@ def save_png(fleet: Fleet, path: Path, force: bool = False) -> None:
         used = [pool.used[name] / 1e6 for name in pool.ranks]
         room = [pool.slot / 1e6] * len(used)
         bars = [
-            panel.barh(at, room, color="#d7dde4", label="padding"),
-            panel.barh(at, used, color="#2a6f97", label="components"),
+            panel.barh(at, room, color=EMPTY, edgecolor=FULL, linewidth=0.5, label="padding"),
+            panel.barh(at, used, color=FULL, label="the adapter's own numbers"),
         ]
+        shares = [
+            f"{pool.used[n] / pool.slot:.0%}, rank {pool.largest[n]}" if pool.slot else ""
+            for n in pool.ranks
+        ]
+        panel.bar_label(bars[0], shares, padding=4, fontsize=8)
+        panel.margins(x=0.22, y=0.01)
         panel.set_yticks(at, [drawn(name) for name in pool.ranks])
         panel.invert_yaxis()
-        panel.set_xlabel("MB a slot")
+        panel.set_xlabel("megabytes of the slot that vLLM keeps for each adapter")
+        panel.spines[["top", "right"]].set_visible(False)
         title = f"{drawn(pool.name)}, --max-lora-rank {pool.max_lora_rank}"
-        panel.set_title(title, fontsize=10)
+        panel.set_title(f"{title}: {pool.padding:.0%} of the slots is padding", fontsize=10)
     figure.legend(handles=bars, loc="outside lower right", ncols=2, fontsize=8)
     data = io.BytesIO()
     figure.savefig(data, dpi=130, format="png")
