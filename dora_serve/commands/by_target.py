@@ -13,6 +13,7 @@ import click
 from converters.options import FitOptions, ReadOptions, names
 from converters.targets.target import targets
 
+from ..progress import progress_bar
 from ..wording import quoted
 from . import common
 
@@ -107,7 +108,7 @@ def _write(
         force=force,
         resume=resume,
         dry_run=dry_run,
-        progress=partial(common.progress_bar, text="writing"),
+        progress=partial(progress_bar, text="writing"),
         **options,
     )
     plan, more = artifact.plan, []

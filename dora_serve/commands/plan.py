@@ -8,6 +8,7 @@ import click
 
 from converters.errors import MissingError, visible
 
+from ..progress import progress_bar
 from ..wording import quoted
 from . import common
 
@@ -65,10 +66,14 @@ def command(
         )
     program = find_vllm_or_name()
     commands = []
-    for pool in fleet.pools:
-        place = vllm_adapter if convert else vllm_adapter_path
-        paths = {name: place(found.members[name]) for name in pool.ranks}
-        commands.append(serve_options(pool, paths))
+    place = vllm_adapter if convert else vllm_adapter_path
+    with progress_bar(sum(len(p.ranks) for p in fleet.pools), "adapters", "adapter") as advance:
+        for pool in fleet.pools:
+            paths = {}
+            for name in pool.ranks:
+                paths[name] = place(found.members[name])
+                advance(1)
+            commands.append(serve_options(pool, paths))
     if yaml_path is not None:
         if len(commands) != 1:
             raise click.UsageError(f"--yaml takes one base, and there are {len(commands)}")

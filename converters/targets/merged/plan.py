@@ -34,8 +34,9 @@ from ...model.match import (
 from ...model.quantized import METHODS, Dequantized, dtype_before, method, unquantized
 from ...model.tying import input_embedding, new_embedding
 from ...model.untying import untied
+from ...progress import Progress
 from ...run import Run
-from ..target import Plan, Progress
+from ..target import Plan
 from .companions import Companions, companions
 
 if TYPE_CHECKING:
