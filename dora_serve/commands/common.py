@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import functools
 import io
+import logging
 import re
 import socket
 import sys
@@ -281,6 +282,8 @@ def reports_errors(function: F) -> F:
     @functools.wraps(function)
     def wrapped(*args: Any, **kwargs: Any) -> Any:
         progress.show(progress_bar)
+        # It warns of a faster kernel that nothing here would use, whenever PEFT is imported.
+        logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
         try:
             with (
                 _said(bool(kwargs.get("as_json"))),

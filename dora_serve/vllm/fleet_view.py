@@ -80,7 +80,10 @@ def table(fleet: Fleet) -> Iterator[str]:
 def _settings(pool: Pool) -> Iterator[str]:
     slots = pool.slot * pool.max_loras
     yield f"  --max-lora-rank {pool.max_lora_rank}, the smallest that holds them"
-    yield f"  --max-loras {pool.max_loras} --max-cpu-loras {pool.max_cpu_loras}"
+    yield (
+        f"  --max-loras {pool.max_loras}, of as many a batch may be; "
+        f"--max-cpu-loras {pool.max_cpu_loras}, as many stay in memory"
+    )
     yield f"  --lora-target-modules {' '.join(pool.target_modules) or '(none left)'}"
     yield f"  a slot takes {size(pool.slot)}, all {size(slots)}; {pool.padding:.0%} is padding"
     if pool.slot:
@@ -91,9 +94,10 @@ def _settings(pool: Pool) -> Iterator[str]:
         )
     if not pool.fits:
         yield click.style("  does not fit into the memory given", fg="red")
+    forces = "alone forces" if len(pool.forced) == 1 else f"is one of {len(pool.forced)} that force"
     for forced in pool.forced:
         yield (
-            f"  {forced.name} (rank {forced.rank}) alone forces this step: fitted to "
+            f"  {forced.name} (rank {forced.rank}) {forces} this step: fitted to "
             f"{forced.step} its update is off by {100 * forced.error:.3g} % (--max-rank)"
         )
     if pool.split:

@@ -113,9 +113,12 @@ class MergePlan(Plan):
 
     def lines(self) -> list[str]:
         parts, packed = self.summary()["components"], self.dequantized
+        pruned = f" ({parts['kept']} of {parts['start']} components survived training)"
+        if parts["kept"] == parts["start"]:
+            pruned = ""
         return [
-            f"merged {len(self.ranks)} modules ({parts['kept']} of {parts['start']} components "
-            f"survived training) into {len(self.tensors)} tensors in {len(self.shards)} shard(s)",
+            f"merged {len(self.ranks)} modules{pruned} into {len(self.tensors)} tensors in "
+            f"{len(self.shards)} shard(s)",
             *([] if packed is None else [_dequantized_line(packed)]),
         ]
 
