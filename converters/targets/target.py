@@ -130,8 +130,10 @@ def target_named(name: str) -> Target:
 def target_of(folder: Path) -> Target:
     """The target that wrote `folder`, by its certificate, else by how the folder looks to each."""
     from ..certificate import FILE
+    from ..files.handles import check_there
     from ..files.json_files import read_json
 
+    check_there(folder)
     file = folder / FILE
     wrote = read_json(file).get("target") if file.is_file() else None
     if wrote is not None:

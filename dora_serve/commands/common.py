@@ -34,6 +34,8 @@ if TYPE_CHECKING:
 
 F = TypeVar("F", bound=Callable[..., Any])
 
+FIELDS = ("message", "file", "tensor", "found", "expected", "remedy")  # of an error
+
 # The optional packages, each with the extra that brings it.
 EXTRAS = {
     "OpenSSL": "sign",
@@ -318,10 +320,14 @@ def reports_errors(function: F) -> F:
 
 def _fields(error: DoraExportError) -> dict[str, str | None]:
     """What `--json` tells of a `DoraExportError`."""
-    told = {name: getattr(error, name) for name in ("file", "tensor", "found", "expected")}
-    more = {"message": error.message, **told, "remedy": error.remedy}
-    shown = {name: None if v is None else in_flags(visible(v)) for name, v in more.items()}
+    told = {name: getattr(error, name) for name in FIELDS}
+    shown = {name: None if v is None else in_flags(visible(v)) for name, v in told.items()}
     return {"code": type(error).__name__, **shown}
+
+
+def usage_fields(message: str, remedy: str) -> dict[str, str | None]:
+    """What `--json` tells of a wrong use, in the same fields."""
+    return {"code": "UsageError", **dict.fromkeys(FIELDS), "message": message, "remedy": remedy}
 
 
 def warn(warnings: tuple[str, ...]) -> None:
