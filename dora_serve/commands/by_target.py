@@ -113,6 +113,6 @@ def _write(
     )
     plan, more = artifact.plan, []
     if artifact.written and plan.base is not None and targets()[target].engines:
-        words = (run, out, "--base", plan.base.name)
+        words = (run, out, "--base", plan.base.name, *common.as_words(ReadOptions, read))
         more = [f"check it: dora-export verify {' '.join(map(quoted, words))}"]
     common.show(artifact, as_json, *more)

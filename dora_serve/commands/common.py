@@ -176,6 +176,16 @@ def _flag(field: Field[Any], hint: Any) -> click.Option:
     )
 
 
+def as_words(options: type, given: Mapping[str, Any]) -> list[str]:
+    """What of `given` was said, as the flags of the dataclass say it, to be copied."""
+    words: list[str] = []
+    for flag in flags(options):
+        value = given.get(str(flag.name))
+        for each in value if isinstance(value, tuple) else () if value is None else (value,):
+            words += [flag.opts[0], str(each)]
+    return words
+
+
 def takes(options: type) -> Callable[[F], F]:
     """Give a command the flags of a dataclass."""
 
