@@ -34,8 +34,9 @@ from ...model.match import (
 from ...model.quantized import METHODS, Dequantized, dtype_before, method, unquantized
 from ...model.tying import input_embedding, new_embedding
 from ...model.untying import untied
+from ...progress import Progress
 from ...run import Run
-from ..target import Plan, Progress
+from ..target import Plan
 from .companions import Companions, companions
 from .requantized import FLOAT8, SCALES, Blocks, Scales, blocks_of, stored_parts
 
@@ -121,9 +122,12 @@ class MergePlan(Plan):
 
     def lines(self) -> list[str]:
         parts, packed = self.summary()["components"], self.dequantized
+        pruned = f" ({parts['kept']} of {parts['start']} components survived training)"
+        if parts["kept"] == parts["start"]:
+            pruned = ""
         return [
-            f"merged {len(self.ranks)} modules ({parts['kept']} of {parts['start']} components "
-            f"survived training) into {len(self.tensors)} tensors in {len(self.shards)} shard(s)",
+            f"merged {len(self.ranks)} modules{pruned} into {len(self.tensors)} tensors in "
+            f"{len(self.shards)} shard(s)",
             *([] if packed is None else [_dequantized_line(packed)]),
         ]
 
