@@ -13,8 +13,10 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from .errors import DoraExportError, TensorFileError
+from .files.hashes import HASHING
 from .files.json_files import read_json
 from .model.base import BaseModel
+from .progress import shown
 from .run import Run
 
 FILE = "dora_export.json"
@@ -29,8 +31,12 @@ def tool() -> str:
 
 
 def sha256(path: Path) -> str:
-    with path.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
+    digest = hashlib.sha256()
+    with path.open("rb", buffering=0) as stream, shown(path.stat().st_size, HASHING) as advance:
+        while piece := stream.read(_PIECE):
+            digest.update(piece)
+            advance(len(piece))
+    return digest.hexdigest()
 
 
 def certificate(

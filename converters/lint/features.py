@@ -27,6 +27,8 @@ _FEATURES = {
 }
 # Initialisations that PEFT calculates from the base alone, so that loading repeats them.
 _AGAIN = ("pissa", "olora")
+_EXPERT = re.compile(r"(.+\.experts)\.(\d{1,9})\.([^.]+)")
+_EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts")  # in a base's configuration
 
 
 def kind(adapter: Adapter) -> Iterator[Finding]:
@@ -107,6 +109,35 @@ def embeddings(adapter: Adapter) -> Iterator[Finding]:
         )  # fmt: skip
 
 
+def experts(adapter: Adapter) -> Iterator[Finding]:
+    """Single experts, as transformers 4 named them, where an engine packs those of a layer."""
+    targets = adapter.where(lambda engine: bool(engine.experts))
+    layers: dict[str, set[tuple[int, str]]] = {}
+    for match in filter(None, map(_EXPERT.fullmatch, adapter.pairs if targets else ())):
+        layers.setdefault(match[1], set()).add((int(match[2]), match[3]))
+    for engine in (engine for engine in adapter.engines if engine.name in targets):
+        for layer, present in layers.items():
+            kinds = {kind for _, kind in present}
+            needed = next((each for each in engine.experts if kinds & each), kinds)
+            every = {(n, kind) for n in range(_count(adapter, present)) for kind in needed}
+            absent = sorted(every - present)
+            yield Finding(
+                "experts", "error" if absent else "warning", (engine.name,), layer,
+                "the engine packs the experts of a layer, and stops where one lacks an adapter"
+                if absent
+                else "the engine's kernels for adapters on experts run on a GPU alone",
+                f"{len(present)} adapters", f"{len(every)} adapters", MERGE,
+            )  # fmt: skip
+
+
+def _count(adapter: Adapter, present: set[tuple[int, str]]) -> int:
+    config = {} if adapter.base is None else adapter.base.config
+    text = config.get("text_config")
+    places = [place for place in (config, text) if isinstance(place, dict)]
+    said = [place[key] for place in places for key in _EXPERTS if isinstance(place.get(key), int)]
+    return said[0] if said else 1 + max(number for number, _ in present)
+
+
 def initialisation(adapter: Adapter) -> Iterator[Finding]:
     name = str(adapter.config.get("init_lora_weights")).lower()
     if not name.startswith(BASE_CHANGING):
@@ -166,4 +197,4 @@ def promises(adapter: Adapter) -> Iterator[Finding]:
         return  # told by the checks of what is there
 
 
-CHECKS = (kind, features, whole_tensors, embeddings, initialisation, orientation, promises)
+CHECKS = (kind, features, whole_tensors, embeddings, experts, initialisation, orientation, promises)

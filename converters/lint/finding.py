@@ -158,6 +158,17 @@ class Adapter:
         return {**text, **as_peft_loads(found.whole.names, stored)}
 
     @cached_property
+    def prefixed(self) -> bool:
+        """Whether PEFT puts its prefix before names that lack it, as it does of classes whose
+        experts it fuses."""
+        if self.classes is None:
+            return False
+        names = self.classes.whole.names
+        weights = (name for name, shape in names.state.items() if len(shape) == 2)
+        module = next(weights, "").removesuffix(".weight")
+        return module in as_peft_loads(names, {f"{module}.lora_A.weight": module})
+
+    @cached_property
     def embeddings(self) -> list[str]:
         return sorted({factor.module for factor in self.factors if factor.embedding})
 

@@ -23,7 +23,10 @@ _REWRITE = "`lint` with `fix` writes the names PEFT knows"
 
 def prefix(adapter: Adapter) -> Iterator[Finding]:
     for factor in adapter.factors:
-        if not factor.key.startswith(PREFIX) and factor.module not in adapter.loaded:
+        known = factor.module in adapter.loaded or (
+            ".experts" in factor.module and adapter.prefixed
+        )
+        if not factor.key.startswith(PREFIX) and not known:
             for severity, targets in adapter.graded(lambda engine: engine.prefix):
                 yield Finding(
                     "prefix", severity, targets, factor.key,

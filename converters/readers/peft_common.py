@@ -182,7 +182,7 @@ class Scaling:
                 f"{key} is missing or not a number",
                 file=self._path,
                 found=default,
-                remedy="pass `lora_alpha`" if key == "lora_alpha" else None,
+                remedy="pass `lora_alpha`" if key == "lora_alpha" else "set it as training had it",
             )
         return default
 

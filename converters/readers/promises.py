@@ -26,21 +26,7 @@ from .named import Named
 from .patterns import PatternError
 from .peft_common import is_below, known_base, modules_to_save
 from .run_folder import CONFIG_FILE, RunFolder
-
-# Switches that a reader reads, or that say nothing of the weights.
-_SWITCHES = frozenset(
-    "inference_mode init_lora_weights fan_in_fan_out use_rslora use_dora use_mora lora_bias "
-    "ensure_weight_tying dora_simple".split()
-)
-# Beside the adapter's own file; PEFT loads none of them.
-_VALUE_HEADS = ("value_head.safetensors", "value_head.bin")
-_LEFT_OUT = "is left out: the head of a reward or value model, which no target has"
-_PARTS = {
-    "new_embeddings.safetensors": "rows of the embedding for tokens that training added",
-    "new_embeddings.bin": "rows of the embedding for tokens that training added",
-    "non_lora_trainables.safetensors": "modules that were trained beside the adapter",
-    "non_lora_trainables.bin": "modules that were trained beside the adapter",
-}
+from .unread import not_read
 
 
 def checked(run: Run, folder: RunFolder, options: ReadOptions, named: bool = True) -> Run:
@@ -54,47 +40,16 @@ def checked(run: Run, folder: RunFolder, options: ReadOptions, named: bool = Tru
     config, path = folder.adapter_config, folder.path / CONFIG_FILE
     if not config or not {*run.files} & {*folder.adapter_files}:  # of another trainer than PEFT
         return run
-    _refuse_parts(folder)
+    unread = not_read(folder)
     promises = _Promises(run, config, path, options)
     promises.tokens()
     warnings = (
-        *(f"{name} {_LEFT_OUT}" for name in _VALUE_HEADS if folder.has(name)),
-        *_unknown(config),
+        *unread,
         *promises.modules(),
         *promises.biases(),
         *(() if run.method == "peft_tuner" else promises.targets(_stored(folder), named)),
     )
     return replace(run, warnings=tuple(dict.fromkeys((*run.warnings, *warnings))))
-
-
-def _refuse_parts(folder: RunFolder) -> None:
-    for name, meaning in _PARTS.items():
-        if folder.has(name):
-            raise RunError(
-                f"the run has a part that is not read: {meaning}",
-                file=folder.path / name,
-                remedy="put it into the base and name that as `base`, or train and save it with "
-                "PEFT's modules_to_save; where it is not needed, take the file away",
-            )
-
-
-def _unknown(config: Mapping[str, object]) -> Iterator[str]:
-    """A warning that names the switches nobody here knows. Of other tuners PEFT knows its own."""
-    known = _SWITCHES
-    if config.get("peft_type") not in ("LORA", None):
-        try:
-            from peft import PEFT_TYPE_TO_CONFIG_MAPPING
-
-            own = PEFT_TYPE_TO_CONFIG_MAPPING[str(config["peft_type"])]
-            known |= own.__dataclass_fields__.keys()
-        except (ImportError, KeyError):
-            return  # a tuner that PEFT does not have: its reader knows its switches
-    names = [key for key, value in config.items() if value is True and key not in known]
-    if names:
-        yield (
-            f"{CONFIG_FILE} switches on what is not known here: {', '.join(sorted(names))}; if it "
-            "changes what the adapter computes, the result is wrong"
-        )
 
 
 class LostError(RunError):
@@ -199,6 +154,7 @@ class _Promises:
             ]
         except PatternError as error:
             raise RunError(str(error), file=self._path) from None
+        idle += self._nowhere()
         held = [m for m in stored if any(f".{n}." in f".{m}." for n in named.layers)]
         idle += [f"layer {n}" for n in named.layers if not lost and not _within(str(n), held)]
         if lost:
@@ -263,6 +219,14 @@ class _Promises:
         saved = modules_to_save(self._config)
         modules = [m for m in modules if not any(is_below(f"{m}.weight", n) for n in saved)]
         return self._in_class([m for m in modules if not self._has(m)])
+
+    def _nowhere(self) -> list[str]:
+        """What target_modules lists and neither the file has nor the base."""
+        if self._base is None:
+            return []
+        known = [*self._held, *self._base.tensors, *(self._class_names or ())]
+        said = [str(name) for name in _list(self._config.get("target_modules"))]
+        return [f"target_modules[{name!r}]" for name in said if not _within(name, known)]
 
     def _in_class(self, lost: list[str]) -> list[str]:
         """Those of `lost` that the model has, which is built where there are any."""

@@ -293,7 +293,8 @@ def _crossing(
     """The length of the long prompt, 0 for none, and which lengths it does not cross."""
     weights = sum(numel(tensor) for tensor in base.tensors.values())
     scores = vocab if name.endswith(("LM", "LMHeadModel", "Generation")) else 1
-    dear = int(min(_OPERATIONS / (2 * max(weights, 1)), _NBYTES / (4 * scores)))
+    # Operations of its tokens, bytes of its logits, and of a mask of all its tokens by all.
+    dear = int(min(_OPERATIONS / (2 * max(weights, 1)), _NBYTES / (4 * scores), _NBYTES**0.5))
     text = config.get_text_config()
     values = text.to_dict()
     wanted = {(key, n): min(n + n // 8 + 8, limit) for key, n in _lengths(values)}

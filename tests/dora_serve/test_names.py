@@ -331,6 +331,11 @@ def test_what_lies_elsewhere_renames_nothing(tmp_path: Path) -> None:
     paths = [tmp_path / "a" / "x", tmp_path / "b" / "x", tmp_path / "c" / "y"]
     assert list(names_below(tmp_path, paths).values()) == ["a/x", "b/x", "y"]
     assert names_below(tmp_path, [tmp_path]) == {tmp_path: tmp_path.name}
+    hub, place = tmp_path / "models--org--tiny" / "snapshots" / "abc", tmp_path / "org" / "tiny"
+    assert names_below(tmp_path, [hub]) == {hub: "org/tiny"}
+    # Its id is the path of another: that is no other's name.
+    both = {hub: "models--org--tiny/snapshots/abc", place: "tiny"}
+    assert names_below(tmp_path, list(both)) == both
     far = tmp_path / "far" / "y"
     assert name_elsewhere(far, {"a/x"}) == "y"
     assert name_elsewhere(far, {"y"}) == "far/y"

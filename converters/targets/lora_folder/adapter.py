@@ -33,10 +33,11 @@ from ...model.match import (
 from ...model.names import PEFT_PREFIX
 from ...model.tasks import peft_type
 from ...model.untying import untied
+from ...progress import Progress
 from ...run import NO_UPDATE, Run
 from ...updates.rank_one import RankOneSum, stored_error
 from ..engines import Profile
-from ..target import Plan, Progress, Report
+from ..target import Plan, Report
 from .card import model_card
 from .experts import in_memory, padded, parameters, stacked, taken_for_experts, transposed_modules
 from .names import CONFIG, WEIGHTS

@@ -18,9 +18,10 @@ from ...model.architecture import check_size, empty_model
 from ...model.base import BaseModel
 from ...model.match import changed, check_frozen, kernels_of, resolved, target_architecture
 from ...model.tasks import architecture_of, task_of
+from ...progress import Progress
 from ...run import Run
 from ..merged.plan import plan_merge
-from ..target import Plan, Progress, Report
+from ..target import Plan, Report
 from .encoder import ENCODER_TASKS
 from .encoder import _heads as heads_of
 from .report import MERGED, OnnxReport, adapter_certificates, refuse
