@@ -10,6 +10,7 @@ from unicodedata import category, east_asian_width
 import click
 
 from converters.errors import visible
+from converters.fit import percent
 
 from ..commands.common import size
 from ..rankmap.output import write_file
@@ -98,7 +99,7 @@ def _settings(pool: Pool) -> Iterator[str]:
     for forced in pool.forced:
         yield (
             f"  {forced.name} (rank {forced.rank}) {forces} this step: fitted to "
-            f"{forced.step} its update is off by {100 * forced.error:.3g} % (--max-rank)"
+            f"{forced.step} its update is off by {percent(forced.error)} (--max-rank)"
         )
     if pool.split:
         steps = "; ".join(f"{step}: {', '.join(names)}" for step, names in pool.split.items())

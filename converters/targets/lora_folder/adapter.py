@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from ...certificate import write_json
-from ...errors import TargetError
+from ...errors import TargetError, some
 from ...files.output import save_tensors
 from ...files.tensors import LazyTensor, load_finite, numel
 from ...model.base import BaseModel
@@ -279,11 +279,10 @@ def _check_target(
     nowhere = [name for name in ranks if name.endswith(_NO_MODULE) or name in run.tied]
     cannot = list(dict.fromkeys([*cannot, *nowhere]))
     if cannot:
-        more = f" and {len(cannot) - 6} more" if len(cannot) > 6 else ""
         raise TargetError(
             f"the run trained tensors that an adapter for {profile.name} cannot carry",
             file=run.path,
-            found=", ".join(cannot[:6]) + more,
+            found=some(cannot),
             expected=_kinds(profile),
             remedy="merge it (`merge`)" + ("" if nowhere else ", or use `target` peft"),
         )
