@@ -275,7 +275,7 @@ def _load(model: Any, folder: Path, file: Path) -> dict[str, Any]:
         raise RunError(
             "this adapter is read with the peft package, which is not installed",
             file=folder,
-            remedy="pip install peft",
+            remedy="pip install 'dora-serve[peft]'",
         ) from None
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")

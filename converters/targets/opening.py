@@ -69,8 +69,10 @@ def open_transformers(folder: Path, _base: BaseModel, _run: Run) -> Model:
 def open_peft(folder: Path, base: BaseModel, run: Run) -> Model:
     """An adapter folder, on `base` in the class that `run` was trained in.
 
-    Raises `ArtifactError` where PEFT does not load it.
+    Raises `ArtifactError` where PEFT does not load it, `ModuleNotFoundError` without PEFT.
     """
+    import peft  # noqa: F401
+
     try:
         # An adapter for the text model alone of a multimodal base is one in that class only.
         _, layout = as_trained(read_run(folder, ReadOptions(base=base.path)), base)

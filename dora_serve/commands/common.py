@@ -23,6 +23,7 @@ from converters import progress
 from converters.errors import DoraExportError, visible
 from converters.options import SHORT, FitOptions, ReadOptions, names
 
+from ..extras import without_extra
 from ..progress import LOUDNESS, is_said, progress_bar
 from ..remote.local import Remote, is_url, local_values
 from ..wording import in_flags, json_text
@@ -35,30 +36,6 @@ if TYPE_CHECKING:
 F = TypeVar("F", bound=Callable[..., Any])
 
 FIELDS = ("message", "file", "tensor", "found", "expected", "remedy")  # of an error
-
-# The optional packages, each with the extra that brings it.
-EXTRAS = {
-    "OpenSSL": "sign",
-    "fastapi": "serve",
-    "fsspec": "remote",
-    "gguf": "gguf",
-    "jinja2": "serve",
-    "llguidance": "serve",
-    "matplotlib": "plot",
-    "model_signing": "sign",
-    "onnx": "onnx",
-    "onnxruntime": "onnx",
-    "onnxruntime_genai": "onnx",
-    "onnxscript": "onnx",
-    "peft": "peft",
-    "prometheus_client": "serve",
-    "pydantic": "serve",
-    "ray": "ray",
-    "s3fs": "remote",
-    "starlette": "serve",
-    "uvicorn": "serve",
-    "vllm": "vllm",
-}
 
 
 class PathOrUrl(click.Path):
@@ -303,14 +280,9 @@ def reports_errors(function: F) -> F:
             ):
                 return function(*args, **values)
         except Exception as error:
-            from converters.errors import MissingError, OutputError
+            from converters.errors import OutputError
 
-            package = str(getattr(error, "name", None)).partition(".")[0]
-            if isinstance(error, ModuleNotFoundError) and package in EXTRAS:
-                error = MissingError(
-                    f"this needs the package {package}, which is not installed",
-                    remedy=f"pip install 'dora-serve[{EXTRAS[package]}]'",
-                )
+            error = without_extra(error) or error
             if not isinstance(error, DoraExportError):
                 if not isinstance(error, OSError) or error.filename is None:
                     raise

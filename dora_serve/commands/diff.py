@@ -8,6 +8,7 @@ import click
 
 from converters.errors import visible
 
+from ..progress import timed
 from . import common
 
 if TYPE_CHECKING:
@@ -32,9 +33,12 @@ def command(a: str, b: str, base: str | None, base_b: str | None, as_json: bool)
     Per module ‖ΔA − ΔB‖/‖ΔA‖ and the cosine of ΔA and ΔB; a run that needs options to be read is
     compared as the adapter made from it.
     """
+    from converters.model.base import open_base
     from dora_serve.api import diff
 
-    result = diff(a, b, base=base, base_b=base_b)
+    nbytes = 0 if base is None else open_base(base).nbytes
+    with timed("diff", "comparing", nbytes):
+        result = diff(a, b, base=base, base_b=base_b)
     if as_json:
         modules = {name: _numbers(module) for name, module in result.modules.items()}
         common.print_json(

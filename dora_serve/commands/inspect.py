@@ -12,6 +12,7 @@ import click
 from converters.errors import visible
 from converters.targets.target import Target, targets
 
+from ..extras import without_extra
 from ..wording import in_flags
 from . import common
 
@@ -159,8 +160,7 @@ def _accepts(target: Target, run: Run, base: BaseModel | None) -> str:
         return "yes, if it fits the base (--base tells)"
     try:
         plan = target.plan(run, base, target.options())
-    except DoraExportError as error:
-        return "no: " + in_flags(error).replace("\n  ", "; ")
-    except ModuleNotFoundError as error:
-        return f"not installed: {error.name}"
+    except (DoraExportError, ModuleNotFoundError) as error:
+        said = without_extra(error) or error
+        return "no: " + in_flags(said).replace("\n  ", "; ")
     return f"yes, {common.size(plan.nbytes)}"

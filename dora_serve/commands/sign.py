@@ -8,6 +8,7 @@ import click
 
 from converters.errors import visible
 
+from ..progress import timed
 from . import common
 
 
@@ -33,7 +34,9 @@ def command(artifact: Path, private_key: Path, force: bool, as_json: bool) -> No
     from dora_serve.remote.local import needs_local
 
     needs_local(artifact, "sign")
-    signature = sign(artifact, private_key, force)
+    nbytes = sum(file.stat().st_size for file in artifact.rglob("*") if file.is_file())
+    with timed("sign", "signing", nbytes):
+        signature = sign(artifact, private_key, force)
     if as_json:
         common.print_json({"signature": str(signature)})
     else:

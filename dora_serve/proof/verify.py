@@ -16,6 +16,7 @@ from converters.targets.model import Inputs, Model, Reading, logits
 from converters.targets.opening import Loaded, load
 from converters.targets.target import target_of
 
+from ..extras import without_extra
 from .live import fold_rounded, truth_of
 from .noise import difference, noise
 from .prompts import Prompts, prompts_of, tokenizer_fault, verification_batch
@@ -114,6 +115,8 @@ def verify(
     except (BaseError, RunError, TargetError):
         raise  # of what was asked, not of the artifact
     except Exception as error:
+        if (missing := without_extra(error)) is not None:
+            raise missing from None
         return Verification(engine, fit=fit, failures=(_reason(error),))
     model = replace(model, read=lambda _batches: reading)  # its weights are let go
     unfitted = None

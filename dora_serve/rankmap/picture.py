@@ -113,12 +113,13 @@ def save_png(
 def _number(panel: Axes, x: int, y: int, rank: int, largest: int) -> None:
     """The rank in its cell, which is hatched where nothing is left."""
     color = "white" if 1.2 * rank > largest else "black"
-    panel.text(x, y, rank, ha="center", va="center", fontsize=8, color=color)
+    panel.text(x, y, str(rank), ha="center", va="center", fontsize=8, color=color)
     if not rank:
         from matplotlib.patches import Rectangle
 
-        place, hatched = (x - 0.5, y - 0.5), {"hatch": "////", "facecolor": "white"}
-        panel.add_patch(Rectangle(place, 1, 1, edgecolor="#d5dcdd", linewidth=0, **hatched))
+        cell = Rectangle((x - 0.5, y - 0.5), 1, 1, hatch="////", linewidth=0)
+        cell.set(facecolor="white", edgecolor="#d5dcdd")
+        panel.add_patch(cell)
 
 
 def save_curve(points: Sequence[CurvePoint], path: Path, title: str, force: bool = False) -> None:

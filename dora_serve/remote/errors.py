@@ -32,7 +32,7 @@ def errors(name: str, protocol: str, done: str) -> Iterator[None]:
     except DoraExportError:
         raise
     except ImportError as error:
-        extra = "dora-serve[remote]" if protocol in ("s3", "s3a") else "the package named above"
+        extra = "'dora-serve[remote]'" if protocol in ("s3", "s3a") else "the package named above"
         raise MissingError(
             f"a package for {protocol}:// is not installed",
             file=name,

@@ -66,12 +66,21 @@ def test_a_path_that_cannot_be_written_is_an_error(option: str, dora_run: Path) 
     [
         ("matplotlib", "plot", ("inspect", "--png", "ranks.png")),
         ("onnx", "onnx", ("onnx", "onnx-folder", "--base", "BASE")),
+        ("peft", "peft", ("verify", "ADAPTER", "--base", "BASE")),
+        ("onnx_ir", "onnx", ("onnx", "onnx-folder", "--base", "BASE")),
+        ("onnxscript", "onnx", ("onnx", "onnx-folder", "--base", "BASE")),
     ],
 )
 def test_a_package_that_is_not_installed_is_named_with_its_extra(
-    package: str, extra: str, arguments: tuple[str, ...], dora_run: Path, llama_base: Path
+    package: str,
+    extra: str,
+    arguments: tuple[str, ...],
+    dora_run: Path,
+    llama_base: Path,
+    llama_lora: Path,
 ) -> None:
-    verb, *more = (str(llama_base) if word == "BASE" else word for word in arguments)
+    places = {"BASE": str(llama_base), "ADAPTER": str(llama_lora)}
+    verb, *more = (places.get(word, word) for word in arguments)
     code = (
         f"import sys; sys.modules[{package!r}] = None\n"
         "from dora_serve.commands import dora_export\n"

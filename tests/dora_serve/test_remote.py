@@ -254,7 +254,7 @@ def test_without_a_url_no_network_and_without_s3fs_a_clear_error(
     )
     assert done.returncode == 1
     assert "merged without network" in done.stdout
-    assert "pip install dora-serve[remote]" in done.stderr
+    assert "pip install 'dora-serve[remote]'" in done.stderr
     assert "Traceback" not in done.stderr
 
 
