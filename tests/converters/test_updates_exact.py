@@ -155,6 +155,8 @@ def test_independent_components_are_left_bit_for_bit(size: float) -> None:
     update = random_sum(6, 7, 3)
     update = RankOneSum(update.a * size, update.c, update.b)
     assert update.reduced() is update
+    update.a[1] = update.a[0] * (1 + 1e-5 * torch.tensor([1.0, -1.0] * 3 + [1.0]))  # nearly one
+    assert update.reduced() is update
 
 
 def test_reduced_looks_at_both_sides() -> None:
