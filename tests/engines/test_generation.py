@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import asdict
+from typing import Any
 
 import numpy as np
 import pytest
@@ -117,6 +118,45 @@ def test_logprobs_are_the_models_own_whatever_may_be_drawn() -> None:
     assert own == best[A] == pytest.approx(2 - whole, abs=1e-5)
     assert best[EOS] == pytest.approx(3 - whole, abs=1e-5)
     assert values[EOS] == 3  # the caller's logits are as they were
+
+
+@pytest.mark.parametrize("pieces", [[(0, 5)], [(0, 2), (2, 6)], [(0, 3), (0, 4), (3, 6)]])
+def test_logprobs_of_the_prompt_however_it_was_read(pieces: list[tuple[int, int]]) -> None:
+    """Rows begin again, and tell nothing twice."""
+    done = generation(Sampling(prompt_logprobs=2))
+    rows = np.random.default_rng(0).normal(size=(6, 256)).astype(np.float32)
+    rows[1] = np.round(rows[1])  # with equal ones
+    for begin, end in pieces:
+        done.read_prompt(rows[begin:end], begin)
+    assert len(done.prompt_logprobs) == 5
+    for (told, rank, best), row, token in zip(
+        done.prompt_logprobs, rows.astype(np.float64)[:5], b"rompt", strict=True
+    ):
+        own = row - np.log(np.exp(row).sum())
+        assert told == pytest.approx(own[token], abs=1e-5)
+        assert rank == sum(value >= row[token] for value in row)
+        first, second = sorted(range(256), key=lambda i: (-row[i], i))[:2]
+        assert list(best) == [first, second]
+        assert list(best.values()) == pytest.approx([own[first], own[second]], abs=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("changes", "order", "reason", "told"),
+    [
+        ({}, [EOS], "stop", None),  # the tokenizer's own end
+        ({}, [A], "stop", A),  # one of the configuration's
+        ({"stop_token_ids": (B,)}, [B], "stop", B),
+        ({"stop": ("c",)}, [C], "stop", "c"),
+        ({"ignore_eos": True, "max_tokens": 1}, [A], "length", None),
+    ],
+)
+def test_why_it_ended(
+    changes: dict[str, Any], order: list[int], reason: str, told: str | int | None
+) -> None:
+    ends, named = frozenset({EOS, A}), frozenset({A})
+    done = Generation(list(b"x"), Sampling(**changes), ends, Bytes(), 99, named)
+    done.take(logits(order))
+    assert (done.reason, done.stop_reason) == (reason, told)
 
 
 @QUICK
