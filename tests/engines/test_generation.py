@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import asdict
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -10,7 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dora_serve.onnxruntime.generation import Generation, StoppedText
+from dora_serve.onnxruntime.generation import Detokenizer, Generation, StoppedText
 from dora_serve.onnxruntime.limits import check_rows
 from dora_serve.onnxruntime.sampling import Sampling
 from dora_serve.onnxruntime.session import EngineError
@@ -162,8 +163,8 @@ def test_why_it_ended(
 @QUICK
 @given(pieces=st.lists(st.text("abc", max_size=4), max_size=8), stops=STOPS, data=st.data())
 def test_stop_texts_over_pieces(pieces: list[str], stops: list[str], data: st.DataObject) -> None:
-    early = data.draw(st.integers(0, len(pieces)))
-    stopped, text, told = StoppedText(stops), "", ""
+    early, included = data.draw(st.integers(0, len(pieces))), data.draw(st.booleans())
+    stopped, text, told = StoppedText(stops, included), "", ""
     for number, piece in enumerate(pieces):
         before, text = len(text), text + piece
         ended = stopped.add(piece, search=number >= early)
@@ -172,13 +173,40 @@ def test_stop_texts_over_pieces(pieces: list[str], stops: list[str], data: st.Da
         assert ended is (at is not None)
         told = stopped.certain
         if ended:
-            assert stopped.certain == text[:at]
+            assert stopped.found in stops and text.startswith(stopped.found, at)
+            assert stopped.certain == text[:at] + (stopped.found if included else "")
             return
         held = text[len(stopped.certain) :]
         begun = [n for s in stops for n in range(1, len(s)) if text.endswith(s[:n])]
         assert len(held) == max(begun, default=0)  # no more and no less than may begin a stop text
     stopped.release()
     assert stopped.certain == text
+
+
+class Spaced:
+    """Tokens with spaces between, two of them added."""
+
+    WORDS = ("zero", "<a>", "<b>", "three")
+
+    def decode(self, ids: list[int], skip_special_tokens: bool) -> str:
+        return " ".join(self.WORDS[i] for i in ids if i not in (1, 2) or not skip_special_tokens)
+
+    def get_added_tokens_decoder(self) -> dict[int, Any]:
+        return {i: SimpleNamespace(content=self.WORDS[i]) for i in (1, 2)}
+
+
+@pytest.mark.parametrize(
+    ("skip", "spaces", "expected"),
+    [
+        (False, True, "zero <a> <b> three <b> zero"),
+        (False, False, "zero <a><b> three <b> zero"),
+        (True, False, "zero three zero"),
+    ],
+)
+def test_spaces_between_special_tokens(skip: bool, spaces: bool, expected: str) -> None:
+    sampling = Sampling(skip_special_tokens=skip, spaces_between_special_tokens=spaces)
+    told = Detokenizer(Spaced(), sampling=sampling)
+    assert "".join(map(told.add, (0, 1, 2, 3, 2, 0))) + told.rest() == expected
 
 
 @pytest.mark.parametrize(
