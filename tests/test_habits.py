@@ -4,6 +4,7 @@ every test checks something."""
 from __future__ import annotations
 
 import ast
+import importlib.util
 import re
 import shlex
 import tomllib
@@ -82,3 +83,18 @@ LOOPS = {
 def test_loops_that_may_be_empty_are_found(body: str, fine: bool) -> None:
     test = ast.parse("def test_it():\n" + "\n".join(f"  {line}" for line in body.split("\n")))
     assert bool(may_check_nothing([test])) is not fine
+
+
+def test_the_picture_of_the_benchmarks_is_of_what_the_tables_say() -> None:
+    path = ROOT / "scripts" / "bench_picture.py"
+    spec = importlib.util.spec_from_file_location("bench_picture", path)
+    assert spec is not None and spec.loader is not None
+    script = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(script)
+    table = (ROOT / "docs" / "benchmarks.md").read_text()
+    found = [
+        script.number(table, row, column) for *_, column, rows in script.PANELS for row in rows
+    ]
+    assert found[:6] == [1.66, 18.06, 174, 2442, 68.1, 228.2] and len(found) == 11
+    with pytest.raises(ValueError, match="unpack"):
+        script.number(table, "no such row", 1)

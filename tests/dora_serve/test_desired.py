@@ -24,9 +24,10 @@ from dora_serve.folder.inventory import Member
 from dora_serve.vllm import desired as module
 from dora_serve.vllm import watch
 from dora_serve.vllm.convert import vllm_adapter
-from dora_serve.vllm.desired import SETTLE, Desired, Following, desired, links
+from dora_serve.vllm.desired import SETTLE, Desired, Following, links
 from dora_serve.vllm.watch import Server, reconcile, refusal_at
 from tests.conftest import MODELS
+from tests.dora_serve.following import desired
 
 WEIGHTS = "adapter_model.safetensors"
 

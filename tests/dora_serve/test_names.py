@@ -18,12 +18,12 @@ from converters.model.base import open_base
 from dora_serve import read_run
 from dora_serve.batch import plan_batch
 from dora_serve.commands import dora_serve
-from dora_serve.folder.inventory import discover, find_run, read_member
+from dora_serve.folder.inventory import discover, read_member
 from dora_serve.folder.names import name_elsewhere, names_below, names_inside
 from dora_serve.folder.pairing import is_named
 from dora_serve.server.prepare.make import make_offer
-from dora_serve.vllm.desired import desired
 from tests.conftest import tiny_llama
+from tests.dora_serve.following import desired, find_run
 
 
 @pytest.fixture(autouse=True)
