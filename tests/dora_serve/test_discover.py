@@ -196,7 +196,7 @@ def test_the_key_follows_content_base_and_options(
     assert content_key(read_run(copy), base, target="vllm") != key
     run, changes = read_run(llama_lora), ({"options": {"lora_alpha": 1.0}}, {"method": "other"})
     for change in changes:
-        assert content_key(replace(run, **change), base, target="vllm") != key  # type: ignore[arg-type]
+        assert content_key(replace(run, **change), base, target="vllm") != key
     monkeypatch.setattr("dora_serve.folder.cache.tool", lambda: "another version")
     assert content_key(run, base, target="vllm") != key
 

@@ -14,13 +14,13 @@ from converters.targets.onnx.quantized import blocks_of
 
 def restored(found: dict[str, np.ndarray], bits: int, width: int) -> np.ndarray:
     """The matrix `[out, width]`, as ONNX Runtime's MatMulNBits defines it."""
-    codes, zeros = found["B"].astype(int), 128
+    codes, zeros = found["B"].astype(int), np.array(128)
     if bits == 4:
         pairs = np.stack([codes & 15, codes >> 4], axis=-1)
         codes = pairs.reshape(*codes.shape[:2], -1)
         both = np.stack([found["zero_points"] & 15, found["zero_points"] >> 4], axis=-1)
         zeros = both.reshape(len(codes), -1)[:, : codes.shape[1], None].astype(int)
-    values = (codes - zeros) * found["scales"][..., None]
+    values: np.ndarray = (codes - zeros) * found["scales"][..., None]
     return values.reshape(len(codes), -1)[:, :width]
 
 
