@@ -12,7 +12,7 @@ from converters.errors import TargetError
 from converters.updates.magnitude import MagnitudeUpdate
 from converters.updates.rank_one import RankOneSum, cut, rank_for, stored_error, tail
 from converters.updates.stacked import Stacked
-from converters.updates.update import Update, transposed
+from converters.updates.update import Update, convolution_matrix, transposed
 from tests.conftest import Dense
 
 EXAMPLES = settings(max_examples=25, deadline=None, derandomize=True, database=None)
@@ -343,6 +343,10 @@ def test_a_magnitude_takes_norms_that_float32_does_not_hold() -> None:
 def test_a_magnitude_of_another_length_is_refused(shape: tuple[int, ...]) -> None:
     with pytest.raises(ValueError, match="does not fit"):
         MagnitudeUpdate(torch.ones(shape), random_sum(5, 4, 1))
+
+
+def test_a_convolution_is_a_matrix_with_its_outputs_as_rows() -> None:
+    assert convolution_matrix((8, 3, 5, 2)) == torch.ones(8, 3, 5, 2).flatten(1).shape == (8, 30)
 
 
 def test_what_is_no_sum_is_transposed_as_a_whole() -> None:
