@@ -43,6 +43,9 @@ UPDATES = " ".join(
     f"{HERE}/test_{n}.py" for n in ("updates_exact", "update", "memo", "peft_layer", "peft_layers")
 )
 GGUF = f"{HERE}/test_gguf.py {HERE}/test_gguf_scales.py"
+QUANTIZED = " ".join(
+    f"{HERE}/merged/test_quantized_{n}.py" for n in ("bnb", "compressed", "fp8", "ints", "mxfp4")
+)
 GUARD = "tests/server/test_guard.py tests/server/test_guard_exact.py"
 DRAWING = " ".join(f"tests/engines/test_{n}.py" for n in ("sampling", "generation", "shaping"))
 FOLDER = " ".join(
@@ -62,6 +65,7 @@ SOURCES = {
     "converters/updates/*.py": UPDATES,
     "converters/files/*.py": f"{HERE}/files {HERE}/test_pickles.py {CACHE}",
     "converters/model/*.py": f"{HERE}/model {HERE}/merged {HERE}/lora_folder {NAMES}",
+    "converters/model/quantized/*.py": f"{QUANTIZED} tests/dora_serve/test_quantized_base.py",
     "converters/readers/*.py": READERS,
     "converters/targets/*.py": f"{ADAPTERS} tests/dora_serve/test_verify.py",
     "converters/targets/gguf/*.py": f"{GGUF} {HERE}/targets/test_target.py",

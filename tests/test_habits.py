@@ -8,6 +8,7 @@ import importlib.util
 import re
 import shlex
 import tomllib
+from importlib import import_module
 from importlib.metadata import version
 from pathlib import Path
 
@@ -62,6 +63,14 @@ def test_no_test_checks_only_in_a_loop_that_may_be_empty() -> None:
     trees = [ast.parse(file.read_text()) for file in (ROOT / "tests").rglob("*.py")]
     assert len(trees) > 100
     assert may_check_nothing(trees) == []
+
+
+def test_mutants_are_planted_in_every_file_of_their_rooms(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(ROOT / "scripts"))
+    planted = import_module("mutants").sources("")  # which fails for a file that is left out
+    tests = {name for each in planted for name in each.split()}
+    assert len(tests) > 40 and sum(map(len, planted.values())) > 80
+    assert [name for name in tests if not (ROOT / name).exists()] == []
 
 
 LOOPS = {

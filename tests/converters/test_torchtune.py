@@ -147,7 +147,8 @@ def test_the_order_of_rows_in_every_family(
     family: str, permuted: bool, size: int, tmp_path: Path
 ) -> None:
     """`torchtune/models/<family>/_convert_weights.py`."""
-    state, expected = {}, {}
+    state: dict[str, torch.Tensor] = {}
+    expected: dict[str, torch.Tensor] = {}
     for layer, heads in (("q_proj", HEADS), ("k_proj", GROUPS), ("v_proj", GROUPS)):
         b, stem = drawn(heads * size, RANK), f"layers.0.attn.{layer}"
         state |= {f"{stem}.lora_a.weight": drawn(RANK, 32), f"{stem}.lora_b.weight": b}

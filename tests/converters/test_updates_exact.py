@@ -12,7 +12,7 @@ from converters.errors import TargetError
 from converters.updates.magnitude import MagnitudeUpdate
 from converters.updates.rank_one import RankOneSum, cut, rank_for, stored_error, tail
 from converters.updates.stacked import Stacked
-from converters.updates.update import Update, transposed
+from converters.updates.update import Update, convolution_matrix, transposed
 from tests.conftest import Dense
 
 EXAMPLES = settings(max_examples=25, deadline=None, derandomize=True, database=None)
@@ -154,6 +154,8 @@ def test_reduced_is_the_same_of_the_true_rank(
 def test_independent_components_are_left_bit_for_bit(size: float) -> None:
     update = random_sum(6, 7, 3)
     update = RankOneSum(update.a * size, update.c, update.b)
+    assert update.reduced() is update
+    update.a[1] = update.a[0] * (1 + 1e-5 * torch.tensor([1.0, -1.0] * 3 + [1.0]))  # nearly one
     assert update.reduced() is update
 
 
@@ -341,6 +343,10 @@ def test_a_magnitude_takes_norms_that_float32_does_not_hold() -> None:
 def test_a_magnitude_of_another_length_is_refused(shape: tuple[int, ...]) -> None:
     with pytest.raises(ValueError, match="does not fit"):
         MagnitudeUpdate(torch.ones(shape), random_sum(5, 4, 1))
+
+
+def test_a_convolution_is_a_matrix_with_its_outputs_as_rows() -> None:
+    assert convolution_matrix((8, 3, 5, 2)) == torch.ones(8, 3, 5, 2).flatten(1).shape == (8, 30)
 
 
 def test_what_is_no_sum_is_transposed_as_a_whole() -> None:

@@ -162,6 +162,13 @@ def test_folders_that_come_and_go_while_they_are_looked_for(
     assert set(discover(away, llama_base).members) == {"0", "1", "2", "3"}
 
 
+def test_nothing_is_looked_for_in_hidden_folders(llama_base: Path, tmp_path: Path) -> None:
+    for place in ("root/base", "root/.cache/other", "root/.other"):
+        shutil.copytree(llama_base, tmp_path / place)
+    found = discover(tmp_path / "root")
+    assert (set(found.bases), set(found.problems)) == ({"base"}, set())
+
+
 @pytest.mark.parametrize("how", ["one file", "shards", "torch", "an index alone"])
 def test_however_a_base_is_stored(how: str, tmp_path: Path) -> None:
     base = tmp_path / "root" / "base"
@@ -196,7 +203,7 @@ def test_the_key_follows_content_base_and_options(
     assert content_key(read_run(copy), base, target="vllm") != key
     run, changes = read_run(llama_lora), ({"options": {"lora_alpha": 1.0}}, {"method": "other"})
     for change in changes:
-        assert content_key(replace(run, **change), base, target="vllm") != key  # type: ignore[arg-type]
+        assert content_key(replace(run, **change), base, target="vllm") != key
     monkeypatch.setattr("dora_serve.folder.cache.tool", lambda: "another version")
     assert content_key(run, base, target="vllm") != key
 

@@ -18,9 +18,10 @@ from converters.model.base import open_base
 from dora_serve import read_run
 from dora_serve.batch import plan_batch
 from dora_serve.commands import dora_serve
+from dora_serve.folder import pairing
 from dora_serve.folder.inventory import discover, read_member
-from dora_serve.folder.names import name_elsewhere, names_below, names_inside
-from dora_serve.folder.pairing import is_named
+from dora_serve.folder.names import name_elsewhere, names_below, names_inside, not_a_name
+from dora_serve.folder.pairing import base_of, is_named
 from dora_serve.server.prepare.make import make_offer
 from tests.conftest import tiny_llama
 from tests.dora_serve.following import desired, find_run
@@ -325,6 +326,39 @@ def test_a_method_that_is_read_beside_its_base_finds_it_among_several(
     found = discover(root)
     assert not found.problems
     assert found.members["run"].base is found.bases["mine"]
+
+
+def test_a_base_of_the_cache_that_does_not_fit(
+    tmp_path: Path, llama_base: Path, llama_lora: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tiny_llama(hidden_size=16).save_pretrained(tmp_path / "small")
+    names_its_base(Path(shutil.copytree(llama_lora, tmp_path / "run")), "org/tiny")
+    run = read_run(tmp_path / "run")
+    for held, fine in ((llama_base, True), (tmp_path / "small", False)):
+        cached = open_base(held)
+        monkeypatch.setattr(pairing, "open_base", lambda _, cached=cached: cached)
+        if fine:
+            assert base_of(run, []) is cached
+        else:
+            with pytest.raises(DoraExportError, match="not known"):
+                base_of(run, [])
+
+
+@pytest.mark.parametrize("name", ["run", "a/b", "a b", "模型", "e\u0301", ".hidden"])
+def test_what_is_a_name(name: str) -> None:
+    assert not_a_name(name) is None
+
+
+@pytest.mark.parametrize(
+    ("name", "says"),
+    [
+        *((name, "a blank") for name in (" run", "run ", "a/ b", "a /b")),
+        *((name, "empty") for name in ("", "a//b", "/a", "a/", "./a", "a/..")),
+        *((name, "cannot be shown") for name in ("a\0", "a\nb", "a\u200bb", "\u3000a", "\ud800")),
+    ],
+)
+def test_what_is_no_name(name: str, says: str) -> None:
+    assert says in str(not_a_name(name))
 
 
 def test_what_lies_elsewhere_renames_nothing(tmp_path: Path) -> None:

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from dataclasses import asdict
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dora_serve.onnxruntime.generation import Generation, StoppedText
+from dora_serve.onnxruntime.generation import Detokenizer, Generation, StoppedText
 from dora_serve.onnxruntime.limits import check_rows
 from dora_serve.onnxruntime.sampling import Sampling
 from dora_serve.onnxruntime.session import EngineError
@@ -119,11 +121,50 @@ def test_logprobs_are_the_models_own_whatever_may_be_drawn() -> None:
     assert values[EOS] == 3  # the caller's logits are as they were
 
 
+@pytest.mark.parametrize("pieces", [[(0, 5)], [(0, 2), (2, 6)], [(0, 3), (0, 4), (3, 6)]])
+def test_logprobs_of_the_prompt_however_it_was_read(pieces: list[tuple[int, int]]) -> None:
+    """Rows begin again, and tell nothing twice."""
+    done = generation(Sampling(prompt_logprobs=2))
+    rows = np.random.default_rng(0).normal(size=(6, 256)).astype(np.float32)
+    rows[1] = np.round(rows[1])  # with equal ones
+    for begin, end in pieces:
+        done.read_prompt(rows[begin:end], begin)
+    assert len(done.prompt_logprobs) == 5
+    for (told, rank, best), row, token in zip(
+        done.prompt_logprobs, rows.astype(np.float64)[:5], b"rompt", strict=True
+    ):
+        own = row - np.log(np.exp(row).sum())
+        assert told == pytest.approx(own[token], abs=1e-5)
+        assert rank == sum(value >= row[token] for value in row)
+        first, second = sorted(range(256), key=lambda i: (-row[i], i))[:2]
+        assert list(best) == [first, second]
+        assert list(best.values()) == pytest.approx([own[first], own[second]], abs=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("changes", "order", "reason", "told"),
+    [
+        ({}, [EOS], "stop", None),  # the tokenizer's own end
+        ({}, [A], "stop", A),  # one of the configuration's
+        ({"stop_token_ids": (B,)}, [B], "stop", B),
+        ({"stop": ("c",)}, [C], "stop", "c"),
+        ({"ignore_eos": True, "max_tokens": 1}, [A], "length", None),
+    ],
+)
+def test_why_it_ended(
+    changes: dict[str, Any], order: list[int], reason: str, told: str | int | None
+) -> None:
+    ends, named = frozenset({EOS, A}), frozenset({A})
+    done = Generation(list(b"x"), Sampling(**changes), ends, Bytes(), 99, named)
+    done.take(logits(order))
+    assert (done.reason, done.stop_reason) == (reason, told)
+
+
 @QUICK
 @given(pieces=st.lists(st.text("abc", max_size=4), max_size=8), stops=STOPS, data=st.data())
 def test_stop_texts_over_pieces(pieces: list[str], stops: list[str], data: st.DataObject) -> None:
-    early = data.draw(st.integers(0, len(pieces)))
-    stopped, text, told = StoppedText(stops), "", ""
+    early, included = data.draw(st.integers(0, len(pieces))), data.draw(st.booleans())
+    stopped, text, told = StoppedText(stops, included), "", ""
     for number, piece in enumerate(pieces):
         before, text = len(text), text + piece
         ended = stopped.add(piece, search=number >= early)
@@ -132,13 +173,40 @@ def test_stop_texts_over_pieces(pieces: list[str], stops: list[str], data: st.Da
         assert ended is (at is not None)
         told = stopped.certain
         if ended:
-            assert stopped.certain == text[:at]
+            assert stopped.found in stops and text.startswith(stopped.found, at)
+            assert stopped.certain == text[:at] + (stopped.found if included else "")
             return
         held = text[len(stopped.certain) :]
         begun = [n for s in stops for n in range(1, len(s)) if text.endswith(s[:n])]
         assert len(held) == max(begun, default=0)  # no more and no less than may begin a stop text
     stopped.release()
     assert stopped.certain == text
+
+
+class Spaced:
+    """Tokens with spaces between, two of them added."""
+
+    WORDS = ("zero", "<a>", "<b>", "three")
+
+    def decode(self, ids: list[int], skip_special_tokens: bool) -> str:
+        return " ".join(self.WORDS[i] for i in ids if i not in (1, 2) or not skip_special_tokens)
+
+    def get_added_tokens_decoder(self) -> dict[int, Any]:
+        return {i: SimpleNamespace(content=self.WORDS[i]) for i in (1, 2)}
+
+
+@pytest.mark.parametrize(
+    ("skip", "spaces", "expected"),
+    [
+        (False, True, "zero <a> <b> three <b> zero"),
+        (False, False, "zero <a><b> three <b> zero"),
+        (True, False, "zero three zero"),
+    ],
+)
+def test_spaces_between_special_tokens(skip: bool, spaces: bool, expected: str) -> None:
+    sampling = Sampling(skip_special_tokens=skip, spaces_between_special_tokens=spaces)
+    told = Detokenizer(Spaced(), sampling=sampling)
+    assert "".join(map(told.add, (0, 1, 2, 3, 2, 0))) + told.rest() == expected
 
 
 @pytest.mark.parametrize(

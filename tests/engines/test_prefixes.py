@@ -127,6 +127,13 @@ def replaced(case: Case, folder: Path) -> None:
     assert cached == [0, 0, 32, 32]
 
 
+def test_the_digest_is_of_what_has_the_name_now(llama: Case) -> None:
+    adapters = Decoder(llama.folder, threads=1).adapter_set
+    first, second = (adapters.digest(name) for name in ("down", "second"))
+    adapters.add("down", Path(str(file(llama, "second"))))
+    assert adapters.digest("down") == second != first
+
+
 def test_an_adapter_replaced_under_its_name(llama: Case, tmp_path: Path) -> None:
     replaced(llama, tmp_path)
 

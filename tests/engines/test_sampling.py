@@ -149,3 +149,10 @@ def test_every_row_has_its_own_largest_number() -> None:
     found = log_softmax(rows)
     assert np.allclose(found[:2], np.log([0.26894142, 0.73105858]), atol=1e-6)
     assert np.allclose(found[2], np.log(0.5))
+
+
+def test_tokens_that_are_named() -> None:
+    sampling = Sampling(stop_token_ids=(1,), allowed_token_ids=(2, 3), logit_bias=((4, 1.0),))
+    assert list(sampling.named_tokens) == [1, 2, 3, 4]
+    assert list(Sampling().named_tokens) == []
+    assert Sampling().max_tokens == 128  # where nobody says how many
