@@ -179,8 +179,10 @@ def test_what_peft_passes_over_is_no_promise(tmp_path: Path, llama_base: Path) -
     # Names that the model does not have, and a head that the task brings of other models.
     run = run_of(llama_base, tmp_path / "run", modules_to_save=["lm_head"])
     edit(run, modules_to_save=["lm_head", "score", "classifier", "wte"])
-    edit(run, target_modules=["q_proj", "c_attn"])
     assert read_run(run, ReadOptions(base=llama_base)).warnings == ()
+    edit(run, target_modules=["q_proj", "c_attn"])
+    (warning,) = read_run(run, ReadOptions(base=llama_base)).warnings
+    assert "target_modules['c_attn'] is of nothing" in warning
     prove(llama_base, run, tmp_path)
 
 
