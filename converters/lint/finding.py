@@ -29,6 +29,8 @@ from ..targets.target import profiles
 Severity = Literal["error", "warning", "info"]
 
 PEFTS_OWN = ("peft", "transformers")  # where PEFT's layers compute
+AGAIN = "save the adapter again from the training run"
+MERGE = "deploy the merged model (`merge`)"
 _FACTOR = re.compile(r"(.+)\.(?:lora_(A|B)(\.\w+)?\.weight|lora_embedding_(A|B)(\.\w+)?)")
 
 

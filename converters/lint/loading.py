@@ -13,9 +13,8 @@ from typing import Any
 
 from ..model.names import PEFT_PREFIX, Names
 from ..targets.lora_folder import CONFIG
-from .finding import PEFTS_OWN, Adapter, Finding
+from .finding import AGAIN, PEFTS_OWN, Adapter, Finding
 
-_AGAIN = "save the adapter again from the training run"
 # What PEFT would import a module for, or read other files and weights for.
 _LEFT_OUT = frozenset(
     "auto_mapping megatron_config megatron_core loftq_config eva_config corda_config "
@@ -54,19 +53,19 @@ def loading(adapter: Adapter) -> Iterator[Finding]:
     if outcome.error and refusing:
         yield Finding(
             "refused", "error", refusing, CONFIG, "PEFT does not load this adapter",
-            outcome.error, "one that it loads", _AGAIN,
+            outcome.error, "one that it loads", AGAIN,
         )  # fmt: skip
     for engine, names in (("peft", outcome.unknown), ("transformers", outcome.lost)):
         for name in names if engine in targets else ():
             yield Finding(
                 "ignored", "error", (engine,), name,
                 f"{engine} has no place for this tensor of an adapter",
-                name, "what the configuration makes of the base", _AGAIN,
+                name, "what the configuration makes of the base", AGAIN,
             )  # fmt: skip
     for name in outcome.fresh:
         yield Finding(
             "made-up", "error", targets, name, "the file lacks this tensor, and PEFT makes one up",
-            "nothing", "a stored tensor", _AGAIN,
+            "nothing", "a stored tensor", AGAIN,
         )  # fmt: skip
 
 

@@ -15,8 +15,7 @@ from ..updates.update import convolution_matrix
 from .architecture import class_for, is_known
 from .base import HEAD, BaseModel
 from .layout import Layout
-from .names import auto_class
-from .tasks import architecture_of, task_of, usual_ending
+from .tasks import architecture_of, auto_class, task_of, usual_ending
 from .tying import new_embedding, tensor_names
 
 # Model type → the modules whose weights its class reads without calling them, so that an adapter

@@ -13,7 +13,7 @@ from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 
-from ..errors import DoraExportError, RunError
+from ..errors import DoraExportError, RunError, some
 from ..files.json_files import is_number
 from ..model.base import BaseModel
 from ..model.match import class_trained, classes
@@ -24,7 +24,7 @@ from ..run import Run
 from .module import adapted
 from .named import Named
 from .patterns import PatternError
-from .peft_common import known_base
+from .peft_common import is_below, known_base, modules_to_save
 from .run_folder import CONFIG_FILE, RunFolder
 from .unread import not_read
 
@@ -68,19 +68,18 @@ class _Promises:
     def modules(self) -> Iterator[str]:
         """Modules trained whole: PEFT wants each tensor of each module whose name ends so."""
         config = self._config
-        saved = config.get("modules_to_save")
-        said = [str(name) for name in saved] if isinstance(saved, list) else []
+        said = modules_to_save(config)
         own = HEADS.get(task_of_peft(config.get("task_type")) or "", ())
         entries = list(dict.fromkeys((*said, *own)))
         missing: dict[str, str] = {}
         for entry in entries:
-            held = [name for name in self._held if _below(name, entry)]
+            held = [name for name in self._held if is_below(name, entry)]
             base = self._base
             if base is None:
                 if not held and entry in said and entry not in own:
                     yield _may_be_lost(entry, "modules_to_save")
                 continue
-            stored = [name for name in base.tensors if _below(name, entry)]
+            stored = [name for name in base.tensors if is_below(name, entry)]
             if stored and all(self._holds(name) for name in stored):
                 continue
             names = self._class_names
@@ -89,7 +88,7 @@ class _Promises:
                 if not held and not stored and entry in said:
                     yield _may_be_lost(entry, "modules_to_save")
             missing |= {
-                name: entry for name in names if _below(name, entry) and not self._holds(name)
+                name: entry for name in names if is_below(name, entry) and not self._holds(name)
             }
         if missing:
             modules = ", ".join(dict.fromkeys(missing.values()))
@@ -143,7 +142,9 @@ class _Promises:
         config = self._config
         named = Named(config)
         try:
-            lost = [*self._lost_targets(named), *self._lost_parameters()]
+            parameters = [str(name) for name in _list(config.get("target_parameters"))]
+            parameters = self._in_class([name for name in parameters if not self._has(name)])
+            lost = [*self._lost_targets(named), *parameters]
             more = [m for m in stored if named.known and not self._names(named, m)]
             idle = [
                 f"{key}[{name!r}]"
@@ -158,7 +159,7 @@ class _Promises:
         idle += [f"layer {n}" for n in named.layers if not lost and not _within(str(n), held)]
         if lost:
             yield (
-                f"the configuration names {_some(lost)} to be adapted, and the file holds nothing "
+                f"the configuration names {some(lost)} to be adapted, and the file holds nothing "
                 "of it: is it the whole adapter?"
             )
         if more and only:
@@ -167,13 +168,13 @@ class _Promises:
                 "leaves them out",
                 file=self._file,
                 tensor=more[0],
-                found=f"updates of {_some(more)}",
+                found=f"updates of {some(more)}",
                 expected="modules that target_modules and the layers and exclusions beside it mean",
                 remedy="where they were trained: `lint` with `fix` names them in the "
                 "configuration; else take them out of the file",
             )
         if idle:
-            yield f"what the configuration says of {_some(idle)} is of nothing in the file"
+            yield f"what the configuration says of {some(idle)} is of nothing in the file"
 
     def _modules(self, stored: Collection[str]) -> list[str]:
         """The names by which patterns may mean what is `stored`: those of parameters too."""
@@ -215,8 +216,8 @@ class _Promises:
         modules = [n.removesuffix(".weight") for n in names if n.endswith(".weight")]
         modules = [m for m in modules if named.names(m, parameters=False)]
         # What is trained whole besides is not adapted.
-        saved = [str(name) for name in _list(self._config.get("modules_to_save"))]
-        modules = [m for m in modules if not any(_below(f"{m}.weight", name) for name in saved)]
+        saved = modules_to_save(self._config)
+        modules = [m for m in modules if not any(is_below(f"{m}.weight", n) for n in saved)]
         return self._in_class([m for m in modules if not self._has(m)])
 
     def _nowhere(self) -> list[str]:
@@ -226,10 +227,6 @@ class _Promises:
         known = [*self._held, *self._base.tensors, *(self._class_names or ())]
         said = [str(name) for name in _list(self._config.get("target_modules"))]
         return [f"target_modules[{name!r}]" for name in said if not _within(name, known)]
-
-    def _lost_parameters(self) -> list[str]:
-        names = [str(name) for name in _list(self._config.get("target_parameters"))]
-        return self._in_class([name for name in names if not self._has(name)])
 
     def _in_class(self, lost: list[str]) -> list[str]:
         """Those of `lost` that the model has, which is built where there are any."""
@@ -304,17 +301,16 @@ class _Promises:
         return any(_same(name, held) for held in self._held)
 
     def _is_bias(self, name: str) -> bool:
-        saved = self._config.get("modules_to_save")
-        entries = saved if isinstance(saved, list) else []
         heads = HEADS.get(task_of_peft(self._config.get("task_type")) or "", ())
-        return name.endswith(".bias") and not any(_below(name, str(e)) for e in (*entries, *heads))
+        whole = (*modules_to_save(self._config), *heads)
+        return name.endswith(".bias") and not any(is_below(name, entry) for entry in whole)
 
     def _lost(self, promise: str, missing: list[str]) -> LostError:
         return LostError(
             f"the configuration says that {promise}, and the file lacks it",
             file=self._file,
             tensor=missing[0],
-            found=f"nothing of {_some(missing)}",
+            found=f"nothing of {some(missing)}",
             expected="what was trained, or it is not the model that was trained",
             remedy="save it again with PEFT, or correct adapter_config.json where that was not "
             "trained",
@@ -333,11 +329,6 @@ def _same(name: str, other: str) -> bool:
     return f".{name}".endswith(f".{other}") or f".{other}".endswith(f".{name}")
 
 
-def _below(name: str, entry: str) -> bool:
-    """Whether PEFT takes the tensor `name` for one of a module that `entry` names."""
-    return any(name[:end].endswith(entry) for end, char in enumerate(name) if char == ".")
-
-
 def _stored(folder: RunFolder) -> list[str]:
     """The modules with factors in the file."""
     return list(dict.fromkeys(m.partition(".base_layer")[0] for m in adapted(folder.adapter)))
@@ -349,11 +340,6 @@ def _list(value: object) -> list[object]:
 
 def _map(value: object) -> dict[str, object]:
     return value if isinstance(value, dict) else {}
-
-
-def _some(names: list[str]) -> str:
-    more = f" and {len(names) - 4} more" if len(names) > 4 else ""
-    return ", ".join(names[:4]) + more
 
 
 def _within(name: str, tensors: Iterable[str]) -> bool:
