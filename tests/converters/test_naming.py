@@ -69,7 +69,7 @@ AS_IT_LIES: dict[str, dict[str, frozenset[str]]] = {
     "bert": {"PEFT": BOTH, "AutoModel": TRANSFORMERS},
     "roberta, masked": {"PEFT": BOTH, "AutoModel": TRANSFORMERS},
     "bart": {**WRAPPERS, "PEFT": BOTH, "AutoModel": TRANSFORMERS},
-    "t5": {**WRAPPERS, "PEFT": BOTH},
+    "t5": {"PEFT": BOTH, "no prefix": TRANSFORMERS},
     "llava": {"PEFT": BOTH, "transformers 4": BOTH, "AutoModel": TRANSFORMERS},
     "gemma3": {"PEFT": BOTH, "transformers 4": BOTH, "AutoModel": TRANSFORMERS},
     "qwen2-vl": {
