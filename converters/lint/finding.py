@@ -185,7 +185,7 @@ class Adapter:
 
     @cached_property
     def ranks(self) -> dict[str, int]:
-        return {module: a.shape[0] for module, (a, _) in self.pairs.items() if len(a.shape) == 2}
+        return {module: a.shape[0] for module, (a, _) in self.pairs.items() if len(a.shape) > 1}
 
     def check_patterns(self, names: Iterable[str]) -> None:
         """Raise `PatternError` for regular expressions that PEFT would not come back from."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from ..certificate import FILE, fingerprint_of_base
-from ..files.tensors import read_json, rows_and_columns
+from ..files.tensors import read_json
 from .finding import Adapter, Finding
 
 _OTHER = "pass the base the adapter was trained on"
@@ -16,12 +16,11 @@ def shapes(adapter: Adapter) -> Iterator[Finding]:
         stored = _shape(adapter, module)
         if stored is None or ".experts" in module:
             continue
-        shape = rows_and_columns(stored)
-        found = (b.shape[0], a.shape[-1])
-        if found not in (shape, shape[::-1]):
+        found = (b.shape[0], *a.shape[1:])
+        if found not in (stored, stored[::-1]):
             yield Finding(
                 "shape", "error", adapter.all, module,
-                "the update does not fit the base weight", str(list(found)), str(list(shape)),
+                "the update does not fit the base weight", str(list(found)), str(list(stored)),
                 _OTHER,
             )  # fmt: skip
 

@@ -47,15 +47,16 @@ def loading(adapter: Adapter) -> Iterator[Finding]:
     known = adapter.classes
     if not targets or known is None or not adapter.is_lora or find_spec("peft") is None:
         return
-    outcomes = (_load(adapter, layout.names) for layout in known.layouts)
+    outcomes = [_load(adapter, layout.names) for layout in known.layouts]
     outcome = min(outcomes, key=lambda each: each.wrong)
+    lost = min((each.lost for each in outcomes if not each.error), key=len, default=())
     refusing = targets if outcome.both else tuple(name for name in targets if name == "peft")
     if outcome.error and refusing:
         yield Finding(
             "refused", "error", refusing, CONFIG, "PEFT does not load this adapter",
             outcome.error, "one that it loads", AGAIN,
         )  # fmt: skip
-    for engine, names in (("peft", outcome.unknown), ("transformers", outcome.lost)):
+    for engine, names in (("peft", outcome.unknown), ("transformers", lost)):
         for name in names if engine in targets else ():
             yield Finding(
                 "ignored", "error", (engine,), name,

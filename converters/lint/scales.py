@@ -37,7 +37,21 @@ def _lacks(taken: Collection[str], engine: Profile) -> bool:
 
 def stored_ranks(adapter: Adapter) -> Iterator[Finding]:
     for module, (a, b) in adapter.pairs.items():
-        if len(a.shape) != 2 or len(b.shape) != 2 or a.shape[0] != b.shape[1]:
+        convolution = len(a.shape) == len(b.shape) > 2 and set(b.shape[2:]) == {1}
+        plain = len(a.shape) == len(b.shape) == 2
+        deaf = adapter.where(lambda engine: not engine.convolutions)
+        if convolution and deaf:
+            yield Finding(
+                "convolution",
+                "error",
+                deaf,
+                module,
+                "the engine loads no adapters on convolutions",
+                str(list(a.shape)),
+                "adapters on linear layers",
+                "deploy the merged model (`merge`)",
+            )
+        if not (plain or convolution) or a.shape[0] != b.shape[1]:
             yield Finding(
                 "pair-rank", "error", adapter.all, f"{module}.lora_B",
                 "A and B are of different rank", str(list(b.shape)), f"[out, {a.shape[0]}]", AGAIN,

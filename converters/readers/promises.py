@@ -294,7 +294,8 @@ class _Promises:
         if base is None or "text_config" not in base.config or self._model is None:
             return own
         known = classes(run.task, run.num_labels, base)
-        return own | {found for name in own if (found := known.tensor(name)) is not None}
+        found = [*(known.tensor(name) for name in own), *map(known.module, run.updates)]
+        return own | {name for name in found if name is not None}
 
     def _holds(self, name: str) -> bool:
         return any(_same(name, held) for held in self._held)

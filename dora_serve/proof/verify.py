@@ -117,6 +117,7 @@ def verify(
     except Exception as error:
         if (missing := without_extra(error)) is not None:
             raise missing from None
+        _check_asked(run, base, prompts)
         return Verification(engine, fit=fit, failures=(_reason(error),))
     model = replace(model, read=lambda _batches: reading)  # its weights are let go
     unfitted = None
@@ -128,6 +129,20 @@ def verify(
     fault = tokenizer_fault(path, run, base)
     failures = found.failures if fault is None else (*found.failures, fault)
     return replace(found, engine=engine, fit=fit, unfitted=unfitted, failures=failures)
+
+
+def _check_asked(run: Run, base: BaseModel, prompts: Prompts) -> None:
+    """Raise `TargetError` where the live model cannot be asked so either."""
+    live = truth_of(run, base).model
+    try:
+        logits(live, prompts.batches[0])
+    except Exception as error:
+        raise TargetError(
+            "verify does not know what to ask this model",
+            found=" ".join(f"{type(error).__name__}: {error}".split())[:300],
+            expected="text, images, waves or spectra, each alone",
+            remedy="compare its outputs with the unmerged run's on inputs of your own",
+        ) from error
 
 
 def _compare(

@@ -17,6 +17,7 @@ NONE: frozenset[str] = frozenset()
 PEFT, TRANSFORMERS = frozenset({"peft"}), frozenset({"transformers"})
 Q = "layers.0.self_attn.q_proj"
 LINEAR = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+CONVOLUTION = ["q_proj", "patch_embed.proj"]
 EXPERTS = {"target_parameters": ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]}
 
 
@@ -184,6 +185,13 @@ FURTHER: dict[str, Case] = {
     "a regular expression of transformers 4": Case("gemma3", NONE, old_regex),
     "a regular expression that fits both": Case("gemma3", BOTH, old_regex_that_fits),
     "the tower too": Case("gemma3", BOTH, trained={"target_modules": ["q_proj", "v_proj"]}),
+    "a convolution": Case("qwen2-vl", BOTH, trained={"target_modules": CONVOLUTION}),
+    "a convolution of another kernel": Case(
+        "qwen2-vl",
+        NONE,
+        changed("patch_embed.proj.lora_A", lambda a: a[..., :1]),
+        {"target_modules": CONVOLUTION},
+    ),
     "experts": Case("qwen3-moe", BOTH, trained=EXPERTS),
     "experts by the names that they had": Case(
         "qwen3-moe",

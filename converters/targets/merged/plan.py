@@ -262,8 +262,8 @@ def plan_merge(
         dtype=dtype,
         companions=beside,
     )
-    own = {name: base.tensors.get(layout.find(name) or "") for name in replaced}
-    other = {n for n, t in own.items() if t is not None and t.shape != replaced[n].shape}
+    held = {name: base.tensors.get(layout.find(name) or "") for name in replaced}
+    other = {n for n, t in held.items() if t is not None and t.shape != replaced[n].shape}
     if embedding is not None or other:
         rows = None if embedding is None else embedding.shape[0]
         _check_shapes(run, given, plan, architecture, rows, other)
