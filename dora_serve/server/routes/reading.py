@@ -5,7 +5,8 @@ A page of another site may send any body without asking first, but not with this
 
 from __future__ import annotations
 
-from collections.abc import Callable, Coroutine
+import asyncio
+from collections.abc import Callable, Coroutine, Sequence
 from typing import Any, get_type_hints
 
 from fastapi import Request
@@ -17,6 +18,7 @@ from pydantic import BaseModel
 from ..bounded.work import fault, read_body
 from ..state import state_of
 from ..wire.errors import ApiError
+from ..wire.messages import Message
 
 _SHORT = 16 << 10  # bytes, which take no time to speak of whatever they say
 
@@ -34,6 +36,11 @@ class JsonRoute(APIRoute):
             return await handle(request)
 
         return read
+
+
+async def plain(messages: Sequence[Message]) -> list[dict[str, Any]]:
+    """The turns as chat templates take them; of a hundred thousand calls that takes seconds."""
+    return await asyncio.to_thread(lambda: [message.plain() for message in messages])
 
 
 class _Read(Request):
@@ -55,12 +62,14 @@ async def _read(request: Request, kind: type[BaseModel]) -> Request:
     if said != "application/json":
         raise ApiError("the Content-Type is not application/json", code="not_json")
     body = await request.body()
-    if len(body) > _SHORT:
-        # What is wrong costs most; what passes there is cheap to read a second time.
+    long = len(body) > _SHORT
+    if long:  # what is wrong costs most
         wrong, _ = await state_of(request).bodies.call("check", body, kind=kind.__name__)
         if wrong is not None:
             raise RequestValidationError([wrong])
     try:
-        return _Read(request, body, read_body(kind, body))
+        # Of a hundred thousand parts this takes seconds; a thread lets others have their turns.
+        read = await asyncio.to_thread(read_body, kind, body) if long else read_body(kind, body)
+        return _Read(request, body, read)
     except ValueError as error:
         raise RequestValidationError([fault(error)]) from None
