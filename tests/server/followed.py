@@ -238,7 +238,6 @@ FOLLOWED: dict[str, Attack] = {
         *_EITHER, messages=[{**_TURN, "content": [{"type": "text", "text": ""}] * 50}] * 1900
     ),
     "calls of messages": chats(
-        *_EITHER,
         messages=[{"role": "assistant", "tool_calls": [{"function": {"name": "f"}}] * 45}] * 1900,
     ),
     "thoughts": responds(
