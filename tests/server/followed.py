@@ -148,6 +148,8 @@ FOLLOWED: dict[str, Attack] = {
         )
     },
     "a tool that doubles": chats(tools=[_tool(_doubled(300))], tool_choice="required"),
+    "definitions that are a list": chats(tools=[_tool({"$defs": [[]]})], tool_choice="required"),
+    "half a surrogate pair as a schema": follows(json="\ud800"),
     "tools to choose from": chats(
         *_EITHER,
         tools=[
