@@ -6,6 +6,7 @@ A page of another site may send any body without asking first, but not with this
 from __future__ import annotations
 
 import asyncio
+import gc
 from collections.abc import Callable, Coroutine, Sequence
 from typing import Any, get_type_hints
 
@@ -68,8 +69,17 @@ async def _read(request: Request, kind: type[BaseModel]) -> Request:
         if wrong is not None:
             raise RequestValidationError([wrong])
     try:
-        # Of a hundred thousand parts this takes seconds; a thread lets others have their turns.
-        read = await asyncio.to_thread(read_body, kind, body) if long else read_body(kind, body)
+        read = await asyncio.to_thread(_read_long, kind, body) if long else read_body(kind, body)
         return _Read(request, body, read)
     except ValueError as error:
         raise RequestValidationError([fault(error)]) from None
+
+
+def _read_long(kind: type[BaseModel], body: bytes) -> BaseModel:
+    """Beside the event loop, since of a hundred thousand parts this takes a while; and nobody looks
+    for garbage among a million new objects again and again, which took ten times as long."""
+    gc.disable()
+    try:
+        return read_body(kind, body)
+    finally:
+        gc.enable()
