@@ -165,7 +165,8 @@ def output_folder(target: Path, resume: bool = False) -> Iterator[Path]:
             if resume:
                 (folder / JOURNAL).touch()
             yield folder
-            _sync_tree(folder)
+            for path in (*folder.rglob("*"), folder):
+                _fsync(path)
             if empty and not _is_empty(target):
                 raise OutputError(
                     "another command wrote the output meanwhile",
@@ -312,11 +313,6 @@ def _fsync(path: Path) -> None:
         os.fsync(fd)
     finally:
         os.close(fd)
-
-
-def _sync_tree(folder: Path) -> None:
-    for path in (*folder.rglob("*"), folder):
-        _fsync(path)
 
 
 @contextlib.contextmanager
