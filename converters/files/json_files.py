@@ -14,7 +14,10 @@ _LARGEST = 100_000_000
 
 def read_json(path: Path) -> dict[str, object]:
     """The JSON object in `path`; raises `TensorFileError` naming the file when it is not one."""
-    if check_file(path) > _LARGEST:
+    size = check_file(path)
+    if not size:  # reading what the kernel makes up (/proc/kmsg) may never end
+        raise TensorFileError("not valid JSON: the file is empty", file=path)
+    if size > _LARGEST:
         raise TensorFileError("too large for a JSON file", file=path, expected="at most 100 MB")
     try:
         value = parse_json(path.read_bytes())

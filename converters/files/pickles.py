@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import mmap
+import os
 import pickletools
 import zipfile
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
-from typing import IO, cast
+from typing import IO, BinaryIO, cast
 
 from ..errors import TensorFileError
 
@@ -18,6 +19,7 @@ _FILLS = (b"bytearray\n", b"_rebuild_device_tensor_from_")
 _PIECE = 1 << 20
 _ZIP = b"PK\x03\x04"  # so torch tells its two formats apart
 _LEGACY = 5  # pickles that the older one begins with
+_LONGEST = 1 << 28  # bytes of these; what lies behind may be terabytes, of holes too
 _FILLED = {"APPEND", "APPENDS", "SETITEM", "SETITEMS"}
 _PARTS = 1 << 26  # more than any file of tensors has; hashed in seconds
 
@@ -56,12 +58,17 @@ def refuse_filling(path: Path) -> None:
         )
 
 
+def _begin(stream: BinaryIO) -> mmap.mmap:
+    size = min(os.fstat(stream.fileno()).st_size, _LONGEST)
+    return mmap.mmap(stream.fileno(), size, prot=mmap.PROT_READ)
+
+
 def _pickles(path: Path) -> Iterator[IO[bytes]]:
     """The streams that begin with a pickle, each as often as there is one behind the other."""
     with path.open("rb") as stream:
         if stream.read(4) != _ZIP:
             # A file takes memory for as many bytes as it is asked for, a map for those it has.
-            with mmap.mmap(stream.fileno(), 0, prot=mmap.PROT_READ) as whole:
+            with _begin(stream) as whole:
                 for _ in range(_LEGACY):
                     yield cast(IO[bytes], whole)
                     if whole.tell() == len(whole):
@@ -118,7 +125,7 @@ def _refuse_growing(stream: IO[bytes]) -> None:
 def _pieces(path: Path) -> Iterator[bytes | mmap.mmap]:
     with path.open("rb") as stream:
         if stream.read(4) != _ZIP:
-            with mmap.mmap(stream.fileno(), 0, prot=mmap.PROT_READ) as whole:
+            with _begin(stream) as whole:
                 yield whole
             return
     with zipfile.ZipFile(path) as archive:

@@ -30,6 +30,7 @@ WEIGHTS, MODEL, TRAINING = "lit_model.pth.lora", "model_config.yaml", "hyperpara
 _PART = re.compile(r"(.+)\.lora_(A|B)")
 _LAYER = re.compile(r"transformer\.h\.(\d+)\.(.+)")
 _EXPERT = re.compile(r"mlp\.experts\.(\d+)\.(fc_1|fc_2|proj)")
+_NESTED = 1000  # brackets of a configuration
 _LARGEST = 100_000
 _EXPERT_LAYERS = ("fc_1", "fc_2", "proj")
 _QKV = ("q_proj", "k_proj", "v_proj")
@@ -286,6 +287,8 @@ def _yaml(path: Path) -> Mapping[str, object]:
     try:
         with path.open("rb") as stream:
             text = stream.read(_LARGEST)
+        if text.count(b"{") + text.count(b"[") > _NESTED:
+            raise ValueError  # which yaml reads in time by the square of their number
         if any(isinstance(token, yaml.AliasToken) for token in yaml.scan(text)):
             raise ValueError  # a few bytes that are as large as one likes, once they are written
         value = yaml.safe_load(text)

@@ -34,7 +34,7 @@ LIMITS: dict[str, Any] = {
 }
 
 # Seconds of the processor that the masks of a grammar may take, of all that follow it.
-_AT_ONCE, _PER_TOKEN = 1.0, 0.02
+_AT_ONCE, _PER_TOKEN = 1.0, 0.005
 
 
 def limits() -> Any:

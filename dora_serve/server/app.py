@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 
@@ -32,6 +33,7 @@ def make_app(state: State, host: str, api_key: str | None) -> FastAPI:
     async def life(_: FastAPI) -> AsyncIterator[None]:
         soon = [each for each in state.processes if each is not state.grammars]
         begun = asyncio.gather(*(each.start() for each in soon), return_exceptions=True)
+        gc.freeze()  # what is there stays: nobody needs to look for garbage in it
         state.ready = True
         yield
         state.ready = False

@@ -9,6 +9,7 @@ import shutil
 import subprocess
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -339,3 +340,12 @@ def test_pruning_is_finished_when_every_mask_is_boolean(
     read = read_run(run, ReadOptions(lora_alpha=ALPHA))
     assert read.finished is finished
     assert bool(read.warnings) is not finished
+
+
+def test_an_empty_configuration_is_not_read(tmp_path: Path, monkeypatch: Any) -> None:
+    """What the kernel makes up, as /proc/kmsg, has no size, and its reader may wait for ever."""
+    (tmp_path / "adapter_config.json").touch()
+    (tmp_path / "adapter_model.safetensors").touch()
+    monkeypatch.setattr(Path, "read_bytes", None)
+    with pytest.raises(DoraExportError, match="empty"):
+        read_run(tmp_path)

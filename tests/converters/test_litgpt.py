@@ -221,6 +221,10 @@ def test_its_files(tmp_path: Path) -> None:
     (folder / "hyperparameters.yaml").write_text("!!python/object/apply:os.system ['true']")
     with pytest.raises(RunError, match="cannot be read"):
         read_run(folder)
+    # Its reader takes time by the square of these: hours.
+    (folder / "hyperparameters.yaml").write_text("{" * 90_000)
+    with pytest.raises(RunError, match="cannot be read"):
+        read_run(folder)
     (folder / "hyperparameters.yaml").unlink()
     with pytest.raises(RunError, match="cannot be read"):
         read_run(folder)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import pickle
 import resource
 import zipfile
@@ -90,3 +91,15 @@ def test_a_pickle_is_found_by_the_name_that_torch_finds(tmp_path: Path) -> None:
     with_pickle(path, pickle.dumps(Zeros(), protocol=2))
     with pytest.raises(DoraExportError, match="more than tensors"):
         load_torch(path)
+
+
+def test_what_lies_behind_the_pickles_is_not_read(tmp_path: Path) -> None:
+    """Terabytes of holes, behind tensors and alone."""
+    path, size = tmp_path / "x.pt", 1 << 41
+    torch.save({"a": torch.ones(2)}, path, _use_new_zipfile_serialization=False)
+    os.truncate(path, size)
+    assert open_torch(path)["a"].shape == (2,)
+    (tmp_path / "holes.pt").touch()
+    os.truncate(tmp_path / "holes.pt", size)
+    with pytest.raises(DoraExportError, match="cannot read"):
+        open_torch(tmp_path / "holes.pt")

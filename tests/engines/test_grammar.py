@@ -72,6 +72,7 @@ def test_a_grammar_that_compiles_slowly(monkeypatch: pytest.MonkeyPatch) -> None
     ("given", "why"),
     [
         ({"$ref": "#/$defs/a", "$defs": {"a": {"$ref": "#/$defs/a"}}}, "NoExtensionBias"),
+        ("\ud800", "schema or grammar"),
         ({"type": "string", "pattern": "[^\\s\\S]"}, "schema or grammar"),
     ],
 )

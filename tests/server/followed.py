@@ -103,12 +103,14 @@ FOLLOWED: dict[str, Attack] = {
         n=16,
         json={"properties": {f"a{i}": {"multipleOf": 9973 + 2 * i} for i in range(99)}},
     ),
-    "repeats in repeats": follows(grammar='start: b{1,9999}\nb: c{1,9999}\nc: "x"{1,9999}'),
+    "repeats in repeats": follows(
+        *_EITHER, grammar='start: b{1,9999}\nb: c{1,9999}\nc: "x"{1,9999}'
+    ),
     "repeats of rules": follows(*_EITHER, grammar='start: a{1,99999}\na: "a" | "b" | a "c"'),
     "a hundred thousand letters": follows(200, n=16, regex="[a-z]{1,100000}"),
     "a letter far from the end": follows(*_EITHER, n=16, regex=".*a.{500}"),
     "letters far from the end": follows(*_EITHER, n=16, regex="(.*a.{16}|.*b.{17}|.*c.{18})"),
-    "a string of a billion": follows(json={"type": "string", "minLength": 10**9}),
+    "a string of a billion": follows(*_EITHER, json={"type": "string", "minLength": 10**9}),
     "a string as long as it may be": follows(
         *_EITHER,
         n=16,
@@ -146,6 +148,8 @@ FOLLOWED: dict[str, Attack] = {
         )
     },
     "a tool that doubles": chats(tools=[_tool(_doubled(300))], tool_choice="required"),
+    "definitions that are a list": chats(tools=[_tool({"$defs": [[]]})], tool_choice="required"),
+    "half a surrogate pair as a schema": follows(json="\ud800"),
     "tools to choose from": chats(
         *_EITHER,
         tools=[
@@ -168,7 +172,7 @@ FOLLOWED: dict[str, Attack] = {
             "n": 64,
             "max_tokens": 200,
             "logit_bias": {str(i): 1e308 for i in range(330)},
-            "stop": ["a" * 999 + str(i) for i in range(16)],
+            "stop": ["a" * 990 + str(i) for i in range(16)],
             "stop_token_ids": [*range(100, 330)] * 4,
             "repetition_penalty": 1.1,
         },
@@ -232,6 +236,12 @@ FOLLOWED: dict[str, Attack] = {
         [{"type": "function_call", "call_id": "a", "name": "f", "arguments": "{"}] * 2048, *_EITHER
     ),
     "items of parts": responds([{"role": "user", "content": _PARTS * 50}] * 1900, *_EITHER),
+    "parts of messages": chats(
+        *_EITHER, messages=[{**_TURN, "content": [{"type": "text", "text": ""}] * 50}] * 1900
+    ),
+    "calls of messages": chats(
+        messages=[{"role": "assistant", "tool_calls": [{"function": {"name": "f"}}] * 45}] * 1900,
+    ),
     "thoughts": responds(
         [{"type": "reasoning", "summary": [{"type": "summary_text", "text": ""}] * 30}] * 1900,
         *_EITHER,

@@ -73,7 +73,7 @@ def _grammar(given: dict[str, Any]) -> str:
             choices = " | ".join(json.dumps(each) for each in given["choice"])
             return str(LLMatcher.grammar_from_lark(f"start: {choices}"))
         return str(grammar_from("grammar", given["grammar"]))
-    except (ValueError, RecursionError) as error:
+    except (TypeError, ValueError, RecursionError) as error:  # half a surrogate pair is the first
         raise ApiError(f"the schema or grammar: {str(error)[:500]}", code="bad_grammar") from None
 
 

@@ -26,7 +26,7 @@ from ..wire.requests import ChatRequest, CompletionRequest
 from ..wire.sampling import Generate, StreamOptions
 from ..wire.sending import EventStream, while_there
 from .asking import Asking, check_count, check_logprobs
-from .reading import JsonRoute
+from .reading import JsonRoute, plain
 from .writing import ChatWriter, CompletionWriter, Writer
 
 router = APIRouter(route_class=JsonRoute)
@@ -117,7 +117,7 @@ async def begin_chat(body: ChatRequest, request: Request) -> BegunChat:
     state = state_of(request)
     served, engine = state.models.decoder(body.model)
     prompt = await served.texts.chat(
-        [message.plain() for message in body.messages],
+        await plain(body.messages),
         body.add_generation_prompt,
         engine.max_length,
         body.template_values(),

@@ -8,7 +8,7 @@ from fastapi.responses import Response
 from ..state import state_of
 from ..wire import answers
 from ..wire.requests import DetokenizeRequest, TokenizeRequest
-from .reading import JsonRoute
+from .reading import JsonRoute, plain
 
 router = APIRouter(route_class=JsonRoute)
 
@@ -17,7 +17,7 @@ router = APIRouter(route_class=JsonRoute)
 async def tokenize(body: TokenizeRequest, request: Request) -> Response:
     """The tokens of a text, or of a conversation through the chat template."""
     served = state_of(request).models.find(body.model)
-    messages = [message.plain() for message in body.messages or ()]
+    messages = await plain(body.messages or ())
     answer = await served.texts.tokenize(
         messages or body.prompt or "",
         body.add_special_tokens,

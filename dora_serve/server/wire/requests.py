@@ -79,6 +79,8 @@ class _Conversation(Parameters):
 
 _Document = Annotated[dict[str, str], Field(max_length=32)]
 
+_CALLS = 8192  # of tools, in all messages
+
 
 class ChatRequest(Generate, _Conversation):
     """`POST /v1/chat/completions`. Without a maximum the answer may fill the context."""
@@ -101,6 +103,8 @@ class ChatRequest(Generate, _Conversation):
             raise refusal("top_logprobs", "it needs logprobs")
         if wrong := wrong_choice(self.tools, self.tool_choice):
             raise refusal("tool_choice", wrong)
+        if sum(len(message.tool_calls or ()) for message in self.messages) > _CALLS:
+            raise refusal("messages", f"more than {_CALLS} calls of tools")
         return self
 
     @property

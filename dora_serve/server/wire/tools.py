@@ -55,7 +55,8 @@ def wrong_choice(tools: list[Tool] | None, choice: Choice | None) -> str | None:
 
 def schema_of_calls(tools: list[Tool], choice: Choice | None, several: bool) -> Any:
     """The JSON schema of an answer that has to call: the arguments of a named tool, or a list of
-    calls; None where none has to. Raises `ValueError` where two tools define a name otherwise."""
+    calls; None where none has to. Raises `ValueError` where two tools define a name otherwise,
+    or definitions are no object."""
     if isinstance(choice, NamedTool):
         named = (tool.function for tool in tools if tool.function.name == choice.function.name)
         return next(named).schema_of_arguments
@@ -65,7 +66,10 @@ def schema_of_calls(tools: list[Tool], choice: Choice | None, several: bool) -> 
     kinds = []
     for tool in tools:
         schema = dict(tool.function.schema_of_arguments)
-        for name, value in schema.pop("$defs", {}).items():
+        definitions = schema.pop("$defs", {})
+        if not isinstance(definitions, dict):
+            raise ValueError("tools: $defs is no object")
+        for name, value in definitions.items():
             if shared.setdefault(name, value) != value:
                 raise ValueError(f"tools: two definitions of {name[:200]!r}")
         kinds.append(
