@@ -36,6 +36,8 @@ _AUTO = {
     "seq2seq-lm": "SEQ_TO_SEQ_CAUSAL_LM",
     "feature-extraction": "MODEL",
 }
+# Linear layers, one for each expert, where gpt-oss has parameters: unsloth's, for bitsandbytes.
+_APART = re.compile(r"(.+\.(?:gate_up_proj|down_proj))s\.(\d{1,9})")
 _SLICE = re.compile(r"(.+)\[(\d{1,9})\]")
 
 
@@ -140,7 +142,11 @@ class Names:
             found = self.tensor(stem + ending)
             if found is not None:
                 return found.removesuffix(ending) + name[len(stem) :]
-        return None
+        match = _APART.fullmatch(name)
+        found = None if match is None else self.tensor(match[1])
+        if match is None or found is None or len(self.state.get(found, ())) != 3:
+            return None
+        return f"{found}[{match[2]}]"
 
     def inside(self, key: str) -> str | None:
         """A tensor of an adapter, a module and what is in it, under the module's name in memory;
