@@ -29,6 +29,7 @@ from tests.conftest import randomize
 
 BOUND, STEPS = 1e-4, 12
 WORDS = 60
+TEXT = {*range(50)} - {1}  # without the end, languages, tasks and the like
 # Untrained models say one thing over and over where they may.
 OPTIONS: dict[str, Any] = {"max_new_tokens": STEPS, "no_repeat_ngram_size": 2}
 LANGUAGES = {"<|en|>": 50, "<|de|>": 51, "<|fr|>": 52}
@@ -66,8 +67,8 @@ def save_whisper(folder: Path, told: dict[str, Any] = TOLD) -> WhisperForConditi
         vocab_size=WORDS,
         d_model=32,
         num_mel_bins=20,
-        encoder_layers=2,
-        decoder_layers=2,
+        encoder_layers=1,
+        decoder_layers=1,
         encoder_attention_heads=2,
         decoder_attention_heads=4,
         encoder_ffn_dim=48,
@@ -177,7 +178,7 @@ def test_transcriptions_are_those_of_transformers(
             tokens = model.generate(
                 input_features=row[None], language=language, task=task, **OPTIONS
             )[0]
-            wanted.append([t for t in tokens.tolist() if t < 50 and t > 2])
+            wanted.append([t for t in tokens.tolist() if t in TEXT])
         done = Transcriber(out).transcribe(waves(), language, task, SEARCH, name)
         found[name] = [each.tokens for each in done]
         assert found[name] == wanted
@@ -207,7 +208,7 @@ def test_text_before_and_beams(built: Built) -> None:
             **OPTIONS,
             num_beams=beams,
         )[0]
-        text = [t for t in wanted.tolist() if 2 < t < 50 and t not in (20, 21, 22)]
+        text = [t for t in wanted.tolist() if t in TEXT and t not in (20, 21, 22)]
         assert [t for t in done[0].tokens if t not in (20, 21, 22)] == text and text
 
 
@@ -244,7 +245,7 @@ def test_a_model_of_english_alone(built: Built, tmp_path: Path) -> None:
     found = [done.tokens for done in model.transcribe(waves(), search=SEARCH)]
     for row, tokens in zip(features(tmp_path / "base"), found, strict=True):
         wanted = truth.generate(input_features=row[None], **OPTIONS)[0].tolist()
-        assert tokens == [t for t in wanted if 2 < t < 50]
+        assert tokens == [t for t in wanted if t in TEXT]
     with pytest.raises(EngineError, match="English"):
         model.transcribe(waves(), "de")
 
