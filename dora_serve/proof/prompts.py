@@ -208,7 +208,8 @@ def tokenizer_fault(artifact: Path, run: Run, base: BaseModel) -> str | None:
     known = [run.path] if (run.path / "tokenizer_config.json").is_file() else []
     source = [*known, base.path][0]
     names = [name for name in _TOKENIZERS if (artifact / name).is_file()]
-    if all(_same_bytes(source / name, artifact / name) for name in names):
+    pairs = [(source / name, artifact / name) for name in names]
+    if all(one.is_file() and filecmp.cmp(one, its, shallow=False) for one, its in pairs):
         return None
     rows = []
     for folder in (artifact, source):
@@ -223,10 +224,6 @@ def tokenizer_fault(artifact: Path, run: Run, base: BaseModel) -> str | None:
         return None
     whose = "run's" if known else "base's"
     return f"its tokenizer makes other tokens of a text than the {whose}"
-
-
-def _same_bytes(one: Path, other: Path) -> bool:
-    return one.is_file() and filecmp.cmp(one, other, shallow=False)
 
 
 def _is_text(row: list[int], unknown: int | None, vocab: int) -> bool:
