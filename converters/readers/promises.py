@@ -21,6 +21,7 @@ from ..model.tasks import HEADS, task_of_peft
 from ..model.tying import aliases
 from ..options import ReadOptions
 from ..run import Run
+from .experts import partial_experts
 from .module import adapted
 from .named import Named
 from .patterns import PatternError
@@ -47,6 +48,7 @@ def checked(run: Run, folder: RunFolder, options: ReadOptions, named: bool = Tru
         *unread,
         *promises.modules(),
         *promises.biases(),
+        *(partial_experts(run.updates, base.config) if (base := promises._base) else ()),
         *(() if run.method == "peft_tuner" else promises.targets(_stored(folder), named)),
     )
     return replace(run, warnings=tuple(dict.fromkeys((*run.warnings, *warnings))))

@@ -35,7 +35,8 @@ class Spectrum:
         frames = np.lib.stride_tricks.sliding_window_view(around, self._size)[:: self._hop]
         power = np.abs(np.fft.rfft(frames[:-1] * self._window)) ** 2
         logs = np.log10(np.maximum(self._bands @ power.T, 1e-10))
-        return ((np.maximum(logs, logs.max() - 8) + 4) / 4).astype(np.float32)
+        heard: Array = ((np.maximum(logs, logs.max() - 8) + 4) / 4).astype(np.float32)
+        return heard
 
 
 def _bands(count: int, size: int, rate: int) -> NDArray[np.float64]:

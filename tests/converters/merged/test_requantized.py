@@ -20,6 +20,7 @@ from dora_serve.proof.verify import Verification, verify
 from tests.converters.made import WEIGHTS
 
 from ..quantized import adapter, fails_on, packed_base, plain_base
+from ..test_certificate_schema import faults
 from .test_quantized_fp8 import FP8, Tensors, by_hand, pack
 
 ROWS, COLUMNS = 32, 64
@@ -90,6 +91,10 @@ def test_what_changes_gets_fresh_scales_and_the_rest_stays(
     assert told["max_error"] == pytest.approx(float(flat.max()), rel=1e-3)
     proof = json.loads((tmp_path / "out/dora_export.json").read_text())
     assert proof["requantized"] == told and "dequantized" not in proof
+    merge(run, tmp_path / "floats", base=base)
+    for folder, key in (("out", "requantized"), ("floats", "dequantized")):
+        certificate = json.loads((tmp_path / folder / "dora_export.json").read_text())
+        assert faults(certificate) == [] and faults({**certificate, key: "true"})
     assert any("float8 again" in line for line in out.report.lines())
 
 
