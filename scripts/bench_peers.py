@@ -43,6 +43,11 @@ MODES = {"one model": [None], "one adapter": [0], "eight adapters": list(range(l
 SMALLER = re.compile(r", (ms|MB)$|divergence")  # rows in which less is better
 
 
+def new(clients: int) -> int:
+    """Tokens of an answer: fewer where many ask, so that there is time for more rounds."""
+    return NEW if clients <= 8 else NEW // 3
+
+
 class Client:
     """Asks one server, which names adapters its own way."""
 
@@ -76,7 +81,10 @@ class Client:
         """So many at once: the seconds, and the pieces' times of each."""
         prompts = [self.prompt(PROMPT) for _ in range(count)]
         begin = time.perf_counter()
-        asked = [self.ask(p, NEW, adapters[i % len(adapters)]) for i, p in enumerate(prompts)]
+        asked = [
+            self.ask(prompt, new(count), adapters[i % len(adapters)])
+            for i, prompt in enumerate(prompts)
+        ]
         done = await asyncio.gather(*asked)
         return time.perf_counter() - begin, done
 
@@ -87,7 +95,7 @@ class Client:
         async def client(number: int) -> None:
             for turn in range(16 // clients or 1):
                 length = PROMPT if (number + turn) % 4 else LONG
-                gaps.extend(np.diff(await self.ask(self.prompt(length), NEW)))
+                gaps.extend(np.diff(await self.ask(self.prompt(length), new(clients))))
 
         await asyncio.gather(*(client(number) for number in range(clients)))
         return statistics.quantiles(gaps, n=20)[-1]
@@ -112,7 +120,7 @@ async def measure(ours: bool, clients: Sequence[int], seed: int) -> dict[str, fl
                     if mode == "one model":
                         found["first token of 64, ms"] = 1e3 * done[0][0]
                 name = f"{mode}, {count} client{'s' * (count > 1)}, tokens/s"
-                found[name] = (count * NEW - (count == 1)) / seconds
+                found[name] = (count * new(count) - (count == 1)) / seconds
         for count in clients:
             if count > 1:
                 name = f"{count} clients, every fourth prompt long, p95 of a token, ms"
