@@ -145,10 +145,11 @@ def make_files(options: argparse.Namespace) -> None:
 
     folder = options.folder
     folder.mkdir(parents=True, exist_ok=True)
-    if not (folder / "served").exists():
-        shutil.copytree(options.base, folder / "served.new" / "model")
-        make_adapters(options.base, folder / "served.new")
-        (folder / "served.new").rename(folder / "served")
+    base = folder / "served" / "model"
+    if not base.exists():
+        shutil.copytree(options.base, base)
+    if not (folder / "served" / ADAPTERS[-1]).exists():
+        make_adapters(base, folder / "served")
     for name in ADAPTERS:
         if not (out := folder / "gguf" / name).exists():
             write_adapter(folder / "served" / name, out, base=options.base, target="gguf")
