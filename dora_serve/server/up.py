@@ -53,7 +53,7 @@ def up(
     options = options or ServerOptions()
     root = root.resolve()
     # What is imported below, while another process prepares.
-    Thread(target=import_module, args=(".app", __package__), daemon=True).start()
+    Thread(target=import_module, args=(".app", __package__)).start()
     with _terminable():
         offer = make_offer(root, base, dry_run, options.precision)
     from .app import make_app
