@@ -22,7 +22,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -70,7 +70,6 @@ class Load:
 def make_models(folder: Path, shape: dict[str, Any]) -> None:
     """`base`, eight adapters and `merged` as Hugging Face folders, and `merged` as ONNX."""
     import torch
-    from peft import LoraConfig, get_peft_model
     from transformers import LlamaConfig, LlamaForCausalLM
 
     from dora_serve import merge, read_run, write_onnx
@@ -82,6 +81,19 @@ def make_models(folder: Path, shape: dict[str, Any]) -> None:
     base = folder / "all" / "base"
     model.save_pretrained(base)
     _tokenizer(base)
+    make_adapters(base, folder / "all")
+    run = read_run(folder / "all" / ADAPTERS[0])
+    merge(run, folder / "merged", base=base)
+    write_onnx(base, folder / "one" / "merged", run=run)
+
+
+def make_adapters(base: Path, folder: Path) -> None:
+    """`ADAPTERS` of a Llama as PEFT saves them, their ranks 1 to 16 from matrix to matrix."""
+    import torch
+    from peft import LoraConfig, get_peft_model
+    from transformers import LlamaForCausalLM
+
+    torch.manual_seed(0)
     kinds = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
     for number, name in enumerate(ADAPTERS):
         ranks = {kind: 1 + (3 * number + 5 * i) % 16 for i, kind in enumerate(kinds)}
@@ -93,10 +105,7 @@ def make_models(folder: Path, shape: dict[str, Any]) -> None:
             for parameter_name, parameter in peft.named_parameters():
                 if "lora_" in parameter_name:
                     parameter.normal_(0, 0.02)
-        peft.save_pretrained(folder / "all" / name)
-    run = read_run(folder / "all" / ADAPTERS[0])
-    merge(run, folder / "merged", base=base)
-    write_onnx(base, folder / "one" / "merged", run=run)
+        peft.save_pretrained(folder / name)
 
 
 def _tokenizer(folder: Path) -> None:
@@ -205,10 +214,13 @@ def drive_engine(folder: Path, clients: int, each: int, threads: int) -> Load:
 
 
 @contextmanager
-def serving(command: list[str], folder: Path, environment: dict[str, str]) -> Iterator[None]:
-    """A server while it runs; its output goes to a file that is shown when it fails."""
+def serving(command: list[str], folder: Path, environment: dict[str, str]) -> Iterator[int]:
+    """A server's process while it runs; its output goes to a file that is shown when it fails."""
     import httpx
 
+    with suppress(httpx.TransportError):
+        httpx.get(f"{URL}/health")
+        raise SystemExit(f"another server answers at {URL}")
     log = folder / "server.log"
     with log.open("wb") as stream:
         process = subprocess.Popen(
@@ -223,7 +235,7 @@ def serving(command: list[str], folder: Path, environment: dict[str, str]) -> It
                     break
             except httpx.TransportError:
                 time.sleep(0.2)
-        yield
+        yield process.pid
     finally:
         process.send_signal(signal.SIGTERM)
         try:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
-from importlib.metadata import entry_points
+from functools import cache
+from importlib.metadata import EntryPoint, entry_points
 from pathlib import Path
 from typing import Protocol
 
@@ -33,8 +34,14 @@ class Reader(Protocol):
 
 def readers() -> list[Reader]:
     """Every installed reader, by name."""
-    points = sorted(entry_points(group="dora_serve.readers"), key=lambda point: point.name)
-    return [point.load()() for point in points]
+    return list(_found_by(entry_points))
+
+
+@cache
+def _found_by(find: Callable[..., Iterable[EntryPoint]]) -> tuple[Reader, ...]:
+    """Once in a process: looking through all that is installed takes longer than reading a run."""
+    points = sorted(find(group="dora_serve.readers"), key=lambda point: point.name)
+    return tuple(point.load()() for point in points)
 
 
 def is_run(path: Path, known: Sequence[Reader] | None = None) -> bool:

@@ -8,7 +8,9 @@ import signal
 import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from importlib import import_module
 from pathlib import Path
+from threading import Thread
 from types import FrameType
 from typing import NoReturn
 
@@ -46,17 +48,20 @@ def up(
     With `dry_run`, only say what would be. Returns the exit code; raises `DoraExportError` when
     there is nothing to serve.
     """
-    from .app import make_app
-    from .connections import serve
-    from .guard import is_loopback
     from .prepare.child import make_offer
-    from .registry import Registry
-    from .state import State
 
     options = options or ServerOptions()
     root = root.resolve()
+    # What is imported below, while another process prepares.
+    Thread(target=import_module, args=(".app", __package__)).start()
     with _terminable():
         offer = make_offer(root, base, dry_run, options.precision)
+    from .app import make_app
+    from .connections import serve
+    from .guard import is_loopback
+    from .registry import Registry
+    from .state import State
+
     _tell(offer.problems)
     for name, warning in offer.warnings.items():
         print(in_flags(visible(f"warning: {name}: {warning}")), file=sys.stderr)

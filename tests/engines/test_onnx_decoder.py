@@ -281,6 +281,19 @@ def test_a_graph_in_blocks_is_its_own_dequantized_base_with_the_adapter(
     assert not error(half) <= 10 * EFFECT
 
 
+def test_only_the_graph_without_rows_of_its_own_is_timed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    timed: list[str] = []  # and each found too large for the memory
+
+    def too_large(_exact: Path, small: Path) -> None:
+        timed.append(small.name)
+
+    monkeypatch.setattr("converters.targets.onnx.graph_file.step_times", too_large)
+    write_onnx(open_base(BASE), tmp_path / "out", adapters={}, precision="int8")
+    assert timed == ["model.onnx"]
+
+
 @pytest.mark.parametrize(("narrow", "bound"), [("fp16", 0.1), ("int8", 2.0)], indirect=["narrow"])
 def test_narrow_graphs_generate(narrow: Path, bound: float) -> None:
     live = LiveModel(sample("down"), open_base(BASE))

@@ -29,7 +29,7 @@ class GraphWriter:
     def __init__(self, folder: Path, precision: str, *, decodes: bool = False) -> None:
         self._folder, self.precision = folder, precision
         self._blocks = precision == "int4" or (precision == "int8" and decodes)
-        self._decodes = decodes
+        self._untimed = decodes
         self.times: dict[str, float] | None = None
         self._places: dict[bytes, int] = {}
         self._kept: dict[tuple[bytes, int, int, bool], Blocks] = {}
@@ -55,7 +55,8 @@ class GraphWriter:
                 bits = int(self.precision.removeprefix("int"))
                 quantize(small, bits, modules or {}, self._keep)
                 _save(small, self._folder / name, self._places)
-                if self._decodes and self.times is None:
+                if self._untimed:  # the next graph would want an adapter for every row
+                    self._untimed = False
                     self.times = step_times(file, self._folder / name)
             elif not exact:
                 small = ir.from_proto(shrunk(file, self.precision))
