@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from operator import itemgetter
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -211,11 +212,15 @@ class Encoder(AdaptedFolder):
         regression = len(values) == 1
         scores = values if regression else tuple(np.exp(log_softmax(logits)).tolist())
         index = int(np.argmax(logits))
+        known = len(self.labels) == len(values)
+        label = self.labels[index] if known else f"LABEL_{index}"
+        return Classification(index, label, scores, values)
+
+    @property
+    def labels(self) -> list[str]:
+        """The names of the configuration's classes."""
         names = self._config.get("id2label") or {}
-        known = len(names) == len(values)
-        return Classification(
-            index, names.get(str(index), "") if known else f"LABEL_{index}", scores, values
-        )
+        return [str(names.get(str(i), "")) for i in range(len(names))]
 
     def answer(
         self, questions: Sequence[tuple[str, str]], adapters: Adapters = None, longest: int = 30
@@ -225,17 +230,10 @@ class Encoder(AdaptedFolder):
         encoded, outputs = self._run_texts(questions, adapters)
         found = []
         for (_, context), codes, each in zip(questions, encoded, outputs, strict=True):
-            start, end = log_softmax(each["start_logits"]), log_softmax(each["end_logits"])
-            inside = np.array([part == 1 for part in codes.sequence_ids])
-            scores = start[:, None] + end[None, :]
-            allowed = np.triu(np.outer(inside, inside)) & ~np.triu(
-                np.ones_like(scores, bool), longest
-            )
-            if not allowed.any():
-                raise EngineError("the context is empty", found=context[:80])
-            best = np.unravel_index(np.where(allowed, scores, -np.inf).argmax(), scores.shape)
-            first, last = codes.offsets[best[0]][0], codes.offsets[best[1]][1]
-            found.append(Span(context[first:last], first, last, float(scores[best])))
+            inside = [part == 1 for part in codes.sequence_ids]
+            begin, end, logprob = likeliest_span(each, inside, longest)
+            first, last = codes.offsets[begin][0], codes.offsets[end][1]
+            found.append(Span(context[first:last], first, last, logprob))
         return found
 
     def embed(
@@ -261,3 +259,20 @@ class Encoder(AdaptedFolder):
     def vector(self, outputs: dict[str, Array]) -> Array:
         """The vector of one text of `run`, before its length is made one."""
         return self.pipeline(outputs[STATES])
+
+
+def likeliest_span(
+    outputs: dict[str, Array], inside: Sequence[bool], longest: int
+) -> tuple[int, int, float]:
+    """The first and the last token of an answer of at most `longest` tokens that are `inside` the
+    context, and its log-probability. Raises `EngineError` where none is."""
+    start, end = log_softmax(outputs["start_logits"]), log_softmax(outputs["end_logits"])
+    places = np.flatnonzero(inside)
+    if not len(places):
+        raise EngineError("the context is empty")
+    found = []
+    for first in places:
+        ends = places[(places >= first) & (places < first + longest)]
+        last = ends[end[ends].argmax()]
+        found.append((int(first), int(last), float(start[first] + end[last])))
+    return max(found, key=itemgetter(2))

@@ -33,13 +33,13 @@ if TYPE_CHECKING:
 class Seq2Seq(AdaptedFolder):
     """An encoder-decoder folder as `dora-export onnx` writes it, with its adapters.
 
-    `threads` None is one per core.
+    `threads` and `spin`: as `Session` takes them.
     """
 
-    def __init__(self, folder: str | Path, threads: int | None = None) -> None:
+    def __init__(self, folder: str | Path, threads: int | None = None, spin: bool = True) -> None:
         super().__init__(folder)
-        sessions = [Session(self.folder / n, threads) for n in (ENCODER, DECODER, WITH_PAST)]
-        self._encoder, self._first, self._next = sessions
+        sessions = [Session(self.folder / n, threads, spin) for n in (ENCODER, DECODER, WITH_PAST)]
+        self._encoder, self._begin, self._next = sessions
         config = read_json(self.folder / "config.json")
         own = self.folder / "generation_config.json"
         self._config: dict[str, Any] = {**config, **(read_json(own) if own.exists() else {})}
@@ -59,6 +59,28 @@ class Seq2Seq(AdaptedFolder):
             raise EngineError("the configuration names no decoder_start_token_id", file=self.folder)
         return found
 
+    @property
+    def first(self) -> int | None:
+        """What every answer begins with; None where the configuration does not say it."""
+        found = self._config.get("forced_bos_token_id")
+        return found if isinstance(found, int) else None
+
+    @property
+    def max_length(self) -> int:
+        """How many tokens a prompt or an answer may have; of a model without positions of its own,
+        16,384."""
+        return int(self._config.get("max_position_embeddings") or 1 << 14)
+
+    @property
+    def vocabulary(self) -> int:
+        return int(self._config["vocab_size"])
+
+    @property
+    def token_bytes(self) -> int:
+        """Of the keys and values of one token, of the prompt or of the answer."""
+        caches = [v.shape for v in self._next.inference.get_inputs() if len(v.shape) == 4]
+        return sum(4 * int(shape[1]) * int(shape[3]) for shape in caches) // 2
+
     def logits(
         self,
         rows: Sequence[Sequence[int]],
@@ -66,7 +88,7 @@ class Seq2Seq(AdaptedFolder):
         adapters: Adapters = None,
     ) -> Array:
         """The logits `[rows, tokens, vocab]` after every decoder token, `targets` of one length."""
-        batch = _Batch(self, rows, adapters)
+        batch = Batch(self, rows, adapters)
         return batch.begin(np.array(targets, np.int64))
 
     def generate(
@@ -82,7 +104,7 @@ class Seq2Seq(AdaptedFolder):
         """
         search = search or Search()
         rows = [self.encode(prompt) for prompt in prompts]
-        batch = _Batch(self, rows, adapters)
+        batch = Batch(self, rows, adapters)
         eos = frozenset() if search.ignore_eos else self.eos
         find = self._greedy if search.beams == 1 else self._beams
         done = [Completion(row) for row in rows]
@@ -97,13 +119,13 @@ class Seq2Seq(AdaptedFolder):
         """Log-probabilities `[rows, vocab]`, what may not come next at -inf."""
         forced = None
         if len(written[0]) == 0:
-            forced = self._config.get("forced_bos_token_id")
+            forced = self.first
         elif len(written[0]) == search.max_tokens - 1 and not search.ignore_eos:
             forced = self._config.get("forced_eos_token_id")
         check_finite(logits)
         return allowed(log_softmax(logits), written, search, self.eos, forced, self.start)
 
-    def _greedy(self, batch: _Batch, search: Search, eos: frozenset[int]) -> list[list[int]]:
+    def _greedy(self, batch: Batch, search: Search, eos: frozenset[int]) -> list[list[int]]:
         written: list[list[int]] = [[] for _ in batch.rows]
         logits = batch.start()
         while True:
@@ -115,7 +137,7 @@ class Seq2Seq(AdaptedFolder):
                 return [_until(row, eos) for row in written]
             logits = batch.step(tokens)
 
-    def _beams(self, batch: _Batch, search: Search, eos: frozenset[int]) -> list[list[int]]:
+    def _beams(self, batch: Batch, search: Search, eos: frozenset[int]) -> list[list[int]]:
         width = search.beams
         rows = [Beams(search, eos) for _ in batch.rows]
         logits = np.repeat(batch.start(), width, axis=0)
@@ -140,7 +162,7 @@ def _until(tokens: list[int], ends: frozenset[int]) -> list[int]:
     return next((tokens[: i + 1] for i, token in enumerate(tokens) if token in ends), tokens)
 
 
-class _Batch:
+class Batch:
     """Rows that are decoded together, with their caches."""
 
     def __init__(
@@ -173,7 +195,7 @@ class _Batch:
     def begin(self, tokens: NDArray[np.int64]) -> Array:
         """Run the decoder's first tokens `[rows, n]`; the logits after each of them."""
         feeds = {"input_ids": tokens, "encoder_hidden_states": self._states}
-        return self._decode(self._model._first, feeds)
+        return self._decode(self._model._begin, feeds)
 
     def step(self, tokens: NDArray[np.int64]) -> Array:
         """Add one token to every row; the logits `[rows, vocab]` after it."""
@@ -186,6 +208,14 @@ class _Batch:
             index = np.repeat(self._adapters[ADAPTER_INDEX], width)
             self._adapters = {**self._adapters, ADAPTER_INDEX: index}
         self._past = {name: np.repeat(c, width, axis=0) for name, c in self._past.items()}
+
+    def keep(self, rows: NDArray[np.int64]) -> None:
+        """Go on with these rows alone."""
+        self._mask = self._mask[rows]
+        if ADAPTER_INDEX in self._adapters:
+            index = self._adapters[ADAPTER_INDEX][rows]
+            self._adapters = {**self._adapters, ADAPTER_INDEX: index}
+        self._past = {name: cache[rows] for name, cache in self._past.items()}
 
     def reorder(self, parents: NDArray[np.int64]) -> None:
         """Let every row go on from the decoder's caches of another row with the same prompt."""

@@ -11,6 +11,7 @@ from fastapi import FastAPI
 from .guard import Guard, is_loopback
 from .routes import (
     adapters,
+    answering,
     encoding,
     generating,
     invoking,
@@ -55,6 +56,7 @@ def make_app(state: State, host: str, api_key: str | None) -> FastAPI:
         generating,
         responding,
         encoding,
+        answering,
         scoring,
         pooling,
         tokens,

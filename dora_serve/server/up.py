@@ -16,16 +16,20 @@ from converters.errors import MissingError, visible
 
 from ..wording import in_flags, quoted
 from .options import ServerOptions
-from .prepare.offer import DECODES, Offer
+from .prepare.offer import ANSWERS, DECODES, TRANSLATES, Offer
 
 _PATHS = {
     DECODES: "/v1/completions",
+    TRANSLATES: "/v1/completions",
+    ANSWERS: "/dora/answer",
     "sequence-classification": "/classify",
     "token-classification": "/pooling",
     "feature-extraction": "/v1/embeddings",
 }
 _EXAMPLES: dict[str, dict[str, object]] = {
     DECODES: {"prompt": "count : nine", "max_tokens": 16, "temperature": 0},
+    TRANSLATES: {"prompt": "a long text", "max_tokens": 16, "temperature": 0},
+    ANSWERS: {"question": "what is good?", "context": "a good film"},
     "sequence-classification": {"input": "a good film"},
     "token-classification": {"input": "a good film"},
     "feature-extraction": {"input": "a good film"},
@@ -61,8 +65,8 @@ def up(
     for name, warning in offer.warnings.items():
         print(in_flags(visible(f"warning: {name}: {warning}")), file=sys.stderr)
     registry = None if dry_run else Registry(offer, options)
-    if registry is not None and registry.problems:
-        _tell(registry.problems)
+    if registry is not None and registry.problems != offer.problems:
+        _tell({n: why for n, why in registry.problems.items() if n not in offer.problems})
         left = [model for model in offer.models if model.name not in registry.problems]
         offer = offer.model_copy(update={"models": left})
     if not offer.models:

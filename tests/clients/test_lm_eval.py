@@ -89,6 +89,8 @@ def test_scores_are_those_of_transformers(tmp_path: Path) -> None:
     run = Path("runs/Checkpoint/Tiny_Llama/Lora_Rank=8/Count_Down", DOWN)
     shutil.copytree(MODELS / BASE, root / BASE)
     shutil.copytree(MODELS / run, root / run)
+    log = Path("runs/Log", *run.parts[2:])
+    shutil.copytree(MODELS / log, root / log)
     merge(root / run, root / "merged", base=root / BASE)
     write_onnx(root / BASE, root / "exported", run=read_run(root / run))
     docs = items()

@@ -35,7 +35,6 @@ NO_EFFECT = frozenset(
         "cache_salt",
         "include_obfuscation",
         "include_reasoning",
-        "length_penalty",  # of beams
         "max_tool_calls",  # of tools that a server itself runs
         "mm_payload",
         "parallel_tool_calls",
@@ -71,7 +70,7 @@ NOT_SERVED: Mapping[str, tuple[str, tuple[Any, ...]]] = {
     "conversation": (_KEPT, ()),
     "detokenize": ("tokens without text are not told", (True,)),
     "echo": ("a chat's last message is not told again", (False,)),
-    "early_stopping": ("there is no beam search", (False,)),
+    "early_stopping": ("a search goes on while a beam may become better", (False,)),
     "ec_transfer_params": ("there is one process", ()),
     "embed_dtype": ("vectors are of float32", ("float32",)),
     "enable_response_messages": ("the tokens are told by chats", (False,)),
@@ -106,7 +105,6 @@ NOT_SERVED: Mapping[str, tuple[str, tuple[Any, ...]]] = {
     "tools": ("tools are for chats", ()),
     "suffix": ("no gap is filled", ()),
     "thinking_token_budget": ("thoughts are not told from the rest", (-1,)),
-    "use_beam_search": ("rows come and go one by one", (False,)),
     "verbosity": ("no model here knows it", ("medium",)),
     "vllm_xargs": ("there are no extensions", ()),
     "web_search_options": ("nothing is searched", ()),

@@ -40,6 +40,8 @@ class CompletionRequest(Generate):
             raise refusal("best_of", "not served: every completion is told, give n alone")
         if self.prompt in ("", []):
             raise refusal("prompt", "it is empty")
+        if self.use_beam_search and self.echo and self.logprobs is not None:
+            raise refusal("echo", "not with logprobs and use_beam_search")
         if self.max_tokens == 0 and not self.echo:
             raise refusal("max_tokens", "0 needs echo")
         return self
@@ -190,6 +192,15 @@ class ScoreRequest(Texts):
     @property
     def inputs(self) -> list[Text]:
         return [text for side in self.sides for text in side]
+
+
+class AnswerRequest(Parameters):
+    """`POST /dora/answer`: the part of `context` that answers `question`."""
+
+    model: str
+    question: Annotated[str, Field(min_length=1)]
+    context: Annotated[str, Field(min_length=1)]
+    max_answer_tokens: Annotated[int, Field(ge=1, le=2**18)] = 30
 
 
 class RerankRequest(Texts):

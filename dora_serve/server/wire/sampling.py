@@ -29,6 +29,23 @@ RequestId = Annotated[str, Field(max_length=200)]
 Metadata = Annotated[dict[str, str], Field(max_length=16)]
 
 
+# What beam search, which draws nothing, does not heed, with what is no use of it.
+_NOT_WITH_BEAMS = {
+    "stream": False,
+    "stop": [],
+    "stop_token_ids": [],
+    "min_tokens": 0,
+    "presence_penalty": 0,
+    "frequency_penalty": 0,
+    "repetition_penalty": 1,
+    "logit_bias": {},
+    "allowed_token_ids": [],
+    "bad_words": [],
+    "prompt_logprobs": None,
+    "structured_outputs": None,
+}
+
+
 class StreamOptions(Parameters):
     """`include_usage`: a last event with the usage; `continuous_usage_stats`: it in every event,
     of what was written so far."""
@@ -81,6 +98,8 @@ class Generate(Truncation):
     prompt_logprobs: Top | None = None
     return_token_ids: bool = False
     return_tokens_as_token_ids: bool = False
+    use_beam_search: bool = False
+    length_penalty: Annotated[float, Field(ge=-100, le=100)] = 1.0
     stream: bool = False
     stream_options: StreamOptions | None = None
     response_format: ResponseFormat | None = None
@@ -92,6 +111,9 @@ class Generate(Truncation):
     def _told_whole(self) -> Generate:
         if self.stream and self.prompt_logprobs:
             raise refusal("prompt_logprobs", "they are not told in a stream")
+        for name, neutral in _NOT_WITH_BEAMS.items() if self.use_beam_search else ():
+            if getattr(self, name) not in (None, neutral):
+                raise refusal(name, "not with use_beam_search")
         return self
 
     def structure(self) -> Asked | None:
