@@ -85,6 +85,15 @@ class Encoder(AdaptedFolder):
         after_padding = self._config.get("model_type") in _POSITIONS_AFTER_PADDING
         return longest - (1 + self._padding if after_padding else 0)
 
+    @cached_property
+    def _typed(self) -> bool:
+        """Whether the two texts of a pair are of two types, as transformers has it."""
+        path = self.folder / "tokenizer_config.json"
+        said = read_json(path).get("model_input_names") if path.exists() else None
+        return self._config.get("type_vocab_size") != 1 and (
+            not isinstance(said, list) or "token_type_ids" in said
+        )
+
     @property
     def _padding(self) -> int:
         return int(self._config.get("pad_token_id") or 0)
@@ -98,11 +107,13 @@ class Encoder(AdaptedFolder):
     ) -> list[dict[str, Array]]:
         """Each row's outputs by name, without padding and with the labels its adapter has.
 
-        `types`: token type ids of the rows, zeros where the model takes some and none are given.
+        `types`: token type ids of the rows, zeros where the model takes some and none are given,
+        or its tokenizer is not to give any.
         """
         check_rows(rows, self.max_length)
         wanted = self.adapter_set.per_row(adapters, len(rows))
-        types = types or [[0] * len(row) for row in rows]
+        if not types or not self._typed:
+            types = [[0] * len(row) for row in rows]
         # Without a batched form, the rows of one adapter are a batch.
         alike = [None] if self.adapter_set.batched else dict.fromkeys(wanted)
         groups = [

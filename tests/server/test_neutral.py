@@ -131,8 +131,8 @@ def test_what_is_used_and_not_served(server: Server, name: str) -> None:
 def test_numbers_and_truth_are_not_the_same() -> None:
     assert is_neutral("priority", 0)
     assert not is_neutral("priority", False)
-    assert is_neutral("use_beam_search", False)
-    assert not is_neutral("use_beam_search", 0)
+    assert is_neutral("echo", False)
+    assert not is_neutral("echo", 0)
 
 
 @pytest.mark.parametrize("dumped", [True, False])

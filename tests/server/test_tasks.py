@@ -12,11 +12,14 @@ from typing import Any
 import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
+from schemathesis import GenerationMode
+from tokenizers.processors import TemplateProcessing
 from transformers import (
     AutoModelForSeq2SeqLM,
     AutoTokenizer,
     BertConfig,
     BertForQuestionAnswering,
+    BertForSequenceClassification,
     T5Config,
     T5ForConditionalGeneration,
 )
@@ -25,6 +28,7 @@ from dora_serve import write_onnx
 from dora_serve.server.options import ServerOptions
 from tests.conftest import MODELS, randomize
 from tests.server.conftest import BASE, Server, started
+from tests.server.test_schema import statuses_of
 
 SOURCES = [
     "count : nine eight",
@@ -33,6 +37,11 @@ SOURCES = [
     "one",
 ]
 NEW = 7
+# What two models that read two texts want of their tokenizer.
+PAIRS = {
+    "typed": ["input_ids", "token_type_ids", "attention_mask"],
+    "untyped": ["input_ids", "attention_mask"],
+}
 
 
 @pytest.fixture(scope="module")
@@ -65,6 +74,18 @@ def tasks(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     )  # fmt: skip
     BertForQuestionAnswering(reads).save_pretrained(root / "answers")
     words.save_pretrained(root / "answers")
+    reads.num_labels, reads.initializer_range = 1, 0.5
+    nearness = BertForSequenceClassification(reads)
+    words.backend_tokenizer.post_processor = TemplateProcessing(
+        single="<s> $A", pair="<s> $A </s> $B:1", special_tokens=[("<s>", 1), ("</s>", 2)]
+    )
+    for name in PAIRS:
+        nearness.save_pretrained(root / name)
+        words.model_input_names = PAIRS[name]
+        words.save_pretrained(root / name)
+        config = json.loads((root / name / "tokenizer_config.json").read_text())
+        config["model_input_names"] = PAIRS[name]
+        (root / name / "tokenizer_config.json").write_text(json.dumps(config))
     with started(root, place, None, ServerOptions(threads=1)) as running:
         yield running
 
@@ -167,3 +188,27 @@ def test_an_answer_is_a_part_of_the_context(tasks: Server) -> None:
         other = http.post("/dora/answer", json={**long, "model": "writes"})
         assert other.json()["error"]["code"] == "other_task"
     assert json.dumps(told["usage"])
+
+
+def test_two_texts_are_of_two_types_where_the_tokenizer_says_so(tasks: Server) -> None:
+    """vLLM asks the same tokenizer, and gave these scores on a CPU."""
+    found = {}
+    for name in PAIRS:
+        words = AutoTokenizer.from_pretrained(tasks.root / name)
+        model = BertForSequenceClassification.from_pretrained(tasks.root / name).eval()
+        given = words([SOURCES[0]] * 3, SOURCES[1:], return_tensors="pt", padding=True)
+        assert ("token_type_ids" in given) == (name == "typed")
+        with torch.no_grad():
+            truth = model(**given).logits[:, 0].sigmoid().tolist()
+        sides = {"text_1": SOURCES[0], "text_2": SOURCES[1:]}
+        told = ask(tasks, "/score", model=name, **sides)["data"]
+        found[name] = [each["score"] for each in told]
+        assert found[name] == pytest.approx(truth, abs=1e-5)
+    assert found["typed"] != pytest.approx(found["untyped"], abs=1e-3)
+
+
+@pytest.mark.parametrize("mode", [GenerationMode.POSITIVE, GenerationMode.NEGATIVE])
+@pytest.mark.parametrize("path", ["/dora/answer", "/v1/completions"])
+def test_no_server_error(tasks: Server, path: str, mode: GenerationMode) -> None:
+    statuses = statuses_of(tasks, path, mode, ["answers", "writes", "tuned"], 30)
+    assert 200 in statuses or mode is GenerationMode.NEGATIVE

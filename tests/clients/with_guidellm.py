@@ -1,0 +1,1 @@
+"""guidellm: its benchmark, of chats and of completions."""
