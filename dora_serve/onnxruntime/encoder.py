@@ -282,8 +282,8 @@ def likeliest_span(
     if not len(places):
         raise EngineError("the context is empty")
     found = []
-    for first in places:
-        ends = places[(places >= first) & (places < first + longest)]
+    for place, first in enumerate(places):
+        ends = places[place : np.searchsorted(places, first + longest)]
         last = ends[end[ends].argmax()]
         found.append((int(first), int(last), float(start[first] + end[last])))
     return max(found, key=itemgetter(2))

@@ -10,7 +10,14 @@ import json
 from collections.abc import Mapping
 from typing import Annotated, Any, ClassVar
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, ValidationError, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    ValidationError,
+    model_validator,
+)
 from pydantic.fields import FieldInfo
 from pydantic_core import InitErrorDetails, PydanticCustomError
 
@@ -24,6 +31,17 @@ def bounded(value: Any) -> Any:
     if len(json.dumps(value, default=BaseModel.model_dump_json)) > LONGEST:
         raise ValueError(f"more than {LONGEST} bytes")
     return value
+
+
+def at_most(count: int) -> BeforeValidator:
+    """Of an object, before what it holds is looked at: each wrong entry is an error of its own."""
+
+    def check(given: Any) -> Any:
+        if isinstance(given, dict) and len(given) > count:
+            raise ValueError(f"more than {count} names")
+        return given
+
+    return BeforeValidator(check)
 
 
 Object = Annotated[dict[str, Any], AfterValidator(bounded)]

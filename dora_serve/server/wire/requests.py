@@ -9,7 +9,7 @@ from pydantic import AliasChoices, Discriminator, Field, RootModel, Tag, model_v
 
 from .defaults import Count
 from .messages import Message, Several
-from .parameters import Object, Parameters, refusal
+from .parameters import Object, Parameters, at_most, refusal
 from .sampling import Generate, Token, Tokens, Top, Truncation
 from .structure import Asked, asked_json
 from .tools import Choice, Tools, schema_of_calls, wrong_choice
@@ -79,7 +79,7 @@ class _Conversation(Parameters):
         return given
 
 
-_Document = Annotated[dict[str, str], Field(max_length=32)]
+_Document = Annotated[dict[str, str], Field(max_length=32), at_most(32)]
 
 
 class ChatRequest(Generate, _Conversation):

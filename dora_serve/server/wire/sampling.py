@@ -12,7 +12,7 @@ from dora_serve.onnxruntime.sampling import Sampling
 
 from .defaults import Defaults, MinP, Penalty, Repetition, Temperature, TopK, TopP
 from .errors import ApiError
-from .parameters import Parameters, refusal
+from .parameters import Parameters, at_most, refusal
 from .structure import Asked, ResponseFormat, StructuredOutputs, asked
 
 _T = TypeVar("_T")
@@ -24,9 +24,9 @@ Top = Annotated[int, Field(ge=0, le=20)]
 _Id = Annotated[str, Field(pattern=r"^[0-9]{1,10}$")]
 Stops = Stop | Annotated[list[Stop], Field(max_length=16, fail_fast=True)]
 StopIds = Annotated[Tokens, Field(max_length=1024)]
-Biases = Annotated[dict[_Id, float], Field(max_length=1024)]
+Biases = Annotated[dict[_Id, float], Field(max_length=1024), at_most(1024)]
 RequestId = Annotated[str, Field(max_length=200)]
-Metadata = Annotated[dict[str, str], Field(max_length=16)]
+Metadata = Annotated[dict[str, str], Field(max_length=16), at_most(16)]
 
 
 # What beam search, which draws nothing, does not heed, with what is no use of it.
