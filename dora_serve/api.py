@@ -94,18 +94,19 @@ def merge(
     *,
     base: str | Path | BaseModel | None = None,
     dtype: torch.dtype | str | None = None,
+    requantize: bool = False,
     force: bool = False,
     resume: bool = False,
     progress: Bar | None = None,
 ) -> Artifact:
     """Merge a run into its base: a folder that `AutoModel*.from_pretrained` loads.
 
-    `dtype` None keeps the base's. `resume` continues a merge that was killed, and lets the next
-    continue this one. Raises `DoraExportError` with nothing written.
+    `dtype` None keeps the base's. `requantize` writes what a base holds in float8 by blocks in such
+    blocks again, and the report tells what that lost. `resume` continues a merge that was killed,
+    and lets the next continue this one. Raises `DoraExportError` with nothing written.
     """
-    return export(
-        run, output, "merged", base=base, dtype=dtype, force=force, resume=resume, progress=progress
-    )
+    more = {"dtype": dtype, "requantize": requantize or None, "resume": resume}
+    return export(run, output, "merged", base=base, force=force, progress=progress, **more)
 
 
 def write_adapter(

@@ -23,6 +23,7 @@ from ..model.tasks import architecture_of, task_of
 from ..model.tying import embedding_in
 from ..readers import ReadOptions, read_run
 from ..run import Run
+from .merged.requantized import Blocks, blocks_of
 from .model import Model, read_logits
 
 _NARROW = 0.05  # of an update's own effect, for an adapter of less than float32
@@ -62,11 +63,15 @@ def open_transformers(folder: Path, _base: BaseModel, _run: Run) -> Model:
     # What transformers makes at random must not be the same in the model that this is compared to.
     try:
         config = transformers.AutoConfig.from_pretrained(folder, trust_remote_code=False)
-        loaded = _load(getattr(transformers, known), folder, config, seed=1)
+        cls, packed = getattr(transformers, known), open_base(folder)
+        if packed.stored is None:
+            loaded = _load(cls, folder, config, seed=1)
+        else:
+            loaded = _dequantized(cls, packed, config, seed=1)
     except Exception as error:
         raise _refused("transformers", folder, error) from error
     model = of_weights(loaded, sorted(folder.glob("*.safetensors")), merged=True)
-    return model if model.rounded is None else replace(model, own=_dtypes(folder, known))
+    return model if model.rounded is None else replace(model, own=_dtypes(packed, known))
 
 
 def open_peft(folder: Path, base: BaseModel, run: Run) -> Model:
@@ -87,11 +92,16 @@ def open_peft(folder: Path, base: BaseModel, run: Run) -> Model:
     return of_weights(loaded, sorted(folder.glob("adapter_model.safetensors")), merged=False)
 
 
-def _dtypes(folder: Path, architecture: str) -> dict[str, torch.dtype]:
-    """Parameter → the dtype in which `folder` stores it."""
-    artifact = open_base(folder)
+def _dtypes(artifact: BaseModel, architecture: str) -> dict[str, torch.dtype | Blocks]:
+    """Parameter → the dtype, or the blocks of float8, in which `artifact` stores it."""
     names = Names(artifact, architecture)
-    return {names.tensor(name) or name: tensor.dtype for name, tensor in artifact.tensors.items()}
+    blocks = None if artifact.stored is None else blocks_of(artifact)
+    return {
+        names.tensor(name) or name: blocks
+        if blocks is not None and isinstance(tensor, Dequantized)
+        else tensor.dtype
+        for name, tensor in artifact.tensors.items()
+    }
 
 
 def of_weights(loaded: Loaded, files: list[Path], *, merged: bool) -> Model:

@@ -1,11 +1,12 @@
 """Models in ONNX Runtime: one process, no GPU, no torch, another adapter in every row of a batch.
 
-    >>> from dora_serve.onnxruntime import Decoder, Encoder, Sampling, Search, Seq2Seq
+    >>> from dora_serve.onnxruntime import Decoder, Encoder, Sampling, Search, Seq2Seq, Transcriber
     >>> decoder = Decoder("onnx/")     # a folder that `dora-export onnx` wrote
     >>> for done in decoder.generate(["count : nine"] * 2, [None, "count-down"]):
     ...     print(done.text)
     >>> Encoder("onnx/").classify(["a good film"], "sentiment")[0].label
     >>> Seq2Seq("onnx/").generate(["a long text"], Search(max_tokens=60, beams=4), "news")[0].text
+    >>> Transcriber("onnx/").transcribe([wave], language="en")[0].text  # float samples, 16 kHz
 
 Nothing is imported until one of these names is used.
 """
@@ -20,8 +21,9 @@ if TYPE_CHECKING:
     from .encoder import Encoder
     from .sampling import Sampling
     from .seq2seq import Seq2Seq
+    from .transcriber import Transcriber
 
-__all__ = ["Decoder", "Encoder", "Sampling", "Search", "Seq2Seq"]
+__all__ = ["Decoder", "Encoder", "Sampling", "Search", "Seq2Seq", "Transcriber"]
 
 
 def __getattr__(name: str) -> Any:

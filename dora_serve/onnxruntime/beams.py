@@ -37,23 +37,23 @@ class Search:
 
 def allowed(
     scores: Array,
-    written: Sequence[Sequence[int]],
+    rows: Sequence[list[int]],
     search: Search,
     eos: frozenset[int],
     forced: int | None,
-    start: int,
+    first: int,
 ) -> Array:
-    """`scores [rows, vocab]` with -inf for what may not follow `start` and the tokens `written`."""
+    """`scores [rows, vocab]` with -inf for what may not follow the tokens of `rows`, of which the
+    `first` ones were given."""
     scores = scores.copy()
     if forced is not None:
         scores[:] = -np.inf
         scores[:, forced] = 0
         return scores
     size = search.no_repeat_ngram
-    for row, tokens in zip(scores, written, strict=True):
-        if len(tokens) < search.min_tokens:
+    for row, said in zip(scores, rows, strict=True):
+        if len(said) - first < search.min_tokens:
             row[list(eos)] = -np.inf
-        said = [start, *tokens]
         for i in range(len(said) - size + 1) if size else ():
             if said[i : i + size - 1] == said[len(said) - size + 1 :]:
                 row[said[i + size - 1]] = -np.inf

@@ -14,6 +14,7 @@ from .adapter_set import Adapters
 from .decoder import Decoder
 from .encoder import Encoder
 from .seq2seq import Seq2Seq
+from .transcriber import Transcriber, hears
 
 
 class OnnxDecoder:
@@ -55,7 +56,8 @@ class OnnxEncoder:
 
 
 class OnnxSeq2Seq:
-    """Logits `[rows, length, vocab]` of an encoder-decoder folder, each row with its adapter."""
+    """Logits `[rows, length, vocab]` of an encoder-decoder folder that reads, each row with its
+    adapter."""
 
     def __init__(self, folder: Path) -> None:
         self._model = Seq2Seq(folder)
@@ -74,6 +76,21 @@ class OnnxSeq2Seq:
         return Seq2SeqLMOutput(logits=torch.from_numpy(logits))
 
 
+class OnnxTranscriber:
+    """The same of one that hears."""
+
+    def __init__(self, folder: Path) -> None:
+        self._model = Transcriber(folder)
+        self.adapters: Adapters = None
+
+    def __call__(self, input_features: torch.Tensor, decoder_input_ids: torch.Tensor) -> Any:
+        from transformers.modeling_outputs import Seq2SeqLMOutput
+
+        targets = decoder_input_ids.tolist()
+        logits = self._model.logits(input_features.numpy(), targets, self.adapters)
+        return Seq2SeqLMOutput(logits=torch.from_numpy(logits))
+
+
 def _rows(ids: torch.Tensor, mask: torch.Tensor) -> list[list[int]]:
     """The rows without what pads them on the right."""
     return [row[:n].tolist() for row, n in zip(ids, mask.sum(dim=1).tolist(), strict=True)]
@@ -82,5 +99,5 @@ def _rows(ids: torch.Tensor, mask: torch.Tensor) -> list[list[int]]:
 def open_onnx(folder: Path) -> Any:
     """The model in an ONNX folder, by the files it has. `adapters` of it may be set."""
     if (folder / ENCODER).exists():
-        return OnnxSeq2Seq(folder)
+        return (OnnxTranscriber if hears(folder) else OnnxSeq2Seq)(folder)
     return OnnxDecoder(folder) if (folder / GENAI).exists() else OnnxEncoder(folder)

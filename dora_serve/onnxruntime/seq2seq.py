@@ -1,4 +1,4 @@
-"""Encoder-decoders (BART, T5) in ONNX Runtime: greedy and beam search with caches.
+"""Encoder-decoders in ONNX Runtime: greedy and beam search with caches; those of text (BART, T5).
 
 >>> from dora_serve.onnxruntime import Search, Seq2Seq
 >>> model = Seq2Seq("onnx/")
@@ -30,16 +30,14 @@ if TYPE_CHECKING:
     Array = NDArray[np.float32]
 
 
-class Seq2Seq(AdaptedFolder):
-    """An encoder-decoder folder as `dora-export onnx` writes it, with its adapters.
-
-    `threads` and `spin`: as `Session` takes them.
-    """
+class EncoderDecoder(AdaptedFolder):
+    """An encoder-decoder folder as `dora-export onnx` writes it, with its adapters, and the search
+    for what it writes. `threads` and `spin`: as `Session` takes them."""
 
     def __init__(self, folder: str | Path, threads: int | None = None, spin: bool = True) -> None:
         super().__init__(folder)
         sessions = [Session(self.folder / n, threads, spin) for n in (ENCODER, DECODER, WITH_PAST)]
-        self._encoder, self._begin, self._next = sessions
+        self._encoder, self._first, self._next = sessions
         config = read_json(self.folder / "config.json")
         own = self.folder / "generation_config.json"
         self._config: dict[str, Any] = {**config, **(read_json(own) if own.exists() else {})}
@@ -60,16 +58,10 @@ class Seq2Seq(AdaptedFolder):
         return found
 
     @property
-    def first(self) -> int | None:
+    def forced(self) -> int | None:
         """What every answer begins with; None where the configuration does not say it."""
         found = self._config.get("forced_bos_token_id")
         return found if isinstance(found, int) else None
-
-    @property
-    def max_length(self) -> int:
-        """How many tokens a prompt or an answer may have; of a model without positions of its own,
-        16,384."""
-        return int(self._config.get("max_position_embeddings") or 1 << 14)
 
     @property
     def vocabulary(self) -> int:
@@ -81,33 +73,12 @@ class Seq2Seq(AdaptedFolder):
         caches = [v.shape for v in self._next.inference.get_inputs() if len(v.shape) == 4]
         return sum(4 * int(shape[1]) * int(shape[3]) for shape in caches) // 2
 
-    def logits(
-        self,
-        rows: Sequence[Sequence[int]],
-        targets: Sequence[Sequence[int]],
-        adapters: Adapters = None,
-    ) -> Array:
-        """The logits `[rows, tokens, vocab]` after every decoder token, `targets` of one length."""
-        batch = Batch(self, rows, adapters)
-        return batch.begin(np.array(targets, np.int64))
-
-    def generate(
-        self,
-        prompts: Sequence[Prompt],
-        search: Search | None = None,
-        adapters: Adapters = None,
-    ) -> list[Completion]:
-        """What the model writes for every prompt with its adapter (one name for all, or one per
-        prompt).
-
-        Raises `EngineError` for an unknown adapter, an empty prompt, or one that is too long.
-        """
-        search = search or Search()
-        rows = [self.encode(prompt) for prompt in prompts]
-        batch = Batch(self, rows, adapters)
+    def search(self, batch: Batch, search: Search, prompts: list[list[int]]) -> list[Completion]:
+        """What follows the tokens that every row of `batch` begins with. `prompts`: what it was
+        asked, for the answer."""
         eos = frozenset() if search.ignore_eos else self.eos
         find = self._greedy if search.beams == 1 else self._beams
-        done = [Completion(row) for row in rows]
+        done = [Completion(row) for row in prompts]
         for completion, tokens in zip(done, find(batch, search, eos), strict=True):
             if tokens and tokens[-1] in eos:
                 completion.reason, tokens = "stop", tokens[:-1]
@@ -115,21 +86,29 @@ class Seq2Seq(AdaptedFolder):
             completion.text = self.tokenizer.decode(tokens)
         return done
 
-    def _scores(self, logits: Array, written: Sequence[Sequence[int]], search: Search) -> Array:
+    def _scores(
+        self, batch: Batch, logits: Array, written: Sequence[Sequence[int]], search: Search
+    ) -> Array:
         """Log-probabilities `[rows, vocab]`, what may not come next at -inf."""
         forced = None
         if len(written[0]) == 0:
-            forced = self.first
+            forced = self.forced
         elif len(written[0]) == search.max_tokens - 1 and not search.ignore_eos:
             forced = self._config.get("forced_eos_token_id")
         check_finite(logits)
-        return allowed(log_softmax(logits), written, search, self.eos, forced, self.start)
+        never = self._config.get("suppress_tokens") or []
+        if len(written[0]) == 0:
+            never = [*never, *(self._config.get("begin_suppress_tokens") or [])]
+        scores = log_softmax(logits)
+        scores[:, never] = -np.inf
+        said = [[*first, *own] for first, own in zip(batch.first.tolist(), written, strict=True)]
+        return allowed(scores, said, search, self.eos, forced, batch.first.shape[1])
 
     def _greedy(self, batch: Batch, search: Search, eos: frozenset[int]) -> list[list[int]]:
-        written: list[list[int]] = [[] for _ in batch.rows]
+        written: list[list[int]] = [[] for _ in range(batch.rows)]
         logits = batch.start()
         while True:
-            tokens = self._scores(logits, written, search).argmax(axis=-1)
+            tokens = self._scores(batch, logits, written, search).argmax(axis=-1)
             for row, token in zip(written, tokens, strict=True):
                 row.append(int(token))  # after its end a row goes on, and is cut below
             ended = all(eos & set(row) for row in written)
@@ -139,11 +118,12 @@ class Seq2Seq(AdaptedFolder):
 
     def _beams(self, batch: Batch, search: Search, eos: frozenset[int]) -> list[list[int]]:
         width = search.beams
-        rows = [Beams(search, eos) for _ in batch.rows]
+        rows = [Beams(search, eos) for _ in range(batch.rows)]
         logits = np.repeat(batch.start(), width, axis=0)
         batch.widen(width)
         while True:
-            scores = self._scores(logits, [s for row in rows for s in row.running], search)
+            running = [sequence for row in rows for sequence in row.running]
+            scores = self._scores(batch, logits, running, search)
             parents: list[int] = []
             tokens: list[int] = []
             for i, row in enumerate(rows):
@@ -163,25 +143,29 @@ def _until(tokens: list[int], ends: frozenset[int]) -> list[int]:
 
 
 class Batch:
-    """Rows that are decoded together, with their caches."""
+    """Rows that are decoded together, with their caches.
+
+    `given`: what the encoder takes, of every row; `mask` `[rows, source]`: what of it counts, None
+    where all does. `first` `[rows, n]`: the tokens that the decoder begins with.
+    """
 
     def __init__(
-        self, model: Seq2Seq, rows: Sequence[Sequence[int]], adapters: Adapters = None
+        self,
+        model: EncoderDecoder,
+        given: dict[str, Any],
+        first: NDArray[np.int64],
+        mask: NDArray[np.int64] | None = None,
+        adapters: Adapters = None,
     ) -> None:
-        # T5 has relative positions and no largest length.
-        longest = model._config.get("max_position_embeddings")
-        check_rows(rows, longest or max(map(len, rows), default=0))
-        self._model, self.rows = model, rows
-        self._adapters = model.adapter_set.feeds(model.adapter_set.per_row(adapters, len(rows)))
-        self._mask = padded([[1] * len(row) for row in rows], 0)
-        ids = padded(rows, model._config.get("pad_token_id") or 0)
-        feeds = {"input_ids": ids, "attention_mask": self._mask, **self._adapters}
-        (self._states,) = model._encoder.run(feeds).values()
+        self._model, self.first, self.rows = model, first, len(first)
+        self._adapters = model.adapter_set.feeds(model.adapter_set.per_row(adapters, self.rows))
+        self._mask = {} if mask is None else {"encoder_attention_mask": mask}
+        (self._states,) = model._encoder.run({**given, **self._adapters}).values()
         self._past: dict[str, Any] = {}
 
     def _decode(self, session: Session, feeds: dict[str, Any]) -> Array:
         """The logits; the caches are kept for the next run."""
-        more = {"encoder_attention_mask": self._mask, **self._past, **self._adapters}
+        more = {**self._mask, **self._past, **self._adapters}
         outputs = session.run({**feeds, **more})
         logits: Array = outputs.pop("logits")
         for name, cache in outputs.items():
@@ -189,13 +173,13 @@ class Batch:
         return logits
 
     def start(self) -> Array:
-        """Run the decoder's first token; the logits `[rows, vocab]` after it."""
-        return self.begin(np.full((len(self.rows), 1), self._model.start, np.int64))[:, -1]
+        """Run the decoder's first tokens; the logits `[rows, vocab]` after them."""
+        return self.begin(self.first)[:, -1]
 
     def begin(self, tokens: NDArray[np.int64]) -> Array:
-        """Run the decoder's first tokens `[rows, n]`; the logits after each of them."""
+        """Run `tokens` `[rows, n]` as the decoder's first; the logits after each of them."""
         feeds = {"input_ids": tokens, "encoder_hidden_states": self._states}
-        return self._decode(self._model._begin, feeds)
+        return self._decode(self._model._first, feeds)
 
     def step(self, tokens: NDArray[np.int64]) -> Array:
         """Add one token to every row; the logits `[rows, vocab]` after it."""
@@ -203,7 +187,8 @@ class Batch:
 
     def widen(self, width: int) -> None:
         """Have every row `width` times, side by side."""
-        self._mask = np.repeat(self._mask, width, axis=0)
+        self.first = np.repeat(self.first, width, axis=0)
+        self._mask = {name: np.repeat(m, width, axis=0) for name, m in self._mask.items()}
         if ADAPTER_INDEX in self._adapters:
             index = np.repeat(self._adapters[ADAPTER_INDEX], width)
             self._adapters = {**self._adapters, ADAPTER_INDEX: index}
@@ -211,7 +196,8 @@ class Batch:
 
     def keep(self, rows: NDArray[np.int64]) -> None:
         """Go on with these rows alone."""
-        self._mask = self._mask[rows]
+        self.first, self.rows = self.first[rows], len(rows)
+        self._mask = {name: mask[rows] for name, mask in self._mask.items()}
         if ADAPTER_INDEX in self._adapters:
             index = self._adapters[ADAPTER_INDEX][rows]
             self._adapters = {**self._adapters, ADAPTER_INDEX: index}
@@ -222,3 +208,54 @@ class Batch:
         for name in self._past:
             if ".decoder." in name:
                 self._past[name] = self._past[name][parents]
+
+
+class Seq2Seq(EncoderDecoder):
+    """A folder of a model that reads text and writes text; raises `EngineError` for another."""
+
+    def __init__(self, folder: str | Path, threads: int | None = None, spin: bool = True) -> None:
+        super().__init__(folder, threads, spin)
+        if "input_ids" not in self._encoder.types:
+            raise EngineError(
+                "the graph is for another task", file=self.folder, expected="a model of text"
+            )
+
+    def logits(
+        self,
+        rows: Sequence[Sequence[int]],
+        targets: Sequence[Sequence[int]],
+        adapters: Adapters = None,
+    ) -> Array:
+        """The logits `[rows, tokens, vocab]` after every decoder token, `targets` of one length."""
+        return self.batch(rows, adapters).begin(np.array(targets, np.int64))
+
+    def generate(
+        self,
+        prompts: Sequence[Prompt],
+        search: Search | None = None,
+        adapters: Adapters = None,
+    ) -> list[Completion]:
+        """What the model writes for every prompt with its adapter (one name for all, or one per
+        prompt).
+
+        Raises `EngineError` for an unknown adapter, an empty prompt, or one that is too long.
+        """
+        rows = [self.encode(prompt) for prompt in prompts]
+        return self.search(self.batch(rows, adapters), search or Search(), rows)
+
+    @property
+    def max_length(self) -> int:
+        """How many tokens a prompt or an answer may have; of a model without positions of its own,
+        16,384."""
+        return int(self._config.get("max_position_embeddings") or 1 << 14)
+
+    def batch(self, rows: Sequence[Sequence[int]], adapters: Adapters = None) -> Batch:
+        """The rows that are read, each with its adapter, before anything is written. Raises
+        `EngineError` for one that is empty or too long."""
+        # T5 has relative positions and no largest length.
+        longest = self._config.get("max_position_embeddings")
+        check_rows(rows, longest or max(map(len, rows), default=0))
+        mask = padded([[1] * len(row) for row in rows], 0)
+        ids = padded(rows, self._config.get("pad_token_id") or 0)
+        first = np.full((len(rows), 1), self.start, np.int64)
+        return Batch(self, {"input_ids": ids, "attention_mask": mask}, first, mask, adapters)

@@ -134,7 +134,9 @@ class Seq2SeqQueue(Engine):
         if not ready:
             return
         try:
-            batch = Batch(self.model, [r.source for r in ready], [r.request.adapter for r in ready])
+            batch = self.model.batch(
+                [row.source for row in ready], [row.request.adapter for row in ready]
+            )
         except Exception as error:
             _log.exception("prompts failed")
             for row in ready:
@@ -195,7 +197,7 @@ class Seq2SeqQueue(Engine):
 
     def _first(self, row: _Row, logits: Logits) -> Logits:
         """The logits, but where the model's configuration says what an answer begins with."""
-        sampling, forced = row.request.generation.sampling, self.model.first
+        sampling, forced = row.request.generation.sampling, self.model.forced
         if len(row.request.whole) > 1 or forced is None:
             return logits
         if sampling.grammar is not None or sampling.allowed_token_ids:

@@ -21,6 +21,7 @@ from converters.model.base import BaseModel
 from converters.model.layout import Layout, Place
 from converters.model.match import class_trained, resolved, target_architecture
 from converters.run import Run
+from converters.targets.merged.requantized import Blocks
 from converters.targets.opening import Loaded, attach, load
 from converters.updates.rank_one import RankOneSum
 from converters.updates.update import Update, convolution_matrix
@@ -69,21 +70,44 @@ def truth_of(run: Run, base: BaseModel) -> Truth:
     return LiveModel(run, base)
 
 
-def fold_rounded(truth: Truth, dtype: torch.dtype, own: Mapping[str, torch.dtype]) -> float:
+def fold_rounded(
+    truth: Truth, dtype: torch.dtype, own: Mapping[str, torch.dtype | Blocks]
+) -> float:
     """Make of `truth` what a merged model of `dtype` is expected to hold: the updates in the
-    weights, every weight rounded once, those that `own` names to what it says. Returns the largest
-    change of one weight by rounding, as a share of its update.
+    weights, every weight rounded once, those that `own` names to what it says: to float8 by blocks
+    only where there is an update, since the others are in such blocks as they were. Returns the
+    largest change of one weight by rounding, as a share of its update.
     """
     lost = [0.0]
     with torch.no_grad():
         moved = {after.data_ptr(): (after - before).norm() for before, after in truth.folded()}
         for name, parameter in truth.model.named_parameters():
-            rounded = parameter.to(own.get(_PEFTS.sub("", name), dtype)).float()
+            to = own.get(_PEFTS.sub("", name), dtype)
             update = moved.get(parameter.data_ptr())
+            if isinstance(to, torch.dtype):
+                rounded = parameter.to(to).float()
+            else:
+                rounded = _in_float8(parameter, to) if update else parameter
             if update:
                 lost.append(float((rounded - parameter).norm() / update))
             parameter.copy_(rounded)
     return max(lost)
+
+
+def _in_float8(weight: torch.Tensor, blocks: Blocks) -> torch.Tensor:
+    """The matrix, or each of several, rounded block by block."""
+    rounded = weight.clone()
+    for matrix in rounded.view(-1, *weight.shape[-2:]):
+        for band in matrix.split(blocks.rows, 0):
+            for block in band.split(blocks.columns, 1):
+                scale = block.abs().max() / 448
+                if scale == 0:
+                    continue
+                scale = 2 ** scale.log2().ceil() if blocks.powers else scale
+                scale = scale.to(blocks.kept).float()
+                near = (block / scale).clamp(-448, 448).to(torch.float8_e4m3fn)
+                block.copy_(near.float() * scale)
+    return rounded
 
 
 class PeftTruth:

@@ -83,7 +83,7 @@ def _adapter(
 
 def _mixed(model: Any, inputs: Inputs, name: str | None, others: list[str | None]) -> torch.Tensor:
     """The run's logits of every row, each taken from a batch whose other rows are others'."""
-    count = len(inputs["input_ids"])
+    count = len(next(iter(inputs.values())))
     batches = []
     for row in range(count):
         model.adapters = [others[i % len(others)] for i in range(count)]

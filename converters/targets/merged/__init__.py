@@ -18,9 +18,13 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class MergeOptions:
-    """None keeps each tensor's dtype."""
+    """None keeps each tensor's dtype. `requantize`: what the base holds in float8 by blocks is
+    written so."""
 
     dtype: str | None = option(None, "Output dtype; default: the base's.", choices=DTYPES)
+    requantize: bool = option(
+        False, "Into a base in float8 by blocks: write such blocks again, with fresh scales."
+    )
 
 
 class Merged(Target):
@@ -41,7 +45,7 @@ class Merged(Target):
                 "a merged model is made of its base", file=run.path, remedy="pass it with `base`"
             )
         dtype = None if options.dtype is None else getattr(torch, options.dtype)
-        return plan_merge(run, base, dtype)
+        return plan_merge(run, base, dtype, requantize=options.requantize)
 
     def holds(self, folder: Path) -> bool:
         weights = any(next(folder.glob(p), None) for p in ("*.safetensors", "*.bin"))

@@ -34,7 +34,9 @@ class MergeReport(Report):
 
     def summary(self) -> dict[str, Any]:
         lost = {module: report.lost for module, report in self.rounding.items()}
-        return {"lost_to_rounding": lost, "resumed": list(self.resumed)}
+        again = _requantized(self.rounding)
+        told = {} if again is None else {"requantized": again}
+        return {"lost_to_rounding": lost, "resumed": list(self.resumed), **told}
 
     def lines(self) -> list[str]:
         said = []
@@ -43,6 +45,11 @@ class MergeReport(Report):
         if self.rounding:
             most = max(report.lost for report in self.rounding.values())
             said.append(f"rounding changed a module's update by at most {most:.2%}")
+        if (again := _requantized(self.rounding)) is not None:
+            said.append(
+                f"{again['tensors']} weights are in float8 again, {again['mean_error']:.1e} on "
+                f"average and {again['max_error']:.1e} at most from the merged ones"
+            )
         return said
 
 
@@ -70,6 +77,7 @@ def write_folder(folder: Path, plan: MergePlan, progress: Progress) -> MergeRepo
     details = {
         "dtype": None if plan.dtype is None else str(plan.dtype).removeprefix("torch."),
         **({} if plan.dequantized is None else {"dequantized": plan.dequantized}),
+        **({} if (again := _requantized(rounding)) is None else {"requantized": again}),
         "replaced": sorted(n for n, t in plan.run.replaced.items() if id(t) in written),
     }
     notes, resumed = ((), ()) if journal is None else (journal.notes, tuple(journal.finished))
@@ -77,6 +85,19 @@ def write_folder(folder: Path, plan: MergePlan, progress: Progress) -> MergeRepo
     zero = (NO_UPDATE,) if plan.ranks and not updated else ()
     warnings = (*zero, *_loss_warnings(rounding), *notes)
     return MergeReport(modules, details, warnings, rounding, resumed)
+
+
+def _requantized(rounding: Mapping[str, Rounding]) -> dict[str, float] | None:
+    """What it cost to quantize weights again; None where none were."""
+    again = [report for report in rounding.values() if report.count]
+    if not again:
+        return None
+    count = sum(report.count for report in again)
+    return {
+        "tensors": len(again),
+        "mean_error": sum(report.error for report in again) / count,
+        "max_error": max(report.largest for report in again),
+    }
 
 
 def _write_shards(

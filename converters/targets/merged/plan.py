@@ -37,6 +37,7 @@ from ...model.untying import untied
 from ...run import Run
 from ..target import Plan, Progress
 from .companions import Companions, companions
+from .requantized import FLOAT8, SCALES, Blocks, Scales, blocks_of, stored_parts
 
 if TYPE_CHECKING:
     from .folder import MergeReport
@@ -51,6 +52,7 @@ class OutputTensor:
     dtype: torch.dtype
     module: str | None = None
     transposed: bool = False
+    blocks: Blocks | None = None  # that it is quantized by
 
     @property
     def nbytes(self) -> int:
@@ -107,8 +109,15 @@ class MergePlan(Plan):
     @property
     def dequantized(self) -> dict[str, object] | None:
         """What became of a quantized base; None of another."""
+        if self.requantized:
+            return None
         count = sum(isinstance(tensor.source, Dequantized) for tensor in self.tensors)
         return {"method": method(self.base.config), "tensors": count} if count else None
+
+    @property
+    def requantized(self) -> list[str]:
+        """The tensors that are quantized again."""
+        return [tensor.name for tensor in self.tensors if tensor.blocks is not None]
 
     def lines(self) -> list[str]:
         parts, packed = self.summary()["components"], self.dequantized
@@ -127,8 +136,11 @@ class MergePlan(Plan):
         return write_folder(folder, self, progress)
 
 
-def plan_merge(run: Run, base: BaseModel, dtype: torch.dtype | None) -> MergePlan:
-    """Plan the merge of `run` into `base`; `dtype` None keeps each tensor's own.
+def plan_merge(
+    run: Run, base: BaseModel, dtype: torch.dtype | None, *, requantize: bool = False
+) -> MergePlan:
+    """Plan the merge of `run` into `base`; `dtype` None keeps each tensor's own. `requantize` keeps
+    what the base holds in float8 by blocks, and writes what changes of it in such blocks.
 
     Raises `BaseError` when module names or shapes do not fit, or when the base is not the one the
     run was trained on.
@@ -158,6 +170,14 @@ def plan_merge(run: Run, base: BaseModel, dtype: torch.dtype | None) -> MergePla
     check_frozen(run, base)
 
     packed, before = given.stored is not None, given.dtype()
+    blocks = blocks_of(given) if requantize else None
+    if blocks is not None and dtype is not None:
+        raise BaseError(
+            "a model in float8 again has no other dtype",
+            file=base.path,
+            found=str(dtype),
+            remedy="leave out `dtype`, or `requantize`",
+        )
 
     def output(name: str, source: LazyTensor) -> OutputTensor:
         own = base.tensors.get(source.name) is source
@@ -169,10 +189,34 @@ def plan_merge(run: Run, base: BaseModel, dtype: torch.dtype | None) -> MergePla
         out = dtype if dtype is not None and own_dtype.is_floating_point else own_dtype
         return OutputTensor(name, source, out, module, transposed)
 
+    def outputs(name: str, source: LazyTensor) -> list[OutputTensor]:
+        one = output(name, source)
+        old = given.tensors.get(base.find(name) or name)
+        if blocks is None or not isinstance(old, Dequantized):
+            return [one]
+        parts = stored_parts(given, old)
+        names = (name, f"{name}{SCALES}")
+        if one.module is None and source is old:
+            return [OutputTensor(n, p, p.dtype) for n, p in zip(names, parts, strict=True)]
+        if one.module is None:
+            raise BaseError(
+                "the run holds this quantized weight whole",
+                file=given.path,
+                tensor=name,
+                remedy="merge without `requantize`",
+            )
+        scales = Scales(names[1], source, blocks, run, one.module, one.transposed)
+        weight = replace(one, dtype=FLOAT8, blocks=blocks)
+        return [weight, OutputTensor(names[1], scales, scales.dtype)]
+
     if expected is None:
         names = {layout.find(name) or name: tensor for name, tensor in replaced.items()}
         shards: dict[str, list[OutputTensor]] = {
-            _shard_name(path): [output(name, names.pop(name, tensor)) for name, tensor in t.items()]
+            _shard_name(path): [
+                each
+                for name, tensor in t.items()
+                for each in outputs(name, names.pop(name, tensor))
+            ]
             for path, t in base.shards.items()
         }
     else:
@@ -185,7 +229,10 @@ def plan_merge(run: Run, base: BaseModel, dtype: torch.dtype | None) -> MergePla
         renamed |= {old: old for members in fused.values() for old in members}
         for path, tensors in base.shards.items():
             shards[_shard_name(path)] += [
-                output(renamed[old], tensor) for old, tensor in tensors.items() if old in renamed
+                each
+                for old, tensor in tensors.items()
+                if old in renamed
+                for each in outputs(renamed[old], tensor)
             ]
         for name, old in own.items():
             if old is None and not fused[name] and (tensor := _from_run(run, base, name)):
@@ -207,7 +254,7 @@ def plan_merge(run: Run, base: BaseModel, dtype: torch.dtype | None) -> MergePla
         nbytes=sum(tensor.nbytes for tensors in written.values() for tensor in tensors),
         warnings=(*run.warnings, *beside.left),
         shards=written,
-        config=_config(run, base, architecture, dtype, embedding),
+        config=_config(run, base, architecture, dtype, embedding, packed=requantize),
         dtype=dtype,
         companions=beside,
     )
@@ -309,8 +356,11 @@ def _config(
     architecture: str | None,
     dtype: torch.dtype | None,
     embedding: LazyTensor | None,
+    *,
+    packed: bool,
 ) -> dict[str, object]:
-    config = dict(base.config) if base.stored is None else unquantized(base.config)
+    plain = base.stored is not None and not packed
+    config = unquantized(base.config) if plain else dict(base.config)
     if embedding is not None:
         config = _resized(config, embedding.shape[0])
     if architecture is not None:

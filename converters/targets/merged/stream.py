@@ -62,6 +62,10 @@ class Rounding:
     update: float = 0.0
     stored: float = 0.0
     product: float = 0.0
+    # Of weights quantized again, over all rows: elements, the sum of |S − ΔW|, the largest.
+    count: int = 0
+    error: float = 0.0
+    largest: float = 0.0
 
     def add(self, weight: torch.Tensor, update: torch.Tensor, stored: torch.Tensor) -> None:
         self.weight += float(torch.dot(weight, weight))
@@ -277,6 +281,8 @@ def _merge_job(
             rows, columns = update.shape
             reports[tensor.module] = Rounding()
         step = max(1, BLOCK_ELEMENTS // columns) if columns else 1
+        if tensor.blocks is not None:
+            step = math.ceil(step / tensor.blocks.rows) * tensor.blocks.rows
         if update is not None and update.whole:
             step = max(1, rows)
         for number, start in enumerate(range(0, rows, step)):
@@ -309,9 +315,18 @@ def _merge_block(
     if update is not None:
         update.merge(work.view(rows, columns), start)
     out = _buffer("out", size, tensor.dtype)
-    out.copy_(work)
+    scales: torch.Tensor | None = None
+    if tensor.blocks is None:
+        out.copy_(work)
+    else:
+        matrix = work.view(rows, columns)
+        scales = tensor.blocks.spread(tensor.blocks.scales(matrix), rows, columns).reshape(-1)
+        # A scale of fewer bits may be a little too small; float8 has no infinity, but NaN.
+        limit = torch.finfo(tensor.dtype).max
+        out.copy_((work / scales).clamp_(-limit, limit))
     # A sum is the cheapest sign of NaN or infinity; finite values may overflow it as well.
-    if not math.isfinite(out.sum()) and not bool(torch.isfinite(out).all()):
+    seen = out if scales is None else out.float()  # of which torch has no sum
+    if not math.isfinite(seen.sum()) and not bool(torch.isfinite(seen).all()):
         low, high = (float(bound) for bound in torch.aminmax(work))
         raise BaseError(
             "the merged tensor holds NaN, infinity, or values beyond the output dtype",
@@ -321,8 +336,15 @@ def _merge_block(
             expected=f"finite values within {tensor.dtype}",
             remedy="the base weights are damaged, or `dtype` is too narrow for them",
         )
-    if tensor.module is not None and number % _REPORT_EVERY == 0:
+    if tensor.module is not None and (scales is not None or number % _REPORT_EVERY == 0):
         weight = _buffer("weight", size, torch.float32).copy_(raw)
         stored = _buffer("stored", size, torch.float32).copy_(out)
+        if scales is not None:
+            stored.mul_(scales)
+            errors = (stored - work).abs_()
+            report = reports[tensor.module]
+            report.count += size
+            report.error += float(errors.sum())
+            report.largest = max(report.largest, float(errors.max()))
         reports[tensor.module].add(weight, work.sub_(weight), stored.sub_(weight))
     return out

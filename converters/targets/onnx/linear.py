@@ -35,8 +35,7 @@ def three_axes(model: ir.Model, sites: list[Site], loaded: Any) -> None:
     """Let every linear layer be a MatMul of `[batch_size, n, in]` with an Add behind it."""
     graph = model.graph
     nodes = {node.name: node for node in graph}
-    tokens = next(value for value in graph.inputs if value.name == "input_ids")
-    rows = Scope(graph, "linear")("Shape", tokens, end=1)
+    rows = Scope(graph, "linear")("Shape", graph.inputs[0], end=1)
     for site in sites:
         node, scope = nodes[site.node], Scope(graph, f"{site.node}/linear")
         given = take(node, 0)

@@ -1,7 +1,7 @@
-"""Encoder-decoders (BART, T5) as ONNX, with Optimum's names for files, inputs and outputs.
+"""Encoder-decoders (BART, T5, Whisper) as ONNX, with Optimum's names for files, inputs, outputs.
 
-`encoder_model.onnx` reads the text. `decoder_model.onnx` takes the first tokens and fills the
-caches of keys and values: the decoder's own, and those over the encoder's output.
+`encoder_model.onnx` reads the text, or hears the sound. `decoder_model.onnx` takes the first tokens
+and fills the caches of keys and values: the decoder's own, and those over the encoder's output.
 `decoder_with_past_model.onnx` adds one token. The three share one file of weights.
 """
 
@@ -26,6 +26,8 @@ from .surgery import optional_input
 SEQ2SEQ_TASK = "seq2seq-lm"
 _ROWS, _SOURCE, _TOKENS = "batch_size", "encoder_sequence_length", "decoder_sequence_length"
 _PAST = "past_decoder_sequence_length"
+_MASK = "encoder_attention_mask"
+_HEARS = "WhisperForConditionalGeneration"  # others of sound take a mask, or any length of it
 
 
 class _Encoder(torch.nn.Module):
@@ -33,8 +35,10 @@ class _Encoder(torch.nn.Module):
         super().__init__()
         self.model = model
 
-    def forward(self, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:
-        output = self.model.get_encoder()(input_ids=input_ids, attention_mask=attention_mask)
+    def forward(
+        self, given: torch.Tensor, attention_mask: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        output = self.model.get_encoder()(given, attention_mask=attention_mask)
         states: torch.Tensor = output.last_hidden_state
         return states
 
@@ -48,9 +52,9 @@ class _First(torch.nn.Module):
 
     def forward(
         self,
-        encoder_attention_mask: torch.Tensor,
         input_ids: torch.Tensor,
         encoder_hidden_states: torch.Tensor,
+        encoder_attention_mask: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor, ...]:
         from transformers.cache_utils import DynamicCache, EncoderDecoderCache
 
@@ -73,9 +77,9 @@ class _Next(torch.nn.Module):
 
     def forward(
         self,
-        encoder_attention_mask: torch.Tensor,
         input_ids: torch.Tensor,
         past: list[torch.Tensor],
+        encoder_attention_mask: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor, ...]:
         from transformers.cache_utils import DynamicCache, EncoderDecoderCache
 
@@ -86,14 +90,14 @@ class _Next(torch.nn.Module):
         )
         cache.is_updated = dict.fromkeys(range(len(layers)), True)
         # Only its shape is used: keys and values over the encoder's output are in the cache.
-        states = past[2].new_zeros((*encoder_attention_mask.shape, self._width))
+        states = past[2].new_zeros((past[2].shape[0], past[2].shape[2], self._width))
         logits = _decode(self.model, encoder_attention_mask, input_ids, states, cache)
         own = cache.self_attention_cache.layers
         return (logits, *(tensor for layer in own for tensor in (layer.keys, layer.values)))
 
 
 def _decode(
-    model: Any, mask: torch.Tensor, tokens: torch.Tensor, states: torch.Tensor, cache: Any
+    model: Any, mask: torch.Tensor | None, tokens: torch.Tensor, states: torch.Tensor, cache: Any
 ) -> torch.Tensor:
     from transformers.modeling_outputs import BaseModelOutput
 
@@ -115,7 +119,8 @@ def build_seq2seq(model: Path, out: Path, writer: GraphWriter, *, adaptable: boo
     Raises `TargetError` when a graph would not compute what the model computes.
     """
     loaded = load_whole(model)
-    if not getattr(loaded.config, "d_model", None):
+    sound = loaded.main_input_name != "input_ids"
+    if not getattr(loaded.config, "d_model", None) or (sound and type(loaded).__name__ != _HEARS):
         raise TargetError("no ONNX export for this architecture", found=type(loaded).__name__)
     for name, part in _parts(loaded).items():
         graph = part.export()
@@ -137,28 +142,33 @@ def _parts(model: Any) -> dict[str, Part]:
     decoder, words = model.get_decoder(), model.config.vocab_size - 3
     layers = len(decoder.layers if hasattr(decoder, "layers") else decoder.block)
     encoder, first = _Encoder(model), _First(model)
+    sound = model.main_input_name != "input_ids"
 
-    def text(rows: int) -> dict[str, Any]:
-        ids = torch.arange(rows * (rows + 4)).view(rows, -1) % words + 3
-        mask = torch.ones_like(ids)
+    def tokens_of(rows: int) -> torch.Tensor:
+        return torch.arange(rows * (rows + 4)).view(rows, -1) % words + 3
+
+    def read(rows: int) -> dict[str, Any]:
+        if sound:  # of one length, all of which is heard
+            shape = (rows, model.config.num_mel_bins, 2 * model.config.max_source_positions)
+            return {"given": torch.randn(shape, generator=torch.Generator().manual_seed(0))}
+        mask = torch.ones_like(ids := tokens_of(rows))
         mask[-1, rows + 1 :] = 0
-        return {"input_ids": ids, "attention_mask": mask}
+        return {"given": ids, "attention_mask": mask}
 
     def begin(rows: int) -> dict[str, Any]:
-        ids, mask = text(rows).values()
+        given = read(rows)
         with torch.inference_mode():
-            states = encoder(ids, mask)
-        return {
-            "encoder_attention_mask": mask,
-            "input_ids": ids[:, : rows + 1],
-            "encoder_hidden_states": states,
-        }
+            states = encoder(**given)
+        inputs = {"input_ids": tokens_of(rows)[:, : rows + 1], "encoder_hidden_states": states}
+        return inputs if sound else {**inputs, _MASK: given["attention_mask"]}
 
     def go_on(rows: int) -> dict[str, Any]:
-        mask, ids, _ = (inputs := begin(rows)).values()
+        inputs = begin(rows)
         with torch.inference_mode():
             _, *past = first(**inputs)
-        return {"encoder_attention_mask": mask, "input_ids": ids[:, :1], "past": past}
+        inputs["input_ids"] = inputs["input_ids"][:, :1]
+        del inputs["encoder_hidden_states"]
+        return {"input_ids": inputs.pop("input_ids"), "past": past, **inputs}
 
     kinds = [
         f"{layer}.{side}.{kind}"
@@ -166,32 +176,37 @@ def _parts(model: Any) -> dict[str, Part]:
         for side in ("decoder", "encoder")
         for kind in ("key", "value")
     ]
-    source: Axes = (_ROWS, _SOURCE)
+    length = None if sound else _SOURCE
+    source: Axes = (_ROWS, length)
+    given: dict[str, Axes] = {"given": (*source, None) if sound else source}
+    masks: dict[str, Axes] = {} if sound else {_MASK: source}
+    more: dict[str, Axes] = {} if sound else {"attention_mask": source}
 
-    def cache(kind: str, length: str) -> Axes:
-        return (_ROWS, None, _SOURCE if ".encoder." in kind else length, None)
+    def cache(kind: str, own: str) -> Axes:
+        return (_ROWS, None, length if ".encoder." in kind else own, None)
 
     present = {f"present.{k}": cache(k, _TOKENS) for k in kinds}
     longer = {f"present.{k}": cache(k, f"{_PAST} + 1") for k in kinds if ".decoder." in k}
-    mask, tokens = "encoder_attention_mask", "input_ids"
+    tokens = "input_ids"
     return {
         ENCODER: Part(
             encoder,
-            text,
-            {"input_ids": source, "attention_mask": source},
+            read,
+            {**given, **more},
             {"last_hidden_state": (*source, None)},
+            [model.main_input_name, *more],
         ),
         DECODER: Part(
             first,
             begin,
-            {mask: source, tokens: (_ROWS, _TOKENS), "encoder_hidden_states": (*source, None)},
+            {tokens: (_ROWS, _TOKENS), "encoder_hidden_states": (*source, None), **masks},
             {"logits": (_ROWS, _TOKENS, None), **present},
         ),
         WITH_PAST: Part(
             _Next(model),
             go_on,
-            {mask: source, tokens: (_ROWS, None), "past": [cache(k, _PAST) for k in kinds]},
+            {tokens: (_ROWS, None), "past": [cache(k, _PAST) for k in kinds], **masks},
             {"logits": (_ROWS, None, None), **longer},
-            [mask, tokens, *(f"past_key_values.{kind}" for kind in kinds)],
+            [tokens, *(f"past_key_values.{kind}" for kind in kinds), *masks],
         ),
     }

@@ -1,0 +1,161 @@
+"""Whisper in ONNX Runtime: speech in, text out; another adapter in every row of a batch.
+
+>>> from dora_serve.onnxruntime import Transcriber
+>>> model = Transcriber("onnx/")
+>>> for done in model.transcribe([wave], language="en"):
+...     print(done.text)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from converters.files.json_files import read_json
+
+from .adapter_set import Adapters
+from .beams import Search
+from .decoder import Completion
+from .seq2seq import Batch, EncoderDecoder
+from .session import EngineError
+from .spectrum import Spectrum
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+    Array = NDArray[np.float32]
+
+FEATURES = "input_features"
+TASKS = ("transcribe", "translate")
+
+
+def hears(folder: Path) -> bool:
+    """Whether the encoder-decoder in `folder` takes speech."""
+    return "num_mel_bins" in read_json(folder / "config.json")
+
+
+class Transcriber(EncoderDecoder):
+    """A folder of a Whisper as `dora-export onnx` writes it, with its adapters. Raises
+    `EngineError` for one of a model that does not hear."""
+
+    def __init__(self, folder: str | Path, threads: int | None = None) -> None:
+        super().__init__(folder, threads)
+        if not hears(self.folder):
+            raise EngineError(
+                "the graph is for another task", file=self.folder, expected="a model of speech"
+            )
+
+    @cached_property
+    def spectrum(self) -> Spectrum:
+        """What makes features of a wave."""
+        path = self.folder / "preprocessor_config.json"
+        return Spectrum(read_json(path) if path.exists() else {})
+
+    @property
+    def languages(self) -> dict[str, int]:
+        """The languages' codes, and the tokens for them; none of a model of English alone."""
+        known = self._config.get("lang_to_id") or {}
+        return {name.strip("<|>"): int(token) for name, token in known.items()}
+
+    def logits(
+        self, features: Array, targets: Sequence[Sequence[int]], adapters: Adapters = None
+    ) -> Array:
+        """The logits `[rows, tokens, vocab]` after every decoder token, of `features [rows, bands,
+        frames]`, `targets` of one length."""
+        tokens = np.array(targets, np.int64)
+        return Batch(self, {FEATURES: features}, tokens, adapters=adapters).begin(tokens)
+
+    def transcribe(
+        self,
+        waves: Sequence[Array],
+        language: str | None = None,
+        task: str = "transcribe",
+        search: Search | None = None,
+        adapters: Adapters = None,
+        prompt: Sequence[int] = (),
+    ) -> list[Completion]:
+        """The text of every wave, samples `[n]` between -1 and 1 at `spectrum.rate`, without times.
+
+        `language`: its code, for all; None lets the model tell, for each. `prompt`: tokens of text
+        that came before. Raises `EngineError` for an unknown language, task or adapter, and for a
+        wave that is empty, not finite, or longer than the model hears at once.
+        """
+        features = np.stack([self._features(wave) for wave in waves])
+        return self.write(features, language, task, search, adapters, prompt)
+
+    def write(
+        self,
+        features: Array,
+        language: str | None = None,
+        task: str = "transcribe",
+        search: Search | None = None,
+        adapters: Adapters = None,
+        prompt: Sequence[int] = (),
+    ) -> list[Completion]:
+        """The same of `features [rows, bands, frames]`, which transformers' feature extractor makes
+        too."""
+        first = self._first_tokens(features, language, task, adapters)
+        if prompt:
+            begin = [self._said("prev_sot_token_id"), *prompt]
+            first = np.concatenate([np.tile(begin, (len(first), 1)), first], axis=1)
+        positions = int(self._config["max_target_positions"])
+        room = positions - first.shape[1]
+        search = search or Search(room)
+        if search.max_tokens > room:
+            raise EngineError(
+                "more tokens than the model has positions for",
+                found=first.shape[1] + search.max_tokens,
+                expected=f"at most {positions}, what it begins with included",
+            )
+        batch = Batch(self, {FEATURES: features}, first, adapters=adapters)
+        return self.search(batch, search, first.tolist())
+
+    def _features(self, wave: Array) -> Array:
+        samples = np.asarray(wave)
+        longest = self.spectrum.longest
+        if samples.ndim != 1 or not 0 < len(samples) <= longest or not np.isfinite(samples).all():
+            raise EngineError(
+                "not a wave that the model hears",
+                found=f"samples {list(samples.shape)}",
+                expected=f"1 to {longest} finite ones",
+            )
+        return self.spectrum(samples)
+
+    def _first_tokens(
+        self, features: Array, language: str | None, task: str, adapters: Adapters
+    ) -> NDArray[np.int64]:
+        """The tokens `[rows, n]` that tell the decoder what is asked, as transformers has them."""
+        first = np.full((len(features), 1), self.start, np.int64)
+        if languages := self.languages:
+            if language is None:
+                own = [*languages.values()]
+                batch = Batch(self, {FEATURES: features}, first, adapters=adapters)
+                spoken = np.array(own)[batch.start()[:, own].argmax(axis=-1)]
+            elif language in languages:
+                spoken = np.full(len(features), languages[language])
+            else:
+                raise EngineError("no such language", found=language, expected=[*languages])
+            if task not in (known := self._config.get("task_to_id") or {}):
+                raise EngineError("no such task", found=task, expected=", ".join(known))
+            first = np.column_stack([first, spoken, np.full_like(spoken, known[task])])
+        elif language not in (None, "en") or task != TASKS[0]:
+            raise EngineError(
+                "this model writes English that it hears, and nothing else",
+                file=self.folder,
+                found=f"{language}, {task}",
+            )
+        without_times = self._config.get("no_timestamps_token_id")
+        return (
+            first
+            if without_times is None
+            else np.pad(first, ((0, 0), (0, 1)), constant_values=without_times)
+        )
+
+    def _said(self, key: str) -> Any:
+        if self._config.get(key) is None:
+            raise EngineError(f"the configuration names no {key}", file=self.folder)
+        return self._config[key]

@@ -1,0 +1,259 @@
+"""Whisper in ONNX Runtime against transformers' own features, logits and transcriptions."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from transformers import (
+    GenerationConfig,
+    WhisperConfig,
+    WhisperFeatureExtractor,
+    WhisperForConditionalGeneration,
+)
+
+from converters.model.base import BaseModel, open_base
+from converters.targets.onnx import write_onnx
+from dora_serve import Run, read_run, verify
+from dora_serve.onnxruntime import Search, Seq2Seq, Transcriber
+from dora_serve.onnxruntime.session import EngineError
+from dora_serve.onnxruntime.spectrum import Spectrum
+from tests.conftest import randomize
+
+BOUND, STEPS = 1e-4, 12
+WORDS = 60
+# Untrained models say one thing over and over where they may.
+OPTIONS: dict[str, Any] = {"max_new_tokens": STEPS, "no_repeat_ngram_size": 2}
+LANGUAGES = {"<|en|>": 50, "<|de|>": 51, "<|fr|>": 52}
+TOLD: dict[str, Any] = {
+    "is_multilingual": True,
+    "lang_to_id": LANGUAGES,
+    "task_to_id": {"transcribe": 53, "translate": 54},
+    "no_timestamps_token_id": 59,
+    "prev_sot_token_id": 56,
+    "suppress_tokens": [4, 5, 6, *range(50, 60)],
+    "begin_suppress_tokens": [7, 1],
+    "max_length": 40,
+    "return_timestamps": False,
+}
+ENDS = ("bos_token_id", "eos_token_id", "pad_token_id", "decoder_start_token_id")
+Built = tuple[BaseModel, dict[str, Run], Path]
+
+
+def waves() -> list[np.ndarray[Any, np.dtype[np.float32]]]:
+    """Four sounds of other lengths, up to a second, each of tones of its own and noise."""
+    seed = np.random.default_rng(0)
+    found = []
+    for number, length in enumerate((16_000, 9_000, 4_001, 12_345)):
+        time = np.arange(length) / 16_000
+        tones = sum(np.sin(time * pitch * 400 * (number + 1)) for pitch in (1, 2.7, 5.1))
+        found.append((0.2 * tones + 0.05 * seed.standard_normal(length)).astype(np.float32))
+    return found
+
+
+def save_whisper(folder: Path, **told: Any) -> WhisperForConditionalGeneration:
+    """A model that hears a second; `told`: what its generation configuration says otherwise."""
+    torch.manual_seed(0)
+    config = WhisperConfig(
+        vocab_size=WORDS,
+        d_model=32,
+        num_mel_bins=20,
+        encoder_layers=2,
+        decoder_layers=2,
+        encoder_attention_heads=2,
+        decoder_attention_heads=4,
+        encoder_ffn_dim=48,
+        decoder_ffn_dim=40,
+        max_source_positions=50,
+        max_target_positions=40,
+        pad_token_id=1,
+        bos_token_id=1,
+        eos_token_id=1,
+        decoder_start_token_id=2,
+    )
+    model = WhisperForConditionalGeneration(config)
+    with torch.no_grad():  # zero biases and unit norms would hide what is not computed
+        for tensor in model.parameters():
+            tensor.add_(torch.randn(tensor.shape) * 0.15)
+        decoder = model.model.decoder
+        decoder.layer_norm.bias.zero_()
+        decoder.embed_positions.weight.mul_(8)
+        for layer in decoder.layers:
+            layer.encoder_attn.out_proj.weight.mul_(8)
+    ends = {key: getattr(config, key) for key in ENDS}
+    model.generation_config = GenerationConfig(**{**TOLD, **ends, **told})
+    model.save_pretrained(folder)
+    WhisperFeatureExtractor(feature_size=20, chunk_length=1).save_pretrained(folder)
+    words = Tokenizer(WordLevel({f"w{i}": i for i in range(WORDS)}, unk_token="w0"))
+    words.save(str(folder / "tokenizer.json"))
+    return model.eval()
+
+
+@pytest.fixture(scope="module")
+def built(tmp_path_factory: pytest.TempPathFactory) -> Built:
+    root = tmp_path_factory.mktemp("whisper")
+    save_whisper(root / "base")
+    runs = {}
+    for number, name in enumerate(("one", "two")):
+        config = LoraConfig(r=3 + number, lora_alpha=5, target_modules="all-linear")
+        model = WhisperForConditionalGeneration.from_pretrained(root / "base")
+        randomize(peft := get_peft_model(model, config))
+        peft.save_pretrained(root / name)
+        runs[name] = read_run(root / name)
+    base = open_base(root / "base")
+    write_onnx(base, root / "onnx", adapters=runs)
+    return base, runs, root / "onnx"
+
+
+def live(built: Built, name: str | None) -> Any:
+    """PEFT's own model with an adapter, or the base."""
+    model = WhisperForConditionalGeneration.from_pretrained(built[0].path)
+    found = model if name is None else PeftModel.from_pretrained(model, built[1][name].path)
+    return found.eval()
+
+
+def features(base: Path) -> torch.Tensor:
+    extractor = WhisperFeatureExtractor.from_pretrained(base)
+    made = extractor(waves(), sampling_rate=16_000, return_tensors="pt")
+    return made.input_features  # type: ignore[no-any-return]
+
+
+def test_the_spectrum_is_that_of_transformers(built: Built) -> None:
+    truth = features(built[0].path).numpy()
+    model = Transcriber(built[2])
+    found = np.stack([model.spectrum(wave) for wave in waves()])
+    assert found.shape == truth.shape and np.abs(found - truth).max() < 1e-4
+    other = Spectrum({"feature_size": 20, "chunk_length": 1, "hop_length": 80})
+    assert other(waves()[0]).shape != truth[0].shape
+
+
+@pytest.mark.parametrize("bands", [80, 128])
+def test_the_spectrum_of_the_usual_sizes(bands: int) -> None:
+    extractor = WhisperFeatureExtractor(feature_size=bands)
+    truth = extractor(waves()[0], sampling_rate=16_000, return_tensors="np").input_features[0]
+    found = Spectrum(extractor.to_dict())(waves()[0])
+    assert found.shape == (bands, 3000) and np.abs(found - truth).max() < 1e-4
+
+
+@pytest.mark.supports(method="peft_lora", family="whisper", targets=("onnx",))
+def test_rows_with_different_adapters(built: Built) -> None:
+    base, runs, out = built
+    model, names = Transcriber(out, threads=1), [*runs, None, "one"]
+    given, targets = features(base.path), [[2, 50 + i % 3, 53, 59, 9 + i] for i in range(4)]
+    truth = {}
+    for name in dict.fromkeys(names):
+        with torch.inference_mode():
+            output = live(built, name)(
+                input_features=given, decoder_input_ids=torch.tensor(targets)
+            )
+        truth[name] = output.logits.numpy()
+    mixed = model.logits(given.numpy(), targets, names)
+    right = np.stack([truth[name][row] for row, name in enumerate(names)])
+    assert np.abs(mixed - right).max() <= BOUND
+    wrong = np.stack([truth[name][row] for row, name in enumerate(reversed(names))])
+    assert np.abs(mixed - wrong).max() > 1e-2  # the control
+
+
+@pytest.mark.parametrize(
+    ("language", "task"), [("de", "transcribe"), ("fr", "translate"), (None, "transcribe")]
+)
+def test_transcriptions_are_those_of_transformers(
+    built: Built, language: str | None, task: str
+) -> None:
+    base, runs, out = built
+    found, given = {}, features(base.path)
+    for name in (*runs, None):
+        model = live(built, name)
+        wanted = []
+        for row in given:  # a batch of transformers' goes on after a row's end
+            tokens = model.generate(
+                input_features=row[None], language=language, task=task, **OPTIONS
+            )[0]
+            wanted.append([t for t in tokens.tolist() if t < 50 and t > 2])
+        done = Transcriber(out).transcribe(
+            waves(), language, task, Search(STEPS, no_repeat_ngram=2), name
+        )
+        found[name] = [each.tokens for each in done]
+        assert found[name] == wanted
+        assert [each.text for each in done] == [" ".join(f"w{t}" for t in row) for row in wanted]
+    assert found["one"] != found["two"] != found[None]
+    assert len({token for row in found[None] for token in row}) > 3
+    if language is None:  # each row's own, and not the same for all
+        spoken = {each.prompt_tokens[1] for each in done}
+        assert spoken <= set(LANGUAGES.values())
+
+
+def test_text_before_and_beams(built: Built) -> None:
+    base, _, out = built
+    model, truth = Transcriber(out), live(built, None)
+    for beams in (1, 3):
+        done = model.transcribe(
+            waves()[:1],
+            "en",
+            search=Search(STEPS, beams=beams, no_repeat_ngram=2),
+            prompt=[20, 21, 22],
+        )
+        wanted = truth.generate(
+            input_features=features(base.path)[:1],
+            language="en",
+            task="transcribe",
+            prompt_ids=torch.tensor([56, 20, 21, 22]),
+            **OPTIONS,
+            num_beams=beams,
+        )[0]
+        text = [t for t in wanted.tolist() if 2 < t < 50 and t not in (20, 21, 22)]
+        assert [t for t in done[0].tokens if t not in (20, 21, 22)] == text and text
+
+
+def test_a_merged_run_and_its_proof(built: Built, tmp_path: Path) -> None:
+    base, runs, out = built
+    write_onnx(base, tmp_path / "merged", run=runs["one"])
+    assert verify(runs["one"], tmp_path / "merged", base.path).passed
+    assert verify(runs["two"], out, base.path).passed
+    wrong = verify(runs["two"], tmp_path / "merged", base.path)
+    assert not wrong.passed and wrong.max_abs > 10 * wrong.tolerance
+
+
+def test_a_model_of_english_alone(tmp_path: Path) -> None:
+    told = dict.fromkeys(("lang_to_id", "task_to_id"))
+    truth = save_whisper(tmp_path / "base", **told, is_multilingual=False)
+    for key in told:
+        delattr(truth.generation_config, key)
+    write_onnx(open_base(tmp_path / "base"), tmp_path / "onnx")
+    model = Transcriber(tmp_path / "onnx")
+    found = [
+        done.tokens for done in model.transcribe(waves(), search=Search(STEPS, no_repeat_ngram=2))
+    ]
+    for row, tokens in zip(features(tmp_path / "base"), found, strict=True):
+        wanted = truth.generate(input_features=row[None], **OPTIONS)[0].tolist()
+        assert tokens == [t for t in wanted if 2 < t < 50]
+    with pytest.raises(EngineError, match="English"):
+        model.transcribe(waves(), "de")
+
+
+@pytest.mark.parametrize(
+    ("asked", "said"),
+    [
+        ({"language": "xx"}, "no such language"),
+        ({"task": "sing"}, "no such task"),
+        ({"waves": [np.zeros(16_001, np.float32)]}, "not a wave"),
+        ({"waves": [np.zeros(0, np.float32)]}, "not a wave"),
+        ({"waves": [np.full(100, np.nan, np.float32)]}, "not a wave"),
+        ({"search": Search(40)}, "more tokens"),
+        ({"adapters": "three"}, "no such adapter"),
+    ],
+)
+def test_what_cannot_be_asked(built: Built, asked: dict[str, Any], said: str) -> None:
+    with pytest.raises(EngineError, match=said):
+        Transcriber(built[2]).transcribe(**{"waves": waves(), **asked})
+
+
+def test_a_model_that_reads_is_none_that_hears(built: Built) -> None:
+    with pytest.raises(EngineError, match="another task"):
+        Seq2Seq(built[2])
