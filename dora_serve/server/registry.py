@@ -15,6 +15,8 @@ from dora_serve.onnxruntime.encoder import STATES, Encoder
 from dora_serve.onnxruntime.encoder_queue import EncoderQueue
 from dora_serve.onnxruntime.seq2seq import Seq2Seq
 from dora_serve.onnxruntime.seq2seq_queue import Seq2SeqQueue
+from dora_serve.onnxruntime.transcriber import Transcriber, hears
+from dora_serve.onnxruntime.transcriber_queue import TranscriberQueue
 
 from .options import ServerOptions
 from .prepare.offer import DECODES, TRANSLATES, Graph, Offer, OfferedModel
@@ -23,7 +25,7 @@ from .wire.defaults import Defaults, read_defaults
 from .wire.errors import ApiError
 
 Writer = ContinuousDecoder | Seq2SeqQueue
-Engine = Writer | EncoderQueue
+Engine = Writer | EncoderQueue | TranscriberQueue
 _FOR = {"feature-extraction": "embeddings"}  # tasks that callers know by another name
 
 
@@ -106,8 +108,15 @@ class Registry:
     def writer(self, name: str) -> tuple[Served, Writer]:
         """As `find`, for a model that writes text."""
         served = self.find(name)
-        if isinstance(served.engine, EncoderQueue):
-            raise _other_task(served, f"{DECODES} or {TRANSLATES}")
+        if not isinstance(served.engine, ContinuousDecoder | Seq2SeqQueue):
+            raise _other_task(served, "texts to go on with, or to read")
+        return served, served.engine
+
+    def transcriber(self, name: str) -> tuple[Served, TranscriberQueue]:
+        """As `find`, for a model that hears."""
+        served = self.find(name)
+        if not isinstance(served.engine, TranscriberQueue):
+            raise _other_task(served, "speech")
         return served, served.engine
 
     def decoder(self, name: str) -> tuple[Served, ContinuousDecoder]:
@@ -162,6 +171,10 @@ def _open(graph: Graph, options: ServerOptions, ends: frozenset[int] | None) -> 
         decoder.eos = decoder.eos if ends is None else ends
         _ = decoder.tokenizer  # one that cannot be read is told now
         return ContinuousDecoder(decoder, options.limits)
+    if graph.task == TRANSLATES and hears(Path(graph.folder)):
+        heard = Transcriber(graph.folder, options.threads, spin=False)
+        _ = heard.tokenizer, heard.start, heard.spectrum
+        return TranscriberQueue(heard, options.limits)
     if graph.task == TRANSLATES:
         translator = Seq2Seq(graph.folder, options.threads, spin=False)
         _ = translator.tokenizer, translator.start

@@ -16,11 +16,12 @@ from converters.errors import MissingError, visible
 
 from ..wording import in_flags, quoted
 from .options import ServerOptions
-from .prepare.offer import ANSWERS, DECODES, TRANSLATES, Offer
+from .prepare.offer import ANSWERS, DECODES, HEARS, TRANSLATES, Offer, OfferedModel
 
 _PATHS = {
     DECODES: "/v1/completions",
     TRANSLATES: "/v1/completions",
+    HEARS: "/v1/audio/transcriptions",
     ANSWERS: "/dora/answer",
     "sequence-classification": "/classify",
     "token-classification": "/pooling",
@@ -115,9 +116,21 @@ def table(offer: Offer, url: str, key: bool) -> str:
         method = "" if model.method is None else f", {model.method}"
         of = "" if model.base is None else f" of {model.base}"
         name = f"{visible(model.name):<{width}}"
-        lines.append(f"  {name}  {_PATHS[model.task]:<15}  {model.kind}" + visible(of + method))
+        path = _PATHS[_task(model)]
+        lines.append(f"  {name}  {path:<15}  {model.kind}" + visible(of + method))
     last = offer.models[-1]
     header = ' -H "Authorization: Bearer $DORA_SERVE_API_KEY"' if key else ""
-    body = json.dumps({"model": last.name, **_EXAMPLES[last.task]})
-    command = f"curl {url}{_PATHS[last.task]}{header} -H 'Content-Type: application/json' -d "
-    return "\n".join([*lines, "", command + quoted(body), ""])
+    command = f"curl {url}{_PATHS[_task(last)]}{header} "
+    if _task(last) == HEARS:
+        command += f"-F file=@speech.wav -F {quoted(f'model={last.name}')}"
+    else:
+        body = json.dumps({"model": last.name, **_EXAMPLES[last.task]})
+        command += f"-H 'Content-Type: application/json' -d {quoted(body)}"
+    return "\n".join([*lines, "", command, ""])
+
+
+def _task(model: OfferedModel) -> str:
+    from dora_serve.onnxruntime.transcriber import hears
+
+    made = model.task == TRANSLATES and Path(model.folder).is_dir()
+    return HEARS if made and hears(Path(model.folder)) else model.task

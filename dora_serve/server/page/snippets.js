@@ -17,6 +17,13 @@ const TASKS = {
     told: "answer",
     body: { question: "What is good?", context: "a good film" },
   },
+  "automatic-speech-recognition": {
+    path: "/v1/audio/transcriptions",
+    file: "speech.wav",
+    body: {},
+    python: (body) =>
+      `answer = client.audio.transcriptions.create(\n${named(body)}    file=open("speech.wav", "rb"),\n)\nprint(answer.text)`,
+  },
   "feature-extraction": {
     path: "/v1/embeddings",
     body: { input: "a good film" },
@@ -28,10 +35,10 @@ const TASKS = {
 };
 
 export function snippets(model, locked) {
-  const { path, body, python, told } = TASKS[model.task];
+  const { path, body, python, told, file } = TASKS[model.task];
   const asked = { model: model.id, ...body };
   return [
-    snippet("curl", curl(base + path, asked, locked)),
+    snippet("curl", curl(base + path, asked, locked, file)),
     snippet(
       "Python",
       python ? client(python(asked), locked) : plain(base + path, asked, locked, told),
@@ -39,9 +46,10 @@ export function snippets(model, locked) {
   ];
 }
 
-function curl(url, body, locked) {
+function curl(url, body, locked, file) {
   const lines = [`curl ${quoted(url)}`];
   if (locked) lines.push('-H "Authorization: Bearer $DORA_SERVE_API_KEY"');
+  if (file) return [...lines, `-F file=@${file}`, `-F ${quoted(`model=${body.model}`)}`].join(" \\\n  ");
   lines.push("-H 'Content-Type: application/json'", `-d ${quoted(json(body, "  "))}`);
   return lines.join(" \\\n  ");
 }

@@ -8,6 +8,7 @@ from pydantic import BaseModel, ConfigDict
 
 # Tasks whose models write text, and answer questions of a text; the others are encoders' too.
 DECODES, TRANSLATES, ANSWERS = "causal-lm", "seq2seq-lm", "question-answering"
+HEARS = "automatic-speech-recognition"  # what a `TRANSLATES` that takes speech is told to be for
 
 
 class _Fixed(BaseModel):

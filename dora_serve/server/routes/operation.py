@@ -12,7 +12,9 @@ from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 
 from converters.files.json_files import read_json
 from dora_serve.onnxruntime.encoder_queue import EncoderQueue
+from dora_serve.onnxruntime.transcriber_queue import TranscriberQueue
 
+from ..prepare.offer import HEARS
 from ..registry import Served
 from ..state import state_of
 from ..wire import answers
@@ -58,7 +60,7 @@ def _details(served: Served) -> answers.ModelDetails:
         id=model.name,
         kind=model.kind,
         method=model.method,
-        task=model.task,
+        task=HEARS if isinstance(engine, TranscriberQueue) else model.task,
         base=model.base,
         parameters=model.parameters,
         bytes=model.bytes,

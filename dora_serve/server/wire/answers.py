@@ -195,6 +195,20 @@ class Answer(BaseModel):
     usage: Usage
 
 
+class Heard(BaseModel):
+    """How long a sound was."""
+
+    type: Literal["duration"] = "duration"
+    seconds: int
+
+
+class Transcription(BaseModel):
+    """Of `/v1/audio/transcriptions`."""
+
+    text: str
+    usage: Heard
+
+
 class Score(BaseModel):
     index: int
     object: Literal["score"] = "score"

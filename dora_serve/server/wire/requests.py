@@ -203,6 +203,19 @@ class AnswerRequest(Parameters):
     max_answer_tokens: Annotated[int, Field(ge=1, le=2**18)] = 30
 
 
+class TranscriptionRequest(Parameters):
+    """`POST /v1/audio/transcriptions`, beside the file. `language`: its code, without it the model
+    tells; `prompt`: text that came before."""
+
+    model: str
+    language: Annotated[str, Field(max_length=20)] | None = None
+    prompt: str | None = None
+    response_format: Literal["json", "text"] = "json"
+    temperature: Annotated[float, Field(ge=0, le=0)] = 0
+    max_completion_tokens: Count | None = None
+    stream: Literal["false", "False", "0"] | None = None
+
+
 class RerankRequest(Texts):
     """`POST /rerank`, which scores as `/score` does. `top_n`: how many documents are told, 0 for
     all."""
