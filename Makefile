@@ -73,23 +73,17 @@ test-newest:
 test-python:
 	$(call other_versions,.venv-$(notdir $(PY)),$(PY),--constraint constraints.txt)
 
-# Real clients, pinned in environments of their own, and vLLM's own benchmark. Without npm those of
-# Node are left out. GUIDE= leaves out guidellm, which wants other versions than the rest, and torch.
+# Real clients, pinned in an environment of their own, and vLLM's own benchmark. Without npm those of
+# Node are left out.
 CLIENTS := .venv-clients
-GUIDE := .venv-guidellm
 NODE_CLIENTS := openai@7.55.0 @huggingface/transformers@4.3.1
-test-clients: setup setup-vllm $(CLIENTS)/.ready $(GUIDE:%=%/.ready)
+test-clients: setup setup-vllm $(CLIENTS)/.ready
 	$(BIN)/python -m pytest tests/clients
 
 $(CLIENTS)/.ready: constraints-clients.txt
 	$(PYTHON) -m venv $(CLIENTS)
 	$(CLIENTS)/bin/pip install --quiet --disable-pip-version-check --constraint constraints-clients.txt openai litellm langchain-openai instructor llm 'lm-eval[api]' prometheus-client transformers
-	! command -v npm || npm install --prefix $(CLIENTS)/node --silent --no-audit --no-fund --ignore-scripts $(NODE_CLIENTS)
-	touch $@
-
-.venv-guidellm/.ready: constraints-guidellm.txt
-	$(PYTHON) -m venv .venv-guidellm
-	.venv-guidellm/bin/pip install --quiet --disable-pip-version-check --constraint constraints-guidellm.txt torch guidellm
+	! command -v npm >/dev/null || npm install --prefix $(CLIENTS)/node --silent --no-audit --no-fund --ignore-scripts $(NODE_CLIENTS)
 	touch $@
 
 lint: setup

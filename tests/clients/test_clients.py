@@ -30,7 +30,6 @@ PROGRAMS = {
     "with_prometheus.py": CLIENTS,
     "with_openai.mjs": NODE / "openai",
     "with_vllm_bench.py": VLLM,
-    "with_guidellm.py": ROOT / ".venv-guidellm/bin/python",
 }
 
 

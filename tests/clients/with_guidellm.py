@@ -1,1 +1,0 @@
-"""guidellm: its benchmark, of chats and of completions."""
