@@ -26,7 +26,7 @@ demo: setup
 	$(BIN)/python scripts/demo.py $(OUT)
 
 test: setup
-	$(BIN)/python -m pytest $(SPREAD) $(WORKERS)
+	$(BIN)/python -m pytest $(SPREAD) $(WORKERS) --ignore tests/clients
 
 # Every family of every kind, in vLLM too.
 test-all: setup setup-vllm
