@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 import onnx
 import pytest
@@ -79,7 +79,7 @@ def save(folder: Path, cls: Any) -> Any:
 @pytest.mark.skipif(not (NODE / "@huggingface").exists(), reason="no transformers.js here")
 def test_transformers_js_computes_the_same(tmp_path: Path) -> None:
     words = AutoTokenizer.from_pretrained(MODELS / "tiny-roberta-base")
-    truth = {}
+    truth: dict[str, Any] = {}
     for name, cls in CLASSES.items():
         model = save(tmp_path / "bases" / name, cls)
         write_onnx(tmp_path / "bases" / name, tmp_path / "exported" / name)
@@ -105,7 +105,7 @@ def files(**folders: Path) -> Iterator[str]:
     """An address below which each folder lies under its name."""
 
     class Handler(SimpleHTTPRequestHandler):
-        extensions_map: ClassVar = {
+        extensions_map = {  # noqa: RUF012
             **SimpleHTTPRequestHandler.extensions_map,
             ".mjs": "text/javascript",
         }

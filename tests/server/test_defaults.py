@@ -97,7 +97,7 @@ def test_what_is_read(tmp_path: Path) -> None:
     found = read_defaults(tmp_path, str(folder))
     assert found == Defaults(temperature=0.5, max_new_tokens=9, longest=9, ends=frozenset())
     several = written(tmp_path / "b", eos_token_id=[3, 4])
-    assert read_defaults(tmp_path, str(several)).ends == {3, 4}
+    assert read_defaults(tmp_path, str(several)).ends == frozenset((3, 4))
 
 
 @pytest.mark.parametrize("said", [{"temperature": -1}, {"top_p": "x"}, {"max_new_tokens": 0}])

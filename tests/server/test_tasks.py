@@ -115,7 +115,7 @@ def written(root: Path, name: str, **more: Any) -> dict[str, list[int]]:
 @pytest.mark.parametrize("name", ["writes", "tuned", "graphs"])
 def test_an_encoder_decoder_writes_what_transformers_writes(tasks: Server, name: str) -> None:
     def one(text: str) -> Any:
-        options = {"max_tokens": NEW, "temperature": 0, "return_token_ids": True}
+        options: Any = {"max_tokens": NEW, "temperature": 0, "return_token_ids": True}
         return ask(tasks, model=name, prompt=text, **options)
 
     with ThreadPoolExecutor(4) as pool:  # rows of many lengths, which come and go
@@ -130,7 +130,7 @@ def test_an_encoder_decoder_writes_what_transformers_writes(tasks: Server, name:
 
 
 def test_what_else_an_encoder_decoder_is_asked(tasks: Server) -> None:
-    options = {"model": "tuned", "prompt": SOURCES[0], "max_tokens": NEW, "temperature": 0}
+    options: Any = {"model": "tuned", "prompt": SOURCES[0], "max_tokens": NEW, "temperature": 0}
     whole = ask(tasks, **options, logprobs=2)
     with tasks.openai as client:
         pieces = list(client.completions.create(**options, stream=True))
@@ -152,7 +152,12 @@ def test_beams_of_an_encoder_decoder(tasks: Server) -> None:
     """Without ends, where transformers stops at other places."""
     truth = written(tasks.root, "tuned", num_beams=3, eos_token_id=-1, length_penalty=0.0)
     for text in SOURCES:
-        options = {"use_beam_search": True, "n": 3, "ignore_eos": True, "return_token_ids": True}
+        options: Any = {
+            "use_beam_search": True,
+            "n": 3,
+            "ignore_eos": True,
+            "return_token_ids": True,
+        }
         told = ask(tasks, model="tuned", prompt=text, max_tokens=NEW, **options)["choices"]
         assert told[0]["token_ids"] == truth[text]
         assert len({str(choice["token_ids"]) for choice in told}) == 3

@@ -65,8 +65,8 @@ async def _heard(request: Request, task: str) -> Response:
     if file is None:
         raise ApiError("the form has no file", param="file")
     try:
-        body = TranscriptionRequest(
-            **{name.removesuffix("[]"): value.decode() for name, value in form.items()}
+        body = TranscriptionRequest.model_validate(
+            {name.removesuffix("[]"): value.decode() for name, value in form.items()}
         )
     except ValueError as error:
         raise RequestValidationError([fault(error)]) from None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import math
 import time
 from collections.abc import AsyncGenerator, Sequence
 from dataclasses import dataclass
@@ -112,7 +113,7 @@ class Searching:
 
         def score(beam: _Beam) -> float:
             written = self._engine.begun(prompt) + len(beam.tokens)
-            return beam.total / float(max(written, 1)) ** self._body.length_penalty
+            return beam.total / math.pow(max(written, 1), self._body.length_penalty)
 
         return sorted([*ended, *running], key=score, reverse=True)[:width]
 
@@ -124,11 +125,14 @@ class Searching:
     async def _step(self, prompt: Sequence[int], beams: Sequence[_Beam]) -> list[Logprobs]:
         """What may come next behind every beam."""
         loop = asyncio.get_running_loop()
-        told = [loop.create_future() for _ in beams]
+        told: list[asyncio.Future[Delta]] = [loop.create_future() for _ in beams]
+
+        def tell(place: int, delta: Delta) -> None:
+            loop.call_soon_threadsafe(_settle, told[place], delta)
+
         self._requests = []
-        for future, beam in zip(told, beams, strict=True):
-            tell = partial(loop.call_soon_threadsafe, partial(_settle, future))
-            self._requests += await self._submit(prompt, beam, tell)
+        for place, beam in enumerate(beams):
+            self._requests += await self._submit(prompt, beam, partial(tell, place))
         deltas = await asyncio.gather(*told)
         return [delta.logprobs[0] for delta in deltas]
 

@@ -99,7 +99,7 @@ class Generate(Truncation):
     return_token_ids: bool = False
     return_tokens_as_token_ids: bool = False
     use_beam_search: bool = False
-    length_penalty: Annotated[float, Field(ge=-100, le=100)] = 1.0
+    length_penalty: Annotated[float, Field(ge=-50, le=50)] = 1.0
     stream: bool = False
     stream_options: StreamOptions | None = None
     response_format: ResponseFormat | None = None

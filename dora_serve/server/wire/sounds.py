@@ -62,7 +62,9 @@ def read_sound(file: bytes, rate: int, longest: int) -> NDArray[np.float32]:
     kind, middle, scale = _WIDTHS[width]
     size = len(data) // (width * channels) * channels
     values: Any = (np.frombuffer(data, kind, size).astype(np.float64) - middle) / scale
-    return _resampled(values.reshape(-1, channels).mean(axis=1), own, rate).astype(np.float32)
+    mixed = values.reshape(-1, channels).mean(axis=1)
+    heard: NDArray[np.float32] = _resampled(mixed, own, rate).astype(np.float32)
+    return heard
 
 
 def _resampled(samples: Any, own: int, rate: int) -> Any:
