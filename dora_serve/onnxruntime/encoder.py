@@ -36,6 +36,8 @@ _POSITIONS_AFTER_PADDING = frozenset(
     "camembert data2vec-text ibert longformer luke mpnet roberta roberta-prelayernorm xlm-roberta "
     "xlm-roberta-xl xmod".split()
 )
+# Classes of no family, whose tokenizers give no types where their files ask for none.
+_UNTYPED = ("TokenizersBackend", "PreTrainedTokenizerFast")
 _WIDEST = 1 << 14  # numbers of a token's state
 STATES = "last_hidden_state"
 Ids = Sequence[int]
@@ -89,10 +91,13 @@ class Encoder(AdaptedFolder):
     def _typed(self) -> bool:
         """Whether the two texts of a pair are of two types, as transformers has it."""
         path = self.folder / "tokenizer_config.json"
-        said = read_json(path).get("model_input_names") if path.exists() else None
-        return self._config.get("type_vocab_size") != 1 and (
-            not isinstance(said, list) or "token_type_ids" in said
-        )
+        said: Any = read_json(path) if path.exists() else {}
+        names = said.get("model_input_names")
+        if isinstance(names, list):
+            typed = "token_type_ids" in names
+        else:
+            typed = said.get("tokenizer_class") not in _UNTYPED
+        return typed and self._config.get("type_vocab_size") != 1
 
     @property
     def _padding(self) -> int:

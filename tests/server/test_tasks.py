@@ -139,8 +139,8 @@ def test_what_else_an_encoder_decoder_is_asked(tasks: Server) -> None:
     assert len(pieces) > 2
     several = ask(tasks, **{**options, "temperature": 1, "seed": 3}, n=3)
     assert len({choice["text"] for choice in several["choices"]}) > 1
-    chosen = ask(tasks, **options, structured_outputs={"choice": ["nine eight"]})
-    assert chosen["choices"][0]["text"].split() == ["nine", "eight"]
+    biased = ask(tasks, **options, logit_bias={"9": 100}, return_token_ids=True)
+    assert biased["choices"][0]["token_ids"] == [9] * NEW
     with tasks.http as http:
         for more, param in (({"echo": True}, "echo"), ({"prompt_logprobs": 1}, "prompt_logprobs")):
             refused = http.post("/v1/completions", json={**options, **more})
