@@ -13,8 +13,10 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from .errors import DoraExportError, TensorFileError
+from .files.hashes import HASHING
 from .files.json_files import read_json
 from .model.base import BaseModel
+from .progress import shown
 from .run import Run
 
 FILE = "dora_export.json"
@@ -29,8 +31,12 @@ def tool() -> str:
 
 
 def sha256(path: Path) -> str:
-    with path.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
+    digest = hashlib.sha256()
+    with path.open("rb", buffering=0) as stream, shown(path.stat().st_size, HASHING) as advance:
+        while piece := stream.read(_PIECE):
+            digest.update(piece)
+            advance(len(piece))
+    return digest.hexdigest()
 
 
 def certificate(
@@ -96,12 +102,10 @@ def artifact_files(folder: Path) -> dict[str, Path]:
     return {
         name.as_posix(): path
         for name, path in names.items()
-        if name.as_posix() not in (FILE, SIGNATURE) and not path.is_dir() and not _hidden(name)
+        if name.as_posix() not in (FILE, SIGNATURE)
+        and not path.is_dir()
+        and not any(part.startswith(".") for part in name.parts)
     }
-
-
-def _hidden(name: Path) -> bool:
-    return any(part.startswith(".") for part in name.parts)
 
 
 def write_certificate(folder: Path, proof: dict[str, object], pieces: bool = False) -> None:
@@ -127,6 +131,13 @@ def read_records(proof: Mapping[str, object], path: Path) -> dict[str, Mapping[s
         if parts.is_absolute() or ".." in parts.parts or not parts.parts:
             raise TensorFileError("the certificate names a file elsewhere", file=path, found=name)
     return files
+
+
+def fingerprint_of_base(proof: Mapping[str, object]) -> dict[str, str] | None:
+    """The fingerprint of the base that a certificate names; None where it names none."""
+    base = proof.get("base")
+    known = base.get("fingerprint") if isinstance(base, dict) else None
+    return known if isinstance(known, dict) else None
 
 
 def unlike(path: Path, known: Mapping[str, object]) -> tuple[str, str] | None:
@@ -156,7 +167,12 @@ def strangers(folder: Path) -> list[str]:
         if (name := path.relative_to(folder)).as_posix() != FILE
         and not (name.as_posix() == SIGNATURE and _is_signature(path))
         and not (path.is_dir() and not path.is_symlink() and os.access(path, os.R_OK | os.X_OK))
-        and not _is_recorded(path, records.get(name.as_posix()))
+        and not (
+            (known := records.get(name.as_posix())) is not None
+            and path.is_file()
+            and not path.is_symlink()
+            and unlike(path, known) is None
+        )
     ]
 
 
@@ -169,11 +185,6 @@ def _is_signature(path: Path) -> bool:
     except (DoraExportError, ValueError, TypeError, LookupError, RecursionError):
         return False
     return FILE in signed and not path.is_symlink()
-
-
-def _is_recorded(path: Path, known: Mapping[str, object] | None) -> bool:
-    whole = known is not None and path.is_file() and not path.is_symlink()
-    return whole and known is not None and unlike(path, known) is None
 
 
 def write_json(path: Path, value: object) -> None:

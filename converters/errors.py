@@ -5,7 +5,7 @@ Every message names the place, what was found, what was expected and what to do 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -56,6 +56,13 @@ def visible(value: object) -> str:
     return "".join(
         char if char in keep or char.isprintable() else ascii(char)[1:-1] for char in str(value)
     )
+
+
+def some(names: Iterable[str], most: int = 6) -> str:
+    """The first of `names`, and how many more there are."""
+    shown = list(names)
+    more = f" and {len(shown) - most} more" if len(shown) > most else ""
+    return ", ".join(shown[:most]) + more
 
 
 @contextmanager

@@ -17,7 +17,7 @@ from .files.tensors import load_finite, refuse_quantized
 from .model.base import BaseModel
 from .model.match import located
 from .run import Run
-from .updates.rank_one import RankOneSum, cut, rank_for, tail
+from .updates.rank_one import cut, rank_for, tail
 from .updates.update import Update
 
 Spectra = Mapping[str, torch.Tensor]
@@ -81,22 +81,6 @@ class CurvePoint:
 def change(update: Update, weight: torch.Tensor) -> torch.Tensor:
     """W' − W, float64 `[out, in]`; `weight` is W, float32."""
     return update.merge(weight.clone(), 0).double() - weight.double()
-
-
-def approximate(
-    update: Update,
-    weight: torch.Tensor,
-    *,
-    max_rank: int | None = None,
-    energy: float | None = None,
-) -> tuple[RankOneSum, float]:
-    """The nearest low-rank sum to an update of any kind on `weight [out, in]`, and its error.
-
-    Limits as in `RankOneSum.fit`. Needs one matrix in float64.
-    """
-    u, s, vh = _dense_svd(change(update, weight))
-    rank = rank_for(s, max_rank, energy)
-    return cut(u, s, vh, rank), tail(s, rank)
 
 
 def _dense_svd(matrix: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:

@@ -86,6 +86,11 @@ class LazyUpdates(Mapping[str, Update]):
         new._ranks = {names.get(m, m): rank for m, rank in self._ranks.items()}
         return new
 
+    def kept(self) -> LazyUpdates:
+        """The same updates, for several who will each take them: what is taken is kept here."""
+        loaders = {module: partial(self.__getitem__, module) for module in self}
+        return type(self)(loaders, self.known_shapes)
+
     @classmethod
     def of(cls, updates: Mapping[str, Update]) -> LazyUpdates:
         """`updates` themselves where they are lazy."""
@@ -194,6 +199,11 @@ class Run:
     def take(self, module: str) -> Update:
         """One update, for one who will not come back to it: it is not kept in memory."""
         return self._updates.take(module)
+
+    def kept(self) -> Run:
+        """The run for a writer whose work is proved against this one afterwards: within the bound
+        of `Memo` the proof finds what the writer took."""
+        return replace(self, updates=self._updates.kept())
 
     def strip(self) -> Run:
         """The run without pruned components, the same one at every call."""

@@ -44,22 +44,38 @@ UPDATES = " ".join(
 )
 GGUF = f"{HERE}/test_gguf.py {HERE}/test_gguf_scales.py"
 GUARD = "tests/server/test_guard.py tests/server/test_guard_exact.py"
-DRAWING = " ".join(f"tests/engines/test_{n}.py" for n in ("sampling", "generation"))
+DRAWING = " ".join(f"tests/engines/test_{n}.py" for n in ("sampling", "generation", "shaping"))
+FOLDER = " ".join(
+    f"tests/dora_serve/test_{n}.py"
+    for n in ("names", "discover", "other_bases", "neighbours", "cache", "identity")
+)
+READERS = " ".join(
+    f"{HERE}/test_{n}.py"
+    for n in (
+        *("adalora", "bad_input", "bayesian", "gated", "kohya", "litgpt", "magnitude", "mlx_lm"),
+        *("mora", "other_ranks", "parts", "peft_kinds", "peft_lora", "peft_tuners", "promises"),
+        *("promises_names", "reference_runs", "ties", "torchtune", "trainer_folders"),
+    )
+)
 # What is mutated → the tests that should notice.
 SOURCES = {
     "converters/updates/*.py": UPDATES,
     "converters/files/*.py": f"{HERE}/files {HERE}/test_pickles.py {CACHE}",
     "converters/model/*.py": f"{HERE}/model {HERE}/merged {HERE}/lora_folder {NAMES}",
+    "converters/readers/*.py": READERS,
     "converters/targets/*.py": f"{ADAPTERS} tests/dora_serve/test_verify.py",
     "converters/targets/gguf/*.py": f"{GGUF} {HERE}/targets/test_target.py",
     "converters/targets/merged/*.py": f"{MERGES} {HERE}/targets/test_target.py {HERE}/test_base.py",
     "converters/targets/lora_folder/*.py": ADAPTERS,
+    "dora_serve/folder/*.py": FOLDER,
     "dora_serve/server/guard.py": GUARD,
     "dora_serve/onnxruntime/sampling.py": DRAWING,
     "dora_serve/onnxruntime/generation.py": DRAWING,
+    "dora_serve/onnxruntime/shaping.py": DRAWING,
+    "dora_serve/onnxruntime/adapter_pool.py": "tests/engines/test_adapter_pool.py",
 }
 # Every file of these is in SOURCES, but for those of ONNX graphs.
-ROOMS = ("updates", "files", "model", "targets")
+ROOMS = ("updates", "files", "model", "readers", "targets")
 LEAST = 85  # percent
 # Imported before the fork, so that no mutant pays for it.
 PRELOAD = (

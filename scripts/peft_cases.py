@@ -75,6 +75,7 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
         {**VIT, "image_size": 8, "patch_size": 4, "num_frames": 4, "num_channels": 3},
     ),
     "Siglip": ("SiglipVisionModel", {**VIT, "patch_size": 4, "image_size": 16}),
+    "CLIP text": ("CLIPTextModel", {**TEXT, "intermediate_size": 80, "eos_token_id": 2}),
 }  # fmt: skip
 
 # A model of PEFT's tables → ours. A custom one also says which layer each of its layers becomes.
@@ -101,8 +102,10 @@ CUSTOM: dict[str, tuple[str, dict[str, str]]] = {
     "MHA": ("Siglip", {"mha": "attention", "lin0": "fc1"}),
 }  # fmt: skip
 # File of PEFT's tests → its table of custom models, of models, or of both with options.
+PAIRS = "MULTIPLE_ACTIVE_ADAPTERS_TEST_CASES"
 TABLES = {
     "test_custom_models.py": "TEST_CASES",
+    "test_stablediffusion.py": "DIFFUSERS_CONFIGS",
     "test_decoder_models.py": "PEFT_DECODER_MODELS_TO_TEST",
     "test_encoder_decoder_models.py": "PEFT_ENCODER_DECODER_MODELS_TO_TEST",
     "test_feature_extraction_models.py": "PEFT_FEATURE_EXTRACTION_MODELS_TO_TEST",
@@ -130,7 +133,7 @@ def tables(path: Path) -> dict[str, Any]:
     for node in ast.parse(path.read_text()).body:
         if isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Name):
             name = node.targets[0].id
-            if name in ("TEST_CASES", "ALL_CONFIGS") or name.endswith("_MODELS_TO_TEST"):
+            if name in (*TABLES.values(), PAIRS, "ALL_CONFIGS"):
                 found[name] = eval(compile(ast.Expression(node.value), path.name, "eval"), names)
     return found
 
@@ -148,21 +151,33 @@ def renamed(value: Any, names: dict[str, str]) -> Any:
     return value
 
 
+def _custom(file: str, model: str, config: type[Any], options: dict[str, Any]) -> Case:
+    """A configuration for one of PEFT's own small models."""
+    name, names = CUSTOM[model]
+    own = renamed(options, names)
+    for key in ("target_modules", "feedforward_modules"):
+        if isinstance(own.get(key), str):  # a pattern for the whole of a name
+            own[key] = rf".*\.{own[key]}"
+    if "target_svd_config" in own:
+        start = "model.decoder.layers.0."
+        own["target_svd_config"] = {start + k: v for k, v in own["target_svd_config"].items()}
+    return Case(file, name, config, own)
+
+
 def cases(tests: Path) -> Iterator[Case]:
     for file, table in TABLES.items():
         found = tables(tests / file)
         if table == "TEST_CASES":
             for _, model, config, options in found[table]:
-                name, names = CUSTOM[model]
-                own = renamed(options, names)
-                for key in ("target_modules", "feedforward_modules"):
-                    if isinstance(own.get(key), str):  # a pattern for the whole of a name
-                        own[key] = rf".*\.{own[key]}"
-                if "target_svd_config" in own:
-                    start = "model.decoder.layers.0."
-                    own["target_svd_config"] = {start + k: v for k, v in
-                                                own["target_svd_config"].items()}  # fmt: skip
-                yield Case(file, name, config, own)
+                yield _custom(file, model, config, options)
+            for _, tuner, config, *both in found[PAIRS]:  # of two adapters, one at a time
+                model = "EmbConv1D" if tuner == "lora+trainable_tokens" else "MLP"
+                for options in both if both[0] != both[1] else both[:1]:
+                    yield _custom(file, model, config, options)
+            continue
+        if table == "DIFFUSERS_CONFIGS":
+            for config, parts in found[table]:
+                yield Case(file, "CLIP text", config, parts["text_encoder"])
             continue
         rows = found["ALL_CONFIGS"]
         if table != "ALL_CONFIGS":

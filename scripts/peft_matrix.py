@@ -58,7 +58,8 @@ loads is compared with PEFT's live model. Equal means within 1e-4 of the largest
 
 Models of PEFT's tests that are no classes of transformers became the nearest ones: convolutions are
 those of ViT, VideoMAE, ConvNeXT, RegNet and DeBERTa, torch's MultiheadAttention is SigLIP's, the
-Conv1D is GPT-2's.
+Conv1D is GPT-2's. Of adapters that PEFT tests in pairs each is one, and of Stable Diffusion it is
+the text encoder, CLIP's. Tables of quantized layers and of mixed tuners are left out.
 
 Made by `python scripts/peft_matrix.py TESTS --output docs/peft.md`, with the folder `tests` of a
 checkout of huggingface/peft (`make peft-matrix PEFT_TESTS=TESTS`); some minutes on one core. One

@@ -74,12 +74,13 @@ is a test that loads the file as it lies there into the engine: ● where it com
 trained, ○ where it does nothing with the file, mostly without a word, which `lint` says; where
 there is neither, no test asks. Merges, and adapters that are written anew (`adapter`,
 `lint --fix`), are right for every row. vllm: in a running engine, or by the loader and the modules
-of the class that vLLM builds.
+of the class that vLLM builds. onnx: ONNX Runtime reads no such folder; computed is what
+`dora-export onnx` makes of it, beside the graph of the base.
 
 | family | form of name | {engines} | proved by |
 |---|---|{rule}|---|
 """
-ENGINES = ("peft", "transformers", "vllm")
+ENGINES = ("peft", "transformers", "vllm", "onnx")
 
 
 class _Collector:

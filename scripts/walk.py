@@ -8,10 +8,12 @@ A file counts where a function of it is entered while the command works; imports
 from __future__ import annotations
 
 import argparse
+import math
 import sys
 import tempfile
 import threading
-from collections import Counter
+from collections import defaultdict
+from functools import cache
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -22,22 +24,31 @@ ROOT = Path(__file__).resolve().parent.parent
 PACKAGES = ("converters", "dora_serve")
 
 
-def walk(words: list[str]) -> tuple[set[str], Counter[str], int]:
-    """The files entered, the reads per tensor of the run, and the exit code of one command."""
+@cache
+def _own(name: str) -> str | None:
+    """Of a file of ours its path in the repository."""
+    path = Path(name)
+    own = path.is_relative_to(ROOT) and path.relative_to(ROOT).parts[0] in PACKAGES
+    return str(path.relative_to(ROOT)) if own else None
+
+
+def walk(words: list[str]) -> tuple[set[str], dict[str, float], int]:
+    """The files entered, how often each tensor was read, and the exit code of one command."""
     from dora_serve.commands import dora_export
 
     files: set[str] = set()
-    reads: Counter[str] = Counter()
+    reads: defaultdict[str, float] = defaultdict(float)
 
     def enter(frame: FrameType, event: str, _argument: Any) -> None:
         code = frame.f_code
         if event != "call" or code.co_name == "<module>":
             return
-        path = Path(code.co_filename)
-        if path.is_relative_to(ROOT) and path.relative_to(ROOT).parts[0] in PACKAGES:
-            files.add(str(path.relative_to(ROOT)))
-            if code.co_qualname == "SafetensorsTensor.load":
-                reads[frame.f_locals["self"].name] += 1
+        own = _own(code.co_filename)
+        if own is not None:
+            files.add(own)
+            if code.co_qualname == "SafetensorsTensor.read_into":
+                tensor, buffer = frame.f_locals["self"], frame.f_locals["buffer"]
+                reads[tensor.name] += buffer.numel() / max(1, math.prod(tensor.shape))
 
     threading.setprofile(enter)
     sys.setprofile(enter)
@@ -66,7 +77,7 @@ def main() -> None:
         }.items():
             files, reads, code = walk(words)
             factors = [count for tensor, count in reads.items() if "lora_" in tensor]
-            print(f"| {name} | {len(files)} | {max(factors, default=0)} |")
+            print(f"| {name} | {len(files)} | {max(factors, default=0):g} |")
             if code:
                 print(f"{name} failed", file=sys.stderr)
 

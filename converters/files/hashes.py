@@ -20,13 +20,15 @@ from pathlib import Path
 from blake3 import blake3
 
 from ..errors import BaseError, OutputError
+from ..progress import Progress, shown
 from .cache import private_cache
 from .cores import cores
 from .handles import check_file, reading
-from .tensors import LazyTensor, LazyTensors, blocks, byte_view
+from .tensors import LazyTensor, LazyTensors, blocks, byte_view, nbytes
 
 _SETTLED = 100_000_000  # nanoseconds; the kernel stamps files with a clock of some milliseconds
 _PIECE = 1 << 20
+HASHING = "reading every byte once"
 
 
 class Memory:
@@ -68,9 +70,10 @@ def file_hash(path: Path) -> str:
     if memory.answer is not None:
         return memory.answer
     digest = blake3()
-    with path.open("rb", buffering=0) as stream:
+    with path.open("rb", buffering=0) as stream, shown(path.stat().st_size, HASHING) as advance:
         while piece := stream.read(_PIECE):
             digest.update(piece)
+            advance(len(piece))
     answer = digest.hexdigest()
     memory.keep(answer)
     return answer
@@ -105,16 +108,20 @@ class TensorHashes:
         threads as there are cores. Raises `DoraExportError` when a file cannot be read."""
         tensors = [tensor for each in self._files.values() for tensor in each.values()]
         left = [tensor for tensor in tensors if (tensor.path, tensor.name) not in self._known]
-        with ThreadPoolExecutor(len(cores())) as pool:
-            for _ in pool.map(self._hash, left):
+        with (
+            shown(sum(map(nbytes, left)), HASHING) as advance,
+            ThreadPoolExecutor(len(cores())) as pool,
+        ):
+            for _ in pool.map(partial(self._hash, advance=advance), left):
                 pass
         for path, memory in self._memory.items():
             memory.keep(json.dumps({name: self._known[path, name] for name in self._files[path]}))
         self._memory.clear()
         return {tensor.name: self._known[tensor.path, tensor.name] for tensor in tensors}
 
-    def _hash(self, tensor: LazyTensor) -> None:
+    def _hash(self, tensor: LazyTensor, advance: Progress = lambda _bytes: None) -> None:
         digest = blake3(f"{tensor.dtype} {list(tensor.shape)}".encode())
         for block in blocks(tensor):
             digest.update(byte_view(block))
+            advance(block.nbytes)
         self._known[tensor.path, tensor.name] = digest.hexdigest()

@@ -22,18 +22,16 @@ from typing import TYPE_CHECKING
 from ..certificate import FILE, strangers
 from ..errors import OutputError
 from .handles import mounts, reading
+from .leftovers import JOURNAL, SUFFIX, kept_bytes, kept_folder, remove_stale
 
 if TYPE_CHECKING:
     import torch
 
-# In a temporary folder: this file says which parts of the output are whole. It is never published.
-JOURNAL = ".journal.jsonl"
-
-_SUFFIX = ".dora-tmp"
 _NAMED = 5  # of what lies in the way
 _AT_FDCWD, _RENAME_EXCHANGE = -100, 2  # <fcntl.h>, <linux/fs.h>
 _DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS)
 _FILE_ERRORS = (errno.EACCES, errno.EPERM, errno.ENOENT)
+_SCARCE = (errno.EAGAIN, errno.EMFILE, errno.ENFILE, errno.ENOMEM)  # processes, files, memory
 
 
 def check_output(
@@ -75,7 +73,7 @@ def check_place(target: Path, inputs: Iterable[Path], size: int = 0, resume: boo
         raise OutputError("the output lies below a file", file=target, found=parent)
     if not os.access(parent, os.W_OK | os.X_OK):
         raise OutputError("no permission to write here", file=parent)
-    free = shutil.disk_usage(parent).free + (_kept_bytes(resolved) if resume else 0)
+    free = shutil.disk_usage(parent).free + (kept_bytes(resolved) if resume else 0)
     if size > free:
         raise OutputError(
             "not enough space for the output",
@@ -88,7 +86,7 @@ def check_place(target: Path, inputs: Iterable[Path], size: int = 0, resume: boo
 
 def check_ours(target: Path) -> None:
     """Raise `OutputError` when something lies in the folder `target` that we did not write."""
-    left = re.compile(rf"\.adding\.\w{{8}}{re.escape(_SUFFIX)}(/.*)?")
+    left = re.compile(rf"\.adding\.\w{{8}}{re.escape(SUFFIX)}(/.*)?")
     with reading(target, OutputError):
         others = [name for name in strangers(target) if not left.fullmatch(name)]
     if others:
@@ -156,8 +154,8 @@ def output_folder(target: Path, resume: bool = False) -> Iterator[Path]:
     made = [p for p in (target.parent, *target.parent.parents) if not p.exists()]
     with _write_errors(target):
         target.parent.mkdir(parents=True, exist_ok=True)
-        kept = _kept_folder(target) if resume else None
-        _remove_stale(target)
+        kept = kept_folder(target) if resume else None
+        remove_stale(target)
         folder, lock = kept or _locked_folder(target.parent, f".{target.name}.")
     janitor = contextlib.nullcontext() if resume else _janitor(folder)
     try:
@@ -167,7 +165,8 @@ def output_folder(target: Path, resume: bool = False) -> Iterator[Path]:
             if resume:
                 (folder / JOURNAL).touch()
             yield folder
-            _sync_tree(folder)
+            for path in (*folder.rglob("*"), folder):
+                _fsync(path)
             if empty and not _is_empty(target):
                 raise OutputError(
                     "another command wrote the output meanwhile",
@@ -202,9 +201,9 @@ def addition(target: Path) -> Iterator[Path]:
         raise OutputError(f"cannot be opened: {error.strerror}", file=target) from None
     try:
         fcntl.flock(lock, fcntl.LOCK_EX)
-        for left in target.glob(f".adding.*{_SUFFIX}"):
+        for left in target.glob(f".adding.*{SUFFIX}"):
             shutil.rmtree(left, ignore_errors=True)
-        made = tempfile.TemporaryDirectory(prefix=".adding.", suffix=_SUFFIX, dir=target)
+        made = tempfile.TemporaryDirectory(prefix=".adding.", suffix=SUFFIX, dir=target)
         with _write_errors(target), _terminate_as_exit(), made as folder:
             yield Path(folder)
     finally:
@@ -216,14 +215,14 @@ def _write_errors(target: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        if error.errno not in _DISK_ERRORS + _FILE_ERRORS:
+        what = {_DISK_ERRORS: "disk", _FILE_ERRORS: "file", _SCARCE: "limits of this machine"}
+        cause = next((said for codes, said in what.items() if error.errno in codes), None)
+        if cause is None or error.errno is None:
             raise
         raise OutputError(
             f"reading or writing failed: {os.strerror(error.errno)}",
             file=error.filename or target,
-            remedy="nothing was left behind; look after the "
-            + ("disk" if error.errno in _DISK_ERRORS else "file")
-            + " and run again",
+            remedy=f"nothing was left behind; look after the {cause} and run again",
         ) from error
 
 
@@ -254,7 +253,7 @@ def _is_empty(target: Path) -> bool:
 def _locked_folder(parent: Path, prefix: str) -> tuple[Path, int]:
     """A new hidden folder in `parent`, and the descriptor whose lock says that it is in use."""
     while True:
-        folder = Path(tempfile.mkdtemp(prefix=prefix, suffix=_SUFFIX, dir=parent))
+        folder = Path(tempfile.mkdtemp(prefix=prefix, suffix=SUFFIX, dir=parent))
         with contextlib.suppress(FileNotFoundError):
             lock = os.open(folder, os.O_RDONLY)
             fcntl.flock(lock, fcntl.LOCK_EX)
@@ -267,9 +266,9 @@ def _locked_folder(parent: Path, prefix: str) -> tuple[Path, int]:
 def _swap(folder: Path, target: Path) -> None:
     """Put `folder` in the place of `target`, in one step where the file system has one."""
     if target.is_dir() and _exchange(folder, target):
-        shutil.rmtree(folder)
+        _remove_old(folder)
     elif target.is_dir():
-        old = Path(tempfile.mkdtemp(prefix=f".{target.name}.", suffix=_SUFFIX, dir=target.parent))
+        old = Path(tempfile.mkdtemp(prefix=f".{target.name}.", suffix=SUFFIX, dir=target.parent))
         try:
             target.rename(old / "old")
             try:
@@ -281,10 +280,22 @@ def _swap(folder: Path, target: Path) -> None:
             with contextlib.suppress(OSError):  # not where the old output is still in it
                 old.rmdir()
             raise
-        shutil.rmtree(old)
+        _remove_old(old)
     else:
         folder.rename(target)
     _fsync(target.parent)
+
+
+def _remove_old(folder: Path) -> None:
+    try:
+        shutil.rmtree(folder)
+    except OSError as error:
+        raise OutputError(
+            "the new output is in its place, and what was there cannot be removed",
+            file=folder,
+            found=f"{error.strerror}: {error.filename}",
+            remedy="remove it yourself",
+        ) from None
 
 
 def _exchange(one: Path, other: Path) -> bool:
@@ -304,69 +315,6 @@ def _fsync(path: Path) -> None:
         os.close(fd)
 
 
-def _sync_tree(folder: Path) -> None:
-    for path in (*folder.rglob("*"), folder):
-        _fsync(path)
-
-
-def _leftovers(target: Path) -> list[Path]:
-    """The temporary folders of commands with this target, whether they run or were killed."""
-    ours = re.compile(rf"\.{re.escape(target.name)}\.\w{{8}}{re.escape(_SUFFIX)}")
-    if not target.parent.is_dir():
-        return []
-    return [path for path in target.parent.iterdir() if ours.fullmatch(path.name)]
-
-
-def _claim(folder: Path) -> int | None:
-    """The descriptor by which we lock a leftover; None where a command is still at it."""
-    try:
-        fd = os.open(folder, os.O_RDONLY | os.O_NOFOLLOW)
-    except OSError:
-        return None
-    try:
-        # Whoever may write beside the target could put a folder here: ours alone is believed.
-        if os.fstat(fd).st_uid == os.geteuid():
-            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            return fd
-    except OSError:
-        pass
-    os.close(fd)
-    return None
-
-
-def _kept_folder(target: Path) -> tuple[Path, int] | None:
-    """A killed command's folder with a journal, and the descriptor by which we lock it."""
-    for path in _leftovers(target):
-        lock = _claim(path)
-        if lock is None:
-            continue
-        if (path / JOURNAL).is_file():
-            return path, lock
-        os.close(lock)
-    return None
-
-
-def _kept_bytes(target: Path) -> int:
-    """The space that killed commands' folders with a journal take."""
-    kept = [path for path in _leftovers(target) if (path / JOURNAL).is_file()]
-    return sum(file.lstat().st_blocks * 512 for path in kept for file in path.rglob("*"))
-
-
-def _remove_stale(target: Path) -> None:
-    for path in _leftovers(target):
-        lock = _claim(path)
-        if lock is None:
-            continue
-        try:
-            if (path / "old").is_dir() and not target.exists():
-                (path / "old").rename(target)
-            shutil.rmtree(path, ignore_errors=True)
-        except OSError:
-            pass
-        finally:
-            os.close(lock)
-
-
 @contextlib.contextmanager
 def _janitor(folder: Path) -> Iterator[None]:
     """A shell that waits for a pipe which only our end, by whatever cause, can close."""
@@ -374,6 +322,7 @@ def _janitor(folder: Path) -> Iterator[None]:
         ["/bin/sh", "-c", 'cat >/dev/null; rm -rf -- "$0"', str(folder)],
         stdin=subprocess.PIPE,
         stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
         start_new_session=True,
     ):
         yield

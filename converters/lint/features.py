@@ -6,12 +6,13 @@ import re
 from collections.abc import Iterator
 
 from ..errors import DoraExportError
-from ..model.base import CONV1D_FAMILIES, CONV1D_LAYERS
+from ..model.base import CONV1D_LAYERS
 from ..readers import ReadOptions, read_run
+from ..readers.peft_common import is_below, modules_to_save
 from ..readers.peft_initial import BASE_CHANGING
 from ..readers.promises import LostError
 from ..targets.lora_folder import CONFIG
-from .finding import PEFTS_OWN, Adapter, Finding
+from .finding import MERGE, PEFTS_OWN, Adapter, Finding
 
 # Field of the configuration → tensors it brings along.
 _FEATURES = {
@@ -26,7 +27,8 @@ _FEATURES = {
 }
 # Initialisations that PEFT calculates from the base alone, so that loading repeats them.
 _AGAIN = ("pissa", "olora")
-_MERGE = "deploy the merged model (`merge`)"
+_EXPERT = re.compile(r"(.+\.experts)\.(\d{1,9})\.([^.]+)")
+_EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts")  # in a base's configuration
 
 
 def kind(adapter: Adapter) -> Iterator[Finding]:
@@ -50,7 +52,7 @@ def features(adapter: Adapter) -> Iterator[Finding]:
             yield Finding(
                 key, "error", targets, tensors[0] if tensors else f"{CONFIG}: {key}",
                 f"the engine does not know {key}", str(adapter.config[key])[:80], "plain LoRA",
-                _MERGE,
+                MERGE,
             )  # fmt: skip
         if tensors and not said:
             yield Finding(
@@ -80,22 +82,21 @@ def whole_tensors(adapter: Adapter) -> Iterator[Finding]:
             yield Finding(
                 "modules_to_save", "error", targets, name,
                 "the engine loads no tensor that was trained whole", name,
-                "only lora_A and lora_B", _MERGE,
+                "only lora_A and lora_B", MERGE,
             )  # fmt: skip
     targets = adapter.where(lambda engine: not engine.biases)
     if targets and (biases or adapter.config.get("bias", "none") != "none"):
         yield Finding(
             "bias", "error", targets, biases[0] if biases else f"{CONFIG}: bias",
             "the engine loads no trained biases", f"bias: {adapter.config.get('bias')}",
-            "bias: none", _MERGE,
+            "bias: none", MERGE,
         )  # fmt: skip
 
 
 def _saved(adapter: Adapter, name: str) -> str:
     """The entry of modules_to_save that `name` belongs to, empty for none."""
-    saved = adapter.config.get("modules_to_save")
-    names = saved if isinstance(saved, list) else []
-    return next((str(entry) for entry in names if f".{entry}." in f".{name}"), "")
+    saved = modules_to_save(adapter.config)
+    return next((entry for entry in saved if is_below(name, entry)), "")
 
 
 def embeddings(adapter: Adapter) -> Iterator[Finding]:
@@ -104,8 +105,37 @@ def embeddings(adapter: Adapter) -> Iterator[Finding]:
     for module in adapter.embeddings if targets else ():
         yield Finding(
             "embedding", "error", targets, module, "the engine loads no adapters on embeddings",
-            f"{module}.lora_embedding_A", "adapters on linear layers", _MERGE,
+            f"{module}.lora_embedding_A", "adapters on linear layers", MERGE,
         )  # fmt: skip
+
+
+def experts(adapter: Adapter) -> Iterator[Finding]:
+    """Single experts, as transformers 4 named them, where an engine packs those of a layer."""
+    targets = adapter.where(lambda engine: bool(engine.experts))
+    layers: dict[str, set[tuple[int, str]]] = {}
+    for match in filter(None, map(_EXPERT.fullmatch, adapter.pairs if targets else ())):
+        layers.setdefault(match[1], set()).add((int(match[2]), match[3]))
+    for engine in (engine for engine in adapter.engines if engine.name in targets):
+        for layer, present in layers.items():
+            kinds = {kind for _, kind in present}
+            needed = next((each for each in engine.experts if kinds & each), kinds)
+            every = {(n, kind) for n in range(_count(adapter, present)) for kind in needed}
+            absent = sorted(every - present)
+            yield Finding(
+                "experts", "error" if absent else "warning", (engine.name,), layer,
+                "the engine packs the experts of a layer, and stops where one lacks an adapter"
+                if absent
+                else "the engine's kernels for adapters on experts run on a GPU alone",
+                f"{len(present)} adapters", f"{len(every)} adapters", MERGE,
+            )  # fmt: skip
+
+
+def _count(adapter: Adapter, present: set[tuple[int, str]]) -> int:
+    config = {} if adapter.base is None else adapter.base.config
+    text = config.get("text_config")
+    places = [place for place in (config, text) if isinstance(place, dict)]
+    said = [place[key] for place in places for key in _EXPERTS if isinstance(place.get(key), int)]
+    return said[0] if said else 1 + max(number for number, _ in present)
 
 
 def initialisation(adapter: Adapter) -> Iterator[Finding]:
@@ -132,7 +162,7 @@ def orientation(adapter: Adapter) -> Iterator[Finding]:
     for module in adapter.pairs:
         conv1d = module.split(".")[-1] in CONV1D_LAYERS
         if adapter.base is not None:
-            conv1d = conv1d and adapter.base.config.get("model_type") in CONV1D_FAMILIES
+            conv1d = adapter.base.is_conv1d(module)
         elif conv1d:
             continue  # Starcoder 2 has linear layers of these names
         if conv1d and targets:
@@ -167,4 +197,4 @@ def promises(adapter: Adapter) -> Iterator[Finding]:
         return  # told by the checks of what is there
 
 
-CHECKS = (kind, features, whole_tensors, embeddings, initialisation, orientation, promises)
+CHECKS = (kind, features, whole_tensors, embeddings, experts, initialisation, orientation, promises)

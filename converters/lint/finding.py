@@ -29,6 +29,8 @@ from ..targets.target import profiles
 Severity = Literal["error", "warning", "info"]
 
 PEFTS_OWN = ("peft", "transformers")  # where PEFT's layers compute
+AGAIN = "save the adapter again from the training run"
+MERGE = "deploy the merged model (`merge`)"
 _FACTOR = re.compile(r"(.+)\.(?:lora_(A|B)(\.\w+)?\.weight|lora_embedding_(A|B)(\.\w+)?)")
 
 
@@ -154,6 +156,17 @@ class Adapter:
         found = self.classes
         text = {} if found.text is None else as_peft_loads(found.text.names, stored)
         return {**text, **as_peft_loads(found.whole.names, stored)}
+
+    @cached_property
+    def prefixed(self) -> bool:
+        """Whether PEFT puts its prefix before names that lack it, as it does of classes whose
+        experts it fuses."""
+        if self.classes is None:
+            return False
+        names = self.classes.whole.names
+        weights = (name for name, shape in names.state.items() if len(shape) == 2)
+        module = next(weights, "").removesuffix(".weight")
+        return module in as_peft_loads(names, {f"{module}.lora_A.weight": module})
 
     @cached_property
     def embeddings(self) -> list[str]:

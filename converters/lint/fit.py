@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from ..certificate import FILE
+from ..certificate import FILE, fingerprint_of_base
 from ..files.tensors import read_json, rows_and_columns
 from .finding import Adapter, Finding
 
@@ -42,9 +42,8 @@ def fingerprints(adapter: Adapter) -> Iterator[Finding]:
     path = adapter.path / FILE
     if adapter.base is None or not path.is_file():
         return
-    known = read_json(path).get("base")
-    known = known.get("fingerprint") if isinstance(known, dict) else None
-    if isinstance(known, dict) and (other := adapter.base.unlike(known)):
+    known = fingerprint_of_base(read_json(path))
+    if known is not None and (other := adapter.base.unlike(known)):
         yield Finding(
             "fingerprint", "error", adapter.all, other[0],
             "this is not the base the adapter was made for: "

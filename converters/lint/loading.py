@@ -4,33 +4,36 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import re
 import warnings
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from importlib.util import find_spec
 from typing import Any
 
-from ..model.names import Names
+from ..model.names import PEFT_PREFIX, Names
 from ..targets.lora_folder import CONFIG
-from .finding import PEFTS_OWN, Adapter, Finding
+from .finding import AGAIN, PEFTS_OWN, Adapter, Finding
 
-_AGAIN = "save the adapter again from the training run"
 # What PEFT would import a module for, or read other files and weights for.
 _LEFT_OUT = frozenset(
     "auto_mapping megatron_config megatron_core loftq_config eva_config corda_config "
     "lora_ga_config runtime_config".split()
 )
 _MOST_LAYERS = 2_000
+_ADAPTED = re.compile(r"(\.lora_(?:[AB]|embedding_[AB]|magnitude_vector))(\.weight)?$")
 
 
 @dataclass(frozen=True)
 class _Outcome:
     """`error`: why PEFT refuses it; `both`: and transformers too. `unknown`: the tensors it has no
-    place for. `fresh`: those it makes up because the file lacks them."""
+    place for; `lost`: those that transformers' loader has none for. `fresh`: those PEFT makes up
+    because the file lacks them."""
 
     error: str = ""
     both: bool = True
     unknown: tuple[str, ...] = ()
+    lost: tuple[str, ...] = ()
     fresh: tuple[str, ...] = ()
 
     @property
@@ -50,17 +53,19 @@ def loading(adapter: Adapter) -> Iterator[Finding]:
     if outcome.error and refusing:
         yield Finding(
             "refused", "error", refusing, CONFIG, "PEFT does not load this adapter",
-            outcome.error, "one that it loads", _AGAIN,
+            outcome.error, "one that it loads", AGAIN,
         )  # fmt: skip
-    for name in outcome.unknown if "peft" in targets else ():
-        yield Finding(
-            "ignored", "error", ("peft",), name, "PEFT has no place for this tensor of an adapter",
-            name, "what the configuration makes of the base", _AGAIN,
-        )  # fmt: skip
+    for engine, names in (("peft", outcome.unknown), ("transformers", outcome.lost)):
+        for name in names if engine in targets else ():
+            yield Finding(
+                "ignored", "error", (engine,), name,
+                f"{engine} has no place for this tensor of an adapter",
+                name, "what the configuration makes of the base", AGAIN,
+            )  # fmt: skip
     for name in outcome.fresh:
         yield Finding(
             "made-up", "error", targets, name, "the file lacks this tensor, and PEFT makes one up",
-            "nothing", "a stored tensor", _AGAIN,
+            "nothing", "a stored tensor", AGAIN,
         )  # fmt: skip
 
 
@@ -86,12 +91,36 @@ def _load(adapter: Adapter, names: Names) -> _Outcome:
             with torch.device("meta"):
                 model = get_peft_model(copy.deepcopy(names.model), LoraConfig(**values))
             told = set_peft_model_state_dict(model, tensors)
+            lost = set_peft_model_state_dict(model, _as_transformers(names, model, tensors))
         except Exception as error:  # whatever PEFT makes of a stranger's configuration
             both = model is None or isinstance(error, RuntimeError)  # shapes
             return _Outcome(" ".join(f"{type(error).__name__}: {error}".split())[:200], both)
-    # With bias="all" PEFT saves biases of whole modules twice, and loads them once.
-    unknown = [name for name in told.unexpected_keys if ".modules_to_save." not in name]
-    return _Outcome("", True, tuple(unknown), tuple(_made_up(config, told.missing_keys, model)))
+
+    def matters(name: str) -> bool:
+        # With bias="all" PEFT saves biases of whole modules twice, and loads them once. What is no
+        # tensor of the class under any name was not trained in it.
+        added = any(part in name for part in (".lora_", ".trainable_tokens_"))
+        known = added or names.tensor(name.replace(PEFT_PREFIX, "")) is not None
+        return known and ".modules_to_save." not in name
+
+    unknown, ignored = (filter(matters, each.unexpected_keys) for each in (told, lost))
+    fresh = _made_up(config, told.missing_keys, model)
+    return _Outcome("", True, tuple(unknown), tuple(ignored), tuple(fresh))
+
+
+def _as_transformers(names: Names, model: Any, tensors: Mapping[str, Any]) -> dict[str, Any]:
+    """`tensors` under the names that transformers' own loader reads: it drops PEFT's prefix, and
+    drops or adds the class's own."""
+    own, state = f"{names.model.base_model_prefix}.", model.state_dict()
+
+    def read(key: str) -> str:
+        plain = key.replace(PEFT_PREFIX, "")
+        plain = names.inside(plain) or plain
+        forms = [PEFT_PREFIX + form for form in (plain, own + plain, plain.removeprefix(own))]
+        found = (form for form in forms if _ADAPTED.sub(r"\1.default\2", form) in state)
+        return next(found, forms[0])
+
+    return {read(key): tensor for key, tensor in tensors.items()}
 
 
 def _made_up(config: Mapping[str, object], missing: list[str], model: Any) -> Iterator[str]:

@@ -9,12 +9,12 @@ from functools import partial
 
 from ..model.match import Classes
 from ..model.names import PEFT_PREFIX as PREFIX
-from ..model.names import auto_class, unwrapped
-from ..model.tasks import POOLING, architecture_of
+from ..model.names import unwrapped
+from ..model.tasks import POOLING, architecture_of, auto_class
 from ..model.tying import groups
 from ..targets.engines import VLLM_TEXT_NAMES, Profile
 from ..targets.lora_folder import CONFIG
-from .finding import PEFTS_OWN, Adapter, Finding
+from .finding import AGAIN, MERGE, PEFTS_OWN, Adapter, Finding
 
 _LAYER = re.compile(r"(.*?)\.(\d{1,9})\.(?:(.+)\.)?([^.]+)")
 _PARTING = (*PEFTS_OWN, "vllm")  # which compute with a tied side as if it were alone
@@ -23,32 +23,25 @@ _REWRITE = "`lint` with `fix` writes the names PEFT knows"
 
 def prefix(adapter: Adapter) -> Iterator[Finding]:
     for factor in adapter.factors:
-        if not factor.key.startswith(PREFIX) and factor.module not in adapter.loaded:
+        known = factor.module in adapter.loaded or (
+            ".experts" in factor.module and adapter.prefixed
+        )
+        if not factor.key.startswith(PREFIX) and not known:
             for severity, targets in adapter.graded(lambda engine: engine.prefix):
                 yield Finding(
-                    "prefix",
-                    severity,
-                    targets,
-                    factor.key,
+                    "prefix", severity, targets, factor.key,
                     "the name lacks PEFT's prefix, so the tensor may be left out unsaid",
-                    "no prefix",
-                    f"{PREFIX}…",
-                    _REWRITE,
-                )
+                    "no prefix", f"{PREFIX}…", _REWRITE,
+                )  # fmt: skip
         elif factor.named:
             # PEFT calls the adapter it loads "default".
             wrong = _not_peft if factor.named == "default" else _anyone
             for severity, targets in adapter.graded(wrong):
                 yield Finding(
-                    "adapter-name",
-                    severity,
-                    targets,
-                    factor.key,
-                    "the name of the adapter is part of the tensor's name",
-                    factor.named,
-                    f"…lora_{factor.letter}.weight",
-                    _REWRITE,
-                )
+                    "adapter-name", severity, targets, factor.key,
+                    "the name of the adapter is part of the tensor's name", factor.named,
+                    f"…lora_{factor.letter}.weight", _REWRITE,
+                )  # fmt: skip
 
 
 def _not_peft(engine: Profile) -> bool:
@@ -64,15 +57,10 @@ def duplicates(adapter: Adapter) -> Iterator[Finding]:
     for (module, letter), count in counts.items():
         if count > 1:
             yield Finding(
-                "duplicate",
-                "error",
-                adapter.all,
-                f"{module}.lora_{letter}",
-                "two tensors are the same factor",
-                f"{count} tensors",
-                "one",
+                "duplicate", "error", adapter.all, f"{module}.lora_{letter}",
+                "two tensors are the same factor", f"{count} tensors", "one",
                 "remove the wrong one, or save the adapter again",
-            )
+            )  # fmt: skip
 
 
 def incomplete(adapter: Adapter) -> Iterator[Finding]:
@@ -82,15 +70,10 @@ def incomplete(adapter: Adapter) -> Iterator[Finding]:
     for module, present in letters.items():
         for letter in sorted({"A", "B"} - present):
             yield Finding(
-                "incomplete",
-                "error",
-                adapter.all,
-                f"{module}.lora_{letter}",
-                "one factor of the pair is missing",
-                f"only lora_{next(iter(present))}",
-                "lora_A and lora_B",
-                "save the adapter again from the training run",
-            )
+                "incomplete", "error", adapter.all, f"{module}.lora_{letter}",
+                "one factor of the pair is missing", f"only lora_{next(iter(present))}",
+                "lora_A and lora_B", AGAIN,
+            )  # fmt: skip
 
 
 def unknown_modules(adapter: Adapter) -> Iterator[Finding]:
@@ -101,28 +84,19 @@ def unknown_modules(adapter: Adapter) -> Iterator[Finding]:
         meant = adapter.meant(module)
         if meant is None:
             yield Finding(
-                "no-such-module",
-                "error",
-                adapter.all,
-                module,
-                "the base has no such module: this part of the adapter would do nothing",
-                module,
+                "no-such-module", "error", adapter.all, module,
+                "the base has no such module: this part of the adapter would do nothing", module,
                 f"a module of {adapter.base.name if adapter.base else 'the base'}",
                 "use the base it was trained on, or rename the module",
-            )
+            )  # fmt: skip
             continue
         deaf = adapter.where(partial(_misses, adapter, module, meant))
         if deaf:
             yield Finding(
-                "other-name",
-                "error",
-                deaf,
-                module,
+                "other-name", "error", deaf, module,
                 "the engine has no module of this name: this part of the adapter would do nothing",
-                module,
-                meant,
-                _REWRITE,
-            )
+                module, meant, _REWRITE,
+            )  # fmt: skip
 
 
 def _misses(adapter: Adapter, module: str, meant: str, engine: Profile) -> bool:
@@ -157,9 +131,7 @@ def _loads(known: Classes | None, module: str) -> bool:
     plain = module.replace(PREFIX, "")
     if known is None:
         return plain == unwrapped(plain)
-    return any(
-        layout.names.rename(f"{plain}.weight")[0] in layout.names.state for layout in known.layouts
-    )
+    return any(layout.names.loads(plain) for layout in known.layouts)
 
 
 def text_model(adapter: Adapter) -> Iterator[Finding]:
@@ -172,15 +144,12 @@ def text_model(adapter: Adapter) -> Iterator[Finding]:
         if names.has(adapter.loaded[module]) and not known.whole.names.has(adapter.loaded[module]):
             auto = auto_class(known.base.config, adapter.task)
             yield Finding(
-                "text-model",
-                "info" if auto == names.architecture else "warning",
-                targets,
-                module,
+                "text-model", "info" if auto == names.architecture else "warning", targets, module,
                 f"the adapter is for the text model alone: right in {names.architecture} only",
                 f"{names.architecture}, where AutoModel makes a {auto}",
                 f"the base loaded as {names.architecture}",
                 "load it in that class, or serve it with vLLM (`adapter` with `target` vllm)",
-            )
+            )  # fmt: skip
             return
 
 
@@ -189,30 +158,21 @@ def targeted(adapter: Adapter) -> Iterator[Finding]:
     if not targets:
         if not adapter.config.get("target_parameters"):
             yield Finding(
-                "no-targets",
-                "error",
-                adapter.all,
-                f"{CONFIG}: target_modules",
-                "no module is named, so PEFT adapts none",
-                str(targets),
+                "no-targets", "error", adapter.all, f"{CONFIG}: target_modules",
+                "no module is named, so PEFT adapts none", str(targets),
                 ", ".join(sorted({module.split(".")[-1] for module in adapter.pairs})),
                 "`lint` with `fix` names the modules that are stored",
-            )
+            )  # fmt: skip
         return
     sides = _tied_to_targets(adapter) if adapter.config.get("ensure_weight_tying") else ()
     for module in (*adapter.pairs, *adapter.embeddings):
         own = adapter.loaded.get(module) or adapter.meant(module) or module
         if ".experts" not in module and own not in sides and not _matches(adapter, own):
             yield Finding(
-                "not-targeted",
-                "error",
-                adapter.all,
-                module,
+                "not-targeted", "error", adapter.all, module,
                 "the module is stored but not among target_modules, so PEFT leaves it out",
-                str(targets)[:80],
-                module,
-                "`lint` with `fix` names the modules that are stored",
-            )
+                str(targets)[:80], module, "`lint` with `fix` names the modules that are stored",
+            )  # fmt: skip
 
 
 def _tied_to_targets(adapter: Adapter) -> set[str]:
@@ -275,26 +235,16 @@ def kinds(adapter: Adapter) -> Iterator[Finding]:
         for module in adapter.pairs:
             if not engine.adapts(module, family):
                 yield Finding(
-                    "family",
-                    "error",
-                    (engine.name,),
-                    module,
-                    f"{engine.name} does not adapt this module of such a model",
-                    str(family),
-                    "another engine",
-                    "deploy the merged model (`merge`)",
-                )
+                    "family", "error", (engine.name,), module,
+                    f"{engine.name} does not adapt this module of such a model", str(family),
+                    "another engine", MERGE,
+                )  # fmt: skip
             if engine.kinds is not None and module.split(".")[-1] not in engine.kinds:
                 yield Finding(
-                    "kind",
-                    "error",
-                    (engine.name,),
-                    module,
-                    f"{engine.name} adapts no modules of this kind",
-                    module.split(".")[-1],
-                    ", ".join(sorted(engine.kinds)),
-                    "deploy the merged model (`merge`)",
-                )
+                    "kind", "error", (engine.name,), module,
+                    f"{engine.name} adapts no modules of this kind", module.split(".")[-1],
+                    ", ".join(sorted(engine.kinds)), MERGE,
+                )  # fmt: skip
 
 
 def gaps(adapter: Adapter) -> Iterator[Finding]:
@@ -309,30 +259,23 @@ def gaps(adapter: Adapter) -> Iterator[Finding]:
             absent = sorted(_layers(adapter, head, stem, kind) - present)
             if absent:
                 yield Finding(
-                    "layers",
-                    "error" if engine.drops else "warning",
-                    (engine.name,),
+                    "layers", "error" if engine.drops else "warning", (engine.name,),
                     ".".join(filter(None, (head, str(absent[0]), stem, kind))),
                     "the engine leaves this kind out of all layers when one lacks it"
                     if engine.drops
                     else "some versions keep another adapter's weights where a layer lacks its own",
                     f"{kind} in {len(present)} layers",
-                    f"in layer {', '.join(map(str, absent[:8]))} too",
-                    fix,
-                )
+                    f"in layer {', '.join(map(str, absent[:8]))} too", fix,
+                )  # fmt: skip
             for group in engine.together:
                 lacking = [k for k in group if kind in group and (head, stem, k) not in stems]
                 if lacking and kind == next(k for k in group if (head, stem, k) in stems):
                     yield Finding(
-                        "stacked",
-                        "warning",
-                        (engine.name,),
+                        "stacked", "warning", (engine.name,),
                         ".".join(filter(None, (head, "*", stem, lacking[0]))),
                         "the engine stacks these modules, and some versions need all of them",
-                        ", ".join(k for k in group if k not in lacking),
-                        ", ".join(group),
-                        fix,
-                    )
+                        ", ".join(k for k in group if k not in lacking), ", ".join(group), fix,
+                    )  # fmt: skip
 
 
 def _layers(adapter: Adapter, head: str, stem: str, kind: str) -> set[int]:
@@ -355,15 +298,11 @@ def tied(adapter: Adapter) -> Iterator[Finding]:
                 continue
             for severity, targets in adapter.graded(lambda engine: engine.name not in _PARTING):
                 yield Finding(
-                    "tied",
-                    severity,
-                    targets,
-                    module,
+                    "tied", severity, targets, module,
                     "embedding and head are one tensor in the base, and one side of it is adapted",
-                    f"an adapter on {module}",
-                    "none on tied tensors",
+                    f"an adapter on {module}", "none on tied tensors",
                     "merge it (`merge`), which unties the pair",
-                )
+                )  # fmt: skip
 
 
 CHECKS = (prefix, duplicates, incomplete, unknown_modules, text_model, targeted, kinds, gaps, tied)

@@ -9,7 +9,7 @@ from functools import partial
 from ..readers import is_number
 from ..targets.engines import Profile, Reading
 from ..targets.lora_folder import CONFIG
-from .finding import PEFTS_OWN, Adapter, Finding
+from .finding import AGAIN, PEFTS_OWN, Adapter, Finding
 
 _DEFAULT = 8  # what r and lora_alpha are in PEFT where the configuration lacks them
 _FUSED = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
@@ -23,17 +23,12 @@ def numbers(adapter: Adapter) -> Iterator[Finding]:
         taken = PEFTS_OWN if key not in adapter.config else ()
         for severity, targets in adapter.graded(partial(_lacks, taken)):
             yield Finding(
-                "no-scale",
-                severity,
-                targets,
-                f"{CONFIG}: {key}",
+                "no-scale", severity, targets, f"{CONFIG}: {key}",
                 f"{key} is missing or zero"
                 if severity == "error"
                 else f"{key} is missing, and PEFT takes {_DEFAULT}",
-                str(value),
-                "a number",
-                f"set {key} to what training used",
-            )
+                str(value), "a number", f"set {key} to what training used",
+            )  # fmt: skip
 
 
 def _lacks(taken: Collection[str], engine: Profile) -> bool:
@@ -44,28 +39,18 @@ def stored_ranks(adapter: Adapter) -> Iterator[Finding]:
     for module, (a, b) in adapter.pairs.items():
         if len(a.shape) != 2 or len(b.shape) != 2 or a.shape[0] != b.shape[1]:
             yield Finding(
-                "pair-rank",
-                "error",
-                adapter.all,
-                f"{module}.lora_B",
-                "A and B are of different rank",
-                str(list(b.shape)),
-                f"[out, {a.shape[0]}]",
-                "save the adapter again from the training run",
-            )
+                "pair-rank", "error", adapter.all, f"{module}.lora_B",
+                "A and B are of different rank", str(list(b.shape)), f"[out, {a.shape[0]}]", AGAIN,
+            )  # fmt: skip
             continue
         said = _pattern(adapter, "rank_pattern", module, "r")
         if said is not None and said != a.shape[0]:
             yield Finding(
-                "config-rank",
-                "error",
-                adapter.all,
-                module,
-                "the stored rank is not the configuration's",
-                f"rank {a.shape[0]}",
+                "config-rank", "error", adapter.all, module,
+                "the stored rank is not the configuration's", f"rank {a.shape[0]}",
                 f"rank {said:g} by r and rank_pattern",
                 "is this the adapter_config.json of another adapter?",
-            )
+            )  # fmt: skip
 
 
 def limits(adapter: Adapter) -> Iterator[Finding]:
@@ -76,27 +61,17 @@ def limits(adapter: Adapter) -> Iterator[Finding]:
     for engine in adapter.engines:
         if engine.max_rank is not None and rank > engine.max_rank:
             yield Finding(
-                "limit",
-                "error",
-                (engine.name,),
-                module,
-                "the rank is over the engine's limit",
-                f"rank {rank}",
-                f"at most {engine.max_rank}",
+                "limit", "error", (engine.name,), module, "the rank is over the engine's limit",
+                f"rank {rank}", f"at most {engine.max_rank}",
                 f"`adapter` with `max_rank` {engine.max_rank}, or merge it",
-            )
+            )  # fmt: skip
         elif engine.slots:
             slot = min(slot for slot in engine.slots if slot >= rank)
             yield Finding(
-                "slot",
-                "info",
-                (engine.name,),
-                module,
-                "the smallest setting that takes this adapter",
-                f"rank {rank}",
-                f"--max-lora-rank {slot}",
-                "start the engine with it",
-            )
+                "slot", "info", (engine.name,), module,
+                "the smallest setting that takes this adapter", f"rank {rank}",
+                f"--max-lora-rank {slot}", "start the engine with it",
+            )  # fmt: skip
 
 
 def uniform(adapter: Adapter) -> Iterator[Finding]:
@@ -105,15 +80,11 @@ def uniform(adapter: Adapter) -> Iterator[Finding]:
         for module, rank in adapter.ranks.items():
             if rank != default:
                 yield Finding(
-                    "one-rank",
-                    "error",
-                    (engine.name,),
-                    module,
-                    "the engine holds one rank for all modules",
-                    f"rank {rank}",
+                    "one-rank", "error", (engine.name,), module,
+                    "the engine holds one rank for all modules", f"rank {rank}",
                     f"rank {default}, the configuration's r",
                     f"`lint` with `target` {engine.name} and `fix` pads to the largest rank",
-                )
+                )  # fmt: skip
 
 
 def scales(adapter: Adapter) -> Iterator[Finding]:
@@ -131,15 +102,10 @@ def _compare(
         found = _scale(adapter, module, reading)
         if found is not None and not math.isclose(found, expected, rel_tol=1e-6):
             yield Finding(
-                "scale",
-                "error" if reader == engine.name else "warning",
-                (engine.name,),
-                module,
-                f"{reader} multiplies by another scale than PEFT",
-                f"{found:g}",
-                f"{expected:g}",
+                "scale", "error" if reader == engine.name else "warning", (engine.name,), module,
+                f"{reader} multiplies by another scale than PEFT", f"{found:g}", f"{expected:g}",
                 _fold(engine.name),
-            )
+            )  # fmt: skip
 
 
 def fused(adapter: Adapter) -> Iterator[Finding]:
@@ -153,15 +119,11 @@ def fused(adapter: Adapter) -> Iterator[Finding]:
             parts = {k: truth[f"{stem}.{k}"] for k in group if f"{stem}.{k}" in truth}
             if any(not math.isclose(scale, truth[module]) for scale in parts.values()):
                 yield Finding(
-                    "fused",
-                    "warning",
-                    targets,
-                    module,
+                    "fused", "warning", targets, module,
                     "the engine runs these modules as one layer, and their scales differ",
-                    ", ".join(f"{k} {scale:g}" for k, scale in parts.items()),
-                    "one scale",
+                    ", ".join(f"{k} {scale:g}" for k, scale in parts.items()), "one scale",
                     _fold(targets[0]),
-                )
+                )  # fmt: skip
 
 
 def _fold(engine: str) -> str:

@@ -7,10 +7,9 @@ from collections.abc import Iterator
 from ..model.names import PEFT_PREFIX as PREFIX
 from ..model.names import Names, unwrapped
 from ..targets.lora_folder import CONFIG
-from .finding import PEFTS_OWN, Adapter, Finding
+from .finding import MERGE, PEFTS_OWN, Adapter, Finding
 
 _SHARED = "base_model."  # of what layers share: PEFT's prefix without the model
-_MERGE = "deploy the merged model (`merge`)"
 
 
 def names(adapter: Adapter) -> Iterator[Finding]:
@@ -35,7 +34,7 @@ def names(adapter: Adapter) -> Iterator[Finding]:
                 "other-name", "error", deaf, key,
                 "the engine has no module of this name: this part of the adapter would do nothing",
                 key, f"{PREFIX}{found}" if found else "a module of the base",
-                _MERGE if found else "use the base it was trained on, or rename the module",
+                MERGE if found else "use the base it was trained on, or rename the module",
             )  # fmt: skip
 
 
@@ -47,7 +46,7 @@ def _has(own: Names, key: str) -> bool:
 def _loads(own: Names, key: str) -> bool:
     """Whether transformers' loader finds that module."""
     modules = (key[:end] for end, char in enumerate(key) if char == ".")
-    return any(own.rename(f"{module}.weight")[0] in own.state for module in modules)
+    return any(own.loads(module) for module in modules)
 
 
 def shared_state(adapter: Adapter) -> Iterator[Finding]:
@@ -62,7 +61,7 @@ def shared_state(adapter: Adapter) -> Iterator[Finding]:
         yield Finding(
             "peft-type", "error", targets, f"{CONFIG}: peft_type",
             "the layers of this tuner share tensors, which only PEFT's own model holds", kind,
-            "a tuner whose layers stand alone", _MERGE,
+            "a tuner whose layers stand alone", MERGE,
         )  # fmt: skip
 
 

@@ -6,11 +6,10 @@ from collections.abc import Iterator
 
 import torch
 
-from .finding import Adapter, Finding
+from .finding import AGAIN, Adapter, Finding
 
 _HALF_MAX = float(torch.finfo(torch.float16).max)
 _HALF_TINY = 2.0**-25  # rounds to zero below
-_AGAIN = "save the adapter again from the training run"
 
 
 def values(adapter: Adapter) -> Iterator[Finding]:
@@ -23,7 +22,7 @@ def values(adapter: Adapter) -> Iterator[Finding]:
                 continue  # positions, in some of PEFT's tuners
             yield Finding(
                 "dtype", "error", adapter.all, key, "the tensor holds no floating-point numbers",
-                str(tensor.dtype), "float32, float16 or bfloat16", _AGAIN,
+                str(tensor.dtype), "float32, float16 or bfloat16", AGAIN,
             )  # fmt: skip
             continue
         data = tensor.load().double()

@@ -103,6 +103,11 @@ class BaseModel:
         """The tensor name of the input embedding."""
         return next((name for name in self.tensors if name.endswith(_EMBEDDINGS)), None)
 
+    def is_conv1d(self, module: str) -> bool:
+        """Whether `module` is a layer of transformers' Conv1D, whose weight is `[in, out]`."""
+        own = self.config.get("model_type") in CONV1D_FAMILIES
+        return own and module.rsplit(".", 1)[-1] in CONV1D_LAYERS
+
     def is_transposed(self, module: str, shape: tuple[int, int], embedding: bool = False) -> bool:
         """Whether the weight of `module`, `shape [out, in]`, is stored as `[in, out]`.
 
@@ -125,8 +130,7 @@ class BaseModel:
         if stored == shape and not square:
             return False
         if weight.shape == shape[::-1] and not embedding:
-            conv1d = self.config.get("model_type") in CONV1D_FAMILIES
-            return not square or (conv1d and module.rsplit(".", 1)[-1] in CONV1D_LAYERS)
+            return not square or self.is_conv1d(module)
         if stored == shape:
             return False
         self.refuse_packed(module)

@@ -15,8 +15,7 @@ from ..updates.update import convolution_matrix
 from .architecture import class_for, is_known
 from .base import HEAD, BaseModel
 from .layout import Layout
-from .names import auto_class
-from .tasks import architecture_of, task_of, usual_ending
+from .tasks import architecture_of, auto_class, task_of, usual_ending
 from .tying import new_embedding, tensor_names
 
 # Model type → the modules whose weights its class reads without calling them, so that an adapter
@@ -281,6 +280,13 @@ def resolved(run: Run, base: BaseModel) -> Run:
             raise _unknown_module(run, base, known.whole, module)
         modules[module] = found
     tensors = {n: known.tensor(n) or n for n in (*run.replaced, *(run.embedded_base or ()))}
+    strange = [name for name in run.replaced if known.tensor(name) is None]
+    if strange:
+        warning = (
+            f"{known.whole.names.architecture} has no {', '.join(strange[:4])}, which the run "
+            "holds whole: whoever loads the result leaves it out, or refuses it"
+        )
+        run = replace(run, warnings=tuple(dict.fromkeys((*run.warnings, warning))))
     return _renamed(run, modules, tensors)
 
 

@@ -27,15 +27,6 @@ _ADAPTER = re.compile(
     r"\.(lora_(?:[ABE]|embedding_[AB]|magnitude_vector))\.(?!weight$|bias$)([^.]+)"
     r"(?=\.weight$|\.bias$|$)"
 )
-# Task → the list of classes that transformers' `AutoModelFor…` chooses from.
-_AUTO = {
-    "causal-lm": "CAUSAL_LM",
-    "sequence-classification": "SEQUENCE_CLASSIFICATION",
-    "token-classification": "TOKEN_CLASSIFICATION",
-    "question-answering": "QUESTION_ANSWERING",
-    "seq2seq-lm": "SEQ_TO_SEQ_CAUSAL_LM",
-    "feature-extraction": "MODEL",
-}
 _SLICE = re.compile(r"(.+)\[(\d{1,9})\]")
 
 
@@ -123,6 +114,10 @@ class Names:
         """Whether a module with a weight, or a parameter, has this very name in memory."""
         return f"{module}.weight" in self.state or module in self.state
 
+    def loads(self, module: str) -> bool:
+        """Whether transformers' loader finds a weight for a module that a checkpoint calls so."""
+        return self.rename(f"{module}.weight")[0] in self.state
+
     def tensor(self, name: str) -> str | None:
         """The tensor in memory that is meant by `name`; a name that loading converts, such as an
         expert's, stays as it is. None where the class has nothing of that name."""
@@ -184,17 +179,6 @@ def as_peft_loads(names: Names, stored: Mapping[str, str]) -> Mapping[str, str]:
         if key.startswith(PEFT_PREFIX)
     }
     return {module: name for module, name in ours.items() if names.has(name)}
-
-
-def auto_class(config: Mapping[str, object], task: str | None) -> str | None:
-    """The class that transformers' `AutoModelFor…` makes of a base for `task`."""
-    from transformers.models.auto import modeling_auto
-
-    kind = _AUTO[task or "causal-lm"]
-    name = "MODEL_MAPPING_NAMES" if kind == "MODEL" else f"MODEL_FOR_{kind}_MAPPING_NAMES"
-    known = getattr(modeling_auto, name, {})
-    found = known.get(config.get("model_type"))
-    return found if isinstance(found, str) else None
 
 
 @lru_cache(maxsize=8)

@@ -28,11 +28,20 @@ HEADS = {
     "question-answering": ("qa_outputs",),
 }
 _ENDINGS = {ending: task for task, (_, endings) in TASKS.items() for ending in endings}
-# transformers' lists of classes, for names that end in none of these, and for what "Model" hides.
+# Task → the list of classes that transformers' `AutoModelFor…` chooses from.
+_AUTO = {
+    "causal-lm": "CAUSAL_LM",
+    "sequence-classification": "SEQUENCE_CLASSIFICATION",
+    "token-classification": "TOKEN_CLASSIFICATION",
+    "question-answering": "QUESTION_ANSWERING",
+    "seq2seq-lm": "SEQ_TO_SEQ_CAUSAL_LM",
+    "feature-extraction": "MODEL",
+}
+# Such lists, for names that end in none of these, and for what "Model" hides.
 _LISTS = {
-    "causal-lm": ("CAUSAL_LM", "IMAGE_TEXT_TO_TEXT"),
-    "question-answering": ("QUESTION_ANSWERING",),
-    "seq2seq-lm": ("SEQ_TO_SEQ_CAUSAL_LM", "SPEECH_SEQ_2_SEQ"),
+    "causal-lm": (_AUTO["causal-lm"], "IMAGE_TEXT_TO_TEXT"),
+    "question-answering": (_AUTO["question-answering"],),
+    "seq2seq-lm": (_AUTO["seq2seq-lm"], "SPEECH_SEQ_2_SEQ"),
 }
 
 
@@ -51,6 +60,12 @@ def architecture_of(config: Mapping[str, object]) -> str:
     """The class in a `config.json`; empty where it names none."""
     known = config.get("architectures")
     return str(known[0]) if isinstance(known, list) and known else ""
+
+
+def auto_class(config: Mapping[str, object], task: str | None) -> str | None:
+    """The class that transformers' `AutoModelFor…` makes of a base for `task`."""
+    found = _classes(_AUTO[task or "causal-lm"]).get(config.get("model_type"))
+    return found if isinstance(found, str) else None
 
 
 def usual_ending(task: str) -> str:
@@ -77,13 +92,21 @@ def _encodes(config: Mapping[str, object]) -> bool:
 
 
 def _listed(name: str) -> str | None:
+    found = (
+        task
+        for task, lists in _LISTS.items()
+        for kind in lists
+        if name and name in _classes(kind).values()
+    )
+    return next(found, None)
+
+
+def _classes(kind: str) -> Mapping[object, object]:
+    """Model type → class, in one of transformers' lists; nothing where there is no transformers."""
     try:
         from transformers.models.auto import modeling_auto
     except ImportError:
-        return None
-    for task, lists in _LISTS.items():
-        for kind in lists:
-            known = getattr(modeling_auto, f"MODEL_FOR_{kind}_MAPPING_NAMES", {})
-            if name and name in known.values():
-                return task
-    return None
+        return {}
+    name = "MODEL_MAPPING_NAMES" if kind == "MODEL" else f"MODEL_FOR_{kind}_MAPPING_NAMES"
+    found: Mapping[object, object] = getattr(modeling_auto, name, {})
+    return found

@@ -11,7 +11,7 @@ from ..errors import BaseError, MissingError, RunError
 from ..files.handles import there
 from ..files.json_files import is_number
 from ..files.tensors import LazyTensors
-from ..model.base import CONV1D_FAMILIES, CONV1D_LAYERS, BaseModel, open_base
+from ..model.base import BaseModel, open_base
 from ..model.tasks import task_of_peft
 from ..options import ReadOptions
 from .dora import HEAD_WEIGHTS
@@ -43,14 +43,20 @@ def origin(config: Mapping[str, object], replaced: LazyTensors) -> Origin:
 def _copies(config: Mapping[str, object], replaced: LazyTensors) -> frozenset[str]:
     """The tensors of modules that PEFT copies (`_set_trainable`); it loads others into the model's
     own, and so into what is tied to them."""
+    saved = modules_to_save(config)
+    return frozenset(name for name in replaced if any(is_below(name, entry) for entry in saved))
+
+
+def modules_to_save(config: Mapping[str, object]) -> list[str]:
+    """The entries of the configuration's `modules_to_save`."""
     saved = config.get("modules_to_save")
-    names = tuple(str(name) for name in saved) if isinstance(saved, list) else ()
-    owners = {name: name.split(".") for name in replaced}
-    return frozenset(
-        name
-        for name, parts in owners.items()
-        if any(".".join(parts[:end]).endswith(names) for end in range(1, len(parts)))
-    )
+    return [str(name) for name in saved] if isinstance(saved, list) else []
+
+
+def is_below(name: str, entry: str) -> bool:
+    """Whether PEFT takes the tensor `name` for one of a module that `entry` names: whose name ends
+    so."""
+    return any(name[:end].endswith(entry) for end, char in enumerate(name) if char == ".")
 
 
 def refuse_unread(replaced: Iterable[str], file: Path, word: str = "lora_") -> None:
@@ -143,10 +149,7 @@ def linear_shape(base: BaseModel, module: str) -> tuple[int, int]:
             remedy="is this the base the run was trained on? pass it with `base`",
         )
     rows, columns = weight.shape
-    conv1d = base.config.get("model_type") in CONV1D_FAMILIES
-    if conv1d and module.rsplit(".", 1)[-1] in CONV1D_LAYERS:
-        return columns, rows
-    return rows, columns
+    return (columns, rows) if base.is_conv1d(module) else (rows, columns)
 
 
 class Scaling:
@@ -179,7 +182,7 @@ class Scaling:
                 f"{key} is missing or not a number",
                 file=self._path,
                 found=default,
-                remedy="pass `lora_alpha`" if key == "lora_alpha" else None,
+                remedy="pass `lora_alpha`" if key == "lora_alpha" else "set it as training had it",
             )
         return default
 

@@ -13,7 +13,7 @@ from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 
-from ..errors import DoraExportError, RunError
+from ..errors import DoraExportError, RunError, some
 from ..files.json_files import is_number
 from ..model.base import BaseModel
 from ..model.match import class_trained, classes
@@ -24,22 +24,9 @@ from ..run import Run
 from .module import adapted
 from .named import Named
 from .patterns import PatternError
-from .peft_common import known_base
+from .peft_common import is_below, known_base, modules_to_save
 from .run_folder import CONFIG_FILE, RunFolder
-
-# Switches that a reader reads, or that say nothing of the weights.
-_SWITCHES = frozenset(
-    "inference_mode init_lora_weights fan_in_fan_out use_rslora use_dora use_mora lora_bias "
-    "ensure_weight_tying dora_simple".split()
-)
-# Beside the adapter's own file; PEFT loads none of them.
-_VALUE_HEADS = ("value_head.safetensors", "value_head.bin")
-_PARTS = {
-    "new_embeddings.safetensors": "rows of the embedding for tokens that training added",
-    "new_embeddings.bin": "rows of the embedding for tokens that training added",
-    "non_lora_trainables.safetensors": "modules that were trained beside the adapter",
-    "non_lora_trainables.bin": "modules that were trained beside the adapter",
-}
+from .unread import not_read
 
 
 def checked(run: Run, folder: RunFolder, options: ReadOptions, named: bool = True) -> Run:
@@ -53,51 +40,16 @@ def checked(run: Run, folder: RunFolder, options: ReadOptions, named: bool = Tru
     config, path = folder.adapter_config, folder.path / CONFIG_FILE
     if not config or not {*run.files} & {*folder.adapter_files}:  # of another trainer than PEFT
         return run
-    _refuse_parts(folder)
+    unread = not_read(folder)
     promises = _Promises(run, config, path, options)
     promises.tokens()
     warnings = (
-        *(_value_head(name) for name in _VALUE_HEADS if folder.has(name)),
-        *_unknown(config),
+        *unread,
         *promises.modules(),
         *promises.biases(),
         *(() if run.method == "peft_tuner" else promises.targets(_stored(folder), named)),
     )
     return replace(run, warnings=tuple(dict.fromkeys((*run.warnings, *warnings))))
-
-
-def _refuse_parts(folder: RunFolder) -> None:
-    for name, meaning in _PARTS.items():
-        if folder.has(name):
-            raise RunError(
-                f"the run has a part that is not read: {meaning}",
-                file=folder.path / name,
-                remedy="put it into the base and name that as `base`, or train and save it with "
-                "PEFT's modules_to_save; where it is not needed, take the file away",
-            )
-
-
-def _value_head(name: str) -> str:
-    return f"{name} is left out: the head of a reward or value model, which no target has"
-
-
-def _unknown(config: Mapping[str, object]) -> Iterator[str]:
-    """A warning that names the switches nobody here knows. Of other tuners PEFT knows its own."""
-    known = _SWITCHES
-    if config.get("peft_type") not in ("LORA", None):
-        try:
-            from peft import PEFT_TYPE_TO_CONFIG_MAPPING
-
-            own = PEFT_TYPE_TO_CONFIG_MAPPING[str(config["peft_type"])]
-            known |= own.__dataclass_fields__.keys()
-        except (ImportError, KeyError):
-            return  # a tuner that PEFT does not have: its reader knows its switches
-    names = [key for key, value in config.items() if value is True and key not in known]
-    if names:
-        yield (
-            f"{CONFIG_FILE} switches on what is not known here: {', '.join(sorted(names))}; if it "
-            "changes what the adapter computes, the result is wrong"
-        )
 
 
 class LostError(RunError):
@@ -116,19 +68,18 @@ class _Promises:
     def modules(self) -> Iterator[str]:
         """Modules trained whole: PEFT wants each tensor of each module whose name ends so."""
         config = self._config
-        saved = config.get("modules_to_save")
-        said = [str(name) for name in saved] if isinstance(saved, list) else []
+        said = modules_to_save(config)
         own = HEADS.get(task_of_peft(config.get("task_type")) or "", ())
         entries = list(dict.fromkeys((*said, *own)))
         missing: dict[str, str] = {}
         for entry in entries:
-            held = [name for name in self._held if _below(name, entry)]
+            held = [name for name in self._held if is_below(name, entry)]
             base = self._base
             if base is None:
                 if not held and entry in said and entry not in own:
                     yield _may_be_lost(entry, "modules_to_save")
                 continue
-            stored = [name for name in base.tensors if _below(name, entry)]
+            stored = [name for name in base.tensors if is_below(name, entry)]
             if stored and all(self._holds(name) for name in stored):
                 continue
             names = self._class_names
@@ -137,7 +88,7 @@ class _Promises:
                 if not held and not stored and entry in said:
                     yield _may_be_lost(entry, "modules_to_save")
             missing |= {
-                name: entry for name in names if _below(name, entry) and not self._holds(name)
+                name: entry for name in names if is_below(name, entry) and not self._holds(name)
             }
         if missing:
             modules = ", ".join(dict.fromkeys(missing.values()))
@@ -191,7 +142,9 @@ class _Promises:
         config = self._config
         named = Named(config)
         try:
-            lost = [*self._lost_targets(named), *self._lost_parameters()]
+            parameters = [str(name) for name in _list(config.get("target_parameters"))]
+            parameters = self._in_class([name for name in parameters if not self._has(name)])
+            lost = [*self._lost_targets(named), *parameters]
             more = [m for m in stored if named.known and not self._names(named, m)]
             idle = [
                 f"{key}[{name!r}]"
@@ -201,11 +154,12 @@ class _Promises:
             ]
         except PatternError as error:
             raise RunError(str(error), file=self._path) from None
+        idle += self._nowhere()
         held = [m for m in stored if any(f".{n}." in f".{m}." for n in named.layers)]
         idle += [f"layer {n}" for n in named.layers if not lost and not _within(str(n), held)]
         if lost:
             yield (
-                f"the configuration names {_some(lost)} to be adapted, and the file holds nothing "
+                f"the configuration names {some(lost)} to be adapted, and the file holds nothing "
                 "of it: is it the whole adapter?"
             )
         if more and only:
@@ -214,13 +168,13 @@ class _Promises:
                 "leaves them out",
                 file=self._file,
                 tensor=more[0],
-                found=f"updates of {_some(more)}",
+                found=f"updates of {some(more)}",
                 expected="modules that target_modules and the layers and exclusions beside it mean",
                 remedy="where they were trained: `lint` with `fix` names them in the "
                 "configuration; else take them out of the file",
             )
         if idle:
-            yield f"what the configuration says of {_some(idle)} is of nothing in the file"
+            yield f"what the configuration says of {some(idle)} is of nothing in the file"
 
     def _modules(self, stored: Collection[str]) -> list[str]:
         """The names by which patterns may mean what is `stored`: those of parameters too."""
@@ -262,13 +216,17 @@ class _Promises:
         modules = [n.removesuffix(".weight") for n in names if n.endswith(".weight")]
         modules = [m for m in modules if named.names(m, parameters=False)]
         # What is trained whole besides is not adapted.
-        saved = [str(name) for name in _list(self._config.get("modules_to_save"))]
-        modules = [m for m in modules if not any(_below(f"{m}.weight", name) for name in saved)]
+        saved = modules_to_save(self._config)
+        modules = [m for m in modules if not any(is_below(f"{m}.weight", n) for n in saved)]
         return self._in_class([m for m in modules if not self._has(m)])
 
-    def _lost_parameters(self) -> list[str]:
-        names = [str(name) for name in _list(self._config.get("target_parameters"))]
-        return self._in_class([name for name in names if not self._has(name)])
+    def _nowhere(self) -> list[str]:
+        """What target_modules lists and neither the file has nor the base."""
+        if self._base is None:
+            return []
+        known = [*self._held, *self._base.tensors, *(self._class_names or ())]
+        said = [str(name) for name in _list(self._config.get("target_modules"))]
+        return [f"target_modules[{name!r}]" for name in said if not _within(name, known)]
 
     def _in_class(self, lost: list[str]) -> list[str]:
         """Those of `lost` that the model has, which is built where there are any."""
@@ -342,17 +300,16 @@ class _Promises:
         return any(_same(name, held) for held in self._held)
 
     def _is_bias(self, name: str) -> bool:
-        saved = self._config.get("modules_to_save")
-        entries = saved if isinstance(saved, list) else []
         heads = HEADS.get(task_of_peft(self._config.get("task_type")) or "", ())
-        return name.endswith(".bias") and not any(_below(name, str(e)) for e in (*entries, *heads))
+        whole = (*modules_to_save(self._config), *heads)
+        return name.endswith(".bias") and not any(is_below(name, entry) for entry in whole)
 
     def _lost(self, promise: str, missing: list[str]) -> LostError:
         return LostError(
             f"the configuration says that {promise}, and the file lacks it",
             file=self._file,
             tensor=missing[0],
-            found=f"nothing of {_some(missing)}",
+            found=f"nothing of {some(missing)}",
             expected="what was trained, or it is not the model that was trained",
             remedy="save it again with PEFT, or correct adapter_config.json where that was not "
             "trained",
@@ -371,11 +328,6 @@ def _same(name: str, other: str) -> bool:
     return f".{name}".endswith(f".{other}") or f".{other}".endswith(f".{name}")
 
 
-def _below(name: str, entry: str) -> bool:
-    """Whether PEFT takes the tensor `name` for one of a module that `entry` names."""
-    return any(name[:end].endswith(entry) for end, char in enumerate(name) if char == ".")
-
-
 def _stored(folder: RunFolder) -> list[str]:
     """The modules with factors in the file."""
     return list(dict.fromkeys(m.partition(".base_layer")[0] for m in adapted(folder.adapter)))
@@ -387,11 +339,6 @@ def _list(value: object) -> list[object]:
 
 def _map(value: object) -> dict[str, object]:
     return value if isinstance(value, dict) else {}
-
-
-def _some(names: list[str]) -> str:
-    more = f" and {len(names) - 4} more" if len(names) > 4 else ""
-    return ", ".join(names[:4]) + more
 
 
 def _within(name: str, tensors: Iterable[str]) -> bool:

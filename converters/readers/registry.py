@@ -50,7 +50,9 @@ def detect(path: Path, method: str | None = None) -> tuple[Reader, RunFolder]:
     """
     if not path.exists():
         raise MissingError(
-            "no such run", file=path, remedy="give the checkpoint, task or adapter folder"
+            "no such run: there is no such path",
+            file=path,
+            remedy="give the checkpoint, task or adapter folder",
         )
     if not path.is_dir():
         raise RunError("a run is a folder", file=path, found="a file", remedy="give its folder")

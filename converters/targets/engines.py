@@ -1,7 +1,7 @@
 """What each engine can read of a LoRA adapter: data, so that a new engine is a new entry.
 
 Sources, by engine: huggingface/peft `src/peft/tuners/lora/`; vllm-project/vllm
-`vllm/lora/peft_helper.py`, `vllm/config/lora.py`; sgl-project/sglang
+`vllm/lora/{peft_helper,model_manager,lora_weights}.py`, `vllm/config/lora.py`; sgl-project/sglang
 `python/sglang/srt/lora/{lora.py,lora_config.py,lora_manager.py,mem_pool.py}`; predibase/lorax
 `server/lorax_server/adapters/lora.py`, `server/lorax_server/models/flash_*.py`;
 ggml-org/llama.cpp `src/llama-adapter.{h,cpp}`, `convert_lora_to_gguf.py`.
@@ -34,6 +34,7 @@ class Profile:
     `biases`, `convolutions`: whether it loads trained biases and adapters on those. `embeddings`:
     the model types with which it loads adapters on embeddings, None for any.
     `features`: further fields of the configuration that it understands.
+    `experts`: the projections that it needs of every expert of a layer where one is adapted.
     `kinds`: last names of the modules it can adapt, None for any. `unadapted`: model type → those
     that it cannot adapt there, `ALL` for every one. `together`: kinds that it loads only all or
     none. `uniform`: it stores every kind of module in every layer at one rank, so
@@ -51,6 +52,7 @@ class Profile:
     embeddings: frozenset[str] | None
     convolutions: bool = False
     features: frozenset[str] = frozenset()
+    experts: tuple[frozenset[str], ...] = ()
     kinds: frozenset[str] | None = None
     unadapted: Mapping[str, frozenset[str]] = field(default_factory=dict)
     together: tuple[tuple[str, ...], ...] = ()
@@ -76,21 +78,33 @@ class Profile:
 ALL = "*"
 _NOTHING: frozenset[str] = frozenset()
 _LLAMA_KINDS = frozenset("q_proj k_proj v_proj o_proj gate_proj up_proj down_proj".split())
+_EXPERTS = (frozenset({"gate_proj", "up_proj", "down_proj"}), frozenset({"w1", "w2", "w3"}))
 _SGLANG_KINDS = _LLAMA_KINDS | {"qkv_proj", "gate_up_proj"}
 _LORAX_KINDS = _LLAMA_KINDS | set(
     "lm_head qkv_proj gate_up_proj dense fc1 fc2 c_attn c_proj c_fc w1 w2 w3 Wqkv out_proj "
     "query_key_value dense_h_to_4h dense_4h_to_h".split()
 )
-# vLLM 0.32, `vllm/model_executor/models/`: classes without `SupportsLoRA`, or not there at all.
+# vLLM 0.32, `vllm/model_executor/models/`: classes without `SupportsLoRA`, or not there at all and
+# not fit for its Transformers backend (`is_backend_compatible`).
 # RoBERTa's have it, but load no head of two layers, and do not start with --lora-target-modules.
 _VLLM_WITHOUT = (
-    "albert bart bert bloom deberta deberta-v2 distilbert electra falcon gpt2 gptj mamba mamba2 "
-    "mbart modernbert mt5 roberta stablelm t5 vit xlm-roberta"
+    "albert bamba bart bert big_bird bigbird_pegasus biogpt blenderbot blenderbot-small bloom blt "
+    "codegen cohere2_moe cpmant dbrx deberta deberta-v2 deepseek_v4 distilbert electra falcon "
+    "falcon_mamba fsmt gemma3n gemma3n_text gpt-sw3 gpt2 gpt_neo gpt_neox_japanese gptj hrm_text "
+    "kimi_linear led longt5 m2m_100 mamba mamba2 marian mbart megatron-bert mimo_v2_flash "
+    "modernbert mpt mt5 mvp nllb-moe openai-gpt pegasus plbart prophetnet reformer rembert roberta "
+    "roformer rwkv speech_to_text stablelm switch_transformers t5 trocr umt5 vit xglm xlm "
+    "xlm-roberta xlnet xlstm zamba zamba2"
 ).split()
-# Classes whose `embedding_modules` lack the head.
+# Classes whose `embedding_modules` lack the head, those of the Transformers backend among them.
 _VLLM_WITHOUT_HEAD = (
-    "cohere cohere2 gemma gemma2 gemma3_text glm glm4 gpt_bigcode gpt_neox mistral olmo olmo2 "
-    "olmoe opt phi qwen2 qwen2_moe smollm3 starcoder2"
+    "afmoe arcee axk1 axk2 bitnet cohere cohere2 cwm deepseek_v2 deepseek_v3 deepseek_v32 "
+    "diffllama doge dots1 emu3 ernie4_5_moe flex_olmo gemma gemma2 gemma3_text gemma4_text glm "
+    "glm4 glm4_moe glm4_moe_lite glm_moe_dsa gpt_bigcode gpt_neox gpt_oss helium hunyuan_v1_dense "
+    "hunyuan_v1_moe hy_v3 hy_v4 jais2 jetmoe laguna longcat_flash mellum minimax minimax_m2 "
+    "ministral ministral3 mistral nanochat olmo olmo2 olmo3 olmo_hybrid olmoe opt persimmon phi "
+    "qwen2 qwen2_moe qwen3_next recurrent_gemma seed_oss smollm3 solar_open starcoder2 "
+    "vaultgemma youtu zaya"
 ).split()
 _VLLM_UNADAPTED = {
     **dict.fromkeys(_VLLM_WITHOUT, frozenset({ALL})),
@@ -98,8 +112,9 @@ _VLLM_UNADAPTED = {
 }
 # Classes whose `embedding_modules` name the embedding.
 _VLLM_EMBEDDINGS = frozenset(
-    "apertus cohere cohere2 exaone4 falcon_h1 granite granitemoe granitemoehybrid granitemoeshared "
-    "jamba lfm2 lfm2_moe llama minicpm mixtral nemotron phimoe qwen3".split()
+    "apertus cohere cohere2 ernie4_5 exaone4 exaone_moe falcon_h1 granite granite_swa granitemoe "
+    "granitemoe_swa granitemoehybrid granitemoeshared hyperclovax jamba lfm2 lfm2_moe llama llama4 "
+    "llama4_text minicpm minicpm3 mixtral nemotron nemotron_h phi3 phimoe qwen3 qwen3_moe".split()
 )
 # Multimodal types whose class takes `model.…` for the text model (`hf_to_vllm_mapper`).
 VLLM_TEXT_NAMES = frozenset("ernie4_5_vl_moe mistral3 paddleocr_vl qwen2_5_vl qwen2_vl".split())
@@ -129,6 +144,7 @@ PROFILES = {
             512,
             biases=False,
             embeddings=_VLLM_EMBEDDINGS,
+            experts=_EXPERTS,
             unadapted=_VLLM_UNADAPTED,
             slots=(1, 8, 16, 32, 64, 128, 256, 320, 512),
             reading=Reading(patterns=True, rslora=True),

@@ -19,7 +19,7 @@ from ..model.base import BaseModel, open_base
 from ..model.match import as_trained, classes
 from ..model.names import Names
 from ..model.quantized import Dequantized, method, quantization
-from ..model.tasks import architecture_of, task_of
+from ..model.tasks import architecture_of, auto_class, task_of
 from ..model.tying import embedding_in
 from ..readers import ReadOptions, read_run
 from ..run import Run
@@ -27,14 +27,6 @@ from .merged.requantized import Blocks, blocks_of
 from .model import Model, read_logits
 
 _NARROW = 0.05  # of an update's own effect, for an adapter of less than float32
-_AUTO = {
-    "causal-lm": "AutoModelForCausalLM",
-    "sequence-classification": "AutoModelForSequenceClassification",
-    "question-answering": "AutoModelForQuestionAnswering",
-    "seq2seq-lm": "AutoModelForSeq2SeqLM",
-    "token-classification": "AutoModelForTokenClassification",
-    "feature-extraction": "AutoModel",
-}
 
 
 @dataclass(frozen=True)
@@ -179,11 +171,10 @@ def class_of(run: Run, base: BaseModel) -> tuple[Any, Any]:
     if run.num_labels is not None:
         config.num_labels = run.num_labels
     own = architecture_of(base.config)
-    if own and run.task in (None, task_of(base.config)):
-        cls = getattr(transformers, own, None)
-    else:
-        mapping = getattr(transformers, _AUTO[run.task or "feature-extraction"])._model_mapping
-        cls = mapping.get(type(config), None)
+    name: str | None = own
+    if not own or run.task not in (None, task_of(base.config)):
+        name = auto_class({"model_type": config.model_type}, run.task or "feature-extraction")
+    cls = getattr(transformers, name or "", None)
     if cls is None:  # of a task that the family's class is for by another name
         with suppress(TargetError):
             found = classes(run.task, run.num_labels, base).whole.names.architecture

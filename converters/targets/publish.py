@@ -11,7 +11,8 @@ from typing import Any
 from ..certificate import write_certificate
 from ..errors import OutputError
 from ..files.output import check_output, output_folder
-from .target import Plan, Progress, Report
+from ..progress import Progress
+from .target import Plan, Report
 
 Bar = Callable[[int], AbstractContextManager[Progress]]
 Prove = Callable[[Path], Mapping[str, object]]

@@ -7,21 +7,20 @@ its options cost a command line nothing.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from importlib.metadata import entry_points
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol
 
 from ..errors import MissingError, TargetError
+from ..progress import Progress
 from .engines import PEFT, TRANSFORMERS, Profile
 
 if TYPE_CHECKING:
     from ..model.base import BaseModel
     from ..run import Run
     from .model import Model
-
-Progress = Callable[[int], None]  # told the bytes just written, from any thread
 
 
 @dataclass(frozen=True)
@@ -131,8 +130,10 @@ def target_named(name: str) -> Target:
 def target_of(folder: Path) -> Target:
     """The target that wrote `folder`, by its certificate, else by how the folder looks to each."""
     from ..certificate import FILE
+    from ..files.handles import check_there
     from ..files.json_files import read_json
 
+    check_there(folder)
     file = folder / FILE
     wrote = read_json(file).get("target") if file.is_file() else None
     if wrote is not None:

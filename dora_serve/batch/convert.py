@@ -44,7 +44,7 @@ def convert(job: Job) -> Record | None:
             base = open_base(job.base)
             said["named"] = base.name  # the adapter's configuration has it
         key = content_key(run, base, target=name, **said)
-        if _is_done(job, key):
+        if key == job.done and _is_whole(job.output):
             return None
         if job.ours and job.output.is_dir():
             _remove_changed(job.output)
@@ -79,10 +79,6 @@ def _remove_changed(output: Path) -> None:
         proof = output / CERTIFICATE
         for name in {*others} & read_records(read_json(proof), proof).keys():
             (output / name).unlink()
-
-
-def _is_done(job: Job, key: str) -> bool:
-    return key == job.done and _is_whole(job.output)
 
 
 def _is_whole(folder: Path) -> bool:

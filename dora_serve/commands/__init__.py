@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import sys
+from collections.abc import Iterator
 from importlib import import_module
 from importlib.metadata import version
 from traceback import extract_tb
@@ -62,7 +63,8 @@ class _LazyGroup(click.Group):
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
         ctx.meta[_WANTS_JSON] = "--json" in args
         ctx.color = _colour()
-        return super().parse_args(ctx, args)
+        with _usage_as_json(ctx):
+            return super().parse_args(ctx, args)
 
     def main(self, *args: Any, **kwargs: Any) -> Any:
         try:
@@ -76,13 +78,8 @@ class _LazyGroup(click.Group):
 
     def invoke(self, ctx: click.Context) -> Any:
         try:
-            return super().invoke(ctx)
-        except click.UsageError as error:
-            if ctx.meta[_WANTS_JSON]:
-                click.echo(
-                    json_text({"error": {"code": "UsageError", "message": error.format_message()}})
-                )
-            raise
+            with _usage_as_json(ctx):
+                return super().invoke(ctx)
         except KeyboardInterrupt:
             click.echo("stopped by Ctrl-C", err=True)
             ctx.exit(_INTERRUPTED)
@@ -101,6 +98,19 @@ class _LazyGroup(click.Group):
             hint = f" Did you mean {close[0]}?" if close else ""
             ctx.fail(f"No such command {args[0]!r}.{hint}")
         return super().resolve_command(ctx, args)
+
+
+@contextlib.contextmanager
+def _usage_as_json(ctx: click.Context) -> Iterator[None]:
+    """Tell a wrong use as any other error where JSON is asked for; click tells people."""
+    try:
+        yield
+    except click.UsageError as error:
+        if ctx.meta[_WANTS_JSON]:
+            program = (error.ctx or ctx).command_path
+            remedy = f"see {program} --help"
+            click.echo(json_text({"error": common.usage_fields(error.format_message(), remedy)}))
+        raise
 
 
 def _names(command: click.Command) -> set[str | None]:

@@ -13,6 +13,7 @@ import click
 from converters.errors import visible
 
 from ..batch.manifest import forms
+from ..progress import progress_bar
 from ..wording import in_flags
 from . import common
 from .by_target import adapters
@@ -85,7 +86,7 @@ def command(
         engine = partial(on_processes, workers=workers or len(cores()))
     else:
         engine = partial(on_ray, address=ray)
-    with common.progress_bar(len(batch.jobs), "converting", unit="run") as advance:
+    with progress_bar(len(batch.jobs), "converting", unit="run") as advance:
         summary = run_batch(batch, engine, advance)
     if as_json:
         paths = {"output": str(out), "status": str(out / FILE)}

@@ -13,6 +13,7 @@ import click
 from converters.options import FitOptions, ReadOptions, names
 from converters.targets.target import targets
 
+from ..progress import progress_bar
 from ..wording import quoted
 from . import common
 
@@ -107,11 +108,11 @@ def _write(
         force=force,
         resume=resume,
         dry_run=dry_run,
-        progress=partial(common.progress_bar, text="writing"),
+        progress=partial(progress_bar, text="writing"),
         **options,
     )
     plan, more = artifact.plan, []
     if artifact.written and plan.base is not None and targets()[target].engines:
-        words = (run, out, "--base", plan.base.name)
+        words = (run, out, "--base", plan.base.name, *common.as_words(ReadOptions, read))
         more = [f"check it: dora-export verify {' '.join(map(quoted, words))}"]
     common.show(artifact, as_json, *more)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import functools
 import io
+import logging
 import re
 import socket
 import sys
@@ -18,9 +19,11 @@ from typing import TYPE_CHECKING, Any, Literal, TypeVar, get_args, get_type_hint
 
 import click
 
+from converters import progress
 from converters.errors import DoraExportError, visible
 from converters.options import SHORT, FitOptions, ReadOptions, names
 
+from ..progress import LOUDNESS, is_said, progress_bar
 from ..remote.local import Remote, is_url, local_values
 from ..wording import in_flags, json_text
 
@@ -30,6 +33,8 @@ if TYPE_CHECKING:
     from converters.targets.target import Plan, Report
 
 F = TypeVar("F", bound=Callable[..., Any])
+
+FIELDS = ("message", "file", "tensor", "found", "expected", "remedy")  # of an error
 
 # The optional packages, each with the extra that brings it.
 EXTRAS = {
@@ -171,6 +176,16 @@ def _flag(field: Field[Any], hint: Any) -> click.Option:
     )
 
 
+def as_words(options: type, given: Mapping[str, Any]) -> list[str]:
+    """What of `given` was said, as the flags of the dataclass say it, to be copied."""
+    words: list[str] = []
+    for flag in flags(options):
+        value = given.get(str(flag.name))
+        for each in value if isinstance(value, tuple) else () if value is None else (value,):
+            words += [flag.opts[0], str(each)]
+    return words
+
+
 def takes(options: type) -> Callable[[F], F]:
     """Give a command the flags of a dataclass."""
 
@@ -202,14 +217,13 @@ base_option = click.option(
 json_option = click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 force_option = click.option("--force", is_flag=True, help="Replace an output that is there.")
 dry_run_option = click.option("--dry-run", is_flag=True, help="Check and show the plan only.")
-_LOUDNESS = "dora_serve.loudness"
 
 
 def loudness() -> list[click.Option]:
     """What every verb takes, and `_said` and `progress_bar` heed."""
 
     def note(ctx: click.Context, param: click.Parameter, value: bool) -> None:
-        if value and ctx.meta.setdefault(_LOUDNESS, param.name) != param.name:
+        if value and ctx.meta.setdefault(LOUDNESS, param.name) != param.name:
             raise click.UsageError("give one of --quiet and --verbose")
 
     return [
@@ -223,20 +237,15 @@ def loudness() -> list[click.Option]:
     ]
 
 
-def _is(loudness: str) -> bool:
-    context = click.get_current_context(silent=True)
-    return context is not None and context.meta.get(_LOUDNESS) == loudness
-
-
 @contextmanager
 def _said(as_json: bool) -> Iterator[None]:
     """Let nothing of a quiet command reach stdout; a verbose one ends with its time."""
     begun = time.monotonic()
-    with redirect_stdout(io.StringIO()) if _is("quiet") and not as_json else nullcontext():
+    with redirect_stdout(io.StringIO()) if is_said("quiet") and not as_json else nullcontext():
         try:
             yield
         finally:
-            if _is("verbose"):
+            if is_said("verbose"):
                 click.echo(f"{time.monotonic() - begun:.1f} s", err=True)
 
 
@@ -284,6 +293,9 @@ def reports_errors(function: F) -> F:
 
     @functools.wraps(function)
     def wrapped(*args: Any, **kwargs: Any) -> Any:
+        progress.show(progress_bar)
+        # It warns of a faster kernel that nothing here would use, whenever PEFT is imported.
+        logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
         try:
             with (
                 _said(bool(kwargs.get("as_json"))),
@@ -308,7 +320,7 @@ def reports_errors(function: F) -> F:
                 )
             if kwargs.get("as_json"):
                 click.echo(json_text({"error": _fields(error)}))
-            if _is("verbose"):
+            if is_said("verbose"):
                 traceback.print_exception(error)
             click.secho(f"error: {in_flags(error)}", fg="red", err=True)
             sys.exit(1)
@@ -318,10 +330,14 @@ def reports_errors(function: F) -> F:
 
 def _fields(error: DoraExportError) -> dict[str, str | None]:
     """What `--json` tells of a `DoraExportError`."""
-    told = {name: getattr(error, name) for name in ("file", "tensor", "found", "expected")}
-    more = {"message": error.message, **told, "remedy": error.remedy}
-    shown = {name: None if v is None else in_flags(visible(v)) for name, v in more.items()}
+    told = {name: getattr(error, name) for name in FIELDS}
+    shown = {name: None if v is None else in_flags(visible(v)) for name, v in told.items()}
     return {"code": type(error).__name__, **shown}
+
+
+def usage_fields(message: str, remedy: str) -> dict[str, str | None]:
+    """What `--json` tells of a wrong use, in the same fields."""
+    return {"code": "UsageError", **dict.fromkeys(FIELDS), "message": message, "remedy": remedy}
 
 
 def warn(warnings: tuple[str, ...]) -> None:
@@ -339,22 +355,6 @@ def left_out(problems: Mapping[str, str], warnings: Mapping[str, str]) -> None:
 
 def print_json(value: object) -> None:
     click.echo(json_text(value, indent=2))
-
-
-@contextmanager
-def progress_bar(total: int, text: str, unit: str = "B") -> Iterator[Callable[[int], None]]:
-    """A bar with bytes (or runs, …) and time left; nothing where stderr is no terminal."""
-    if not sys.stderr.isatty() or _is("quiet"):
-        yield lambda _count: None
-        return
-    from tqdm import tqdm
-
-    with tqdm(total=total, desc=text, unit=unit, unit_scale=unit == "B", leave=False) as bar:
-
-        def update(count: int) -> None:
-            bar.update(count)
-
-        yield update
 
 
 def check_port(host: str, port: int) -> None:

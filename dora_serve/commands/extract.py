@@ -9,6 +9,7 @@ import click
 
 from converters.options import FitOptions
 
+from ..progress import timed
 from . import common
 from .by_target import TargetCommand, adapters, target_option
 
@@ -43,12 +44,14 @@ def command(
     By default every module keeps 0.999 of its squared singular values (--energy 0.999). Tensors
     that changed and are no linear weights (norms, biases, embeddings, heads) are carried whole.
     """
+    from converters.model.base import open_base
     from dora_serve.api import extract
 
     common.one_limit(options)
-    artifact = extract(
-        tuned, out, base=base, target=target, force=force, dry_run=dry_run, **options
-    )
+    with timed("extract", "finding what was changed", open_base(base).nbytes):
+        artifact = extract(
+            tuned, out, base=base, target=target, force=force, dry_run=dry_run, **options
+        )
     common.show(artifact, as_json, report=False)
 
 

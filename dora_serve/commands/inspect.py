@@ -62,7 +62,7 @@ def command(
     for file in files:
         check_apart(file, inputs)
     info = _describe(loaded, model)
-    largest = max(loaded.start_rank.values(), default=0)
+    largest = max([*loaded.start_rank.values(), *info["ranks"].values()], default=0)
     if png is not None:
         save_png(info["ranks"], largest, png, f"{loaded.path.parent.name}: ranks", force)
     facts = _facts(info)
@@ -75,7 +75,7 @@ def command(
     if curve:
         info["curve"] = [asdict(point) for point in points]
     if as_json:
-        common.print_json(info)
+        common.print_json({**info, "written": [str(file) for file in files]})
         return
     for name, value in {**facts, **info["targets"]}.items():
         click.echo(f"{name:<11} {visible(value)}")
@@ -90,6 +90,8 @@ def command(
                 f"{point.parameters:>12} {size:>10} {point.mean_rank:>10.2f} "
                 f"{fit.percent(point.error):>9}"
             )
+    for file in files:
+        click.echo(f"{visible(file)}: written, {common.size(file.stat().st_size)}")
     common.warn(loaded.warnings)
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-import sys
+from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,6 +14,7 @@ from converters.options import ReadOptions
 from converters.targets.onnx import OnnxOptions
 
 from ..folder.names import own_name
+from ..progress import timed
 from . import common
 
 if TYPE_CHECKING:
@@ -91,17 +92,17 @@ def command(
             click.echo(f"{visible(out)}: adapter {visible(name)} {would}, ranks up to {largest}")
         common.warn(warnings)
         return
-    if sys.stderr.isatty() and not dry_run:
-        click.echo("building the graph and comparing it with the live run …", err=True)
-    artifact = write_onnx(
-        model,
-        out,
-        run=run,
-        adapters=adapters or None,
-        precision=precision,
-        force=force,
-        dry_run=dry_run,
-    )
+    doing = "building the graph and comparing it with the live run"
+    with nullcontext() if dry_run else timed(f"onnx-{precision}", doing, model.nbytes):
+        artifact = write_onnx(
+            model,
+            out,
+            run=run,
+            adapters=adapters or None,
+            precision=precision,
+            force=force,
+            dry_run=dry_run,
+        )
     proved = (
         f"{name}: logits within {numbers['max_abs']:.1e} of the live run, "
         f"top-1 {numbers['top1']:.1%}"

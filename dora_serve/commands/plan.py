@@ -6,8 +6,9 @@ from pathlib import Path
 
 import click
 
-from converters.errors import MissingError
+from converters.errors import MissingError, visible
 
+from ..progress import progress_bar
 from ..wording import quoted
 from . import common
 
@@ -65,15 +66,20 @@ def command(
         )
     program = find_vllm_or_name()
     commands = []
-    for pool in fleet.pools:
-        place = vllm_adapter if convert else vllm_adapter_path
-        paths = {name: place(found.members[name]) for name in pool.ranks}
-        commands.append(serve_options(pool, paths))
+    place = vllm_adapter if convert else vllm_adapter_path
+    with progress_bar(sum(len(p.ranks) for p in fleet.pools), "adapters", "adapter") as advance:
+        for pool in fleet.pools:
+            paths = {}
+            for name in pool.ranks:
+                paths[name] = place(found.members[name])
+                advance(1)
+            commands.append(serve_options(pool, paths))
     if yaml_path is not None:
         if len(commands) != 1:
             raise click.UsageError(f"--yaml takes one base, and there are {len(commands)}")
         write_file(yaml_path, yaml_file(commands[0]).encode(), force)
-    if png is not None and any(pool.ranks for pool in fleet.pools):
+    drawn = png is not None and any(pool.ranks for pool in fleet.pools)
+    if png is not None and drawn:
         save_png(fleet, png, force)
     if as_json:
         lines = [command_line(options, program) for options in commands]
@@ -86,6 +92,8 @@ def command(
     for options in commands:
         click.echo()
         click.echo(shell(command_line(options, program)))
+    for file in filter(None, (yaml_path, png if drawn else None)):
+        click.echo(f"\n{visible(file)}: written")
     if commands:
         given = f" --base {quoted(base)}" if base else ""
         where = f"{quoted(folder)}{given}"

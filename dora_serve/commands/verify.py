@@ -12,6 +12,7 @@ import click
 from converters.errors import visible
 from converters.targets.target import targets
 
+from ..progress import timed
 from . import common
 
 if TYPE_CHECKING:
@@ -46,7 +47,9 @@ def command(
     from dora_serve.proof.verify import verify
 
     loaded = common.load_run(run, base, **options)
-    result = verify(loaded, artifact, find_base(loaded, base), engine)
+    model = find_base(loaded, base)
+    with timed("verify", "comparing with the live run", model.nbytes):
+        result = verify(loaded, artifact, model, engine)
     if as_json:
         numbers = {**asdict(result), "passed": result.passed}
         common.print_json({k: None if v != v else v for k, v in numbers.items()})

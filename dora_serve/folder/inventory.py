@@ -154,27 +154,6 @@ def _read_beside(path: Path, bases: Sequence[BaseModel]) -> Run | None:
     return None
 
 
-def find_run(root: Path, name: str) -> Path | None:
-    """The folder of the run below `root` that is called `name`, or whose path below `root` it is.
-    None when there is none; nothing outside of `root` is found."""
-    top = root.resolve()
-    known = readers()
-    if not_a_name(name):
-        return None
-    try:
-        path = (top / name).resolve()
-        if path != top and path.is_relative_to(top) and path.is_dir():
-            below = [p.name for p in path.iterdir()]
-            if path == top / name and _kind(path, below, known) == "run":
-                return path
-    except (OSError, ValueError, RuntimeError):  # no name of a file, a link to itself, or gone
-        return None
-    paths = dict(things_below(top, known))
-    named = {own: path for path, own in names_below(top, list(paths)).items()}
-    found = named.get(name)
-    return found if found is not None and paths[found] == "run" else None
-
-
 def things_below(root: Path, known: Sequence[Reader]) -> Iterator[tuple[Path, str]]:
     """Folders that hold something, with what: "run", "model", "onnx", or what is odd about it.
     Links are not followed out of `root`, and nothing is looked for inside what was found."""

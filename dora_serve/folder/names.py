@@ -12,7 +12,7 @@
    (`x/../run`, `run/`) is one.
 
 The path below the folder names a thing at any time and never another one, whatever arrives later:
-`find_run` understands it beside the name.
+`Following.find` understands it beside the name.
 """
 
 from __future__ import annotations

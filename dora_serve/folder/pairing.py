@@ -18,6 +18,7 @@ from converters.model.match import check_frozen, check_names
 from converters.model.quantized import method
 from converters.run import Run
 
+from ..wording import quoted
 from .names import own_name
 
 # What people call quantized models, in the last part of a name.
@@ -30,13 +31,15 @@ _HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
 
 def base_of(run: Run, bases: Sequence[BaseModel]) -> BaseModel:
     """The one of `bases` that `run` was trained on: the one whose weights its checkpoint carries,
-    else the one it names (also by a hub id, from the local cache), else, where it names none, the
-    only one whose matrices have the shapes of its updates.
+    else the one it names or a copy of that (also by a hub id, from the local cache), else, where it
+    names none, the only one whose matrices have the shapes of its updates.
 
     Raises `BaseError` when that is none or several.
     """
     fitting = [base for base in bases if fits(run, base)]
-    named = [base for base in fitting if run.base is not None and is_named(run.base, base)]
+    named: list[BaseModel] = []
+    for meant in (is_named, is_copy):
+        named = named or [base for base in fitting if run.base and meant(run.base, base)]
     if len(named) == 1:
         return named[0]
     if len(fitting) == 1 and (run.base is None or run.embedded_base is not None):
@@ -46,14 +49,15 @@ def base_of(run: Run, bases: Sequence[BaseModel]) -> BaseModel:
             cached = open_base(run.base)
             if fits(run, cached):
                 return cached
-    found = f"{len(fitting)} bases that fit: {', '.join(own_name(base.path) for base in fitting)}"
-    if not fitting:
-        found = f"no base that fits among {len(bases)}"
+    names = ", ".join(own_name(base.path) for base in fitting)
+    count = f"{len(fitting)} bases fit" if len(fitting) > 1 else "one base fits"
+    found = f"{count}: {names}" if fitting else f"no base that fits among {len(bases)}"
+    one = f"--base {quoted(fitting[0].path)} if that is the right one" if fitting else "--base"
     raise BaseError(
         "the run's base is not known",
         file=run.path,
         found=found if run.base is None else f"{found}; the run names {run.base}",
-        remedy="put the base that it names into the folder, or pass --base",
+        remedy=f"put the base that it names into the folder, or pass {one}",
     )
 
 
@@ -74,9 +78,17 @@ def is_named(wanted: str, base: BaseModel) -> bool:
     return known == own and not (here and _differs(path, base))
 
 
+def is_copy(wanted: str, base: BaseModel) -> bool:
+    """Whether `wanted` is a folder that is there, and `base` its copy, whatever it is called."""
+    path = Path(wanted)
+    return there(path) and path.is_dir() and _differs(path, base) is False
+
+
 def told(run: Run, base: BaseModel) -> Run:
     """`run` for `base`, which the user gave: with a warning where it names another one."""
-    if run.base is None or run.embedded_base is not None or is_named(run.base, base):
+    if run.base is None or run.embedded_base is not None:
+        return run
+    if is_named(run.base, base) or is_copy(run.base, base):
         return run
     warning = f"the run names {run.base} as its base; it goes with {base.name}, as was asked for"
     if base.stored is None and not base.packed:
@@ -143,12 +155,12 @@ def _is_hub_id(name: str) -> bool:
     return _HUB_ID.fullmatch(name) is not None and not there(Path(name))
 
 
-def _differs(path: Path, base: BaseModel) -> bool:
-    """Whether the model at `path` surely is another than `base`."""
+def _differs(path: Path, base: BaseModel) -> bool | None:
+    """Whether the model at `path` is another than `base`; None where it cannot be read."""
     try:
         other = open_base(path)
     except DoraExportError:
-        return False
+        return None
     if {n: (t.dtype, t.shape) for n, t in other.tensors.items()} != {
         n: (t.dtype, t.shape) for n, t in base.tensors.items()
     }:

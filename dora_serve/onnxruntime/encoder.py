@@ -38,6 +38,7 @@ _POSITIONS_AFTER_PADDING = frozenset(
 )
 # Classes of no family, whose tokenizers give no types where their files ask for none.
 _UNTYPED = ("TokenizersBackend", "PreTrainedTokenizerFast")
+_PIPELINES = "sentence_*_config.json"  # of sentence-transformers, one for each kind of model
 _WIDEST = 1 << 14  # numbers of a token's state
 STATES = "last_hidden_state"
 Ids = Sequence[int]
@@ -80,12 +81,18 @@ class Encoder(AdaptedFolder):
         self.adapter_set = AdapterSet([self._session], heads)
         self.adapter_set.add_all(self.folder)
 
-    @property
+    @cached_property
     def max_length(self) -> int:
-        """How many tokens a row may have; a million for a model that tells no bound."""
+        """How many tokens a row may have: those that the model has positions for, or less where its
+        tokenizer or its pipeline says so, as in vLLM; a million where nothing tells a bound."""
         longest = int(self._config.get("max_position_embeddings") or 1_000_000)
         after_padding = self._config.get("model_type") in _POSITIONS_AFTER_PADDING
-        return longest - (1 + self._padding if after_padding else 0)
+        said = [longest - (1 + self._padding if after_padding else 0)]
+        for path in (self.folder / "tokenizer_config.json", *self.folder.glob(_PIPELINES)):
+            known = read_json(path) if path.exists() else {}
+            values = (known.get(key) for key in ("model_max_length", "max_seq_length"))
+            said += [int(n) for n in values if isinstance(n, int | float) and n > 0]
+        return min(said)
 
     @cached_property
     def _typed(self) -> bool:

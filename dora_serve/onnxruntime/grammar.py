@@ -1,11 +1,13 @@
 """Completions that a grammar accepts: which tokens may come next.
 
 The masks are computed beside the graph's next run, in threads of their own, and without the
-interpreter's lock. A grammar has bounds of time and memory: one that needs more is an error.
+interpreter's lock. A grammar has bounds of time and memory: one that needs more is an error, since
+whoever has a row in the same batch waits for its masks.
 """
 
 from __future__ import annotations
 
+import time
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import cached_property
 from threading import Lock
@@ -30,6 +32,9 @@ LIMITS: dict[str, Any] = {
     "max_grammar_size": 100_000,
     "verbose_errors": False,
 }
+
+# Seconds of the processor that the masks of a grammar may take, of all that follow it.
+_AT_ONCE, _PER_TOKEN = 1.0, 0.02
 
 
 def limits() -> Any:
@@ -81,17 +86,35 @@ class Grammar:
 
     def __init__(self, matcher: Any, threads: ThreadPoolExecutor) -> None:
         self._matcher, self._threads = matcher, threads
+        self._left = _AT_ONCE  # seconds
 
     def begin(self) -> Constraint:
-        return Constraint(self._matcher.deep_copy(), self._threads)
+        return Constraint(self, self._matcher.deep_copy())
+
+    def follow(self, matcher: Any, token: int | None) -> Future[NDArray[np.bool_]]:
+        """The tokens that may come next, once `token` came."""
+        return self._threads.submit(self._next, matcher, token)
+
+    def _next(self, matcher: Any, token: int | None) -> NDArray[np.bool_]:
+        begin = time.thread_time()
+        if token is not None and not matcher.is_stopped():
+            matcher.consume_token(token)
+        packed = np.frombuffer(matcher.compute_bitmask(), np.uint8)
+        _check(matcher)
+        self._left = min(_AT_ONCE, self._left + _PER_TOKEN) - (time.thread_time() - begin)
+        if self._left < 0:
+            raise EngineError(
+                "the grammar takes too long", remedy="let less of it be read in several ways"
+            )
+        return np.unpackbits(packed, bitorder="little").view(np.bool_)
 
 
 class Constraint:
     """What one completion may write next."""
 
-    def __init__(self, matcher: Any, threads: ThreadPoolExecutor) -> None:
-        self._matcher, self._threads = matcher, threads
-        self._mask: Future[NDArray[np.bool_]] = threads.submit(self._next, None)
+    def __init__(self, grammar: Grammar, matcher: Any) -> None:
+        self._grammar, self._matcher = grammar, matcher
+        self._mask = grammar.follow(matcher, None)
 
     def __call__(self, logits: Logits) -> Logits:
         """`logits [vocab]` without the tokens that may not come; the argument stays as it is.
@@ -101,14 +124,7 @@ class Constraint:
 
     def take(self, token: int) -> None:
         """Go on with a token that was allowed."""
-        self._mask = self._threads.submit(self._next, token)
-
-    def _next(self, token: int | None) -> NDArray[np.bool_]:
-        if token is not None and not self._matcher.is_stopped():
-            self._matcher.consume_token(token)
-        packed = np.frombuffer(self._matcher.compute_bitmask(), np.uint8)
-        _check(self._matcher)
-        return np.unpackbits(packed, bitorder="little").view(np.bool_)
+        self._mask = self._grammar.follow(self._matcher, token)
 
 
 def _check(matcher: Any) -> None:

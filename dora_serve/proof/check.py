@@ -11,6 +11,7 @@ from converters.certificate import (
     SIGNATURE,
     artifact_files,
     file_record,
+    fingerprint_of_base,
     read_records,
     unlike,
     write_json,
@@ -68,7 +69,13 @@ def check(artifact: str | Path, base: str | Path | BaseModel | None = None) -> C
     found = [*_compare(folder, records)]
     weights = None
     if base is not None:
-        known = _fingerprint(proof, path)
+        known = fingerprint_of_base(proof)
+        if known is None:
+            raise TensorFileError(
+                "the certificate names no base",
+                file=path,
+                remedy="leave --base out: the artifact was written without one",
+            )
         model = base if isinstance(base, BaseModel) else open_base(base)
         weights = len(known)
         found += _compare_base(model, known)
@@ -108,18 +115,6 @@ def _compare(folder: Path, records: Mapping[str, Mapping[str, object]]) -> Itera
                 open_safetensors(path)
             except DoraExportError as error:
                 yield Difference(name, str(error).partition("\n")[0], "a whole safetensors file")
-
-
-def _fingerprint(proof: Mapping[str, object], path: Path) -> dict[str, str]:
-    base = proof.get("base")
-    known = base.get("fingerprint") if isinstance(base, dict) else None
-    if not isinstance(known, dict):
-        raise TensorFileError(
-            "the certificate names no base",
-            file=path,
-            remedy="leave --base out: the artifact was written without one",
-        )
-    return known
 
 
 def _compare_base(base: BaseModel, known: Mapping[str, str]) -> Iterator[Difference]:

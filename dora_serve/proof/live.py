@@ -159,7 +159,10 @@ class PeftTruth:
     def folded(self) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
         for module in self._switched:
             module.enable_adapters(True)
-        for layer in sorted(self._layers, key=lambda layer: not _has_rows(layer)):
+        # PEFT's layers of single rows come first.
+        for layer in sorted(
+            self._layers, key=lambda one: not hasattr(one, "trainable_tokens_delta")
+        ):
             inner = layer.get_base_layer()
             if hasattr(inner, "token_adapter"):  # PEFT would merge into a copy of it
                 layer.base_layer = inner = inner.token_adapter.get_base_layer()
@@ -279,10 +282,6 @@ def _is_peft(run: Run) -> bool:
     return (config.get("peft_type") != "LORA" or "lora_alpha" in config) and not config.get(
         "megatron_config"
     )
-
-
-def _has_rows(layer: object) -> bool:
-    return hasattr(layer, "trainable_tokens_delta")  # PEFT's, of single rows
 
 
 def _is_conv1d(layer: object) -> bool:

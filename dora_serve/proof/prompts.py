@@ -208,7 +208,8 @@ def tokenizer_fault(artifact: Path, run: Run, base: BaseModel) -> str | None:
     known = [run.path] if (run.path / "tokenizer_config.json").is_file() else []
     source = [*known, base.path][0]
     names = [name for name in _TOKENIZERS if (artifact / name).is_file()]
-    if all(_same_bytes(source / name, artifact / name) for name in names):
+    pairs = [(source / name, artifact / name) for name in names]
+    if all(one.is_file() and filecmp.cmp(one, its, shallow=False) for one, its in pairs):
         return None
     rows = []
     for folder in (artifact, source):
@@ -223,10 +224,6 @@ def tokenizer_fault(artifact: Path, run: Run, base: BaseModel) -> str | None:
         return None
     whose = "run's" if known else "base's"
     return f"its tokenizer makes other tokens of a text than the {whose}"
-
-
-def _same_bytes(one: Path, other: Path) -> bool:
-    return one.is_file() and filecmp.cmp(one, other, shallow=False)
 
 
 def _is_text(row: list[int], unknown: int | None, vocab: int) -> bool:
@@ -296,7 +293,8 @@ def _crossing(
     """The length of the long prompt, 0 for none, and which lengths it does not cross."""
     weights = sum(numel(tensor) for tensor in base.tensors.values())
     scores = vocab if name.endswith(("LM", "LMHeadModel", "Generation")) else 1
-    dear = int(min(_OPERATIONS / (2 * max(weights, 1)), _NBYTES / (4 * scores)))
+    # Operations of its tokens, bytes of its logits, and of a mask of all its tokens by all.
+    dear = int(min(_OPERATIONS / (2 * max(weights, 1)), _NBYTES / (4 * scores), _NBYTES**0.5))
     text = config.get_text_config()
     values = text.to_dict()
     wanted = {(key, n): min(n + n // 8 + 8, limit) for key, n in _lengths(values)}

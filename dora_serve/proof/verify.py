@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from converters.certificate import FILE as CERTIFICATE
-from converters.errors import BaseError, RunError, TargetError
+from converters.errors import BaseError, RunError, TargetError, some
 from converters.files.json_files import read_json
 from converters.fit import fit_run
 from converters.model.base import BaseModel, open_base
@@ -171,7 +171,7 @@ def _compare(
     max_abs = difference(reading.values, truth)
     if not max_abs <= tolerance and (both := model.missing & live.loaded.missing):
         failures.append(
-            f"neither it nor the base holds, so that they begin at random: {_some(both)}"
+            f"neither it nor the base holds, so that they begin at random: {some(sorted(both))}"
         )
     return Verification(
         "",
@@ -201,9 +201,9 @@ def _badly_loaded(model: Model, base: Loaded, run: Run) -> list[str]:
     more = model.unexpected - base.unexpected
     said = []
     if lacks:
-        said.append(f"it lacks tensors, which begin at random: {_some(lacks)}")
+        said.append(f"it lacks tensors, which begin at random: {some(sorted(lacks))}")
     if more:
-        said.append(f"it holds tensors that have no place in its class: {_some(more)}")
+        said.append(f"it holds tensors that have no place in its class: {some(sorted(more))}")
     return said
 
 
@@ -225,12 +225,6 @@ def _warnings(control: float, tolerance: float, has_update: bool, lost: float | 
             "update; use `dtype` float32, or deploy an adapter"
         )
     return said
-
-
-def _some(names: frozenset[str] | set[str]) -> str:
-    shown = sorted(names)
-    more = f" and {len(shown) - 6} more" if len(shown) > 6 else ""
-    return ", ".join(shown[:6]) + more
 
 
 def _reason(error: Exception) -> str:

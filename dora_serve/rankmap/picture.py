@@ -13,16 +13,15 @@ import click
 from converters.errors import visible
 
 from .output import write_file
+from .palette import FULL, TERMINAL, colours
 
 if TYPE_CHECKING:
+    from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
     from converters.fit import CurvePoint
 
 _LAYER = re.compile(r"(.*?)\.(\d{1,9})\.(.+)")
-
-# From dark (pruned) to bright, in the terminal's 256 colours.
-_COLORS = (236, 17, 18, 24, 30, 36, 42, 48, 84, 120, 156, 192, 228)
 
 Grid = dict[str, dict[str, dict[int, int]]]
 
@@ -50,10 +49,12 @@ def drawn(name: str) -> str:
     return "".join(signs).replace("$", r"\$")
 
 
-def _color(rank: int, largest: int) -> int:
-    if rank == 0 or largest == 0:
-        return _COLORS[0]
-    return _COLORS[1 + (rank * (len(_COLORS) - 2)) // largest]
+def _cell(rank: int, largest: int) -> str:
+    text = f"{rank:>4}"
+    if not rank:
+        return text
+    color = TERMINAL[rank * (len(TERMINAL) - 1) // largest]
+    return click.style(text, bg=color, fg=255 if color == TERMINAL[-1] else 16)
 
 
 def terminal_map(ranks: Mapping[str, int], largest: int) -> str:
@@ -67,16 +68,12 @@ def terminal_map(ranks: Mapping[str, int], largest: int) -> str:
             lines.append(f"  {'layer':<{width}} " + "".join(f"{layer:>4}" for layer in layers))
         for kind, row in kinds.items():
             cells = "".join(
-                click.style(
-                    f"{row[layer]:>4}",
-                    bg=_color(row[layer], largest),
-                    fg=16 if 2 * row[layer] > largest else 255,
-                )
-                if layer in row
-                else " " * 4
-                for layer in layers
+                _cell(row[layer], largest) if layer in row else " " * 4 for layer in layers
             )
             lines.append(f"  {visible(kind):<{width}} {cells}")
+    last = len(TERMINAL) - 1
+    steps = sorted({-(-largest * step // last) for step in range(last + 1)})  # the first of each
+    lines.append(f"scale of ranks {''.join(_cell(step, largest) for step in steps)}")
     return "\n".join(lines)
 
 
@@ -89,9 +86,9 @@ def save_png(
 
     grid = rank_grid(ranks)
     rows = sum(len(kinds) for kinds in grid.values())
-    columns = max(max(row) + 1 for kinds in grid.values() for row in kinds.values())
+    columns = max(len({x for row in kinds.values() for x in row}) for kinds in grid.values())
     figure = Figure(
-        figsize=(3 + 0.45 * columns, 1.2 + 0.36 * rows + 0.5 * len(grid)), layout="constrained"
+        figsize=(4 + 0.45 * columns, 1.2 + 0.36 * rows + 0.8 * len(grid)), layout="constrained"
     )
     panels = figure.subplots(
         len(grid), 1, squeeze=False, height_ratios=[len(kinds) for kinds in grid.values()]
@@ -99,24 +96,29 @@ def save_png(
     for (panel,), (stack, kinds) in zip(panels, grid.items(), strict=True):
         layers = sorted({layer for row in kinds.values() for layer in row})
         cells = [[row.get(layer, float("nan")) for layer in layers] for row in kinds.values()]
-        panel.imshow(cells, cmap="viridis", vmin=0, vmax=max(largest, 1), aspect="auto")
-        panel.set_xticks(range(len(layers)), [str(layer) for layer in layers])
+        image = panel.imshow(cells, cmap=colours(), vmin=0, vmax=max(largest, 1), aspect="auto")
+        panel.set_xticks(range(len(layers)) if stack else [], [*map(str, layers)] if stack else [])
         panel.set_yticks(range(len(kinds)), [drawn(kind) for kind in kinds])
         panel.set_title(drawn(stack) or "outside of layers", fontsize=9)
+        if stack:
+            panel.set_xlabel("layer")
         for y, row in enumerate(kinds.values()):
             for x, layer in enumerate(layers):
                 if layer in row:
-                    bright = 2 * row[layer] > largest
-                    panel.text(
-                        x,
-                        y,
-                        row[layer],
-                        ha="center",
-                        va="center",
-                        fontsize=8,
-                        color="black" if bright else "white",
-                    )
+                    _number(panel, x, y, row[layer], largest)
+    figure.colorbar(image, ax=panels, label="rank", aspect=30)
     _save(figure, path, title, force)
+
+
+def _number(panel: Axes, x: int, y: int, rank: int, largest: int) -> None:
+    """The rank in its cell, which is hatched where nothing is left."""
+    color = "white" if 1.2 * rank > largest else "black"
+    panel.text(x, y, rank, ha="center", va="center", fontsize=8, color=color)
+    if not rank:
+        from matplotlib.patches import Rectangle
+
+        place, hatched = (x - 0.5, y - 0.5), {"hatch": "////", "facecolor": "white"}
+        panel.add_patch(Rectangle(place, 1, 1, edgecolor="#d5dcdd", linewidth=0, **hatched))
 
 
 def save_curve(points: Sequence[CurvePoint], path: Path, title: str, force: bool = False) -> None:
@@ -125,7 +127,9 @@ def save_curve(points: Sequence[CurvePoint], path: Path, title: str, force: bool
 
     figure = Figure(figsize=(6, 4), layout="constrained")
     panel = figure.subplots()
-    panel.plot([p.parameters for p in points], [100 * p.error for p in points], marker="o")
+    panel.plot(
+        [p.parameters for p in points], [100 * p.error for p in points], marker="o", color=FULL
+    )
     panel.set_xlabel("parameters of the adapter")
     panel.set_ylabel("relative error of the update, %")
     panel.set_ylim(bottom=0)

@@ -74,7 +74,9 @@ def up(
         raise MissingError(
             "nothing here can be served",
             file=root,
-            remedy="put a base model into the folder, and runs or adapters beside it",
+            remedy="see what is said above of each"
+            if offer.problems
+            else "put a base model into the folder, and runs or adapters beside it",
         )
     url = f"http://{f'[{host}]' if ':' in host else host}:{port}"
     print(table(offer, url, api_key is not None), flush=True)

@@ -323,14 +323,6 @@ class _Names:
         return named
 
 
-def desired(root: Path, base: str | Path | None = None) -> Desired:
-    """What servers should have of `root` as it is, converted where it was not.
-
-    Raises `RunError` when the runs are of several bases.
-    """
-    return Following(root, given=None if base is None else open_base(base)).at_rest()
-
-
 def links(root: Path) -> Path:
     """Where the adapters of `root` are linked to: what a server loaded from there is ours to
     unload, also after a restart, and nothing else is."""

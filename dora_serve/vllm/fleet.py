@@ -178,7 +178,7 @@ class Pool:
         if len(self.ranks) == 1:
             (name,) = self.ranks
             return f"merge {name}: alone on its base, it pays for slots nobody shares"
-        return f"serve as adapters: {len(self.ranks)} merged models would be as many bases"
+        return f"serve as adapters: merged they would be {len(self.ranks)} whole models"
 
     @cached_property
     def split(self) -> dict[int, list[str]] | None:

@@ -10,9 +10,11 @@ from unicodedata import category, east_asian_width
 import click
 
 from converters.errors import visible
+from converters.fit import percent
 
 from ..commands.common import size
 from ..rankmap.output import write_file
+from ..rankmap.palette import EMPTY, FULL
 from ..rankmap.picture import drawn
 from ..wording import in_flags
 from .fleet import Fleet, Pool, step_for
@@ -79,7 +81,10 @@ def table(fleet: Fleet) -> Iterator[str]:
 def _settings(pool: Pool) -> Iterator[str]:
     slots = pool.slot * pool.max_loras
     yield f"  --max-lora-rank {pool.max_lora_rank}, the smallest that holds them"
-    yield f"  --max-loras {pool.max_loras} --max-cpu-loras {pool.max_cpu_loras}"
+    yield (
+        f"  --max-loras {pool.max_loras}, of as many a batch may be; "
+        f"--max-cpu-loras {pool.max_cpu_loras}, as many stay in memory"
+    )
     yield f"  --lora-target-modules {' '.join(pool.target_modules) or '(none left)'}"
     yield f"  a slot takes {size(pool.slot)}, all {size(slots)}; {pool.padding:.0%} is padding"
     if pool.slot:
@@ -90,10 +95,11 @@ def _settings(pool: Pool) -> Iterator[str]:
         )
     if not pool.fits:
         yield click.style("  does not fit into the memory given", fg="red")
+    forces = "alone forces" if len(pool.forced) == 1 else f"is one of {len(pool.forced)} that force"
     for forced in pool.forced:
         yield (
-            f"  {forced.name} (rank {forced.rank}) alone forces this step: fitted to "
-            f"{forced.step} its update is off by {100 * forced.error:.3g} % (--max-rank)"
+            f"  {forced.name} (rank {forced.rank}) {forces} this step: fitted to "
+            f"{forced.step} its update is off by {percent(forced.error)} (--max-rank)"
         )
     if pool.split:
         steps = "; ".join(f"{step}: {', '.join(names)}" for step, names in pool.split.items())
@@ -124,14 +130,21 @@ def save_png(fleet: Fleet, path: Path, force: bool = False) -> None:
         used = [pool.used[name] / 1e6 for name in pool.ranks]
         room = [pool.slot / 1e6] * len(used)
         bars = [
-            panel.barh(at, room, color="#d7dde4", label="padding"),
-            panel.barh(at, used, color="#2a6f97", label="components"),
+            panel.barh(at, room, color=EMPTY, edgecolor=FULL, linewidth=0.5, label="padding"),
+            panel.barh(at, used, color=FULL, label="the adapter's own numbers"),
         ]
+        shares = [
+            f"{pool.used[n] / pool.slot:.0%}, rank {pool.largest[n]}" if pool.slot else ""
+            for n in pool.ranks
+        ]
+        panel.bar_label(bars[0], shares, padding=4, fontsize=8)
+        panel.margins(x=0.22, y=0.01)
         panel.set_yticks(at, [drawn(name) for name in pool.ranks])
         panel.invert_yaxis()
-        panel.set_xlabel("MB a slot")
+        panel.set_xlabel("megabytes of the slot that vLLM keeps for each adapter")
+        panel.spines[["top", "right"]].set_visible(False)
         title = f"{drawn(pool.name)}, --max-lora-rank {pool.max_lora_rank}"
-        panel.set_title(title, fontsize=10)
+        panel.set_title(f"{title}: {pool.padding:.0%} of the slots is padding", fontsize=10)
     figure.legend(handles=bars, loc="outside lower right", ncols=2, fontsize=8)
     data = io.BytesIO()
     figure.savefig(data, dpi=130, format="png")

@@ -10,11 +10,12 @@ from pathlib import Path
 
 import click
 
-from converters.errors import DoraExportError, RunError
+from converters.errors import DoraExportError, RunError, visible
 from converters.files.cache import private_cache
 
 from ..commands.common import left_out
 from ..folder.inventory import discover
+from ..progress import progress_bar, say
 from ..wording import quoted
 from .command import command_line, find_vllm, serve_options, shell
 from .convert import vllm_adapter, vllm_adapter_path
@@ -65,13 +66,15 @@ def up(
         pool = _pool(root, fleet)
         adapters, problems = {}, dict(fleet.problems)
         place = vllm_adapter_path if dry_run else vllm_adapter
-        for name in pool.ranks:
-            try:
-                adapters[name] = place(found.members[name])
-            except DoraExportError as error:
-                problems[name] = str(error)
-            else:
-                click.echo(f"adapter {name}", err=True)
+        with progress_bar(len(pool.ranks), "adapters", "adapter") as advance:
+            for name in pool.ranks:
+                try:
+                    adapters[name] = place(found.members[name])
+                except DoraExportError as error:
+                    problems[name] = str(error)
+                else:
+                    say(visible(f"adapter {name}"))
+                advance(1)
         left_out(problems, found.warnings)
         options = serve_options(pool, adapters)
         if live:

@@ -191,6 +191,10 @@ FURTHER: dict[str, Case] = {
         trained={"target_modules": ["q_proj", "gate_proj", "up_proj", "down_proj"]},
     ),
     "experts that nobody says": Case("qwen3-moe", NONE, said(target_parameters=None), EXPERTS),
+    "experts without a prefix": Case("qwen3-moe", BOTH, named(PREFIX, ""), EXPERTS),
+    "experts under names of AutoModel": Case(
+        "qwen3-moe", TRANSFORMERS, named("model.layers.", "layers."), EXPERTS
+    ),
     "wrapped experts": Case("qwen3-moe", NONE, named("layers.0.", "layers.0._orig_mod."), EXPERTS),
     "experts of a layer too many": Case(
         "qwen3-moe", NONE, named("layers.1.", "layers.7."), EXPERTS

@@ -19,6 +19,7 @@ from converters.model.base import open_base
 from converters.targets.lora_folder import CONFIG, WEIGHTS
 from tests.conftest import randomize
 from tests.converters.families import DECODER, ENCODER, EXPERTS
+from tests.converters.families import FAMILIES as SHAPES
 
 PREFIX = "base_model.model."
 BOUND = 1e-4
@@ -126,6 +127,12 @@ def _sees(name: str, config: Callable[[], Any]) -> Family:
     return Family(whole, config, whole, targets=LANGUAGE)
 
 
+def _translates(name: str, *targets: str) -> Family:
+    whole, config = f"{name}ForConditionalGeneration", getattr(transformers, f"{name}Config")
+    values = SHAPES[name.lower()][2]
+    return Family(whole, lambda: config(**values), whole, task="SEQ_2_SEQ_LM", targets=targets)
+
+
 FAMILIES = {
     "qwen2": Family("Qwen2ForCausalLM", _qwen2, "Qwen2ForCausalLM"),
     "llama": Family(
@@ -173,6 +180,15 @@ FAMILIES = {
         task="SEQ_CLS",
         targets=("query", "value"),
     ),
+    "roberta, masked": Family(
+        "RobertaForMaskedLM",
+        lambda: transformers.RobertaConfig(**ENCODER),
+        "RobertaForMaskedLM",
+        task=None,
+        targets=("query", "value"),
+    ),
+    "bart": _translates("Bart", "q_proj", "v_proj", "fc1"),
+    "t5": _translates("T5", "q", "v", "wo"),
     "llava": _sees("Llava", _llava),
     "gemma3": _sees("Gemma3", _gemma3),
     "qwen2-vl": _sees("Qwen2VL", _qwen2_vl),
@@ -264,8 +280,11 @@ def renamed(lora: Path, out: Path, form: Callable[[str], str], every: bool = Fal
 
 
 def logits(model: Any) -> torch.Tensor:
+    inputs = dict(INPUTS)
+    if model.config.is_encoder_decoder:
+        inputs["decoder_input_ids"] = INPUTS["input_ids"][:, :5]
     with torch.inference_mode():
-        found = model.eval()(**INPUTS)
+        found = model.eval()(**inputs)
     values = found.logits if "logits" in found else found.last_hidden_state
     return torch.as_tensor(values.float())
 
@@ -276,11 +295,15 @@ def in_peft(family: str, base: Path, lora: Path) -> torch.Tensor:
 
 def computed(engine: str, family: str, base: Path, lora: Path, truth: torch.Tensor) -> bool:
     """Whether `engine` computes what is the truth."""
+    return computes(engine, load(FAMILIES[family], base), lora, truth)
+
+
+def computes(engine: str, model: Any, lora: Path, truth: torch.Tensor) -> bool:
+    """The same of the adapter on `model`, which is used up."""
     try:
         if engine == "peft":
-            found = in_peft(family, base, lora)
+            found = logits(PeftModel.from_pretrained(model, str(lora)))
         else:
-            model = load(FAMILIES[family], base)
             model.load_adapter(str(lora))
             found = logits(model)
     except (KeyError, ValueError, RuntimeError, TypeError):

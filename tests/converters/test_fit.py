@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from itertools import product
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -12,13 +13,20 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from converters.errors import DoraExportError
-from converters.fit import allocate, approximate, curve, fit_run
+from converters.fit import _dense_svd, allocate, change, curve, fit_run
 from converters.run import Run, strip_update
-from converters.updates.rank_one import RankOneSum
+from converters.updates.rank_one import RankOneSum, cut, rank_for, tail
 from converters.updates.update import Update
 from tests.conftest import Dense
 
 few = settings(max_examples=40, deadline=None)
+
+
+def approximate(update: Update, weight: torch.Tensor, **limit: Any) -> tuple[RankOneSum, float]:
+    """As `fit_run` fits an update that is no sum of components, on its weight."""
+    u, s, vh = _dense_svd(change(update, weight))
+    rank = rank_for(s, limit.get("max_rank"), limit.get("energy"))
+    return cut(u, s, vh, rank), tail(s, rank)
 
 
 def random_sum(out: int, inn: int, rank: int, seed: int = 0, size: float = 1.0) -> RankOneSum:

@@ -137,6 +137,21 @@ def test_any_vector_of_r_numbers_is_the_gate(
     assert torch.equal(update.c, layer.gate * ALPHA / RANK)
 
 
+@pytest.mark.parametrize(("shape", "fine"), [((4, 1), True), ((1, 4), True), ((2, 2), False)])
+def test_a_gate_lies_or_stands(
+    tmp_path: Path, layers: dict[str, Gated], shape: tuple[int, int], fine: bool
+) -> None:
+    for layer in layers.values():
+        layer.gate = layer.gate.view(shape)
+    write_adapter_folder(tmp_path / "run", layers, "gate")
+    if fine:
+        run = read_run(tmp_path / "run", OPTIONS)
+        assert {run.strip().rank(module) for module in run.updates} == {2}
+    else:
+        with pytest.raises(RunError, match="one per component"):
+            read_run(tmp_path / "run", OPTIONS)
+
+
 def test_two_gates_need_a_name(tmp_path: Path, layers: dict[str, Gated]) -> None:
     write_adapter_folder(tmp_path / "run", layers, "gate", r=RANK, lora_alpha=ALPHA)
 

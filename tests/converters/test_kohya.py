@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 
 import pytest
@@ -98,7 +99,20 @@ def test_what_is_not_read(base: Path, tmp_path: Path) -> None:
     strange = {name.replace("q_proj", "qkv"): tensor for name, tensor in tensors.items()}
     with pytest.raises(RunError, match="no module of this name"):
         read_run(write(tmp_path / "strange", strange), options)
+    twice = {n.replace("lora_te_text_model_", "lora_te_"): t.clone() for n, t in tensors.items()}
+    with pytest.raises(RunError, match="that another name is for"):
+        read_run(write(tmp_path / "twice", {**tensors, **twice}), options)
     folder = write(tmp_path / "epochs", tensors)
     save_file(tensors, folder / "my_style-000002.safetensors")
     with pytest.raises(RunError, match="several files"):
         read_run(folder, options)
+
+
+@pytest.mark.parametrize("alpha", [[1.0, 1.0], math.nan, math.inf])
+def test_an_alpha_that_is_none(alpha: float | list[float], base: Path, tmp_path: Path) -> None:
+    tensors, _ = train(base, 1.0)
+    name = next(name for name in tensors if name.endswith("alpha"))
+    changed = {**tensors, name: torch.tensor(alpha)}
+    run = read_run(write(tmp_path / "run", changed), ReadOptions(base=base))
+    with pytest.raises(RunError, match="not one finite number"):
+        [run.updates[module] for module in run.updates]

@@ -18,7 +18,7 @@ from converters.targets.lora_folder import CONFIG, WEIGHTS
 from dora_serve import merge, read_run, write_adapter
 from tests.conftest import made_once
 from tests.converters.families import save_base
-from tests.converters.lint_cases import FURTHER, QUICK, Plant
+from tests.converters.lint_cases import FURTHER, NONE, QUICK, Plant
 from tests.converters.naming import (
     BOTH,
     BOUND,
@@ -26,6 +26,7 @@ from tests.converters.naming import (
     OTHERS,
     WRAPPED,
     computed,
+    computes,
     errors,
     load,
     logits,
@@ -134,22 +135,34 @@ def test_every_tuner_under_every_form_of_a_name(tmp_path: Path, made: Made, kind
         assert float((merged - truth).abs().max()) <= BOUND, form
 
 
-# Family → what single experts are called on disk, and further settings of the base.
-SINGLE: dict[str, tuple[dict[str, Any], tuple[str, ...]]] = {
-    "qwen3-moe": ({}, ("experts.", "q_proj")),
-    "qwen3-moe, beside a dense layer": ({"mlp_only_layers": [0]}, ("mlp.", "q_proj")),
-    "qwen3-moe, two experts": ({}, ("experts.0.gate_proj", "experts.2.up_proj")),
-    "qwen2-moe": ({}, ("experts.", "shared_expert.")),
-    "mixtral": ({}, ("experts.1.w2", "v_proj")),
+# Family → further settings of the base, what single experts are called on disk, and who computes
+# the file as it lies there.
+SINGLE: dict[str, tuple[dict[str, Any], tuple[str, ...], frozenset[str]]] = {
+    "qwen3-moe": ({}, ("experts.", "q_proj"), BOTH),
+    "qwen3-moe, beside a dense layer": ({"mlp_only_layers": [0]}, ("mlp.", "q_proj"), NONE),
+    "qwen3-moe, two experts": ({}, ("experts.0.gate_proj", "experts.2.up_proj"), NONE),
+    "qwen2-moe": ({}, ("experts.", "q_proj"), NONE),
+    "qwen2-moe, and what they share": ({}, ("experts.", "shared_expert."), NONE),
+    "mixtral": ({}, ("experts.", "v_proj"), BOTH),
+    "mixtral, one expert": ({}, ("experts.1.w2", "v_proj"), NONE),
 }
 
 
-@pytest.mark.parametrize(
-    "name", [n if "two" in n else pytest.param(n, marks=pytest.mark.further) for n in SINGLE]
-)
+def _single() -> list[Any]:
+    asked = tuple(sorted(BOTH))
+
+    def marks(name: str) -> list[pytest.MarkDecorator]:
+        row: dict[str, Any] = {"family": name, "form": "single experts", "asked": asked}
+        row["computes"] = tuple(sorted(SINGLE[name][2]))
+        return [pytest.mark.named(**row), *([] if "two" in name else [pytest.mark.further])]
+
+    return [pytest.param(name, marks=marks(name), id=name) for name in SINGLE]
+
+
+@pytest.mark.parametrize("name", _single())
 def test_single_experts_are_written_as_peft_holds_them(tmp_path: Path, name: str) -> None:
     """As transformers 4 trained them. The truth is the base with the products added to its file."""
-    settings, parts = SINGLE[name]
+    settings, parts, expected = SINGLE[name]
     family = name.partition(",")[0]
     base = tmp_path / "base"
     cls = save_base(family, base, **settings)
@@ -174,7 +187,11 @@ def test_single_experts_are_written_as_peft_holds_them(tmp_path: Path, name: str
     truth, plain = (logits(cls.from_pretrained(folder)) for folder in (tmp_path / "right", base))
     assert float((truth - plain).abs().max()) > 100 * BOUND
 
-    run = read_run(tmp_path / "lora", ReadOptions(base=base))
+    lora = tmp_path / "lora"
+    found = {e for e in BOTH if computes(e, cls.from_pretrained(base), lora, truth)}
+    assert {e for e in BOTH if not errors(lora, base, e)} == found == expected
+
+    run = read_run(lora, ReadOptions(base=base))
     write_adapter(run, tmp_path / "written", base=base)
     live = PeftModel.from_pretrained(cls.from_pretrained(base), str(tmp_path / "written"))
     assert float((logits(live) - truth).abs().max()) <= BOUND

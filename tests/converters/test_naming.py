@@ -67,6 +67,9 @@ AS_IT_LIES: dict[str, dict[str, frozenset[str]]] = {
     "qwen2, embedding": {"PEFT": BOTH, "body twice": TRANSFORMERS},
     "gpt2": {"PEFT": BOTH, "AutoModel": TRANSFORMERS},
     "bert": {"PEFT": BOTH, "AutoModel": TRANSFORMERS},
+    "roberta, masked": {"PEFT": BOTH, "AutoModel": TRANSFORMERS},
+    "bart": {**WRAPPERS, "PEFT": BOTH, "AutoModel": TRANSFORMERS},
+    "t5": {**WRAPPERS, "PEFT": BOTH},
     "llava": {"PEFT": BOTH, "transformers 4": BOTH, "AutoModel": TRANSFORMERS},
     "gemma3": {"PEFT": BOTH, "transformers 4": BOTH, "AutoModel": TRANSFORMERS},
     "qwen2-vl": {

@@ -39,6 +39,21 @@ def test_increlora(tmp_path: Path) -> None:
     assert set(ranks.values()) == {1, 4}
 
 
+def test_increlora_divides_as_its_authors_do() -> None:
+    """By ranknum + 1e-5, which no logits tell from ranknum."""
+    run = read_run(INCRELORA / "run")
+    state = torch.load(INCRELORA / "run" / "pytorch_model.bin", weights_only=True)
+    alpha = json.loads((INCRELORA / "run" / "config.json").read_text())["lora_alpha"]
+    assert run.updates
+    for name in run.updates:
+        update = run.updates[name].components()
+        count = sum(f"{name}.lora_E.{i}" in state for i in range(9))
+        e = torch.cat([state[f"{name}.lora_E.{i}"].flatten() for i in range(count)]).double()
+        assert update is not None
+        scaled = e * alpha / (float(state[f"{name}.ranknum"]) + 1e-5)
+        assert torch.allclose(update.c.double(), scaled, rtol=1e-7, atol=0)
+
+
 @pytest.mark.parametrize("lost", ["lora_A.1", "lora_E.1", "lora_B.0", "lora_E.0", "ranknum"])
 def test_increlora_with_a_missing_piece(tmp_path: Path, lost: str) -> None:
     shutil.copytree(INCRELORA / "run", tmp_path / "run")

@@ -179,8 +179,10 @@ def test_what_peft_passes_over_is_no_promise(tmp_path: Path, llama_base: Path) -
     # Names that the model does not have, and a head that the task brings of other models.
     run = run_of(llama_base, tmp_path / "run", modules_to_save=["lm_head"])
     edit(run, modules_to_save=["lm_head", "score", "classifier", "wte"])
-    edit(run, target_modules=["q_proj", "c_attn"])
     assert read_run(run, ReadOptions(base=llama_base)).warnings == ()
+    edit(run, target_modules=["q_proj", "c_attn"])
+    (warning,) = read_run(run, ReadOptions(base=llama_base)).warnings
+    assert "c_attn" in warning and "q_proj" not in warning
     prove(llama_base, run, tmp_path)
 
 
@@ -206,9 +208,10 @@ def test_a_target_that_is_found_nowhere_is_said(tmp_path: Path, llama_base: Path
 def test_switches_that_nobody_knows_are_said(tmp_path: Path, llama_base: Path) -> None:
     run = run_of(llama_base, tmp_path / "run", use_rslora=True)
     assert read_run(run, ReadOptions(base=llama_base)).warnings == ()
-    edit(run, use_tomorrow=True, use_yesterday=False, rank_of_tomorrow=3)
+    edit(run, use_tomorrow=True, use_yesterday=False, rank_of_tomorrow=3, next_config={"a": 1})
     (warning,) = read_run(run, ReadOptions(base=llama_base)).warnings
     assert "use_tomorrow" in warning and "use_yesterday" not in warning
+    assert "next_config" in warning and "rank_of_tomorrow" not in warning
 
 
 def test_switches_of_a_tuner_that_peft_knows_are_not(tmp_path: Path, llama_base: Path) -> None:

@@ -6,12 +6,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from peft import PeftModel
+from safetensors.torch import load_file, save_file
 
-from converters.errors import RunError
+from converters.errors import BaseError, RunError
 from converters.targets.opening import attach
-from dora_serve import ReadOptions, read_run, write_adapter
+from dora_serve import ReadOptions, merge, read_run, write_adapter
 from dora_serve.proof.verify import logits, verification_batch
-from tests.converters.test_promises import drop, edit, loaded, run_of
+from tests.converters.test_promises import FILE, drop, edit, loaded, run_of
 
 # adapted, what the configuration says instead, tensors that are taken out, what is said
 UNLIKE: dict[str, tuple[dict[str, Any], dict[str, Any], str, str]] = {
@@ -28,6 +31,12 @@ UNLIKE: dict[str, tuple[dict[str, Any], dict[str, Any], str, str]] = {
         {"target_parameters": ["mlp.up_proj.weight"]},
         "",
         "mlp.up_proj.weight to be adapted",
+    ),
+    "no such module": (
+        {},
+        {"target_modules": ["q_proj", "zz_proj"]},
+        "",
+        "target_modules['zz_proj'] is of nothing",
     ),
     "no such layer": ({}, {"layers_to_transform": [0, 1, 7]}, "", "layer 7 is of nothing"),
     "no such rank": ({}, {"rank_pattern": {"nowhere": 2}}, "", "rank_pattern['nowhere'] is of"),
@@ -92,3 +101,27 @@ def test_patterns_that_mean_something_are_not_said(tmp_path: Path, llama_base: P
     assert read_run(run).warnings == ()
     write_adapter(run, tmp_path / "adapter", base=llama_base)
     assert read_run(tmp_path / "adapter", ReadOptions(base=llama_base)).warnings == ()
+
+
+def test_a_tensor_that_the_class_has_not_is_said(tmp_path: Path, llama_base: Path) -> None:
+    run = run_of(llama_base, tmp_path / "run", modules_to_save=["lm_head"])
+    tensors = load_file(run / FILE)
+    save_file({**tensors, "base_model.model.model.zz.weight": torch.ones(3)}, run / FILE)
+    artifact = merge(run, tmp_path / "merged", base=llama_base)
+    (warning,) = artifact.warnings
+    assert "has no model.zz.weight" in warning
+
+
+def test_a_head_of_other_rows_than_the_embedding_is_refused(
+    tmp_path: Path, llama_base: Path
+) -> None:
+    """Neither PEFT nor the merged model's class would load it."""
+    run = run_of(llama_base, tmp_path / "run", modules_to_save=["lm_head"])
+    tensors = load_file(run / FILE)
+    (key,) = [key for key in tensors if "lm_head" in key]
+    save_file({**tensors, key: tensors[key][:-2].clone()}, run / FILE)
+    with pytest.raises(RuntimeError, match="size mismatch"):
+        PeftModel.from_pretrained(loaded(llama_base), str(run))
+    with pytest.raises(BaseError, match="another shape") as error:
+        merge(run, tmp_path / "merged", base=llama_base)
+    assert error.value.tensor == "lm_head.weight" and error.value.remedy

@@ -22,19 +22,23 @@ from dora_serve.commands import dora_export
 MODULES = 6  # of `llama_lora`
 
 
-@pytest.fixture
-def read(monkeypatch: pytest.MonkeyPatch, llama_lora: Path) -> dict[str, float]:
-    """How many elements of each of the adapter's tensors were read, as a share of all it has."""
+def counting(monkeypatch: pytest.MonkeyPatch, folder: Path) -> dict[str, float]:
+    """How many elements of each of the run's tensors were read, as a share of all it has."""
     counts: dict[str, float] = defaultdict(float)
     original = SafetensorsTensor.read_into
 
     def counted(self: SafetensorsTensor, buffer: torch.Tensor, start: int) -> None:
-        if self.path.parent == llama_lora:
+        if self.path.parent == folder:
             counts[self.name] += buffer.numel() / torch.Size(self.shape).numel()
         original(self, buffer, start)
 
     monkeypatch.setattr(SafetensorsTensor, "read_into", counted)
     return counts
+
+
+@pytest.fixture
+def read(monkeypatch: pytest.MonkeyPatch, llama_lora: Path) -> dict[str, float]:
+    return counting(monkeypatch, llama_lora)
 
 
 @pytest.fixture
@@ -94,6 +98,43 @@ def test_verify_leaves_the_reading_to_peft(
     result = CliRunner().invoke(dora_export, words)
     assert result.exit_code == 0, result.output
     assert "truth" in result.output and not read  # the truth is PEFT's own model
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        ["merge", "RUN", "OUT"],
+        ["adapter", "RUN", "OUT"],
+        ["inspect", "RUN"],
+        ["verify", "RUN", "MERGED"],
+        ["onnx", "RUN", "OUT"],
+        pytest.param(["onnx", "OUT", "--adapter", "a=RUN"], marks=pytest.mark.further),
+    ],
+    ids=lambda value: "-".join(value),
+)
+def test_each_factor_is_read_once_where_the_live_model_is_made_of_them_too(
+    tmp_path: Path,
+    llama_base: Path,
+    dora_run: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    command: list[str],
+) -> None:
+    """Of a method that PEFT has not: the proof reads the run as the artifact's writer does."""
+    if "MERGED" in command:
+        merge(dora_run, tmp_path / "merged", base=llama_base)
+    read = counting(monkeypatch, dora_run)
+    places = {
+        "RUN": str(dora_run),
+        "OUT": str(tmp_path / "out"),
+        "MERGED": str(tmp_path / "merged"),
+    }
+    words = [word.replace("RUN", places["RUN"]) for word in command]
+    words = [places.get(word, word) for word in words]
+    result = CliRunner().invoke(dora_export, [*words, "--base", str(llama_base)])
+    assert result.exit_code == 0, result.output
+    factors = {name: share for name, share in read.items() if ".lora_" in name}
+    assert len(factors) == 3 * 2 * 4  # A, B and the scaler, of four modules in two layers
+    assert set(factors.values()) == {1.0}
 
 
 def test_a_merge_reads_once_without_memory_and_an_adapter_does_not(

@@ -14,7 +14,7 @@ import pytest
 from click.testing import CliRunner
 from transformers import LlamaForCausalLM
 
-from converters.files.output import JOURNAL
+from converters.files.leftovers import JOURNAL
 from dora_serve import merge
 from dora_serve.commands import dora_export
 

@@ -135,6 +135,36 @@ def test_llama_beside_its_adapter_for_peft(tmp_path: Path) -> None:
         assert torch.allclose(one, other, atol=1e-6)
 
 
+@pytest.mark.parametrize("size", [8, 12])  # of a head, as its width says or another
+@pytest.mark.parametrize(
+    ("family", "permuted"),
+    [
+        *((family, True) for family in ("llama", "mistral", "gemma", "gemma2")),
+        *((family, False) for family in ("qwen2", "qwen3")),
+    ],
+)
+def test_the_order_of_rows_in_every_family(
+    family: str, permuted: bool, size: int, tmp_path: Path
+) -> None:
+    """`torchtune/models/<family>/_convert_weights.py`."""
+    state, expected = {}, {}
+    for layer, heads in (("q_proj", HEADS), ("k_proj", GROUPS), ("v_proj", GROUPS)):
+        b, stem = drawn(heads * size, RANK), f"layers.0.attn.{layer}"
+        state |= {f"{stem}.lora_a.weight": drawn(RANK, 32), f"{stem}.lora_b.weight": b}
+        moved = b.view(heads, size // 2, 2, RANK).transpose(1, 2).reshape(-1, RANK)
+        expected[layer] = moved if permuted and layer != "v_proj" else b
+        assert not torch.equal(moved, b)
+    folder = write(tmp_path / "run", state, None)
+    config = {"hidden_size": 32, "num_attention_heads": HEADS, "num_key_value_heads": GROUPS}
+    more = {} if size == SIZE else {"head_dim": size}
+    (folder / "config.json").write_text(json.dumps({"model_type": family, **config, **more}))
+    run = read_run(folder)
+    assert {name.rpartition(".")[2] for name in run.updates} == set(expected)
+    for name in run.updates:
+        found = run.updates[name].components()
+        assert found is not None and torch.equal(found.b, expected[name.rpartition(".")[2]])
+
+
 @pytest.mark.supports(method="torchtune (DoRA)", family="llama", targets=("merged",))
 def test_dora(tmp_path: Path) -> None:
     base = make_base("llama", tmp_path / "base")

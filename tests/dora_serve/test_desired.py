@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import shutil
 import time
@@ -21,9 +22,12 @@ from dora_serve import write_adapter
 from dora_serve.commands import dora_serve as main
 from dora_serve.folder.inventory import Member
 from dora_serve.vllm import desired as module
+from dora_serve.vllm import watch
 from dora_serve.vllm.convert import vllm_adapter
-from dora_serve.vllm.desired import SETTLE, Following, desired, links
+from dora_serve.vllm.desired import SETTLE, Desired, Following, links
 from dora_serve.vllm.watch import Server, reconcile, refusal_at
+from tests.conftest import MODELS
+from tests.dora_serve.following import desired
 
 WEIGHTS = "adapter_model.safetensors"
 
@@ -133,6 +137,21 @@ def test_what_can_no_longer_be_served(root: Path, keep: bool) -> None:
     assert "run" not in at_rest(following).adapters
 
 
+def test_a_file_outside_of_the_runs_folder_is_part_of_the_run(tmp_path: Path) -> None:
+    root = tmp_path / "root"
+    shutil.copytree(MODELS / "tiny-llama-base", root / "base")
+    run = Path("Tiny_Llama", "Lora_Rank=8", "Count_Down", "Tiny_Llama--Count_Down--1")
+    for part in ("Checkpoint", "Log"):
+        shutil.copytree(MODELS / "runs" / part / run, root / part / run)
+    following = Following(root)
+    (first,) = at_rest(following).adapters.values()
+    info = root / "Log" / run / "task_info.json"
+    said = json.loads(info.read_text())
+    info.write_text(json.dumps({**said, "lora_alpha": 4 * float(said["lora_alpha"])}))
+    (second,) = at_rest(following).adapters.values()
+    assert torch.allclose(first_b(second), 2 * first_b(first))  # the other half is in A
+
+
 def test_a_server_without_room_and_another_base(root: Path, other_base: Path) -> None:
     def refuse(member: Member) -> None:
         if member.name == "run":
@@ -179,6 +198,12 @@ def test_names_that_are_the_servers(root: Path, llama_lora: Path) -> None:
     shutil.copytree(llama_lora, root / "below" / "run2")
     following = Following(root, server=open_base(root / "base"), reserved=["run", "run2"])
     assert set(at_rest(following).adapters) == {"root/run", "ready", "below/run2"}
+
+
+def test_a_name_that_the_server_takes_later(root: Path) -> None:
+    names = {root / "run": "run"}
+    assert module._Names(root).of(names, names, ()) == {"run": root / "run"}
+    assert module._Names(root).of(names, names, {"run"}) == {"root/run": root / "run"}
 
 
 @pytest.mark.parametrize(
@@ -237,8 +262,11 @@ class Pretended(Server):
 Done = Mapping[str, str]
 
 
-def reconciled(server: Server, root: Path, following: Following) -> Done:
-    changes = reconcile(server, at_rest(following), links(root))
+def reconciled(
+    server: Server, root: Path, following: Following | Desired, keep: bool = False
+) -> Done:
+    wanted = following if isinstance(following, Desired) else at_rest(following)
+    changes = reconcile(server, wanted, links(root), keep=keep)
     return {change.name: change.done for change in changes}
 
 
@@ -273,7 +301,63 @@ def test_what_a_server_does_not_take_is_told_once(root: Path) -> None:
     shutil.copyfile(root / "ready" / "adapter_config.json", root / "run" / "adapter_config.json")
     assert reconciled(server, root, following) == {"run": "failed"}
     assert "no" in server.refused["run"]
+    server.posts.clear()
     assert reconciled(server, root, following) == {}
+    assert not server.posts
+
+
+def test_a_refusal_is_told_once(root: Path, tmp_path: Path) -> None:
+    server, wanted = Pretended(True), Desired({}, {"run": "no room"})
+    for posts in (["dora-serve probe", "dora-serve probe", "run"], []):
+        server.posts.clear()
+        assert reconciled(server, root, wanted) == {}
+        assert [name for _, name, _ in server.posts] == posts
+    assert reconciled(server, root, Desired({"run": tmp_path})) == {"run": "loaded"}
+    assert "run" not in server.refused
+
+
+@pytest.mark.parametrize("keep", [False, True])
+def test_what_a_run_became_is_not_taken(root: Path, tmp_path: Path, keep: bool) -> None:
+    server = Pretended(True)
+    before, after = tmp_path / "before", tmp_path / "after"
+    assert reconciled(server, root, Desired({"run": before}), keep) == {"run": "loaded"}
+    server.refuses = "run"
+    assert reconciled(server, root, Desired({"run": after}), keep) == {"run": "failed"}
+    assert ("run" in server.refused) is not keep
+    assert server.table["run"] == str(links(root) / "before")
+    server.refuses = "new"  # of which there is nothing to go on with
+    new = Desired({"run": before, "new": after})
+    assert reconciled(server, root, new, keep) == {"new": "failed"}
+    assert "new" in server.refused
+
+
+def test_what_moves_is_left_as_it_is(root: Path, tmp_path: Path) -> None:
+    server = Pretended(True)
+    assert reconciled(server, root, Desired({"run": tmp_path})) == {"run": "loaded"}
+    assert reconciled(server, root, Desired({}, moving={"run"})) == {}
+    assert reconciled(server, root, Desired({})) == {"run": "unloaded"}
+
+
+def test_of_another_start_nothing_is_known(monkeypatch: pytest.MonkeyPatch) -> None:
+    server, there = Server("http://nowhere"), ["a", "b"]
+
+    def answer(*_: object, **__: object) -> io.BytesIO:
+        if not there:
+            raise OSError("refused")
+        cards = [{"id": name, "root": f"/{name}", "parent": "base"} for name in there]
+        return io.BytesIO(json.dumps({"data": [*cards, {"id": "base", "root": "/"}]}).encode())
+
+    monkeypatch.setattr(watch, "urlopen", answer)
+    assert server.adapters() == {"a": Path("/a"), "b": Path("/b")}
+    for now, known in ((["a", "b", "c"], True), (["a", "b"], False), ([], False)):
+        server.refused = {"x": "no room"}
+        there[:] = now
+        if now:
+            assert set(server.adapters()) == set(now)
+        else:
+            with pytest.raises(OSError, match="refused"):
+                server.adapters()
+        assert bool(server.refused) is known
 
 
 def test_watch_leaves_the_cores_to_the_servers(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -6,16 +6,19 @@ import shutil
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 
 from converters.errors import BaseError, MissingError, RunError
 from converters.model.base import open_base
 from dora_serve import read_run
 from dora_serve.folder.cache import cached, content_key, member_key
-from dora_serve.folder.inventory import discover, find_run, read_member
+from dora_serve.folder.inventory import discover, read_member
 from tests.conftest import MODELS, tiny_llama
+from tests.dora_serve.following import find_run
 
 
 def test_everything_in_models_has_its_base() -> None:
@@ -68,10 +71,25 @@ def test_two_bases_that_fit_are_told_apart_by_name_or_not_at_all(
         shutil.copytree(llama_base, tmp_path / name)
     found = discover(tmp_path)
     assert "the run's base is not known" in found.problems["lora"]
-    assert "2 bases that fit" in found.problems["lora"]
+    assert "2 bases fit" in found.problems["lora"]
     assert discover(tmp_path, llama_base).members["lora"].base.path == llama_base
     shutil.move(tmp_path / "b", tmp_path / "base")  # the name in adapter_config.json
     assert discover(tmp_path).members["lora"].base.path == tmp_path / "base"
+
+
+def test_a_copy_of_the_base_that_is_named_goes_by_any_name(
+    llama_base: Path, llama_lora: Path, tmp_path: Path
+) -> None:
+    shutil.copytree(llama_lora, tmp_path / "lora")
+    tiny_llama(initializer_range=0.1).save_pretrained(tmp_path / "other")
+    found = discover(tmp_path)
+    assert "one base fits: other" in found.problems["lora"]
+    assert f"--base {tmp_path / 'other'}" in found.problems["lora"]
+    shutil.copytree(llama_base, tmp_path / "copy")
+    member = discover(tmp_path).members["lora"]
+    assert member.base.path == tmp_path / "copy" and member.run.warnings == ()
+    assert discover(tmp_path, tmp_path / "copy").members["lora"].run.warnings == ()
+    assert discover(tmp_path, tmp_path / "other").members["lora"].run.warnings != ()
 
 
 def test_a_checkpoint_belongs_to_the_base_whose_weights_it_carries(
@@ -135,13 +153,29 @@ def test_folders_that_come_and_go_while_they_are_looked_for(
     with ThreadPoolExecutor(1) as pool:
         mover = pool.submit(moving)
         try:
-            for _ in range(100):
+            for _ in range(40):
                 discover(root, llama_base)
                 find_run(root, "2")
         finally:
             stop.set()
         mover.result()
     assert set(discover(away, llama_base).members) == {"0", "1", "2", "3"}
+
+
+@pytest.mark.parametrize("how", ["one file", "shards", "torch", "an index alone"])
+def test_however_a_base_is_stored(how: str, tmp_path: Path) -> None:
+    base = tmp_path / "root" / "base"
+    size = "5GB" if how in ("one file", "torch") else "12KB"
+    tiny_llama().save_pretrained(base, max_shard_size=size)
+    assert (base / "model.safetensors").exists() is (size == "5GB")
+    if how == "torch":
+        torch.save(tiny_llama().state_dict(), base / "pytorch_model.bin")
+    for file in base.glob("*.safetensors") if how in ("torch", "an index alone") else ():
+        file.unlink()
+    found = discover(tmp_path / "root")
+    assert (set(found.bases), set(found.problems)) == (
+        (set(), {"base"}) if how == "an index alone" else ({"base"}, set())
+    )
 
 
 def test_the_key_follows_content_base_and_options(
@@ -160,6 +194,11 @@ def test_the_key_follows_content_base_and_options(
     content[-1] ^= 1
     weights.write_bytes(content)
     assert content_key(read_run(copy), base, target="vllm") != key
+    run, changes = read_run(llama_lora), ({"options": {"lora_alpha": 1.0}}, {"method": "other"})
+    for change in changes:
+        assert content_key(replace(run, **change), base, target="vllm") != key  # type: ignore[arg-type]
+    monkeypatch.setattr("dora_serve.folder.cache.tool", lambda: "another version")
+    assert content_key(run, base, target="vllm") != key
 
 
 def test_what_many_want_is_made_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
+import shutil
 import signal
 import socket
 import subprocess
@@ -151,7 +153,8 @@ def test_a_folder_that_is_no_run_is_told_what_it_is(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "words",
     [("check", "x/no"), ("lint", "x/no"), ("batch", "x/no", "out"),
-     ("merge", RUN, "out", "--base", "./no"), ("merge", RUN, "out", "--base", "/x/no")],
+     ("merge", RUN, "out", "--base", "./no"), ("merge", RUN, "out", "--base", "/x/no"),
+     ("inspect", "x/y/no"), ("verify", RUN, "x/no", "--base", BASE)],
 )  # fmt: skip
 def test_a_path_that_is_not_there_is_called_a_path(words: tuple[object, ...]) -> None:
     done = export(*words)
@@ -162,3 +165,15 @@ def test_a_path_that_is_not_there_is_called_a_path(words: tuple[object, ...]) ->
 def test_a_plan_of_nothing_is_an_error(tmp_path: Path) -> None:
     done = CliRunner().invoke(dora_serve, ["plan", str(tmp_path)])
     assert done.exit_code == 1 and "no base model lies here" in done.stderr
+
+
+def test_the_command_that_is_printed_runs_as_printed(tmp_path: Path) -> None:
+    """With what the run itself does not say, and names that a shell would take apart."""
+    checkpoint = Path(shutil.copytree(RUN / "checkpoint", tmp_path / "a run's" / "checkpoint"))
+    given = ("--lora-alpha", "16", "--start-rank", "12", "--base", BASE)
+    done = export("merge", checkpoint, tmp_path / "out put", *given)
+    assert done.exit_code == 0, done.stderr
+    (line,) = (each for each in done.stdout.splitlines() if "check it: dora-export " in each)
+    words = shlex.split(line.partition("check it: dora-export ")[2])
+    assert export(*words).exit_code == 0
+    assert words[-4:] == ["--lora-alpha", "16.0", "--start-rank", "12"]

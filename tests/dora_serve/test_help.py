@@ -12,6 +12,7 @@ from safetensors import safe_open
 
 from converters.options import SHORT
 from dora_serve.commands import dora_export, dora_serve
+from dora_serve.commands.common import FIELDS
 from dora_serve.commands.examples import EXAMPLES
 from tests.conftest import MODELS
 
@@ -53,7 +54,13 @@ def test_env() -> None:
     [
         (["merge", "/nowhere", "out", "--json"], 1, {"code": "MissingError", "file": "/nowhere"}),
         (["merge", "--json"], 2, {"code": "UsageError", "message": "Missing argument 'RUN'."}),
-        (["merge", "a", "b", "--json", "--base", ""], 2, {"code": "UsageError"}),
+        (
+            ["merge", "a", "b", "--json", "--base", ""],
+            2,
+            {"remedy": "see dora-export merge --help"},
+        ),
+        (["--json", "merge"], 2, {"code": "UsageError", "remedy": "see dora-export --help"}),
+        (["no-such-verb", "--json"], 2, {"code": "UsageError"}),
     ],
 )
 def test_errors_as_json(words: list[str], code: int, fields: dict[str, str]) -> None:
@@ -61,6 +68,9 @@ def test_errors_as_json(words: list[str], code: int, fields: dict[str, str]) -> 
     assert done.exit_code == code
     error = json.loads(done.stdout.splitlines()[0])["error"]
     assert error | fields == error
+    assert error.keys() == {"code", *FIELDS} and all(
+        isinstance(value, str | None) for value in error.values()
+    )
     assert error["message"] in done.stderr
 
 

@@ -18,12 +18,12 @@ from converters.model.base import open_base
 from dora_serve import read_run
 from dora_serve.batch import plan_batch
 from dora_serve.commands import dora_serve
-from dora_serve.folder.inventory import discover, find_run, read_member
+from dora_serve.folder.inventory import discover, read_member
 from dora_serve.folder.names import name_elsewhere, names_below, names_inside
 from dora_serve.folder.pairing import is_named
 from dora_serve.server.prepare.make import make_offer
-from dora_serve.vllm.desired import desired
 from tests.conftest import tiny_llama
+from tests.dora_serve.following import desired, find_run
 
 
 @pytest.fixture(autouse=True)
@@ -331,6 +331,11 @@ def test_what_lies_elsewhere_renames_nothing(tmp_path: Path) -> None:
     paths = [tmp_path / "a" / "x", tmp_path / "b" / "x", tmp_path / "c" / "y"]
     assert list(names_below(tmp_path, paths).values()) == ["a/x", "b/x", "y"]
     assert names_below(tmp_path, [tmp_path]) == {tmp_path: tmp_path.name}
+    hub, place = tmp_path / "models--org--tiny" / "snapshots" / "abc", tmp_path / "org" / "tiny"
+    assert names_below(tmp_path, [hub]) == {hub: "org/tiny"}
+    # Its id is the path of another: that is no other's name.
+    both = {hub: "models--org--tiny/snapshots/abc", place: "tiny"}
+    assert names_below(tmp_path, list(both)) == both
     far = tmp_path / "far" / "y"
     assert name_elsewhere(far, {"a/x"}) == "y"
     assert name_elsewhere(far, {"y"}) == "far/y"

@@ -21,10 +21,11 @@ from converters.errors import BaseError, DoraExportError, RunError, TensorFileEr
 from converters.model.architecture import check_counts, check_size, empty_model, offline
 from converters.model.base import open_base
 from dora_serve.commands import dora_serve
-from dora_serve.folder.inventory import discover, find_run
+from dora_serve.folder.inventory import discover
 from dora_serve.server.prepare import make
 from dora_serve.server.prepare.onnx_folders import read_onnx_folder
 from tests.conftest import tiny_llama
+from tests.dora_serve.following import find_run
 
 Spoil = Callable[[Path], object]
 MODEL, CONFIG, WEIGHTS = "model.safetensors", "adapter_config.json", "adapter_model.safetensors"

@@ -16,6 +16,7 @@ from click.testing import CliRunner
 from peft import LoraConfig, get_peft_model
 from transformers import LlamaForCausalLM
 
+from converters.model.base import open_base
 from dora_serve.commands import dora_serve
 from dora_serve.folder.inventory import discover
 from dora_serve.vllm.fleet import plan_fleet, step_for
@@ -80,6 +81,22 @@ def test_memory_bounds_the_slots(fleet_folder: Path, llama_base: Path) -> None:
     assert pool.fits
     (pool,) = plan_fleet(found, whole.base_bytes // 2).pools
     assert not pool.fits
+
+
+def test_no_memory_for_any_slot(fleet_folder: Path, llama_base: Path) -> None:
+    found = discover(fleet_folder, llama_base)
+    (pool,) = plan_fleet(found, open_base(llama_base).nbytes // 2).pools
+    assert (pool.max_loras, pool.max_cpu_loras, pool.fits) == (1, 4, False)
+
+
+@pytest.mark.parametrize(("names", "forced"), [(("low", "high"), ["high"]), (("high",), [])])
+def test_half_of_them_may_force_a_step(
+    fleet_folder: Path, llama_base: Path, tmp_path: Path, names: list[str], forced: list[str]
+) -> None:
+    for name in names:
+        shutil.copytree(fleet_folder / name, tmp_path / name)
+    (pool,) = plan_fleet(discover(tmp_path, llama_base)).pools
+    assert [each.name for each in pool.forced] == forced
 
 
 def test_steps() -> None:

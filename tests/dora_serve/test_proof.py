@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import math
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +22,7 @@ from converters.readers import ReadOptions
 from dora_serve import merge, read_run, verify, write_adapter
 from dora_serve.commands.verify import command
 from dora_serve.proof import prompts
-from dora_serve.proof.verify import NOISE, TOLERANCE
+from dora_serve.proof.verify import NOISE, TOLERANCE, Verification
 from tests.conftest import MODELS, randomize
 from tests.converters.families import save_base
 
@@ -295,6 +297,38 @@ def test_rounding_is_told(large: Path, tmp_path: Path) -> None:
     merge(run, tmp_path / "lossy", base=large / "base", dtype=torch.bfloat16)
     found = verify(run, tmp_path / "lossy", large / "base")
     assert any("rounding" in warning for warning in found.warnings)
+
+
+def test_another_rounding_is_seen(large: Path, tmp_path: Path) -> None:
+    """Of one matrix of 42, whose bits were cut off."""
+    run, key = read_run(large / "run"), "model.layers.0.mlp.up_proj.weight"
+    merge(run, tmp_path / "half", base=large / "base", dtype=torch.bfloat16)
+    whole = load_file(large / "merged" / "model.safetensors")[key]
+    cut = (whole.view(torch.int32) & ~0xFFFF).view(torch.float32).bfloat16()
+    wrong = edited(tmp_path / "half", tmp_path / "cut", lambda tensors: {**tensors, key: cut})
+    found = verify(run, wrong, large / "base")
+    assert not found.passed and found.rounding is not None
+    assert found.tolerance < found.max_abs < found.rounding
+
+
+RIGHT = Verification("transformers", tolerance=1.0, max_abs=1.0, top1=1.0, control=1.1)
+
+
+@pytest.mark.parametrize(
+    ("changes", "passed"),
+    [
+        ({}, True),
+        ({"max_abs": 1.1}, False),
+        ({"max_abs": math.nan}, False),
+        ({"top1": 0.9}, False),
+        ({"top1": 0.9, "top1_bound": 0.9}, True),
+        ({"control": 1.0}, False),
+        ({"control": 0.0, "has_update": False}, True),
+        ({"failures": ("it lacks a tensor",)}, False),
+    ],
+)
+def test_verdicts(changes: dict[str, Any], passed: bool) -> None:
+    assert replace(RIGHT, **changes).passed is passed
 
 
 def test_an_update_that_is_zero_everywhere_warns(large: Path, tmp_path: Path) -> None:

@@ -2,18 +2,24 @@
 
 from __future__ import annotations
 
+import json
 import os
 import resource
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from click.testing import CliRunner
 
 from converters.errors import OutputError
 from converters.fit import CurvePoint
+from dora_serve import rankmap
+from dora_serve.commands import dora_export
+from dora_serve.rankmap import palette
 from dora_serve.rankmap.html import save_html
 from dora_serve.rankmap.output import check_output_file, write_file
-from dora_serve.rankmap.picture import save_curve, save_png
+from dora_serve.rankmap.picture import save_curve, save_png, terminal_map
+from tests.conftest import MODELS
 
 RANKS = {f"m.{layer}.{kind}": layer for layer in range(8) for kind in "qkv"}
 Save = Callable[[Path, bool], None]
@@ -80,3 +86,21 @@ def test_places_that_are_no_file(tmp_path: Path) -> None:
     with pytest.raises(OutputError, match="File name too long"):
         write_file(tmp_path / ("x" * 300), b"")
     assert not list(tmp_path.iterdir())
+
+
+def test_all_pictures_have_the_colours_of_the_page() -> None:
+    page = (Path(rankmap.__file__).parents[1] / "server" / "page" / "base.css").read_text()
+    light = page[: page.index("@media")]
+    assert f"--map-empty: {palette.EMPTY};" in light and f"--map: {palette.FULL};" in light
+    shown = terminal_map({"m.0.q": 12, "m.0.k": 0, "m.1.q": 1}, 12)
+    assert f"48;5;{palette.TERMINAL[-1]}m  12" in shown
+    assert f"48;5;{palette.TERMINAL[0]}m   1" in shown
+    assert shown.splitlines()[-1].startswith("scale of ranks")
+
+
+def test_what_is_written_is_told(tmp_path: Path) -> None:
+    run = next(MODELS.glob("runs/*/*/*/Count_Down/*/checkpoint")).parent
+    words = ["inspect", str(run), "--png", str(tmp_path / "x.png")]
+    assert f"{tmp_path / 'x.png'}: written" in CliRunner().invoke(dora_export, words).stdout
+    told = CliRunner().invoke(dora_export, [*words, "--force", "--json"]).stdout
+    assert json.loads(told)["written"] == [str(tmp_path / "x.png")]

@@ -32,8 +32,10 @@ from dora_serve.server.wire.errors import ApiError
 from tests.conftest import tiny_llama
 from tests.dora_serve.test_neighbours import GENAI, graph_folder
 from tests.fuzz.archives import pickle_in, with_pickle
+from tests.fuzz.asked import bodies, read_bodies, read_structure, structures
 from tests.fuzz.methods import packed, prepare_runs, read_one, unpacked
 from tests.fuzz.mutate import SPLIT
+from tests.fuzz.trainers import prepare_trainers, read_trainer
 from tests.reference_layout import state_dict, write_run
 
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
@@ -316,30 +318,6 @@ def _read_onnx_adapter(folder: Path, data: bytes) -> None:
     read_adapter_file(folder / "x.onnx_adapter")
 
 
-_BODIES: list[tuple[str, dict[str, object]]] = [
-    ("CompletionRequest", {"prompt": [[5, 6]], "n": 2, "stop": ["a"], "temperature": 0.5}),
-    ("ChatRequest", {"messages": [{"role": "user", "content": [{"type": "text", "text": "a"}]}]}),
-    ("EmbeddingRequest", {"input": ["a", "b"], "encoding_format": "base64"}),
-    ("ClassifyRequest", {"input": "a"}),
-    ("TokenizeRequest", {"messages": [{"role": "user", "content": "a"}]}),
-    ("DetokenizeRequest", {"tokens": [5, 6]}),
-    ("LoadRequest", {"lora_name": "a", "lora_path": "b"}),
-]
-
-
-def _bodies(folder: Path) -> list[bytes]:
-    folder.mkdir(parents=True, exist_ok=True)
-    return [json.dumps({"model": "m", **body}).encode() for _, body in _BODIES]
-
-
-def _read_bodies(_: Path, data: bytes) -> None:
-    from dora_serve.server.bounded.work import check
-
-    for kind, _body in _BODIES:
-        fault, _nothing = check(data, kind)
-        assert fault is None or len(json.dumps(fault).encode()) < 4000
-
-
 TARGETS = {
     target.name: target
     for target in (
@@ -348,6 +326,7 @@ TARGETS = {
         Target("adapter_config.json", _adapter, _read_config),
         Target("adapter_model.safetensors", _adapter_header, _read_adapter_header),
         Target("runs of other methods", prepare_runs, read_one),
+        Target("runs of other trainers", prepare_trainers, read_trainer),
         Target("task_info.json", _task_info, _read_task_info),
         Target("prune_state_dict.pt", _prune_state, _read_prune_state, text=False),
         Target("torch file", _torch_file, _read_torch_file, text=False),
@@ -358,6 +337,7 @@ TARGETS = {
         Target("ONNX graph", _graph, _read_graph, text=False),
         Target("files of chat templates", _template, _read_template),
         Target("onnx_adapter", _onnx_adapter, _read_onnx_adapter, text=False),
-        Target("bodies of requests", _bodies, _read_bodies, rounds=300),
+        Target("bodies of requests", bodies, read_bodies, rounds=300),
+        Target("schemas, patterns and grammars", structures, read_structure),
     )
 }

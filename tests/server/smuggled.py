@@ -1,14 +1,11 @@
-"""Requests in the body of another, schemas and grammars that grow, and other attacks of the second
-fresh attempt: more rows of `test_attacks.py`."""
+"""Requests in the body of another: more rows of `test_attacks.py`."""
 
 from __future__ import annotations
 
 import socket
 from collections.abc import Iterable
-from typing import Any
 
-from tests.server.attacks import Attack, Send, complete, head, post, read
-from tests.server.conftest import BASE
+from tests.server.attacks import Attack, Send, head, post, read
 
 _SECOND = b"GET /metrics HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n"
 
@@ -29,19 +26,6 @@ def smuggles(*lines: str, body: bytes) -> Attack:
     return Attack(ready, frozenset({400}))
 
 
-def follows(**structure: Any) -> Attack:
-    return complete(lambda: {"prompt": "one", "structured_outputs": structure})
-
-
-def _doubled(depth: int) -> dict[str, Any]:
-    """A schema whose objects are 2 ** depth when each reference is written out."""
-    steps = {
-        f"a{i}": {"properties": {key: {"$ref": f"#/$defs/a{i + 1}"} for key in "xy"}}
-        for i in range(depth)
-    }
-    return {"$ref": "#/$defs/a0", "$defs": {**steps, f"a{depth}": {"type": "string"}}}
-
-
 MORE: dict[str, Attack] = {
     "two kinds of length": smuggles(
         "Content-Length: 5", "Transfer-Encoding: chunked", body=b"0\r\n\r\n"
@@ -57,27 +41,6 @@ MORE: dict[str, Attack] = {
     "a line break in a header": smuggles("X: a\rContent-Length: 3", body=b"{}"),
     "a piece of a length without end": smuggles(
         "Transfer-Encoding: chunked", body=b"f" * 40 + b"\r\nx"
-    ),
-    "references that double": follows(json=_doubled(300)),
-    "a reference to itself": follows(json={"$ref": "#"}),
-    "a reference to a file": follows(json={"$ref": "file:///etc/passwd"}),
-    "a grammar of a file": follows(grammar='start: %json {"$ref": "file:///etc/passwd"}'),
-    "repeats in repeats": follows(
-        grammar='start: b{1,9999}\nb: c{1,9999}\nc: "x"{1,9999}'
-    ),
-    "a string of a billion": follows(json={"type": "string", "minLength": 10**9}),
-    "alternatives of alternatives": follows(
-        json={"allOf": [{"anyOf": [{"maxLength": i} for i in range(40)]}] * 20}
-    ),
-    "a hundred thousand choices": follows(choice=[f"{i}" for i in range(100_000)]),
-    "a tool that doubles": post(
-        "/v1/chat/completions",
-        lambda: {
-            "model": BASE,
-            "messages": [{"role": "user", "content": "one"}],
-            "tools": [{"type": "function", "function": {"name": "f", "parameters": _doubled(300)}}],
-            "tool_choice": "required",
-        },
     ),
     "a name that would be a metric": post(
         "/v1/completions", lambda: {"model": 'a"}\nevil 1', "prompt": "one"}, 404

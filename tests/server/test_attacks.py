@@ -4,74 +4,45 @@ from __future__ import annotations
 
 import json
 import shutil
-import threading
+import subprocess
+import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from math import inf
 from pathlib import Path
 
-import httpx
 import pytest
 
 from dora_serve.server.options import ServerOptions
 from tests.conftest import MODELS
+from tests.server import meter
 from tests.server.attacks import ATTACKS, LATER, PATTERN, SLOW, TEMPLATE
 from tests.server.conftest import BASE, DOWN, EMBEDS, Server, started
+from tests.server.followed import FOLLOWED
 from tests.server.smuggled import MORE
+from tests.server.test_structure import MODEL, save_bytes_model
 
 RUN = f"Tiny_Llama/Lora_Rank=8/Count_Down/{DOWN}"
-ALL = ATTACKS | MORE
+ALL = ATTACKS | MORE | FOLLOWED
 MEMORY = 300 << 20  # bytes
-STALLED = 30.0  # seconds after which a server that says nothing is stalled
-
-
-def used(server: Server) -> int:
-    """Bytes of memory of the server and the processes below it; what several share of a library
-    counts once."""
-    found, left = 0, [server.process.pid]
-    while left:
-        folder = Path(f"/proc/{left.pop()}")
-        with suppress(OSError):
-            told = (folder / "smaps_rollup").read_text().split()
-            found += int(told[told.index("Pss:") + 1]) << 10
-            for children in folder.glob("task/*/children"):
-                left += map(int, children.read_text().split())
-    return found
 
 
 @contextmanager
 def watched(server: Server) -> Iterator[list[float]]:
-    """How long another client waited at most for `/health`, and the bytes used at most."""
-    worst = [0.0, 0.0]
-    done = threading.Event()
-    anew = httpx.Limits(max_keepalive_connections=0)  # each question by a connection of its own
-
-    def ask() -> None:
-        with httpx.Client(base_url=server.url, timeout=STALLED, limits=anew) as client:
-            while not done.is_set():
-                begin = time.monotonic()
-                try:
-                    fine = client.get("/health").status_code == 200
-                except httpx.TimeoutException:
-                    fine = False
-                worst[0] = max(worst[0], time.monotonic() - begin if fine else inf)
-                time.sleep(0.05)
-
-    def weigh() -> None:
-        while not done.is_set():
-            worst[1] = max(worst[1], used(server))
-            time.sleep(0.05)
-
-    threads = [threading.Thread(target=each) for each in (ask, weigh)]
-    for each in threads:
-        each.start()
-    try:
-        yield worst
-    finally:
-        done.set()
-        for each in threads:
-            each.join()
+    """How long another client waited at most for `/health`, and the bytes used at most: told by a
+    process of its own (`meter.py`) when this ends."""
+    host, port = server.url.removeprefix("http://").split(":")
+    command = [sys.executable, meter.__file__, host, port, str(server.process.pid)]
+    worst: list[float] = []
+    pipe = subprocess.PIPE
+    with subprocess.Popen(command, stdin=pipe, stdout=pipe, text=True) as process:
+        try:
+            assert process.stdout is not None
+            assert process.stdout.readline() == "ready\n"
+            yield worst
+        finally:
+            worst += map(float, process.communicate()[0].split())
 
 
 @pytest.fixture(scope="module")
@@ -86,6 +57,7 @@ def attacked(place: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[
         "runs/Log/Tiny_Roberta",
     ):
         shutil.copytree(place / "models" / name, root / name)
+    save_bytes_model(root / MODEL)
     later = root / LATER  # which nothing finds
     shutil.copytree(MODELS / "runs/Checkpoint" / RUN, later)
     shutil.copyfile(MODELS / "runs/Log" / RUN / "task_info.json", later / "task_info.json")
@@ -125,7 +97,7 @@ def idle(attacked: Server) -> float:
 def test_attack(attacked: Server, idle: float, name: str) -> None:
     attack, host = ALL[name], attacked.url.removeprefix("http://").split(":")
     send = attack.ready()
-    before = used(attacked)
+    before = meter.used(attacked.process.pid)
     with watched(attacked) as worst:
         statuses = set(send((host[0], int(host[1]))))
     grown = worst[1] - before

@@ -80,6 +80,7 @@ def test_the_key(browser: Browser, locked: Server) -> None:
 
 def test_what_rounding_takes(browser: Browser, locked: Server) -> None:
     proof: Any = read_json(locked.root / "merged" / "dora_export.json")["modules"]
+    assert proof
     with watched(browser) as (page, _):
         page.goto(locked.url)
         unlock(page, "secret")

@@ -29,8 +29,8 @@ LINES = [
 ROUNDS = 64
 
 
-def save_bytes_model(folder: Path) -> None:
-    """A model that says anything, whose tokens are bytes and a few longer ones."""
+def bytes_tokenizer() -> Tokenizer:
+    """One whose tokens are bytes and a few longer ones."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -41,6 +41,12 @@ def save_bytes_model(folder: Path) -> None:
         show_progress=False,
     )
     tokenizer.train_from_iterator(LINES * 3, trainer)
+    return tokenizer
+
+
+def save_bytes_model(folder: Path) -> None:
+    """A model that says anything, with these tokens."""
+    tokenizer = bytes_tokenizer()
     fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>")
     fast.chat_template = "{{ bos_token }}{% for m in messages %}{{ m.content }}{% endfor %}"
     fast.save_pretrained(folder)

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from ...certificate import write_json
-from ...errors import TargetError
+from ...errors import TargetError, some
 from ...files.output import save_tensors
 from ...files.tensors import LazyTensor, load_finite, numel
 from ...model.base import BaseModel
@@ -33,10 +33,11 @@ from ...model.match import (
 from ...model.names import PEFT_PREFIX
 from ...model.tasks import peft_type
 from ...model.untying import untied
+from ...progress import Progress
 from ...run import NO_UPDATE, Run
 from ...updates.rank_one import RankOneSum, stored_error
 from ..engines import Profile
-from ..target import Plan, Progress, Report
+from ..target import Plan, Report
 from .card import model_card
 from .experts import in_memory, padded, parameters, stacked, taken_for_experts, transposed_modules
 from .names import CONFIG, WEIGHTS
@@ -278,11 +279,10 @@ def _check_target(
     nowhere = [name for name in ranks if name.endswith(_NO_MODULE) or name in run.tied]
     cannot = list(dict.fromkeys([*cannot, *nowhere]))
     if cannot:
-        more = f" and {len(cannot) - 6} more" if len(cannot) > 6 else ""
         raise TargetError(
             f"the run trained tensors that an adapter for {profile.name} cannot carry",
             file=run.path,
-            found=", ".join(cannot[:6]) + more,
+            found=some(cannot),
             expected=_kinds(profile),
             remedy="merge it (`merge`)" + ("" if nowhere else ", or use `target` peft"),
         )

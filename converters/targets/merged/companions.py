@@ -68,7 +68,8 @@ def companions(source: Path, run: Run | None = None, base: BaseModel | None = No
     files, left = {}, []
     saved = run.path if run is not None else None
     tokenizer = saved is not None and (saved / "tokenizer_config.json").is_file()
-    embeds = run is None or base is None or _embeds(run, base)
+    kinds = (None, "feature-extraction", None if base is None else task_of(base.config))
+    embeds = run is None or base is None or run.task in kinds
     pipeline = saved if saved is not None and (saved / _MODULES).is_file() else source
     whole = _pipeline(pipeline) if (pipeline / _MODULES).is_file() else {}
     for path in sorted(source.iterdir()):
@@ -107,10 +108,6 @@ def companions(source: Path, run: Run | None = None, base: BaseModel | None = No
                 expected=f"at most {_LONGEST}",
             )
     return Companions(files, tuple(left))
-
-
-def _embeds(run: Run, base: BaseModel) -> bool:
-    return run.task in (None, "feature-extraction", task_of(base.config))
 
 
 def _of_pipeline(name: str) -> bool:

@@ -8,9 +8,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ...certificate import write_json
-from ...files.output import JOURNAL
+from ...files.leftovers import JOURNAL
+from ...progress import Progress
 from ...run import NO_UPDATE
-from ..target import Progress, Report
+from ..target import Report
 from .journal import Journal
 from .stream import Rounding, write_shards
 

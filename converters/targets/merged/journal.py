@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from ...certificate import sha256, tool
-from ...files.output import JOURNAL
+from ...files.leftovers import JOURNAL
 from ...files.tensors import byte_view
 from ...updates.update import Update
 from .stream import Rounding

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -34,8 +34,9 @@ from ...model.match import (
 from ...model.quantized import METHODS, Dequantized, dtype_before, method, unquantized
 from ...model.tying import input_embedding, new_embedding
 from ...model.untying import untied
+from ...progress import Progress
 from ...run import Run
-from ..target import Plan, Progress
+from ..target import Plan
 from .companions import Companions, companions
 from .requantized import FLOAT8, SCALES, Blocks, Scales, blocks_of, stored_parts
 
@@ -121,9 +122,12 @@ class MergePlan(Plan):
 
     def lines(self) -> list[str]:
         parts, packed = self.summary()["components"], self.dequantized
+        pruned = f" ({parts['kept']} of {parts['start']} components survived training)"
+        if parts["kept"] == parts["start"]:
+            pruned = ""
         return [
-            f"merged {len(self.ranks)} modules ({parts['kept']} of {parts['start']} components "
-            f"survived training) into {len(self.tensors)} tensors in {len(self.shards)} shard(s)",
+            f"merged {len(self.ranks)} modules{pruned} into {len(self.tensors)} tensors in "
+            f"{len(self.shards)} shard(s)",
             *([] if packed is None else [_dequantized_line(packed)]),
         ]
 
@@ -258,8 +262,11 @@ def plan_merge(
         dtype=dtype,
         companions=beside,
     )
-    if embedding is not None:
-        _check_rows(run, given, plan, architecture, embedding.shape[0])
+    own = {name: base.tensors.get(layout.find(name) or "") for name in replaced}
+    other = {n for n, t in own.items() if t is not None and t.shape != replaced[n].shape}
+    if embedding is not None or other:
+        rows = None if embedding is None else embedding.shape[0]
+        _check_shapes(run, given, plan, architecture, rows, other)
     return plan
 
 
@@ -310,22 +317,33 @@ def _resized(config: Mapping[str, object], rows: int) -> dict[str, object]:
     return {**config, **sizes, **nested}
 
 
-def _check_rows(
-    run: Run, base: BaseModel, plan: MergePlan, architecture: str | None, rows: int
+def _check_shapes(
+    run: Run,
+    base: BaseModel,
+    plan: MergePlan,
+    architecture: str | None,
+    rows: int | None,
+    other: Collection[str],
 ) -> None:
     """Raise `BaseError` where a tensor has not the `rows` of the run's vocabulary that its class
-    has, such as a head's bias of the base's vocabulary, or has them where its class has not."""
+    has, such as a head's bias of the base's vocabulary, or has them where its class has not; and
+    where one of `other`, whose shape is not the base's, has not that of the class either."""
     old = base.tensors.get(input_embedding(base) or "")
     known = architecture is not None and classes(run.task, run.num_labels, base).known
-    if old is None or old.shape[:1] == (rows,) or architecture is None or not known:
+    resized = old is not None and rows is not None and old.shape[:1] != (rows,)
+    if architecture is None or not known or not (resized or other):
         return
     state = empty_model(architecture, plan.config, run.num_labels).state_dict()
     for tensor in plan.tensors:
         expected = tuple(state[tensor.name].shape) if tensor.name in state else None
         found = tensor.source.shape
-        if expected is not None and found != expected and rows in (*expected, *found):
+        if expected is None or found == expected:
+            continue
+        if (resized and rows in (*expected, *found)) or tensor.name in other:
             raise BaseError(
-                "the run has another vocabulary than the base, and does not hold this tensor of it",
+                "the run has another vocabulary than the base, and does not hold this tensor of it"
+                if resized
+                else "the run holds a tensor of another shape than the base's class has",
                 file=base.path,
                 tensor=tensor.name,
                 found=list(tensor.source.shape),

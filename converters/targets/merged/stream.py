@@ -28,9 +28,9 @@ from ...files.cores import cores
 from ...files.handles import opened
 from ...files.hashes import TensorHashes
 from ...files.tensors import DTYPE_NAMES, SafetensorsTensor, byte_view, nbytes, rows_and_columns
+from ...progress import Progress
 from ...run import Run
 from ...updates.update import Update, transposed
-from ..target import Progress
 
 if TYPE_CHECKING:
     from .plan import OutputTensor

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from ...certificate import FILE, tool
+from ...certificate import FILE, fingerprint_of_base, tool
 from ...errors import TargetError
 from ...files.onnx_files import BATCHED, DECODER, ENCODER, MODEL, PRECISIONS, WITH_PAST
 from ...files.tensors import nbytes, numel, read_json
@@ -18,9 +18,10 @@ from ...model.architecture import check_size, empty_model
 from ...model.base import BaseModel
 from ...model.match import changed, check_frozen, kernels_of, resolved, target_architecture
 from ...model.tasks import architecture_of, task_of
+from ...progress import Progress
 from ...run import Run
 from ..merged.plan import plan_merge
-from ..target import Plan, Progress, Report
+from ..target import Plan, Report
 from .encoder import ENCODER_TASKS
 from .encoder import _heads as heads_of
 from .report import MERGED, OnnxReport, adapter_certificates, refuse
@@ -101,9 +102,9 @@ def plan_onnx(
     stripped = (
         None
         if adapters is None
-        else {n: resolved(each.strip(), base) for n, each in adapters.items()}
+        else {n: resolved(each.kept().strip(), base) for n, each in adapters.items()}
     )
-    merged = None if run is None else run.strip()
+    merged = None if run is None else run.kept().strip()
     runs = [merged] if merged is not None else list((stripped or {}).values())
     if precision not in PRECISIONS:
         raise TargetError("unknown precision", found=precision, expected=", ".join(PRECISIONS))
@@ -214,10 +215,7 @@ def _own_heads(run: Run, base: BaseModel, architecture: str | None, task: str | 
 
 
 def _check_base(proof: Mapping[str, object], base: BaseModel, folder: Path) -> None:
-    of_graph = proof.get("base")
-    known = of_graph.get("fingerprint") if isinstance(of_graph, dict) else None
-    other = base.unlike(known if isinstance(known, dict) else {})
-    if other:
+    if other := base.unlike(fingerprint_of_base(proof) or {}):
         raise TargetError(
             "the graph was made from another base",
             file=folder / FILE,

@@ -1,8 +1,15 @@
-"""Schemas, patterns and grammars as llguidance reads them."""
+"""Schemas, patterns and grammars as llguidance reads them.
+
+What passes here is compiled once more for its model, in the server: so it must be quick here, and
+not nested as deeply as a thread's stack there allows.
+"""
 
 from __future__ import annotations
 
 import json
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 from pydantic_core import from_json
@@ -14,6 +21,8 @@ from ..wire.parameters import LONGEST
 
 _SPACE = r"[\x20\x0A\x0D\x09]{1,64}"  # a weak model would write it without end
 _DEEPEST = 64  # objects and arrays in one another, as in vLLM
+_QUICK = 1.0  # seconds of the processor
+_STACK = 1 << 20  # bytes; threads have 2 or 8 MiB
 # Keywords of a schema whose values are schemas, by name or not.
 _BY_NAME = ("properties", "patternProperties", "$defs", "definitions", "dependentSchemas")
 
@@ -29,7 +38,27 @@ def read(blob: bytes) -> tuple[Any, bytes]:
 
     if wrong := LLMatcher.validate_grammar(grammar, limits=limits()):
         raise ApiError(f"the schema or grammar: {wrong[:500]}", code="bad_grammar")
+    before = threading.stack_size(_STACK)
+    with ThreadPoolExecutor(1) as thread:
+        found = thread.submit(_compiled, grammar)
+    threading.stack_size(before)
+    wrong, seconds = found.result()
+    if wrong:
+        raise ApiError(f"the schema or grammar: {wrong[:500]}", code="bad_grammar")
+    if seconds > _QUICK:
+        raise ApiError("the schema or grammar takes too long", code="too_expensive")
     return None, grammar.encode()
+
+
+def _compiled(grammar: str) -> tuple[str, float]:
+    """What is wrong with a grammar for a model whose tokens are bytes, and how long it took."""
+    from llguidance import LLMatcher, LLTokenizer
+
+    begin = time.thread_time()
+    matcher = LLMatcher(LLTokenizer("byte"), grammar, log_level=0, limits=limits())
+    if not matcher.is_error():
+        matcher.compute_bitmask()
+    return matcher.get_error() or "", time.thread_time() - begin
 
 
 def _grammar(given: dict[str, Any]) -> str:

@@ -10,6 +10,7 @@ from pathlib import Path
 
 from converters.errors import RunError
 
+from ...progress import is_said
 from .offer import Addition, Failure, Offer, OfferedModel
 
 
@@ -29,6 +30,8 @@ def _call(request: str) -> str:
     deaf = ["/bin/sh", "-c", """trap '' INT; exec "$0" "$@" """]
     command = [*deaf, sys.executable, "-m", "dora_serve.server.prepare.make"]
     environment = {"MALLOC_ARENA_MAX": "1", **os.environ}
+    if is_said("quiet"):
+        environment["TQDM_DISABLE"] = "1"
     done = subprocess.run(
         command, input=request, stdout=subprocess.PIPE, text=True, check=False, env=environment
     )

@@ -23,6 +23,7 @@ from converters.files.tensors import numel
 from converters.model.base import BaseModel, open_base
 from converters.model.match import target_architecture
 from converters.model.tasks import task_of
+from converters.progress import show
 from converters.run import Run
 from converters.targets.merged.companions import companions
 from converters.targets.onnx import add_adapters
@@ -31,6 +32,7 @@ from dora_serve.api import write_onnx
 from dora_serve.folder.cache import cached, key_of, member_key
 from dora_serve.folder.inventory import Member, discover, read_member
 from dora_serve.folder.names import names_inside
+from dora_serve.progress import progress_bar, say, timed
 from dora_serve.server.prepare import offer
 from dora_serve.server.prepare.onnx_folders import (
     SERVED,
@@ -75,9 +77,11 @@ def make_offer(
             if task == own:
                 with apart(problems, name):
                     models.append(_base(name, model, graph))
-            for member in runs:
-                with apart(problems, member.name):
-                    models.append(_member(member, graph, dry, say))
+            with progress_bar(len(runs), "adapters", "adapter") as advance:
+                for member in runs:
+                    with apart(problems, member.name):
+                        models.append(_member(member, graph, dry, say))
+                    advance(1)
     inside: dict[str, list[offer.OfferedModel]] = {}
     for name, path in found.onnx.items():
         with apart(problems, name):
@@ -171,7 +175,8 @@ def _graph(
         def make(target: Path) -> None:
             say(f"{name}: making its ONNX graph in {precision}, once …")
             adapters = {"first": first} if first else {}
-            write_onnx(base, target, adapters=adapters, precision=precision)
+            with timed(f"onnx-{precision}", "making the graph", base.nbytes):
+                write_onnx(base, target, adapters=adapters, precision=precision)
 
         folder = cached(_base_key(base, asked), make)
     return offer.Graph(folder=str(folder), task=task, base=name, path=str(base.path), given=given)
@@ -268,13 +273,14 @@ def main() -> None:
     answer = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # what a library prints is no answer
     request = json.load(sys.stdin)
+    show(progress_bar)
     reply: offer.Offer | offer.OfferedModel | offer.Failure
     try:
         if "path" in request:
             reply = add(offer.Addition(**request))
         else:
             request["root"] = Path(request["root"])
-            reply = make_offer(**request, say=lambda text: print(text, file=sys.stderr))
+            reply = make_offer(**request, say=say)
     except DoraExportError as error:
         reply = offer.Failure(error=str(error))
     with answer:

@@ -17,8 +17,8 @@ from converters.certificate import tool, write_certificate
 from converters.errors import (
     OutputError,
 )
+from converters.files.leftovers import JOURNAL
 from converters.files.output import (
-    JOURNAL,
     addition,
     check_output,
     output_folder,
@@ -101,7 +101,8 @@ def test_an_output_that_another_wrote_meanwhile_stays(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("number", "word"), [(28, "disk"), (5, "disk"), (30, "disk"), (27, "disk"), (122, "disk"),
-                         (13, "file"), (1, "file"), (2, "file")]
+                         (13, "file"), (1, "file"), (2, "file"),
+                         (11, "limits"), (12, "limits"), (23, "limits"), (24, "limits")]
 )  # fmt: skip
 def test_errors_of_the_system(tmp_path: Path, number: int, word: str) -> None:
     for name in (None, "there"):

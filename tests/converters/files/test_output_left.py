@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -15,8 +16,8 @@ import pytest
 from converters.errors import (
     OutputError,
 )
+from converters.files.leftovers import JOURNAL
 from converters.files.output import (
-    JOURNAL,
     check_output,
     output_folder,
 )
@@ -89,6 +90,33 @@ def test_a_system_that_cannot_exchange_two_names(
             (folder / content).write_text(content)
         assert listing(target) == {content: content.encode()}
         assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_an_old_output_that_cannot_be_removed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As one with an immutable file: what is new is there, and the message says so."""
+    target, remove = tmp_path / "out", shutil.rmtree
+    with output_folder(target) as folder:
+        (folder / "a").write_text("old")
+
+    def refuses(path: Path, ignore_errors: bool = False) -> None:
+        if not ignore_errors:
+            raise PermissionError(1, "Operation not permitted", str(path / "a"))
+
+    monkeypatch.setattr(shutil, "rmtree", refuses)
+    with (
+        pytest.raises(OutputError, match="new output is in its place") as caught,
+        output_folder(target) as folder,
+    ):
+        (folder / "a").write_text("new")
+    assert listing(target) == {"a": b"new"}
+    assert Path(str(caught.value.file)).parent == tmp_path
+    assert "not permitted" in str(caught.value.found)
+    monkeypatch.setattr(shutil, "rmtree", remove)
+    with output_folder(target) as folder:
+        (folder / "a").write_text("next")
+    assert listing(tmp_path) == {"out": None, "out/a": b"next"}
 
 
 def test_a_killed_group_of_processes_leaves_nothing(tmp_path: Path) -> None:

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 
-from converters.files.output import JOURNAL
+from converters.files.leftovers import JOURNAL
 from converters.run import Run
 from converters.updates.magnitude import MagnitudeUpdate
 from converters.updates.update import Update

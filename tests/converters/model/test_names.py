@@ -13,10 +13,10 @@ from converters.model.names import (
     Names,
     adapter_in,
     as_peft_loads,
-    auto_class,
     unwrapped,
     without_adapter,
 )
+from converters.model.tasks import auto_class
 from tests.conftest import tiny_llama
 from tests.converters import naming
 

@@ -16,11 +16,11 @@ from converters.certificate import tool
 from converters.certificate import write_certificate as certify
 from converters.errors import MissingError, OutputError, TargetError
 from converters.model.base import open_base
+from converters.progress import Progress
 from converters.targets.engines import PROFILES
 from converters.targets.publish import publish
 from converters.targets.target import (
     Plan,
-    Progress,
     Report,
     Target,
     profiles,

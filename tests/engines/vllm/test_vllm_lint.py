@@ -3,6 +3,7 @@ training added in a running engine."""
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Iterator
 from importlib.util import find_spec
 from pathlib import Path
@@ -11,13 +12,14 @@ from typing import Any
 import pytest
 import torch
 from peft import LoraConfig
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from converters.lint import lint
 from converters.model.base import open_base
 from converters.targets.engines import PROFILES
-from converters.targets.lora_folder import WEIGHTS
+from converters.targets.lora_folder import CONFIG, WEIGHTS
 from dora_serve import read_run, write_adapter
+from tests.converters.families import save_base
 from tests.converters.lint_cases import Plant, unsaid
 from tests.converters.naming import FAMILIES, OTHERS, WRAPPED, load, make, renamed, stranger
 from tests.converters.test_lint_truth import spoilt, train
@@ -195,18 +197,64 @@ def test_what_training_added(engine: Engine, tmp_path: Path, name: str) -> None:
         assert engine.computes(tmp_path / "out", truth)
 
 
+@pytest.mark.parametrize("absent", [None, (2, "up_proj"), (0, "down_proj")])
+def test_experts_are_packed_all_or_none(tmp_path: Path, absent: tuple[int, str] | None) -> None:
+    """Its kernels need a GPU; what stops it is the packing before them."""
+    from vllm.lora.lora_weights import LoRALayerWeights, PackedLoRALayerWeights
+
+    save_base("qwen3-moe", tmp_path / "base")
+    lora = tmp_path / "lora"
+    lora.mkdir()
+    tensors: dict[str, torch.Tensor] = {}
+    layers: list[LoRALayerWeights | None] = []
+    for number in range(4):
+        for kind in ("gate_proj", "down_proj", "up_proj"):  # in vLLM's order
+            rows, columns = (32, 24) if kind == "down_proj" else (24, 32)
+            a, b = torch.ones(4, columns), torch.ones(rows, 4)
+            module = f"model.layers.0.mlp.experts.{number}.{kind}"
+            layers.append(
+                LoRALayerWeights(module, 4, 8, a, b) if (number, kind) != absent else None
+            )
+            if layers[-1] is not None:
+                key = f"base_model.model.{module}"
+                tensors |= {f"{key}.lora_A.weight": a, f"{key}.lora_B.weight": b}
+    save_file(tensors, lora / WEIGHTS)
+    config = {"peft_type": "LORA", "target_modules": ["gate_proj", "up_proj", "down_proj"]}
+    (lora / CONFIG).write_text(json.dumps({**config, "r": 4, "lora_alpha": 8}))
+    assert errors(lora, tmp_path / "base") == ([] if absent is None else ["experts"])
+    if absent is None:
+        assert PackedLoRALayerWeights.pack_moe(layers, "experts").lora_a[0].shape == (4, 4, 32)
+    else:
+        with pytest.raises(AssertionError):
+            PackedLoRALayerWeights.pack_moe(layers, "experts")
+
+
 @pytest.mark.further
-def test_the_families_whose_embeddings_it_adapts() -> None:
+def test_what_its_classes_adapt() -> None:
+    """Of every family of decoders: asked of vLLM's class, or of transformers' own where vLLM has
+    none and would take that."""
+    import transformers
     from transformers.models.auto.modeling_auto import (
         MODEL_FOR_CAUSAL_LM_MAPPING_NAMES as CAUSAL,
     )
     from vllm.model_executor.models import ModelRegistry
+    from vllm.model_executor.models.interfaces import supports_lora
 
-    known, seen = ModelRegistry.models, 0
-    for family in (*sorted(PROFILES["vllm"].embeddings or ()), "mistral", "gemma", "qwen2"):
-        if CAUSAL.get(family) in known:
-            cls: Any = known[CAUSAL[family]].load_model_cls()
-            embeds = "embed_tokens" in getattr(cls, "embedding_modules", {})
-            assert embeds == PROFILES["vllm"].embeds(family), family
-            seen += 1
-    assert seen > 15
+    known, profile, seen = ModelRegistry.models, PROFILES["vllm"], 0
+    for family, name in CAUSAL.items():
+        if name not in known:
+            own: Any = getattr(transformers, str(name), None)
+            if own is not None and not own.is_backend_compatible():
+                assert not profile.adapts("q_proj", family), family
+            continue
+        try:
+            cls: Any = known[name].load_model_cls()
+        except ImportError:  # torchvision
+            continue
+        assert profile.adapts("q_proj", family) == supports_lora(cls), family
+        if supports_lora(cls):
+            modules = getattr(cls, "embedding_modules", {})
+            assert profile.adapts("lm_head", family) == ("lm_head" in modules), family
+            assert profile.embeds(family) <= ("embed_tokens" in modules), family
+        seen += 1
+    assert seen > 60

@@ -1,0 +1,67 @@
+"""What a run of PEFT has that no reader reads: files beside the adapter, and switches in its
+configuration."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+
+from ..errors import RunError
+from .run_folder import CONFIG_FILE, RunFolder
+
+# Switches that a reader reads, or that say nothing of the weights.
+_SWITCHES = frozenset(
+    "inference_mode init_lora_weights fan_in_fan_out use_rslora use_dora use_mora lora_bias "
+    "ensure_weight_tying dora_simple".split()
+)
+# Beside the adapter's own file; PEFT loads none of them.
+_VALUE_HEADS = ("value_head.safetensors", "value_head.bin")
+_PARTS = {
+    "new_embeddings.safetensors": "rows of the embedding for tokens that training added",
+    "new_embeddings.bin": "rows of the embedding for tokens that training added",
+    "non_lora_trainables.safetensors": "modules that were trained beside the adapter",
+    "non_lora_trainables.bin": "modules that were trained beside the adapter",
+}
+
+
+def not_read(folder: RunFolder) -> list[str]:
+    """A warning of each thing. Raises `RunError` for trained parts that the result would lack."""
+    for name, meaning in _PARTS.items():
+        if folder.has(name):
+            raise RunError(
+                f"the run has a part that is not read: {meaning}",
+                file=folder.path / name,
+                remedy="put it into the base and name that as `base`, or train and save it with "
+                "PEFT's modules_to_save; where it is not needed, take the file away",
+            )
+    heads = [
+        f"{name} is left out: the head of a reward or value model, which no target has"
+        for name in _VALUE_HEADS
+        if folder.has(name)
+    ]
+    return [*heads, *_unknown(folder.adapter_config or {})]
+
+
+def _unknown(config: Mapping[str, object]) -> Iterator[str]:
+    """A warning that names the switches nobody here knows, and settings that PEFT does not. Of
+    other tuners PEFT knows its own switches."""
+    kind = str(config.get("peft_type") or "LORA")
+    try:
+        from peft import PEFT_TYPE_TO_CONFIG_MAPPING
+
+        fields = frozenset(PEFT_TYPE_TO_CONFIG_MAPPING[kind].__dataclass_fields__)
+    except (ImportError, KeyError):
+        if kind != "LORA":
+            return  # a tuner that PEFT does not have: its reader knows its switches
+        fields = frozenset(config)
+    known = _SWITCHES if kind == "LORA" else _SWITCHES | fields
+    names = [
+        key
+        for key, value in config.items()
+        if (value is True and key not in known)
+        or (value and isinstance(value, dict) and key not in fields)
+    ]
+    if names:
+        yield (
+            f"{CONFIG_FILE} switches on what is not known here: {', '.join(sorted(names))}; if it "
+            "changes what the adapter computes, the result is wrong"
+        )

@@ -1,0 +1,101 @@
+"""Embedders between sentence-transformers and this tool: its folders in and out, its own vectors
+the truth."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import transformers
+from peft import LoraConfig, PeftModel, get_peft_model
+
+from dora_serve import merge, read_run, verify, write_onnx
+from dora_serve.onnxruntime.encoder import Encoder
+from dora_serve.onnxruntime.session import EngineError
+from tests.conftest import randomize
+from tests.engines.encoders import BOUND
+
+pytest.importorskip("sentence_transformers")
+
+from sentence_transformers import SentenceTransformer
+from sentence_transformers.models import Dense, Normalize, Pooling, Transformer
+
+WORDS = "a boat lamp harbour quiet was lit only its snow river walk by the tram bread first".split()
+TEXTS = ["The harbour was quiet", "a lamp lit by snow", "bread", "walk by the river a tram first"]
+LIMIT = 10  # tokens of a text
+# Family → configuration, what is adapted, pooling, and what of the library comes behind it.
+FAMILIES: dict[str, tuple[str, dict[str, Any], list[str], dict[str, Any]]] = {
+    "bert": ("Bert", {}, ["query", "value"], {"pooling_mode": "mean"}),
+    "modernbert": (
+        "ModernBert",
+        {"global_attn_every_n_layers": 2, "local_attention": 4},
+        ["Wqkv", "Wo"],
+        {"pooling_mode": "cls"},
+    ),
+    "qwen3": (
+        "Qwen3",
+        {"num_key_value_heads": 2, "head_dim": 8},
+        ["q_proj", "down_proj"],
+        {"pooling_mode": "lasttoken"},
+    ),
+}
+
+
+def make(family: str, folder: Path) -> tuple[SentenceTransformer, Path]:
+    """A pipeline that the library itself saved, and an adapter for its model."""
+    kind, more, targets, pooling = FAMILIES[family]
+    vocab = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *WORDS]
+    sizes = {"vocab_size": len(vocab), "hidden_size": 32, "intermediate_size": 48}
+    layers = {"num_hidden_layers": 2, "num_attention_heads": 4, "max_position_embeddings": 40}
+    torch.manual_seed(0)
+    config = getattr(transformers, f"{kind}Config")(**sizes, **layers, **more, pad_token_id=0)
+    getattr(transformers, f"{kind}Model")(config).save_pretrained(folder / "model")
+    (folder / "model/vocab.txt").write_text("\n".join(vocab))
+    words = transformers.BertTokenizer.from_pretrained(folder / "model", do_lower_case=True)
+    words.save_pretrained(folder / "model")
+    model = Transformer(str(folder / "model"), max_seq_length=LIMIT)
+    pooled = Pooling(32, **pooling)
+    pipeline = SentenceTransformer(modules=[model, pooled, Dense(32, 12), Normalize()])
+    pipeline.save_pretrained(str(folder / "base"), create_model_card=False)
+    told = LoraConfig(r=3, lora_alpha=12, target_modules=targets, task_type="FEATURE_EXTRACTION")
+    adapted = get_peft_model(
+        getattr(transformers, f"{kind}Model").from_pretrained(folder / "base"), told
+    )
+    randomize(adapted)
+    adapted.save_pretrained(folder / "run")
+    return SentenceTransformer(str(folder / "base"), device="cpu"), folder / "run"
+
+
+def far(found: Any, truth: Any) -> float:
+    return float(np.abs(np.asarray(found) - np.asarray(truth)).max())
+
+
+@pytest.mark.parametrize(
+    "family", ["bert", *(pytest.param(n, marks=pytest.mark.further) for n in [*FAMILIES][1:])]
+)
+def test_folders_and_vectors_are_the_librarys(family: str, tmp_path: Path) -> None:
+    pipeline, run = make(family, tmp_path)
+    plain = pipeline.encode(TEXTS)
+    inner = pipeline[0].auto_model
+    pipeline[0].auto_model = PeftModel.from_pretrained(inner, str(run)).eval()
+    truth = pipeline.encode(TEXTS)
+    assert far(truth, plain) > 100 * BOUND  # the control of all that follows
+
+    base = tmp_path / "base"
+    merge(read_run(run), tmp_path / "merged", base=base)
+    opened = SentenceTransformer(str(tmp_path / "merged"), device="cpu")
+    assert far(opened.encode(TEXTS), truth) <= BOUND
+    assert opened.max_seq_length == LIMIT
+    assert verify(read_run(run), tmp_path / "merged", base).passed
+
+    write_onnx(base, tmp_path / "onnx", adapters={"tuned": read_run(run)})
+    encoder = Encoder(tmp_path / "onnx")
+    assert far(encoder.embed(TEXTS, "tuned"), truth) <= BOUND
+    assert far(encoder.embed(TEXTS), plain) <= BOUND
+    with pytest.raises(EngineError, match="too long"):  # the library would cut the text
+        encoder.embed(["bread " * LIMIT])
+    other = "mean" if FAMILIES[family][3]["pooling_mode"] != "mean" else "cls"
+    assert far(encoder.embed(TEXTS, "tuned", pooling=other)[:, :12], truth) > 100 * BOUND
