@@ -26,7 +26,7 @@ demo: setup
 	$(BIN)/python scripts/demo.py $(OUT)
 
 test: setup
-	$(BIN)/python -m pytest $(SPREAD) $(WORKERS)
+	$(BIN)/python -m pytest $(SPREAD) $(WORKERS) --ignore tests/clients
 
 # Every family of every kind, in vLLM too.
 test-all: setup setup-vllm
@@ -73,14 +73,17 @@ test-newest:
 test-python:
 	$(call other_versions,.venv-$(notdir $(PY)),$(PY),--constraint constraints.txt)
 
-# Real clients, pinned in an environment of their own, and vLLM's own benchmark.
+# Real clients, pinned in an environment of their own, and vLLM's own benchmark. Without npm those of
+# Node are left out.
 CLIENTS := .venv-clients
+NODE_CLIENTS := openai@7.55.0 @huggingface/transformers@4.3.1
 test-clients: setup setup-vllm $(CLIENTS)/.ready
 	$(BIN)/python -m pytest tests/clients
 
 $(CLIENTS)/.ready: constraints-clients.txt
 	$(PYTHON) -m venv $(CLIENTS)
-	$(CLIENTS)/bin/pip install --quiet --disable-pip-version-check --constraint constraints-clients.txt openai litellm langchain-openai instructor 'lm-eval[api]' transformers
+	$(CLIENTS)/bin/pip install --quiet --disable-pip-version-check --constraint constraints-clients.txt openai litellm langchain-openai instructor llm 'lm-eval[api]' prometheus-client transformers
+	! command -v npm >/dev/null || npm install --prefix $(CLIENTS)/node --silent --no-audit --no-fund --ignore-scripts $(NODE_CLIENTS)
 	touch $@
 
 lint: setup

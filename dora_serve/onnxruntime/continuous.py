@@ -49,12 +49,13 @@ class ContinuousDecoder(Engine):
                 remedy="export it with --precision fp32, int8 or int4",
             )
         super().__init__(graph, limits, workers=1)
-        self.graph = graph
+        self.graph, self.vocabulary = graph, graph.vocabulary
         self.slots = Slots(graph, self.limits.max_rows, self.limits.cache_bytes)
         self.max_length = self.slots.max_length
         self.preemptions = 0
         # As vLLM: the tokenizer's own end, and those of the configuration, told by their id.
-        own = frozenset(() if graph.end is None else (graph.end,))
+        self.end = graph.end
+        own = frozenset(() if self.end is None else (self.end,))
         self.eos = graph.eos | own
         self._named = graph.eos - own if own else frozenset()
         self.grammars = Grammars(self.tokenizer, graph.vocabulary, self.eos)
@@ -78,21 +79,31 @@ class ContinuousDecoder(Engine):
         filled = sum(row.filled for row in self._admitted)
         return filled * self.slots.token_bytes / self.slots.max_bytes
 
+    def begun(self, prompt: Sequence[int]) -> int:
+        """How many tokens the decoder has before an answer."""
+        return len(prompt)
+
+    def room(self, prompt: Sequence[int]) -> int:
+        """How many tokens may follow `prompt`."""
+        return self.max_length - len(prompt)
+
     def submit(
         self,
         prompt: Sequence[int],
         adapter: str | None,
         samplings: Sequence[Sampling],
         tells: Sequence[Tell],
+        written: Sequence[int] = (),
     ) -> list[Request]:
-        """Queue one completion of `prompt` per sampling; each is told what becomes of it, from
-        the decoder's thread.
+        """Queue one completion of `prompt` per sampling, behind what is `written` of it already;
+        each is told what becomes of it, from the decoder's thread.
 
         Raises `EngineError` for a prompt that is empty or too long, `QueueFull` when they would be
         too many, and then queues none.
         """
+        prompt = [*prompt, *written] if written else prompt
         check_rows([prompt], self.max_length - 1, self.graph.vocabulary)
-        room, eos, named = self.max_length - len(prompt), self.eos, self._named
+        room, eos, named = self.room(prompt), self.eos, self._named
         requests = [
             Request(Generation(prompt, sampling, eos, self.tokenizer, room, named), adapter, tell)
             for sampling, tell in zip(samplings, tells, strict=True)

@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from operator import itemgetter
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -35,6 +36,8 @@ _POSITIONS_AFTER_PADDING = frozenset(
     "camembert data2vec-text ibert longformer luke mpnet roberta roberta-prelayernorm xlm-roberta "
     "xlm-roberta-xl xmod".split()
 )
+# Classes of no family, whose tokenizers give no types where their files ask for none.
+_UNTYPED = ("TokenizersBackend", "PreTrainedTokenizerFast")
 _PIPELINES = "sentence_*_config.json"  # of sentence-transformers, one for each kind of model
 _WIDEST = 1 << 14  # numbers of a token's state
 STATES = "last_hidden_state"
@@ -91,6 +94,18 @@ class Encoder(AdaptedFolder):
             said += [int(n) for n in values if isinstance(n, int | float) and n > 0]
         return min(said)
 
+    @cached_property
+    def _typed(self) -> bool:
+        """Whether the two texts of a pair are of two types, as transformers has it."""
+        path = self.folder / "tokenizer_config.json"
+        said: Any = read_json(path) if path.exists() else {}
+        names = said.get("model_input_names")
+        if isinstance(names, list):
+            typed = "token_type_ids" in names
+        else:
+            typed = said.get("tokenizer_class") not in _UNTYPED
+        return typed and self._config.get("type_vocab_size") != 1
+
     @property
     def _padding(self) -> int:
         return int(self._config.get("pad_token_id") or 0)
@@ -104,11 +119,13 @@ class Encoder(AdaptedFolder):
     ) -> list[dict[str, Array]]:
         """Each row's outputs by name, without padding and with the labels its adapter has.
 
-        `types`: token type ids of the rows, zeros where the model takes some and none are given.
+        `types`: token type ids of the rows, zeros where the model takes some and none are given,
+        or its tokenizer is not to give any.
         """
         check_rows(rows, self.max_length)
         wanted = self.adapter_set.per_row(adapters, len(rows))
-        types = types or [[0] * len(row) for row in rows]
+        if not types or not self._typed:
+            types = [[0] * len(row) for row in rows]
         # Without a batched form, the rows of one adapter are a batch.
         alike = [None] if self.adapter_set.batched else dict.fromkeys(wanted)
         groups = [
@@ -218,11 +235,15 @@ class Encoder(AdaptedFolder):
         regression = len(values) == 1
         scores = values if regression else tuple(np.exp(log_softmax(logits)).tolist())
         index = int(np.argmax(logits))
+        known = len(self.labels) == len(values)
+        label = self.labels[index] if known else f"LABEL_{index}"
+        return Classification(index, label, scores, values)
+
+    @property
+    def labels(self) -> list[str]:
+        """The names of the configuration's classes."""
         names = self._config.get("id2label") or {}
-        known = len(names) == len(values)
-        return Classification(
-            index, names.get(str(index), "") if known else f"LABEL_{index}", scores, values
-        )
+        return [str(names.get(str(i), "")) for i in range(len(names))]
 
     def answer(
         self, questions: Sequence[tuple[str, str]], adapters: Adapters = None, longest: int = 30
@@ -232,17 +253,10 @@ class Encoder(AdaptedFolder):
         encoded, outputs = self._run_texts(questions, adapters)
         found = []
         for (_, context), codes, each in zip(questions, encoded, outputs, strict=True):
-            start, end = log_softmax(each["start_logits"]), log_softmax(each["end_logits"])
-            inside = np.array([part == 1 for part in codes.sequence_ids])
-            scores = start[:, None] + end[None, :]
-            allowed = np.triu(np.outer(inside, inside)) & ~np.triu(
-                np.ones_like(scores, bool), longest
-            )
-            if not allowed.any():
-                raise EngineError("the context is empty", found=context[:80])
-            best = np.unravel_index(np.where(allowed, scores, -np.inf).argmax(), scores.shape)
-            first, last = codes.offsets[best[0]][0], codes.offsets[best[1]][1]
-            found.append(Span(context[first:last], first, last, float(scores[best])))
+            inside = [part == 1 for part in codes.sequence_ids]
+            begin, end, logprob = likeliest_span(each, inside, longest)
+            first, last = codes.offsets[begin][0], codes.offsets[end][1]
+            found.append(Span(context[first:last], first, last, logprob))
         return found
 
     def embed(
@@ -268,3 +282,20 @@ class Encoder(AdaptedFolder):
     def vector(self, outputs: dict[str, Array]) -> Array:
         """The vector of one text of `run`, before its length is made one."""
         return self.pipeline(outputs[STATES])
+
+
+def likeliest_span(
+    outputs: dict[str, Array], inside: Sequence[bool], longest: int
+) -> tuple[int, int, float]:
+    """The first and the last token of an answer of at most `longest` tokens that are `inside` the
+    context, and its log-probability. Raises `EngineError` where none is."""
+    start, end = log_softmax(outputs["start_logits"]), log_softmax(outputs["end_logits"])
+    places = np.flatnonzero(inside)
+    if not len(places):
+        raise EngineError("the context is empty")
+    found = []
+    for place, first in enumerate(places):
+        ends = places[place : np.searchsorted(places, first + longest)]
+        last = ends[end[ends].argmax()]
+        found.append((int(first), int(last), float(start[first] + end[last])))
+    return max(found, key=itemgetter(2))

@@ -32,11 +32,11 @@ if TYPE_CHECKING:
 
 class EncoderDecoder(AdaptedFolder):
     """An encoder-decoder folder as `dora-export onnx` writes it, with its adapters, and the search
-    for what it writes. `threads` None is one per core."""
+    for what it writes. `threads` and `spin`: as `Session` takes them."""
 
-    def __init__(self, folder: str | Path, threads: int | None = None) -> None:
+    def __init__(self, folder: str | Path, threads: int | None = None, spin: bool = True) -> None:
         super().__init__(folder)
-        sessions = [Session(self.folder / n, threads) for n in (ENCODER, DECODER, WITH_PAST)]
+        sessions = [Session(self.folder / n, threads, spin) for n in (ENCODER, DECODER, WITH_PAST)]
         self._encoder, self._first, self._next = sessions
         config = read_json(self.folder / "config.json")
         own = self.folder / "generation_config.json"
@@ -57,6 +57,22 @@ class EncoderDecoder(AdaptedFolder):
             raise EngineError("the configuration names no decoder_start_token_id", file=self.folder)
         return found
 
+    @property
+    def forced(self) -> int | None:
+        """What every answer begins with; None where the configuration does not say it."""
+        found = self._config.get("forced_bos_token_id")
+        return found if isinstance(found, int) else None
+
+    @property
+    def vocabulary(self) -> int:
+        return int(self._config["vocab_size"])
+
+    @property
+    def token_bytes(self) -> int:
+        """Of the keys and values of one token, of the prompt or of the answer."""
+        caches = [v.shape for v in self._next.inference.get_inputs() if len(v.shape) == 4]
+        return sum(4 * int(shape[1]) * int(shape[3]) for shape in caches) // 2
+
     def search(self, batch: Batch, search: Search, prompts: list[list[int]]) -> list[Completion]:
         """What follows the tokens that every row of `batch` begins with. `prompts`: what it was
         asked, for the answer."""
@@ -76,7 +92,7 @@ class EncoderDecoder(AdaptedFolder):
         """Log-probabilities `[rows, vocab]`, what may not come next at -inf."""
         forced = None
         if len(written[0]) == 0:
-            forced = self._config.get("forced_bos_token_id")
+            forced = self.forced
         elif len(written[0]) == search.max_tokens - 1 and not search.ignore_eos:
             forced = self._config.get("forced_eos_token_id")
         check_finite(logits)
@@ -178,6 +194,15 @@ class Batch:
             self._adapters = {**self._adapters, ADAPTER_INDEX: index}
         self._past = {name: np.repeat(c, width, axis=0) for name, c in self._past.items()}
 
+    def keep(self, rows: NDArray[np.int64]) -> None:
+        """Go on with these rows alone."""
+        self.first, self.rows = self.first[rows], len(rows)
+        self._mask = {name: mask[rows] for name, mask in self._mask.items()}
+        if ADAPTER_INDEX in self._adapters:
+            index = self._adapters[ADAPTER_INDEX][rows]
+            self._adapters = {**self._adapters, ADAPTER_INDEX: index}
+        self._past = {name: cache[rows] for name, cache in self._past.items()}
+
     def reorder(self, parents: NDArray[np.int64]) -> None:
         """Let every row go on from the decoder's caches of another row with the same prompt."""
         for name in self._past:
@@ -188,8 +213,8 @@ class Batch:
 class Seq2Seq(EncoderDecoder):
     """A folder of a model that reads text and writes text; raises `EngineError` for another."""
 
-    def __init__(self, folder: str | Path, threads: int | None = None) -> None:
-        super().__init__(folder, threads)
+    def __init__(self, folder: str | Path, threads: int | None = None, spin: bool = True) -> None:
+        super().__init__(folder, threads, spin)
         if "input_ids" not in self._encoder.types:
             raise EngineError(
                 "the graph is for another task", file=self.folder, expected="a model of text"
@@ -202,7 +227,7 @@ class Seq2Seq(EncoderDecoder):
         adapters: Adapters = None,
     ) -> Array:
         """The logits `[rows, tokens, vocab]` after every decoder token, `targets` of one length."""
-        return self._batch(rows, adapters).begin(np.array(targets, np.int64))
+        return self.batch(rows, adapters).begin(np.array(targets, np.int64))
 
     def generate(
         self,
@@ -216,9 +241,17 @@ class Seq2Seq(EncoderDecoder):
         Raises `EngineError` for an unknown adapter, an empty prompt, or one that is too long.
         """
         rows = [self.encode(prompt) for prompt in prompts]
-        return self.search(self._batch(rows, adapters), search or Search(), rows)
+        return self.search(self.batch(rows, adapters), search or Search(), rows)
 
-    def _batch(self, rows: Sequence[Sequence[int]], adapters: Adapters) -> Batch:
+    @property
+    def max_length(self) -> int:
+        """How many tokens a prompt or an answer may have; of a model without positions of its own,
+        16,384."""
+        return int(self._config.get("max_position_embeddings") or 1 << 14)
+
+    def batch(self, rows: Sequence[Sequence[int]], adapters: Adapters = None) -> Batch:
+        """The rows that are read, each with its adapter, before anything is written. Raises
+        `EngineError` for one that is empty or too long."""
         # T5 has relative positions and no largest length.
         longest = self._config.get("max_position_embeddings")
         check_rows(rows, longest or max(map(len, rows), default=0))

@@ -42,8 +42,8 @@ class Transcriber(EncoderDecoder):
     """A folder of a Whisper as `dora-export onnx` writes it, with its adapters. Raises
     `EngineError` for one of a model that does not hear."""
 
-    def __init__(self, folder: str | Path, threads: int | None = None) -> None:
-        super().__init__(folder, threads)
+    def __init__(self, folder: str | Path, threads: int | None = None, spin: bool = True) -> None:
+        super().__init__(folder, threads, spin)
         if not hears(self.folder):
             raise EngineError(
                 "the graph is for another task", file=self.folder, expected="a model of speech"
@@ -54,6 +54,11 @@ class Transcriber(EncoderDecoder):
         """What makes features of a wave."""
         path = self.folder / "preprocessor_config.json"
         return Spectrum(read_json(path) if path.exists() else {})
+
+    @property
+    def positions(self) -> int:
+        """How many tokens the decoder may have, what it begins with included."""
+        return int(self._config["max_target_positions"])
 
     @property
     def languages(self) -> dict[str, int]:
@@ -102,8 +107,7 @@ class Transcriber(EncoderDecoder):
         if prompt:
             begin = [self._said("prev_sot_token_id"), *prompt]
             first = np.concatenate([np.tile(begin, (len(first), 1)), first], axis=1)
-        positions = int(self._config["max_target_positions"])
-        room = positions - first.shape[1]
+        positions, room = self.positions, self.positions - first.shape[1]
         search = search or Search(room)
         if search.max_tokens > room:
             raise EngineError(

@@ -12,8 +12,10 @@ from fastapi import FastAPI
 from .guard import Guard, is_loopback
 from .routes import (
     adapters,
+    answering,
     encoding,
     generating,
+    hearing,
     invoking,
     operation,
     pooling,
@@ -57,6 +59,8 @@ def make_app(state: State, host: str, api_key: str | None) -> FastAPI:
         generating,
         responding,
         encoding,
+        answering,
+        hearing,
         scoring,
         pooling,
         tokens,

@@ -8,30 +8,37 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from converters.errors import apart
+from converters.files.json_files import read_json
 from dora_serve.onnxruntime.continuous import ContinuousDecoder
 from dora_serve.onnxruntime.decoder_graph import DecoderGraph
 from dora_serve.onnxruntime.encoder import STATES, Encoder
 from dora_serve.onnxruntime.encoder_queue import EncoderQueue
+from dora_serve.onnxruntime.seq2seq import Seq2Seq
+from dora_serve.onnxruntime.seq2seq_queue import Seq2SeqQueue
+from dora_serve.onnxruntime.transcriber import Transcriber, hears
+from dora_serve.onnxruntime.transcriber_queue import TranscriberQueue
 
 from .options import ServerOptions
-from .prepare.offer import DECODES, Graph, Offer, OfferedModel
+from .prepare.offer import DECODES, TRANSLATES, Graph, Offer, OfferedModel
 from .tokenizing import Texts
 from .wire.defaults import Defaults, read_defaults
 from .wire.errors import ApiError
 
-Engine = ContinuousDecoder | EncoderQueue
+Writer = ContinuousDecoder | Seq2SeqQueue
+Engine = Writer | EncoderQueue | TranscriberQueue
 _FOR = {"feature-extraction": "embeddings"}  # tasks that callers know by another name
 
 
 @dataclass(eq=False)
 class Served:
     """A model and the engine that runs it. `defaults`: of what its requests leave open;
-    `requests`: how many named it so far."""
+    `chat`: whether there is a chat template; `requests`: how many named it so far."""
 
     model: OfferedModel
     engine: Engine
     texts: Texts
     defaults: Defaults
+    chat: bool = False
     created: int = field(default_factory=lambda: int(time.time()))
     requests: int = 0
 
@@ -41,7 +48,7 @@ class Registry:
     of the offer cannot be served, since its graph cannot be opened."""
 
     def __init__(self, offer: Offer, options: ServerOptions) -> None:
-        self.problems: dict[str, str] = {}
+        self.problems = dict(offer.problems)
         self._engines: dict[str, Engine] = {}
         self._defaults: dict[str, Defaults] = {}
         decoders = sum(graph.task == DECODES for graph in offer.graphs)
@@ -50,9 +57,15 @@ class Registry:
         for graph in offer.graphs:
             with apart(self.problems, *(m.name for m in offer.models if m.folder == graph.folder)):
                 self._defaults[graph.folder] = _defaults(graph, options)
-                self._engines[graph.folder] = _open(graph, options)
+                ends = self._defaults[graph.folder].ends
+                self._engines[graph.folder] = _open(graph, options, ends)
         self.graphs = {g.folder: g for g in offer.graphs if g.folder in self._engines}
         self.texts = {folder: Texts(folder, options.chat_template) for folder in self.graphs}
+        self._chats = {
+            folder
+            for folder, graph in self.graphs.items()
+            if graph.task == DECODES and (options.chat_template or _has_template(Path(folder)))
+        }
         self._models: dict[str, Served] = {}
         for model in offer.models:
             if model.folder in self._engines:
@@ -62,7 +75,11 @@ class Registry:
         """Serve `model`, in place of an earlier one of that name."""
         folder = model.folder
         self._models[model.name] = Served(
-            model, self._engines[folder], self.texts[folder], self._defaults[folder]
+            model,
+            self._engines[folder],
+            self.texts[folder],
+            self._defaults[folder],
+            folder in self._chats,
         )
 
     def remove(self, name: str) -> None:
@@ -88,8 +105,22 @@ class Registry:
             message = f"The model `{name[:200]}` does not exist."
             raise ApiError(message, 404, "model", "model_not_found") from None
 
-    def decoder(self, name: str) -> tuple[Served, ContinuousDecoder]:
+    def writer(self, name: str) -> tuple[Served, Writer]:
         """As `find`, for a model that writes text."""
+        served = self.find(name)
+        if not isinstance(served.engine, ContinuousDecoder | Seq2SeqQueue):
+            raise _other_task(served, "texts to go on with, or to read")
+        return served, served.engine
+
+    def transcriber(self, name: str) -> tuple[Served, TranscriberQueue]:
+        """As `find`, for a model that hears."""
+        served = self.find(name)
+        if not isinstance(served.engine, TranscriberQueue):
+            raise _other_task(served, "speech")
+        return served, served.engine
+
+    def decoder(self, name: str) -> tuple[Served, ContinuousDecoder]:
+        """The same of one that goes on with what it is given."""
         served = self.find(name)
         if not isinstance(served.engine, ContinuousDecoder):
             raise _other_task(served, DECODES)
@@ -121,17 +152,33 @@ class Registry:
 
 
 def _defaults(graph: Graph, options: ServerOptions) -> Defaults:
-    if graph.task != DECODES:
+    if graph.task not in (DECODES, TRANSLATES):
         return Defaults()
     return read_defaults(Path(graph.folder), options.generation_config)
 
 
-def _open(graph: Graph, options: ServerOptions) -> Engine:
+def _has_template(folder: Path) -> bool:
+    if (folder / "chat_template.jinja").exists():
+        return True
+    path = folder / "tokenizer_config.json"
+    return path.exists() and bool(read_json(path).get("chat_template"))
+
+
+def _open(graph: Graph, options: ServerOptions, ends: frozenset[int] | None) -> Engine:
     # No spinning: it would keep the cores from the HTTP side and from the other engines.
     if graph.task == DECODES:
         decoder = DecoderGraph(graph.folder, options.threads, options.max_length, spin=False)
+        decoder.eos = decoder.eos if ends is None else ends
         _ = decoder.tokenizer  # one that cannot be read is told now
         return ContinuousDecoder(decoder, options.limits)
+    if graph.task == TRANSLATES and hears(Path(graph.folder)):
+        heard = Transcriber(graph.folder, options.threads, spin=False)
+        _ = heard.tokenizer, heard.start, heard.spectrum
+        return TranscriberQueue(heard, options.limits)
+    if graph.task == TRANSLATES:
+        translator = Seq2Seq(graph.folder, options.threads, spin=False)
+        _ = translator.tokenizer, translator.start
+        return Seq2SeqQueue(translator, options.limits, options.max_length, ends)
     encoder = Encoder(graph.folder, options.threads, spin=False)
     _ = encoder.tokenizer
     if STATES in encoder.outputs:

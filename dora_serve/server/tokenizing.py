@@ -6,7 +6,7 @@ import itertools
 import json
 from array import array
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 from .bounded.process import Process
 from .wire.errors import ApiError
@@ -14,6 +14,16 @@ from .wire.requests import Text
 
 _WORD = 64  # tokens of a word that may not be written
 Row = tuple[list[int], list[int]]  # token ids and their types
+
+
+class Question(NamedTuple):
+    """`starts` and `ends`: the characters of its text that each token is; `inside`: whether that is
+    the context's."""
+
+    row: Row
+    starts: list[int]
+    ends: list[int]
+    inside: list[int]
 
 
 class Texts:
@@ -51,6 +61,14 @@ class Texts:
         rows = _rows(lengths, blob)
         found = [(i, [0] * len(i)) if isinstance(i, list) else next(rows) for i in inputs]
         return [(cut(ids, kept, side), cut(types, kept, side)) for ids, types in found]
+
+    async def question(self, question: str, context: str, longest: int) -> Question:
+        """The tokens of both together, at most `longest`."""
+        lengths, blob = await self.process.call(
+            "question", json.dumps([question, context]).encode(), longest=longest
+        )
+        ids, types, starts, ends, inside = next(_parts(lengths, blob, 5))
+        return Question((ids, types), starts, ends, inside)
 
     async def words(self, words: Sequence[str]) -> tuple[tuple[int, ...], ...]:
         """The tokens of words that may not be written, at the begin of a text and within it, as
@@ -124,8 +142,13 @@ def cut(ids: list[int], kept: int | None, side: str | None) -> list[int]:
 
 
 def _rows(lengths: Sequence[int], blob: bytes) -> Iterator[Row]:
-    numbers = array("I", blob)
-    begin, half = 0, len(numbers) // 2
+    return ((ids, types) for ids, types in _parts(lengths, blob, 2))
+
+
+def _parts(lengths: Sequence[int], blob: bytes, count: int) -> Iterator[list[list[int]]]:
+    """Of every text the `count` numbers of its tokens, which `blob` has one behind the other."""
+    numbers, begin = array("I", blob), 0
+    every = len(numbers) // count
     for end in itertools.accumulate(lengths):
-        yield numbers[begin:end].tolist(), numbers[half + begin : half + end].tolist()
+        yield [numbers[i * every + begin : i * every + end].tolist() for i in range(count)]
         begin = end

@@ -18,16 +18,21 @@ from converters.errors import MissingError, visible
 
 from ..wording import in_flags, quoted
 from .options import ServerOptions
-from .prepare.offer import DECODES, Offer
+from .prepare.offer import ANSWERS, DECODES, HEARS, TRANSLATES, Offer, OfferedModel
 
 _PATHS = {
     DECODES: "/v1/completions",
+    TRANSLATES: "/v1/completions",
+    HEARS: "/v1/audio/transcriptions",
+    ANSWERS: "/dora/answer",
     "sequence-classification": "/classify",
     "token-classification": "/pooling",
     "feature-extraction": "/v1/embeddings",
 }
 _EXAMPLES: dict[str, dict[str, object]] = {
     DECODES: {"prompt": "count : nine", "max_tokens": 16, "temperature": 0},
+    TRANSLATES: {"prompt": "a long text", "max_tokens": 16, "temperature": 0},
+    ANSWERS: {"question": "what is good?", "context": "a good film"},
     "sequence-classification": {"input": "a good film"},
     "token-classification": {"input": "a good film"},
     "feature-extraction": {"input": "a good film"},
@@ -66,8 +71,8 @@ def up(
     for name, warning in offer.warnings.items():
         print(in_flags(visible(f"warning: {name}: {warning}")), file=sys.stderr)
     registry = None if dry_run else Registry(offer, options)
-    if registry is not None and registry.problems:
-        _tell(registry.problems)
+    if registry is not None and registry.problems != offer.problems:
+        _tell({n: why for n, why in registry.problems.items() if n not in offer.problems})
         left = [model for model in offer.models if model.name not in registry.problems]
         offer = offer.model_copy(update={"models": left})
     if not offer.models:
@@ -118,9 +123,21 @@ def table(offer: Offer, url: str, key: bool) -> str:
         method = "" if model.method is None else f", {model.method}"
         of = "" if model.base is None else f" of {model.base}"
         name = f"{visible(model.name):<{width}}"
-        lines.append(f"  {name}  {_PATHS[model.task]:<15}  {model.kind}" + visible(of + method))
+        path = _PATHS[_task(model)]
+        lines.append(f"  {name}  {path:<15}  {model.kind}" + visible(of + method))
     last = offer.models[-1]
     header = ' -H "Authorization: Bearer $DORA_SERVE_API_KEY"' if key else ""
-    body = json.dumps({"model": last.name, **_EXAMPLES[last.task]})
-    command = f"curl {url}{_PATHS[last.task]}{header} -H 'Content-Type: application/json' -d "
-    return "\n".join([*lines, "", command + quoted(body), ""])
+    command = f"curl {url}{_PATHS[_task(last)]}{header} "
+    if _task(last) == HEARS:
+        command += f"-F file=@speech.wav -F {quoted(f'model={last.name}')}"
+    else:
+        body = json.dumps({"model": last.name, **_EXAMPLES[last.task]})
+        command += f"-H 'Content-Type: application/json' -d {quoted(body)}"
+    return "\n".join([*lines, "", command, ""])
+
+
+def _task(model: OfferedModel) -> str:
+    from dora_serve.onnxruntime.transcriber import hears
+
+    made = model.task == TRANSLATES and Path(model.folder).is_dir()
+    return HEARS if made and hears(Path(model.folder)) else model.task

@@ -20,12 +20,16 @@ from tests.server.test_structure import MODEL, save_bytes_model
 HERE = Path(__file__).parent
 ROOT = HERE.parents[1]
 CLIENTS, VLLM = ROOT / ".venv-clients/bin/python", ROOT / ".venv-vllm/bin/python"
+NODE = ROOT / ".venv-clients/node/node_modules"
 PROGRAMS = {
-    "with_openai": Path(sys.executable),
-    "with_litellm": CLIENTS,
-    "with_langchain": CLIENTS,
-    "with_instructor": CLIENTS,
-    "with_vllm_bench": VLLM,
+    "with_openai.py": Path(sys.executable),
+    "with_litellm.py": CLIENTS,
+    "with_langchain.py": CLIENTS,
+    "with_instructor.py": CLIENTS,
+    "with_llm.py": CLIENTS,
+    "with_prometheus.py": CLIENTS,
+    "with_openai.mjs": NODE / "openai",
+    "with_vllm_bench.py": VLLM,
 }
 
 
@@ -39,10 +43,13 @@ def running(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
 
 @pytest.mark.parametrize("name", PROGRAMS)
 def test_client(running: Server, name: str) -> None:
-    python = PROGRAMS[name]
-    if shutil.which(str(python)) is None:
-        pytest.skip(f"no {python.parents[1].name} here")
-    words = [str(python), str(HERE / f"{name}.py"), running.url, MODEL, str(running.root / MODEL)]
+    program, script = PROGRAMS[name], str(HERE / name)
+    if not program.exists():
+        pytest.skip(f"no {program.relative_to(ROOT).parts[0]} here")
+    asked = [running.url, MODEL, str(running.root / MODEL)]
+    words = [str(program), script, *asked]
+    if name.endswith(".mjs"):
+        words = [shutil.which("node") or "node", script, str(NODE), *asked]
     done = subprocess.run(words, capture_output=True, text=True, timeout=500)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     assert done.stdout.splitlines()[-1] == "all fine"

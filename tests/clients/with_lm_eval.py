@@ -24,6 +24,7 @@ for name in names:
             "num_concurrent": 8,
             "max_retries": 1,
             "max_length": 64,
+            "add_bos_token": True,  # as the tokenizer by itself does
         },
         tasks=["words_choice", "words_written"],
         task_manager=TaskManager(include_path=tasks, include_defaults=False),

@@ -148,6 +148,22 @@ REQUESTS: dict[str, tuple[str, dict[str, Any]]] = {
     "chat with values": chat(
         chat_template_kwargs={"before": "copy : "}, max_tokens=3, return_token_ids=True
     ),
+    "beams": complete(use_beam_search=True, n=3),
+    "beams of one": complete("cat moon", use_beam_search=True, max_tokens=6),
+    "beams told": complete(use_beam_search=True, n=2, logprobs=2, max_tokens=5),
+    "beams to the end": complete(
+        use_beam_search=True, n=4, max_tokens=40, length_penalty=0.2, return_token_ids=True
+    ),
+    "beams beyond the end": complete(
+        use_beam_search=True, n=2, max_tokens=30, ignore_eos=True, return_token_ids=True
+    ),
+    "beams with their end": complete(
+        use_beam_search=True, n=3, max_tokens=30, include_stop_str_in_output=True,
+        return_token_ids=True,
+    ),
+    "beams that prefer length": complete(use_beam_search=True, n=3, length_penalty=2.5),
+    "beams of two prompts": complete(["count : nine", "cat moon"], use_beam_search=True, n=2),
+    "beams of a chat": chat(use_beam_search=True, n=2),
     # Refused.
     "presence too large": complete(presence_penalty=2.1),
     "frequency too small": complete(frequency_penalty=-2.1),

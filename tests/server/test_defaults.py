@@ -58,7 +58,7 @@ def test_flags_against_them(said: Server, place: Path, tmp_path: Path) -> None:
     parity_models.save_base(root / BASE, **parity_more.DEFAULTS)
     template = tmp_path / "other.jinja"
     template.write_text(OTHER)
-    bound = written(tmp_path / "bound", temperature=0, max_new_tokens=3)
+    bound = written(tmp_path / "bound", temperature=0, max_new_tokens=3, eos_token_id=30)
     plain = {"model": BASE, "prompt": LONG, "max_tokens": 10, "min_tokens": 3}
     body = {**plain, "repetition_penalty": 1.0, "temperature": 0}
     chat = {"model": BASE, "messages": [{"role": "user", "content": "nine"}], "max_tokens": 2}
@@ -72,6 +72,12 @@ def test_flags_against_them(said: Server, place: Path, tmp_path: Path) -> None:
         told = http.post("/v1/completions", json=plain).json()["choices"][0]
         assert told["finish_reason"] == "length"
         assert told["text"].split() == expected  # bounded, and no penalty
+        ends = {}
+        for token in (2, 20, 30):  # the tokenizer's, the base's and the other file's, as in vLLM
+            biased = {"model": BASE, "prompt": LONG, "logit_bias": {str(token): 100}}
+            (choice,) = http.post("/v1/completions", json=biased).json()["choices"]
+            ends[token] = choice["finish_reason"], choice["stop_reason"]
+        assert ends == {2: ("stop", None), 20: ("length", None), 30: ("stop", 30)}
         answer = http.post("/v1/chat/completions", json={**chat, **values}).json()
         text = "<s>count : nine ten"
         assert ChatTemplate(root / BASE, template).render(
@@ -89,7 +95,9 @@ def test_what_is_read(tmp_path: Path) -> None:
     assert read_defaults(folder, "vllm") == Defaults()
     assert read_defaults(tmp_path, "auto") == Defaults()
     found = read_defaults(tmp_path, str(folder))
-    assert found == Defaults(temperature=0.5, max_new_tokens=9, longest=9)
+    assert found == Defaults(temperature=0.5, max_new_tokens=9, longest=9, ends=frozenset())
+    several = written(tmp_path / "b", eos_token_id=[3, 4])
+    assert read_defaults(tmp_path, str(several)).ends == frozenset((3, 4))
 
 
 @pytest.mark.parametrize("said", [{"temperature": -1}, {"top_p": "x"}, {"max_new_tokens": 0}])

@@ -131,8 +131,8 @@ def test_what_is_used_and_not_served(server: Server, name: str) -> None:
 def test_numbers_and_truth_are_not_the_same() -> None:
     assert is_neutral("priority", 0)
     assert not is_neutral("priority", False)
-    assert is_neutral("use_beam_search", False)
-    assert not is_neutral("use_beam_search", 0)
+    assert is_neutral("echo", False)
+    assert not is_neutral("echo", 0)
 
 
 @pytest.mark.parametrize("dumped", [True, False])
@@ -209,3 +209,13 @@ def test_a_request_may_have_an_id_and_usage_in_every_event(server: Server) -> No
 def test_what_no_client_may_say(server: Server) -> None:
     with server.openai as client, pytest.raises(openai.BadRequestError, match="best_of"):
         client.completions.create(model=DOWN, prompt="cat", best_of=3)
+
+
+@pytest.mark.parametrize("name", ["metadata", "logit_bias", "documents"])
+def test_an_object_of_too_many_names_is_one_error(name: str) -> None:
+    """And not one for each of them, which would take seconds and hundreds of megabytes."""
+    many: Any = {f"k{i}": {} for i in range(2000)}
+    body = {"model": BASE, "messages": ASKED, name: [many] if name == "documents" else many}
+    with pytest.raises(ValueError, match="names") as caught:
+        read("ChatCompletionRequest", body)
+    assert caught.value.error_count() == 1  # type: ignore[attr-defined]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
@@ -20,6 +21,15 @@ _PLACES = """cells => cells.map(cell => {
     const texts = [cell, table.caption, cell.parentElement.cells[0], head];
     return [cell.dataset.module, ...texts.map(each => each.textContent)];
 })"""
+
+
+DELTAS: list[tuple[dict[str, Any], str | None]] = [
+    ({"tool_calls": [{"function": {"name": "now", "arguments": ""}}]}, None),
+    ({"tool_calls": [{"function": {"arguments": '{"a": 1}'}}]}, None),
+    ({}, "tool_calls"),
+]
+PIECES = [{"choices": [{"index": 0, "delta": d, "finish_reason": why}]} for d, why in DELTAS]
+CALLS = "".join(f"data: {json.dumps(each)}\n\n" for each in PIECES) + "data: [DONE]\n\n"
 
 
 @pytest.fixture(scope="module")
@@ -130,6 +140,74 @@ def test_chat_and_classification(page: Page, server: Server) -> None:
     expect(page.get_by_role("article")).to_contain_text(f"class 0: {data[1]['probs'][0]:.3f}")
 
 
+def test_an_address_names_a_model(browser: Browser, server: Server) -> None:
+    with quiet(browser, f"{server.url}/#{SECOND}") as page:
+        expect(page.locator("#chosen-title")).to_have_text(SECOND)
+        choose(page, DOWN)
+        assert page.url == f"{server.url}/#{DOWN}"
+        page.goto(f"{server.url}/#{SENTIMENT}")
+        expect(page.locator("#chosen-title")).to_have_text(SENTIMENT)
+        page.goto(f"{server.url}/#%zz")  # names nothing
+        expect(page.locator("#chosen-title")).to_have_text(SENTIMENT)
+
+
+def test_what_is_not_served_and_which_version(page: Page, server: Server) -> None:
+    with server.http as http:
+        version = http.get("/version").json()["version"]
+        missing = http.get("/dora/models").json()["not_served"]
+    expect(page.locator("#version")).to_have_text(f"version {version}")
+    assert page.locator("#absent").is_visible() == bool(missing)
+    told = {"broken": "no such base\n  to do: look"}
+
+    def change(route: Any) -> None:
+        route.fulfill(json={**route.fetch().json(), "not_served": told})
+
+    page.route("**/dora/models", change)
+    page.get_by_role("button", name="Refresh").click()
+    page.get_by_text("Not served: 1").click()
+    expect(page.locator("#absent dt")).to_have_text("broken")
+    expect(page.locator("#absent dd")).to_have_text(told["broken"])
+
+
+def test_a_prompt_that_fits_until_one_is_written(page: Page) -> None:
+    prompt = page.get_by_label("Prompt")
+    choose(page, SENTIMENT)
+    expect(prompt).to_have_value("a good film")
+    expect(page.get_by_label("Send as")).to_have_value("text")
+    choose(page, DOWN)  # which has a chat template
+    expect(page.get_by_label("Send as")).to_have_value("chat")
+    prompt.press_sequentially("cat")
+    expect(prompt).to_have_value("cat")
+    choose(page, SENTIMENT)
+    expect(prompt).to_have_value("cat")
+
+
+def test_a_system_message_a_schema_and_tools(page: Page) -> None:
+    asked: list[Any] = []
+    page.on("request", lambda sent: asked.append(sent.post_data_json) if sent.post_data else None)
+    page.get_by_text("System message, schema, tools").click()
+    schema, tool = {"type": "object"}, {"type": "function", "function": {"name": "now"}}
+    page.get_by_label("Send as").select_option("chat")
+    page.get_by_label("System message").fill("brief")
+    page.get_by_label("JSON schema").fill(json.dumps(schema))
+    page.get_by_label("Tools").fill(json.dumps([tool]))
+    with page.expect_response("**/v1/chat/completions"):
+        page.route("**/v1/chat/completions", lambda route: route.fulfill(body=CALLS))
+        ask(page, DOWN)
+    assert answers(page) == {DOWN: '\nnow {"a": 1}'}
+    (body,) = asked
+    turns = [{"role": "system", "content": "brief"}, {"role": "user", "content": PROMPT}]
+    assert (body["messages"], body["tools"]) == (turns, [tool])
+    assert body["response_format"]["json_schema"]["schema"] == schema
+    page.get_by_label("Tools").fill("[")
+    ask(page, DOWN)
+    expect(page.locator("#progress")).to_contain_text("Tools, of a chat")
+    expect(page.get_by_label("Tools")).to_be_focused()
+    page.get_by_label("Send as").select_option("text")
+    expect(page.get_by_label("Tools")).to_be_disabled()
+    assert len(asked) == 1
+
+
 def test_errors_are_the_servers_own_words(browser: Browser, server: Server) -> None:
     body = {"model": DOWN, "prompt": PROMPT, "max_tokens": 500}
     with server.http as http:
@@ -194,6 +272,7 @@ def test_by_keyboard_alone(page: Page, server: Server) -> None:
         "Python snippet",
         "Prompt",
         *boxes,
+        "System message, schema, tools",
         "Send as",
         "Max tokens",
         "Temperature",

@@ -10,6 +10,8 @@ from subprocess import run
 
 import pytest
 from transformers import (
+    BertConfig,
+    BertForMaskedLM,
     Gemma3Config,
     Gemma3ForConditionalGeneration,
     MarianConfig,
@@ -64,19 +66,20 @@ def test_what_cannot_be_served_does_not_hinder_the_rest(tmp_path: Path) -> None:
 
 
 def test_dry_run_tells_what_could_not_be_made(tmp_path: Path) -> None:
-    """A translator, and a decoder that sees images: each of its task, and neither is served."""
+    """Neither a model that fills gaps nor a decoder that sees images is served; a translator is."""
     small = {"d_model": 16, "encoder_layers": 1, "decoder_layers": 1, "vocab_size": 40}
     heads = {"encoder_attention_heads": 2, "decoder_attention_heads": 2}
     tokens = {"pad_token_id": 39, "decoder_start_token_id": 39, "eos_token_id": 0}
     MarianMTModel(MarianConfig(**small, **heads, **tokens)).save_pretrained(tmp_path / "marian")
     size = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    BertForMaskedLM(BertConfig(**size, intermediate_size=16)).save_pretrained(tmp_path / "fills")
     text = {**size, "num_key_value_heads": 1, "intermediate_size": 16, "head_dim": 8}
     sees = {**size, "intermediate_size": 16, "image_size": 28, "patch_size": 14}
     config = Gemma3Config(text_config={**text, "vocab_size": 300}, vision_config=sees)
     Gemma3ForConditionalGeneration(config).save_pretrained(tmp_path / "gemma")
     offer = make_offer(tmp_path, None, dry=True)
-    assert offer.models == []
-    assert "found: seq2seq-lm" in offer.problems["marian"]
+    assert [(model.name, model.task) for model in offer.models] == [("marian", "seq2seq-lm")]
+    assert "for no task that is served" in offer.problems["fills"]
     assert "models of more than text" in offer.problems["gemma"]
 
 

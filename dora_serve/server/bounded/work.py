@@ -111,17 +111,20 @@ class Work:
         for text in texts:
             encoded = self._encoding(text, special, param, kept if side is None else None)
             longest = max(longest, len(encoded.ids) if kept is not None else 0)
-            lengths.append(len(encoded.ids))
-            if lengths[-1] > longest:
-                raise ApiError(
-                    f"The text is too long: it has {lengths[-1]} tokens, and this model's maximum "
-                    f"context length is {longest}.",
-                    param=param,
-                    code="context_length_exceeded",
-                )
+            lengths.append(_checked(len(encoded.ids), longest, param))
             ids.extend(encoded.ids)
             types.extend(encoded.type_ids)
         return lengths, ids.tobytes() + types.tobytes()
+
+    def question(self, blob: bytes, longest: int) -> tuple[Any, bytes]:
+        """Of a question and its context the tokens' ids and types, where each begins and ends in
+        its text, and whether that is the context."""
+        encoded = self._encoding(json.loads(blob), True, "context")
+        length = _checked(len(encoded.ids), longest, "context")
+        starts, ends = zip(*encoded.offsets, strict=True)
+        inside = [int(part == 1) for part in encoded.sequence_ids]
+        parts = (encoded.ids, encoded.type_ids, starts, ends, inside)
+        return [length], b"".join(array("I", part).tobytes() for part in parts)
 
     def chat(
         self,
@@ -173,6 +176,18 @@ class Work:
             return self._tokenizer.encode(*parts, add_special_tokens=special)
         finally:
             self._tokenizer.no_truncation()
+
+
+def _checked(length: int, longest: int, param: str) -> int:
+    """`length`; raises `ApiError` where it is more than `longest` tokens."""
+    if length > longest:
+        raise ApiError(
+            f"The text is too long: it has {length} tokens, and this model's maximum context "
+            f"length is {longest}.",
+            param=param,
+            code="context_length_exceeded",
+        )
+    return length
 
 
 def _bound() -> None:

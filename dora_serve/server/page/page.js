@@ -1,32 +1,37 @@
 // The table of models, the one that is chosen, and the key.
 
 import { base, call, key } from "./api.js";
-import { offer } from "./playground.js";
+import { offer, suggest } from "./playground.js";
 import { element, rankMap, summary } from "./rankmap.js";
 import { snippets } from "./snippets.js";
 
 const field = (id) => document.getElementById(id);
-let chosen = null; // the name of a model
+let chosen = linked(); // the name of a model
 let shown = null; // what the part below the table was made from
 let locked = false; // whether the server wants a key
+let version = null;
 
 field("address").textContent = `${base}/v1`;
 
 async function refresh() {
-  let models;
+  let told;
   try {
-    models = (await (await call("/dora/models")).json()).data;
+    told = await (await call("/dora/models")).json();
+    version ??= (await (await call("/version")).json()).version;
   } catch (error) {
     fail(error);
     return;
   }
+  const models = told.data;
   locked ||= key.get() !== null;
+  field("version").textContent = `version ${version}`;
   field("trouble").textContent = "";
   field("key-form").hidden = true;
   field("forget").hidden = !locked;
   field("all").hidden = false;
   offer(models, refresh);
   list(models);
+  absent(told.not_served);
   const adapted = ({ modules }) => Object.keys(modules).length;
   show(models.find(({ id }) => id === chosen) ?? models.find(adapted) ?? models[0]);
 }
@@ -77,7 +82,7 @@ function list(models) {
       element(
         "th",
         { scope: "row", role: "rowheader" },
-        element("button", { "data-name": model.id, onclick: () => show(model) }, model.id),
+        element("button", { "data-name": model.id, onclick: () => choose(model) }, model.id),
       ),
       ...columns.map(([title, write, kind]) =>
         element("td", { role: "cell", "data-label": title, class: kind ?? null }, write(model)),
@@ -121,10 +126,40 @@ function size(bytes) {
   return `${Number((bytes / 1000 ** power).toPrecision(3))} ${units[power]}`;
 }
 
+/** What the folder has and the server does not serve, with the reason. */
+function absent(problems) {
+  const names = Object.keys(problems);
+  field("absent").hidden = !names.length;
+  const part = (kind) => field("absent").querySelector(kind);
+  part("summary").textContent = `Not served: ${names.length}`;
+  const told = ([name, reason]) => [element("dt", {}, name), element("dd", {}, reason)];
+  part("dl").replaceChildren(...Object.entries(problems).flatMap(told));
+}
+
+/** The model that the address names behind its #. */
+function linked() {
+  try {
+    return decodeURIComponent(location.hash.slice(1)) || null;
+  } catch {
+    return null;
+  }
+}
+
+addEventListener("hashchange", () => {
+  chosen = linked() ?? chosen;
+  refresh();
+});
+
+function choose(model) {
+  history.replaceState(null, "", `#${encodeURIComponent(model.id)}`);
+  show(model);
+}
+
 function show(model) {
   field("chosen").hidden = !model;
   if (!model) return;
   chosen = model.id;
+  suggest(model);
   for (const button of buttons()) {
     button.setAttribute("aria-pressed", String(button.dataset.name === chosen));
   }

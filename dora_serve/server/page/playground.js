@@ -7,10 +7,16 @@ const field = (id) => document.getElementById(id);
 const names = field("names");
 const stop = field("stop");
 const progress = field("progress");
-const ASKS = { "causal-lm": generate, "sequence-classification": classify };
+const ASKS = {
+  "causal-lm": generate,
+  "seq2seq-lm": generate,
+  "sequence-classification": classify,
+};
+const PROMPTS = { "causal-lm": "Once upon a time", "sequence-classification": "a good film" };
 
 let models = [];
 let running = null;
+let suggested = ""; // the prompt that nobody wrote
 
 /** Offer these models; what was chosen stays chosen. `done` is called after every round. */
 export function offer(found, done) {
@@ -34,9 +40,42 @@ export function offer(found, done) {
   );
 }
 
+/** A prompt that fits the model, and the form that its template wants, until one is written. */
+export function suggest({ task, chat }) {
+  if (field("prompt").value !== suggested) return;
+  suggested = chat ? "What can you do?" : (PROMPTS[task] ?? "");
+  field("prompt").value = suggested;
+  field("form").value = chat ? "chat" : "text";
+  field("form").onchange();
+}
+
+const chats = () => field("form").value === "chat";
+
+field("form").onchange = () => {
+  for (const id of ["system", "tools"]) field(id).disabled = !chats();
+};
+field("form").onchange();
+
+/** The JSON of a field, null where it is empty. Throws an error that names the field. */
+function written(id) {
+  const text = field(id).value.trim();
+  if (!text || field(id).disabled) return null;
+  try {
+    return JSON.parse(text);
+  } catch (error) {
+    field("more").open = true;
+    field(id).focus();
+    throw new Error(`${field(id).labels[0].textContent}: ${error.message}`);
+  }
+}
+
 function boxes() {
   return [...names.querySelectorAll("input")];
 }
+
+field("prompt").addEventListener("focus", ({ target }) => {
+  if (target.value === suggested) target.select();
+});
 
 field("prompt").addEventListener("keydown", (event) => {
   if (event.key === "Enter" && (event.ctrlKey || event.metaKey)) {
@@ -54,13 +93,20 @@ async function send() {
     progress.textContent = "Choose whom to ask.";
     return;
   }
+  let more;
+  try {
+    more = { schema: written("schema"), tools: written("tools") };
+  } catch (error) {
+    progress.textContent = error.message;
+    return;
+  }
   running?.abort();
   const round = (running = new AbortController());
   stop.disabled = false;
   progress.textContent = "Asking…";
   const columns = asked.map((model) => column(model));
   field("answers").replaceChildren(...columns.map(({ article }) => article));
-  const ends = await Promise.all(columns.map((each) => fill(each, round.signal)));
+  const ends = await Promise.all(columns.map((each) => fill(each, round.signal, more)));
   if (running !== round) return;
   running = null;
   if (document.activeElement === stop) field("playground").querySelector("button").focus();
@@ -80,10 +126,10 @@ function column(model) {
 }
 
 /** How it ended: "answered", "stopped" or "failed"; the column says the rest. */
-async function fill({ model, article, text, note }, signal) {
+async function fill({ model, article, text, note }, signal, more) {
   const begin = performance.now();
   try {
-    const told = await ASKS[model.task](model, text, signal);
+    const told = await ASKS[model.task](model, text, signal, more);
     const seconds = (performance.now() - begin) / 1000;
     note.textContent = `${told}, ${seconds.toFixed(2)} s`;
     return "answered";
@@ -100,8 +146,10 @@ async function fill({ model, article, text, note }, signal) {
   }
 }
 
-async function generate(model, text, signal) {
+async function generate(model, text, signal, { schema, tools }) {
   const prompt = field("prompt").value;
+  const system = chats() && field("system").value;
+  const turns = system ? [{ role: "system", content: system }] : [];
   const body = {
     model: model.id,
     max_tokens: field("length").valueAsNumber,
@@ -109,16 +157,22 @@ async function generate(model, text, signal) {
     stream: true,
     stream_options: { include_usage: true },
   };
-  const [path, asked] =
-    field("form").value === "chat"
-      ? ["/v1/chat/completions", { messages: [{ role: "user", content: prompt }] }]
-      : ["/v1/completions", { prompt }];
+  if (schema) {
+    body.response_format = { type: "json_schema", json_schema: { name: "answer", schema } };
+  }
+  if (tools) body.tools = tools;
+  const [path, asked] = chats()
+    ? ["/v1/chat/completions", { messages: [...turns, { role: "user", content: prompt }] }]
+    : ["/v1/completions", { prompt }];
   const answer = await call(path, { ...body, ...asked }, signal);
   let tokens = 0;
   let reason = null;
   for await (const { choices, usage } of events(answer)) {
     for (const choice of choices) {
       text.append(choice.text ?? choice.delta.content ?? "");
+      for (const { function: called } of choice.delta?.tool_calls ?? []) {
+        text.append(called.name ? `\n${called.name} ` : "", called.arguments ?? "");
+      }
       reason = choice.finish_reason ?? reason;
     }
     tokens = usage?.completion_tokens ?? tokens;
@@ -131,5 +185,7 @@ async function classify(model, text, signal) {
   const answer = await (await call("/classify", body, signal)).json();
   const [{ label, probs, index }] = answer.data;
   text.textContent = label ?? String(index);
-  return probs.map((value, i) => `class ${i}: ${value.toFixed(3)}`).join(", ");
+  const named = model.labels.length === probs.length;
+  const name = (i) => (named ? model.labels[i] : `class ${i}`);
+  return probs.map((value, i) => `${name(i)}: ${value.toFixed(3)}`).join(", ");
 }

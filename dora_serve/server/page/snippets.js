@@ -3,12 +3,26 @@
 import { base } from "./api.js";
 import { element } from "./rankmap.js";
 
+const COMPLETES = {
+  path: "/v1/completions",
+  body: { prompt: "Once upon a time", max_tokens: 16, temperature: 0 },
+  python: (body) =>
+    `answer = client.completions.create(\n${named(body)})\nprint(answer.choices[0].text)`,
+};
 const TASKS = {
-  "causal-lm": {
-    path: "/v1/completions",
-    body: { prompt: "Once upon a time", max_tokens: 16, temperature: 0 },
+  "causal-lm": COMPLETES,
+  "seq2seq-lm": COMPLETES,
+  "question-answering": {
+    path: "/dora/answer",
+    told: "answer",
+    body: { question: "What is good?", context: "a good film" },
+  },
+  "automatic-speech-recognition": {
+    path: "/v1/audio/transcriptions",
+    file: "speech.wav",
+    body: {},
     python: (body) =>
-      `answer = client.completions.create(\n${named(body)})\nprint(answer.choices[0].text)`,
+      `answer = client.audio.transcriptions.create(\n${named(body)}    file=open("speech.wav", "rb"),\n)\nprint(answer.text)`,
   },
   "feature-extraction": {
     path: "/v1/embeddings",
@@ -21,17 +35,21 @@ const TASKS = {
 };
 
 export function snippets(model, locked) {
-  const { path, body, python } = TASKS[model.task];
+  const { path, body, python, told, file } = TASKS[model.task];
   const asked = { model: model.id, ...body };
   return [
-    snippet("curl", curl(base + path, asked, locked)),
-    snippet("Python", python ? client(python(asked), locked) : plain(base + path, asked, locked)),
+    snippet("curl", curl(base + path, asked, locked, file)),
+    snippet(
+      "Python",
+      python ? client(python(asked), locked) : plain(base + path, asked, locked, told),
+    ),
   ];
 }
 
-function curl(url, body, locked) {
+function curl(url, body, locked, file) {
   const lines = [`curl ${quoted(url)}`];
   if (locked) lines.push('-H "Authorization: Bearer $DORA_SERVE_API_KEY"');
+  if (file) return [...lines, `-F file=@${file}`, `-F ${quoted(`model=${body.model}`)}`].join(" \\\n  ");
   lines.push("-H 'Content-Type: application/json'", `-d ${quoted(json(body, "  "))}`);
   return lines.join(" \\\n  ");
 }
@@ -42,13 +60,13 @@ function client(call, locked) {
   return `${locked ? "import os\n\n" : ""}from openai import OpenAI\n\n${make}\n${call}`;
 }
 
-function plain(url, body, locked) {
+function plain(url, body, locked, told = "data") {
   const header = locked
     ? '    headers={"Authorization": "Bearer " + os.environ["DORA_SERVE_API_KEY"]},\n'
     : "";
   const call = `httpx.post(\n    ${JSON.stringify(url)},\n${header}    json=${json(body, "    ")},\n)`;
   const imports = `${locked ? "import os\n\n" : ""}import httpx`;
-  return `${imports}\n\nanswer = ${call}\nprint(answer.json()["data"])`;
+  return `${imports}\n\nanswer = ${call}\nprint(answer.json()["${told}"])`;
 }
 
 /** Keyword arguments of Python; what JSON writes of texts and numbers, Python reads the same. */

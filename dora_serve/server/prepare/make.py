@@ -17,7 +17,7 @@ from typing import Any
 from converters.certificate import FILE, tool, write_certificate
 from converters.errors import DoraExportError, TargetError, apart
 from converters.files.json_files import read_json
-from converters.files.onnx_files import FOLDER, MODEL, SUFFIX, read_adapter_file
+from converters.files.onnx_files import FOLDER, SUFFIX, graphs_in, read_adapter_file
 from converters.files.output import output_folder
 from converters.files.tensors import numel
 from converters.model.base import BaseModel, open_base
@@ -249,8 +249,8 @@ def _write(run: Run, base: BaseModel, graph: Path, target: Path) -> None:
     with output_folder(target) as folder:
         copy = folder / "graph"  # of its own, since the output folder is locked
         copy.mkdir()
-        for name in (MODEL, FILE):
-            shutil.copyfile(graph / name, copy / name)
+        for file in (*graphs_in(graph), graph / FILE):
+            shutil.copyfile(file, copy / file.name)
         ranks = add_adapters(copy, {_NAME: run}, base)[_NAME]
         (copy / FOLDER).rename(folder / FOLDER)
         certificate = read_json(copy / FILE)

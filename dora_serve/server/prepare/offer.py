@@ -6,7 +6,9 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict
 
-DECODES = "causal-lm"  # the task of decoders; every other is an encoder's
+# Tasks whose models write text, and answer questions of a text; the others are encoders' too.
+DECODES, TRANSLATES, ANSWERS = "causal-lm", "seq2seq-lm", "question-answering"
+HEARS = "automatic-speech-recognition"  # what a `TRANSLATES` that takes speech is told to be for
 
 
 class _Fixed(BaseModel):

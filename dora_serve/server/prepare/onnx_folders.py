@@ -9,14 +9,21 @@ from typing import Any
 from converters.errors import TargetError, TensorFileError
 from converters.files.handles import check_file
 from converters.files.json_files import read_json
-from converters.files.onnx_files import ENCODER, FOLDER, SUFFIX, read_adapter_file
+from converters.files.onnx_files import FOLDER, SUFFIX, graphs_in, read_adapter_file
 from converters.model.tasks import task_of
 
 from ...folder.names import not_a_name
-from .offer import DECODES, Graph, Module, OfferedModel
+from .offer import ANSWERS, DECODES, TRANSLATES, Graph, Module, OfferedModel
 from .onnx_graphs import check_graphs, read_genai
 
-SERVED = (DECODES, "sequence-classification", "token-classification", "feature-extraction")
+SERVED = (
+    DECODES,
+    TRANSLATES,
+    ANSWERS,
+    "sequence-classification",
+    "token-classification",
+    "feature-extraction",
+)
 
 
 def read_onnx_folder(name: str, path: Path) -> tuple[Graph, OfferedModel, list[OfferedModel]]:
@@ -27,7 +34,7 @@ def read_onnx_folder(name: str, path: Path) -> tuple[Graph, OfferedModel, list[O
     certificate: Mapping[str, Any] = read_json(path / "dora_export.json")
     decodes = (path / "genai_config.json").exists()
     task = DECODES if decodes else task_of(read_json(path / "config.json"))
-    if (path / ENCODER).exists() or task not in SERVED:
+    if task not in SERVED:
         raise TargetError("this task is not served", file=path, found=task or "an unknown task")
     genai = read_genai(path) if decodes else None
     check_graphs(path, genai)
@@ -49,7 +56,9 @@ def read_onnx_folder(name: str, path: Path) -> tuple[Graph, OfferedModel, list[O
         adapter=None,
         modules=certified_modules(certificate),
         parameters=0,
-        bytes=sum(file.stat().st_size for file in path.glob("model.onnx*")),
+        bytes=sum(
+            file.stat().st_size for graph in graphs_in(path) for file in path.glob(f"{graph.name}*")
+        ),
     )
     models = []
     for adapter, proof in (certificate.get("adapters") or {}).items():

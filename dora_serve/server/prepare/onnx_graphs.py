@@ -11,7 +11,7 @@ from pydantic import BaseModel, ConfigDict, Field, StrictBool, StrictInt, Valida
 from converters.errors import TensorFileError
 from converters.files.handles import check_file
 from converters.files.json_files import read_json
-from converters.files.onnx_files import BATCHED, GENAI, MODEL
+from converters.files.onnx_files import BATCHED, GENAI, MODEL, graphs_in
 
 _LARGEST = (1 << 31) - 1  # bytes that protobuf reads
 _Count = Annotated[StrictInt, Field(gt=0, le=1 << 24)]
@@ -65,8 +65,8 @@ def read_genai(folder: Path) -> Genai:
 def check_graphs(folder: Path, genai: Genai | None) -> None:
     """Raise `TensorFileError` where a graph of `folder` is none, takes data from elsewhere, or is
     not the one that `genai` tells of."""
-    for path in (folder / MODEL, folder / BATCHED):
-        if path == folder / MODEL or path.exists():
+    for path in (*(graphs_in(folder) or [folder / MODEL]), folder / BATCHED):
+        if path.name != BATCHED or path.exists():
             _check(path, genai)
 
 

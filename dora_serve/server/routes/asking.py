@@ -7,18 +7,17 @@ import time
 from collections.abc import AsyncGenerator, Sequence
 from functools import partial
 
-from dora_serve.onnxruntime.continuous import ContinuousDecoder
 from dora_serve.onnxruntime.request import Delta, Request
 from dora_serve.onnxruntime.sampling import Sampling
 
 from ..metrics import Metrics
-from ..registry import Served
+from ..registry import Served, Writer
 from ..wire.errors import ApiError
 
 _LOGPROBS = 1 << 17  # of one request; each takes about 600 bytes
 
 
-def check_count(engine: ContinuousDecoder, count: int) -> None:
+def check_count(engine: Writer, count: int) -> None:
     """Raise `ApiError` for a request of more choices than can ever wait."""
     if count > engine.limits.max_waiting:
         raise ApiError(f"{count} choices are more than can wait", code="too_many_choices")
@@ -44,7 +43,7 @@ class Asking:
     def __init__(
         self,
         served: Served,
-        engine: ContinuousDecoder,
+        engine: Writer,
         prompts: Sequence[Sequence[int]],
         samplings: Sequence[Sequence[Sampling]],
         metrics: Metrics,

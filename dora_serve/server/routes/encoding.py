@@ -15,6 +15,7 @@ from dora_serve.onnxruntime.pipeline import normalized
 
 from ..registry import Served
 from ..state import note, state_of
+from ..tokenizing import Row
 from ..wire import answers, pieces
 from ..wire.errors import ApiError
 from ..wire.requests import ClassifyRequest, EmbeddingRequest, Texts
@@ -82,7 +83,7 @@ async def run(
 ) -> tuple[dict[str, Any], list[Any], answers.Usage]:
     """The head of an answer, what `finish` makes of the outputs of every text of `body`, or of
     `pairs`, and the tokens that were read. `check` is told their counts before they are run."""
-    state, inputs = state_of(request), body.inputs if pairs is None else pairs
+    inputs = body.inputs if pairs is None else pairs
     if len(inputs) > engine.limits.max_waiting:
         raise ApiError(f"{len(inputs)} texts are more than can wait", param="input")
     rows = await served.texts.encode(
@@ -93,10 +94,21 @@ async def run(
         body.kept(engine.max_length),
         body.truncation_side,
     )
-    lengths = [len(ids) for ids, _ in rows]
     if check is not None:
-        check(lengths)
-    begin = time.monotonic()
+        check([len(ids) for ids, _ in rows])
+    return await computed(request, served, engine, rows, prefix, finish)
+
+
+async def computed(
+    request: Request,
+    served: Served,
+    engine: EncoderQueue,
+    rows: Sequence[Row],
+    prefix: str,
+    finish: Callable[[dict[str, Any]], Any],
+) -> tuple[dict[str, Any], list[Any], answers.Usage]:
+    """The same of `rows` of tokens."""
+    state, lengths, begin = state_of(request), [len(ids) for ids, _ in rows], time.monotonic()
     submitted = engine.submit(rows, served.model.adapter, finish)
     futures = [asyncio.wrap_future(each) for each in submitted]
     served.requests += 1

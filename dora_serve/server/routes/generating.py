@@ -12,12 +12,13 @@ from typing import Any
 from fastapi import APIRouter, Request
 from fastapi.responses import JSONResponse, Response
 
-from dora_serve.onnxruntime.continuous import ContinuousDecoder
 from dora_serve.onnxruntime.grammar import Grammar
 from dora_serve.onnxruntime.limits import check_tokens
 from dora_serve.onnxruntime.sampling import Sampling
+from dora_serve.onnxruntime.seq2seq_queue import Seq2SeqQueue
 
 from ..registry import Served
+from ..registry import Writer as Engine
 from ..state import State, note, state_of
 from ..wire import answers, pieces
 from ..wire.errors import ApiError
@@ -27,6 +28,7 @@ from ..wire.sampling import Generate, StreamOptions
 from ..wire.sending import EventStream, while_there
 from .asking import Asking, check_count, check_logprobs
 from .reading import JsonRoute, plain
+from .searching import Answering, Searching
 from .writing import ChatWriter, CompletionWriter, Writer
 
 router = APIRouter(route_class=JsonRoute)
@@ -38,7 +40,10 @@ FEW = 500  # tokens, which are written out at once
 async def completions(body: CompletionRequest, request: Request) -> Response:
     """Complete a prompt, or several."""
     state = state_of(request)
-    served, engine = state.models.decoder(body.model)
+    served, engine = state.models.writer(body.model)
+    if isinstance(engine, Seq2SeqQueue) and (body.echo or body.prompt_logprobs is not None):
+        param = "echo" if body.echo else "prompt_logprobs"
+        raise ApiError("this model's answers do not go on with the prompt", param=param)
     check_count(engine, len(body.prompts) * body.n)
     prompts = await _prompts(body, served, engine)
     most = min(body.max_tokens, served.defaults.longest or engine.max_length, engine.max_length)
@@ -49,19 +54,15 @@ async def completions(body: CompletionRequest, request: Request) -> Response:
     bad, most = await served.texts.words(body.bad_words or ()), max(most, 1)
     grammar = await _grammar(body, state, engine)
     draws = [body.samplings(most, body.logprobs, bad, told, grammar, served.defaults)]
-    check_tokens(draws[0][0].named_tokens, engine.graph.vocabulary)
+    check_tokens(draws[0][0].named_tokens, engine.vocabulary)
     texts = await _echoed(body, served, prompts)
     write = CompletionWriter(body, prompts, texts, _decoder(engine))
-    asking = Asking(
-        served, engine, prompts, draws * len(prompts), state.metrics, state.options.timeout
-    )
+    asking = _asking(state, served, engine, prompts, body, draws, body.logprobs)
     head = pieces.envelope("cmpl", "text_completion", served.model.name, body.request_id)
     return await _answer(body, request, asking, head, write)
 
 
-async def _prompts(
-    body: CompletionRequest, served: Served, engine: ContinuousDecoder
-) -> list[list[int]]:
+async def _prompts(body: CompletionRequest, served: Served, engine: Engine) -> list[list[int]]:
     kept = body.kept(engine.max_length - 1)
     rows = await served.texts.encode(
         body.prompts,
@@ -108,7 +109,7 @@ class BegunChat:
     served: Served
     prompt: list[int]
     draw: Sampling
-    asking: Asking
+    asking: Answering
     write: ChatWriter
 
 
@@ -136,13 +137,31 @@ async def begin_chat(body: ChatRequest, request: Request) -> BegunChat:
     bad = await served.texts.words(body.bad_words or ())
     told, grammar = body.prompt_logprobs, await _grammar(body, state, engine)
     draws = [body.samplings(most, top, bad, told, grammar, served.defaults)]
-    check_tokens(draws[0][0].named_tokens, engine.graph.vocabulary)
-    asking = Asking(served, engine, [prompt], draws, state.metrics, state.options.timeout)
+    check_tokens(draws[0][0].named_tokens, engine.vocabulary)
+    asking = _asking(state, served, engine, [prompt], body, draws, top)
     write = ChatWriter(body, prompt, _decoder(engine))
     return BegunChat(served, prompt, draws[0][0], asking, write)
 
 
-async def _grammar(body: Generate, state: State, engine: ContinuousDecoder) -> Grammar | None:
+def _asking(
+    state: State,
+    served: Served,
+    engine: Engine,
+    prompts: Sequence[Sequence[int]],
+    body: Generate,
+    draws: list[list[Sampling]],
+    top: int | None,
+) -> Answering:
+    metrics, timeout = state.metrics, state.options.timeout
+    if not body.use_beam_search:
+        return Asking(served, engine, prompts, draws * len(prompts), metrics, timeout)
+    one = draws[0][0]
+    if one.grammar is not None:
+        raise ApiError("what an answer follows is not heeded", param="use_beam_search")
+    return Searching(served, engine, prompts, body, one.max_tokens, top, metrics, timeout)
+
+
+async def _grammar(body: Generate, state: State, engine: Engine) -> Grammar | None:
     """What every choice has to follow. It is read in a process with bounds first."""
     try:
         wanted = body.structure()
@@ -154,10 +173,9 @@ async def _grammar(body: Generate, state: State, engine: ContinuousDecoder) -> G
     return await asyncio.to_thread(engine.grammars.compile, text.decode())
 
 
-def _check_length(engine: ContinuousDecoder, prompt: Sequence[int], wanted: int | None) -> None:
+def _check_length(engine: Engine, prompt: Sequence[int], wanted: int | None) -> None:
     wanted = 1 if wanted is None else wanted
-    length = len(prompt) + wanted
-    if length > engine.max_length:
+    if wanted > engine.room(prompt):
         raise ApiError(
             f"This model's maximum context length is {engine.max_length} tokens, but the prompt "
             f"has {len(prompt)} tokens and {wanted} more are asked for.",
@@ -166,7 +184,7 @@ def _check_length(engine: ContinuousDecoder, prompt: Sequence[int], wanted: int 
         )
 
 
-def _decoder(engine: ContinuousDecoder) -> Callable[[int], str]:
+def _decoder(engine: Engine) -> Callable[[int], str]:
     tokenizer = engine.tokenizer
     return lambda token: str(tokenizer.decode([token], skip_special_tokens=False))
 
@@ -174,7 +192,7 @@ def _decoder(engine: ContinuousDecoder) -> Callable[[int], str]:
 async def _answer(
     body: CompletionRequest | ChatRequest,
     request: Request,
-    asking: Asking,
+    asking: Answering,
     head: Json,
     write: Writer,
 ) -> Response:
@@ -186,7 +204,7 @@ async def _answer(
     return await while_there(request, _whole(request, asking, head, write))
 
 
-async def _whole(request: Request, asking: Asking, head: Json, write: Writer) -> Response:
+async def _whole(request: Request, asking: Answering, head: Json, write: Writer) -> Response:
     choices = [Choice() for _ in range(asking.count)]
     async with aclosing(asking.news()) as news:
         async for index, delta in news:
@@ -203,7 +221,7 @@ async def _whole(request: Request, asking: Asking, head: Json, write: Writer) ->
 
 
 async def _events(
-    request: Request, asking: Asking, head: Json, write: Writer, options: StreamOptions
+    request: Request, asking: Answering, head: Json, write: Writer, options: StreamOptions
 ) -> AsyncGenerator[bytes, None]:
     more: dict[str, Any] = {"usage": None} if options.include_usage else {}
     async with aclosing(asking.news()) as news:

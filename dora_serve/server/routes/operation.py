@@ -11,7 +11,10 @@ from fastapi.responses import PlainTextResponse, Response
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 
 from converters.files.json_files import read_json
+from dora_serve.onnxruntime.encoder_queue import EncoderQueue
+from dora_serve.onnxruntime.transcriber_queue import TranscriberQueue
 
+from ..prepare.offer import HEARS
 from ..registry import Served
 from ..state import state_of
 from ..wire import answers
@@ -35,7 +38,10 @@ def model(name: str, request: Request) -> answers.ModelCard:
 @router.get("/dora/models")
 def details(request: Request) -> answers.DetailsList:
     """The same names with what each is: ranks, sizes, requests so far."""
-    return answers.DetailsList(data=[_details(served) for served in state_of(request).models])
+    models = state_of(request).models
+    return answers.DetailsList(
+        data=[_details(served) for served in models], not_served=models.problems
+    )
 
 
 def _card(served: Served) -> answers.ModelCard:
@@ -49,18 +55,20 @@ def _card(served: Served) -> answers.ModelCard:
 
 
 def _details(served: Served) -> answers.ModelDetails:
-    model = served.model
+    model, engine = served.model, served.engine
     return answers.ModelDetails(
         id=model.name,
         kind=model.kind,
         method=model.method,
-        task=model.task,
+        task=HEARS if isinstance(engine, TranscriberQueue) else model.task,
         base=model.base,
         parameters=model.parameters,
         bytes=model.bytes,
         modules=model.modules,
         requests=served.requests,
         loaded=model.adapter is None or model.adapter in served.engine.pool,
+        chat=served.chat,
+        labels=engine.encoder.labels if isinstance(engine, EncoderQueue) else [],
     )
 
 

@@ -16,9 +16,9 @@ from ..wire.pieces import Choice, Json
 from ..wire.replies import Output, Reply
 from ..wire.responses import ResponsesRequest
 from ..wire.sending import EventStream, while_there
-from .asking import Asking
 from .generating import FEW, begin_chat
 from .reading import JsonRoute
+from .searching import Answering
 from .writing import ChatWriter
 
 router = APIRouter(route_class=JsonRoute)
@@ -36,7 +36,7 @@ async def responses(body: ResponsesRequest, request: Request) -> Response:
     return await while_there(request, _whole(request, begun.asking, head, begun.write))
 
 
-async def _whole(request: Request, asking: Asking, head: Json, write: ChatWriter) -> Response:
+async def _whole(request: Request, asking: Answering, head: Json, write: ChatWriter) -> Response:
     choice, output = Choice(), Output()
     async with aclosing(asking.news()) as news:
         async for _, delta in news:
@@ -52,7 +52,7 @@ async def _whole(request: Request, asking: Asking, head: Json, write: ChatWriter
     return answer() if asking.tokens < FEW else await asyncio.to_thread(answer)
 
 
-def _ended(asking: Asking, head: Json, output: Output, reason: str) -> tuple[Json, list[Json]]:
+def _ended(asking: Answering, head: Json, output: Output, reason: str) -> tuple[Json, list[Json]]:
     """The answer, and what is told of its last item."""
     status: replies.Status = "incomplete" if reason == "length" else "completed"
     events = list(output.end(status))
@@ -63,7 +63,7 @@ def _ended(asking: Asking, head: Json, output: Output, reason: str) -> tuple[Jso
 
 
 async def _events(
-    request: Request, asking: Asking, head: Json, write: ChatWriter
+    request: Request, asking: Answering, head: Json, write: ChatWriter
 ) -> AsyncGenerator[bytes, None]:
     """As OpenAI's clients put them together. The last event says "completed" as vLLM's does, where
     the answer was cut off too."""

@@ -181,6 +181,34 @@ class Pooling(BaseModel):
     usage: Usage
 
 
+class Answer(BaseModel):
+    """Of `/dora/answer`: the characters `start` to `end` of the context, and their probability."""
+
+    id: str
+    object: Literal["answer"] = "answer"
+    created: int
+    model: str
+    answer: str
+    start: int
+    end: int
+    score: float
+    usage: Usage
+
+
+class Heard(BaseModel):
+    """How long a sound was."""
+
+    type: Literal["duration"] = "duration"
+    seconds: int
+
+
+class Transcription(BaseModel):
+    """Of `/v1/audio/transcriptions`."""
+
+    text: str
+    usage: Heard
+
+
 class Score(BaseModel):
     index: int
     object: Literal["score"] = "score"
@@ -261,7 +289,8 @@ class ModelList(BaseModel):
 
 class ModelDetails(BaseModel):
     """What OpenAI's model list has no place for. `requests`: how many so far; `loaded`: whether an
-    adapter is in memory now, always true of a base."""
+    adapter is in memory now, always true of a base; `chat`: whether it has a chat template;
+    `labels`: the names of its classes, where the base has some."""
 
     id: str
     kind: Literal["base", "merged", "run", "adapter"]
@@ -273,10 +302,15 @@ class ModelDetails(BaseModel):
     modules: dict[str, Module]
     requests: int
     loaded: bool
+    chat: bool
+    labels: list[str]
 
 
 class DetailsList(BaseModel):
+    """`not_served`: what else the folder has, with the reason."""
+
     data: list[ModelDetails]
+    not_served: dict[str, str]
 
 
 class Status(BaseModel):

@@ -21,10 +21,12 @@ Count = Annotated[int, Field(ge=1, le=2**31 - 1)]
 
 AUTO, NONE = "auto", "vllm"  # the model's own, or none
 _FILE = "generation_config.json"
+_OF_ANOTHER = ("longest", "ends")  # what another file than the model's own says
 
 
 class Defaults(BaseModel):
-    """None is what nothing is said of. `max_new_tokens`: of a chat; `longest`: of any answer."""
+    """None is what nothing is said of. `max_new_tokens`: of a chat; `longest`: of any answer;
+    `ends`: the tokens that end one, beside the tokenizer's own, None for those of the model."""
 
     model_config = ConfigDict(frozen=True, allow_inf_nan=False)
     temperature: Temperature | None = None
@@ -36,11 +38,13 @@ class Defaults(BaseModel):
     frequency_penalty: Penalty | None = None
     max_new_tokens: Count | None = None
     longest: Count | None = None
+    ends: frozenset[Annotated[int, Field(ge=0, lt=2**31)]] | None = None
 
 
 def read_defaults(folder: Path, said: str) -> Defaults:
     """Those of the model in `folder`, as vLLM's `--generation-config` is `said`: "auto", "vllm" for
-    none, or the folder of another file, whose maximum then bounds every answer.
+    none, or the folder of another file, whose maximum then bounds every answer, and whose ends
+    are those of the model.
 
     Raises `DoraExportError` where another file is wanted and not there, or says what cannot be.
     """
@@ -56,9 +60,13 @@ def read_defaults(folder: Path, said: str) -> Defaults:
             remedy="--generation-config auto, vllm, or a folder with this file",
         )
     read: dict[str, Any] = read_json(path)
-    given = {name: read.get(name) for name in Defaults.model_fields if name != "longest"}
+    given = {name: read.get(name) for name in Defaults.model_fields if name not in _OF_ANOTHER}
+    if said != AUTO:
+        ends = read.get("eos_token_id", [])
+        given |= {"longest": read.get("max_new_tokens")}
+        given |= {"ends": ends if isinstance(ends, list) else [ends]}
     try:
-        return Defaults(**given, longest=None if said == AUTO else read.get("max_new_tokens"))
+        return Defaults(**given)
     except ValidationError as error:
         first = error.errors()[0]
         raise EngineError(

@@ -10,7 +10,14 @@ import json
 from collections.abc import Mapping
 from typing import Annotated, Any, ClassVar
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, ValidationError, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    ValidationError,
+    model_validator,
+)
 from pydantic.fields import FieldInfo
 from pydantic_core import InitErrorDetails, PydanticCustomError
 
@@ -26,6 +33,17 @@ def bounded(value: Any) -> Any:
     return value
 
 
+def at_most(count: int) -> BeforeValidator:
+    """Of an object, before what it holds is looked at: each wrong entry is an error of its own."""
+
+    def check(given: Any) -> Any:
+        if isinstance(given, dict) and len(given) > count:
+            raise ValueError(f"more than {count} names")
+        return given
+
+    return BeforeValidator(check)
+
+
 Object = Annotated[dict[str, Any], AfterValidator(bounded)]
 
 # Who asks, what else the caller does with the answer, and what other engines' caches and billing
@@ -35,7 +53,6 @@ NO_EFFECT = frozenset(
         "cache_salt",
         "include_obfuscation",
         "include_reasoning",
-        "length_penalty",  # of beams
         "max_tool_calls",  # of tools that a server itself runs
         "mm_payload",
         "parallel_tool_calls",
@@ -71,7 +88,7 @@ NOT_SERVED: Mapping[str, tuple[str, tuple[Any, ...]]] = {
     "conversation": (_KEPT, ()),
     "detokenize": ("tokens without text are not told", (True,)),
     "echo": ("a chat's last message is not told again", (False,)),
-    "early_stopping": ("there is no beam search", (False,)),
+    "early_stopping": ("a search goes on while a beam may become better", (False,)),
     "ec_transfer_params": ("there is one process", ()),
     "embed_dtype": ("vectors are of float32", ("float32",)),
     "enable_response_messages": ("the tokens are told by chats", (False,)),
@@ -106,7 +123,6 @@ NOT_SERVED: Mapping[str, tuple[str, tuple[Any, ...]]] = {
     "tools": ("tools are for chats", ()),
     "suffix": ("no gap is filled", ()),
     "thinking_token_budget": ("thoughts are not told from the rest", (-1,)),
-    "use_beam_search": ("rows come and go one by one", (False,)),
     "verbosity": ("no model here knows it", ("medium",)),
     "vllm_xargs": ("there are no extensions", ()),
     "web_search_options": ("nothing is searched", ()),

@@ -9,7 +9,7 @@ from pydantic import AliasChoices, Discriminator, Field, RootModel, Tag, model_v
 
 from .defaults import Count
 from .messages import Message, Several
-from .parameters import Object, Parameters, refusal
+from .parameters import Object, Parameters, at_most, refusal
 from .sampling import Generate, Token, Tokens, Top, Truncation
 from .structure import Asked, asked_json
 from .tools import Choice, Tools, schema_of_calls, wrong_choice
@@ -40,6 +40,8 @@ class CompletionRequest(Generate):
             raise refusal("best_of", "not served: every completion is told, give n alone")
         if self.prompt in ("", []):
             raise refusal("prompt", "it is empty")
+        if self.use_beam_search and self.echo and self.logprobs is not None:
+            raise refusal("echo", "not with logprobs and use_beam_search")
         if self.max_tokens == 0 and not self.echo:
             raise refusal("max_tokens", "0 needs echo")
         return self
@@ -77,7 +79,7 @@ class _Conversation(Parameters):
         return given
 
 
-_Document = Annotated[dict[str, str], Field(max_length=32)]
+_Document = Annotated[dict[str, str], Field(max_length=32), at_most(32)]
 
 _CALLS = 8192  # of tools, in all messages
 
@@ -194,6 +196,28 @@ class ScoreRequest(Texts):
     @property
     def inputs(self) -> list[Text]:
         return [text for side in self.sides for text in side]
+
+
+class AnswerRequest(Parameters):
+    """`POST /dora/answer`: the part of `context` that answers `question`."""
+
+    model: str
+    question: Annotated[str, Field(min_length=1)]
+    context: Annotated[str, Field(min_length=1)]
+    max_answer_tokens: Annotated[int, Field(ge=1, le=2**18)] = 30
+
+
+class TranscriptionRequest(Parameters):
+    """`POST /v1/audio/transcriptions`, beside the file. `language`: its code, without it the model
+    tells; `prompt`: text that came before."""
+
+    model: str
+    language: Annotated[str, Field(max_length=20)] | None = None
+    prompt: str | None = None
+    response_format: Literal["json", "text"] = "json"
+    temperature: Annotated[float, Field(ge=0, le=0)] = 0
+    max_completion_tokens: Count | None = None
+    stream: Literal["false", "False", "0"] | None = None
 
 
 class RerankRequest(Texts):

@@ -12,7 +12,7 @@ from dora_serve.onnxruntime.sampling import Sampling
 
 from .defaults import Defaults, MinP, Penalty, Repetition, Temperature, TopK, TopP
 from .errors import ApiError
-from .parameters import Parameters, refusal
+from .parameters import Parameters, at_most, refusal
 from .structure import Asked, ResponseFormat, StructuredOutputs, asked
 
 _T = TypeVar("_T")
@@ -24,9 +24,26 @@ Top = Annotated[int, Field(ge=0, le=20)]
 _Id = Annotated[str, Field(pattern=r"^[0-9]{1,10}$")]
 Stops = Stop | Annotated[list[Stop], Field(max_length=16, fail_fast=True)]
 StopIds = Annotated[Tokens, Field(max_length=1024)]
-Biases = Annotated[dict[_Id, float], Field(max_length=1024)]
+Biases = Annotated[dict[_Id, float], Field(max_length=1024), at_most(1024)]
 RequestId = Annotated[str, Field(max_length=200)]
-Metadata = Annotated[dict[str, str], Field(max_length=16)]
+Metadata = Annotated[dict[str, str], Field(max_length=16), at_most(16)]
+
+
+# What beam search, which draws nothing, does not heed, with what is no use of it.
+_NOT_WITH_BEAMS = {
+    "stream": False,
+    "stop": [],
+    "stop_token_ids": [],
+    "min_tokens": 0,
+    "presence_penalty": 0,
+    "frequency_penalty": 0,
+    "repetition_penalty": 1,
+    "logit_bias": {},
+    "allowed_token_ids": [],
+    "bad_words": [],
+    "prompt_logprobs": None,
+    "structured_outputs": None,
+}
 
 
 class StreamOptions(Parameters):
@@ -81,6 +98,8 @@ class Generate(Truncation):
     prompt_logprobs: Top | None = None
     return_token_ids: bool = False
     return_tokens_as_token_ids: bool = False
+    use_beam_search: bool = False
+    length_penalty: Annotated[float, Field(ge=-50, le=50)] = 1.0
     stream: bool = False
     stream_options: StreamOptions | None = None
     response_format: ResponseFormat | None = None
@@ -92,6 +111,9 @@ class Generate(Truncation):
     def _told_whole(self) -> Generate:
         if self.stream and self.prompt_logprobs:
             raise refusal("prompt_logprobs", "they are not told in a stream")
+        for name, neutral in _NOT_WITH_BEAMS.items() if self.use_beam_search else ():
+            if getattr(self, name) not in (None, neutral):
+                raise refusal(name, "not with use_beam_search")
         return self
 
     def structure(self) -> Asked | None:

@@ -1,0 +1,75 @@
+"""Forms of several parts, and sounds in them, as clients of speech send both."""
+
+from __future__ import annotations
+
+import io
+import wave
+from email.message import Message
+from email.parser import BytesParser
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from .errors import ApiError
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+_PARTS = 64
+_HIGHEST = 384_000  # samples of a second
+_WIDTHS = {1: ("u1", 128.0, 128.0), 2: ("<i2", 0.0, 2.0**15), 4: ("<i4", 0.0, 2.0**31)}
+
+
+def read_form(kind: str, body: bytes) -> dict[str, bytes]:
+    """The parts of a `multipart/form-data` body by their names. Raises `ApiError` for another."""
+    said = Message()
+    said["content-type"] = kind
+    boundary = said.get_param("boundary")
+    if said.get_content_type() != "multipart/form-data" or not isinstance(boundary, str):
+        raise ApiError("the Content-Type is not multipart/form-data", code="not_a_form")
+    mark = b"\r\n--" + boundary.encode("latin-1", "replace")
+    found: dict[str, bytes] = {}
+    _, *pieces = (b"\r\n" + body).split(mark, _PARTS)
+    for piece in pieces:
+        head, apart, content = piece.partition(b"\r\n\r\n")
+        name = (
+            BytesParser().parsebytes(head.lstrip()).get_param("name", header="content-disposition")
+        )
+        if apart and isinstance(name, str):
+            found[name] = content
+    return found
+
+
+def read_sound(file: bytes, rate: int, longest: int) -> NDArray[np.float32]:
+    """The samples of a WAV file between -1 and 1, of all its channels together, `rate` of a second.
+    Raises `ApiError` for another file, and for one of more than `longest` such samples."""
+    try:
+        with wave.open(io.BytesIO(file)) as sound:
+            own, width, channels = sound.getframerate(), sound.getsampwidth(), sound.getnchannels()
+            if not 0 < own <= _HIGHEST or sound.getnframes() * rate > longest * own:
+                raise ApiError(
+                    f"the sound is longer than the {longest / rate:g} s that are heard at once",
+                    param="file",
+                    code="too_long",
+                )
+            data = sound.readframes(sound.getnframes())
+    except (wave.Error, EOFError, OverflowError, RuntimeError) as error:
+        raise ApiError(f"not a WAV file of whole numbers: {error}", param="file") from None
+    if width == 3:  # the upper three of four bytes
+        filled = np.zeros((len(data) // 3, 4), np.uint8)
+        filled[:, 1:] = np.frombuffer(data[: len(filled) * 3], np.uint8).reshape(-1, 3)
+        data, width = filled.tobytes(), 4
+    kind, middle, scale = _WIDTHS[width]
+    size = len(data) // (width * channels) * channels
+    values: Any = (np.frombuffer(data, kind, size).astype(np.float64) - middle) / scale
+    mixed = values.reshape(-1, channels).mean(axis=1)
+    heard: NDArray[np.float32] = _resampled(mixed, own, rate).astype(np.float32)
+    return heard
+
+
+def _resampled(samples: Any, own: int, rate: int) -> Any:
+    """What both rates can tell of `samples`, at the other one."""
+    count = round(len(samples) * rate / own)
+    if own == rate or not count:
+        return samples[:count]
+    return np.fft.irfft(np.fft.rfft(samples), count) * (count / len(samples))

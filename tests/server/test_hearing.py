@@ -1,0 +1,165 @@
+"""Speech over HTTP: what transformers' own model writes of the same sounds."""
+
+from __future__ import annotations
+
+import io
+import wave
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from schemathesis import GenerationMode
+from tokenizers import Tokenizer
+from transformers import WhisperFeatureExtractor, WhisperForConditionalGeneration
+
+from dora_serve.server.options import ServerOptions
+from dora_serve.server.wire.errors import ApiError
+from dora_serve.server.wire.sounds import read_form, read_sound
+from tests.conftest import randomize
+from tests.engines.test_onnx_whisper import STEPS, save_whisper, waves
+from tests.server.conftest import Server, started
+from tests.server.test_schema import statuses_of
+
+RATE = 16_000
+
+
+def wav(samples: Any, width: int = 2, channels: int = 1, rate: int = RATE) -> bytes:
+    """A WAV file of samples between -1 and 1, the same in every channel."""
+    file, values = io.BytesIO(), np.repeat(np.clip(samples, -1, 1), channels)
+    with wave.open(file, "wb") as sound:
+        sound.setnchannels(channels)
+        sound.setsampwidth(width)
+        sound.setframerate(rate)
+        if width == 1:
+            sound.writeframes((values * 127 + 128).astype("u1").tobytes())
+        else:
+            whole = (values * (2 ** (8 * width - 1) - 1)).astype("<i4")
+            sound.writeframes(whole.view("u1").reshape(-1, 4)[:, :width].tobytes())
+    return file.getvalue()
+
+
+@pytest.fixture(scope="module")
+def hearing(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    place = tmp_path_factory.mktemp("hearing")
+    root = place / "models"
+    save_whisper(root / "base")
+    model = WhisperForConditionalGeneration.from_pretrained(root / "base")
+    config = LoraConfig(r=3, lora_alpha=9, target_modules="all-linear")
+    randomize(adapted := get_peft_model(model, config))
+    adapted.save_pretrained(root / "tuned")
+    with started(root, place, None, ServerOptions(threads=1)) as running:
+        yield running
+
+
+def truth(root: Path, name: str, sound: Any, **asked: Any) -> str:
+    model: Any = WhisperForConditionalGeneration.from_pretrained(root / "base")
+    if name == "tuned":
+        model = PeftModel.from_pretrained(model, root / "tuned")
+    extract = WhisperFeatureExtractor.from_pretrained(root / "base")
+    features = extract(sound, sampling_rate=RATE, return_tensors="pt").input_features
+    with torch.no_grad():
+        found = model.generate(features, max_new_tokens=STEPS, do_sample=False, **asked)
+    words = Tokenizer.from_file(str(root / "base" / "tokenizer.json"))
+    return words.decode([token for token in found[0].tolist() if token not in (1, *range(50, 60))])
+
+
+@pytest.mark.parametrize("name", ["base", "tuned"])
+def test_what_is_heard(hearing: Server, name: str) -> None:
+    told = []
+    with hearing.openai as client:
+        for sound in waves():
+            heard = (np.asarray(sound) * 32767).astype("<i2").astype(np.float32) / 32768
+            asked: Any = {"model": name, "language": "de", "file": ("a.wav", wav(sound))}
+            options = {"max_completion_tokens": STEPS}
+            answer = client.audio.transcriptions.create(**asked, extra_body=options)
+            expected = truth(hearing.root, name, heard, language="de", task="transcribe")
+            assert answer.text.split() == expected.split()[-STEPS:]
+            told.append(answer.text)
+        english = client.audio.translations.create(model=name, file=("a.wav", wav(waves()[0])))
+    assert english.text
+    assert len(set(told)) > (name == "base")  # the tuned one says one thing
+
+
+def test_an_adapter_hears_otherwise(hearing: Server) -> None:
+    sounds = [np.asarray(each) for each in waves()]
+    both = [
+        [truth(hearing.root, name, each, language="de") for each in sounds]
+        for name in ("base", "tuned")
+    ]
+    assert both[0] != both[1]
+
+
+@pytest.mark.parametrize("width", [1, 2, 3, 4])
+def test_sounds_of_every_width(width: int) -> None:
+    sound = np.asarray(waves()[1])
+    found = read_sound(wav(sound, width, channels=2), RATE, RATE)
+    assert found == pytest.approx(sound, abs=2.0 ** (2 - 8 * min(width, 3)))
+
+
+def test_another_rate_is_the_same_sound() -> None:
+    def tones(rate: int) -> Any:
+        time = np.arange(rate // 2) / rate
+        return 0.5 * np.sin(2 * np.pi * 440 * time) + 0.2 * np.sin(2 * np.pi * 1200 * time)
+
+    for rate in (8_000, 44_100, 48_000):
+        found = read_sound(wav(tones(rate), rate=rate), RATE, RATE)
+        assert len(found) == RATE // 2
+        assert np.abs(found - tones(RATE))[200:-200].max() < 1e-3
+
+
+@pytest.mark.parametrize(
+    ("file", "why"),
+    [
+        (b"", "not a WAV file"),
+        (b"RIFF0000WAVEfmt ", "not a WAV file"),
+        (b"ID3" + bytes(100), "not a WAV file"),
+        (wav(np.zeros(RATE + 1)), "longer than the 1 s"),
+        (wav(np.zeros(4))[:-5], ""),
+    ],
+)
+def test_what_is_no_sound(file: bytes, why: str) -> None:
+    if not why:  # cut off: what there is
+        assert len(read_sound(file, RATE, RATE)) <= 3
+        return
+    with pytest.raises(ApiError, match=why):
+        read_sound(file, RATE, RATE)
+
+
+def test_forms() -> None:
+    head = b'--x\r\nContent-Disposition: form-data; name="%s"\r\n\r\n'
+    body = head % b"a" + b"1\r\n\r\n" + head % b"file" + b"\r\n--y\x00\xff\r\n--x--\r\n"
+    found = read_form("multipart/form-data; boundary=x", body)
+    assert found == {"a": b"1\r\n", "file": b"\r\n--y\x00\xff"}
+    for kind in ("application/json", "multipart/form-data", "multipart/mixed; boundary=x"):
+        with pytest.raises(ApiError, match="multipart/form-data"):
+            read_form(kind, body)
+
+
+def test_what_is_refused(hearing: Server) -> None:
+    with hearing.http as http:
+        for asked, param in (
+            ({"response_format": "srt"}, "response_format"),
+            ({"temperature": "0.5"}, "temperature"),
+            ({"stream": "true"}, "stream"),
+            ({"hotwords": "a"}, "hotwords"),
+            ({"model": "none"}, "model"),
+        ):
+            form = {"model": "base", **asked}
+            file = {"file": ("a.wav", wav(np.zeros(9)))}
+            answer = http.post("/v1/audio/transcriptions", data=form, files=file)
+            assert answer.status_code in (400, 404)
+            assert answer.json()["error"]["param"] == param
+        text = http.post("/v1/completions", json={"model": "base", "prompt": "a"})
+        assert text.json()["error"]["code"] == "other_task"
+        (first, *_) = http.get("/dora/models").json()["data"]
+        assert first["task"] == "automatic-speech-recognition"
+
+
+@pytest.mark.parametrize("mode", [GenerationMode.POSITIVE, GenerationMode.NEGATIVE])
+def test_no_server_error(hearing: Server, mode: GenerationMode) -> None:
+    for path in ("/v1/audio/transcriptions", "/v1/audio/translations"):
+        assert max(statuses_of(hearing, path, mode, ["base", "tuned"], 20)) < 500

@@ -1,0 +1,220 @@
+"""Models that translate and that answer questions of a text, and beam search, over HTTP; the truth
+is transformers' own model."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from schemathesis import GenerationMode
+from tokenizers.processors import TemplateProcessing
+from transformers import (
+    AutoModelForSeq2SeqLM,
+    AutoTokenizer,
+    BertConfig,
+    BertForQuestionAnswering,
+    BertForSequenceClassification,
+    T5Config,
+    T5ForConditionalGeneration,
+)
+
+from dora_serve import write_onnx
+from dora_serve.server.options import ServerOptions
+from tests.conftest import MODELS, randomize
+from tests.server.conftest import BASE, Server, started
+from tests.server.test_schema import statuses_of
+
+SOURCES = [
+    "count : nine eight",
+    "count : five",
+    "nine eight seven six five four three two one",
+    "one",
+]
+NEW = 7
+# What two models that read two texts want of their tokenizer.
+PAIRS = {
+    "typed": ["input_ids", "token_type_ids", "attention_mask"],
+    "untyped": ["input_ids", "attention_mask"],
+}
+
+
+@pytest.fixture(scope="module")
+def tasks(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    place = tmp_path_factory.mktemp("tasks")
+    root = place / "models"
+    words = AutoTokenizer.from_pretrained(MODELS / BASE)
+    torch.manual_seed(0)
+    config = T5Config(
+        d_model=16, d_kv=8, d_ff=24, num_layers=2, num_heads=2, vocab_size=len(words),
+        pad_token_id=words.pad_token_id, eos_token_id=words.eos_token_id,
+        decoder_start_token_id=words.pad_token_id,
+    )  # fmt: skip
+    model = T5ForConditionalGeneration(config)
+    with torch.no_grad():  # else nothing depends on what is read
+        for tensor in model.parameters():
+            tensor.add_(torch.randn(tensor.shape) * 0.3)
+    model.save_pretrained(root / "writes")
+    words.save_pretrained(root / "writes")
+    adapted: Any = get_peft_model(
+        T5ForConditionalGeneration.from_pretrained(root / "writes"),
+        LoraConfig(r=3, target_modules=["q", "v", "wi"], task_type="SEQ_2_SEQ_LM"),
+    )
+    randomize(adapted)
+    adapted.save_pretrained(root / "tuned")
+    reads = BertConfig(
+        hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=24,
+        vocab_size=len(words), max_position_embeddings=40,
+    )  # fmt: skip
+    BertForQuestionAnswering(reads).save_pretrained(root / "answers")
+    words.save_pretrained(root / "answers")
+    reads.num_labels, reads.initializer_range = 1, 0.5
+    nearness = BertForSequenceClassification(reads)
+    words.backend_tokenizer.post_processor = TemplateProcessing(
+        single="<s> $A", pair="<s> $A </s> $B:1", special_tokens=[("<s>", 1), ("</s>", 2)]
+    )
+    nearness.save_pretrained(place / "pairs")
+    words.save_pretrained(place / "pairs")
+    write_onnx(place / "pairs", root / "typed")
+    shutil.copytree(root / "typed", root / "untyped")
+    for name in PAIRS:
+        config = json.loads((root / name / "tokenizer_config.json").read_text())
+        config["model_input_names"] = PAIRS[name]
+        (root / name / "tokenizer_config.json").write_text(json.dumps(config))
+    with started(root, place, None, ServerOptions(threads=1)) as running:
+        yield running
+
+
+def ask(server: Server, path: str = "/v1/completions", **body: Any) -> Any:
+    with server.http as http:
+        answer = http.post(path, json=body)
+    assert answer.status_code == 200, answer.text
+    return answer.json()
+
+
+def written(root: Path, name: str, **more: Any) -> dict[str, list[int]]:
+    """What transformers' model writes of every source."""
+    words = AutoTokenizer.from_pretrained(root / "writes")
+    model: Any = AutoModelForSeq2SeqLM.from_pretrained(root / "writes")
+    if name == "tuned":
+        model = PeftModel.from_pretrained(model, root / "tuned")
+    found = {}
+    for text in SOURCES:
+        out = model.generate(
+            **words(text, return_tensors="pt"), max_new_tokens=NEW, do_sample=False, **more
+        )
+        found[text] = [token for token in out[0, 1:].tolist() if token not in (words.eos_token_id,)]
+    return found
+
+
+@pytest.mark.parametrize("name", ["writes", "tuned"])
+def test_an_encoder_decoder_writes_what_transformers_writes(tasks: Server, name: str) -> None:
+    def one(text: str) -> Any:
+        options: Any = {"max_tokens": NEW, "temperature": 0, "return_token_ids": True}
+        return ask(tasks, model=name, prompt=text, **options)
+
+    with ThreadPoolExecutor(4) as pool:  # rows of many lengths, which come and go
+        told = list(pool.map(one, SOURCES * 3))
+    truth = written(tasks.root, name)
+    end = AutoTokenizer.from_pretrained(tasks.root / "writes").eos_token_id
+    for text, answer in zip(SOURCES * 3, told, strict=True):
+        (choice,) = answer["choices"]
+        assert [token for token in choice["token_ids"] if token != end] == truth[text]
+    assert len({str(tokens) for tokens in truth.values()}) > 1
+    assert written(tasks.root, "writes") != written(tasks.root, "tuned")  # the control
+
+
+def test_what_else_an_encoder_decoder_is_asked(tasks: Server) -> None:
+    options: Any = {"model": "tuned", "prompt": SOURCES[0], "max_tokens": NEW, "temperature": 0}
+    whole = ask(tasks, **options, logprobs=2)
+    with tasks.openai as client:
+        pieces = list(client.completions.create(**options, stream=True))
+    assert "".join(piece.choices[0].text for piece in pieces) == whole["choices"][0]["text"]
+    assert len(pieces) > 2
+    several = ask(tasks, **{**options, "temperature": 1, "seed": 3}, n=3)
+    assert len({choice["text"] for choice in several["choices"]}) > 1
+    biased = ask(tasks, **options, logit_bias={"9": 100}, return_token_ids=True)
+    assert biased["choices"][0]["token_ids"] == [9] * NEW
+    with tasks.http as http:
+        for more, param in (({"echo": True}, "echo"), ({"prompt_logprobs": 1}, "prompt_logprobs")):
+            refused = http.post("/v1/completions", json={**options, **more})
+            assert (refused.status_code, refused.json()["error"]["param"]) == (400, param)
+        chat = {"model": "tuned", "messages": [{"role": "user", "content": "one"}]}
+        assert http.post("/v1/chat/completions", json=chat).json()["error"]["code"] == "other_task"
+
+
+def test_beams_of_an_encoder_decoder(tasks: Server) -> None:
+    """Without ends, where transformers stops at other places."""
+    truth = written(tasks.root, "tuned", num_beams=3, eos_token_id=-1, length_penalty=0.0)
+    for text in SOURCES:
+        options: Any = {
+            "use_beam_search": True,
+            "n": 3,
+            "ignore_eos": True,
+            "return_token_ids": True,
+        }
+        told = ask(tasks, model="tuned", prompt=text, max_tokens=NEW, **options)["choices"]
+        assert told[0]["token_ids"] == truth[text]
+        assert len({str(choice["token_ids"]) for choice in told}) == 3
+
+
+def test_an_answer_is_a_part_of_the_context(tasks: Server) -> None:
+    words = AutoTokenizer.from_pretrained(tasks.root / "answers")
+    model = BertForQuestionAnswering.from_pretrained(tasks.root / "answers").eval()
+    context, starts = "nine eight seven six five four", set()
+    for question in ("one", "two three", "four nine one"):
+        given: Any = words(question, context, return_tensors="pt", return_offsets_mapping=True)
+        offsets = given.pop("offset_mapping")[0].tolist()
+        with torch.no_grad():
+            logits = model(**given)
+        start, end = (each[0].log_softmax(-1) for each in (logits.start_logits, logits.end_logits))
+        inside = [i for i, part in enumerate(given.sequence_ids(0)) if part == 1]
+        best = max(
+            ((start[i] + end[j]).item(), i, j) for i in inside for j in inside if i <= j < i + 30
+        )
+        asked = {"model": "answers", "question": question, "context": context}
+        told = ask(tasks, "/dora/answer", **asked)
+        assert (told["start"], told["end"]) == (offsets[best[1]][0], offsets[best[2]][1])
+        assert told["answer"] == context[told["start"] : told["end"]]
+        assert told["score"] == pytest.approx(torch.tensor(best[0]).exp().item(), rel=1e-4)
+        starts.add(told["score"])
+        one = ask(tasks, "/dora/answer", **asked, max_answer_tokens=1)
+        assert len(one["answer"].split()) == 1
+    assert len(starts) == 3
+    with tasks.http as http:
+        long = {"model": "answers", "question": "one", "context": "nine " * 50}
+        refused = http.post("/dora/answer", json=long)
+        assert refused.json()["error"]["code"] == "context_length_exceeded"
+        other = http.post("/dora/answer", json={**long, "model": "writes"})
+        assert other.json()["error"]["code"] == "other_task"
+    assert json.dumps(told["usage"])
+
+
+def test_two_texts_are_of_two_types_where_the_tokenizer_says_so(tasks: Server) -> None:
+    """vLLM asks the same tokenizer, and gave these scores on a CPU."""
+    found = {}
+    for name in PAIRS:
+        words = AutoTokenizer.from_pretrained(tasks.root / name)
+        model = BertForSequenceClassification.from_pretrained(tasks.root.parent / "pairs").eval()
+        given = words([SOURCES[0]] * 3, SOURCES[1:], return_tensors="pt", padding=True)
+        assert ("token_type_ids" in given) == (name == "typed")
+        with torch.no_grad():
+            truth = model(**given).logits[:, 0].sigmoid().tolist()
+        sides = {"text_1": SOURCES[0], "text_2": SOURCES[1:]}
+        told = ask(tasks, "/score", model=name, **sides)["data"]
+        found[name] = [each["score"] for each in told]
+        assert found[name] == pytest.approx(truth, abs=1e-5)
+    assert found["typed"] != pytest.approx(found["untyped"], abs=1e-3)
+
+
+@pytest.mark.parametrize("mode", [GenerationMode.POSITIVE, GenerationMode.NEGATIVE])
+@pytest.mark.parametrize("path", ["/dora/answer", "/v1/completions"])
+def test_no_server_error(tasks: Server, path: str, mode: GenerationMode) -> None:
+    statuses = statuses_of(tasks, path, mode, ["answers", "writes", "tuned"], 30)
+    assert 200 in statuses or mode is GenerationMode.NEGATIVE
