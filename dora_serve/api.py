@@ -105,7 +105,7 @@ def merge(
     blocks again, and the report tells what that lost. `resume` continues a merge that was killed,
     and lets the next continue this one. Raises `DoraExportError` with nothing written.
     """
-    more = {"dtype": dtype, "requantize": requantize or None, "resume": resume}
+    more: dict[str, Any] = {"dtype": dtype, "requantize": requantize or None, "resume": resume}
     return export(run, output, "merged", base=base, force=force, progress=progress, **more)
 
 

@@ -39,7 +39,11 @@ PROMPT, NEW, HISTORY = 64, 48, 1000
 LONG = 512  # tokens of every fourth prompt where long and short ones come together
 EQUALS = {"fp32": "F32", "int8": "Q8_0", "int4": "Q4_K_M"}
 CHUNKS = 8  # of text, on which qualities are compared
-MODES = {"one model": [None], "one adapter": [0], "eight adapters": list(range(len(ADAPTERS)))}
+MODES: dict[str, list[int | None]] = {
+    "one model": [None],
+    "one adapter": [0],
+    "eight adapters": [*range(len(ADAPTERS))],
+}
 SMALLER = re.compile(r", (ms|MB)$|divergence")  # rows in which less is better
 
 
@@ -268,13 +272,12 @@ def table(options: argparse.Namespace, found: dict[str, dict[str, float]], round
     for row in dict.fromkeys(row for each in found.values() for row in each):
         cells = []
         for precision in options.precisions:
-            pair = [found[name].get(row) for name in (precision, EQUALS[precision])]
-            if None in pair or not all(pair):
+            ours, theirs = (found[name].get(row) for name in (precision, EQUALS[precision]))
+            if not ours or not theirs:
                 cells += ["", "", ""]
                 continue
-            ours, theirs = pair
             ratio = theirs / ours if SMALLER.search(row) else ours / theirs
-            numbers = [f"{v:,.0f}" if v >= 100 else f"{v:.3g}" for v in pair]
+            numbers = [f"{v:,.0f}" if v >= 100 else f"{v:.3g}" for v in (ours, theirs)]
             cells += [*numbers, f"{ratio:.2f}"]
         lines.append(f"| {row} | {' | '.join(cells)} |")
     return "\n".join(lines)

@@ -48,16 +48,17 @@ def speaker(folder: Path) -> Callable[[str, str], np.ndarray[Any, np.dtype[np.fl
     rate = library.espeak_Initialize(2, 0, str(data).encode(), 0)  # 2: as it is computed
     parts: list[np.ndarray[Any, np.dtype[np.int16]]] = []
 
-    @ctypes.CFUNCTYPE(ctypes.c_int, ctypes.POINTER(ctypes.c_short), ctypes.c_int, ctypes.c_void_p)
     def keep(samples: Any, count: int, _events: object) -> int:
         if samples and count > 0:
             parts.append(np.ctypeslib.as_array(samples, (count,)).copy())
         return 0
 
-    library.espeak_SetSynthCallback(keep)
+    shorts = ctypes.POINTER(ctypes.c_short)
+    called = ctypes.CFUNCTYPE(ctypes.c_int, shorts, ctypes.c_int, ctypes.c_void_p)(keep)
 
     def say(voice: str, text: str) -> np.ndarray[Any, np.dtype[np.float32]]:
         parts.clear()
+        library.espeak_SetSynthCallback(called)
         library.espeak_SetVoiceByName(voice.encode())
         library.espeak_SetParameter(1, 140, 0)  # words a minute
         words = text.encode()

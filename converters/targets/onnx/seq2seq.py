@@ -145,7 +145,8 @@ def _parts(model: Any) -> dict[str, Part]:
     sound = model.main_input_name != "input_ids"
 
     def tokens_of(rows: int) -> torch.Tensor:
-        return torch.arange(rows * (rows + 4)).view(rows, -1) % words + 3
+        tokens: torch.Tensor = torch.arange(rows * (rows + 4)).view(rows, -1) % words + 3
+        return tokens
 
     def read(rows: int) -> dict[str, Any]:
         if sound:  # of one length, all of which is heard
