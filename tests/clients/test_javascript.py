@@ -127,7 +127,7 @@ def files(**folders: Path) -> Iterator[str]:
 def test_a_browser_takes_one_adapter_for_another(tmp_path: Path) -> None:
     save(tmp_path / "base", BertModel)
     base, many = open_base(tmp_path / "base"), tmp_path / "many"
-    kinds = {"one": ["query", "value"], "two": ["key", "dense"]}
+    kinds = {"one": ["query", "value"], "two": ["key", "output.dense"]}
     runs = {
         name: read_run(
             tiny_lora(tmp_path / "base", "BertModel", tmp_path / name, None, target_modules=modules)
