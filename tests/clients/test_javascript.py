@@ -37,7 +37,7 @@ CLASSES: dict[str, Any] = {
     "AutoModelForTokenClassification": BertForTokenClassification,
 }
 IDS = [2, 5, 6, 7, 3]
-PAGE = """<!doctype html><script type="module">
+PAGE = """<!doctype html><link rel="icon" href="data:,"><script type="module">
 import * as ort from "/modules/onnxruntime-web/dist/ort.wasm.bundle.min.mjs";
 import { feedsOf, readAdapter } from "/docs/browser.js";
 ort.env.wasm.numThreads = 1;
@@ -55,6 +55,7 @@ for (const name of ["one", "two", "none", "one"]) {
   const row = [1, ids.length];
   const feeds = { input_ids: new ort.Tensor("int64", ids, row) };
   feeds.attention_mask = new ort.Tensor("int64", ids.map(() => 1n), row);
+  feeds.token_type_ids = new ort.Tensor("int64", ids.map(() => 0n), row);
   const more = feedsOf(ort, session, adapter);
   const { last_hidden_state: told } = await session.run({ ...feeds, ...more });
   found[name] = [...(found[name] ?? []), Array.from(told.data)];
@@ -127,7 +128,7 @@ def files(**folders: Path) -> Iterator[str]:
 def test_a_browser_takes_one_adapter_for_another(tmp_path: Path) -> None:
     save(tmp_path / "base", BertModel)
     base, many = open_base(tmp_path / "base"), tmp_path / "many"
-    kinds = {"one": ["query", "value"], "two": ["key", "dense"]}
+    kinds = {"one": ["query", "value"], "two": ["key", "output.dense"]}
     runs = {
         name: read_run(
             tiny_lora(tmp_path / "base", "BertModel", tmp_path / name, None, target_modules=modules)

@@ -62,12 +62,19 @@ def items() -> list[dict[str, Any]]:
     return found
 
 
+def written(model: Any, tokenizer: Any, prompt: str) -> str:
+    """What transformers' own model writes behind a prompt, with the space it begins with."""
+    ids = tokenizer(prompt, return_tensors="pt")["input_ids"]
+    out = model.generate(ids, max_new_tokens=3, do_sample=False)
+    before, whole = tokenizer.batch_decode([ids[0], out[0]], skip_special_tokens=True)
+    return str(whole.removeprefix(before).split(".")[0])
+
+
 def truth(folder: Path, docs: list[dict[str, Any]]) -> list[float]:
     """What transformers' own model scores, of the choices and of what it writes."""
     model = AutoModelForCausalLM.from_pretrained(folder).eval()
     tokenizer = AutoTokenizer.from_pretrained(folder)
-    right = 0
-    written = 0
+    right = same = 0
     for doc in docs:
         ids = tokenizer(doc["prompt"])["input_ids"]
         scores = []
@@ -76,10 +83,8 @@ def truth(folder: Path, docs: list[dict[str, Any]]) -> list[float]:
             with torch.no_grad():
                 scores.append(model(torch.tensor([ids])).logits[0, -1].log_softmax(-1)[token])
         right += int(torch.stack(scores).argmax()) == doc["label"]
-        out = model.generate(torch.tensor([ids]), max_new_tokens=3, do_sample=False)
-        text = tokenizer.decode(out[0, len(ids) :], skip_special_tokens=True)
-        written += text.split(".")[0].strip() == doc["written"]
-    return [right / len(docs), written / len(docs)]
+        same += written(model, tokenizer, doc["prompt"]) == doc["written"]
+    return [right / len(docs), same / len(docs)]
 
 
 def test_scores_are_those_of_transformers(tmp_path: Path) -> None:
@@ -97,10 +102,8 @@ def test_scores_are_those_of_transformers(tmp_path: Path) -> None:
     model = AutoModelForCausalLM.from_pretrained(root / "merged").eval()
     words = AutoTokenizer.from_pretrained(root / "merged")
     for doc in docs[::2]:  # half of what is to be written is what the model writes
-        ids = words(doc["prompt"], return_tensors="pt")["input_ids"]
-        out = model.generate(ids, max_new_tokens=3, do_sample=False)
-        text = words.decode(out[0, ids.shape[1] :], skip_special_tokens=True)
-        doc["written"] = text.split(".")[0].strip()
+        doc["written"] = written(model, words, doc["prompt"])
+    assert sum(bool(doc["written"]) for doc in docs[::2]) > COUNT // 10
     tasks = tmp_path / "tasks"
     tasks.mkdir()
     data = tmp_path / "docs.jsonl"
