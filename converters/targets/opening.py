@@ -26,7 +26,7 @@ from ..run import Run
 from .merged.requantized import Blocks, blocks_of
 from .model import Model, read_logits
 
-_NARROW = 0.05  # of an update's own effect, for an adapter of less than float32
+NARROW = 0.05  # of an update's own effect, for an adapter of less than float32
 
 
 @dataclass(frozen=True)
@@ -117,7 +117,7 @@ def allowed(files: list[Path], *, merged: bool) -> dict[str, Any]:
     return {
         "dtype": str(dtype).removeprefix("torch."),
         "rounded": dtype if merged and not exact else None,
-        "share": 0.0 if merged or exact else _NARROW,
+        "share": 0.0 if merged or exact else NARROW,
     }
 
 

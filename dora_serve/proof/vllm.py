@@ -19,9 +19,9 @@ from converters.run import Run
 from converters.targets.lora_folder import CONFIG as ADAPTER_CONFIG
 from converters.targets.lora_folder import WEIGHTS as ADAPTER_WEIGHTS
 from converters.targets.model import Inputs, Model, Reading, equal_choices
-from converters.targets.opening import allowed
+from converters.targets.opening import NARROW, allowed
 
-from ..vllm.engine import Answer, Vllm
+from ..vllm.engine import Answer, Vllm, precision
 from ..vllm.fleet import step_for
 
 TOKENS = 32
@@ -47,12 +47,13 @@ def open_folder(folder: Path, base: BaseModel, run: Run) -> Model:
     adapter = folder if (folder / ADAPTER_CONFIG).is_file() else None
     labels = run.num_labels or 0 if task == _CLASSIFIER else 0
     lora = None if adapter is None else _lora_settings(adapter, labels)
+    dtype = "float32" if adapter is None else precision(base)
 
     def read(batches: Sequence[Inputs]) -> Reading:
         rows = [row for inputs in batches for row in _rows(inputs)]
         lengths = [len(row) for row in rows]
         length = max(min(max(lengths) + TOKENS, longest), max(lengths) + 1)
-        engine = Vllm(base.path if adapter else folder, length, lora, labels)
+        engine = Vllm(base.path if adapter else folder, length, lora, labels, dtype)
         try:
             if task == _CLASSIFIER:
                 return _classified(torch.tensor(engine.classify(rows, adapter)), rows)
@@ -61,7 +62,10 @@ def open_folder(folder: Path, base: BaseModel, run: Run) -> Model:
             engine.close()
 
     files = [folder / ADAPTER_WEIGHTS] if adapter else sorted(folder.glob("*.safetensors"))
-    return Model(read, **allowed(files, merged=adapter is None))
+    bounds = allowed(files, merged=adapter is None)
+    if dtype != "float32":
+        bounds |= {"dtype": dtype, "share": NARROW}
+    return Model(read, **bounds)
 
 
 def _rows(inputs: Inputs) -> list[list[int]]:

@@ -5,10 +5,14 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from converters.errors import DoraExportError, MissingError
+from converters.model.base import BaseModel
 
 TOP = 20  # the likeliest tokens of each position, whose log-probabilities are told
 _CACHE = 1 << 30  # bytes of keys and values: some short prompts, on any device beside other work
@@ -27,16 +31,39 @@ class Answer:
     tokens: list[int]
 
 
+def precision(base: BaseModel) -> str:
+    """What vLLM can compute a base in: float32, or less where the kernels for its quantized weights
+    take no float32."""
+    said = base.config.get("quantization_config")
+    method = said.get("quant_method") if isinstance(said, dict) else None
+    if method is not None and find_spec("vllm") is not None:
+        from vllm.model_executor.layers.quantization import (
+            QUANTIZATION_METHODS,
+            get_quantization_config,
+        )
+
+        if method in QUANTIZATION_METHODS:
+            taken = get_quantization_config(method).get_supported_act_dtypes()
+            wanted = [d for d in (torch.float32, base.dtype()) if d in taken] or taken
+            return str(wanted[0]).removeprefix("torch.")
+    return "float32"
+
+
 class Vllm:
-    """A model folder in vLLM, float32. `lora`: its settings for adapters, None for none.
-    `labels`: of a classifier.
+    """A model folder in vLLM. `lora`: its settings for adapters, None for none. `labels`: of a
+    classifier. `dtype`: what it computes in.
 
     Raises `MissingError` when vLLM is not installed beside this package, `VllmError` when it does
     not take the model.
     """
 
     def __init__(
-        self, model: Path, length: int, lora: dict[str, Any] | None = None, labels: int = 0
+        self,
+        model: Path,
+        length: int,
+        lora: dict[str, Any] | None = None,
+        labels: int = 0,
+        dtype: str = "float32",
     ) -> None:
         self._model = model
         os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
@@ -56,7 +83,7 @@ class Vllm:
         try:
             self._llm = LLM(
                 str(model),
-                dtype="float32",
+                dtype=dtype,
                 max_model_len=length,
                 max_logprobs=TOP,
                 enforce_eager=True,

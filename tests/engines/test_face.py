@@ -11,7 +11,7 @@ import dora_serve.onnxruntime as face
 def test_every_name_is_there() -> None:
     for name in face.__all__:
         assert getattr(face, name).__name__ == name
-    assert len(face.__all__) == 5
+    assert len(face.__all__) == 6
     assert not hasattr(face, "Runner")
 
 

@@ -29,6 +29,12 @@ LIMIT = 20  # tokens of a text
 # Family → configuration, what is adapted, pooling, and what of the library comes behind it.
 FAMILIES: dict[str, tuple[str, dict[str, Any], list[str], dict[str, Any]]] = {
     "bert": ("Bert", {}, ["query", "value"], {"pooling_mode": "mean"}),
+    "modernbert": (
+        "ModernBert",
+        {"global_attn_every_n_layers": 2, "local_attention": 8},
+        ["Wqkv", "Wo"],
+        {"pooling_mode": "cls"},
+    ),
     "qwen3": (
         "Qwen3",
         {"num_key_value_heads": 2, "head_dim": 8},

@@ -107,6 +107,9 @@ def fused(model: ir.Model) -> ir.Model:
     common.ClearMetadataAndDocStringPass()(model)
     options = FusionOptions("bert")
     options.enable_embed_layer_norm = False  # it reads the embeddings
+    norms = [node for node in model.graph if node.op_type == "LayerNormalization"]
+    # It fails at a norm without bias.
+    options.enable_skip_layer_norm = all(len(norm.inputs) == 3 for norm in norms)
     large = {}
     for name, value in model.graph.initializers.items():
         tensor = value.const_value
