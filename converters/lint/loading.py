@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from importlib.util import find_spec
 from typing import Any
 
-from ..model.names import PEFT_PREFIX, Names
+from ..model.names import PEFT_PREFIX, Names, as_transformers_reads
 from ..targets.lora_folder import CONFIG
 from .finding import AGAIN, PEFTS_OWN, Adapter, Finding
 
@@ -115,7 +115,7 @@ def _as_transformers(names: Names, model: Any, tensors: Mapping[str, Any]) -> di
     own, state = f"{names.model.base_model_prefix}.", model.state_dict()
 
     def read(key: str) -> str:
-        plain = key.replace(PEFT_PREFIX, "")
+        plain = as_transformers_reads(key)
         plain = names.inside(plain) or plain
         forms = [PEFT_PREFIX + form for form in (plain, own + plain, plain.removeprefix(own))]
         found = (form for form in forms if _ADAPTED.sub(r"\1.default\2", form) in state)

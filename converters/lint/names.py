@@ -9,7 +9,7 @@ from functools import partial
 
 from ..model.match import Classes
 from ..model.names import PEFT_PREFIX as PREFIX
-from ..model.names import unwrapped
+from ..model.names import as_transformers_reads, unwrapped
 from ..model.tasks import POOLING, architecture_of, auto_class
 from ..model.tying import groups
 from ..targets.engines import VLLM_TEXT_NAMES, Profile
@@ -128,7 +128,7 @@ def _finds(adapter: Adapter, engine: Profile, module: str, meant: str) -> bool:
 def _loads(known: Classes | None, module: str) -> bool:
     """Whether transformers' own loader finds it, which reads the names of an adapter as those of a
     checkpoint."""
-    plain = module.replace(PREFIX, "")
+    plain = as_transformers_reads(PREFIX + module)
     if known is None:
         return plain == unwrapped(plain)
     return any(layout.names.loads(plain) for layout in known.layouts)

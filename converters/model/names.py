@@ -45,6 +45,12 @@ def unwrapped(name: str) -> str:
     return f".{plain}".rpartition(f".{PEFT_PREFIX}")[2].removeprefix(".")
 
 
+def as_transformers_reads(name: str) -> str:
+    """A tensor's name without PEFT's prefix as transformers' own loader drops it: once, and once
+    more before a `model.`. Source: PEFT's `build_peft_weight_mapping`."""
+    return name.replace(f"{PEFT_PREFIX}model.", "model.", 1).replace(PEFT_PREFIX, "", 1)
+
+
 def adapter_in(name: str) -> str | None:
     """The name of an adapter inside a tensor's name: `default` in `….lora_A.default.weight`."""
     match = _ADAPTER.search(name)

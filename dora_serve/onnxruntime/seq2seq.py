@@ -227,7 +227,8 @@ class Seq2Seq(EncoderDecoder):
         adapters: Adapters = None,
     ) -> Array:
         """The logits `[rows, tokens, vocab]` after every decoder token, `targets` of one length."""
-        return self.batch(rows, adapters).begin(np.array(targets, np.int64))
+        first = np.array(targets, np.int64)
+        return self.batch(rows, adapters, first).begin(first)
 
     def generate(
         self,
@@ -249,13 +250,20 @@ class Seq2Seq(EncoderDecoder):
         16,384."""
         return int(self._config.get("max_position_embeddings") or 1 << 14)
 
-    def batch(self, rows: Sequence[Sequence[int]], adapters: Adapters = None) -> Batch:
-        """The rows that are read, each with its adapter, before anything is written. Raises
-        `EngineError` for one that is empty or too long."""
+    def batch(
+        self,
+        rows: Sequence[Sequence[int]],
+        adapters: Adapters = None,
+        first: NDArray[np.int64] | None = None,
+    ) -> Batch:
+        """The rows that are read, each with its adapter, before anything is written. `first [rows,
+        tokens]`: what is written begins with; the configuration says it where it is None. Raises
+        `EngineError` for a row that is empty or too long."""
         # T5 has relative positions and no largest length.
         longest = self._config.get("max_position_embeddings")
         check_rows(rows, longest or max(map(len, rows), default=0))
         mask = padded([[1] * len(row) for row in rows], 0)
         ids = padded(rows, self._config.get("pad_token_id") or 0)
-        first = np.full((len(rows), 1), self.start, np.int64)
+        if first is None:
+            first = np.full((len(rows), 1), self.start, np.int64)
         return Batch(self, {"input_ids": ids, "attention_mask": mask}, first, mask, adapters)

@@ -65,11 +65,12 @@ AS_IT_LIES: dict[str, dict[str, frozenset[str]]] = {
     "roberta": {"PEFT": BOTH, "AutoModel": TRANSFORMERS},
     "qwen2, base of AutoModel": {"PEFT": BOTH, "AutoModel": TRANSFORMERS},
     "qwen2, embedding": {"PEFT": BOTH, "body twice": TRANSFORMERS},
-    "gpt2": {"PEFT": BOTH, "AutoModel": TRANSFORMERS},
+    # transformers drops PEFT's prefix twice only where `model.` follows it.
+    "gpt2": {"PEFT": BOTH, "AutoModel": TRANSFORMERS, "PEFT's prefix twice": frozenset()},
     "bert": {"PEFT": BOTH, "AutoModel": TRANSFORMERS},
     "roberta, masked": {"PEFT": BOTH, "AutoModel": TRANSFORMERS},
     "bart": {**WRAPPERS, "PEFT": BOTH, "AutoModel": TRANSFORMERS},
-    "t5": {"PEFT": BOTH, "no prefix": TRANSFORMERS},
+    "t5": {**WRAPPERS, "PEFT": BOTH, "PEFT's prefix twice": frozenset()},
     "llava": {"PEFT": BOTH, "transformers 4": BOTH, "AutoModel": TRANSFORMERS},
     "gemma3": {"PEFT": BOTH, "transformers 4": BOTH, "AutoModel": TRANSFORMERS},
     "qwen2-vl": {

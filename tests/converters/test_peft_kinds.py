@@ -302,3 +302,24 @@ def test_trained_rows_of_both_sides_have_one_remedy(tmp_path: Path) -> None:
         with pytest.raises(TargetError) as error:
             write_adapter(run, tmp_path / "out", base=base, max_rank=most)
         assert error.value.remedy == "merge it (`merge`)"
+
+
+@pytest.mark.parametrize("rows", [60, 83])
+def test_a_head_of_other_rows_than_the_base(tmp_path: Path, rows: int) -> None:
+    """PEFT refuses it, and so do both ways."""
+    base = saved(HEAD, "LlamaConfig", {**TIED, "tie_word_embeddings": False}, tmp_path / "base")
+    trained(HEAD, base, tmp_path / "run", target_modules=["q_proj"], modules_to_save=["lm_head"])
+    write_adapter(tmp_path / "run", tmp_path / "fits", base=base)
+    tensors = load_file(tmp_path / "run" / FILE)
+    head = f"{PREFIX}lm_head.weight"
+    assert rows != tensors[head].shape[0]
+    tensors[head] = torch.randn(rows, tensors[head].shape[1])
+    save_file(tensors, tmp_path / "run" / FILE, {"format": "pt"})
+    with pytest.raises(RuntimeError, match="size mismatch"):
+        model = transformers.LlamaForCausalLM.from_pretrained(base)
+        PeftModel.from_pretrained(model, str(tmp_path / "run"))
+    for write in (merge, write_adapter):
+        with pytest.raises(BaseError, match="another shape") as caught:
+            write(tmp_path / "run", tmp_path / "out", base=base)
+        assert "resize_token_embeddings" in str(caught.value.remedy)
+        assert not (tmp_path / "out").exists()

@@ -31,6 +31,7 @@ from ...model.match import (
     resolved,
 )
 from ...model.names import PEFT_PREFIX
+from ...model.rows import check_rows
 from ...model.tasks import peft_type
 from ...model.untying import untied
 from ...progress import Progress
@@ -178,6 +179,9 @@ def plan_adapter(
         transposed = transposed_modules(run, own, layout, profile)
         check_frozen(run, own)
     whole = changed(run, own, None if layout is None else layout.find)
+    if own is not None and layout is not None:
+        shapes = {name: tensor.shape for name, tensor in whole.items()}
+        check_rows(run, own, layout.names.architecture, whole, shapes, layout.find)
     whole = with_heads(run, own, whole, profile)
     modules, biases = whole_modules(run, own, whole)
     whole = completed(own, run, whole, modules, layout)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,14 +17,12 @@ from ...files.tensors import (
     numel,
     refuse_quantized,
 )
-from ...model.architecture import empty_model
 from ...model.base import BaseModel
 from ...model.layout import Layout
 from ...model.match import (
     changed,
     check_called,
     check_frozen,
-    classes,
     is_transposed,
     lies_plainly,
     resolved,
@@ -32,7 +30,8 @@ from ...model.match import (
     target_architecture,
 )
 from ...model.quantized import METHODS, Dequantized, dtype_before, method, unquantized
-from ...model.tying import input_embedding, new_embedding
+from ...model.rows import check_rows, resized
+from ...model.tying import new_embedding
 from ...model.untying import untied
 from ...progress import Progress
 from ...run import Run
@@ -262,11 +261,14 @@ def plan_merge(
         dtype=dtype,
         companions=beside,
     )
-    held = {name: base.tensors.get(layout.find(name) or "") for name in replaced}
-    other = {n for n, t in held.items() if t is not None and t.shape != replaced[n].shape}
-    if embedding is not None or other:
-        rows = None if embedding is None else embedding.shape[0]
-        _check_shapes(run, given, plan, architecture, rows, other)
+    check_rows(
+        run,
+        base,
+        architecture,
+        replaced,
+        {t.name: t.source.shape for t in plan.tensors},
+        layout.find,
+    )
     return plan
 
 
@@ -306,53 +308,6 @@ def _targets(run: Run, base: BaseModel, replaced: LazyTensors) -> dict[str, tupl
     return targets
 
 
-def _resized(config: Mapping[str, object], rows: int) -> dict[str, object]:
-    """The configuration for an embedding of so many `rows`, in every nested place of a text."""
-    sizes = {key: rows for key in ("vocab_size", "decoder_vocab_size") if key in config}
-    nested = {
-        key: _resized(inner, rows)
-        for key in ("text_config", "decoder", "encoder")
-        if isinstance(inner := config.get(key), dict)
-    }
-    return {**config, **sizes, **nested}
-
-
-def _check_shapes(
-    run: Run,
-    base: BaseModel,
-    plan: MergePlan,
-    architecture: str | None,
-    rows: int | None,
-    other: Collection[str],
-) -> None:
-    """Raise `BaseError` where a tensor has not the `rows` of the run's vocabulary that its class
-    has, such as a head's bias of the base's vocabulary, or has them where its class has not; and
-    where one of `other`, whose shape is not the base's, has not that of the class either."""
-    old = base.tensors.get(input_embedding(base) or "")
-    known = architecture is not None and classes(run.task, run.num_labels, base).known
-    resized = old is not None and rows is not None and old.shape[:1] != (rows,)
-    if architecture is None or not known or not (resized or other):
-        return
-    state = empty_model(architecture, plan.config, run.num_labels).state_dict()
-    for tensor in plan.tensors:
-        expected = tuple(state[tensor.name].shape) if tensor.name in state else None
-        found = tensor.source.shape
-        if expected is None or found == expected:
-            continue
-        if (resized and rows in (*expected, *found)) or tensor.name in other:
-            raise BaseError(
-                "the run has another vocabulary than the base, and does not hold this tensor of it"
-                if resized
-                else "the run holds a tensor of another shape than the base's class has",
-                file=base.path,
-                tensor=tensor.name,
-                found=list(tensor.source.shape),
-                expected=list(expected),
-                remedy="resize the base as for training (resize_token_embeddings), save it, and "
-                "pass it with `base`",
-            )
-
-
 def _from_run(run: Run, base: BaseModel, name: str) -> LazyTensor | None:
     """None for a pooling layer that is nowhere: transformers makes it anew at every load, so that
     nothing was trained with it."""
@@ -380,7 +335,7 @@ def _config(
     plain = base.stored is not None and not packed
     config = unquantized(base.config) if plain else dict(base.config)
     if embedding is not None:
-        config = _resized(config, embedding.shape[0])
+        config = resized(config, embedding.shape[0])
     if architecture is not None:
         config["architectures"] = [architecture]
     if str(run.task).endswith("classification") and run.num_labels is not None:

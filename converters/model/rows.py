@@ -1,0 +1,70 @@
+"""The rows of a vocabulary that was resized for training, against the class that loads them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+
+from ..errors import BaseError
+from ..files.tensors import LazyTensors
+from ..run import Run
+from .architecture import empty_model
+from .base import BaseModel
+from .match import classes
+from .tying import input_embedding, new_embedding
+
+
+def resized(config: Mapping[str, object], rows: int) -> dict[str, object]:
+    """The configuration for an embedding of so many `rows`, in every nested place of a text."""
+    sizes = {key: rows for key in ("vocab_size", "decoder_vocab_size") if key in config}
+    nested = {
+        key: resized(inner, rows)
+        for key in ("text_config", "decoder", "encoder")
+        if isinstance(inner := config.get(key), dict)
+    }
+    return {**config, **sizes, **nested}
+
+
+def check_rows(
+    run: Run,
+    base: BaseModel,
+    architecture: str | None,
+    replaced: LazyTensors,
+    shapes: Mapping[str, tuple[int, ...]],
+    find: Callable[[str], str | None],
+) -> None:
+    """Raise `BaseError` where what is written, name → shape, does not fit its class.
+
+    That is a tensor that has not the rows of the run's vocabulary where its class has them, such as
+    a head's bias of the base's vocabulary, or has them where its class has not; and one of the
+    run's `replaced` whose shape is neither the base's nor that of the class. `find` gives a
+    tensor's name in the base.
+    """
+    embedding = new_embedding(base, replaced)
+    held = {name: base.tensors.get(find(name) or "") for name in replaced}
+    other = {n for n, t in held.items() if t is not None and t.shape != replaced[n].shape}
+    if embedding is None and not other:
+        return
+    rows = None if embedding is None else embedding.shape[0]
+    old = base.tensors.get(input_embedding(base) or "")
+    known = architecture is not None and classes(run.task, run.num_labels, base).known
+    grown = old is not None and rows is not None and old.shape[:1] != (rows,)
+    if architecture is None or not known or not (grown or other):
+        return
+    config = dict(base.config) if rows is None else resized(base.config, rows)
+    state = empty_model(architecture, config, run.num_labels).state_dict()
+    for name, found in shapes.items():
+        expected = tuple(state[name].shape) if name in state else None
+        if expected is None or found == expected:
+            continue
+        if (grown and rows in (*expected, *found)) or name in other:
+            raise BaseError(
+                "the run has another vocabulary than the base, and does not hold this tensor of it"
+                if grown
+                else "the run holds a tensor of another shape than the base's class has",
+                file=base.path,
+                tensor=name,
+                found=list(found),
+                expected=list(expected),
+                remedy="resize the base as for training (resize_token_embeddings), save it, and "
+                "pass it with `base`",
+            )
