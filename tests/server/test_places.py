@@ -11,12 +11,12 @@ from starlette.testclient import TestClient
 
 from dora_serve.server.app import make_app
 from dora_serve.server.options import ServerOptions
+from dora_serve.server.prepare.child import make_offer
 from dora_serve.server.prepare.offer import Offer
 from dora_serve.server.registry import Registry
 from dora_serve.server.state import State
 from dora_serve.server.wire.places import told
 from tests.conftest import LLAMA_RUNS, MODELS
-from tests.server.test_up import make_offer
 
 ROOT = Path("/srv/my models")
 
