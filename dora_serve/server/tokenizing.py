@@ -45,13 +45,18 @@ class Texts:
         """The tokens of every text, or pair of texts, at most `longest`; token ids stay as they
         are. `kept`: at most so many of each, those at the end (`side` "right": at the begin). Of a
         text, what the tokenizer puts around it is among them, but where a side is given."""
-        texts = [given for given in inputs if not isinstance(given, list)]
+        texts: list[Any] = [given for given in inputs if not isinstance(given, list)]
+        before: list[str] = []
+        if texts and isinstance(texts[0], tuple):
+            before, texts = map(list, zip(*texts, strict=True))
+            before = before[:1] if len({*before}) == 1 else before  # told once: it may be long
         lengths: list[int] = []
         blob = b""
         if texts:
             lengths, blob = await self.process.call(
                 "encode",
                 texts=texts,
+                before=before,
                 special=special,
                 longest=longest,
                 param=param,

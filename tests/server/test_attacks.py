@@ -11,20 +11,24 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from math import inf
 from pathlib import Path
+from typing import Any
 
 import pytest
+from transformers import RobertaForSequenceClassification
 
 from dora_serve.server.options import ServerOptions
 from tests.conftest import MODELS
 from tests.server import meter
 from tests.server.attacks import ATTACKS, LATER, PATTERN, SLOW, TEMPLATE
 from tests.server.conftest import BASE, DOWN, EMBEDS, Server, started
+from tests.server.crossed import CROSS, CROSSED
 from tests.server.followed import FOLLOWED
+from tests.server.parity_models import save_encoder
 from tests.server.smuggled import MORE
 from tests.server.test_structure import MODEL, save_bytes_model
 
 RUN = f"Tiny_Llama/Lora_Rank=8/Count_Down/{DOWN}"
-ALL = ATTACKS | MORE | FOLLOWED
+ALL = ATTACKS | MORE | FOLLOWED | CROSSED
 MEMORY = 300 << 20  # bytes
 
 
@@ -58,6 +62,8 @@ def attacked(place: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[
     ):
         shutil.copytree(place / "models" / name, root / name)
     save_bytes_model(root / MODEL)
+    one: Any = {"num_labels": 1, "type_vocab_size": 1}
+    save_encoder(root / CROSS, RobertaForSequenceClassification, **one)
     later = root / LATER  # which nothing finds
     shutil.copytree(MODELS / "runs/Checkpoint" / RUN, later)
     shutil.copyfile(MODELS / "runs/Log" / RUN / "task_info.json", later / "task_info.json")

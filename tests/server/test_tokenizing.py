@@ -144,3 +144,26 @@ def test_without_a_folder_bodies_are_read() -> None:
     fine, wrong = asyncio.run(main())
     assert fine is None
     assert wrong["loc"] == ["body", "tokens", "0"]
+
+
+@pytest.mark.parametrize("firsts", [["cat moon"], ["cat", "moon", ""]])
+def test_pairs_are_the_tokenizers_and_what_all_have_is_told_once(firsts: list[str]) -> None:
+    folder = MODELS / "tiny-roberta-base"
+    truth = Tokenizer.from_file(str(folder / "tokenizer.json"))
+    pairs = list(zip(firsts * (3 // len(firsts)), [TEXT, "bad", ""], strict=True))
+    told: list[dict[str, Any]] = []
+
+    async def work(texts: Texts) -> Any:
+        call = texts.process.call
+
+        async def telling(name: str, blob: bytes = b"", **given: Any) -> Any:
+            told.append(given)
+            return await call(name, blob, **given)
+
+        texts.process.call = telling  # type: ignore[method-assign]
+        return await texts.encode(pairs, 100, "input")
+
+    whole = [truth.encode(*pair) for pair in pairs]
+    assert run(folder, work) == [(each.ids, each.type_ids) for each in whole]
+    assert [given["before"] for given in told] == [firsts]
+    assert whole[0].ids != truth.encode(TEXT).ids

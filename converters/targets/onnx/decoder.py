@@ -1,7 +1,8 @@
 """Decoders (causal language models) as ONNX, by onnxruntime-genai's model builder where it computes
-what they do, else, and where it fails, by torch (`causal.py`).
+what they do, else, and where it refuses the model, by torch (`causal.py`).
 
-The builder runs in a process of its own: its memory goes when it ends.
+The builder runs in a process of its own: its memory goes when it ends. Where that was killed, or
+had no room, there is an error: the same model shall not have another graph the next time.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from typing import Any
 
 import onnx_ir as ir
 
+from ...errors import OutputError
 from ...files.json_files import read_json
 from ...files.onnx_files import BATCHED, GENAI, MODEL
 from ..merged.companions import companions
@@ -38,6 +40,10 @@ _ROPE = {
     },
 }
 _TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json")
+_REFUSES = (1, 2)  # how a Python process ends with an exception, or that was asked wrongly
+_PASSING = re.compile(
+    r"\[Errno \d+\]|\(os error \d+\)|MemoryError|bad_alloc|allocate memory|No space"
+)
 _NODE = re.compile(r"/(?:model/layers\.(\d+)/(attn|mlp)|(lm_head))(?:/(\w+))?/MatMul")
 
 
@@ -77,8 +83,11 @@ def _builds(model: Path) -> bool:
 
 
 def _build(model: Path, built: Path, precision: str, adaptable: bool) -> bool:
-    """Run the builder; False when it fails. `adaptable` keeps q, k and v apart, so that each can
-    have a branch."""
+    """Run the builder; False when it refuses the model. `adaptable` keeps q, k and v apart, so that
+    each can have a branch.
+
+    Raises `OutputError` when it broke off for a reason that the model is not.
+    """
     with tempfile.TemporaryDirectory() as cache:
         command = [sys.executable, "-m", "onnxruntime_genai.models.builder"]
         command += ["-m", model.name, "-i", str(model), "-o", str(built), "-c", cache]
@@ -87,6 +96,13 @@ def _build(model: Path, built: Path, precision: str, adaptable: bool) -> bool:
         if adaptable:
             command.append("fuse_qkv=false")
         done = subprocess.run(command, capture_output=True, text=True, check=False)
+    said = done.stderr.rpartition("Traceback (most recent call last)")[2].strip()
+    if done.returncode and (done.returncode not in _REFUSES or _PASSING.search(said)):
+        raise OutputError(
+            "the process that builds the graph broke off",
+            found=f"exit code {done.returncode}: {said[-300:]}",
+            remedy="run it again with more room on the disk and in memory",
+        )
     return done.returncode == 0 and (built / MODEL).exists()
 
 

@@ -97,18 +97,20 @@ class Work:
     def encode(
         self,
         _: bytes,
-        texts: Sequence[str | Sequence[str]],
+        texts: Sequence[str],
         special: bool,
         longest: int,
         param: str,
         kept: int | None = None,
         side: str | None = None,
+        before: Sequence[str] = (),
     ) -> tuple[Any, bytes]:
-        """How many tokens each text, or pair of texts, has; the ids of all of them, and their
-        types. At most `kept` of a text, with what belongs around it, where no `side` is given that
-        the caller cuts."""
+        """How many tokens each text has, behind its own of `before` or the only one there, where
+        there is any; the ids of all of them, and their types. At most `kept` of a text, with what
+        belongs around it, where no `side` is given that the caller cuts."""
         ids, types, lengths = array("I"), array("I"), []
-        for text in texts:
+        firsts = [*before] * len(texts) if len(before) == 1 else before
+        for text in zip(firsts, texts, strict=True) if before else texts:
             encoded = self._encoding(text, special, param, kept if side is None else None)
             longest = max(longest, len(encoded.ids) if kept is not None else 0)
             lengths.append(_checked(len(encoded.ids), longest, param))

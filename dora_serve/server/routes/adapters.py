@@ -15,6 +15,7 @@ from ..prepare.child import add_model
 from ..prepare.offer import Addition
 from ..state import State, state_of
 from ..wire.errors import ApiError
+from ..wire.places import told
 from ..wire.requests import LoadRequest, UnloadRequest
 from .reading import JsonRoute
 
@@ -42,7 +43,8 @@ async def _add(state: State, body: LoadRequest) -> None:
     try:
         model = await asyncio.to_thread(add_model, wanted)
     except DoraExportError as error:
-        raise ApiError(str(error), param="lora_path", code="not_possible") from None
+        said = told(str(error), state.root)
+        raise ApiError(said, param="lora_path", code="not_possible") from None
     if name in state.models:
         state.models.remove(name)
     state.models.add(model)

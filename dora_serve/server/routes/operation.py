@@ -19,6 +19,7 @@ from ..registry import Served
 from ..state import state_of
 from ..wire import answers
 from ..wire.errors import ApiError, ErrorAnswer
+from ..wire.places import told
 
 router = APIRouter()
 
@@ -38,9 +39,10 @@ def model(name: str, request: Request) -> answers.ModelCard:
 @router.get("/dora/models")
 def details(request: Request) -> answers.DetailsList:
     """The same names with what each is: ranks, sizes, requests so far."""
-    models = state_of(request).models
+    state = state_of(request)
+    problems = {name: told(why, state.root) for name, why in state.models.problems.items()}
     return answers.DetailsList(
-        data=[_details(served) for served in models], not_served=models.problems
+        data=[_details(served) for served in state.models], not_served=problems
     )
 
 

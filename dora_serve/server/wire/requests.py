@@ -5,7 +5,15 @@ from __future__ import annotations
 from abc import abstractmethod
 from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import AliasChoices, Discriminator, Field, RootModel, Tag, model_validator
+from pydantic import (
+    AfterValidator,
+    AliasChoices,
+    Discriminator,
+    Field,
+    RootModel,
+    Tag,
+    model_validator,
+)
 
 from .defaults import Count
 from .messages import Message, Several
@@ -23,11 +31,23 @@ def _each(given: Any) -> list[Text]:
     return list(given) if several else [given]
 
 
+_TOKENS = 2**18  # of all inputs together: more would hold up others while they are read
+
+
+def _not_too_many(given: list[list[int]]) -> list[list[int]]:
+    if sum(map(len, given)) > _TOKENS:
+        raise ValueError(f"more than {_TOKENS} tokens in all")
+    return given
+
+
+_SeveralTokens = Annotated[Several[Tokens], AfterValidator(_not_too_many)]
+
+
 class CompletionRequest(Generate):
     """`POST /v1/completions`. `logprobs`: how many of the likeliest tokens to tell. `echo`: the
     prompt is told before each completion, which may have no tokens then."""
 
-    prompt: str | Several[str] | Tokens | Several[Tokens]
+    prompt: str | Several[str] | Tokens | _SeveralTokens
     max_tokens: Annotated[int, Field(ge=0, le=2**31 - 1)] = 16
     echo: bool = False
     add_special_tokens: bool = True
@@ -157,7 +177,7 @@ class EmbeddingRequest(Texts):
     """`POST /v1/embeddings`. `dimensions`: how many are told, the first ones; `use_activation`
     true: of length one."""
 
-    input: str | Several[str] | Tokens | Several[Tokens]
+    input: str | Several[str] | Tokens | _SeveralTokens
     encoding_format: Literal["float", "base64"] = "float"
     dimensions: Count | None = None
     use_activation: bool | None = None

@@ -1,0 +1,74 @@
+"""What becomes of a graph whose builder, a process of its own, does not finish."""
+
+from __future__ import annotations
+
+import resource
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+
+from converters.errors import OutputError
+from converters.files.onnx_files import MODEL
+from converters.targets.onnx import decoder
+from tests.conftest import MODELS
+
+BASE = MODELS / "tiny-llama-base"
+
+
+def ending(monkeypatch: pytest.MonkeyPatch, folder: Path, last: str) -> None:
+    """Let the builder be a shell that does `last`."""
+    python = folder / "python"
+    python.write_text(f"#!/bin/sh\n{last}\n")
+    python.chmod(0o755)
+    monkeypatch.setattr(decoder, "sys", SimpleNamespace(executable=str(python)))
+
+
+def build(folder: Path) -> bool:
+    (folder / "built").mkdir()
+    return decoder._build(BASE, folder / "built", "fp32", False)
+
+
+def test_a_model_that_it_refuses_is_left_to_torch(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ending(monkeypatch, tmp_path, "echo 'NotImplementedError: no such model' >&2; exit 1")
+    assert not build(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "last",
+    ["kill -9 $$", "kill -7 $$", "exit 137", "exit 70"]
+    + [
+        f"echo '{said}' >&2; exit 1"
+        for said in (
+            "OSError: [Errno 28] No space left on device",
+            "SafetensorError: I/O error: No space left on device (os error 28)",
+            "MemoryError",
+            "RuntimeError: DefaultCPUAllocator: can'\\''t allocate memory",
+            "RuntimeError: std::bad_alloc",
+        )
+    ],
+)
+def test_a_reason_that_passes_makes_no_other_graph(
+    last: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ending(monkeypatch, tmp_path, last)
+    with pytest.raises(OutputError, match="broke off"):
+        build(tmp_path)
+
+
+def test_the_builder_itself_without_room_for_its_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(decoder, "sys", sys)  # a process below this one, which has its limits
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, before[1]))
+    try:
+        with pytest.raises(OutputError, match="broke off"):
+            build(tmp_path)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert decoder._build(BASE, tmp_path / "built", "fp32", False)
+    assert (tmp_path / "built" / MODEL).exists()
