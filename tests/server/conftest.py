@@ -130,7 +130,7 @@ def started(
 
 def _wait(server: Server) -> None:
     with httpx.Client(base_url=server.url) as http:
-        for _ in range(1800):
+        for _ in range(3600):
             assert server.process.poll() is None, server.log.read_text()
             with suppress(httpx.TransportError):
                 if http.get("/ready").status_code == 200:
