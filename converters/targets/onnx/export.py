@@ -87,7 +87,9 @@ def _dims(axes: Any, known: dict[str, Any]) -> Any:
 
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
-    """Without the exporter's and its libraries' notices."""
+    """Without the exporter's and its libraries' notices, then or later: one turns them on."""
+    root = logging.getLogger()
+    handlers, level = root.handlers[:], root.level
     logging.disable(logging.WARNING)
     try:
         with warnings.catch_warnings():
@@ -95,6 +97,8 @@ def quiet() -> Iterator[None]:
             yield
     finally:
         logging.disable(logging.NOTSET)
+        root.handlers[:] = handlers
+        root.setLevel(level)
 
 
 def fused(model: ir.Model) -> ir.Model:

@@ -138,8 +138,13 @@ def shrunk(file: Path, precision: str) -> Any:
     where the processor has no VNNI), activations in 8, their range found anew in every run.
     """
     import onnx
-    from onnxruntime.quantization import quantize_dynamic
-    from onnxruntime.transformers.float16 import DEFAULT_OP_BLOCK_LIST, convert_float_to_float16
+
+    with quiet():
+        from onnxruntime.quantization import quantize_dynamic
+        from onnxruntime.transformers.float16 import (
+            DEFAULT_OP_BLOCK_LIST,
+            convert_float_to_float16,
+        )
 
     graph = ir.load(file).graph
     with quiet(), tempfile.TemporaryDirectory(dir=file.parent) as folder:
