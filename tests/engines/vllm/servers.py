@@ -9,8 +9,9 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from contextlib import contextmanager
+from multiprocessing import get_context
 from pathlib import Path
 from urllib.error import URLError
 from urllib.request import urlopen
@@ -33,6 +34,13 @@ RUNS = Path("runs", "Checkpoint", "Tiny_Llama", "Lora_Rank=8")
 KEY = "sesame"
 COUNT = 12
 TOLD = {"count : nine": COUNT, "count : thirty": COUNT, "copy : cat moon river =": 6}
+
+
+def apart(count: Callable[[], int]) -> int:
+    """What a function of a module returns in a process of its own: where many of vLLM's classes
+    were imported, it starts no engine any more."""
+    with ProcessPoolExecutor(1, get_context("spawn")) as process:
+        return process.submit(count).result()
 
 
 def free_port() -> int:

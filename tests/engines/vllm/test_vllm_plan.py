@@ -86,7 +86,7 @@ def test_vllm_reads_the_command_and_the_yaml(tmp_path: Path) -> None:
     printed = subprocess.run(command, env=env, capture_output=True, text=True, check=True).stdout
     program = find_vllm_or_name()
     start = printed.rindex("\n", 0, printed.index(" ".join(program[1:]))) + 1
-    pasted = printed[start : printed.index("\n\n`dora-serve up")]
+    pasted = printed[start : printed.index("\n\n", start)]
     said = subprocess.run(["sh", "-c", f"printf '%s\\0' {pasted}"], capture_output=True, check=True)
     ran = said.stdout.decode().split("\0")[:-1]
     parser = make_arg_parser(FlexibleArgumentParser())
