@@ -16,6 +16,7 @@ from safetensors.torch import load_file, save_file
 
 from converters.lint import lint
 from converters.model.base import open_base
+from converters.readers import ReadOptions
 from converters.targets.engines import PROFILES
 from converters.targets.lora_folder import CONFIG, WEIGHTS
 from dora_serve import read_run, write_adapter
@@ -149,7 +150,8 @@ def test_names_in_the_class_that_vllm_builds(tmp_path: Path, family: str) -> Non
     assert told == found == set(FINDS[family]) & seen
     for form in seen - {"another", *UNKNOWN.get(family, set())}:
         lora = tmp_path / str(list(FORMS).index(form) + 1)
-        write_adapter(read_run(lora), tmp_path / f"out-{form}", base=base, target="vllm")
+        run = read_run(lora, ReadOptions(base=base))
+        write_adapter(run, tmp_path / f"out-{form}", base=base, target="vllm")
         assert finds(loader, tmp_path / f"out-{form}", 99), form
 
 
