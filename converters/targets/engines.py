@@ -90,21 +90,21 @@ _LORAX_KINDS = _LLAMA_KINDS | set(
 _VLLM_WITHOUT = (
     "albert bamba bart bert big_bird bigbird_pegasus biogpt blenderbot blenderbot-small bloom blt "
     "codegen cohere2_moe cpmant dbrx deberta deberta-v2 deepseek_v4 distilbert electra falcon "
-    "falcon_mamba fsmt gemma3n gemma3n_text gpt-sw3 gpt2 gpt_neo gpt_neox_japanese gptj hrm_text "
-    "kimi_linear led longt5 m2m_100 mamba mamba2 marian mbart megatron-bert mimo_v2_flash "
-    "modernbert mpt mt5 mvp nllb-moe openai-gpt pegasus plbart prophetnet reformer rembert roberta "
-    "roformer rwkv speech_to_text stablelm switch_transformers t5 trocr umt5 vit xglm xlm "
-    "xlm-roberta xlnet xlstm zamba zamba2"
+    "falcon_mamba fsmt gemma3n gemma3n_text git gpt-sw3 gpt2 gpt_neo gpt_neox_japanese gptj "
+    "hrm_text kimi_linear led longt5 m2m_100 mamba mamba2 marian mbart megatron-bert "
+    "mimo_v2_flash modernbert mpt mt5 musicgen musicgen_melody mvp nllb-moe openai-gpt pegasus "
+    "plbart prophetnet reformer rembert roberta roformer rwkv speech_to_text stablelm "
+    "switch_transformers t5 trocr umt5 vit whisper xglm xlm xlm-roberta xlnet xlstm zamba zamba2"
 ).split()
 # Classes whose `embedding_modules` lack the head, those of the Transformers backend among them.
 _VLLM_WITHOUT_HEAD = (
     "afmoe arcee axk1 axk2 bitnet cohere cohere2 cwm deepseek_v2 deepseek_v3 deepseek_v32 "
-    "diffllama doge dots1 emu3 ernie4_5_moe flex_olmo gemma gemma2 gemma3_text gemma4_text glm "
-    "glm4 glm4_moe glm4_moe_lite glm_moe_dsa gpt_bigcode gpt_neox gpt_oss helium hunyuan_v1_dense "
-    "hunyuan_v1_moe hy_v3 hy_v4 jais2 jetmoe laguna longcat_flash mellum minimax minimax_m2 "
-    "ministral ministral3 mistral nanochat olmo olmo2 olmo3 olmo_hybrid olmoe opt persimmon phi "
-    "qwen2 qwen2_moe qwen3_next recurrent_gemma seed_oss smollm3 solar_open starcoder2 "
-    "vaultgemma youtu zaya"
+    "diffllama doge dots1 emu3 ernie4_5_moe flex_olmo gemma gemma2 gemma3 gemma3_text gemma4 "
+    "gemma4_text gemma4_unified glm glm4 glm4_moe glm4_moe_lite glm_moe_dsa gpt_bigcode gpt_neox "
+    "gpt_oss helium hunyuan_v1_dense hunyuan_v1_moe hy_v3 hy_v4 jais2 jetmoe laguna longcat_flash "
+    "mellum minimax minimax_m2 ministral ministral3 mistral nanochat olmo olmo2 olmo3 olmo_hybrid "
+    "olmoe opt persimmon phi qwen2 qwen2_moe qwen3_next qwen4_exp qwen4_exp_text recurrent_gemma "
+    "seed_oss smollm3 solar_open starcoder2 vaultgemma youtu zaya"
 ).split()
 _VLLM_UNADAPTED = {
     **dict.fromkeys(_VLLM_WITHOUT, frozenset({ALL})),

@@ -17,7 +17,6 @@ from safetensors.torch import load_file, save_file
 from converters.lint import lint
 from converters.model.base import open_base
 from converters.readers import ReadOptions
-from converters.targets.engines import PROFILES
 from converters.targets.lora_folder import CONFIG, WEIGHTS
 from dora_serve import read_run, write_adapter
 from tests.converters.families import save_base
@@ -25,7 +24,7 @@ from tests.converters.lint_cases import Plant, unsaid
 from tests.converters.naming import FAMILIES, OTHERS, WRAPPED, load, make, renamed, stranger
 from tests.converters.test_lint_truth import spoilt, train
 from tests.converters.test_naming import AS_IT_LIES
-from tests.engines.vllm.servers import apart, free_port
+from tests.engines.vllm.servers import free_port
 from tests.engines.vllm.test_vllm_names import BOUND, Engine
 
 pytestmark = pytest.mark.skipif(find_spec("vllm") is None, reason="needs vLLM")
@@ -229,38 +228,3 @@ def test_experts_are_packed_all_or_none(tmp_path: Path, absent: tuple[int, str] 
     else:
         with pytest.raises(AssertionError):
             PackedLoRALayerWeights.pack_moe(layers, "experts")
-
-
-def families_as_their_classes_say() -> int:
-    """How many families of decoders vLLM has. Of each it is asked of vLLM's class what that adapts,
-    or of transformers' own where vLLM has none and would take that."""
-    import transformers
-    from transformers.models.auto.modeling_auto import (
-        MODEL_FOR_CAUSAL_LM_MAPPING_NAMES as CAUSAL,
-    )
-    from vllm.model_executor.models import ModelRegistry
-    from vllm.model_executor.models.interfaces import supports_lora
-
-    known, profile, seen = ModelRegistry.models, PROFILES["vllm"], 0
-    for family, name in CAUSAL.items():
-        if name not in known:
-            own: Any = getattr(transformers, str(name), None)
-            if own is not None and not own.is_backend_compatible():
-                assert not profile.adapts("q_proj", family), family
-            continue
-        try:
-            cls: Any = known[name].load_model_cls()
-        except ImportError:  # torchvision
-            continue
-        assert profile.adapts("q_proj", family) == supports_lora(cls), family
-        if supports_lora(cls):
-            modules = getattr(cls, "embedding_modules", {})
-            assert profile.adapts("lm_head", family) == ("lm_head" in modules), family
-            assert profile.embeds(family) <= ("embed_tokens" in modules), family
-        seen += 1
-    return seen
-
-
-@pytest.mark.further
-def test_what_its_classes_adapt() -> None:
-    assert apart(families_as_their_classes_say) > 60

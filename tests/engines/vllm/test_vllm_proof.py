@@ -191,7 +191,10 @@ def families_that_vllm_has() -> int:
     seen = set()
     for family in {*unadapted, "llama", "phi3", "qwen3", "mixtral"}:
         for architecture in {CAUSAL.get(family), CLASSIFIERS.get(family)} & known.keys():
-            cls: Any = known[architecture].load_model_cls()
+            try:
+                cls: Any = known[architecture].load_model_cls()
+            except ImportError:  # torchvision
+                continue
             lora, lacks = getattr(cls, "supports_lora", False), unadapted.get(family, frozenset())
             if "roberta" not in family:  # it says yes and fails, see above
                 assert bool(lora) == (ALL not in lacks), family
@@ -204,6 +207,41 @@ def families_that_vllm_has() -> int:
 
 def test_the_profile_says_what_vllm_says_of_its_models() -> None:
     assert apart(families_that_vllm_has) > 25
+
+
+def families_as_their_classes_say() -> int:
+    """How many families of decoders vLLM has. Of each it is asked of vLLM's class what that adapts,
+    or of transformers' own where vLLM has none and would take that."""
+    import transformers
+    from transformers.models.auto.modeling_auto import (
+        MODEL_FOR_CAUSAL_LM_MAPPING_NAMES as CAUSAL,
+    )
+    from vllm.model_executor.models import ModelRegistry
+    from vllm.model_executor.models.interfaces import supports_lora
+
+    known, profile, seen = ModelRegistry.models, PROFILES["vllm"], 0
+    for family, name in CAUSAL.items():
+        if name not in known:
+            own: Any = getattr(transformers, str(name), None)
+            if own is not None and not own.is_backend_compatible():
+                assert not profile.adapts("q_proj", family), family
+            continue
+        try:
+            cls: Any = known[name].load_model_cls()
+        except ImportError:  # torchvision
+            continue
+        assert profile.adapts("q_proj", family) == supports_lora(cls), family
+        if supports_lora(cls):
+            modules = getattr(cls, "embedding_modules", {})
+            assert profile.adapts("lm_head", family) == ("lm_head" in modules), family
+            assert profile.embeds(family) <= ("embed_tokens" in modules), family
+        seen += 1
+    return seen
+
+
+@pytest.mark.further
+def test_what_its_classes_adapt() -> None:
+    assert apart(families_as_their_classes_say) > 60
 
 
 @supports("peft_adalora", "llama")
