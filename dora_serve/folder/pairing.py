@@ -86,9 +86,7 @@ def is_copy(wanted: str, base: BaseModel) -> bool:
 
 def told(run: Run, base: BaseModel) -> Run:
     """`run` for `base`, which the user gave: with a warning where it names another one."""
-    if run.base is None or run.embedded_base is not None:
-        return run
-    if is_named(run.base, base) or is_copy(run.base, base):
+    if run.base is None or run.embedded_base is not None or is_named(run.base, base):
         return run
     warning = f"the run names {run.base} as its base; it goes with {base.name}, as was asked for"
     if base.stored is None and not base.packed:

@@ -57,7 +57,10 @@ async def completions(body: CompletionRequest, request: Request) -> Response:
     check_tokens(draws[0][0].named_tokens, engine.vocabulary)
     texts = await _echoed(body, served, prompts)
     write = CompletionWriter(body, prompts, texts, _decoder(engine))
-    asking = _asking(state, served, engine, prompts, body, draws, body.logprobs)
+    top = body.logprobs
+    if top is not None and body.use_beam_search:
+        top += 1  # vLLM tells one more of beams
+    asking = _asking(state, served, engine, prompts, body, draws, top)
     head = pieces.envelope("cmpl", "text_completion", served.model.name, body.request_id)
     return await _answer(body, request, asking, head, write)
 
