@@ -7,6 +7,7 @@ import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -142,7 +143,7 @@ def test_a_base_is_hashed_once_for_each_of_its_states(
     hashed: list[str] = []
     original = hashes.TensorHashes._hash
 
-    def counted(self: hashes.TensorHashes, tensor: LazyTensor, **how: object) -> None:
+    def counted(self: hashes.TensorHashes, tensor: LazyTensor, **how: Any) -> None:
         hashed.append(tensor.name)
         original(self, tensor, **how)
 
