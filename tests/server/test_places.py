@@ -27,7 +27,7 @@ ROOT = Path("/srv/my models")
         ("broken\n  file: /srv/my models/a b/x.json", "broken\n  file: a b/x.json"),
         ("nothing here\n  file: /srv/my models", "nothing here\n  file: my models"),
         ("broken\n  file: /home/a b/base/config.json", "broken\n  file: config.json"),
-        ("No such file: '/root/a b/model.onnx'", "No such file: 'model.onnx'"),
+        ("No such file: '/mnt/a b/model.onnx'", "No such file: 'model.onnx'"),
         ("give --base '/data/a b/base' or /data/other", "give --base 'base' or other"),
         ("found: /a/x, expected /b/y: no", "found: x, expected y: no"),
         ("base=/secret", "base=secret"),
