@@ -281,5 +281,5 @@ def test_several_in_turn() -> None:
         both = InTurn(updates)
         rows = [both.merge(weight[start:end].clone(), start) for start, end in ((0, 4), (4, 6))]
         assert close(torch.cat(rows), expected)
-        assert both.shape == (6, 5) and both.components() is None
+        assert both.shape == (6, 5)
         assert both.whole == (last in updates)
