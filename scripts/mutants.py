@@ -59,6 +59,7 @@ READERS = " ".join(
         *("adalora", "bad_input", "bayesian", "gated", "kohya", "litgpt", "magnitude", "mlx_lm"),
         *("mora", "other_ranks", "parts", "peft_kinds", "peft_lora", "peft_tuners", "promises"),
         *("promises_names", "reference_runs", "ties", "torchtune", "trainer_folders"),
+        *("families", "experts_apart", "reader_options"),
     )
 )
 # Its file of terabytes of holes is more than a mutant may write.
@@ -70,7 +71,7 @@ SOURCES = {
     "converters/model/*.py": f"{HERE}/model {HERE}/merged {HERE}/lora_folder {NAMES}",
     "converters/model/quantized/*.py": f"{QUANTIZED} {QUANTIZED_BASE}",
     "converters/readers/*.py": READERS,
-    "converters/targets/*.py": f"{ADAPTERS} tests/dora_serve/test_verify.py",
+    "converters/targets/*.py": f"{ADAPTERS} tests/dora_serve/test_verify.py {QUANTIZED_BASE}",
     "converters/targets/gguf/*.py": f"{GGUF} {HERE}/targets/test_target.py",
     "converters/targets/merged/*.py": f"{MERGES} {HERE}/targets/test_target.py {HERE}/test_base.py",
     "converters/targets/lora_folder/*.py": ADAPTERS,
