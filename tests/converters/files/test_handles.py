@@ -15,8 +15,18 @@ from converters.errors import (
     RunError,
     TensorFileError,
 )
+from converters.files import cores as cores_module
 from converters.files import onnx_files
-from converters.files.handles import check_file, opened, reading, state_at, state_of, there
+from converters.files.cores import bind, cores
+from converters.files.handles import (
+    check_file,
+    mounts,
+    opened,
+    reading,
+    state_at,
+    state_of,
+    there,
+)
 from converters.files.json_files import is_number, parse_json, read_json
 from converters.files.onnx_files import (
     graphs_in,
@@ -184,3 +194,32 @@ def test_adapters_as_onnx_runtime_writes_them(tmp_path: Path) -> None:
 )
 def test_numbers_that_float32_holds(value: object, fine: bool) -> None:
     assert is_number(value) is fine
+
+
+def test_mounts_have_the_names_that_paths_have(monkeypatch: pytest.MonkeyPatch) -> None:
+    told = "36 35 8:1 / /mnt/my\\040disk\\134x rw - ext4 /dev/sda1 rw\n1 2 0:3 / / rw - x y rw"
+    monkeypatch.setattr(Path, "read_text", lambda *_, **__: told)
+    assert mounts() == [Path("/mnt/my disk\\x"), Path("/")]
+
+
+def test_bytes_of_half_a_surrogate_pair_are_no_text() -> None:
+    with pytest.raises(ValueError, match="surrogates"):
+        parse_json(b'"\xed\xa0\xbd"')
+    assert parse_json('"é"'.encode()) == "é"
+
+
+def test_cores_that_are_bound(monkeypatch: pytest.MonkeyPatch) -> None:
+    own = cores()
+    bind(own[:1])
+    try:
+        assert cores() == own[:1]
+    finally:
+        bind(own)
+    assert cores() == own
+    monkeypatch.delattr(os, "sched_getaffinity")
+    monkeypatch.delattr(os, "sched_setaffinity")
+    monkeypatch.setattr(cores_module, "_bound", [])
+    monkeypatch.setattr(os, "cpu_count", lambda: 3)
+    assert cores() == [0, 1, 2]
+    bind([1])
+    assert cores() == [1]
