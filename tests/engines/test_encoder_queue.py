@@ -96,6 +96,18 @@ def test_a_client_that_leaves_before_its_adapter_fails_ends_no_worker(folder: Pa
         assert queue.submit([row], None)[0].result(10)["logits"].shape == (2,)
 
 
+def test_an_answer_that_cannot_be_made_ends_no_worker(folder: Path) -> None:
+    def fails(_: object) -> None:
+        raise ValueError("odd")
+
+    row = ([0, 5, 2], [0, 0, 0])
+    with running(folder) as queue:
+        with pytest.raises(ValueError, match="odd"):
+            queue.submit([row], None, fails)[0].result(10)
+        assert queue.submit([row], None)[0].result(10)["logits"].shape == (2,)
+        assert queue.running == 0
+
+
 def test_bounds(folder: Path) -> None:
     with running(folder, max_waiting=3) as queue:
         for ids, says in (([], "too long"), ([5] * 33, "too long"), ([99], "no such token")):

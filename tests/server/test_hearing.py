@@ -118,6 +118,7 @@ def test_another_rate_is_the_same_sound() -> None:
         (b"RIFF0000WAVEfmt ", "not a WAV file"),
         (b"ID3" + bytes(100), "not a WAV file"),
         (wav(np.zeros(RATE + 1)), "longer than the 1 s"),
+        (wav(np.zeros(4)).replace(b"\2\0\x10\0data", b"\x08\0\x40\0data"), "8 bytes a sample"),
         (wav(np.zeros(4))[:-5], ""),
     ],
 )
@@ -134,6 +135,12 @@ def test_forms() -> None:
     body = head % b"a" + b"1\r\n\r\n" + head % b"file" + b"\r\n--y\x00\xff\r\n--x--\r\n"
     found = read_form("multipart/form-data; boundary=x", body)
     assert found == {"a": b"1\r\n", "file": b"\r\n--y\x00\xff"}
+    for more in (b"", b"\r\n--x" * 99 + b"--"):  # cut off, and of many parts
+        with pytest.raises(ApiError, match="no end, or 64 parts"):
+            read_form("multipart/form-data; boundary=x", head % b"a" + b"1" + more)
+    for long in (b";" * 10**6, b"\r\na: b" * 10**5):  # which takes an hour, or all the memory
+        with pytest.raises(ApiError, match="more than 4096 bytes"):
+            read_form("multipart/form-data; boundary=x", head[:-4] + long + b"\r\n\r\n\r\n--x--")
     for kind in ("application/json", "multipart/form-data", "multipart/mixed; boundary=x"):
         with pytest.raises(ApiError, match="multipart/form-data"):
             read_form(kind, body)

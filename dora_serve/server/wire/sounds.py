@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
 _PARTS = 64
+_HEAD = 4 << 10  # bytes before a part: to read its parameters takes their square
 _HIGHEST = 384_000  # samples of a second
 _WIDTHS = {1: ("u1", 128.0, 128.0), 2: ("<i2", 0.0, 2.0**15), 4: ("<i4", 0.0, 2.0**31)}
 
@@ -29,9 +30,13 @@ def read_form(kind: str, body: bytes) -> dict[str, bytes]:
         raise ApiError("the Content-Type is not multipart/form-data", code="not_a_form")
     mark = b"\r\n--" + boundary.encode("latin-1", "replace")
     found: dict[str, bytes] = {}
-    _, *pieces = (b"\r\n" + body).split(mark, _PARTS)
+    *pieces, end = (b"\r\n" + body).split(mark, _PARTS)[1:] or [b""]
+    if not end.startswith(b"--"):
+        raise ApiError(f"the form has no end, or {_PARTS} parts or more", code="not_a_form")
     for piece in pieces:
         head, apart, content = piece.partition(b"\r\n\r\n")
+        if len(head) > _HEAD:
+            raise ApiError(f"a part of the form has more than {_HEAD} bytes before it")
         name = (
             BytesParser().parsebytes(head.lstrip()).get_param("name", header="content-disposition")
         )
@@ -52,6 +57,8 @@ def read_sound(file: bytes, rate: int, longest: int) -> NDArray[np.float32]:
                     param="file",
                     code="too_long",
                 )
+            if width not in (*_WIDTHS, 3):
+                raise wave.Error(f"{width} bytes a sample")
             data = sound.readframes(sound.getnframes())
     except (wave.Error, EOFError, OverflowError, RuntimeError) as error:
         raise ApiError(f"not a WAV file of whole numbers: {error}", param="file") from None
