@@ -10,7 +10,7 @@ from pathlib import Path
 from .session import EngineError
 
 _GROUP = Path("/sys/fs/cgroup/memory.max")
-_SCORES = 1 << 25  # numbers, of each token with each other in a layer of a batch
+_SCORES = 1 << 23  # numbers, of each token with each other in a layer; there are copies of them
 _HEADS = ("num_attention_heads", "encoder_attention_heads", "num_heads", "n_heads")
 
 

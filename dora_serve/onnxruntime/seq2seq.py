@@ -246,9 +246,9 @@ class Seq2Seq(EncoderDecoder):
 
     @property
     def max_length(self) -> int:
-        """How many tokens a prompt or an answer may have; of a model without positions of its own,
-        16,384."""
-        return int(self.config.get("max_position_embeddings") or 1 << 14)
+        """How many tokens a prompt or an answer may have; of a model without positions of its own
+        2,048, since what it takes to read grows with the square."""
+        return int(self.config.get("max_position_embeddings") or 2048)
 
     def batch(
         self,

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 from tests.server.attacks import MANY, Attack, Send, complete, head, post, raw
+from tests.server.followed import chats
 from tests.server.test_structure import MODEL
 
 _KIND = "multipart/form-data; boundary=x"
@@ -30,6 +32,11 @@ def beams(**more: object) -> Attack:
     return complete(lambda: {**asked, **more}, 200)
 
 
+def _called(arguments: str) -> dict[str, Any]:
+    function = {"name": "f", "arguments": arguments}
+    return {"role": "assistant", "tool_calls": [{"function": function}]}
+
+
 FORMED: dict[str, Attack] = {
     "headers of a part": forms(lambda: _PART + b"\r\na: b" * 690_000 + b"\r\n\r\n\r\n--x--"),
     "parameters of a part": forms(lambda: _PART + b";" * 4_000_000 + b"\r\n\r\n\r\n--x--"),
@@ -44,6 +51,10 @@ FORMED: dict[str, Attack] = {
     ),
     "the widest beams": beams(max_tokens=40),
     "beams of what is told": beams(max_tokens=20, logprobs=20, ignore_eos=True),
+    "arguments of a call": chats(
+        *(200, 400), messages=[_called("[" + ("[" * 90 + "]" * 90 + ",") * 22_000 + "1]")]
+    ),
+    "objects as arguments": chats(*(200, 400), messages=[_called("[" + "{}," * 1_300_000 + "1]")]),
     "a million tokens to pool": post(
         "/pooling", lambda: {"model": MODEL, "input": [5] * 1_000_000}
     ),

@@ -145,6 +145,7 @@ class Searching:
         self._requests = []
         for place, beam in enumerate(beams):
             self._requests += await self._submit(prompt, beam, partial(tell, place))
+            await asyncio.sleep(0)  # a hundred in one step would hold up others
         deltas = await asyncio.gather(*told)
         return [delta.logprobs[0] for delta in deltas]
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import math
 import wave
 from email.message import Message
 from email.parser import BytesParser
@@ -68,10 +69,11 @@ def read_sound(file: bytes, rate: int, longest: int) -> NDArray[np.float32]:
         data, width = filled.tobytes(), 4
     kind, middle, scale = _WIDTHS[width]
     size = len(data) // (width * channels) * channels
-    values: Any = (np.frombuffer(data, kind, size).astype(np.float64) - middle) / scale
-    mixed = values.reshape(-1, channels).mean(axis=1)
-    heard: NDArray[np.float32] = _resampled(mixed, own, rate).astype(np.float32)
-    return heard
+    values: Any = np.frombuffer(data, kind, size).astype(np.float64)
+    values -= middle
+    values /= scale
+    heard: NDArray[np.float32] = _resampled(values.reshape(-1, channels).mean(axis=1), own, rate)
+    return heard.astype(np.float32)
 
 
 def _resampled(samples: Any, own: int, rate: int) -> Any:
@@ -79,4 +81,14 @@ def _resampled(samples: Any, own: int, rate: int) -> Any:
     count = round(len(samples) * rate / own)
     if own == rate or not count:
         return samples[:count]
-    return np.fft.irfft(np.fft.rfft(samples), count) * (count / len(samples))
+    step = own // math.gcd(own, rate)  # so many are whole samples of the other rate too
+    step = step if _quick(step) == step else 1
+    filled = step * _quick(-(-len(samples) // step))
+    others = round(filled * rate / own)
+    return (np.fft.irfft(np.fft.rfft(samples, filled), others) * (others / filled))[:count]
+
+
+def _quick(count: int) -> int:
+    """The next length that has small factors alone: others take ten times the memory."""
+    odd = (3**i * 5**j * 7**k for i in range(10) for j in range(7) for k in range(3))
+    return min(each << (-(-count // each) - 1).bit_length() for each in odd)
