@@ -142,6 +142,7 @@ def test_a_path_that_was_asked_for_is_known_whoever_asks_next(root: Path) -> Non
     (root / "run").rename(root / "sub" / "run")
     following = Following(root, server=open_base(root / "base"))
     assert following.find("sub/run")
+    assert following.changed(["sub/run"]) == []  # not at rest yet
     assert following.find("ready")
     assert following.settled("sub/run") is UNREAD
 
