@@ -90,5 +90,5 @@ def _resampled(samples: Any, own: int, rate: int) -> Any:
 
 def _quick(count: int) -> int:
     """The next length that has small factors alone: others take ten times the memory."""
-    odd = (3**i * 5**j * 7**k for i in range(10) for j in range(7) for k in range(3))
+    odd = [int(3**i * 5**j * 7**k) for i in range(10) for j in range(7) for k in range(3)]
     return min(each << (-(-count // each) - 1).bit_length() for each in odd)
