@@ -5,7 +5,8 @@ Imports neither torch nor onnx, so that an engine can do without.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from hashlib import sha256
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -78,3 +79,12 @@ def read_adapter_file(path: Path) -> dict[str, Array]:
             found=str(error)[:200],
             remedy="the file is damaged: add the adapter again",
         ) from None
+
+
+def digest(parameters: Mapping[str, Array]) -> bytes:
+    """SHA-256 of what `read_adapter_file` read: the same for the same parameters and no others."""
+    found = sha256()
+    for name, array in sorted(parameters.items()):
+        found.update(f"{name} {array.dtype} {array.shape};".encode())
+        found.update(array.tobytes())
+    return found.digest()

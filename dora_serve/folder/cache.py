@@ -16,7 +16,7 @@ from pathlib import Path
 from blake3 import blake3
 
 from converters.certificate import tool
-from converters.errors import OutputError, RunError
+from converters.errors import DoraExportError, OutputError, RunError
 from converters.files.cache import cache_folder, private_cache
 from converters.files.handles import reading
 from converters.files.hashes import file_hash
@@ -88,14 +88,17 @@ def _write_receipt(target: Path, content: dict[str, str] | None) -> None:
 
 
 def _content(folder: Path) -> dict[str, str]:
-    """Path in `folder` → hash, of all its files. Raises `OutputError` where one cannot be read."""
+    """Path in `folder` → hash of a file, or what else it is. Raises `DoraExportError` where one
+    cannot be read, or is a pipe or the like."""
     with reading(folder, OutputError):
-        paths = [path for path in sorted(folder.rglob("*")) if path.is_symlink() or path.is_file()]
-        return {
-            # A name may be bytes that are no text.
-            str(path.relative_to(folder)): "link" if path.is_symlink() else file_hash(path)
-            for path in paths
-        }
+        # A name may be bytes that are no text.
+        return {str(path.relative_to(folder)): _what(path) for path in sorted(folder.rglob("*"))}
+
+
+def _what(path: Path) -> str:
+    if path.is_symlink():
+        return "link"
+    return "folder" if path.is_dir() else file_hash(path)
 
 
 def _is_as_made(target: Path) -> bool:
@@ -105,7 +108,7 @@ def _is_as_made(target: Path) -> bool:
         found = target.lstat()
         ours = stat.S_ISDIR(found.st_mode) and found.st_uid == os.geteuid()
         return ours and _content(target) == known
-    except (OSError, ValueError, OutputError):
+    except (OSError, ValueError, DoraExportError):
         return False
 
 

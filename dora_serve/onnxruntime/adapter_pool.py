@@ -6,7 +6,7 @@ import threading
 from collections import Counter, OrderedDict
 from pathlib import Path
 
-from converters.errors import MissingError
+from converters.errors import MissingError, TensorFileError
 
 from .adapter_set import AdaptedFolder
 from .session import EngineError
@@ -20,6 +20,7 @@ class AdapterPool:
         self._sizes: OrderedDict[str, int] = OrderedDict()  # least recently used first
         self._users: Counter[str] = Counter()
         self._unwanted: set[str] = set()
+        self._digests: dict[str, str] = {}
         self._lock = threading.Lock()
 
     @property
@@ -28,6 +29,11 @@ class AdapterPool:
 
     def __contains__(self, path: str) -> bool:
         return path in self._sizes
+
+    def expect(self, path: str, digest: str) -> None:
+        """Load the adapter at `path` only while its parameters have this digest."""
+        with self._lock:
+            self._digests[path] = digest
 
     def acquire(self, path: str | None) -> bool:
         """Load the adapter at `path` unless it is there, and keep it until `release`; False when
@@ -55,6 +61,7 @@ class AdapterPool:
                 if not self._make_room(size):
                     return False
                 self._engine.add_adapter(path, path)
+                self._check(path)
                 self._sizes[path] = size
             self._sizes.move_to_end(path)
             self._users[path] += 1
@@ -72,6 +79,16 @@ class AdapterPool:
         with self._lock:
             if path in self._sizes:
                 self._unwanted.add(path)
+
+    def _check(self, path: str) -> None:
+        known = self._digests.get(path)
+        if known is not None and self._engine.adapter_set.digest(path).hex() != known:
+            self._engine.remove_adapter(path)
+            raise TensorFileError(
+                "the adapter's file was changed since it was made ready",
+                file=path,
+                remedy="start the server anew, or load the adapter again",
+            )
 
     def _make_room(self, size: int) -> bool:
         idle = [path for path in self._sizes if not self._users[path]]

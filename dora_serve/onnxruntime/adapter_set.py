@@ -17,6 +17,7 @@ from converters.files.onnx_files import (
     NO_ADAPTER,
     ROW_LENGTHS,
     SUFFIX,
+    digest,
     head_names,
     heads_in,
     names,
@@ -117,17 +118,12 @@ class AdapterSet:
         self._stacks.clear()
 
     def digest(self, name: str | None) -> bytes:
-        """SHA-256 of what was loaded under `name`, which is the same for the same parameters and
-        no others; of nothing for no adapter."""
+        """SHA-256 of what was loaded under `name`; of nothing for no adapter."""
         self._check([name])
         if name is None:
             return sha256().digest()
         if name not in self._digests:
-            digest = sha256()
-            for parameter, array in sorted(self._loaded[name].items()):
-                digest.update(f"{parameter} {array.dtype} {array.shape};".encode())
-                digest.update(np.ascontiguousarray(array).data)
-            self._digests[name] = digest.digest()
+            self._digests[name] = digest(self._loaded[name])
         return self._digests[name]
 
     def _check(self, wanted: Iterable[str | None]) -> None:

@@ -74,7 +74,7 @@ class Encoder(AdaptedFolder):
     def __init__(self, folder: str | Path, threads: int | None = None, spin: bool = True) -> None:
         super().__init__(folder)
         self._session = open_adaptable(self.folder, threads, spin)
-        self._config: Any = read_json(self.folder / "config.json")
+        self.config: Any = read_json(self.folder / "config.json")
         self.outputs = self._session.outputs
         own = self.folder / OWN_HEADS
         heads = read_adapter_file(own) if own.exists() else {}
@@ -85,8 +85,8 @@ class Encoder(AdaptedFolder):
     def max_length(self) -> int:
         """How many tokens a row may have: those that the model has positions for, or less where its
         tokenizer or its pipeline says so, as in vLLM; a million where nothing tells a bound."""
-        longest = int(self._config.get("max_position_embeddings") or 1_000_000)
-        after_padding = self._config.get("model_type") in _POSITIONS_AFTER_PADDING
+        longest = int(self.config.get("max_position_embeddings") or 1_000_000)
+        after_padding = self.config.get("model_type") in _POSITIONS_AFTER_PADDING
         said = [longest - (1 + self._padding if after_padding else 0)]
         for path in (self.folder / "tokenizer_config.json", *self.folder.glob(_PIPELINES)):
             known = read_json(path) if path.exists() else {}
@@ -104,15 +104,15 @@ class Encoder(AdaptedFolder):
             typed = "token_type_ids" in names
         else:
             typed = said.get("tokenizer_class") not in _UNTYPED
-        return typed and self._config.get("type_vocab_size") != 1
+        return typed and self.config.get("type_vocab_size") != 1
 
     @property
     def _padding(self) -> int:
-        return int(self._config.get("pad_token_id") or 0)
+        return int(self.config.get("pad_token_id") or 0)
 
     @property
     def vocabulary(self) -> int:
-        return int(self._config["vocab_size"])
+        return int(self.config["vocab_size"])
 
     def run(
         self, rows: Sequence[Ids], adapters: Adapters = None, types: Sequence[Ids] | None = None
@@ -212,11 +212,11 @@ class Encoder(AdaptedFolder):
     def probabilities(self, logits: Array) -> Array:
         """Those of `logits [..., labels]` as vLLM's pooling has them: by the configuration's
         `problem_type`, else by its activation, else of all labels together, or of the only one."""
-        said = self._config.get("sentence_transformers") or {}
-        function = said.get("activation_fn") or self._config.get(
+        said = self.config.get("sentence_transformers") or {}
+        function = said.get("activation_fn") or self.config.get(
             "sbert_ce_default_activation_function"
         )
-        problem = self._config.get("problem_type")
+        problem = self.config.get("problem_type")
         if problem == "regression" or (not problem and str(function).endswith(".Identity")):
             return logits
         if problem == "multi_label_classification" or logits.shape[-1] == 1:
@@ -227,7 +227,7 @@ class Encoder(AdaptedFolder):
     def hidden_size(self) -> int:
         """Numbers of a token's state; the most there may be where the model does not tell."""
         names = ("hidden_size", "dim", "d_model")
-        return next((int(self._config[n]) for n in names if n in self._config), _WIDEST)
+        return next((int(self.config[n]) for n in names if n in self.config), _WIDEST)
 
     def classification(self, logits: Array) -> Classification:
         """What `logits [labels]` say."""
@@ -242,7 +242,7 @@ class Encoder(AdaptedFolder):
     @property
     def labels(self) -> list[str]:
         """The names of the configuration's classes."""
-        names = self._config.get("id2label") or {}
+        names = self.config.get("id2label") or {}
         return [str(names.get(str(i), "")) for i in range(len(names))]
 
     def answer(

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from .engine import Engine
-from .limits import Limits, check_rows
+from .limits import Limits, check_rows, takes_much
 
 if TYPE_CHECKING:
     from .encoder import Encoder
@@ -87,6 +87,8 @@ class EncoderQueue(Engine):
             longest = max(longest, len(job.ids))
             if batch and longest > 2 * min(len(other.ids) for other in [*batch, job]) + 8:
                 break  # it would be padded to more than twice its length
+            if batch and takes_much(len(batch) + 1, longest, self.encoder.config):
+                break
             batch.append(job)
         self._queue = [job for job in self._queue if job not in batch]
         return batch
@@ -130,4 +132,9 @@ class EncoderQueue(Engine):
                     self._answer([job])
         else:
             for job, row in zip(jobs, outputs, strict=True):
-                job.future.set_result(job.finish(row))
+                try:
+                    found = job.finish(row)
+                except Exception as error:  # the worker goes on with the others
+                    job.future.set_exception(error)
+                else:
+                    job.future.set_result(found)

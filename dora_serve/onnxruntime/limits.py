@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from .session import EngineError
 
 _GROUP = Path("/sys/fs/cgroup/memory.max")
+_SCORES = 1 << 23  # numbers, of each token with each other in a layer; there are copies of them
+_HEADS = ("num_attention_heads", "encoder_attention_heads", "num_heads", "n_heads")
 
 
 class QueueFull(EngineError):
@@ -37,6 +39,13 @@ class Limits:
     adapter_bytes: int = 1 << 30
     prefix_bytes: int = field(default_factory=lambda: memory() // 16)
     piece: int = 64
+
+
+def takes_much(rows: int, longest: int, config: Mapping[str, object]) -> bool:
+    """Whether so many rows of such a length take much memory at once in an encoder of `config`:
+    it grows with the square of their length."""
+    heads = next((n for name in _HEADS if isinstance(n := config.get(name), int)), 16)
+    return rows * heads * longest**2 > _SCORES
 
 
 def check_rows(rows: Sequence[Sequence[int]], longest: int, vocabulary: int | None = None) -> None:

@@ -40,19 +40,19 @@ class EncoderDecoder(AdaptedFolder):
         self._encoder, self._first, self._next = sessions
         config = read_json(self.folder / "config.json")
         own = self.folder / "generation_config.json"
-        self._config: dict[str, Any] = {**config, **(read_json(own) if own.exists() else {})}
+        self.config: dict[str, Any] = {**config, **(read_json(own) if own.exists() else {})}
         self.adapter_set = AdapterSet(sessions)
         self.adapter_set.add_all(self.folder)
 
     @property
     def eos(self) -> frozenset[int]:
-        found = self._config.get("eos_token_id")
+        found = self.config.get("eos_token_id")
         return frozenset(found if isinstance(found, list) else [] if found is None else [found])
 
     @property
     def start(self) -> int:
         """The decoder's first token."""
-        found = self._config.get("decoder_start_token_id")
+        found = self.config.get("decoder_start_token_id")
         if not isinstance(found, int):
             raise EngineError("the configuration names no decoder_start_token_id", file=self.folder)
         return found
@@ -60,12 +60,12 @@ class EncoderDecoder(AdaptedFolder):
     @property
     def forced(self) -> int | None:
         """What every answer begins with; None where the configuration does not say it."""
-        found = self._config.get("forced_bos_token_id")
+        found = self.config.get("forced_bos_token_id")
         return found if isinstance(found, int) else None
 
     @property
     def vocabulary(self) -> int:
-        return int(self._config["vocab_size"])
+        return int(self.config["vocab_size"])
 
     @property
     def token_bytes(self) -> int:
@@ -94,11 +94,11 @@ class EncoderDecoder(AdaptedFolder):
         if len(written[0]) == 0:
             forced = self.forced
         elif len(written[0]) == search.max_tokens - 1 and not search.ignore_eos:
-            forced = self._config.get("forced_eos_token_id")
+            forced = self.config.get("forced_eos_token_id")
         check_finite(logits)
-        never = self._config.get("suppress_tokens") or []
+        never = self.config.get("suppress_tokens") or []
         if len(written[0]) == 0:
-            never = [*never, *(self._config.get("begin_suppress_tokens") or [])]
+            never = [*never, *(self.config.get("begin_suppress_tokens") or [])]
         scores = log_softmax(logits)
         scores[:, never] = -np.inf
         said = [[*first, *own] for first, own in zip(batch.first.tolist(), written, strict=True)]
@@ -246,9 +246,9 @@ class Seq2Seq(EncoderDecoder):
 
     @property
     def max_length(self) -> int:
-        """How many tokens a prompt or an answer may have; of a model without positions of its own,
-        16,384."""
-        return int(self._config.get("max_position_embeddings") or 1 << 14)
+        """How many tokens a prompt or an answer may have; of a model without positions of its own
+        2,048, since what it takes to read grows with the square."""
+        return int(self.config.get("max_position_embeddings") or 2048)
 
     def batch(
         self,
@@ -260,10 +260,10 @@ class Seq2Seq(EncoderDecoder):
         tokens]`: what is written begins with; the configuration says it where it is None. Raises
         `EngineError` for a row that is empty or too long."""
         # T5 has relative positions and no largest length.
-        longest = self._config.get("max_position_embeddings")
+        longest = self.config.get("max_position_embeddings")
         check_rows(rows, longest or max(map(len, rows), default=0))
         mask = padded([[1] * len(row) for row in rows], 0)
-        ids = padded(rows, self._config.get("pad_token_id") or 0)
+        ids = padded(rows, self.config.get("pad_token_id") or 0)
         if first is None:
             first = np.full((len(rows), 1), self.start, np.int64)
         return Batch(self, {"input_ids": ids, "attention_mask": mask}, first, mask, adapters)

@@ -17,7 +17,7 @@ import numpy as np
 from .engine import Engine
 from .generation import Generation
 from .grammar import Grammars
-from .limits import Limits, check_rows
+from .limits import Limits, check_rows, takes_much
 from .request import Delta, Request, Tell
 from .seq2seq import Batch, Seq2Seq
 
@@ -154,6 +154,8 @@ class Seq2SeqQueue(Engine):
             lengths = [len(each.source) for each in (*found, row)]
             size += self._bytes(row)
             if len(found) == left or (size > self.limits.cache_bytes and (found or self._groups)):
+                break
+            if found and takes_much(len(lengths), max(lengths), self.model.config):
                 break
             if max(lengths) <= 2 * min(lengths) + 8 and (
                 not found or len(row.written) == len(found[0].written)

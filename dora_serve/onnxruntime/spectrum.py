@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from .session import EngineError
+
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
@@ -15,16 +17,23 @@ if TYPE_CHECKING:
 _HIGHEST = 8000.0  # Hz, of the uppermost band
 _EVEN, _STEP = 1000.0, 200.0 / 3  # Slaney's scale: bands are even up to here, and so wide
 _GROWTH = np.log(6.4) / 27  # of a band beyond
+_LARGEST = 1 << 24  # numbers at once; Whisper's have a million
 
 
 class Spectrum:
-    """Made by the values of a `preprocessor_config.json` of Whisper's."""
+    """Made by the values of a `preprocessor_config.json` of Whisper's. Raises `EngineError` for
+    values that none has."""
 
     def __init__(self, said: Mapping[str, Any]) -> None:
-        self.rate = int(said.get("sampling_rate", 16_000))
-        self.longest = int(said.get("chunk_length", 30)) * self.rate
-        self._size, self._hop = int(said.get("n_fft", 400)), int(said.get("hop_length", 160))
-        self._bands = _bands(int(said.get("feature_size", 80)), self._size, self.rate)
+        names = {"sampling_rate": 16_000, "chunk_length": 30, "n_fft": 400, "hop_length": 160}
+        found = [said.get(name, own) for name, own in {**names, "feature_size": 80}.items()]
+        if not all(isinstance(each, int) and 0 < each <= _LARGEST for each in found):
+            raise EngineError("the features of sounds are no whole numbers", found=found)
+        self.rate, seconds, self._size, self._hop, bands = found
+        self.longest = seconds * self.rate
+        if max(self.longest, self.longest // self._hop * self._size, bands * self._size) > _LARGEST:
+            raise EngineError("the features of sounds are too many", found=found)
+        self._bands = _bands(bands, self._size, self.rate)
         self._window = np.hanning(self._size + 1)[:-1]
 
     def __call__(self, wave: Array) -> Array:

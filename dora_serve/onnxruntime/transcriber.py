@@ -58,12 +58,12 @@ class Transcriber(EncoderDecoder):
     @property
     def positions(self) -> int:
         """How many tokens the decoder may have, what it begins with included."""
-        return int(self._config["max_target_positions"])
+        return int(self.config["max_target_positions"])
 
     @property
     def languages(self) -> dict[str, int]:
         """The languages' codes, and the tokens for them; none of a model of English alone."""
-        known = self._config.get("lang_to_id") or {}
+        known = self.config.get("lang_to_id") or {}
         return {name.strip("<|>"): int(token) for name, token in known.items()}
 
     def logits(
@@ -143,7 +143,7 @@ class Transcriber(EncoderDecoder):
                 spoken = np.full(len(features), languages[language])
             else:
                 raise EngineError("no such language", found=language, expected=[*languages])
-            if task not in (known := self._config.get("task_to_id") or {}):
+            if task not in (known := self.config.get("task_to_id") or {}):
                 raise EngineError("no such task", found=task, expected=", ".join(known))
             first = np.column_stack([first, spoken, np.full_like(spoken, known[task])])
         elif language not in (None, "en") or task != TASKS[0]:
@@ -152,7 +152,7 @@ class Transcriber(EncoderDecoder):
                 file=self.folder,
                 found=f"{language}, {task}",
             )
-        without_times = self._config.get("no_timestamps_token_id")
+        without_times = self.config.get("no_timestamps_token_id")
         return (
             first
             if without_times is None
@@ -160,6 +160,6 @@ class Transcriber(EncoderDecoder):
         )
 
     def _said(self, key: str) -> Any:
-        if self._config.get(key) is None:
+        if self.config.get(key) is None:
             raise EngineError(f"the configuration names no {key}", file=self.folder)
-        return self._config[key]
+        return self.config[key]

@@ -15,6 +15,7 @@ from jinja2.ext import Extension, loopcontrols
 from jinja2.nodes import Node
 from jinja2.parser import Parser
 from jinja2.sandbox import ImmutableSandboxedEnvironment
+from pydantic_core import from_json
 
 from converters.files.json_files import read_json
 
@@ -80,7 +81,7 @@ class ChatTemplate:
     ) -> str:
         """The prompt for `messages`, with `generation` up to where the answer begins, with
         `continued` up to the end of the last message's text. `values`: what else the template
-        may name.
+        may name. The arguments of calls may be JSON as text, which templates take read.
 
         Raises `ApiError` when there is no template, or it refuses the messages.
         """
@@ -93,7 +94,7 @@ class ChatTemplate:
                 "documents": None,
                 **(values or {}),
                 **{name: self._special(name) for name in _SPECIAL},
-                "messages": messages,
+                "messages": [_read(message) for message in messages],
                 "add_generation_prompt": generation,
             }
             text: str | None = self._template and self._template.render(named)
@@ -109,6 +110,22 @@ class ChatTemplate:
     def _special(self, name: str) -> str:
         token = self._config.get(name)
         return str(token["content"] if isinstance(token, dict) else token or "")
+
+
+def _read(message: Mapping[str, Any]) -> Mapping[str, Any]:
+    calls = [
+        {**call, "function": {**call["function"], "arguments": _arguments(call["function"])}}
+        for call in message.get("tool_calls", ())
+    ]
+    return {**message, "tool_calls": calls} if calls else message
+
+
+def _arguments(function: Mapping[str, Any]) -> Any:
+    given = function.get("arguments")
+    try:
+        return from_json(given or "{}") if isinstance(given, str) else given
+    except ValueError:  # as the model wrote it
+        return given
 
 
 def _until_end(text: str) -> str:

@@ -74,6 +74,8 @@ class Registry:
     def add(self, model: OfferedModel) -> None:
         """Serve `model`, in place of an earlier one of that name."""
         folder = model.folder
+        if model.adapter is not None and model.digest is not None:
+            self._engines[folder].pool.expect(model.adapter, model.digest)
         self._models[model.name] = Served(
             model,
             self._engines[folder],

@@ -17,6 +17,7 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from hashlib import sha256
 from pathlib import Path
+from threading import Lock
 
 from converters.errors import DoraExportError, MissingError, OutputError, RunError, TargetError
 from converters.files.cache import cache_folder, private_cache
@@ -96,6 +97,7 @@ class Following:
         self._seen: dict[Path, tuple[State, float]] = {}  # and since when
         self._known: dict[Path, _Known] = {}
         self._bases: dict[Path, tuple[State, BaseModel]] = {}
+        self._finding = Lock()  # many ask at once
         self._base: Path | None = None  # the one of all runs, once `look` has found one alone
 
     def find(self, name: str) -> bool:
@@ -103,13 +105,14 @@ class Following:
 
         Raises `MissingError` when the folder is gone, as `look` does.
         """
-        known = self._walk()
-        if name not in known:
-            below = {path.relative_to(self.root).as_posix(): path for path in known.values()}
-            if name not in below:
-                return False
-            self._paths[name] = below[name]
-        return True
+        with self._finding:
+            known = self._walk()
+            if name not in known:
+                below = {path.relative_to(self.root).as_posix(): path for path in known.values()}
+                if name not in below:
+                    return False
+                self._paths[name] = below[name]
+            return True
 
     def all(self) -> list[str]:
         """The names of all runs there are, and of those that went and are not yet let go."""
@@ -242,11 +245,14 @@ class Following:
         runs = [path for path, kind in kinds.items() if kind == "run"]
         if self._server is None:
             self._open([path for path, kind in kinds.items() if kind == "model"])
-        runs = [*runs, *(path for path in self._known if path not in kinds)]
+        known = list(self._known)  # which another thread may add to
+        runs = [*runs, *(path for path in known if path not in kinds)]
         own = names_below(self.root, list({**kinds, **dict.fromkeys(runs)}))
-        asked = {name: path for name, path in self._paths.items() if path in self._known}
+        there = {*runs, *known}
+        asked = {name: path for name, path in self._paths.items() if path in there}
         self._paths = {**asked, **self._names.of(runs, own, self._reserved)}
-        self._seen = {path: seen for path, seen in self._seen.items() if path in runs}
+        seen = list(self._seen.items())
+        self._seen = {path: each for path, each in seen if path in there}
         return self._paths
 
     def _open(self, paths: Iterable[Path]) -> None:

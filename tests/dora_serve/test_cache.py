@@ -69,6 +69,14 @@ def linked(folder: Path) -> None:
     (folder / "a").symlink_to(folder.parent / "a")
 
 
+def piped(folder: Path) -> None:
+    os.mkfifo(folder / "part" / "c")
+
+
+def a_folder_more(folder: Path) -> None:
+    (folder / "part" / "d").mkdir()
+
+
 DAMAGE: Mapping[str, Callable[[Path], object]] = {
     "a bit": lambda folder: flip(folder / "a"),
     "a file of the same size and time": quietly_changed,
@@ -76,6 +84,8 @@ DAMAGE: Mapping[str, Callable[[Path], object]] = {
     "empty": emptied,
     "a file more": added,
     "a link": linked,
+    "a pipe": piped,
+    "a folder more": a_folder_more,
 }
 
 

@@ -24,7 +24,7 @@ from dora_serve.folder.inventory import Member
 from dora_serve.vllm import desired as module
 from dora_serve.vllm import watch
 from dora_serve.vllm.convert import vllm_adapter
-from dora_serve.vllm.desired import SETTLE, Desired, Following, links
+from dora_serve.vllm.desired import SETTLE, UNREAD, Desired, Following, links
 from dora_serve.vllm.watch import Server, reconcile, refusal_at
 from tests.conftest import MODELS
 from tests.dora_serve.following import desired
@@ -135,6 +135,26 @@ def test_what_can_no_longer_be_served(root: Path, keep: bool) -> None:
     assert "ready" in found.adapters
     shutil.rmtree(root / "run")
     assert "run" not in at_rest(following).adapters
+
+
+def test_a_path_that_was_asked_for_is_known_whoever_asks_next(root: Path) -> None:
+    (root / "sub").mkdir()
+    (root / "run").rename(root / "sub" / "run")
+    following = Following(root, server=open_base(root / "base"))
+    assert following.find("sub/run")
+    assert following.changed(["sub/run"]) == []  # not at rest yet
+    assert following.find("ready")
+    assert following.settled("sub/run") is UNREAD
+
+
+def test_a_run_in_whose_place_a_model_lies(root: Path) -> None:
+    following = Following(root)
+    assert "run" in at_rest(following).adapters
+    shutil.rmtree(root / "run")
+    shutil.copytree(root / "base", root / "run")
+    found = at_rest(following)
+    assert "run" not in found.adapters
+    assert "ready" in found.adapters
 
 
 def test_a_file_outside_of_the_runs_folder_is_part_of_the_run(tmp_path: Path) -> None:

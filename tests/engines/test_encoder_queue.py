@@ -7,11 +7,13 @@ import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 
 from dora_serve import DoraExportError, read_run, write_onnx
+from dora_serve.onnxruntime import limits
 from dora_serve.onnxruntime.encoder import Encoder
 from dora_serve.onnxruntime.encoder_queue import EncoderQueue
 from dora_serve.onnxruntime.limits import Limits, QueueFull
@@ -94,6 +96,36 @@ def test_a_client_that_leaves_before_its_adapter_fails_ends_no_worker(folder: Pa
             (left,) = queue.submit([row], str(folder / "lost.onnx_adapter"))
             assert left.cancel()
         assert queue.submit([row], None)[0].result(10)["logits"].shape == (2,)
+
+
+def test_an_answer_that_cannot_be_made_ends_no_worker(folder: Path) -> None:
+    def fails(_: object) -> None:
+        raise ValueError("odd")
+
+    row = ([0, 5, 2], [0, 0, 0])
+    with running(folder) as queue:
+        with pytest.raises(ValueError, match="odd"):
+            queue.submit([row], None, fails)[0].result(10)
+        assert queue.submit([row], None)[0].result(10)["logits"].shape == (2,)
+        assert queue.running == 0
+
+
+def test_long_rows_are_few_at_once(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with running(folder) as queue:
+        heads, run, sizes = queue.encoder.config["num_attention_heads"], queue.encoder.run, []
+        monkeypatch.setattr(limits, "_SCORES", 3 * heads * 30**2)
+
+        def counted(rows: Any, *more: Any) -> Any:
+            sizes.append(len(rows))
+            return run(rows, *more)
+
+        monkeypatch.setattr(queue.encoder, "run", counted)
+        for each in queue.submit([([5] * 30, [0] * 30)] * 10, None):
+            assert each.result(60)
+    assert max(sizes) == 3
+    assert sum(sizes) == 10
+    assert not limits.takes_much(1, 30, {"num_heads": heads})
+    assert limits.takes_much(1, 30, {})  # sixteen, where nothing is said
 
 
 def test_bounds(folder: Path) -> None:

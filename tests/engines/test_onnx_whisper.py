@@ -144,6 +144,19 @@ def test_the_spectrum_of_the_usual_sizes(bands: int) -> None:
     assert found.shape == (bands, 3000) and np.abs(found - truth).max() < 1e-4
 
 
+@pytest.mark.parametrize(
+    "said",
+    [
+        *({name: 10**9} for name in ("feature_size", "n_fft", "chunk_length")),
+        *({"hop_length": each} for each in (0, -160, 0.5, "160", None)),
+        {"hop_length": 1, "n_fft": 1 << 14},
+    ],
+)
+def test_a_spectrum_that_no_model_has(said: dict[str, object]) -> None:
+    with pytest.raises(EngineError, match="the features of sounds"):
+        Spectrum(said)
+
+
 @pytest.mark.supports(method="peft_lora", family="whisper", targets=("onnx",))
 def test_rows_with_different_adapters(built: Built) -> None:
     base, runs, out = built

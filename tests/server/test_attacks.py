@@ -23,12 +23,13 @@ from tests.server.attacks import ATTACKS, LATER, PATTERN, SLOW, TEMPLATE
 from tests.server.conftest import BASE, DOWN, EMBEDS, Server, started
 from tests.server.crossed import CROSS, CROSSED
 from tests.server.followed import FOLLOWED
+from tests.server.formed import FORMED
 from tests.server.parity_models import save_encoder
 from tests.server.smuggled import MORE
 from tests.server.test_structure import MODEL, save_bytes_model
 
 RUN = f"Tiny_Llama/Lora_Rank=8/Count_Down/{DOWN}"
-ALL = ATTACKS | MORE | FOLLOWED | CROSSED
+ALL = ATTACKS | MORE | FOLLOWED | CROSSED | FORMED
 MEMORY = 300 << 20  # bytes
 
 

@@ -58,6 +58,15 @@ def test_as_transformers(template: str, generation: bool, base: Folder) -> None:
     assert ChatTemplate(folder).render(MESSAGES, generation) == expected
 
 
+@pytest.mark.parametrize(
+    ("given", "told"), [('{"a": 1}', '{"a": 1}'), ("", "{}"), ("{", '"{"'), ({"a": 1}, '{"a": 1}')]
+)
+def test_arguments_of_calls_are_read(given: object, told: str, base: Folder) -> None:
+    folder = base(EACH + "{{ m.tool_calls[0].function.arguments | tojson }}{% endfor %}")
+    call = {"function": {"name": "f", "arguments": given}}
+    assert ChatTemplate(folder).render([{"role": "assistant", "tool_calls": [call]}], False) == told
+
+
 def test_where_a_template_lies(base: Folder) -> None:
     folder = base("file", chat_template="configuration")
     assert ChatTemplate(folder).render(MESSAGES, False) == "file"

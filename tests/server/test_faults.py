@@ -20,6 +20,7 @@ from dora_serve import read_run, write_onnx
 from dora_serve.onnxruntime.limits import Limits
 from dora_serve.server.options import ServerOptions
 from tests.conftest import MODELS
+from tests.engines.adapter_files import scale_adapter
 from tests.server.conftest import BASE, DOWN, SECOND, SENTIMENT, Server, started
 
 ASKED = {"model": DOWN, "prompt": "count : nine", "temperature": 0}
@@ -182,14 +183,14 @@ def test_adapter_of_another_base(server: Server) -> None:
     shutil.rmtree(lost)
 
 
-def test_adapter_files_that_are_lost_or_cut(tmp_path: Path) -> None:
+def test_adapter_files_that_are_lost_cut_or_changed(tmp_path: Path) -> None:
     """Loaded adapters answer as before; one that has to be loaded fails alone, and says why."""
     root = tmp_path / "models"
     runs = {
         n: read_run(next(MODELS.glob(f"runs/*/*/*/*/{n}/checkpoint")).parent)
         for n in (DOWN, SECOND)
     }
-    adapters = {"down": runs[DOWN], "second": runs[SECOND], "third": runs[SECOND]}
+    adapters = {"down": runs[DOWN], **dict.fromkeys(("second", "third", "fourth"), runs[SECOND])}
     write_onnx(MODELS / BASE, root / "many", adapters=adapters)
     files = root / "many" / "adapters"
     with started(root, tmp_path) as other, other.http as http:
@@ -198,13 +199,14 @@ def test_adapter_files_that_are_lost_or_cut(tmp_path: Path) -> None:
         (files / "down.onnx_adapter").unlink()
         cut = files / "second.onnx_adapter"
         cut.write_bytes(cut.read_bytes()[:1000])
+        scale_adapter(files / "fourth.onnx_adapter", 2)
         assert text(http.post("/v1/completions", json=body)) == ANSWER
-        for stream in (False, True):
-            answer = http.post(
-                "/v1/completions", json={**body, "model": "second", "stream": stream}
-            )
-            assert answer.status_code == 503
-            assert "not an ONNX Runtime adapter" in answer.json()["error"]["message"]
+        for name, said in (("second", "not an ONNX Runtime adapter"), ("fourth", "was changed")):
+            for stream in (False, True):
+                asked = {**body, "model": name, "stream": stream}
+                answer = http.post("/v1/completions", json=asked)
+                assert answer.status_code == 503
+                assert said in answer.json()["error"]["message"]
         assert text(http.post("/v1/completions", json=body)) == ANSWER
         third = text(http.post("/v1/completions", json={**body, "model": "third"}))
         assert third.startswith(" eleven thirteen")

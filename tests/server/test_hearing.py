@@ -18,7 +18,7 @@ from transformers import WhisperFeatureExtractor, WhisperForConditionalGeneratio
 
 from dora_serve.server.options import ServerOptions
 from dora_serve.server.wire.errors import ApiError
-from dora_serve.server.wire.sounds import read_form, read_sound
+from dora_serve.server.wire.sounds import _quick, read_form, read_sound
 from tests.conftest import randomize
 from tests.engines.test_onnx_whisper import STEPS, save_whisper, waves
 from tests.server.conftest import Server, started
@@ -105,10 +105,22 @@ def test_another_rate_is_the_same_sound() -> None:
         time = np.arange(rate // 2) / rate
         return 0.5 * np.sin(2 * np.pi * 440 * time) + 0.2 * np.sin(2 * np.pi * 1200 * time)
 
-    for rate in (8_000, 44_100, 48_000):
-        found = read_sound(wav(tones(rate), rate=rate), RATE, RATE)
-        assert len(found) == RATE // 2
-        assert np.abs(found - tones(RATE))[200:-200].max() < 1e-3
+    for rate, apart in ((8_000, 1e-3), (44_100, 1e-3), (48_000, 1e-3), (12_345, 0.1)):
+        for left_out in (0, 13):  # of which half a sample may be left
+            heard = tones(rate)[: rate // 2 - left_out]
+            found = read_sound(wav(heard, rate=rate), RATE, RATE)
+            assert len(found) == round(len(heard) * RATE / rate)
+            assert np.abs(found - tones(RATE)[: len(found)])[200:-200].max() < apart
+
+
+@pytest.mark.parametrize("count", [1, 7, 1_439_999, 4_194_187])
+def test_a_length_without_large_factors(count: int) -> None:
+    found = left = _quick(count)
+    for factor in (2, 3, 5, 7):
+        while left % factor == 0:
+            left //= factor
+    assert left == 1
+    assert count <= found <= 1.2 * count
 
 
 @pytest.mark.parametrize(
@@ -118,6 +130,7 @@ def test_another_rate_is_the_same_sound() -> None:
         (b"RIFF0000WAVEfmt ", "not a WAV file"),
         (b"ID3" + bytes(100), "not a WAV file"),
         (wav(np.zeros(RATE + 1)), "longer than the 1 s"),
+        (wav(np.zeros(4)).replace(b"\2\0\x10\0data", b"\x08\0\x40\0data"), "8 bytes a sample"),
         (wav(np.zeros(4))[:-5], ""),
     ],
 )
@@ -134,6 +147,12 @@ def test_forms() -> None:
     body = head % b"a" + b"1\r\n\r\n" + head % b"file" + b"\r\n--y\x00\xff\r\n--x--\r\n"
     found = read_form("multipart/form-data; boundary=x", body)
     assert found == {"a": b"1\r\n", "file": b"\r\n--y\x00\xff"}
+    for more in (b"", b"\r\n--x" * 99 + b"--"):  # cut off, and of many parts
+        with pytest.raises(ApiError, match="no end, or 64 parts"):
+            read_form("multipart/form-data; boundary=x", head % b"a" + b"1" + more)
+    for long in (b";" * 10**6, b"\r\na: b" * 10**5):  # which takes an hour, or all the memory
+        with pytest.raises(ApiError, match="more than 4096 bytes"):
+            read_form("multipart/form-data; boundary=x", head[:-4] + long + b"\r\n\r\n\r\n--x--")
     for kind in ("application/json", "multipart/form-data", "multipart/mixed; boundary=x"):
         with pytest.raises(ApiError, match="multipart/form-data"):
             read_form(kind, body)

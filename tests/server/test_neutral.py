@@ -172,11 +172,10 @@ def test_an_answer_that_calls_tools_and_what_they_said() -> None:
         {"role": "tool", "tool_call_id": "1", "content": "3"},
     ]
     first, second = read("ChatCompletionRequest", {"model": BASE, "messages": turns}).messages
-    function = {"name": "f", "arguments": {"a": 1}}
     assert first.plain() == {
         "role": "assistant",
         "content": "",
-        "tool_calls": [{"id": "1", "type": "function", "function": function}],
+        "tool_calls": [call],  # whose arguments are read where a template takes them
     }
     assert second.plain() == {"role": "tool", "content": "3", "tool_call_id": "1"}
 

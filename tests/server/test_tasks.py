@@ -196,6 +196,14 @@ def test_an_answer_is_a_part_of_the_context(tasks: Server) -> None:
     assert json.dumps(told["usage"])
 
 
+def test_a_context_without_tokens_is_refused(tasks: Server) -> None:
+    asked = {"model": "answers", "question": "one"}
+    with tasks.http as http:
+        refused = http.post("/dora/answer", json={**asked, "context": " "})
+    assert refused.status_code == 400, refused.text
+    assert ask(tasks, "/dora/answer", **asked, context="nine eight")["answer"]
+
+
 def test_two_texts_are_of_two_types_where_the_tokenizer_says_so(tasks: Server) -> None:
     """vLLM asks the same tokenizer, and gave these scores on a CPU."""
     found = {}

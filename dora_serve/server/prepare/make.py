@@ -17,7 +17,7 @@ from typing import Any
 from converters.certificate import FILE, tool, write_certificate
 from converters.errors import DoraExportError, TargetError, apart
 from converters.files.json_files import read_json
-from converters.files.onnx_files import FOLDER, SUFFIX, graphs_in, read_adapter_file
+from converters.files.onnx_files import FOLDER, SUFFIX, digest, graphs_in, read_adapter_file
 from converters.files.output import output_folder
 from converters.files.tensors import numel
 from converters.model.base import BaseModel, open_base
@@ -209,7 +209,7 @@ def _base(name: str, base: BaseModel, graph: offer.Graph) -> offer.OfferedModel:
 def _member(member: Member, graph: offer.Graph, dry: bool, say: Say) -> offer.OfferedModel:
     run, base = member.run, member.base
     modules: dict[str, offer.Module] = {}
-    file, size, parameters = None, 0, 0
+    file, known, size, parameters = None, None, 0, 0
     if dry:
         _plan(base, {_NAME: run})
     else:
@@ -223,7 +223,8 @@ def _member(member: Member, graph: offer.Graph, dry: bool, say: Say) -> offer.Of
         folder = cached(key, make)
         file = folder / FOLDER / f"{_NAME}{SUFFIX}"
         size = file.stat().st_size
-        parameters = sum(array.size for array in read_adapter_file(file).values())
+        arrays = read_adapter_file(file)
+        known, parameters = digest(arrays).hex(), sum(array.size for array in arrays.values())
         read = json.loads((folder / _MAP).read_text(encoding="utf-8"))
         modules = {module: offer.Module(**numbers) for module, numbers in read.items()}
     return offer.OfferedModel(
@@ -234,6 +235,7 @@ def _member(member: Member, graph: offer.Graph, dry: bool, say: Say) -> offer.Of
         task=graph.task,
         base=graph.base,
         adapter=None if file is None else str(file),
+        digest=known,
         modules=modules,
         parameters=parameters,
         bytes=size,

@@ -40,7 +40,7 @@ class Graph(_Fixed):
 
 class OfferedModel(_Fixed):
     """What a request may name. `adapter`: the file of an adapter to `folder`'s graph, None for the
-    graph as it is."""
+    graph as it is; `digest`: of its parameters."""
 
     name: str
     kind: Literal["base", "merged", "run", "adapter"]
@@ -49,6 +49,7 @@ class OfferedModel(_Fixed):
     task: str
     base: str | None
     adapter: str | None
+    digest: str | None = None
     modules: dict[str, Module]
     parameters: int
     bytes: int

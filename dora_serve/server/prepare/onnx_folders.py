@@ -9,7 +9,7 @@ from typing import Any
 from converters.errors import TargetError, TensorFileError
 from converters.files.handles import check_file
 from converters.files.json_files import read_json
-from converters.files.onnx_files import FOLDER, SUFFIX, graphs_in, read_adapter_file
+from converters.files.onnx_files import FOLDER, SUFFIX, digest, graphs_in, read_adapter_file
 from converters.model.tasks import task_of
 
 from ...folder.names import not_a_name
@@ -70,6 +70,7 @@ def read_onnx_folder(name: str, path: Path) -> tuple[Graph, OfferedModel, list[O
                 found=adapter,
             )
         check_file(file)
+        arrays = read_adapter_file(file)
         models.append(
             OfferedModel(
                 name=adapter,
@@ -79,8 +80,9 @@ def read_onnx_folder(name: str, path: Path) -> tuple[Graph, OfferedModel, list[O
                 task=task,
                 base=name,
                 adapter=str(file),
+                digest=digest(arrays).hex(),
                 modules=certified_modules(proof),
-                parameters=sum(array.size for array in read_adapter_file(file).values()),
+                parameters=sum(array.size for array in arrays.values()),
                 bytes=file.stat().st_size,
             )
         )

@@ -8,6 +8,9 @@ import time
 from collections.abc import AsyncGenerator, Sequence
 from dataclasses import dataclass
 from functools import partial
+from heapq import nlargest
+from itertools import islice
+from operator import itemgetter
 
 from dora_serve.onnxruntime.generation import Logprobs
 from dora_serve.onnxruntime.limits import QueueFull
@@ -26,7 +29,8 @@ _PAUSE = 0.01  # seconds, while others wait
 
 @dataclass(frozen=True)
 class _Beam:
-    """`total`: the log-probability of all of it, its end too; `end`: the token that ended it."""
+    """`told`: of every token and the end. `total`: the log-probability of all of it, its end too;
+    `end`: the token that ended it."""
 
     tokens: tuple[int, ...] = ()
     told: tuple[Logprobs, ...] = ()
@@ -94,28 +98,36 @@ class Searching:
         width = self._body.n
         most = min(self._most, self._engine.room(prompt))
         running, ended = [_Beam()], list[_Beam]()
-        for _ in range(most):
-            grown = [
-                _Beam((*beam.tokens, token), (*beam.told, step), beam.total + value)
-                for beam, step in zip(running, await self._step(prompt, running), strict=True)
-                for token, value in step[1].items()
-            ]
-            ends = frozenset() if self._body.ignore_eos else self._ends
-            ended += [
-                _Beam(each.tokens[:-1], each.told, each.total, each.tokens[-1])
-                for each in grown
-                if each.tokens[-1] in ends
-            ]
-            going = [each for each in grown if each.tokens[-1] not in ends]
-            running = sorted(going, key=lambda each: -each.total)[:width]
-            if not running:
-                break
+        ends = frozenset() if self._body.ignore_eos else self._ends
 
         def score(beam: _Beam) -> float:
             written = self._engine.begun(prompt) + len(beam.tokens)
             return beam.total / math.pow(max(written, 1), self._body.length_penalty)
 
-        return sorted([*ended, *running], key=score, reverse=True)[:width]
+        for _ in range(most):
+            # Of ten thousands, most of which come to nothing: so they are no beams yet.
+            found = [
+                (beam.total + value, beam, token, best)
+                for beam, (_, best) in zip(running, await self._step(prompt, running), strict=True)
+                for token, value in best.items()
+            ]
+            new = [self._grown(*each, ended=True) for each in found if each[2] in ends]
+            ended = nlargest(width, [*ended, *new], key=score)
+            going = (each for each in found if each[2] not in ends)
+            likeliest = nlargest(width, going, key=itemgetter(0))
+            running = [self._grown(*each, ended=False) for each in likeliest]
+            if not running:
+                break
+        return nlargest(width, [*ended, *running], key=score)
+
+    def _grown(
+        self, total: float, beam: _Beam, token: int, best: dict[int, float], ended: bool
+    ) -> _Beam:
+        """`beam` with one token more, or ended by it."""
+        told = *beam.told, (best[token], dict(islice(best.items(), self._top or 0)))
+        if ended:
+            return _Beam(beam.tokens, told, total, token)
+        return _Beam((*beam.tokens, token), told, total)
 
     @property
     def _ends(self) -> frozenset[int]:
@@ -133,6 +145,7 @@ class Searching:
         self._requests = []
         for place, beam in enumerate(beams):
             self._requests += await self._submit(prompt, beam, partial(tell, place))
+            await asyncio.sleep(0)  # a hundred in one step would hold up others
         deltas = await asyncio.gather(*told)
         return [delta.logprobs[0] for delta in deltas]
 
@@ -153,13 +166,8 @@ class Searching:
         text = decode(list(tokens), skip_special_tokens=body.skip_special_tokens)
         if beam.end is not None and body.include_stop_str_in_output:
             tokens = (*tokens, beam.end)
-        top = self._top or 0
-        steps = [
-            (best[token], dict(list(best.items())[:top]))
-            for token, (_, best) in zip(tokens, beam.told, strict=False)
-        ]
         reason = "length" if beam.end is None else "stop"
-        told = () if self._top is None else tuple(steps)
+        told = () if self._top is None else beam.told[: len(tokens)]
         return Delta(text, tokens, told, reason, stop_reason=beam.end)
 
     def _measure(self, delta: Delta) -> None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import Annotated, Any, ClassVar, Literal, TypeVar
 
 from pydantic import Discriminator, Field, Tag, model_validator
-from pydantic_core import from_json
 
 from .parameters import Parameters, refusal
 
@@ -40,13 +39,6 @@ class CalledFunction(Parameters):
     kept_empty: ClassVar = frozenset({"arguments"})
     name: str
     arguments: str = "{}"
-
-    def plain(self) -> dict[str, Any]:
-        try:
-            read = from_json(self.arguments or "{}")
-        except ValueError:  # as the model wrote it
-            read = self.arguments
-        return {"name": self.name, "arguments": read}
 
 
 class ToolCall(Parameters):
@@ -90,7 +82,7 @@ class Message(Parameters):
         return self
 
     def plain(self) -> dict[str, Any]:
-        """As chat templates take it."""
+        """As `ChatTemplate` takes it."""
         content = self.content
         if isinstance(content, list):
             content = "\n".join(part.text or part.refusal for part in content)
@@ -101,8 +93,5 @@ class Message(Parameters):
         if (thought := self.reasoning or self.reasoning_content) is not None:
             turn["reasoning"] = turn["reasoning_content"] = thought
         if self.tool_calls:
-            turn["tool_calls"] = [
-                {**call.model_dump(exclude_none=True), "function": call.function.plain()}
-                for call in self.tool_calls
-            ]
+            turn["tool_calls"] = [call.model_dump(exclude_none=True) for call in self.tool_calls]
         return turn

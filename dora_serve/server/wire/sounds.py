@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import math
 import wave
 from email.message import Message
 from email.parser import BytesParser
@@ -16,6 +17,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
 _PARTS = 64
+_HEAD = 4 << 10  # bytes before a part: to read its parameters takes their square
 _HIGHEST = 384_000  # samples of a second
 _WIDTHS = {1: ("u1", 128.0, 128.0), 2: ("<i2", 0.0, 2.0**15), 4: ("<i4", 0.0, 2.0**31)}
 
@@ -29,9 +31,13 @@ def read_form(kind: str, body: bytes) -> dict[str, bytes]:
         raise ApiError("the Content-Type is not multipart/form-data", code="not_a_form")
     mark = b"\r\n--" + boundary.encode("latin-1", "replace")
     found: dict[str, bytes] = {}
-    _, *pieces = (b"\r\n" + body).split(mark, _PARTS)
+    *pieces, end = (b"\r\n" + body).split(mark, _PARTS)[1:] or [b""]
+    if not end.startswith(b"--"):
+        raise ApiError(f"the form has no end, or {_PARTS} parts or more", code="not_a_form")
     for piece in pieces:
         head, apart, content = piece.partition(b"\r\n\r\n")
+        if len(head) > _HEAD:
+            raise ApiError(f"a part of the form has more than {_HEAD} bytes before it")
         name = (
             BytesParser().parsebytes(head.lstrip()).get_param("name", header="content-disposition")
         )
@@ -52,6 +58,8 @@ def read_sound(file: bytes, rate: int, longest: int) -> NDArray[np.float32]:
                     param="file",
                     code="too_long",
                 )
+            if width not in (*_WIDTHS, 3):
+                raise wave.Error(f"{width} bytes a sample")
             data = sound.readframes(sound.getnframes())
     except (wave.Error, EOFError, OverflowError, RuntimeError) as error:
         raise ApiError(f"not a WAV file of whole numbers: {error}", param="file") from None
@@ -61,10 +69,11 @@ def read_sound(file: bytes, rate: int, longest: int) -> NDArray[np.float32]:
         data, width = filled.tobytes(), 4
     kind, middle, scale = _WIDTHS[width]
     size = len(data) // (width * channels) * channels
-    values: Any = (np.frombuffer(data, kind, size).astype(np.float64) - middle) / scale
-    mixed = values.reshape(-1, channels).mean(axis=1)
-    heard: NDArray[np.float32] = _resampled(mixed, own, rate).astype(np.float32)
-    return heard
+    values: Any = np.frombuffer(data, kind, size).astype(np.float64)
+    values -= middle
+    values /= scale
+    heard: NDArray[np.float32] = _resampled(values.reshape(-1, channels).mean(axis=1), own, rate)
+    return heard.astype(np.float32)
 
 
 def _resampled(samples: Any, own: int, rate: int) -> Any:
@@ -72,4 +81,14 @@ def _resampled(samples: Any, own: int, rate: int) -> Any:
     count = round(len(samples) * rate / own)
     if own == rate or not count:
         return samples[:count]
-    return np.fft.irfft(np.fft.rfft(samples), count) * (count / len(samples))
+    step = own // math.gcd(own, rate)  # so many are whole samples of the other rate too
+    step = step if _quick(step) == step else 1
+    filled = step * _quick(-(-len(samples) // step))
+    others = round(filled * rate / own)
+    return (np.fft.irfft(np.fft.rfft(samples, filled), others) * (others / filled))[:count]
+
+
+def _quick(count: int) -> int:
+    """The next length that has small factors alone: others take ten times the memory."""
+    odd = [int(3**i * 5**j * 7**k) for i in range(10) for j in range(7) for k in range(3)]
+    return min(each << (-(-count // each) - 1).bit_length() for each in odd)
