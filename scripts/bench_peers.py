@@ -67,9 +67,11 @@ class Client:
         """Seconds to each piece of the answer that has a text, and to its end."""
         body: dict[str, Any] = {"prompt": list(prompt), "max_tokens": count, "temperature": 0}
         body |= {"ignore_eos": True, "stream": True, "model": "model"}
-        if adapter is not None:
-            own = {"model": ADAPTERS[adapter]}
-            body |= own if self._ours else {"lora": [{"id": adapter, "scale": 1.0}]}
+        if not self._ours:  # without a word on one of them, llama.cpp applies all
+            scale = float(adapter is not None)
+            body["lora"] = [{"id": adapter or 0, "scale": scale}]
+        elif adapter is not None:
+            body["model"] = ADAPTERS[adapter]
         times, begin = [], time.perf_counter()
         async with self._http.stream("POST", f"{URL}/v1/completions", json=body) as answer:
             if answer.status_code != 200:

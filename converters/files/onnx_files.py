@@ -23,6 +23,7 @@ GENAI = "genai_config.json"  # beside a decoder, as onnxruntime-genai reads it
 # Encoder-decoders, with Optimum's names.
 ENCODER = "encoder_model.onnx"
 DECODER, WITH_PAST = "decoder_model.onnx", "decoder_with_past_model.onnx"
+MERGED = "decoder_model_merged.onnx"  # both as one, for transformers.js
 
 PRECISIONS = ("fp32", "fp16", "int8", "int4")
 

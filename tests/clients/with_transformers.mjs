@@ -13,8 +13,15 @@ for (const [name, kind] of models.map((each) => each.split("="))) {
   const tokenizer = await hf.AutoTokenizer.from_pretrained(name);
   const model = await hf[kind].from_pretrained(name, { dtype: "fp32", subfolder: "" });
   const given = await tokenizer("good film");
+  const ids = Array.from(given.input_ids.data, Number);
+  if (kind === "AutoModelForSeq2SeqLM") {
+    const more = { max_new_tokens: 8, do_sample: false, num_beams: 1, no_repeat_ngram_size: 1 };
+    const written = await model.generate({ ...given, ...more });
+    found[name] = { ids, numbers: written.tolist()[0].map(Number) };
+    continue;
+  }
   const told = await model(given);
   const first = told.logits ?? told.start_logits ?? told.last_hidden_state;
-  found[name] = { ids: Array.from(given.input_ids.data, Number), numbers: Array.from(first.data) };
+  found[name] = { ids, numbers: Array.from(first.data) };
 }
 console.log(JSON.stringify(found));

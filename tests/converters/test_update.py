@@ -12,6 +12,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from converters.updates.in_turn import InTurn
 from converters.updates.magnitude import MagnitudeUpdate
 from converters.updates.memo import held_bytes
 from converters.updates.peft_layer import LayerUpdate
@@ -265,3 +266,20 @@ def test_the_memory_of_an_update_is_that_of_its_tensors() -> None:
     assert held_bytes(Stacked((4, 5), parts)) == 4 * 8 + 4 * (10 + 2 + 8)
     # A view keeps all that it is a view of.
     assert held_bytes(random(10, 10)[:1]) == 400
+
+
+def test_several_in_turn() -> None:
+    """A tied pair trained on both sides: each adds to what those before it made."""
+    first = RankOneSum(torch.randn(2, 5), torch.ones(2), torch.randn(6, 2))
+    last = Replacement(torch.randn(6, 5), whole=True)
+    weight = torch.randn(6, 5)
+    for updates, expected in (
+        ((first, first), weight.double() + 2 * truth(first)),
+        ((first, last), last.weight.double()),
+        ((last, first), last.weight.double() + truth(first)),
+    ):
+        both = InTurn(updates)
+        rows = [both.merge(weight[start:end].clone(), start) for start, end in ((0, 4), (4, 6))]
+        assert close(torch.cat(rows), expected)
+        assert both.shape == (6, 5)
+        assert both.whole == (last in updates)

@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from converters.model.base import open_base
 from converters.readers import ReadOptions, read_run
 from dora_serve.api import merge, write_onnx
-from dora_serve.folder.pairing import fits
+from dora_serve.folder.pairing import fits, told
 from dora_serve.proof.verify import verify
 from dora_serve.vllm.command import serve_options
 from dora_serve.vllm.fleet import Pool
@@ -91,6 +91,30 @@ def test_parts_in_several_files(plain: Path, tmp_path: Path) -> None:
     assert torch.equal(merged[name], truth[name])
     found = verify(read_run(run, ReadOptions(base=base)), tmp_path / "out", base)
     assert found.passed, found
+
+
+def test_merged_into_what_was_not_quantized_it_says_how_far_that_is(
+    plain: Path, tmp_path: Path
+) -> None:
+    base, truth = awq_base(plain, tmp_path / "base")
+    run = adapter(plain, tmp_path / "run", ["q_proj", "down_proj"])
+    config = json.loads((run / "adapter_config.json").read_text())
+    own = load_file(plain / WEIGHTS)
+    adapted = [name for name in own if name.endswith(("q_proj.weight", "down_proj.weight"))]
+    apart = sum(float((truth[n].double() - own[n].double()).square().sum()) for n in adapted)
+    apart = (apart / sum(float(own[n].double().square().sum()) for n in adapted)) ** 0.5
+    assert 0.01 < apart < 0.5
+    for named, said in (
+        (str(base), f"it is another model, if a close one (its weights are {apart:.1%} apart)"),
+        ("somebody/llama-awq", "it is another model, if a close one"),
+        ("somebody/llama", "as was asked for"),
+        (str(plain), ""),
+    ):
+        config["base_model_name_or_path"] = named
+        (run / "adapter_config.json").write_text(json.dumps(config))
+        warnings = told(read_run(run, ReadOptions(base=plain)), open_base(plain)).warnings
+        assert len(warnings) == bool(said)
+        assert all(warning.endswith(said) for warning in warnings)
 
 
 @pytest.mark.parametrize("merged", [pytest.param(True, marks=pytest.mark.further), False])

@@ -99,3 +99,10 @@ def test_as_the_reference(
 def test_what_is_not_asked_for_costs_no_copy() -> None:
     logits = np.zeros(SIZE, np.float32)
     assert Shaping(Sampling(), [1], frozenset({0}))(logits, [1, 2]) is logits
+
+
+@pytest.mark.parametrize("written", [[1, 2], [2, 1, 2], [2], [2, 2], [1, 3], []])
+def test_a_bad_word_of_three_tokens_ends_nowhere_else(written: list[int]) -> None:
+    shape = Shaping(Sampling(bad_words=((1, 2, 3),)), [1, 2], frozenset({0}))
+    forbidden = np.flatnonzero(shape(np.zeros(SIZE, np.float32), written) == -np.inf)
+    assert forbidden.tolist() == ([3] if written[-2:] == [1, 2] else [])

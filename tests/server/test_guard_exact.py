@@ -91,3 +91,48 @@ def test_the_time_that_is_logged_is_in_tenths_of_milliseconds(
     passed([{"type": "http.request", "body": b""}], Metrics())
     (told,) = [json.loads(r.message) for r in caplog.records if r.name == "dora_serve.requests"]
     assert told["ms"] == 1234.6
+
+
+def test_bodies_of_many_at_once_are_bounded_together() -> None:
+    """One that would be too many is refused, and makes room for the next when it has gone."""
+    statuses: list[int] = []
+    most = guard._HELD
+
+    async def app(_scope: Any, _receive: Any, send: Any) -> None:
+        await send({"type": "http.response.start", "status": 200, "headers": []})
+
+    async def send(message: Any) -> None:
+        if "status" in message:
+            statuses.append(message["status"])
+
+    async def ask(guarded: Guard, go: asyncio.Event) -> None:
+        pieces = [b"12345", b"67890"]
+
+        async def receive() -> dict[str, Any]:
+            piece = pieces.pop(0)
+            if not pieces:
+                await go.wait()
+            return {"type": "http.request", "body": piece, "more_body": bool(pieces)}
+
+        await guarded(
+            {"type": "http", "method": "POST", "path": "/x", "headers": []}, receive, send
+        )
+
+    async def crowd() -> None:
+        guarded = Guard(app, None, 10, False, frozenset(), Metrics())
+        go, ready = asyncio.Event(), asyncio.Event()
+        ready.set()
+        held = [asyncio.ensure_future(ask(guarded, go)) for _ in range(2 * most)]
+        await asyncio.sleep(0.05)
+        assert statuses == []
+        await ask(guarded, ready)
+        assert statuses == [503]
+        go.set()
+        await asyncio.gather(*held)
+        assert set(statuses) == {200, 503}
+        statuses.clear()
+        for _ in range(2 * most):
+            await ask(guarded, ready)
+        assert statuses == [200] * (2 * most)
+
+    asyncio.run(crowd())

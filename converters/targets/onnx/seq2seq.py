@@ -16,6 +16,7 @@ import torch
 
 from ...errors import TargetError
 from ...files.onnx_files import ADAPTER_INDEX, DECODER, ENCODER, NO_ADAPTER, WITH_PAST
+from .both_steps import write_both_steps
 from .branches import add_branches
 from .export import Axes, Part, fused
 from .graph_file import GraphWriter
@@ -127,6 +128,7 @@ def build_seq2seq(model: Path, out: Path, writer: GraphWriter, *, adaptable: boo
         if adaptable:
             _adaptable(graph, loaded)
         writer.write(name, fused(graph), part.check)
+    write_both_steps(out)
     write_config(loaded, out, model)
 
 
