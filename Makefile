@@ -82,7 +82,7 @@ test-clients: setup setup-vllm $(CLIENTS)/.ready
 
 $(CLIENTS)/.ready: constraints-clients.txt
 	$(PYTHON) -m venv $(CLIENTS)
-	$(CLIENTS)/bin/pip install --quiet --disable-pip-version-check --constraint constraints-clients.txt openai litellm langchain-openai instructor llm 'lm-eval[api]' prometheus-client transformers
+	$(CLIENTS)/bin/pip install --quiet --disable-pip-version-check --constraint constraints-clients.txt openai litellm langchain-openai instructor llm 'lm-eval[api]' guidellm prometheus-client transformers
 	! command -v npm >/dev/null || npm install --prefix $(CLIENTS)/node --silent --no-audit --no-fund --ignore-scripts $(NODE_CLIENTS)
 	touch $@
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from importlib.util import find_spec
+
 from converters.errors import MissingError
 
 # Package → the extra that brings it.
@@ -36,8 +38,19 @@ def without_extra(error: Exception) -> MissingError | None:
     pip takes the extras of what is installed, wherever that came from; the quotes are for zsh.
     """
     package = str(getattr(error, "name", None)).partition(".")[0]
-    if not isinstance(error, ModuleNotFoundError) or package not in EXTRAS:
-        return None
+    known = isinstance(error, ModuleNotFoundError) and package in EXTRAS
+    return _missing(package) if known else None
+
+
+def require(*extras: str) -> None:
+    """Raise `MissingError` for the first package of `extras`, in this order, that is not here."""
+    for wanted in extras:
+        for package, extra in EXTRAS.items():
+            if extra == wanted and find_spec(package) is None:
+                raise _missing(package)
+
+
+def _missing(package: str) -> MissingError:
     return MissingError(
         f"this needs the package {package}, which is not installed",
         remedy=f"pip install 'dora-serve[{EXTRAS[package]}]'",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 
 import click
@@ -85,7 +86,7 @@ def command(
         lines = [command_line(options, program) for options in commands]
         told = {**view(fleet), "warnings": found.warnings, "commands": lines}
         common.print_json(told)
-        return
+        sys.exit(0 if fleet.pools else 1)
     common.left_out({}, found.warnings)
     for line in table(fleet):
         click.echo(line)
@@ -100,3 +101,7 @@ def command(
         if not convert and any(pool.ranks for pool in fleet.pools):
             click.echo(f"\n`dora-serve plan {where} --convert` makes the adapters that it names.")
         click.echo(f"\n`dora-serve up {where} --engine vllm` makes them and runs this.")
+    if not fleet.pools:
+        raise MissingError(
+            "nothing here can be served", file=folder, remedy="see what is said above of each"
+        )

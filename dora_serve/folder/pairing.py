@@ -51,7 +51,8 @@ def base_of(run: Run, bases: Sequence[BaseModel]) -> BaseModel:
                 return cached
     names = ", ".join(own_name(base.path) for base in fitting)
     count = f"{len(fitting)} bases fit" if len(fitting) > 1 else "one base fits"
-    found = f"{count}: {names}" if fitting else f"no base that fits among {len(bases)}"
+    none = f"no base that fits among {len(bases)}" if bases else "no base lies here"
+    found = f"{count}: {names}" if fitting else none
     one = f"--base {quoted(fitting[0].path)} if that is the right one" if fitting else "--base"
     raise BaseError(
         "the run's base is not known",

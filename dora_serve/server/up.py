@@ -16,6 +16,7 @@ from typing import NoReturn
 
 from converters.errors import MissingError, visible
 
+from ..extras import require
 from ..wording import in_flags, quoted
 from .options import ServerOptions
 from .prepare.offer import ANSWERS, DECODES, HEARS, TRANSLATES, Offer, OfferedModel
@@ -55,6 +56,7 @@ def up(
     """
     from .prepare.child import make_offer
 
+    require("serve", "onnx")  # before another process and a thread import them
     options = options or ServerOptions()
     root = root.resolve()
     # What is imported below, while another process prepares.

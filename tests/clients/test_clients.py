@@ -28,6 +28,7 @@ PROGRAMS = {
     "with_instructor.py": CLIENTS,
     "with_llm.py": CLIENTS,
     "with_prometheus.py": CLIENTS,
+    "with_guidellm.py": CLIENTS,
     "with_openai.mjs": NODE / "openai",
     "with_vllm_bench.py": VLLM,
 }

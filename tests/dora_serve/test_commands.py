@@ -69,6 +69,8 @@ def test_a_path_that_cannot_be_written_is_an_error(option: str, dora_run: Path) 
         ("peft", "peft", ("verify", "ADAPTER", "--base", "BASE")),
         ("onnx_ir", "onnx", ("onnx", "onnx-folder", "--base", "BASE")),
         ("onnxscript", "onnx", ("onnx", "onnx-folder", "--base", "BASE")),
+        ("uvicorn", "serve", ("up", "--dry-run")),
+        ("onnxruntime", "onnx", ("up", "--dry-run")),
     ],
 )
 def test_a_package_that_is_not_installed_is_named_with_its_extra(
@@ -81,10 +83,11 @@ def test_a_package_that_is_not_installed_is_named_with_its_extra(
 ) -> None:
     places = {"BASE": str(llama_base), "ADAPTER": str(llama_lora)}
     verb, *more = (places.get(word, word) for word in arguments)
+    program = "dora_serve" if verb == "up" else "dora_export"
     code = (
         f"import sys; sys.modules[{package!r}] = None\n"
-        "from dora_serve.commands import dora_export\n"
-        f"dora_export({[verb, str(dora_run), *more]!r})"
+        f"from dora_serve.commands import {program}\n"
+        f"{program}({[verb, str(dora_run), *more]!r})"
     )
     python = commands() / "python"
     done = subprocess.run([python, "-c", code], capture_output=True, text=True)

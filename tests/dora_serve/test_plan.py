@@ -134,6 +134,17 @@ def test_pools_by_base_and_what_cannot_be_an_adapter() -> None:
     assert pool["max_lora_rank"] == 16
 
 
+def test_nothing_to_plan_is_a_failure(llama_lora: Path, tmp_path: Path) -> None:
+    shutil.copytree(llama_lora, tmp_path / "root" / "one")
+    done = serve("plan", tmp_path / "root")
+    assert done.returncode == 1
+    assert "left out: one: the run's base is not known" in done.stdout
+    assert "pass --base" in done.stdout and "nothing here can be served" in done.stderr
+    told = serve("plan", tmp_path / "root", "--json")
+    assert told.returncode == 1
+    assert "no base lies here" in json.loads(told.stdout)["problems"]["one"]
+
+
 def test_up_dry_run_prints_what_it_would_start(tmp_path: Path) -> None:
     words = ["up", MODELS, "--engine", "vllm", "--base", LLAMA, "--dry-run", "--port", "8123"]
     done = serve(*words, "--", "--tensor-parallel-size", "2")

@@ -7,6 +7,7 @@ times slower, and the server does without its memory.
 from __future__ import annotations
 
 import json
+import logging
 import os
 import shutil
 import sys
@@ -276,6 +277,7 @@ def main() -> None:
     os.dup2(2, 1)  # what a library prints is no answer
     request = json.load(sys.stdin)
     show(progress_bar)
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # as in `reports_errors`
     reply: offer.Offer | offer.OfferedModel | offer.Failure
     try:
         if "path" in request:
