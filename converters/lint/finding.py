@@ -17,7 +17,6 @@ from ..model.base import BaseModel
 from ..model.match import Classes, classes
 from ..model.names import PEFT_PREFIX as PREFIX
 from ..model.names import as_peft_loads, unwrapped
-from ..model.tasks import task_of_peft
 from ..readers.no_run import no_run
 from ..readers.patterns import Patterns
 from ..readers.peft_common import origin
@@ -120,7 +119,7 @@ class Adapter:
 
     @property
     def task(self) -> str | None:
-        return task_of_peft(self.config.get("task_type"))
+        return origin(self.config, {})["task"]
 
     @cached_property
     def classes(self) -> Classes | None:

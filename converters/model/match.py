@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, replace
 
@@ -24,10 +25,22 @@ _UNCALLED = {
     "mobilebert": ("cls.predictions.decoder", "cls.predictions.dense"),
     "longcat_flash": ("router.classifier",),
     **dict.fromkeys(("mamba", "falcon_mamba", "jamba"), ("dt_proj",)),
+    "wavlm": tuple(f"attention.{kind}_proj" for kind in ("q", "k", "v", "out")),
     **dict.fromkeys(
-        ("layoutlmv2", "layoutlmv3"), ("rel_pos_bias", "rel_pos_x_bias", "rel_pos_y_bias")
+        ("audioflamingo3_encoder", "qwen2_audio_encoder", "voxtral_encoder"), ("embed_positions",)
+    ),
+    **dict.fromkeys(
+        ("glm4v_vision", "glm4v_moe_vision", "siglip2_vision_model", "hunyuan_vl_vision"),
+        ("position_embedding",),
     ),
 }
+# The same of every type: tables of positions and queries, and convolutions over time.
+_TABLES = re.compile(
+    r"(.*\.)?(rel_pos(_[xy])?_bias|ngram_embeddings|level_embed|quantize\.embedding|tdnn\.\d+\.kernel"
+    r"|query_(position_embeddings|refpoint_embeddings|feat|embed)|reference_point(s|_embed)"
+    r"|queries_(embedder|features)|(iou|hq|obj_score|presence)_token|mask_tokens|no_mask_embed"
+    r"|not_a_point_embed|bbox_attention\.k_(proj|linear))"
+)
 
 
 def stored_name(module: str, base: BaseModel) -> str:
@@ -65,11 +78,12 @@ def kernels_of(run: Run, base: BaseModel | None) -> dict[str, tuple[int, ...]]:
         return dict(run.kernels)
     weights = {module: base.weight(module) for module in run.updates}
     shapes = {module: tensor.shape for module, tensor in weights.items() if tensor is not None}
-    return {
+    found = {
         module: shape[1:]
         for module, shape in shapes.items()
         if len(shape) > 2 and convolution_matrix(shape) == run.shapes[module]
     }
+    return found | {m: kernel for m, kernel in run.kernels.items() if m not in shapes}
 
 
 def check_frozen(run: Run, base: BaseModel) -> None:
@@ -295,9 +309,15 @@ def check_called(run: Run, base: BaseModel) -> None:
     class reads without calling it."""
     if base.stored is not None or base.packed:
         return
-    names = _UNCALLED.get(str(base.config.get("model_type")), ())
+    names = [name for kind in _types(base.config) for name in _UNCALLED.get(kind, ())]
     for module in run.updates:
-        if any(f".{module}".endswith(f".{name}") for name in names):
+        owner = module.removesuffix(".out_proj")  # of torch's MultiheadAttention
+        inside = owner != module and f"{owner}.in_proj_weight" not in run.updates
+        if (
+            any(f".{module}".endswith(f".{name}") for name in names)
+            or _TABLES.fullmatch(module)
+            or (inside and base.find(f"{owner}.in_proj_weight") is not None)
+        ):
             raise TargetError(
                 "the base's class reads the weight of this module without calling it, so that an "
                 "adapter on it does nothing, in training neither",
@@ -306,6 +326,14 @@ def check_called(run: Run, base: BaseModel) -> None:
                 found=base.config.get("model_type"),
                 remedy="train it whole (modules_to_save), or take its tensors out of the run",
             )
+
+
+def _types(config: Mapping[str, object]) -> Iterator[str]:
+    """The types of a model and of those that it is made of."""
+    for value in config.values():
+        if isinstance(value, Mapping):
+            yield from _types(value)
+    yield str(config.get("model_type"))
 
 
 def check_names(run: Run, base: BaseModel) -> None:

@@ -65,6 +65,7 @@ def check_rows(
                 tensor=name,
                 found=list(found),
                 expected=list(expected),
-                remedy="resize the base as for training (resize_token_embeddings), save it, and "
-                "pass it with `base`",
+                remedy="make the base as for training ("
+                + ("resize_token_embeddings" if grown else "from_pretrained with num_labels")
+                + "), save it, and pass it with `base`",
             )

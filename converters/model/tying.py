@@ -69,20 +69,24 @@ def spreading(
     """The modules of `tokens`, with single rows trained, whose rows are also those of what is tied
     to them.
 
-    PEFT spreads those of the input embedding alone, and not where a tied side has rows of its own
+    PEFT spreads those of the input embedding alone, where the whole model's class and configuration
+    say that others are tied to it, and not where a tied side has rows of its own
     (`set_additional_trainable_modules`).
     """
     if not tokens or not is_known(architecture, base.config):
         return frozenset(tokens)
     model = empty_model(str(architecture), base.config, num_labels)
-    own = embedding_in(model)
+    told = model.config.to_dict().get("tie_word_embeddings") and model._tied_weights_keys is not None
+    own = embedding_in(model) if told else None
     stay: set[str] = set()
     for group in _grouped(aliases(model)):
         sides = [name.removesuffix(".weight") for name in group]
         found = [
             token for token in tokens if any(f".{side}".endswith(f".{token}") for side in sides)
         ]
-        if len(found) > 1 or not any(f".{own}".endswith(f".{token}") for token in found):
+        if not found:
+            continue
+        if len(found) > 1 or sides[0] != own or not f".{own}".endswith(f".{found[0]}"):
             stay.update(found)
     return frozenset(tokens) - stay
 

@@ -17,7 +17,7 @@ from ..errors import DoraExportError, RunError, some
 from ..files.json_files import is_number
 from ..model.base import BaseModel
 from ..model.match import class_trained, classes
-from ..model.tasks import HEADS, task_of_peft
+from ..model.tasks import HEADS, architecture_of, task_of_peft
 from ..model.tying import aliases
 from ..options import ReadOptions
 from ..run import Run
@@ -25,7 +25,7 @@ from .experts import partial_experts
 from .module import adapted
 from .named import Named
 from .patterns import PatternError
-from .peft_common import is_below, known_base, modules_to_save
+from .peft_common import class_said, is_below, known_base, modules_to_save
 from .run_folder import CONFIG_FILE, RunFolder
 from .unread import not_read
 
@@ -43,6 +43,7 @@ def checked(run: Run, folder: RunFolder, options: ReadOptions, named: bool = Tru
         return run
     unread = not_read(folder)
     promises = _Promises(run, config, path, options)
+    promises.head()
     promises.tokens()
     warnings = (
         *unread,
@@ -98,6 +99,24 @@ class _Promises:
         sides = self._other_sides()
         if sides:
             raise self._lost("both sides of a tied pair are stored (ensure_weight_tying)", sides)
+
+    def head(self) -> None:
+        """The class whose head was trained whole, where PEFT was told no task."""
+        name, names, base = class_said(self._config), self._class_names, self._base
+        if base is None or names is None or name in ("", architecture_of(base.config)):
+            return
+        strange = [n for n in self._run.replaced if not any(_same(n, own) for own in names)]
+        if strange and self._run.task is None:
+            raise RunError(
+                "the run was trained in another class than the base is saved in, with a head that "
+                "this one has not",
+                file=self._path,
+                tensor=strange[0],
+                found=f"{name}, and {architecture_of(base.config)} in the base's config.json",
+                expected="a base of the class that was trained",
+                remedy=f"save the base in that class (transformers: {name}.from_pretrained(base, "
+                "num_labels=…).save_pretrained(folder)), and pass the folder with `base`",
+            )
 
     def tokens(self) -> None:
         """Single rows of embeddings: one stored delta for each embedding named."""
