@@ -24,11 +24,9 @@ from .tying import new_embedding, tensor_names
 _UNCALLED = {
     "mobilebert": ("cls.predictions.decoder", "cls.predictions.dense"),
     "longcat_flash": ("router.classifier",),
+    **dict.fromkeys(("grounding-dino", "mm-grounding-dino"), ("reference_points",)),
     **dict.fromkeys(("mamba", "falcon_mamba", "jamba"), ("dt_proj",)),
     "wavlm": tuple(f"attention.{kind}_proj" for kind in ("q", "k", "v", "out")),
-    **dict.fromkeys(
-        ("audioflamingo3_encoder", "qwen2_audio_encoder", "voxtral_encoder"), ("embed_positions",)
-    ),
     **dict.fromkeys(
         ("glm4v_vision", "glm4v_moe_vision", "siglip2_vision_model", "hunyuan_vl_vision"),
         ("position_embedding",),
@@ -36,8 +34,8 @@ _UNCALLED = {
 }
 # The same of every type: tables of positions and queries, and convolutions over time.
 _TABLES = re.compile(
-    r"(.*\.)?(rel_pos(_[xy])?_bias|ngram_embeddings|level_embed|quantize\.embedding|tdnn\.\d+\.kernel"
-    r"|query_(position_embeddings|refpoint_embeddings|feat|embed)|reference_point(s|_embed)"
+    r"(.*\.)?(embed_positions|rel_pos(_[xy])?_bias|ngram_embeddings|level_embed|tdnn\.\d+\.kernel"
+    r"|query_(position_embeddings|refpoint_embeddings|feat|embed)|reference_point_embed"
     r"|queries_(embedder|features)|(iou|hq|obj_score|presence)_token|mask_tokens|no_mask_embed"
     r"|not_a_point_embed|bbox_attention\.k_(proj|linear))"
 )

@@ -69,15 +69,13 @@ def spreading(
     """The modules of `tokens`, with single rows trained, whose rows are also those of what is tied
     to them.
 
-    PEFT spreads those of the input embedding alone, where the whole model's class and configuration
-    say that others are tied to it, and not where a tied side has rows of its own
+    PEFT spreads those of the input embedding alone, and not where a tied side has rows of its own
     (`set_additional_trainable_modules`).
     """
     if not tokens or not is_known(architecture, base.config):
         return frozenset(tokens)
     model = empty_model(str(architecture), base.config, num_labels)
-    told = model.config.to_dict().get("tie_word_embeddings") and model._tied_weights_keys is not None
-    own = embedding_in(model) if told else None
+    own = tied_in_peft(model)
     stay: set[str] = set()
     for group in _grouped(aliases(model)):
         sides = [name.removesuffix(".weight") for name in group]
@@ -111,6 +109,13 @@ def embedding_in(model: Any) -> str | None:
         return None
     own: str = next(name for name, module in model.named_modules() if module is embedding)
     return own
+
+
+def tied_in_peft(model: Any) -> str | None:
+    """The input embedding, where PEFT takes others for tied to it: by what the whole model's
+    configuration and its class say (`_get_module_names_tied_with_embedding`)."""
+    said = model.config.to_dict().get("tie_word_embeddings")
+    return embedding_in(model) if said and model._tied_weights_keys is not None else None
 
 
 def new_embedding(base: BaseModel, replaced: LazyTensors) -> LazyTensor | None:

@@ -102,7 +102,8 @@ def _in_every_layer(names: Collection[str], base: BaseModel) -> bool:
             layers.setdefault(stem, set()).add(number)
     for name in names:
         found = _places(name if name in base.tensors else f"{name}.weight")
-        if len({len(layers.get(stem, ())) for stem, _ in found} - {0, 1}) != 1:
+        counts = {len(layers.get(stem, ())) for stem, _ in found}
+        if len(counts) != 1 or counts <= {0, 1}:
             return False
     return True
 

@@ -18,7 +18,7 @@ from ..files.json_files import is_number
 from ..model.base import BaseModel
 from ..model.match import class_trained, classes
 from ..model.tasks import HEADS, architecture_of, task_of_peft
-from ..model.tying import aliases
+from ..model.tying import aliases, tied_in_peft
 from ..options import ReadOptions
 from ..run import Run
 from .experts import partial_experts
@@ -144,16 +144,17 @@ class _Promises:
             lost = [f"{m}.lora_B.bias" for m in plain if f"{m}.bias" not in run.updates]
             if lost:
                 raise self._lost("biases were trained (lora_bias)", lost)
-        if kind == "none" or any(self._is_bias(name) for name in run.replaced):
+        if kind == "none":
             return
         if self._base is None:
-            yield _may_be_lost("the biases", f"bias: {kind}")
+            if not any(self._is_bias(name) for name in run.replaced):
+                yield _may_be_lost("the biases", f"bias: {kind}")
             return
-        lost = [name for name in self._base.tensors if self._is_bias(name)]
+        lost = [n for n in self._class_names or self._base.tensors if self._is_bias(n)]
         if kind != "all":
             layers = [f"{module}.bias" for module in run.updates]
             lost = [name for name in lost if any(_same(name, layer) for layer in layers)]
-        lost = self._in_class(lost)
+        lost = [name for name in lost if not self._holds(name)]
         if lost:
             raise self._lost(f"biases were trained (bias: {kind})", lost)
 
@@ -295,15 +296,19 @@ class _Promises:
         return {} if self._model is None else aliases(self._model)
 
     def _other_sides(self) -> list[str]:
-        """Tensors tied to one that was trained, which ensure_weight_tying stores too."""
-        if not self._config.get("ensure_weight_tying") or self._base is None:
+        """Tensors tied to the input embedding, where that was trained: ensure_weight_tying stores
+        them too where PEFT knows the names (`_check_tied_modules`)."""
+        config, own = self._config, None if self._model is None else tied_in_peft(self._model)
+        named = [*modules_to_save(config), *map(str, _list(config.get("target_modules")))]
+        known = any(name.rpartition(".")[2] in ("embed_tokens", "lm_head") for name in named)
+        if not config.get("ensure_weight_tying") or own is None or not known:
             return []
         whole = {f"{module}.weight" for module in self._run.updates.keys() - self._run.tied}
         trained = whole | self._run.replaced.keys()
         return [
             name
             for name, source in self._aliases.items()
-            if source in trained and not self._holds(name)
+            if source in trained and source == f"{own}.weight" and not self._holds(name)
         ]
 
     @cached_property
