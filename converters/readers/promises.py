@@ -144,11 +144,12 @@ class _Promises:
             lost = [f"{m}.lora_B.bias" for m in plain if f"{m}.bias" not in run.updates]
             if lost:
                 raise self._lost("biases were trained (lora_bias)", lost)
-        if kind == "none":
+        held = any(self._is_bias(name) for name in run.replaced)
+        # Of all of a model, those that training left as they were need not be there.
+        if kind == "none" or (held and (kind == "all" or self._base is None)):
             return
         if self._base is None:
-            if not any(self._is_bias(name) for name in run.replaced):
-                yield _may_be_lost("the biases", f"bias: {kind}")
+            yield _may_be_lost("the biases", f"bias: {kind}")
             return
         lost = [n for n in self._class_names or self._base.tensors if self._is_bias(n)]
         if kind != "all":
