@@ -17,10 +17,9 @@ from ..model.base import BaseModel
 from ..model.match import Classes, classes
 from ..model.names import PEFT_PREFIX as PREFIX
 from ..model.names import as_peft_loads, unwrapped
-from ..model.tasks import task_of_peft
 from ..readers.no_run import no_run
 from ..readers.patterns import Patterns
-from ..readers.peft_common import origin
+from ..readers.peft_common import Origin, origin
 from ..readers.registry import runs_below
 from ..readers.run_folder import CONFIG_FILE, WEIGHT_FILES, RunFolder
 from ..targets.engines import Profile
@@ -120,7 +119,12 @@ class Adapter:
 
     @property
     def task(self) -> str | None:
-        return task_of_peft(self.config.get("task_type"))
+        return self._origin["task"]
+
+    @cached_property
+    def _origin(self) -> Origin:
+        whole = {name: self.tensors[key] for name, key in self._whole.items()}
+        return origin(self.config, whole)
 
     @cached_property
     def classes(self) -> Classes | None:
@@ -131,9 +135,8 @@ class Adapter:
         base, count = self.base, _layers_in_all(self.config.get("layer_replication"))
         if count is not None:
             base = replace(base, config={**base.config, "num_hidden_layers": count})
-        labels = origin(self.config, {name: self.tensors[key] for name, key in self._whole.items()})
         with suppress(BaseError, TargetError):
-            found = classes(self.task, labels["num_labels"], base)
+            found = classes(self.task, self._origin["num_labels"], base)
             return found if found.known else None
         return None
 

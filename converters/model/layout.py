@@ -21,7 +21,7 @@ from ..files.tensors import rows_and_columns
 from ..run import LazyUpdates, Run
 from ..updates.rank_one import RankOneSum
 from ..updates.stacked import Stacked
-from ..updates.update import Update
+from ..updates.update import Update, convolution_matrix
 from .base import BaseModel
 from .names import Names
 from .names import split_slice as split_slice
@@ -162,6 +162,8 @@ class Layout:
                     found=f"{parameter} {list(full)}",
                 )
             rows, start = full[1], index * full[1]
+        if index is None and sorted((rows, columns)) != sorted(shape):
+            rows, columns = convolution_matrix(full)
         if sorted((rows, columns)) != sorted(shape):
             raise BaseError(
                 "the run's update does not fit the base weight",
@@ -198,8 +200,8 @@ class Layout:
 
     def _alone(self, parameter: str, places: list[Place]) -> str | None:
         """The tensor on disk that is the parameter, where one update is of the whole of it."""
-        total = math.prod(self.names.state[parameter][:-1])
-        whole = [place.rows for place in places] == [total]
+        total = math.prod(self.names.state[parameter])
+        whole = [place.rows * place.columns for place in places] == [total]
         return self._renamed.get(parameter) if whole else None
 
     def _taken(self, parameter: str, parts: list[tuple[Place, str]]) -> dict[str, list[Taken]]:

@@ -18,17 +18,6 @@ from .layout import Layout
 from .tasks import architecture_of, auto_class, task_of, usual_ending
 from .tying import new_embedding, tensor_names
 
-# Model type → the modules whose weights its class reads without calling them, so that an adapter
-# on them does nothing. Of a quantized base some are called.
-_UNCALLED = {
-    "mobilebert": ("cls.predictions.decoder", "cls.predictions.dense"),
-    "longcat_flash": ("router.classifier",),
-    **dict.fromkeys(("mamba", "falcon_mamba", "jamba"), ("dt_proj",)),
-    **dict.fromkeys(
-        ("layoutlmv2", "layoutlmv3"), ("rel_pos_bias", "rel_pos_x_bias", "rel_pos_y_bias")
-    ),
-}
-
 
 def stored_name(module: str, base: BaseModel) -> str:
     """The tensor of a module on disk; a head that is not there gets its name in memory."""
@@ -65,11 +54,12 @@ def kernels_of(run: Run, base: BaseModel | None) -> dict[str, tuple[int, ...]]:
         return dict(run.kernels)
     weights = {module: base.weight(module) for module in run.updates}
     shapes = {module: tensor.shape for module, tensor in weights.items() if tensor is not None}
-    return {
+    found = {
         module: shape[1:]
         for module, shape in shapes.items()
         if len(shape) > 2 and convolution_matrix(shape) == run.shapes[module]
     }
+    return found | {m: kernel for m, kernel in run.kernels.items() if m not in shapes}
 
 
 def check_frozen(run: Run, base: BaseModel) -> None:
@@ -288,24 +278,6 @@ def resolved(run: Run, base: BaseModel) -> Run:
         )
         run = replace(run, warnings=tuple(dict.fromkeys((*run.warnings, warning))))
     return _renamed(run, modules, tensors)
-
-
-def check_called(run: Run, base: BaseModel) -> None:
-    """Raise `TargetError` for a module of `run`, under its name in memory, whose weight the base's
-    class reads without calling it."""
-    if base.stored is not None or base.packed:
-        return
-    names = _UNCALLED.get(str(base.config.get("model_type")), ())
-    for module in run.updates:
-        if any(f".{module}".endswith(f".{name}") for name in names):
-            raise TargetError(
-                "the base's class reads the weight of this module without calling it, so that an "
-                "adapter on it does nothing, in training neither",
-                file=run.path,
-                tensor=module,
-                found=base.config.get("model_type"),
-                remedy="train it whole (modules_to_save), or take its tensors out of the run",
-            )
 
 
 def check_names(run: Run, base: BaseModel) -> None:

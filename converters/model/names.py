@@ -24,7 +24,8 @@ _WRAPPERS = frozenset(
     "_orig_mod module _fsdp_wrapped_module _checkpoint_wrapped_module _forward_module".split()
 )
 _ADAPTER = re.compile(
-    r"\.(lora_(?:[ABE]|embedding_[AB]|magnitude_vector))\.(?!weight$|bias$)([^.]+)"
+    r"\.(lora_(?:[ABE]|embedding_[AB]|magnitude_vector)|trainable_tokens_delta)"
+    r"\.(?!weight$|bias$)([^.]+)"
     r"(?=\.weight$|\.bias$|$)"
 )
 # Linear layers, one for each expert, where gpt-oss has parameters: unsloth's, for bitsandbytes.

@@ -65,6 +65,6 @@ def check_rows(
                 tensor=name,
                 found=list(found),
                 expected=list(expected),
-                remedy="resize the base as for training (resize_token_embeddings), save it, and "
-                "pass it with `base`",
+                remedy="make the base as for training (resize_token_embeddings, or from_pretrained "
+                "with num_labels), save it, and pass it with `base`",
             )

@@ -75,14 +75,16 @@ def spreading(
     if not tokens or not is_known(architecture, base.config):
         return frozenset(tokens)
     model = empty_model(str(architecture), base.config, num_labels)
-    own = embedding_in(model)
+    own = tied_in_peft(model)
     stay: set[str] = set()
     for group in _grouped(aliases(model)):
         sides = [name.removesuffix(".weight") for name in group]
         found = [
             token for token in tokens if any(f".{side}".endswith(f".{token}") for side in sides)
         ]
-        if len(found) > 1 or not any(f".{own}".endswith(f".{token}") for token in found):
+        if not found:
+            continue
+        if len(found) > 1 or sides[0] != own or not f".{own}".endswith(f".{found[0]}"):
             stay.update(found)
     return frozenset(tokens) - stay
 
@@ -107,6 +109,13 @@ def embedding_in(model: Any) -> str | None:
         return None
     own: str = next(name for name, module in model.named_modules() if module is embedding)
     return own
+
+
+def tied_in_peft(model: Any) -> str | None:
+    """The input embedding, where PEFT takes others for tied to it: by what the whole model's
+    configuration and its class say (`_get_module_names_tied_with_embedding`)."""
+    said = model.config.to_dict().get("tie_word_embeddings")
+    return embedding_in(model) if said and model._tied_weights_keys is not None else None
 
 
 def new_embedding(base: BaseModel, replaced: LazyTensors) -> LazyTensor | None:

@@ -44,7 +44,7 @@ def untied(
     Raises `TargetError` for a class whose tied sides cannot differ when it is loaded, and where the
     run enlarged one side and does not hold the other.
     """
-    if all(_LAYER.search(name) for name in (*run.updates, *run.replaced)):
+    if _in_every_layer((*run.updates, *run.replaced), base):
         return run, base
     sharing = [_alike(base, names) for names in groups(base, architecture, run.num_labels)]
     shared = [_Shared.of(run, base, find, names) for names in sharing if len(names) > 1]
@@ -91,6 +91,30 @@ def untied(
             tied=frozenset(m for m, (o, *_) in updates.items() if o in run.tied),
         )
     return replace(run, replaced=replaced), replace(base, shards=shards, config=config)
+
+
+def _in_every_layer(names: Collection[str], base: BaseModel) -> bool:
+    """Whether all `names` are of layers of a stack, and the base stores each kind in every layer of
+    it: what layers share is stored once."""
+    layers: dict[str, set[str]] = {}
+    for name in base.tensors:
+        for stem, number in _places(name):
+            layers.setdefault(stem, set()).add(number)
+    for name in names:
+        found = _places(name if name in base.tensors else f"{name}.weight")
+        counts = {len(layers.get(stem, ())) for stem, _ in found}
+        if len(counts) != 1 or counts <= {0, 1}:
+            return False
+    return True
+
+
+def _places(name: str) -> list[tuple[str, str]]:
+    """`a.3.b.weight` → (`a`, `3`) and (`a.*.b.weight`, `3`); none of a name outside of layers."""
+    match = _LAYER.search(name)
+    if match is None:
+        return []
+    stack, inside = name[: match.start()], name[match.end() :]
+    return [(stack, match[0]), (f"{stack}.*.{inside}", match[0])]
 
 
 @dataclass(frozen=True)
@@ -182,8 +206,9 @@ def _keyed(
     find: Callable[[str], str | None],
 ) -> dict[str, str]:
     """Name in memory → the one of the run's `keys`, tensors or modules, that is it."""
-    outside = [key for key in keys if not _LAYER.search(key)]
-    disk = {find(f"{key}.weight") or find(key): key for key in outside}
+    inside = any(map(_LAYER.search, names))
+    like = [key for key in keys if inside or not _LAYER.search(key)]
+    disk = {find(f"{key}.weight") or find(key): key for key in like}
     found = {
         name: next((k for k in (name, name.removesuffix(".weight")) if k in keys), None)
         or disk.get(held.get(name, ""))

@@ -107,7 +107,7 @@ class AdapterFiles(LoraFiles):
         if file is None:
             raise MissingError("the adapter went while it was read", file=self._folder.path)
         whole = {
-            name.replace(".base_layer.", "."): tensor
+            name.replace(".token_adapter.base_layer.", ".").replace(".base_layer.", "."): tensor
             for name, tensor in self.tensors.items()
             if tensor.name not in own
         }

@@ -12,7 +12,7 @@ from ..files.handles import there
 from ..files.json_files import is_number
 from ..files.tensors import LazyTensors
 from ..model.base import BaseModel, open_base
-from ..model.tasks import task_of_peft
+from ..model.tasks import HEADS, task_of, task_of_peft
 from ..options import ReadOptions
 from .dora import HEAD_WEIGHTS
 from .patterns import PatternError, Patterns
@@ -31,6 +31,10 @@ def origin(config: Mapping[str, object], replaced: LazyTensors) -> Origin:
     """Base model and task as the configuration names them, and which of the `replaced` tensors are
     of modules saved whole (`modules_to_save`)."""
     task = task_of_peft(config.get("task_type"))
+    own = task_of({"architectures": [class_said(config)]}) or ""
+    heads = tuple(f"{head}." for head in HEADS.get(own, ()))
+    if task is None and any(name.startswith(heads) for name in replaced if heads):
+        task = own
     base = config.get("base_model_name_or_path")
     return {
         "base": str(base) if base else None,
@@ -38,6 +42,13 @@ def origin(config: Mapping[str, object], replaced: LazyTensors) -> Origin:
         "num_labels": _num_labels(replaced) if str(task).endswith("classification") else None,
         "apart": _copies(config, replaced),
     }
+
+
+def class_said(config: Mapping[str, object]) -> str:
+    """The class of transformers that the run was trained in, which PEFT notes where it was told no
+    task; else empty."""
+    said = config.get("auto_mapping")
+    return str(said.get("base_model_class") or "") if isinstance(said, Mapping) else ""
 
 
 def _copies(config: Mapping[str, object], replaced: LazyTensors) -> frozenset[str]:

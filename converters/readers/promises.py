@@ -17,15 +17,15 @@ from ..errors import DoraExportError, RunError, some
 from ..files.json_files import is_number
 from ..model.base import BaseModel
 from ..model.match import class_trained, classes
-from ..model.tasks import HEADS, task_of_peft
-from ..model.tying import aliases
+from ..model.tasks import HEADS, architecture_of, task_of_peft
+from ..model.tying import aliases, tied_in_peft
 from ..options import ReadOptions
 from ..run import Run
 from .experts import partial_experts
 from .module import adapted
 from .named import Named
 from .patterns import PatternError
-from .peft_common import is_below, known_base, modules_to_save
+from .peft_common import class_said, is_below, known_base, modules_to_save
 from .run_folder import CONFIG_FILE, RunFolder
 from .unread import not_read
 
@@ -43,6 +43,7 @@ def checked(run: Run, folder: RunFolder, options: ReadOptions, named: bool = Tru
         return run
     unread = not_read(folder)
     promises = _Promises(run, config, path, options)
+    promises.head()
     promises.tokens()
     warnings = (
         *unread,
@@ -99,6 +100,24 @@ class _Promises:
         if sides:
             raise self._lost("both sides of a tied pair are stored (ensure_weight_tying)", sides)
 
+    def head(self) -> None:
+        """The class whose head was trained whole, where PEFT was told no task."""
+        name, names, base = class_said(self._config), self._class_names, self._base
+        if base is None or names is None or name in ("", architecture_of(base.config)):
+            return
+        strange = [n for n in self._run.replaced if not any(_same(n, own) for own in names)]
+        if strange and self._run.task is None:
+            raise RunError(
+                "the run was trained in another class than the base is saved in, with a head that "
+                "this one has not",
+                file=self._path,
+                tensor=strange[0],
+                found=f"{name}, and {architecture_of(base.config)} in the base's config.json",
+                expected="a base of the class that was trained",
+                remedy=f"save the base in that class (transformers: {name}.from_pretrained(base, "
+                "num_labels=…).save_pretrained(folder)), and pass the folder with `base`",
+            )
+
     def tokens(self) -> None:
         """Single rows of embeddings: one stored delta for each embedding named."""
         indices = self._config.get("trainable_token_indices")
@@ -125,16 +144,18 @@ class _Promises:
             lost = [f"{m}.lora_B.bias" for m in plain if f"{m}.bias" not in run.updates]
             if lost:
                 raise self._lost("biases were trained (lora_bias)", lost)
-        if kind == "none" or any(self._is_bias(name) for name in run.replaced):
+        held = any(self._is_bias(name) for name in run.replaced)
+        # Of all of a model, those that training left as they were need not be there.
+        if kind == "none" or (held and (kind == "all" or self._base is None)):
             return
         if self._base is None:
             yield _may_be_lost("the biases", f"bias: {kind}")
             return
-        lost = [name for name in self._base.tensors if self._is_bias(name)]
+        lost = [n for n in self._class_names or self._base.tensors if self._is_bias(n)]
         if kind != "all":
             layers = [f"{module}.bias" for module in run.updates]
             lost = [name for name in lost if any(_same(name, layer) for layer in layers)]
-        lost = self._in_class(lost)
+        lost = [name for name in lost if not self._holds(name)]
         if lost:
             raise self._lost(f"biases were trained (bias: {kind})", lost)
 
@@ -276,15 +297,19 @@ class _Promises:
         return {} if self._model is None else aliases(self._model)
 
     def _other_sides(self) -> list[str]:
-        """Tensors tied to one that was trained, which ensure_weight_tying stores too."""
-        if not self._config.get("ensure_weight_tying") or self._base is None:
+        """Tensors tied to the input embedding, where that was trained: ensure_weight_tying stores
+        them too where PEFT knows the names (`_check_tied_modules`)."""
+        config, own = self._config, None if self._model is None else tied_in_peft(self._model)
+        named = [*modules_to_save(config), *map(str, _list(config.get("target_modules")))]
+        known = any(name.rpartition(".")[2] in ("embed_tokens", "lm_head") for name in named)
+        if not config.get("ensure_weight_tying") or own is None or not known:
             return []
         whole = {f"{module}.weight" for module in self._run.updates.keys() - self._run.tied}
         trained = whole | self._run.replaced.keys()
         return [
             name
             for name, source in self._aliases.items()
-            if source in trained and not self._holds(name)
+            if source in trained and source == f"{own}.weight" and not self._holds(name)
         ]
 
     @cached_property

@@ -23,7 +23,8 @@ if TYPE_CHECKING:
     from .merged.requantized import Blocks
 
 Inputs = dict[str, torch.Tensor]
-_OUTPUTS = ("logits", "logits_per_image", "last_hidden_state")  # the first there is compared
+# The first there is compared.
+_OUTPUTS = ("logits", "logits_per_image", "last_hidden_state", "reconstruction", "embeddings")
 
 
 @dataclass(frozen=True)

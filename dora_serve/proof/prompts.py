@@ -36,6 +36,7 @@ _LENGTHS = (
 )
 _DECODER_LENGTHS = ("max_decoder_position_embeddings", "max_target_positions")
 _OPERATIONS, _NBYTES = 2e12, 1 << 30  # the most that one long prompt may cost
+_PIXELS = 64
 _TOKENS = 4 * LENGTH  # of those that were trained alone, the most that are asked
 _TOKENIZERS = (
     *("tokenizer_config.json", "tokenizer.json", "tokenizer.model", "vocab.txt", "vocab.json"),
@@ -113,7 +114,8 @@ def verification_batch(
     if model.main_input_name != "input_ids":
         shape = (rows, *_shape(model.main_input_name, config))
         inputs = {model.main_input_name: torch.randn(shape, generator=generator)}
-        if config.is_encoder_decoder:
+        text = config.get_text_config(decoder=True)
+        if config.is_encoder_decoder and hasattr(text, "vocab_size"):  # one of boxes has none
             inputs["decoder_input_ids"] = _decoder_ids(config, rows, length, generator)
         return inputs
     text = config.get_text_config()
@@ -132,8 +134,10 @@ def verification_batch(
 def _shape(kind: str, config: Any) -> tuple[int, ...]:
     """The shape of one input that is no text."""
     if kind == "pixel_values":
-        size = getattr(config, "image_size", None) or config.vision_config.image_size
-        channels = getattr(config, "num_channels", 3)
+        inner = [getattr(config, part, None) for part in ("vision_config", "encoder")]
+        said = (getattr(holder, "image_size", None) for holder in (config, *inner))
+        size = next((size for size in said if size), _PIXELS)  # of any size where none is said
+        channels = getattr(config, "num_channels", None) or 3
         frames = [config.num_frames] if hasattr(config, "num_frames") else []
         return (*frames, channels, *((size, size) if isinstance(size, int) else size))
     mels = getattr(config, "num_mel_bins", None)
@@ -154,7 +158,7 @@ def _shape(kind: str, config: Any) -> tuple[int, ...]:
 
 
 def _decoder_ids(config: Any, rows: int, length: int, generator: torch.Generator) -> torch.Tensor:
-    vocab = config.get_text_config().vocab_size
+    vocab = config.get_text_config(decoder=True).vocab_size
     low = min(5, vocab - 1)
     return torch.randint(low, vocab, (rows, max(length // 2, 1)), generator=generator)
 

@@ -20,11 +20,11 @@ from ...errors import TargetError, some
 from ...files.output import save_tensors
 from ...files.tensors import LazyTensor, load_finite, numel
 from ...model.base import BaseModel
+from ...model.called import check_called
 from ...model.layout import Layout, split_slice
 from ...model.match import (
     as_trained,
     changed,
-    check_called,
     check_frozen,
     classes,
     kernels_of,

@@ -36,7 +36,8 @@ def whole_modules(
             biases.append(name)
         else:
             modules[module] = None
-    return list(modules), biases
+    # One inside of another goes with it: PEFT wraps what an entry names once.
+    return [m for m in modules if not any(f".{other}." in f".{m}" for other in modules)], biases
 
 
 def _kept(base: BaseModel | None, whole: Mapping[str, LazyTensor]) -> set[str]:

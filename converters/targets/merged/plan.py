@@ -18,10 +18,10 @@ from ...files.tensors import (
     refuse_quantized,
 )
 from ...model.base import BaseModel
+from ...model.called import check_called
 from ...model.layout import Layout
 from ...model.match import (
     changed,
-    check_called,
     check_frozen,
     is_transposed,
     lies_plainly,
