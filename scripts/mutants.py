@@ -62,12 +62,13 @@ READERS = " ".join(
         *("families", "experts_apart", "reader_options"),
     )
 )
+BAD_INPUT = f"{HERE}/test_bad_input.py {HERE}/test_tensors.py"
 # Its file of terabytes of holes is more than a mutant may write.
 PICKLES = f"{HERE}/test_pickles.py --deselect {HERE}/test_pickles.py::test_what_lies_behind"
 # What is mutated → the tests that should notice.
 SOURCES = {
     "converters/updates/*.py": UPDATES,
-    "converters/files/*.py": f"{HERE}/files {PICKLES} {CACHE}",
+    "converters/files/*.py": f"{HERE}/files {PICKLES} {BAD_INPUT} {CACHE}",
     "converters/model/*.py": f"{HERE}/model {HERE}/merged {HERE}/lora_folder {NAMES}",
     "converters/model/quantized/*.py": f"{QUANTIZED} {QUANTIZED_BASE}",
     "converters/readers/*.py": READERS,
