@@ -62,13 +62,11 @@ READERS = " ".join(
         *("families", "experts_apart", "reader_options"),
     )
 )
-BAD_INPUT = f"{HERE}/test_bad_input.py {HERE}/test_tensors.py"
-# Its file of terabytes of holes is more than a mutant may write.
-PICKLES = f"{HERE}/test_pickles.py --deselect {HERE}/test_pickles.py::test_what_lies_behind"
+BAD_INPUT = f"{HERE}/test_pickles.py {HERE}/test_bad_input.py {HERE}/test_tensors.py"
 # What is mutated → the tests that should notice.
 SOURCES = {
     "converters/updates/*.py": UPDATES,
-    "converters/files/*.py": f"{HERE}/files {PICKLES} {BAD_INPUT} {CACHE}",
+    "converters/files/*.py": f"{HERE}/files {BAD_INPUT} {CACHE}",
     "converters/model/*.py": f"{HERE}/model {HERE}/merged {HERE}/lora_folder {NAMES}",
     "converters/model/quantized/*.py": f"{QUANTIZED} {QUANTIZED_BASE}",
     "converters/readers/*.py": READERS,
@@ -95,6 +93,8 @@ PRELOAD = (
 SECONDS = 20.0  # of tests that a mutant is tried by at most; those that reach its line
 # Without what only serves a reader of failures, and without other packages' plugins.
 QUICK = ["-x", "--tb=line", "--assert=plain", "-p", "no:cacheprovider", "-p", "no:faulthandler"]
+# A file of terabytes of holes is more than a mutant may write.
+HOLES = f"--deselect={HERE}/test_pickles.py::test_what_lies_behind"
 MEMORY, DISK = 6 << 30, 1 << 30  # bytes that a mutant may take
 
 Tests = dict[str, tuple[float, dict[str, list[int]]]]  # name → seconds, and the lines of each file
@@ -178,7 +178,7 @@ def run_pytest(
         os.dup2(out, stream)
     code = 70
     with contextlib.suppress(BaseException):
-        options = [*QUICK, f"--basetemp={work / 'tests'}", *tests]
+        options = [*QUICK, HOLES, f"--basetemp={work / 'tests'}", *tests]
         code = int(pytest.main(options, plugins=plugins()))
         sys.stdout.flush()
     os._exit(code)

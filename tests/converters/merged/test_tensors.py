@@ -109,7 +109,8 @@ def test_a_square_weight_of_another_family_is_not_turned(tmp_path: Path) -> None
     module, weight = "transformer.h.0.attn.c_attn", torch.randn(12, 12)
     update = low_rank(12, 12)
     for number, (name, kind) in enumerate([(module, "llama"), ("transformer.h.0.other", "gpt2")]):
-        base = make_base(tmp_path / f"base{number}", {f"{name}.weight": weight}, model_type=kind)
+        said = {"model_type": kind, "architectures": []}
+        base = make_base(tmp_path / f"base{number}", {f"{name}.weight": weight}, **said)
         run = make_run(tmp_path / "run", {name: update})
         merge(run, tmp_path / f"out{number}", base=base)
         found = load_file(tmp_path / f"out{number}" / WEIGHTS)[f"{name}.weight"]
