@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import gc
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 
 from fastapi import FastAPI
 
@@ -40,6 +40,8 @@ def make_app(state: State, host: str, api_key: str | None) -> FastAPI:
         yield
         state.ready = False
         begun.cancel()
+        with suppress(asyncio.CancelledError):  # else its end is told as an error of nobody's
+            await begun
         state.models.close()
         for each in state.processes:
             await each.close()

@@ -70,6 +70,14 @@ def test_clients_that_neither_read_nor_send(ending: Server) -> None:
     assert "Traceback" not in ending.log.read_text()
 
 
+def test_sigterm_while_its_processes_begin(ending: Server) -> None:
+    """It serves before they do."""
+    ending.process.send_signal(signal.SIGTERM)
+    assert ending.process.wait(END) == 0
+    log = ending.log.read_text()
+    assert "Application shutdown complete" in log and "Traceback" not in log
+
+
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_second_signal_ends_it_at_once(ending: Server, number: signal.Signals) -> None:
     held = [connected(ending, body("/v1/chat/completions", {"model": BASE, "messages": MESSAGES}))]

@@ -12,6 +12,7 @@ import os
 import shutil
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -287,7 +288,7 @@ def main() -> None:
             reply = make_offer(**request, say=say)
     except DoraExportError as error:
         reply = offer.Failure(error=str(error))
-    with answer:
+    with suppress(BrokenPipeError), answer:  # whoever asked may be gone
         answer.write(reply.model_dump_json())
 
 
