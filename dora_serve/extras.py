@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from importlib.util import find_spec
 
 from converters.errors import MissingError
@@ -55,3 +56,9 @@ def _missing(package: str) -> MissingError:
         f"this needs the package {package}, which is not installed",
         remedy=f"pip install 'dora-serve[{EXTRAS[package]}]'",
     )
+
+
+def quiet() -> None:
+    """Let bitsandbytes not warn of a faster kernel that nothing here would use, whenever PEFT is
+    imported."""
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)

@@ -17,10 +17,13 @@ from converters.readers import ReadOptions, read_run
 from converters.targets.merged.companions import companions
 from converters.targets.target import target_named
 from dora_serve.api import export, find_base
+from dora_serve.extras import quiet
 from dora_serve.folder.cache import content_key
 from dora_serve.proof.check import check
 
 from .job import Job, Record
+
+quiet()  # what the forkserver imports behind this
 
 
 def convert(job: Job) -> Record | None:

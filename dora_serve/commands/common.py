@@ -5,7 +5,6 @@ from __future__ import annotations
 import errno
 import functools
 import io
-import logging
 import re
 import socket
 import sys
@@ -23,7 +22,7 @@ from converters import progress
 from converters.errors import DoraExportError, visible
 from converters.options import SHORT, FitOptions, ReadOptions, names
 
-from ..extras import without_extra
+from ..extras import quiet, without_extra
 from ..progress import LOUDNESS, is_said, progress_bar
 from ..remote.local import Remote, is_url, local_values
 from ..wording import in_flags, json_text
@@ -271,8 +270,7 @@ def reports_errors(function: F) -> F:
     @functools.wraps(function)
     def wrapped(*args: Any, **kwargs: Any) -> Any:
         progress.show(progress_bar)
-        # It warns of a faster kernel that nothing here would use, whenever PEFT is imported.
-        logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+        quiet()
         try:
             with (
                 _said(bool(kwargs.get("as_json"))),

@@ -9,9 +9,12 @@ import tempfile
 from pathlib import Path
 
 url, model, tokenizer = sys.argv[1:]
-with tempfile.TemporaryDirectory() as folder:
-    report = Path(folder, "report.json")
-    backend = f"kind=openai_http,target={url},model={model},request_format=/v1/completions"
+FORMS = ("/v1/completions", "/v1/chat/completions", "/v1/responses")
+
+
+def run(form: str, report: Path) -> None:
+    """Six requests in this form, two at once."""
+    backend = f"kind=openai_http,target={url},model={model},request_format={form}"
     program = [
         *(str(Path(sys.executable).with_name("guidellm")), "run", "--disable-console"),
         *("--backend", backend, "--tokenizer", f"kind=huggingface_auto,model={tokenizer}"),
@@ -22,6 +25,11 @@ with tempfile.TemporaryDirectory() as folder:
     ]
     subprocess.run(program, check=True)
     (found,) = json.loads(report.read_text())["benchmarks"]
-    assert found["requests"]["errored"] == []
+    assert found["requests"]["errored"] == [], form
     assert len(found["requests"]["successful"]) == 6
+
+
+with tempfile.TemporaryDirectory() as folder:
+    for form in FORMS:
+        run(form, Path(folder, "report.json"))
 print("all fine")

@@ -7,7 +7,6 @@ times slower, and the server does without its memory.
 from __future__ import annotations
 
 import json
-import logging
 import os
 import shutil
 import sys
@@ -31,6 +30,7 @@ from converters.targets.merged.companions import companions
 from converters.targets.onnx import add_adapters
 from converters.targets.onnx.plan import plan_onnx
 from dora_serve.api import write_onnx
+from dora_serve.extras import quiet
 from dora_serve.folder.cache import cached, key_of, member_key
 from dora_serve.folder.inventory import Member, discover, read_member
 from dora_serve.folder.names import names_inside
@@ -278,7 +278,7 @@ def main() -> None:
     os.dup2(2, 1)  # what a library prints is no answer
     request = json.load(sys.stdin)
     show(progress_bar)
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # as in `reports_errors`
+    quiet()
     reply: offer.Offer | offer.OfferedModel | offer.Failure
     try:
         if "path" in request:
