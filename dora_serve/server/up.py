@@ -7,7 +7,7 @@ import logging
 import signal
 import sys
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from importlib import import_module
 from pathlib import Path
 from threading import Thread
@@ -59,8 +59,7 @@ def up(
     require("serve", "onnx")  # before another process and a thread import them
     options = options or ServerOptions()
     root = root.resolve()
-    # What is imported below, while another process prepares.
-    Thread(target=import_module, args=(".app", __package__)).start()
+    Thread(target=_import).start()
     with _terminable():
         offer = make_offer(root, base, dry_run, options.precision)
     from .app import make_app
@@ -97,18 +96,26 @@ def up(
     return 0 if serve(app, host, port) else 1
 
 
+def _import() -> None:
+    """What is imported below, while another process prepares; in vain where that was stopped."""
+    with suppress(RuntimeError):
+        import_module(".app", __package__)
+
+
 @contextmanager
 def _terminable() -> Iterator[None]:
-    """Let SIGTERM unwind the stack, so that the process that prepares ends too."""
+    """Let signals that end it unwind the stack, so that the processes that prepare end too."""
 
     def stop(number: int, _: FrameType | None) -> NoReturn:
         raise SystemExit(128 + number)
 
-    previous = signal.signal(signal.SIGTERM, stop)
+    ends = (signal.SIGTERM, signal.SIGHUP)
+    previous = {n: signal.signal(n, stop) for n in ends if signal.getsignal(n) != signal.SIG_IGN}
     try:
         yield
     finally:
-        signal.signal(signal.SIGTERM, previous)
+        for number, before in previous.items():
+            signal.signal(number, before)
 
 
 def _tell(problems: Mapping[str, str]) -> None:

@@ -11,9 +11,11 @@ import sys
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 
 import httpx
+import psutil
 import pytest
 
 from dora_serve.server.connections import END
@@ -90,8 +92,9 @@ def test_a_second_signal_ends_it_at_once(ending: Server, number: signal.Signals)
     held[0].close()
 
 
-def test_sigterm_while_it_prepares(tmp_path: Path, place: Path) -> None:
-    """Neither it nor the process that prepares goes on."""
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP, signal.SIGINT])
+def test_it_is_ended_while_it_prepares(tmp_path: Path, place: Path, number: signal.Signals) -> None:
+    """Neither it goes on, nor what prepares, nor what builds a graph below that."""
     shutil.copytree(place / "models" / BASE, tmp_path / "models" / BASE)
     code = (
         "import sys; from pathlib import Path; from dora_serve.server.up import up;"
@@ -100,9 +103,19 @@ def test_sigterm_while_it_prepares(tmp_path: Path, place: Path) -> None:
     command = [sys.executable, "-c", code, str(tmp_path / "models")]
     environment = {"PATH": "/usr/bin:/bin", "DORA_SERVE_CACHE": str(tmp_path / "cache")}
     process = subprocess.Popen(command, env=environment, stderr=subprocess.PIPE)
-    children = Path(f"/proc/{process.pid}/task/{process.pid}/children")
-    while not (found := children.read_text().split()):
+    below = psutil.Process(process.pid)
+    while not any("models.builder" in " ".join(each.cmdline()) for each in _all_below(below)):
+        assert process.poll() is None
         time.sleep(0.05)
-    process.send_signal(signal.SIGTERM)
-    assert process.wait(10) == 128 + signal.SIGTERM
-    assert not [each for each in found if Path(f"/proc/{each}").exists()]
+    found = _all_below(below)
+    process.send_signal(number)
+    assert process.wait(10) in (128 + number, -number)
+    _, left = psutil.wait_procs(found, 10)
+    assert left == []
+    assert not list((tmp_path / "cache").glob(".*"))
+
+
+def _all_below(process: psutil.Process) -> list[psutil.Process]:
+    with suppress(psutil.NoSuchProcess):
+        return [each for each in process.children(recursive=True) if each.cmdline()]
+    return []

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
+from contextlib import suppress
 from pathlib import Path
 
 from converters.errors import RunError
@@ -26,18 +28,24 @@ def add_model(wanted: Addition) -> OfferedModel:
 
 
 def _call(request: str) -> str:
-    # Ctrl-C reaches both; this one ends that one, which has nothing to say of it.
-    deaf = ["/bin/sh", "-c", """trap '' INT; exec "$0" "$@" """]
-    command = [*deaf, sys.executable, "-m", "dora_serve.server.prepare.make"]
+    command = [sys.executable, "-m", "dora_serve.server.prepare.make"]
     environment = {"MALLOC_ARENA_MAX": "1", **os.environ}
     if is_said("quiet"):
         environment["TQDM_DISABLE"] = "1"
-    done = subprocess.run(
-        command, input=request, stdout=subprocess.PIPE, text=True, check=False, env=environment
-    )
-    if done.returncode:
-        raise RunError("preparing what is to be served broke off", found=done.returncode)
-    reply = json.loads(done.stdout)
+    pipe = subprocess.PIPE
+    # A group of its own, which Ctrl-C does not reach: all of it ends with this one.
+    with subprocess.Popen(
+        command, stdin=pipe, stdout=pipe, text=True, env=environment, process_group=0
+    ) as process:
+        try:
+            answer, _ = process.communicate(request)
+        except BaseException:
+            with suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+            raise
+    if process.returncode:
+        raise RunError("preparing what is to be served broke off", found=process.returncode)
+    reply = json.loads(answer)
     if "error" in reply:
         raise RunError(Failure(**reply).error)
-    return done.stdout
+    return answer
