@@ -110,8 +110,8 @@ def test_it_is_ended_while_it_prepares(tmp_path: Path, place: Path, number: sign
     found = _all_below(below)
     process.send_signal(number)
     assert process.wait(10) in (128 + number, -number)
-    _, left = psutil.wait_procs(found, 10)
-    assert left == []
+    _, left = psutil.wait_procs(found, 2)
+    assert [each for each in left if each.status() != psutil.STATUS_ZOMBIE] == []
     assert not list((tmp_path / "cache").glob(".*"))
 
 
