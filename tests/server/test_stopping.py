@@ -102,7 +102,13 @@ def test_it_is_ended_while_it_prepares(tmp_path: Path, place: Path, number: sign
     )
     command = [sys.executable, "-c", code, str(tmp_path / "models")]
     environment = {"PATH": "/usr/bin:/bin", "DORA_SERVE_CACHE": str(tmp_path / "cache")}
-    process = subprocess.Popen(command, env=environment, stderr=subprocess.PIPE)
+    process = subprocess.Popen(
+        command,
+        env=environment,
+        stderr=subprocess.PIPE,
+        # Below nohup it would be ignored here too.
+        preexec_fn=lambda: signal.signal(signal.SIGHUP, signal.SIG_DFL),
+    )
     below = psutil.Process(process.pid)
     while not any("models.builder" in " ".join(each.cmdline()) for each in _all_below(below)):
         assert process.poll() is None
