@@ -64,7 +64,7 @@ def _branch(
     for value in (*graph.inputs, *graph.initializers.values()):
         name, given = str(value.name), value in graph.inputs
         known = outer if given else weights
-        if not given and name in known and not _equal(known[name], value):
+        if not given and name in known and _place(known[name]) != _place(value):
             name = f"{where}/{name}"
         if name not in known:
             known[name] = ir.val(name, type=value.type, shape=value.shape)
@@ -85,12 +85,8 @@ def _branch(
     return branch
 
 
-def _equal(one: ir.Value, other: ir.Value) -> bool:
-    """Whether two weights are the same place of the file, or as small a constant."""
-    return _place(one) == _place(other)
-
-
 def _place(weight: ir.Value) -> tuple[object, ...]:
+    """Equal for two weights at one place of the file, and for two equal small constants."""
     tensor = weight.const_value
     assert tensor is not None
     if isinstance(tensor, ir.ExternalTensor):
