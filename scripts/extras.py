@@ -97,7 +97,9 @@ def answered(folder: Path, variables: dict[str, str]) -> str:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     words = ["dora-serve", "up", "models", "--port", str(port)]
-    with subprocess.Popen(words, cwd=folder, env=variables, stderr=subprocess.PIPE) as up:
+    with subprocess.Popen(
+        words, cwd=folder, env=variables, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE
+    ) as up:
         assert up.stderr is not None
         try:
             for _ in range(600):
