@@ -35,7 +35,8 @@ def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def restored(scales: np.ndarray, zeros: np.ndarray, values: np.ndarray) -> np.ndarray:
-    return ((values - zeros) * scales).reshape(len(values), -1).astype(np.float64)
+    found: np.ndarray = ((values - zeros) * scales).reshape(len(values), -1).astype(np.float64)
+    return found
 
 
 def test_what_a_matrix_multiplies_changes_less() -> None:
