@@ -8,23 +8,24 @@ of what: it is applied to tensors of row numbers, as loading applies it to the w
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from copy import deepcopy
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any
 
 import torch
 
 from ..errors import BaseError
-from ..files.tensors import rows_and_columns
+from ..files.tensors import LazyTensors, rows_and_columns
 from ..run import LazyUpdates, Run
 from ..updates.rank_one import RankOneSum
 from ..updates.stacked import Stacked
 from ..updates.update import Update, convolution_matrix
-from .base import BaseModel
+from .base import HEAD, BaseModel
 from .names import Names
 from .names import split_slice as split_slice
+from .rejoined import rejoined
 
 # The parameters of fused experts in the order in which their module registers them: PEFT's wrappers
 # nest by it, the first innermost.
@@ -94,11 +95,14 @@ class Layout:
         return [disk for disk, _ in group.members] if group is not None else []
 
     def on_disk(self, run: Run) -> Run:
-        """The run with its updates keyed by, and cut to, the tensors on disk.
+        """The run with its updates keyed by, and cut to, the tensors on disk, and those in the
+        place of the parameters that it holds whole.
 
         Modules that are neither on disk nor in memory stay as they are.
         """
-        missing = [module for module in run.updates if self._base.weight(module) is None]
+        run = replace(run, replaced=self._whole(run.replaced))
+        own = self._base.weight
+        missing = [m for m in run.updates if own(m) is None or self._head_elsewhere(m)]
         placed: dict[str, list[tuple[Place, str]]] = {}
         for module in missing:
             place = self.place(module, run.shapes[module])
@@ -141,6 +145,24 @@ class Layout:
             start_rank={n: run.start_rank[m] for n, m in origin.items() if m in run.start_rank},
             embeddings=frozenset(n for n, m in origin.items() if m in run.embeddings),
         )
+
+    def _head_elsewhere(self, module: str) -> bool:
+        """Whether the head lies on disk under another name, which is not one of the embedding."""
+        name = f"{module}.weight"
+        return name == HEAD and self._base.find(name) is None and name in self._renamed
+
+    def _whole(self, replaced: LazyTensors) -> LazyTensors:
+        """`replaced` with tensors on disk in the place of the parameters that are made of them."""
+        made = {n: g for n in replaced if self.find(n) is None and (g := self._groups.get(n))}
+        result = {name: tensor for name, tensor in replaced.items() if name not in made}
+        for group in {group.key: group for group in made.values()}.values():
+            own = {name: replaced[name] for name, other in made.items() if other is group}
+            members = {name: self._base.tensors[name] for name, _ in group.members}
+            found = rejoined(own, members, partial(self._converted, group), self.names.model)
+            if found is None:
+                raise self._unknown(next(iter(own)), f"{len(members)} tensors")
+            result |= found
+        return result
 
     def place(self, name: str, shape: tuple[int, int]) -> Place | None:
         """Where the update `name`, of `shape [out, in]`, goes in memory; None: nowhere known."""
@@ -253,24 +275,15 @@ class Layout:
 
     def _traced(self, group: _Group) -> dict[str, list[_Piece]]:
         """Parameter → the tensors on disk that it is made from, by numbering their rows."""
-        converter = deepcopy(group.converter)
-        spans, total = [], 0
-        for name, pattern in group.members:
+        spans, tracers, total = [], {}, 0
+        for name, _ in group.members:
             shape = self._base.tensors[name].shape
             rows = math.prod(shape[:-1])
-            tracer = torch.arange(total, total + rows).view(*shape[:-1], 1)
-            converter.add_tensor(group.key, name, pattern, tracer)
+            tracers[name] = torch.arange(total, total + rows).view(*shape[:-1], 1)
             spans.append((name, total, total + rows))
             total += rows
-        try:
-            traced = converter.convert(
-                group.key, model=self.names.model, config=self.names.model.config
-            )
-        except Exception as error:
-            raise self._unknown(group.key, f"{type(error).__name__}: {error}") from None
         result: dict[str, list[_Piece]] = {}
-        for parameter, value in traced.items():
-            numbers = value[0] if isinstance(value, list) else value
+        for parameter, numbers in self._converted(group, tracers).items():
             full = self.names.state.get(parameter)
             if full is None or numbers.shape != (*full[:-1], 1):
                 raise self._unknown(parameter, f"{list(numbers.shape)} for {full}")
@@ -278,6 +291,19 @@ class Layout:
             position[numbers.flatten()] = torch.arange(numbers.numel())
             result[parameter] = [_Piece(name, position[a:b]) for name, a, b in spans]
         return result
+
+    def _converted(
+        self, group: _Group, tensors: Mapping[str, torch.Tensor]
+    ) -> dict[str, torch.Tensor]:
+        """Parameter → what loading makes of the `tensors` on disk of `group`."""
+        converter, model = deepcopy(group.converter), self.names.model
+        for name, pattern in group.members:
+            converter.add_tensor(group.key, name, pattern, tensors[name])
+        try:
+            made = converter.convert(group.key, model=model, config=model.config)
+        except Exception as error:
+            raise self._unknown(group.key, f"{type(error).__name__}: {error}") from None
+        return {n: value[0] if isinstance(value, list) else value for n, value in made.items()}
 
     def _reverted(self, parameter: str) -> dict[str, torch.Tensor]:
         """Name in the form on disk → the rows of `parameter` that it holds."""
