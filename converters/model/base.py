@@ -98,6 +98,11 @@ class BaseModel:
             name = self.embedding
         return None if name is None else self.tensors[name]
 
+    def lends(self, module: str) -> bool:
+        """Whether `weight` gives the embedding for `module`: a head that is tied to it, or lies
+        under a name that its class knows."""
+        return f"{module}.weight" == HEAD and self.find(HEAD) is None
+
     @cached_property
     def embedding(self) -> str | None:
         """The tensor name of the input embedding."""

@@ -22,7 +22,7 @@ from ..run import LazyUpdates, Run
 from ..updates.rank_one import RankOneSum
 from ..updates.stacked import Stacked
 from ..updates.update import Update, convolution_matrix
-from .base import HEAD, BaseModel
+from .base import BaseModel
 from .names import Names
 from .names import split_slice as split_slice
 from .rejoined import rejoined
@@ -101,8 +101,12 @@ class Layout:
         Modules that are neither on disk nor in memory stay as they are.
         """
         run = replace(run, replaced=self._whole(run.replaced))
-        own = self._base.weight
-        missing = [m for m in run.updates if own(m) is None or self._head_elsewhere(m)]
+        missing = [
+            module
+            for module in run.updates
+            if self._base.weight(module) is None
+            or (self._base.lends(module) and self.find(f"{module}.weight") is not None)
+        ]
         placed: dict[str, list[tuple[Place, str]]] = {}
         for module in missing:
             place = self.place(module, run.shapes[module])
@@ -145,11 +149,6 @@ class Layout:
             start_rank={n: run.start_rank[m] for n, m in origin.items() if m in run.start_rank},
             embeddings=frozenset(n for n, m in origin.items() if m in run.embeddings),
         )
-
-    def _head_elsewhere(self, module: str) -> bool:
-        """Whether the head lies on disk under another name, which is not one of the embedding."""
-        name = f"{module}.weight"
-        return name == HEAD and self._base.find(name) is None and name in self._renamed
 
     def _whole(self, replaced: LazyTensors) -> LazyTensors:
         """`replaced` with tensors on disk in the place of the parameters that are made of them."""

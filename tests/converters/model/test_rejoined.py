@@ -12,8 +12,10 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
 
 from converters.errors import BaseError
+from converters.model.base import open_base
 from converters.model.layout import Layout
-from dora_serve import merge, read_run
+from converters.model.match import changed
+from dora_serve import diff, extract, merge, read_run
 from tests.conftest import randomize
 from tests.converters.families import DECODER, ENCODER, prove, same
 from tests.converters.made import WEIGHTS
@@ -31,7 +33,7 @@ V4 = {
 }
 SPREAD = {"initializer_range": 0.3}  # so that a bias is seen in the logits
 MIXTRAL = {**DECODER, "num_local_experts": 4, "num_experts_per_tok": 2}
-FAMILIES = {
+FAMILIES: dict[str, tuple[dict[str, Any], str]] = {
     # Class → its configuration, and a tensor that only its files have.
     "MixtralForCausalLM": (MIXTRAL, "model.layers.0.block_sparse_moe.experts.0.w1.weight"),
     "GteForMaskedLM": ({**ENCODER, **SPREAD}, "gte.encoder.layer.0.attention.qkv_proj.bias"),
@@ -75,6 +77,21 @@ def test_the_merge_is_the_live_model(name: str, config: dict[str, Any], tmp_path
     held = [load_file(folder / WEIGHTS) for folder in (base, tmp_path / "merged")]
     assert held[0].keys() == held[1].keys()
     assert cls.config_class.from_pretrained(tmp_path / "merged").vocab_size == 80
+
+
+def test_a_head_under_another_name_is_not_the_embedding(tmp_path: Path) -> None:
+    base, lora, merged = (tmp_path / name for name in ("base", "lora", "merged"))
+    cls = saved("DeepseekV4ForCausalLM", base)
+    trained(cls, base, lora, target_modules=["lm_head"])
+    run = read_run(lora)
+    merge(run, merged, base=base)
+    assert changed(run, open_base(base)) == {}  # the head that PEFT saves along is the base's
+    extract(merged, tmp_path / "out", base=base, energy=1.0)
+    for folder in (merged, tmp_path / "out"):
+        found = diff(lora, folder, base=base)
+        assert found.total.relative is not None
+        assert found.total.relative < 1e-6
+        assert found.whole == {}
 
 
 def test_experts_for_another_task(tmp_path: Path) -> None:
