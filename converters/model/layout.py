@@ -17,7 +17,7 @@ from typing import Any
 import torch
 
 from ..errors import BaseError
-from ..files.tensors import LazyTensors, rows_and_columns
+from ..files.tensors import rows_and_columns
 from ..run import LazyUpdates, Run
 from ..updates.rank_one import RankOneSum
 from ..updates.stacked import Stacked
@@ -100,7 +100,7 @@ class Layout:
 
         Modules that are neither on disk nor in memory stay as they are.
         """
-        run = replace(run, replaced=self._whole(run.replaced))
+        run = self._whole_on_disk(run)
         missing = [
             module
             for module in run.updates
@@ -150,18 +150,21 @@ class Layout:
             embeddings=frozenset(n for n, m in origin.items() if m in run.embeddings),
         )
 
-    def _whole(self, replaced: LazyTensors) -> LazyTensors:
-        """`replaced` with tensors on disk in the place of the parameters that are made of them."""
-        made = {n: g for n in replaced if self.find(n) is None and (g := self._groups.get(n))}
-        result = {name: tensor for name, tensor in replaced.items() if name not in made}
+    def _whole_on_disk(self, run: Run) -> Run:
+        """`run` with tensors on disk in the place of the parameters made of them that it holds."""
+        held = run.replaced
+        made = {n: g for n in held if self.find(n) is None and (g := self._groups.get(n))}
+        if not made:
+            return run
+        result = {name: tensor for name, tensor in held.items() if name not in made}
         for group in {group.key: group for group in made.values()}.values():
-            own = {name: replaced[name] for name, other in made.items() if other is group}
+            own = {name: held[name] for name, other in made.items() if other is group}
             members = {name: self._base.tensors[name] for name, _ in group.members}
             found = rejoined(own, members, partial(self._converted, group), self.names.model)
             if found is None:
                 raise self._unknown(next(iter(own)), f"{len(members)} tensors")
             result |= found
-        return result
+        return replace(run, replaced=result)
 
     def place(self, name: str, shape: tuple[int, int]) -> Place | None:
         """Where the update `name`, of `shape [out, in]`, goes in memory; None: nowhere known."""
