@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 
@@ -12,8 +13,10 @@ from .files.tensors import LazyTensor, load_finite
 from .fit import base_weight, change
 from .model.base import BaseModel
 from .model.match import changed, stored_name
-from .run import Run
+from .model.names import split_slice
+from .run import LazyUpdates, Run
 from .updates.rank_one import RankOneSum
+from .updates.replaced import Replacement
 from .updates.update import Update
 
 
@@ -63,12 +66,22 @@ def compare(left: Run, right: Run, base: BaseModel | None, other: BaseModel | No
     the bases are needed.
     """
     names = base or other
+    whole = [_brought(left, base, names), _brought(right, other, names)]
+    ours, theirs = _named(left, names), _named(right, names)
+    added = {name: module for name, module in theirs.items() if name not in ours}
+    lost = {name: module for name, module in ours.items() if name not in theirs}
+    left = _with_whole(left, base, whole[0], added)
+    right = _with_whole(right, other, whole[1], lost)
     lefts, rights = _named(left, names), _named(right, names)
     modules = {
         name: _difference((left, lefts.get(name), base), (right, rights.get(name), other))
         for name in dict.fromkeys([*lefts, *rights])
     }
-    return Comparison(modules, _whole(_brought(left, base, names), _brought(right, other, names)))
+    rest = (
+        {n: t for n, t in held.items() if n not in taken}
+        for held, taken in zip(whole, (added, lost), strict=True)
+    )
+    return Comparison(modules, _whole(*rest))
 
 
 Side = tuple[Run, str | None, BaseModel | None]
@@ -77,6 +90,37 @@ Side = tuple[Run, str | None, BaseModel | None]
 def _named(run: Run, base: BaseModel | None) -> dict[str, str]:
     """The name a module is compared by → the run's own."""
     return {stored_name(m, base) if base else f"{m}.weight": m for m in run.updates}
+
+
+def _with_whole(
+    run: Run, base: BaseModel | None, whole: dict[str, LazyTensor], theirs: dict[str, str]
+) -> Run:
+    """`run` with an update for what it holds `whole` and the other run has an update of."""
+    added: dict[str, LazyTensor] = {}
+    for name, module in theirs.items():
+        if name in whole and base is not None:
+            added[name.removesuffix(".weight")] = whole[name]
+        elif {name, split_slice(module)[0]} & whole.keys():
+            raise RunError(
+                "one run holds whole what the other has an update of",
+                file=run.path,
+                tensor=module,
+                remedy="name the base with `base`"
+                if base is None
+                else "compare what they compute (`verify`)",
+            )
+    if not added:
+        return run
+    assert base is not None
+    conv1d = {module for module in added if base.is_conv1d(module)}
+    loaders = {module: partial(run.take, module) for module in run.updates}
+    loaders |= {m: partial(_replacement, tensor, m in conv1d) for m, tensor in added.items()}
+    return replace(run, updates=LazyUpdates(loaders, run.shapes))
+
+
+def _replacement(tensor: LazyTensor, transposed: bool) -> Update:
+    weight = load_finite(tensor)
+    return Replacement(weight.T.contiguous() if transposed else weight)
 
 
 def _difference(left: Side, right: Side) -> Difference:

@@ -121,7 +121,7 @@ def base_weight(run: Run, module: str, base: BaseModel | None) -> torch.Tensor:
         )
     shape = run.shapes[module]
     tensor = base.weight(module)
-    found = located(run, base, module) if tensor is None else None
+    found = located(run, base, module) if tensor is None or base.lends(module) else None
     if found is None:
         transposed = base.is_transposed(module, shape, module in run.embeddings)
     else:

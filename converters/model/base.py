@@ -98,6 +98,11 @@ class BaseModel:
             name = self.embedding
         return None if name is None else self.tensors[name]
 
+    def lends(self, module: str) -> bool:
+        """Whether `weight` gives the embedding for `module`: a head that is tied to it, or lies
+        under a name that its class knows."""
+        return f"{module}.weight" == HEAD and self.find(HEAD) is None
+
     @cached_property
     def embedding(self) -> str | None:
         """The tensor name of the input embedding."""
@@ -226,6 +231,7 @@ def _open(folder: Path, name: str) -> BaseModel:
     config = read_json(config_path)
     if not isinstance(config.get("model_type", ""), str):
         raise BaseError("model_type is not a name", file=config_path, found=config["model_type"])
+    _refuse_named(folder, config)
     stored, floats, fault = _open_shards(folder), None, None
     try:
         floats = dequantized(config, stored)
@@ -265,6 +271,22 @@ def _cached_snapshot(name: str) -> Path:
             remedy="give a folder, or fetch it first"
             + (f": hf download {name}" if _HUB_ID.fullmatch(name) else ""),
         ) from None
+
+
+def _refuse_named(folder: Path, config: Mapping[str, object]) -> None:
+    """Raise `BaseError` where transformers would load other weights than those that are read."""
+    usual = [name for pair in zip(SINGLE_FILES, INDEX_FILES, strict=True) for name in pair]
+    read = next((name for name in usual if (folder / name).exists()), None)
+    named = config.get("transformers_weights")
+    if named not in (None, read):
+        raise BaseError(
+            "config.json names the file that transformers takes the weights from "
+            "(transformers_weights), which other engines do not read",
+            file=folder / "config.json",
+            found=named,
+            expected=read or usual[0],
+            remedy="load and save it with transformers, and use the new folder",
+        )
 
 
 def _open_shards(folder: Path) -> dict[Path, LazyTensors]:

@@ -8,10 +8,10 @@ of what: it is applied to tensors of row numbers, as loading applies it to the w
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from copy import deepcopy
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any
 
 import torch
@@ -25,6 +25,7 @@ from ..updates.update import Update, convolution_matrix
 from .base import BaseModel
 from .names import Names
 from .names import split_slice as split_slice
+from .rejoined import rejoined
 
 # The parameters of fused experts in the order in which their module registers them: PEFT's wrappers
 # nest by it, the first innermost.
@@ -94,11 +95,18 @@ class Layout:
         return [disk for disk, _ in group.members] if group is not None else []
 
     def on_disk(self, run: Run) -> Run:
-        """The run with its updates keyed by, and cut to, the tensors on disk.
+        """The run with its updates keyed by, and cut to, the tensors on disk, and those in the
+        place of the parameters that it holds whole.
 
         Modules that are neither on disk nor in memory stay as they are.
         """
-        missing = [module for module in run.updates if self._base.weight(module) is None]
+        run = self._whole_on_disk(run)
+        missing = [
+            module
+            for module in run.updates
+            if self._base.weight(module) is None
+            or (self._base.lends(module) and self.find(f"{module}.weight") is not None)
+        ]
         placed: dict[str, list[tuple[Place, str]]] = {}
         for module in missing:
             place = self.place(module, run.shapes[module])
@@ -141,6 +149,22 @@ class Layout:
             start_rank={n: run.start_rank[m] for n, m in origin.items() if m in run.start_rank},
             embeddings=frozenset(n for n, m in origin.items() if m in run.embeddings),
         )
+
+    def _whole_on_disk(self, run: Run) -> Run:
+        """`run` with tensors on disk in the place of the parameters made of them that it holds."""
+        held = run.replaced
+        made = {n: g for n in held if self.find(n) is None and (g := self._groups.get(n))}
+        if not made:
+            return run
+        result = {name: tensor for name, tensor in held.items() if name not in made}
+        for group in {group.key: group for group in made.values()}.values():
+            own = {name: held[name] for name, other in made.items() if other is group}
+            members = {name: self._base.tensors[name] for name, _ in group.members}
+            found = rejoined(own, members, partial(self._converted, group), self.names.model)
+            if found is None:
+                raise self._unknown(next(iter(own)), f"{len(members)} tensors")
+            result |= found
+        return replace(run, replaced=result)
 
     def place(self, name: str, shape: tuple[int, int]) -> Place | None:
         """Where the update `name`, of `shape [out, in]`, goes in memory; None: nowhere known."""
@@ -253,24 +277,15 @@ class Layout:
 
     def _traced(self, group: _Group) -> dict[str, list[_Piece]]:
         """Parameter → the tensors on disk that it is made from, by numbering their rows."""
-        converter = deepcopy(group.converter)
-        spans, total = [], 0
-        for name, pattern in group.members:
+        spans, tracers, total = [], {}, 0
+        for name, _ in group.members:
             shape = self._base.tensors[name].shape
             rows = math.prod(shape[:-1])
-            tracer = torch.arange(total, total + rows).view(*shape[:-1], 1)
-            converter.add_tensor(group.key, name, pattern, tracer)
+            tracers[name] = torch.arange(total, total + rows).view(*shape[:-1], 1)
             spans.append((name, total, total + rows))
             total += rows
-        try:
-            traced = converter.convert(
-                group.key, model=self.names.model, config=self.names.model.config
-            )
-        except Exception as error:
-            raise self._unknown(group.key, f"{type(error).__name__}: {error}") from None
         result: dict[str, list[_Piece]] = {}
-        for parameter, value in traced.items():
-            numbers = value[0] if isinstance(value, list) else value
+        for parameter, numbers in self._converted(group, tracers).items():
             full = self.names.state.get(parameter)
             if full is None or numbers.shape != (*full[:-1], 1):
                 raise self._unknown(parameter, f"{list(numbers.shape)} for {full}")
@@ -278,6 +293,19 @@ class Layout:
             position[numbers.flatten()] = torch.arange(numbers.numel())
             result[parameter] = [_Piece(name, position[a:b]) for name, a, b in spans]
         return result
+
+    def _converted(
+        self, group: _Group, tensors: Mapping[str, torch.Tensor]
+    ) -> dict[str, torch.Tensor]:
+        """Parameter → what loading makes of the `tensors` on disk of `group`."""
+        converter, model = deepcopy(group.converter), self.names.model
+        for name, pattern in group.members:
+            converter.add_tensor(group.key, name, pattern, tensors[name])
+        try:
+            made = converter.convert(group.key, model=model, config=model.config)
+        except Exception as error:
+            raise self._unknown(group.key, f"{type(error).__name__}: {error}") from None
+        return {n: value[0] if isinstance(value, list) else value for n, value in made.items()}
 
     def _reverted(self, parameter: str) -> dict[str, torch.Tensor]:
         """Name in the form on disk → the rows of `parameter` that it holds."""

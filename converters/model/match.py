@@ -104,9 +104,9 @@ def changed(
 ) -> dict[str, LazyTensor]:
     """The replaced tensors that differ from the base; a tied head equal to its embedding does not.
 
-    `find` gives a tensor's name in the base where it is not `BaseModel.find`. Without a base all
-    replaced tensors count as changed; `TargetError` where these are all the checkpoint holds
-    outside of adapted modules, so that only the base can tell which were trained.
+    `find` gives a tensor's name in the base; by default the class that the run is for does. Without
+    a base all replaced tensors count as changed; `TargetError` where these are all the checkpoint
+    holds outside of adapted modules, so that only the base can tell which were trained.
     """
     if base is None:
         adapted = {f"{module}.{kind}" for module in run.updates for kind in ("weight", "bias")}
@@ -119,7 +119,8 @@ def changed(
                 remedy="pass the base model with `base`",
             )
         return dict(run.replaced)
-    find = find or base.find
+    known = None if find else _classes_of(run, base)
+    find = find or (base.find if known is None else known.whole.find)
     result = {}
     for name, tensor in run.replaced.items():
         own = find(name)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 
 from ..errors import BaseError
-from ..files.tensors import LazyTensors
+from ..files.tensors import LazyTensor, LazyTensors
 from ..run import Run
 from .architecture import empty_model
 from .base import BaseModel
@@ -13,11 +13,23 @@ from .match import classes
 from .tying import input_embedding, new_embedding
 
 
-def resized(config: Mapping[str, object], rows: int) -> dict[str, object]:
-    """The configuration for an embedding of so many `rows`, in every nested place of a text."""
-    sizes = {key: rows for key in ("vocab_size", "decoder_vocab_size") if key in config}
+def grown_by(base: BaseModel, embedding: LazyTensor | None) -> int:
+    """How many rows a run's input `embedding` has more than the base's; 0 where it has none."""
+    old = base.tensors.get(input_embedding(base) or "")
+    return 0 if embedding is None or old is None else embedding.shape[0] - old.shape[0]
+
+
+def resized(config: Mapping[str, object], more: int) -> dict[str, object]:
+    """The configuration for an embedding of so many `more` rows, in every nested place of a text.
+
+    A class may have more rows than its vocabulary has words."""
+    sizes = {
+        key: size + more
+        for key in ("vocab_size", "decoder_vocab_size")
+        if isinstance(size := config.get(key), int)
+    }
     nested = {
-        key: resized(inner, rows)
+        key: resized(inner, more)
         for key in ("text_config", "decoder", "encoder")
         if isinstance(inner := config.get(key), dict)
     }
@@ -45,12 +57,12 @@ def check_rows(
     if embedding is None and not other:
         return
     rows = None if embedding is None else embedding.shape[0]
-    old = base.tensors.get(input_embedding(base) or "")
     known = architecture is not None and classes(run.task, run.num_labels, base).known
-    grown = old is not None and rows is not None and old.shape[:1] != (rows,)
+    more = grown_by(base, embedding)
+    grown = more != 0
     if architecture is None or not known or not (grown or other):
         return
-    config = dict(base.config) if rows is None else resized(base.config, rows)
+    config = resized(base.config, more)
     state = empty_model(architecture, config, run.num_labels).state_dict()
     for name, found in shapes.items():
         expected = tuple(state[name].shape) if name in state else None

@@ -22,6 +22,7 @@ from ..model.quantized import Dequantized, method, quantization
 from ..model.tasks import architecture_of, auto_class, task_of
 from ..model.tying import embedding_in
 from ..readers import ReadOptions, read_run
+from ..readers.run_folder import CONFIG_FILE
 from ..run import Run
 from .merged.requantized import Blocks, blocks_of
 from .model import Model, read_logits
@@ -52,6 +53,12 @@ def open_transformers(folder: Path, _base: BaseModel, _run: Run) -> Model:
     known = architecture_of(read_json(file))
     if not hasattr(transformers, known):
         raise ArtifactError("unknown architecture", file=file, found=known or None)
+    if (folder / CONFIG_FILE).exists():
+        raise ArtifactError(
+            "an adapter lies beside the weights: transformers adds it to them, others do not",
+            file=folder / CONFIG_FILE,
+            remedy="take it away where it was merged already; else merge it",
+        )
     # What transformers makes at random must not be the same in the model that this is compared to.
     try:
         config = transformers.AutoConfig.from_pretrained(folder, trust_remote_code=False)

@@ -125,7 +125,13 @@ def verify(
         whole = reading.measure(truth_of(run, base).model)
         unfitted = difference(reading.values, whole)
         run, _ = fit_run(run.strip(), base, **fit)  # type: ignore[arg-type]
-    found = _compare(run, base, model, reading, prompts, earlier)
+    try:
+        found = _compare(run, base, model, reading, prompts, earlier)
+    except (BaseError, RunError, TargetError):
+        raise
+    except Exception:
+        _check_asked(run, base, prompts)
+        raise
     fault = tokenizer_fault(path, run, base)
     failures = found.failures if fault is None else (*found.failures, fault)
     return replace(found, engine=engine, fit=fit, unfitted=unfitted, failures=failures)

@@ -130,3 +130,19 @@ def test_a_hub_id_is_taken_from_the_local_cache(
     with pytest.raises(DoraExportError, match="hf download someone/other"):
         merge(read_run(llama_lora), tmp_path / "no", base="someone/other")
     assert not (tmp_path / "no").exists()
+
+
+@pytest.mark.parametrize("named", ["other.safetensors", "other.safetensors.index.json"])
+def test_weights_that_only_transformers_reads_are_refused(
+    named: str, llama_base: Path, llama_lora: Path, tmp_path: Path
+) -> None:
+    base, config = tmp_path / "base", tmp_path / "base" / "config.json"
+    shutil.copytree(llama_base, base)
+    said = json.loads(config.read_text())
+    config.write_text(json.dumps({**said, "transformers_weights": FILE}))
+    merge(llama_lora, tmp_path / "same", base=base)
+    LlamaForCausalLM.from_pretrained(tmp_path / "same")
+    config.write_text(json.dumps({**said, "transformers_weights": named}))
+    with pytest.raises(DoraExportError, match="transformers_weights"):
+        merge(llama_lora, tmp_path / "out", base=base)
+    assert not (tmp_path / "out").exists()

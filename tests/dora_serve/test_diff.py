@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 from click.testing import CliRunner
 from safetensors.torch import load_file, save_file
 
@@ -19,6 +20,8 @@ from converters.updates.rank_one import RankOneSum
 from dora_serve import DoraExportError, diff, merge, read_run, write_adapter
 from dora_serve.commands import dora_export
 from tests.conftest import MODELS, Dense
+from tests.converters.families import DECODER, save_adapter, save_base
+from tests.converters.made import WEIGHTS
 
 RUNS = {run.parent.name: run for run in MODELS.glob("runs/Checkpoint/Tiny_Llama/*/*/*")}
 COUNT, SECOND = RUNS["Count_Down"], RUNS["Every_Second"]
@@ -125,3 +128,40 @@ def test_a_model_needs_its_base_and_models_of_other_shape_are_refused(
         diff(COUNT, llama_lora)
     with pytest.raises(DoraExportError, match="no such run"):
         diff(COUNT, tmp_path / "nothing")
+
+
+def test_a_module_trained_whole_is_the_change_that_a_merged_model_has(tmp_path: Path) -> None:
+    """One side holds the matrix, the other what it adds to the base's."""
+    base = tmp_path / "base"
+    cls = save_base("gpt2", base)
+    lora = {"target_modules": ["c_attn"], "modules_to_save": ["c_fc"]}
+    save_adapter(cls, base, tmp_path / "lora", **lora)
+    merge(tmp_path / "lora", tmp_path / "merged", base=base)
+    name = "transformer.h.0.mlp.c_fc.weight"
+    change = load_file(tmp_path / "merged" / WEIGHTS)[name].double()
+    change -= load_file(base / WEIGHTS)[name].double()
+    for a, b in (("lora", "merged"), ("merged", "lora")):
+        found = diff(tmp_path / a, tmp_path / b, base=base)
+        assert len(found.modules) == 4
+        assert found.total.relative is not None
+        assert found.total.relative < 1e-6
+        assert found.modules[name].left == pytest.approx(float(change.square().sum()))
+        assert found.whole == {f"transformer.h.{n}.mlp.c_fc.bias": 0.0 for n in (0, 1)}
+    save_adapter(cls, base, tmp_path / "other", target_modules=["c_fc"])
+    against = diff(tmp_path / "lora", tmp_path / "other", base=base)
+    assert name in against.modules
+    assert name not in against.whole
+    with pytest.raises(DoraExportError, match="holds whole what the other has"):
+        diff(tmp_path / "lora", tmp_path / "other")
+
+
+def test_blocks_are_not_compared_with_a_whole(tmp_path: Path) -> None:
+    base, values = tmp_path / "base", {**DECODER, "num_local_experts": 2}
+    transformers.GptOssForCausalLM(transformers.GptOssConfig(**values)).save_pretrained(base)
+    cls = transformers.GptOssForCausalLM
+    experts = {"target_modules": [], "target_parameters": ["mlp.experts.gate_up_proj"]}
+    save_adapter(cls, base, tmp_path / "lora", **experts)
+    merge(tmp_path / "lora", tmp_path / "merged", base=base)
+    for a, b in (("lora", "merged"), ("merged", "lora")):
+        with pytest.raises(DoraExportError, match="holds whole what the other has"):
+            diff(tmp_path / a, tmp_path / b, base=base)

@@ -19,6 +19,7 @@ from converters.readers import ReadOptions
 from dora_serve import merge, read_run, verify
 from dora_serve.proof.prompts import prompts_of
 from tests.conftest import MODELS, randomize, tiny_llama
+from tests.converters.families import save_adapter, save_base
 from tests.converters.test_peft_kinds import saved, trained
 from tests.converters.tied_families import ENCODER, EYES
 
@@ -177,3 +178,14 @@ def test_what_cannot_be_asked_is_refused_and_not_called_broken(tmp_path: Path) -
     with pytest.raises(TargetError, match="does not know what to ask") as error:
         verify(run, tmp_path / "merged", base)
     assert error.value.remedy
+
+
+def test_a_live_model_that_cannot_compute_is_said(tmp_path: Path) -> None:
+    """PEFT trains no OLoRA on a Conv1D that is not square: its factors fit no forward pass."""
+    base, lora = tmp_path / "base", tmp_path / "lora"
+    cls = save_base("gpt2", base)
+    save_adapter(cls, base, lora, target_modules=["c_attn"], init_lora_weights="olora")
+    run = read_run(lora, ReadOptions(base=base))
+    with pytest.raises(TargetError, match="does not know what to ask") as error:
+        verify(run, base, base)
+    assert "mat1 and mat2" in str(error.value.found)

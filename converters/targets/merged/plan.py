@@ -30,7 +30,7 @@ from ...model.match import (
     target_architecture,
 )
 from ...model.quantized import METHODS, Dequantized, dtype_before, method, unquantized
-from ...model.rows import check_rows, resized
+from ...model.rows import check_rows, grown_by, resized
 from ...model.tying import new_embedding
 from ...model.untying import untied
 from ...progress import Progress
@@ -235,12 +235,12 @@ def plan_merge(
                 each
                 for old, tensor in tensors.items()
                 if old in renamed
-                for each in outputs(renamed[old], tensor)
+                for each in outputs(renamed[old], replaced.get(old, tensor))
             ]
         for name, old in own.items():
             if old is None and not fused[name] and (tensor := _from_run(run, base, name)):
                 names[name] = tensor
-        names |= replaced
+        names |= {n: tensor for n, tensor in replaced.items() if n not in renamed}
     last = shards[_shard_name(list(base.shards)[-1])]
     # A tensor that the base does not hold takes the dtype of its neighbours.
     added = dtype or base.dtype()
@@ -334,8 +334,8 @@ def _config(
 ) -> dict[str, object]:
     plain = base.stored is not None and not packed
     config = unquantized(base.config) if plain else dict(base.config)
-    if embedding is not None:
-        config = resized(config, embedding.shape[0])
+    if more := grown_by(base, embedding):
+        config = resized(config, more)
     if architecture is not None:
         config["architectures"] = [architecture]
     if str(run.task).endswith("classification") and run.num_labels is not None:

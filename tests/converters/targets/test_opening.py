@@ -108,6 +108,18 @@ def test_a_class_that_transformers_lacks(
     assert (caught.value.file, caught.value.found) == (folder / "config.json", found)
 
 
+def test_an_adapter_beside_the_weights_is_no_merged_model(
+    llama_base: Path, llama_lora: Path, tmp_path: Path
+) -> None:
+    folder = Path(shutil.copytree(llama_base, tmp_path / "out"))
+    shutil.copytree(llama_lora, folder, dirs_exist_ok=True)
+    # transformers computes what was trained, and who reads the weights alone does not.
+    assert LlamaForCausalLM.from_pretrained(folder).peft_config
+    with pytest.raises(ArtifactError, match="an adapter lies beside the weights") as caught:
+        open_transformers(folder, open_base(llama_base), read_run(llama_lora))
+    assert caught.value.file == folder / "adapter_config.json"
+
+
 def test_what_is_not_loaded_is_an_error_of_the_artifact(
     llama_base: Path, llama_lora: Path, tmp_path: Path
 ) -> None:
