@@ -44,6 +44,13 @@ def not_read(folder: RunFolder) -> list[str]:
 def _unknown(config: Mapping[str, object]) -> Iterator[str]:
     """A warning that names the switches nobody here knows, and settings that PEFT does not. Of
     other tuners PEFT knows its own switches."""
+    asked = {
+        key: value
+        for key, value in config.items()
+        if (value is True and key not in _SWITCHES) or (value and isinstance(value, dict))
+    }
+    if not asked:
+        return  # PEFT takes seconds and 200 MB to import
     kind = str(config.get("peft_type") or "LORA")
     try:
         from peft import PEFT_TYPE_TO_CONFIG_MAPPING
@@ -53,13 +60,8 @@ def _unknown(config: Mapping[str, object]) -> Iterator[str]:
         if kind != "LORA":
             return  # a tuner that PEFT does not have: its reader knows its switches
         fields = frozenset(config)
-    known = _SWITCHES if kind == "LORA" else _SWITCHES | fields
-    names = [
-        key
-        for key, value in config.items()
-        if (value is True and key not in known)
-        or (value and isinstance(value, dict) and key not in fields)
-    ]
+    known = _SWITCHES if kind == "LORA" else fields
+    names = [key for key, value in asked.items() if key not in (known if value is True else fields)]
     if names:
         yield (
             f"{CONFIG_FILE} switches on what is not known here: {', '.join(sorted(names))}; if it "
