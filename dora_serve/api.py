@@ -130,14 +130,17 @@ def write_onnx(
     run: Run | None = None,
     adapters: Mapping[str, Run] | None = None,
     precision: str = "fp32",
+    calibrate: str | Path | None = None,
     force: bool = False,
     dry_run: bool = False,
 ) -> Artifact:
     """Write `run` merged into `base`, or `base` with `adapters` (name → run), for ONNX Runtime.
     `{}` makes graphs of a decoder that adapters can be added to later.
 
-    `precision` is fp32, fp16, int8 or int4. What torch exports is compared with the model, in
-    float32, before it is written. For what the builder makes, the certificate records the error:
+    `precision` is fp32, fp16, int8 or int4; `calibrate`: a text to whose first 12,288 tokens the
+    4 bits of a decoder are fitted, which loses less in fewer bytes. What torch exports is compared
+    with the model, in float32, before it is written. For what the builder makes, the certificate
+    records the error:
     run `verify`.
     Raises `DoraExportError` with nothing written.
     """
@@ -150,6 +153,7 @@ def write_onnx(
         run=run,
         adapters=adapters,
         precision=precision,
+        calibrate=None if calibrate is None else Path(calibrate),
         force=force,
         dry_run=dry_run,
         prove=partial(_accuracy, base=model, run=run, adapters=adapters or {}),

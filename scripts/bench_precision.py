@@ -1,9 +1,9 @@
 """A decoder in every precision: bytes, milliseconds of a step, and its distance to float32 on text.
 
-    python scripts/bench_precision.py BASE WORK [TEXT …] [--threads 2] [--rounds 9]
+    python scripts/bench_precision.py BASE WORK [TEXT …] [--calibrate OTHER] [--threads 2]
 
 Folders that WORK has already are measured too, by their names. The steps of all are taken in turn.
-Texts are these docs, if none are given.
+Texts are these docs, if none are given. `--calibrate`: int4 fitted to another text as well.
 """
 
 from __future__ import annotations
@@ -77,14 +77,18 @@ def main() -> None:
     parser.add_argument("base", type=Path)
     parser.add_argument("work", type=Path)
     parser.add_argument("texts", type=Path, nargs="*", default=TEXTS)
+    parser.add_argument("--calibrate", type=Path)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--rounds", type=int, default=9)
     arguments = parser.parse_args()
-    for precision in WRITTEN:
-        if not (out := arguments.work / precision).exists():
+    wanted: dict[str, dict[str, Any]] = {name: {"precision": name} for name in WRITTEN}
+    if arguments.calibrate is not None:
+        wanted["int4 fitted"] = {"precision": "int4", "calibrate": arguments.calibrate}
+    for name, options in wanted.items():
+        if not (out := arguments.work / name).exists():
             from dora_serve import write_onnx
 
-            write_onnx(arguments.base, out, adapters={}, precision=precision)
+            write_onnx(arguments.base, out, adapters={}, **options)
     folders = {path.name: path for path in sorted(arguments.work.iterdir()) if path.is_dir()}
     graphs = {name: session(folder, arguments.threads) for name, folder in folders.items()}
     text = "".join(path.read_text(encoding="utf-8") for path in arguments.texts)

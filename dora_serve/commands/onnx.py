@@ -54,6 +54,7 @@ def command(
     adapter_runs: tuple[str, ...],
     add: bool,
     precision: str,
+    calibrate: Path | None,
     dry_run: bool,
     force: bool,
     as_json: bool,
@@ -100,6 +101,7 @@ def command(
             run=run,
             adapters=adapters or None,
             precision=precision,
+            calibrate=calibrate,
             force=force,
             dry_run=dry_run,
         )

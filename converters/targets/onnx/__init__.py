@@ -31,6 +31,9 @@ class OnnxOptions:
     precision: str = option(
         "fp32", "Of the base's weights; adapters stay float32.", choices=PRECISIONS
     )
+    calibrate: Path | None = option(
+        None, "int4 of a decoder: text whose first 12,288 tokens the weights are fitted to."
+    )
 
 
 class Onnx(Target):
@@ -46,7 +49,7 @@ class Onnx(Target):
 
         if base is None:
             raise TargetError("a graph is made of its base", file=run.path, remedy="pass `base`")
-        return plan_onnx(base, run=run, precision=options.precision)
+        return plan_onnx(base, run=run, precision=options.precision, calibrate=options.calibrate)
 
     def holds(self, folder: Path) -> bool:
         return is_onnx_folder(folder)
@@ -59,6 +62,7 @@ def write_onnx(
     run: Run | None = None,
     adapters: Mapping[str, Run] | None = None,
     precision: str = "fp32",
+    calibrate: Path | None = None,
     force: bool = False,
     dry_run: bool = False,
     prove: Prove | None = None,
@@ -71,7 +75,7 @@ def write_onnx(
     from ..publish import publish
     from .plan import plan_onnx
 
-    plan = plan_onnx(base, run=run, adapters=adapters, precision=precision)
+    plan = plan_onnx(base, run=run, adapters=adapters, precision=precision, calibrate=calibrate)
     return publish(plan, output, force=force, dry_run=dry_run, prove=prove)
 
 

@@ -8,10 +8,13 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import onnx_ir as ir
+from numpy.typing import NDArray
 
 from .export import quiet
-from .quantized import Blocks, blocks_of, quantize
+from .fitted import fit
+from .quantized import Blocks, Fit, blocks_of, quantize
 from .step import step_times
 
 DATA = "model.onnx.data"
@@ -22,12 +25,20 @@ _INSIDE = 900_000_000  # bytes of weights that a graph, which ends at 2 GB, may 
 class GraphWriter:
     """Writes the graphs of one folder in one precision, over one file of weights.
 
-    `decodes`: they are of a decoder, whose int8 is of weights in blocks too. `times`: of a step of
-    the first such graph, once it is written.
+    `decodes`: they are of a decoder, whose int8 is of weights in blocks too; `rows`: tokens that
+    its 4 bits are fitted to. `times`: of a step of the first such graph, once it is written.
     """
 
-    def __init__(self, folder: Path, precision: str, *, decodes: bool = False) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        precision: str,
+        *,
+        decodes: bool = False,
+        rows: NDArray[np.int64] | None = None,
+    ) -> None:
         self._folder, self.precision = folder, precision
+        self._rows = rows
         self._blocks = precision == "int4" or (precision == "int8" and decodes)
         self._untimed = decodes
         self.times: dict[str, float] | None = None
@@ -53,7 +64,9 @@ class GraphWriter:
             if self._blocks:
                 small = ir.load(file)
                 bits = int(self.precision.removeprefix("int"))
-                quantize(small, bits, modules or {}, self._keep)
+                if self._rows is not None and not self._kept:
+                    fit(file, small, modules or {}, self._rows, self._keep)
+                quantize(small, bits, modules or {}, self._rows is not None, self._keep)
                 _save(small, self._folder / name, self._places)
                 if self._untimed:  # the next graph would want an adapter for every row
                     self._untimed = False
@@ -62,12 +75,14 @@ class GraphWriter:
                 small = ir.from_proto(shrunk(file, self.precision))
                 _save(small, self._folder / name, self._places)
 
-    def _keep(self, matrix: ir.TensorProtocol, bits: int, block: int, turned: bool) -> Blocks:
+    def _keep(
+        self, matrix: ir.TensorProtocol, bits: int, block: int, turned: bool, fit: Fit | None = None
+    ) -> Blocks:
         """What became of a matrix, computed and written once for all graphs."""
         key = (hashlib.sha256(matrix.tobytes()).digest(), bits, block, turned)
         if key not in self._kept:
             data = self._folder / DATA
-            found = blocks_of(matrix, bits, block, turned).items()
+            found = blocks_of(matrix, bits, block, turned, fit).items()
             self._kept[key] = {kind: _place(each, data, self._places) for kind, each in found}
         if isinstance(matrix, ir.ExternalTensor):
             matrix.release()

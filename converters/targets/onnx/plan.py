@@ -8,7 +8,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from ...certificate import FILE, fingerprint_of_base, tool
 from ...errors import TargetError
@@ -24,6 +26,7 @@ from ..merged.plan import plan_merge
 from ..target import Plan, Report
 from .encoder import ENCODER_TASKS
 from .encoder import _heads as heads_of
+from .fitted import rows_of
 from .report import MERGED, OnnxReport, adapter_certificates, refuse
 from .seq2seq import SEQ2SEQ_TASK
 
@@ -36,7 +39,8 @@ class OnnxPlan(Plan):
     """`graphs`: their files; an encoder's batched one is left out where it cannot be.
 
     `adapters`: name → stripped run; None for graphs without branches. `merges`: whether `run` goes
-    into the weights; else it is one of the adapters, or None.
+    into the weights; else it is one of the adapters, or None. `calibrate`: the text that 4 bits are
+    fitted to, `rows` its tokens.
     """
 
     run: Run
@@ -46,11 +50,14 @@ class OnnxPlan(Plan):
     adapters: Mapping[str, Run] | None
     precision: str
     merges: bool
+    calibrate: Path | None = None
+    rows: NDArray[np.int64] | None = None
 
     @property
     def inputs(self) -> list[Path]:
         runs = [self.run] if self.merges else list((self.adapters or {}).values())
-        return [self.base.path, *(path for run in runs for path in (run.path, *run.inputs))]
+        texts = [] if self.calibrate is None else [self.calibrate]
+        return [self.base.path, *texts, *(path for run in runs for path in (run.path, *run.inputs))]
 
     def summary(self) -> dict[str, Any]:
         adapters = (self.adapters or {}).items()
@@ -94,6 +101,7 @@ def plan_onnx(
     run: Run | None = None,
     adapters: Mapping[str, Run] | None = None,
     precision: str = "fp32",
+    calibrate: Path | None = None,
 ) -> OnnxPlan:
     """What `write_onnx` writes. Raises `DoraExportError` for what graphs cannot carry, and
     `ModuleNotFoundError` where what builds them is not installed."""
@@ -119,6 +127,14 @@ def plan_onnx(
             remedy="deploy the merged model (`merge`)",
         )
     _check_adapters(stripped or {}, base, task)
+    if calibrate is not None and (precision != "int4" or task != "causal-lm"):
+        raise TargetError(
+            "nothing is fitted to a text here",
+            file=calibrate,
+            found=f"{task} in {precision}",
+            expected="a decoder in int4",
+            remedy="leave out `calibrate`",
+        )
     if merged is not None:
         plan_merge(merged, base, torch.float32)
     carries = merged is None and (
@@ -141,6 +157,8 @@ def plan_onnx(
         adapters=stripped,
         precision=precision,
         merges=merged is not None,
+        calibrate=calibrate,
+        rows=None if calibrate is None else rows_of(calibrate, base),
     )
 
 

@@ -5,15 +5,17 @@ them to 8 bits in the same blocks: in blocks of 32, as llama.cpp's Q8_0 has them
 times the divergence. Graphs of 4 bits have blocks of 32 with a zero of their own, scale and zero
 chosen for the least error of the larger weights; and the matrices that they hurt most get 8 bits:
 the head, values, what attention adds to the residual, the way down into it, and what chooses
-experts. Embeddings get 8 bits too, and are the head's where the two are tied.
+experts. Fitted to a text (`fitted.py`) the others lose less, and what attention adds and most ways
+down can have 4 bits as well. Embeddings get 8 bits too, and are the head's where the two are tied.
 """
 
 from __future__ import annotations
 
 import os
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from typing import NamedTuple, Protocol
 
 import numpy as np
 import onnx_ir as ir
@@ -22,51 +24,83 @@ from onnx_ir.passes.common import RemoveUnusedNodesPass
 
 from .surgery import Scope, replace, take
 
-_BLOCK = {8: 16, 4: 32}  # bits of a graph → weights, and activations, that share a scale
+BLOCK = {8: 16, 4: 32}  # bits of a graph → weights, and activations, that share a scale
 _INTEGERS = 4  # ONNX Runtime's level of accuracy at which activations are rounded to 8 bits
 _LEVELS = np.linspace(11, 17, 13, dtype=np.float32)  # steps that a block's span is tried to have
 _AT_ONCE = 1 << 18  # weights that are looked at together
-_SENSITIVE = {
-    *("v_proj", "o_proj", "out_proj", "dense"),
-    *("down_proj", "fc2", "c_proj", "gate", "router"),
-}
+_VALUES, _OUT = {"v_proj", "gate", "router"}, {"o_proj", "out_proj", "dense"}
+_DOWN = {"down_proj", "fc2", "c_proj"}
+_EDGES = 8  # of the layers one part at each end, whose ways down have 8 bits though fitted
 _Array = NDArray[np.float32]
 # What a matrix became: `B [out, blocks, bytes]`, the same as `rows [out, bytes]`, `scales [out,
 # blocks]` and, of 4 bits, `zero_points`.
 Blocks = dict[str, ir.TensorProtocol]
-# Keeps and returns what became of a matrix, given bits, its blocks' size, and if it is `[out, in]`.
-Keep = Callable[[ir.TensorProtocol, int, int, bool], Blocks]
 
 
-def quantize(model: ir.Model, bits: int, modules: Mapping[str, str], keep: Keep) -> None:
+class Fit(NamedTuple):
+    """What a matrix of `in` columns is fitted to: `importance [in]` of each, and `upper [in, in]`,
+    by which an error in one is made up for by those behind it."""
+
+    importance: _Array
+    upper: _Array
+
+
+class Keep(Protocol):
+    """Keeps and returns what became of a matrix. `turned`: it is `[out, in]`."""
+
+    def __call__(
+        self, matrix: ir.TensorProtocol, bits: int, block: int, turned: bool, fit: Fit | None = None
+    ) -> Blocks: ...
+
+
+class Product(NamedTuple):
+    """A product with a constant matrix, `[out, in]` where it is `turned`, which becomes `bits`."""
+
+    node: ir.Node
+    matrix: ir.TensorProtocol
+    bits: int
+    turned: bool
+
+
+def quantize(
+    model: ir.Model, bits: int, modules: Mapping[str, str], fitted: bool, keep: Keep
+) -> None:
     """Give every product of a graph with a constant matrix its weights in `bits`, in place.
 
-    `modules`: node → the module that it computes, where that is known.
+    `modules`: node → the module that it computes, where that is known. `fitted`: to a text.
     """
     graph = model.graph
+    for product in list(products(graph, bits, modules, fitted)):
+        _shrink_product(graph, product, BLOCK[bits], keep)
     for node in list(graph):
-        if node.op_type == "MatMul":
-            _shrink_product(graph, node, bits, modules.get(str(node.name)), keep)
-        elif node.op_type == "Gather" and take(node, 1).name == "input_ids":
-            _shrink_embedding(graph, node, _BLOCK[bits], keep)
+        if node.op_type == "Gather" and take(node, 1).name == "input_ids":
+            _shrink_embedding(graph, node, BLOCK[bits], keep)
     model.opset_imports.setdefault("com.microsoft", 1)
     graph.sort()
     RemoveUnusedNodesPass()(model)
 
 
-def _shrink_product(
-    graph: ir.Graph, node: ir.Node, bits: int, module: str | None, keep: Keep
-) -> None:
-    value, turned = _source(take(node, 1))
-    matrix = _constant(value)
-    if matrix is None:  # as of a product with what an adapter brings
-        return
-    own = 8 if module is not None and _hurts(module) else bits
+def products(
+    graph: ir.Graph, bits: int, modules: Mapping[str, str], fitted: bool
+) -> Iterator[Product]:
+    """What `quantize` makes smaller; products with what an adapter brings are none."""
+    hurt = _hurt(modules.values(), fitted)
+    for node in graph:
+        value, turned = _source(take(node, 1)) if node.op_type == "MatMul" else (None, False)
+        matrix = None if value is None else _constant(value)
+        if matrix is not None:
+            sensitive = modules.get(str(node.name)) in hurt
+            yield Product(node, matrix, 8 if sensitive else bits, turned)
+
+
+def _shrink_product(graph: ir.Graph, product: Product, block: int, keep: Keep) -> None:
+    node, matrix, bits, turned = product
+    value, _ = _source(take(node, 1))
     rows, columns = matrix.shape.numpy()[:: -1 if turned else 1]
-    kept = keep(matrix, own, _BLOCK[bits], turned)
+    kept = keep(matrix, bits, block, turned)
     kinds = ["B", "scales", *kept.keys() & {"zero_points"}]
-    inputs = [take(node, 0), *_added(graph, f"{value.name}.{own}bits", kept, kinds)]
-    sizes = {"K": rows, "N": columns, "bits": own, "block_size": _BLOCK[bits]}
+    inputs = [take(node, 0), *_added(graph, f"{value.name}.{bits}bits", kept, kinds)]
+    sizes = {"K": rows, "N": columns, "bits": bits, "block_size": block}
     _put(graph, node, "MatMulNBits", inputs, {**sizes, "accuracy_level": _INTEGERS})
 
 
@@ -113,22 +147,37 @@ def _put(
     graph.remove(node, safe=True)
 
 
-def _hurts(module: str) -> bool:
-    """Whether the matrix of a module is one that 4 bits hurt most."""
-    return module.rpartition(".")[2] in _SENSITIVE or re.search(r"\.\d+\.", module) is None
+def _hurt(modules: Iterable[str], fitted: bool) -> set[str]:
+    """Those whose matrices 4 bits hurt most."""
+    layers = {module: re.search(r"\.(\d+)\.", module) for module in modules}
+    count = 1 + max((int(layer[1]) for layer in layers.values() if layer), default=0)
+    found = set()
+    for module, layer in layers.items():
+        kind, number = module.rpartition(".")[2], int(layer[1]) if layer else 0
+        edge = min(number, count - 1 - number) < count // _EDGES
+        hurt = _VALUES | (set() if fitted else _OUT) | (set() if fitted and not edge else _DOWN)
+        if layer is None or kind in hurt:
+            found.add(module)
+    return found
 
 
-def blocks_of(tensor: ir.TensorProtocol, bits: int, block: int, turned: bool) -> Blocks:
-    """What becomes of a float32 matrix `[in, out]`, or `[out, in]` when it is `turned`. The last
-    block of a row is filled with zeros."""
+def blocks_of(
+    tensor: ir.TensorProtocol, bits: int, block: int, turned: bool, fit: Fit | None = None
+) -> Blocks:
+    """What becomes of a float32 matrix `[in, out]`, or `[out, in]` when it is `turned`; in 4 bits
+    as `fit` says. The last block of a row is filled with zeros."""
     matrix = tensor.numpy() if turned else tensor.numpy().T
-    count = max(1, _AT_ONCE // matrix.shape[1])
+    # What is fitted goes column by column, for which few rows take as long as many.
+    count = max(1, (_AT_ONCE if fit is None else 16 * _AT_ONCE) // matrix.shape[1])
 
     def part(begin: int) -> dict[str, NDArray[np.generic]]:
         rows = np.asarray(matrix[begin : begin + count], np.float32)
         filled = np.pad(rows, ((0, 0), (0, -rows.shape[1] % block)))
         blocks = filled.reshape(len(rows), -1, block)
-        return _eight(blocks) if bits == 8 else _four(blocks)
+        if bits == 8:
+            return _eight(blocks)
+        scales, zeros, values = scaled(blocks) if fit is None else _fitted(blocks, fit)
+        return _four(scales[..., 0], zeros[..., 0], values)
 
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         parts = list(pool.map(part, range(0, len(matrix), count)))
@@ -146,8 +195,9 @@ def _eight(blocks: _Array) -> dict[str, NDArray[np.generic]]:
     return {"B": values, "scales": scales[..., 0]}
 
 
-def _four(blocks: _Array) -> dict[str, NDArray[np.generic]]:
-    """The same in 4 bits, two to a byte, the lower half first.
+def scaled(blocks: _Array, importance: float | _Array = 1.0) -> tuple[_Array, _Array, _Array]:
+    """Of `blocks [rows, blocks, weights]` in 4 bits the scales and zeros `[rows, blocks, 1]`, and
+    the steps from the smallest, 0 to 15.
 
     For every number of steps that a block's span may have, the scale is the one of least weighted
     squared error, as llama.cpp's k-quants weigh it; but of the whole zero that is stored, and so
@@ -157,7 +207,7 @@ def _four(blocks: _Array) -> dict[str, NDArray[np.generic]]:
     low = np.minimum(blocks.min(-1, keepdims=True), 0)
     span = np.maximum(blocks.max(-1, keepdims=True), 0) - low
     span[span == 0] = 1
-    weights = np.abs(blocks) + np.sqrt((blocks**2).mean(-1, keepdims=True))
+    weights = importance * (np.abs(blocks) + np.sqrt((blocks**2).mean(-1, keepdims=True)))
     weighted = weights * blocks
     gain, scales = np.full_like(low, -1), np.ones_like(low)
     zeros, values = np.zeros_like(low), np.zeros_like(blocks)
@@ -176,10 +226,38 @@ def _four(blocks: _Array) -> dict[str, NDArray[np.generic]]:
             (values, steps_off + zero),
         ):
             np.copyto(best, tried, where=better)
-    codes, zero = values.astype(np.uint8), zeros[..., 0].astype(np.uint8)
+    return scales, zeros, values
+
+
+def _fitted(blocks: _Array, fit: Fit) -> tuple[_Array, _Array, _Array]:
+    """The same of a matrix that is fitted, column by column (Frantar et al. 2022, "GPTQ",
+    algorithm 1): what rounding a weight leaves is taken from the weights behind it."""
+    rows = blocks.reshape(len(blocks), -1).copy()
+    block = blocks.shape[-1]
+    scales, zeros, values = [], [], np.empty_like(rows)
+    for begin in range(0, rows.shape[1], block):
+        here, behind = slice(begin, begin + block), slice(begin + block, None)
+        scale, zero, _ = scaled(rows[:, None, here], fit.importance[here])
+        scales.append(scale)
+        zeros.append(zero)
+        errors = np.empty((len(rows), block), np.float32)
+        upper = fit.upper[here, here]
+        for i in range(block):
+            column = rows[:, begin + i]
+            code = np.clip(np.rint(column / scale[:, 0, 0]) + zero[:, 0, 0], 0, 15)
+            values[:, begin + i] = code
+            errors[:, i] = (column - (code - zero[:, 0, 0]) * scale[:, 0, 0]) / upper[i, i]
+            rows[:, begin + i : begin + block] -= errors[:, i : i + 1] * upper[i, i:]
+        rows[:, behind] -= errors @ fit.upper[here, behind]
+    return np.concatenate(scales, 1), np.concatenate(zeros, 1), values.reshape(blocks.shape)
+
+
+def _four(scales: _Array, zeros: _Array, values: _Array) -> dict[str, NDArray[np.generic]]:
+    """What `scaled` found as it is stored: two to a byte, the lower half first."""
+    codes, zero = values.astype(np.uint8), zeros.astype(np.uint8)
     zero = np.pad(zero, ((0, 0), (0, zero.shape[1] % 2)))
     return {
         "B": codes[..., ::2] | codes[..., 1::2] << 4,
-        "scales": scales[..., 0],
+        "scales": scales,
         "zero_points": zero[:, ::2] | zero[:, 1::2] << 4,
     }

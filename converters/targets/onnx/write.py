@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from ...certificate import sha256
 from ...files.onnx_files import FOLDER, SUFFIX, graphs_in, heads_in
 from ...model.base import BaseModel, open_base
 from ...model.match import changed
@@ -35,9 +36,12 @@ _NOTHING = 5.0  # milliseconds, of a model too small to tell
 
 def write_graphs(folder: Path, plan: OnnxPlan) -> OnnxReport:
     """Build what is planned in `folder`."""
-    details = {"precision": plan.precision}
+    details: dict[str, object] = {"precision": plan.precision}
+    if plan.calibrate is not None and plan.rows is not None:
+        text = {"name": plan.calibrate.name, "tokens": plan.rows.size}
+        details["calibration"] = {**text, "sha256": sha256(plan.calibrate)}
     decodes = plan.task not in ENCODER_TASKS and plan.task != SEQ2SEQ_TASK
-    writer = GraphWriter(folder, plan.precision, decodes=decodes)
+    writer = GraphWriter(folder, plan.precision, decodes=decodes, rows=plan.rows)
     if plan.merges:
         merged = folder / ".merged"
         merged.mkdir()
