@@ -140,6 +140,7 @@ def _answer(asker: socket.socket) -> NoReturn:
         arguments, folder, environment = json.loads(words.read(int.from_bytes(size, "big")))
     child = os.fork()
     if child == 0:
+        os.setpgrp()
         asker.close()
         for number, stream in enumerate(streams):
             os.dup2(stream, number)

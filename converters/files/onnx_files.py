@@ -86,5 +86,5 @@ def digest(parameters: Mapping[str, Array]) -> bytes:
     found = sha256()
     for name, array in sorted(parameters.items()):
         found.update(f"{name} {array.dtype} {array.shape};".encode())
-        found.update(array.tobytes())
+        found.update(array.data)
     return found.digest()

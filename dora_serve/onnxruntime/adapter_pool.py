@@ -13,7 +13,12 @@ from .session import EngineError
 
 
 class AdapterPool:
-    """The adapters loaded into `engine`, by their file's path; at most `max_bytes` of files."""
+    """The adapters loaded into `engine`, by their file's path; at most `max_bytes` of files.
+
+    Threads that run the engine `acquire` and `release`, and wait for one another while one loads an
+    adapter, which takes seconds for a large one. `expect` and `forget` wait for nobody: the thread
+    that asks them answers all clients.
+    """
 
     def __init__(self, engine: AdaptedFolder, max_bytes: int) -> None:
         self._engine, self._max_bytes = engine, max_bytes
@@ -32,8 +37,7 @@ class AdapterPool:
 
     def expect(self, path: str, digest: str) -> None:
         """Load the adapter at `path` only while its parameters have this digest."""
-        with self._lock:
-            self._digests[path] = digest
+        self._digests[path] = digest
 
     def acquire(self, path: str | None) -> bool:
         """Load the adapter at `path` unless it is there, and keep it until `release`; False when
@@ -42,8 +46,9 @@ class AdapterPool:
         Raises `DoraExportError` when it cannot be loaded or does not fit the graph.
         """
         with self._lock:
-            for each in [each for each in self._unwanted if not self._users[each]]:
-                self._drop(each)
+            for each in [*self._unwanted]:  # to which others add meanwhile
+                if not self._users[each]:
+                    self._drop(each)
             if path is None:
                 return True
             if path not in self._sizes:
@@ -76,9 +81,7 @@ class AdapterPool:
     def forget(self, path: str) -> None:
         """Have the adapter dropped by the next `acquire` that finds it unused: by a thread that
         runs the engine, since another may ask while a step computes with all that is loaded."""
-        with self._lock:
-            if path in self._sizes:
-                self._unwanted.add(path)
+        self._unwanted.add(path)
 
     def _check(self, path: str) -> None:
         known = self._digests.get(path)
@@ -97,6 +100,7 @@ class AdapterPool:
         return self.bytes + size <= self._max_bytes
 
     def _drop(self, path: str) -> None:
-        self._engine.remove_adapter(path)
-        del self._sizes[path], self._users[path]
+        if path in self._sizes:
+            self._engine.remove_adapter(path)
+            del self._sizes[path], self._users[path]
         self._unwanted.discard(path)

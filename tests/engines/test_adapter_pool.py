@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from collections import Counter
 from pathlib import Path
+from threading import Event, Thread
 from typing import Any
 
 import pytest
@@ -102,3 +103,31 @@ def test_what_cannot_be_loaded(folder: Path) -> None:
         pool.acquire(str(folder / "nothing"))
     assert pool.acquire(str(folder / "d"))
     assert str(folder / "e") not in pool
+
+
+def test_who_answers_clients_does_not_wait_for_an_adapter_that_is_loaded(folder: Path) -> None:
+    """A large one takes seconds."""
+    begun, told = Event(), Event()
+
+    class Slow(Engine):
+        def add_adapter(self, name: str, path: str) -> None:
+            begun.set()
+            assert told.wait(60)
+            super().add_adapter(name, path)
+
+    pool, path, other = pool_of(Slow()), str(folder / "a"), str(folder / "b")
+    loading = Thread(target=pool.acquire, args=(path,))
+    loading.start()
+    assert begun.wait(60)
+
+    def tell() -> None:
+        pool.expect(other, "")
+        pool.forget(path)
+        told.set()
+
+    Thread(target=tell, daemon=True).start()
+    loading.join(60)
+    assert path in pool  # who acquired it has it
+    pool.release(path)
+    pool.acquire(None)
+    assert path not in pool

@@ -19,6 +19,7 @@ import httpx
 import pytest
 import torch
 from openai import OpenAI
+from safetensors.torch import save_file
 from transformers import AutoTokenizer, RobertaConfig, RobertaModel
 
 from dora_serve.onnxruntime.limits import Limits
@@ -89,6 +90,18 @@ def free_port() -> int:
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
         return int(listener.getsockname()[1])
+
+
+def save_adapter(folder: Path) -> None:
+    """One of the decoder, as PEFT saves it."""
+    folder.mkdir(parents=True)
+    said = {"peft_type": "LORA", "r": 2, "lora_alpha": 4, "target_modules": ["q_proj"]}
+    (folder / "adapter_config.json").write_text(json.dumps(said))
+    torch.manual_seed(0)
+    name = "base_model.model.model.layers.0.self_attn.q_proj"
+    factors = {"lora_A": torch.randn(2, 64), "lora_B": torch.randn(64, 2)}
+    tensors = {f"{name}.{part}.weight": factor for part, factor in factors.items()}
+    save_file(tensors, folder / "adapter_model.safetensors")
 
 
 @contextmanager

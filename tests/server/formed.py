@@ -9,6 +9,7 @@ from tests.server.attacks import MANY, Attack, Send, complete, head, post, raw
 from tests.server.followed import chats
 from tests.server.test_structure import MODEL
 
+ADAPTER = ".later/adapter"  # below the served folder
 _KIND = "multipart/form-data; boundary=x"
 _PART = b'--x\r\nContent-Disposition: form-data; name="file"'
 
@@ -49,7 +50,22 @@ FORMED: dict[str, Attack] = {
     "parameters of a form": forms(
         lambda: _PART + b"\r\n\r\n\r\n--x--", _KIND.replace("; ", ";" * 15_000)
     ),
+    "parameters of two kinds": forms(
+        lambda: _PART + b"; name*0=a; name*=utf-8''b\r\n\r\n\r\n--x--"
+    ),
+    "an adapter of PEFT to convert": post(
+        "/v1/load_lora_adapter", lambda: {"lora_name": "adapter", "lora_path": ADAPTER}, 200
+    ),
     "the widest beams": beams(max_tokens=40),
+    "log-probabilities told twice": complete(
+        lambda: {
+            "prompt": ["say the cat " * 6] * 128,
+            "model": MODEL,
+            "logprobs": 20,
+            "echo": True,
+        },
+        200,
+    ),
     "beams of what is told": beams(max_tokens=20, logprobs=20, ignore_eos=True),
     "arguments of a call": chats(
         *(200, 400), messages=[_called("[" + ("[" * 90 + "]" * 90 + ",") * 22_000 + "1]")]

@@ -246,6 +246,7 @@ def test_adapters_come_and_go(client: openai.OpenAI, server: Server) -> None:
             "lora_name": "again",
             "lora_path": str(server.root / RUNS[DOWN].relative_to(MODELS)),
             "load_inplace": True,
+            "is_3d_lora_weight": False,
         }
         assert http.post("/v1/load_lora_adapter", json=inplace).status_code == 200
         assert complete(client, "again", "count : nine").choices[0].text.startswith(" eight")

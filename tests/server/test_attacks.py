@@ -20,10 +20,10 @@ from dora_serve.server.options import ServerOptions
 from tests.conftest import MODELS
 from tests.server import meter
 from tests.server.attacks import ATTACKS, LATER, PATTERN, SLOW, TEMPLATE
-from tests.server.conftest import BASE, DOWN, EMBEDS, Server, started
+from tests.server.conftest import BASE, DOWN, EMBEDS, Server, save_adapter, started
 from tests.server.crossed import CROSS, CROSSED
 from tests.server.followed import FOLLOWED
-from tests.server.formed import FORMED
+from tests.server.formed import ADAPTER, FORMED
 from tests.server.parity_models import save_encoder
 from tests.server.smuggled import MORE
 from tests.server.test_structure import MODEL, save_bytes_model
@@ -68,6 +68,7 @@ def attacked(place: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[
     later = root / LATER  # which nothing finds
     shutil.copytree(MODELS / "runs/Checkpoint" / RUN, later)
     shutil.copyfile(MODELS / "runs/Log" / RUN / "task_info.json", later / "task_info.json")
+    save_adapter(root / ADAPTER)
     (root / BASE / "chat_template.jinja").write_text(TEMPLATE)
     file = root / BASE / "tokenizer.json"
     tokenizer = json.loads(file.read_text())

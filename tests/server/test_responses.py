@@ -93,6 +93,48 @@ def test_a_stream_is_the_whole(client: openai.OpenAI) -> None:
     assert len(part.logprobs) == 12
 
 
+def test_the_log_probabilities_of_a_stream_are_the_whole(client: openai.OpenAI) -> None:
+    """Those of tokens whose text comes later, parts of a character, and of the end, too."""
+    asked: Any = {**OPTIONS, "input": "Hello", "max_output_tokens": 12, "top_logprobs": 2,
+                  "include": ["message.output_text.logprobs"]}  # fmt: skip
+    ended: Any = {"structured_outputs": {"regex": "abcab"}}
+    apart = 0
+    for more in ({}, {"temperature": 1, "extra_body": {"seed": 2}}, {"extra_body": ended}):
+        (message,) = client.responses.create(**{**asked, **more}).output
+        assert message.type == "message"
+        truth = [(each.token, each.logprob) for each in message.content[0].logprobs]
+        told: list[tuple[str, float]] = []
+        for event in client.responses.create(**{**asked, **more}, stream=True):
+            if event.type == "response.output_text.delta":
+                told += [(each.token, each.logprob) for each in event.logprobs]
+                apart += len(event.logprobs) != 1 or not event.delta
+            if event.type == "response.output_text.done":
+                done = [(each.token, each.logprob) for each in event.logprobs]
+        assert len(truth) > 1
+        assert done == told
+        assert [token for token, _ in told] == [token for token, _ in truth]
+        values = [value for _, value in truth]
+        assert [value for _, value in told] == pytest.approx(values, abs=1e-4)
+    assert apart
+
+
+def test_what_is_too_long_loses_its_begin_as_far_as_the_answer_needs(client: openai.OpenAI) -> None:
+    asked: Any = {**OPTIONS, "input": "Hello" * 400, "max_output_tokens": 60}
+    with pytest.raises(openai.BadRequestError, match="context length"):
+        client.responses.create(**asked)
+    done = client.responses.create(**asked, truncation="auto", extra_body={"ignore_eos": True})
+    assert done.usage is not None
+    assert (done.usage.input_tokens, done.usage.output_tokens) == (540, 60)  # of 600
+    told = client.completions.create(
+        **OPTIONS, prompt="Hello" * 400, max_tokens=60, extra_body={"truncate_prompt_tokens": -1}
+    )
+    assert told.usage is not None
+    assert told.usage.prompt_tokens == 540
+    for most in (600, 601):  # nothing of a prompt would be left
+        with pytest.raises(openai.BadRequestError, match="context length"):
+            client.responses.create(**{**asked, "max_output_tokens": most}, truncation="auto")
+
+
 def test_an_object(client: openai.OpenAI) -> None:
     asked: Any = {**OPTIONS, "input": "Hello", "max_output_tokens": 500, "text_format": Light}
     parsed = client.responses.parse(**asked).output_parsed

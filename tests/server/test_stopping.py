@@ -21,7 +21,7 @@ import pytest
 from dora_serve.server.connections import END
 from dora_serve.server.options import ServerOptions
 from tests.server.attacks import TEMPLATE, head
-from tests.server.conftest import BASE, Server, started
+from tests.server.conftest import BASE, Server, save_adapter, started
 
 MESSAGES = [{"role": "user", "content": "loops"}]
 
@@ -90,6 +90,33 @@ def test_a_second_signal_ends_it_at_once(ending: Server, number: signal.Signals)
     ending.process.send_signal(number)
     assert ending.process.wait(3) == 128 + number
     held[0].close()
+
+
+def test_what_is_converted_ends_with_the_server(
+    place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """At a second signal, or where it was killed: nobody else ends what a client had begun."""
+    root, cache = tmp_path / "models", tmp_path / "cache"
+    monkeypatch.setenv("DORA_SERVE_CACHE", str(cache))
+    shutil.copytree(place / "models" / BASE, root / BASE)
+    save_adapter(root / ".later")
+    with started(root, tmp_path, None, ServerOptions(threads=1), forked=False) as running:
+        known, asked = set(cache.iterdir()), {"lora_name": "later", "lora_path": ".later"}
+        held = connected(running, body("/v1/load_lora_adapter", asked))
+        below = psutil.Process(running.process.pid)
+        while not (
+            found := [each for each in _all_below(below) if "prepare.make" in str(each.cmdline())]
+        ):
+            time.sleep(0.01)
+        maps = Path(f"/proc/{found[0].pid}/maps")
+        while "libtorch" not in maps.read_text():  # it was asked, and is seconds from its answer
+            time.sleep(0.01)
+        running.process.kill()
+        running.process.wait(10)
+        _, left = psutil.wait_procs(found, 10)
+    assert [each for each in left if each.status() != psutil.STATUS_ZOMBIE] == []
+    assert set(cache.iterdir()) == known  # it did not go on to its end
+    held.close()
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP, signal.SIGINT])

@@ -130,6 +130,32 @@ def test_an_encoder_decoder_writes_what_transformers_writes(tasks: Server, name:
     assert written(tasks.root, "writes") != written(tasks.root, "tuned")  # the control
 
 
+def test_the_longest_text_of_a_model_without_positions(tasks: Server) -> None:
+    """2,048 tokens, as transformers reads them; one more is refused, and so is a longer answer."""
+    words = AutoTokenizer.from_pretrained(tasks.root / "writes")
+    text = " ".join(["one", "five", "nine"][i % 7 % 3] for i in range(2047))
+    read = words(text, return_tensors="pt")
+    assert read["input_ids"].shape == (1, 2048)
+    options: Any = {"model": "writes", "max_tokens": 3, "temperature": 0, "ignore_eos": True}
+    done = ask(tasks, **options, prompt=text, logprobs=1, return_token_ids=True)["choices"][0]
+    model: Any = AutoModelForSeq2SeqLM.from_pretrained(tasks.root / "writes")
+    tokens = done["token_ids"]
+    start = [model.config.decoder_start_token_id]
+    with torch.no_grad():
+        logits = model(**read, decoder_input_ids=torch.tensor([start + tokens])).logits[0]
+    values = logits.log_softmax(-1)
+    assert tokens == values.argmax(-1)[:3].tolist()
+    told = [values[i, token].item() for i, token in enumerate(tokens)]
+    assert done["logprobs"]["token_logprobs"] == pytest.approx(told, abs=1e-4)
+    with tasks.http as http:
+        for more in ({"prompt": f"{text} one"}, {"prompt": "one", "max_tokens": 2049}):
+            answer = http.post("/v1/completions", json={**options, **more})
+            assert answer.status_code == 400
+            assert answer.json()["error"]["code"] == "context_length_exceeded"
+        cut = {**options, "prompt": f"{text} one", "truncate_prompt_tokens": -1}
+        assert http.post("/v1/completions", json=cut).json()["usage"]["prompt_tokens"] == 2048
+
+
 def test_what_else_an_encoder_decoder_is_asked(tasks: Server) -> None:
     options: Any = {"model": "tuned", "prompt": SOURCES[0], "max_tokens": NEW, "temperature": 0}
     whole = ask(tasks, **options, logprobs=2)

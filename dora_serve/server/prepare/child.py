@@ -33,12 +33,18 @@ def _call(request: str) -> str:
     if is_said("quiet"):
         environment["TQDM_DISABLE"] = "1"
     pipe = subprocess.PIPE
-    # A group of its own, which Ctrl-C does not reach: all of it ends with this one.
+    # A group of its own, which Ctrl-C does not reach: all of it ends with this one, whatever ends
+    # that, since its standard input ends then.
     with subprocess.Popen(
         command, stdin=pipe, stdout=pipe, text=True, env=environment, process_group=0
     ) as process:
         try:
-            answer, _ = process.communicate(request)
+            assert process.stdin is not None and process.stdout is not None
+            with suppress(BrokenPipeError):
+                process.stdin.write(f"{request}\n")
+                process.stdin.flush()
+            answer = process.stdout.read()
+            process.wait()
         except BaseException:
             with suppress(ProcessLookupError):
                 os.killpg(process.pid, signal.SIGKILL)

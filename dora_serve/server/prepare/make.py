@@ -9,10 +9,12 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import signal
 import sys
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
+from threading import Thread
 from typing import Any
 
 from converters.certificate import FILE, tool, write_certificate
@@ -107,7 +109,8 @@ def add(wanted: offer.Addition) -> offer.OfferedModel:
     """
     bases = {graph.path: open_base(graph.path) for graph in wanted.graphs if graph.path}
     given = next((bases[graph.path] for graph in wanted.graphs if graph.path and graph.given), None)
-    member = read_member(wanted.name, Path(wanted.path), list(bases.values()), given)
+    with _without_unused():
+        member = read_member(wanted.name, Path(wanted.path), list(bases.values()), given)
     for graph in wanted.graphs:
         if graph.path == str(member.base.path) and member.run.task in (None, graph.task):
             return _member(member, graph, False, print)
@@ -119,15 +122,17 @@ def add(wanted: offer.Addition) -> offer.OfferedModel:
     )
 
 
-def _import_transformers() -> None:
-    """Import transformers without `_UNUSED`, of which it makes nothing here."""
+@contextmanager
+def _without_unused() -> Iterator[None]:
+    """Let transformers be imported without `_UNUSED`, of which it makes nothing here."""
     modules: dict[str, Any] = sys.modules
     hidden = [name for name in _UNUSED if name not in modules]
     modules.update(dict.fromkeys(hidden))  # None: not to be found
-    from transformers import GenerationMixin, PreTrainedModel  # noqa: F401
-
-    for name in hidden:  # PEFT may need one
-        del modules[name]
+    try:
+        yield
+    finally:
+        for name in hidden:  # PEFT may need one
+            del modules[name]
 
 
 def _graph_for(
@@ -222,7 +227,8 @@ def _member(
 
         def make(target: Path) -> None:
             say(f"{member.name}: making its adapter, once …")
-            _import_transformers()
+            with _without_unused():
+                from transformers import GenerationMixin, PreTrainedModel  # noqa: F401
             _write(run, base, Path(graph.folder), target)
 
         key = member_key(member, form="onnx adapter", graph=Path(graph.folder).name)
@@ -286,10 +292,11 @@ def _modules(run: Run, ranks: Mapping[str, int]) -> Iterable[tuple[str, dict[str
 
 
 def main() -> None:
-    """Answer the request on standard input on standard output, both JSON."""
+    """Answer the request on standard input, one line, on standard output, both JSON."""
     answer = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # what a library prints is no answer
-    request = json.load(sys.stdin)
+    request = json.loads(sys.stdin.readline())
+    Thread(target=_end_with_server, daemon=True).start()
     show(progress_bar)
     quiet()
     reply: offer.Offer | offer.OfferedModel | offer.Failure
@@ -303,6 +310,13 @@ def main() -> None:
         reply = offer.Failure(error=str(error))
     with suppress(BrokenPipeError), answer:  # whoever asked may be gone
         answer.write(reply.model_dump_json())
+
+
+def _end_with_server() -> None:
+    """End this process and those below it once standard input ends: the server is gone."""
+    while os.read(0, 1):
+        pass
+    os.killpg(0, signal.SIGKILL)
 
 
 if __name__ == "__main__":

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from fastapi import APIRouter, Request
-from fastapi.responses import JSONResponse, Response
+from fastapi.responses import Response
 
 from dora_serve.onnxruntime.grammar import Grammar
 from dora_serve.onnxruntime.limits import check_tokens
@@ -25,7 +25,7 @@ from ..wire.errors import ApiError
 from ..wire.pieces import Choice, Json
 from ..wire.requests import ChatRequest, CompletionRequest
 from ..wire.sampling import Generate, StreamOptions
-from ..wire.sending import EventStream, while_there
+from ..wire.sending import EventStream, while_there, whole
 from .asking import Asking, check_count, check_logprobs
 from .reading import JsonRoute, plain
 from .searching import Answering, Searching
@@ -66,7 +66,7 @@ async def completions(body: CompletionRequest, request: Request) -> Response:
 
 
 async def _prompts(body: CompletionRequest, served: Served, engine: Engine) -> list[list[int]]:
-    kept = body.kept(engine.max_length - 1)
+    kept = body.kept(_most(engine, body.max_tokens))
     rows = await served.texts.encode(
         body.prompts,
         engine.max_length,
@@ -120,6 +120,7 @@ async def begin_chat(body: ChatRequest, request: Request) -> BegunChat:
     """Have a conversation answered. Raises `ApiError` for what is not possible."""
     state = state_of(request)
     served, engine = state.models.decoder(body.model)
+    wanted = body.max_completion_tokens or body.max_tokens
     prompt = await served.texts.chat(
         await plain(body.messages),
         body.add_generation_prompt,
@@ -127,10 +128,9 @@ async def begin_chat(body: ChatRequest, request: Request) -> BegunChat:
         body.template_values(),
         body.continue_final_message,
         bool(body.add_special_tokens),
-        body.kept(engine.max_length - 1),
+        body.kept(_most(engine, wanted)),
         body.truncation_side,
     )
-    wanted = body.max_completion_tokens or body.max_tokens
     _check_length(engine, prompt, wanted)
     top = body.top_logprobs if body.logprobs else None
     most = wanted or served.defaults.max_new_tokens or engine.max_length
@@ -176,6 +176,13 @@ async def _grammar(body: Generate, state: State, engine: Engine) -> Grammar | No
     return await asyncio.to_thread(engine.grammars.compile, text.decode())
 
 
+def _most(engine: Engine, wanted: int | None) -> int:
+    """How many tokens of a prompt leave room for as many more as are wanted."""
+    if isinstance(engine, Seq2SeqQueue):  # an answer takes nothing of it
+        return engine.max_length
+    return max(engine.max_length - max(wanted or 1, 1), 1)
+
+
 def _check_length(engine: Engine, prompt: Sequence[int], wanted: int | None) -> None:
     wanted = 1 if wanted is None else wanted
     if wanted > engine.room(prompt):
@@ -217,7 +224,7 @@ async def _whole(request: Request, asking: Answering, head: Json, write: Writer)
     def answer() -> Response:
         written = [write(i, choice) for i, choice in enumerate(choices)]
         used = pieces.usage(asking.prompt_tokens, asking.tokens, asking.cached_tokens)
-        return JSONResponse({**head, "choices": written, "usage": used, **write.beside(choices)})
+        return whole({**head, "choices": written, "usage": used, **write.beside(choices)})
 
     few = asking.tokens + sum(len(choice.prompt_logprobs) for choice in choices) < FEW
     return answer() if few else await asyncio.to_thread(answer)

@@ -8,14 +8,14 @@ from collections.abc import AsyncGenerator
 from contextlib import aclosing
 
 from fastapi import APIRouter, Request
-from fastapi.responses import JSONResponse, Response
+from fastapi.responses import Response
 
 from ..state import note, state_of
 from ..wire import replies
 from ..wire.pieces import Choice, Json
 from ..wire.replies import Output, Reply
 from ..wire.responses import ResponsesRequest
-from ..wire.sending import EventStream, while_there
+from ..wire.sending import EventStream, while_there, whole
 from .generating import FEW, begin_chat
 from .reading import JsonRoute
 from .searching import Answering
@@ -47,7 +47,7 @@ async def _whole(request: Request, asking: Answering, head: Json, write: ChatWri
         told = write(0, choice)
         for _ in output.add(told["message"], told["logprobs"]):
             pass
-        return JSONResponse(_ended(asking, head, output, told["finish_reason"])[0])
+        return whole(_ended(asking, head, output, told["finish_reason"])[0])
 
     return answer() if asking.tokens < FEW else await asyncio.to_thread(answer)
 
@@ -86,7 +86,7 @@ async def _events(
                 yield sent(event)
 
     def last() -> bytes:
-        whole, events = _ended(asking, head, output, reason)
-        return b"".join(map(sent, [*events, {"type": "response.completed", "response": whole}]))
+        answer, events = _ended(asking, head, output, reason)
+        return b"".join(map(sent, [*events, {"type": "response.completed", "response": answer}]))
 
     yield last() if asking.tokens < FEW else await asyncio.to_thread(last)

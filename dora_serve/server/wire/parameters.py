@@ -102,6 +102,7 @@ NOT_SERVED: Mapping[str, tuple[str, tuple[Any, ...]]] = {
     "guided_regex": (_GUIDED, ()),
     "guided_whitespace_pattern": (_GUIDED, ()),
     "instruction": ("texts are compared as they are", ()),
+    "is_3d_lora_weight": ("adapters are read as they are", (False,)),
     "kv_transfer_params": ("there is one process", ()),
     "logits_processors": ("a processor is a program", ()),
     "logprob_token_ids": ("the likeliest tokens alone are told", ()),

@@ -146,11 +146,13 @@ class Output:
     def __init__(self) -> None:
         self.items: list[Json] = []
         self._open = False  # the last one grows
+        self._untold: list[Json] = []  # log-probabilities of tokens whose text is not certain yet
 
     def add(self, delta: Json, logprobs: Json | None) -> Iterator[Json]:
         """Let the items grow by a chat's message or delta."""
+        self._untold += (logprobs or {}).get("content") or []
         if text := delta.get("content"):
-            yield from self._write(text, (logprobs or {}).get("content") or [])
+            yield from self._write(text)
         for call in delta.get("tool_calls") or ():
             yield from self._call(call)
 
@@ -158,6 +160,8 @@ class Output:
         """Close the last item."""
         if not self._open:
             return
+        if self._untold and self.items[-1]["type"] == "message":
+            yield from self._write("")  # of the end, which has no text
         self._open, item = False, self.items[-1]
         item["status"] = status
         if item["type"] == "message":
@@ -176,7 +180,7 @@ class Output:
         self._open = True
         yield self._event("output_item.added", whole=True, item={**item})
 
-    def _write(self, text: str, logprobs: list[Json]) -> Iterator[Json]:
+    def _write(self, text: str) -> Iterator[Json]:
         if not self._open or self.items[-1]["type"] != "message":
             yield from self._begin(
                 {
@@ -191,6 +195,7 @@ class Output:
             yield self._event("content_part.added", content_index=0, part={**part, "logprobs": []})
             self.items[-1]["content"] = [part]
         (part,) = self.items[-1]["content"]
+        logprobs, self._untold = self._untold, []
         part["text"] += text
         part["logprobs"] += logprobs
         yield self._event("output_text.delta", content_index=0, delta=text, logprobs=logprobs)
@@ -211,6 +216,7 @@ class Output:
         if piece := function.get("arguments"):
             self.items[-1]["arguments"] += piece
             yield self._event("function_call_arguments.delta", delta=piece)
+        self._untold.clear()  # of a call none are told
 
     def _event(self, kind: str, whole: bool = False, **said: Any) -> Json:
         own = {} if whole else {"item_id": self.items[-1]["id"]}

@@ -9,11 +9,19 @@ from typing import Any, TypeVar
 
 from fastapi import Request
 from fastapi.responses import Response
+from pydantic_core import to_json
 from starlette.types import Receive, Scope, Send
 
 from .errors import ApiError, as_api_error, event
+from .pieces import Json
 
 T = TypeVar("T")
+
+
+def whole(answer: Json) -> Response:
+    """`answer` as JSON, written several times as fast as Python's own module does, which lets
+    nobody else run until megabytes are written."""
+    return Response(to_json(answer), media_type="application/json")
 
 
 async def while_there(request: Request, work: Awaitable[T]) -> T:

@@ -26,8 +26,8 @@ def read_form(kind: str, body: bytes) -> dict[str, bytes]:
     """The parts of a `multipart/form-data` body by their names. Raises `ApiError` for another."""
     said = Message()
     said["content-type"] = kind
-    boundary = said.get_param("boundary")
-    if said.get_content_type() != "multipart/form-data" or not isinstance(boundary, str):
+    boundary = _parameter(said, "boundary", "content-type")
+    if said.get_content_type() != "multipart/form-data" or boundary is None:
         raise ApiError("the Content-Type is not multipart/form-data", code="not_a_form")
     mark = b"\r\n--" + boundary.encode("latin-1", "replace")
     found: dict[str, bytes] = {}
@@ -38,12 +38,19 @@ def read_form(kind: str, body: bytes) -> dict[str, bytes]:
         head, apart, content = piece.partition(b"\r\n\r\n")
         if len(head) > _HEAD:
             raise ApiError(f"a part of the form has more than {_HEAD} bytes before it")
-        name = (
-            BytesParser().parsebytes(head.lstrip()).get_param("name", header="content-disposition")
-        )
-        if apart and isinstance(name, str):
+        name = _parameter(BytesParser().parsebytes(head.lstrip()), "name", "content-disposition")
+        if apart and name is not None:
             found[name] = content
     return found
+
+
+def _parameter(said: Message, name: str, header: str) -> str | None:
+    """None where there is none, or parts of several kinds (RFC 2231) that are none together."""
+    try:
+        found = said.get_param(name, header=header)
+    except (TypeError, ValueError):
+        return None
+    return found if isinstance(found, str) else None
 
 
 def read_sound(file: bytes, rate: int, longest: int) -> NDArray[np.float32]:
