@@ -272,6 +272,29 @@ def test_a_bias_of_one_layer_that_is_lost(tmp_path: Path) -> None:
         read_run(tmp_path / "run", ReadOptions(base=folder))
 
 
+def test_some_biases_of_all_that_are_lost(tmp_path: Path) -> None:
+    """PEFT takes the base's for them and says nothing; the merge is the same, and says it."""
+    name = "ViTForMaskedImageModeling"
+    folder, run = base(name, tmp_path / "base"), tmp_path / "run"
+    live = get_peft_model(load(name, folder), LoraConfig(target_modules=["q_proj"], bias="all"))
+    randomize(live, ("lora_", ".bias"))
+    live.save_pretrained(run)
+    whole = read_run(run, ReadOptions(base=folder))
+    assert not whole.warnings
+    write_adapter(whole, tmp_path / "adapter", base=folder)
+    again = read_run(tmp_path / "adapter", ReadOptions(base=folder))
+    assert not again.warnings and again.replaced.keys() == whole.replaced.keys()
+    file = run / "adapter_model.safetensors"
+    kept = load_file(file)
+    lost = next(key for key in kept if key.endswith("fc1.bias"))
+    save_file({key: tensor for key, tensor in kept.items() if key != lost}, file)
+    some = read_run(run, ReadOptions(base=folder))
+    assert lost.removeprefix("base_model.model.") in some.warnings[0]
+    merge(some, tmp_path / "merged", base=folder)
+    assert verify(some, tmp_path / "merged", folder).passed
+    assert not verify(whole, tmp_path / "merged", folder).passed
+
+
 @pytest.mark.parametrize("tied", [False, True])
 def test_the_whole_state_of_a_model_with_trained_rows(tmp_path: Path, tied: bool) -> None:
     """As FSDP gathers it, with the adapter's name in every key and the frozen weights beside."""

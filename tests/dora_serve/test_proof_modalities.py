@@ -77,12 +77,12 @@ CLASSES: dict[str, tuple[dict[str, Any], str, tuple[str, ...]]] = {
     "InstructBlipForConditionalGeneration": (
         {"vision_config": EYES, **QUERIES, "image_token_index": 95},
         "qformer_input_ids",
-        ("qformer.encoder.layer.0.intermediate.dense", "language_projection", "q_proj"),
+        ("qformer.encoder.layer.0.intermediate_query.dense", "language_projection", "q_proj"),
     ),
     "Kosmos2ForConditionalGeneration": (
         {"text_config": READS, **EYED, "latent_query_num": 4},
         "pixel_values",
-        ("vision_model.encoder.layers.0.mlp.fc1", "text_model.model.layers.0.ffn.fc1"),
+        ("vision_model.model.encoder.layers.0.mlp.fc1", "text_model.model.layers.0.ffn.fc1"),
     ),
     "Pix2StructForConditionalGeneration": (
         {
@@ -151,7 +151,7 @@ def test_all_that_a_class_takes_is_asked(tmp_path: Path, name: str) -> None:
 
 def test_boxes_are_compared_too(tmp_path: Path) -> None:
     """The layers that find boxes have no say in the classes of what is found."""
-    config = transformers.YolosConfig(**EYES, num_detection_tokens=4)
+    config = transformers.YolosConfig(**{**EYES, "image_size": [16, 16]}, num_detection_tokens=4)
     torch.manual_seed(0)
     base, layer = tmp_path / "base", "bbox_predictor.layers.0"
     transformers.YolosForObjectDetection(config).save_pretrained(base)

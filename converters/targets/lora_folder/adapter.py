@@ -186,6 +186,8 @@ def plan_adapter(
         check_rows(run, own, layout.names.architecture, whole, shapes, layout.find)
     whole = with_heads(run, own, whole, profile)
     modules, biases = whole_modules(run, own, whole)
+    if biases:  # all or none, as PEFT saves them
+        whole |= {n: t for n, t in run.replaced.items() if n.endswith(".bias") and n not in whole}
     whole = completed(own, run, whole, modules, layout)
     ranks: dict[str, tuple[int | None, int]] = {}
     for module, rank in run.ranks.items():
