@@ -19,22 +19,14 @@ from dora_serve import ReadOptions, merge, read_run, verify, write_adapter
 from tests.conftest import randomize
 from tests.converters.families import DECODER, ENCODER
 from tests.converters.test_peft_kinds import saved
-from tests.converters.tied_families import EYES
+from tests.converters.tied_families import EYES, KOSMOS
 
 EYED: dict[str, Any] = {"vision_config": {**EYES, "projection_dim": 32}}
-READS: dict[str, Any] = {
-    "vocab_size": 80,
-    "embed_dim": 32,
-    "layers": 1,
-    "ffn_dim": 48,
-    "attention_heads": 4,
-    "max_position_embeddings": 60,
-}
 # class, its configuration, the embedding, the padding's row
 CLASSES: dict[str, tuple[str, dict[str, Any], str, int]] = {
     "Kosmos2ForConditionalGeneration": (
         "Kosmos2Config",
-        {"text_config": READS, **EYED, "latent_query_num": 4},
+        {"text_config": KOSMOS, **EYED, "latent_query_num": 4},
         "text_model.model.embed_tokens",
         1,
     ),

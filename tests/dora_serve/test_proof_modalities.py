@@ -4,6 +4,7 @@ and a fault in any part that was trained fails."""
 from __future__ import annotations
 
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -18,42 +19,12 @@ from converters.readers import ReadOptions
 from dora_serve import merge, read_run, verify
 from tests.conftest import randomize
 from tests.converters.test_peft_kinds import saved
-from tests.converters.test_zeroed import EYED, READS
-from tests.converters.tied_families import ENCODER, EYES
+from tests.converters.test_zeroed import EYED
+from tests.converters.tied_families import ENCODER, EYES, KOSMOS, OPT, SPEAKS
 
-WAVES = {
-    "conv_dim": [32] * 3,
-    "conv_kernel": [8, 3, 3],
-    "conv_stride": [5, 2, 2],
-    "num_feat_extract_layers": 3,
-    "num_conv_pos_embeddings": 16,
-    "num_conv_pos_embedding_groups": 2,
-}
-SPEAKS = {
-    "vocab_size": 80,
-    "hidden_size": 32,
-    **{f"{part}_layers": 1 for part in ("encoder", "decoder")},
-    **{f"{part}_attention_heads": 4 for part in ("encoder", "decoder")},
-    **{f"{part}_ffn_dim": 48 for part in ("encoder", "decoder")},
-    **{f"speech_decoder_{part}net_units": 32 for part in ("pre", "post")},
-    "num_mel_bins": 20,
-    "speaker_embedding_dim": 16,
-    "max_text_positions": 64,
-    **WAVES,
-}
 WORDS = {**ENCODER, "encoder_hidden_size": 32, "projection_dim": 32}
 ASKS = {k: v for k, v in ENCODER.items() if k != "max_position_embeddings"} | {
     "encoder_hidden_size": 32
-}
-OPT = {
-    "model_type": "opt",
-    "hidden_size": 32,
-    "num_hidden_layers": 1,
-    "num_attention_heads": 4,
-    "ffn_dim": 48,
-    "vocab_size": 96,
-    "max_position_embeddings": 64,
-    "word_embed_proj_dim": 32,
 }
 QUERIES = {"qformer_config": ASKS, "text_config": OPT, "num_query_tokens": 4}
 PATCHES = {"hidden_size": 32, "patch_embed_hidden_size": 48, "d_ff": 48, "d_kv": 8, "seq_len": 64}
@@ -80,7 +51,7 @@ CLASSES: dict[str, tuple[dict[str, Any], str, tuple[str, ...]]] = {
         ("qformer.encoder.layer.0.intermediate_query.dense", "language_projection", "q_proj"),
     ),
     "Kosmos2ForConditionalGeneration": (
-        {"text_config": READS, **EYED, "latent_query_num": 4},
+        {"text_config": KOSMOS, **EYED, "latent_query_num": 4},
         "pixel_values",
         ("vision_model.model.encoder.layers.0.mlp.fc1", "text_model.model.layers.0.ffn.fc1"),
     ),
@@ -115,7 +86,14 @@ CLASSES: dict[str, tuple[dict[str, Any], str, tuple[str, ...]]] = {
 }
 
 
-@pytest.mark.parametrize("name", CLASSES)
+def cases() -> Iterator[Any]:
+    for name in CLASSES:
+        family = getattr(transformers, name).config_class.model_type
+        proves = pytest.mark.supports(method="peft_lora", family=family, targets=("merged",))
+        yield pytest.param(name, id=name, marks=[proves])
+
+
+@pytest.mark.parametrize("name", cases())
 def test_all_that_a_class_takes_is_asked(tmp_path: Path, name: str) -> None:
     values, asked, parts = CLASSES[name]
     cls = getattr(transformers, name)

@@ -31,7 +31,7 @@ from ...model.match import (
 )
 from ...model.quantized import METHODS, Dequantized, dtype_before, method, unquantized
 from ...model.rows import check_rows, resized
-from ...model.tying import new_embedding
+from ...model.tying import input_embedding, new_embedding
 from ...model.untying import untied
 from ...model.zeroed import as_loaded, check_zeroed
 from ...progress import Progress
@@ -338,7 +338,8 @@ def _config(
 ) -> dict[str, object]:
     plain = base.stored is not None and not packed
     config = unquantized(base.config) if plain else dict(base.config)
-    if embedding is not None:
+    old = base.tensors.get(input_embedding(base) or "")
+    if embedding is not None and (old is None or old.shape[0] != embedding.shape[0]):
         config = resized(config, embedding.shape[0])
     if architecture is not None:
         config["architectures"] = [architecture]
