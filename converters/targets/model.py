@@ -92,7 +92,7 @@ def answers(model: Any, inputs: Inputs) -> list[torch.Tensor]:
     if ids is None and "pooler_output" in output:  # what comes after the hidden states
         result = torch.cat([result.flatten(1), output.pooler_output.flatten(1)], dim=1)
     beside = [output[name] for name in _BESIDE if name in output]
-    return [torch.atleast_1d(each.float()) for each in (result, *beside)]
+    return [each.float() if each.dim() else each.float()[None] for each in (result, *beside)]
 
 
 def _is_float(value: object) -> bool:

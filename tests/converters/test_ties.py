@@ -61,7 +61,7 @@ def tuned(family: Family, folder: Path, out: Path, side: str, way: str) -> Any:
 def keep_padding(model: Any) -> None:
     """Leave the padding's row of embeddings as it was, which gets no gradient in training."""
     for module in model.modules():
-        layer = getattr(module, "base_layer", getattr(module, "original_module", None))
+        layer: Any = getattr(module, "base_layer", getattr(module, "original_module", None))
         row = getattr(layer, "padding_idx", None)
         with torch.no_grad():
             if row is not None and len(getattr(module, "lora_embedding_A", ())):
