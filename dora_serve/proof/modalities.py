@@ -16,7 +16,7 @@ _PIXELS = 64
 _PATCHES = 16  # of an image that is taken apart before
 _FRAMES = 12  # of a spectrogram that goes on with what was heard
 # How many places of a text an image takes, and which token stands there.
-_PLACES = ("num_query_tokens", "latent_query_num", "mm_tokens_per_image", "image_seq_length")
+_PLACES = ("num_query_tokens", "latent_query_num", "mm_tokens_per_image")
 _PLACEHOLDERS = ("image_token_id", "image_token_index")
 _KINDS = (
     *("pixel_values", "pixel_values_videos", "flattened_patches", "input_values"),
@@ -42,10 +42,26 @@ def places(cls: Any, config: Any) -> int:
     """How many places an image takes in the texts of a class; 0 where it takes none, or nobody
     knows, or the class has no positions for so many."""
     known = (getattr(config, key, None) for key in _PLACES)
-    count: int = next((n for n in known if n), 0)
+    count: int = next((n for n in known if n), None) or _patches(config)
     most = getattr(text_of(config), "max_position_embeddings", None) or 1 << 20
     images = [name for name in _KINDS if name in takes(cls)]
     return count if images and 2 * count < most else 0
+
+
+def _patches(config: Any) -> int:
+    """The patches of an image, as many as are left of them, where a place of the text is each."""
+    eyes = getattr(config, "vision_config", None)
+    sizes = [getattr(eyes, key, None) for key in ("image_size", "patch_size")]
+    image, patch = (size[0] if isinstance(size, list | tuple) else size for size in sizes)
+    if not image or not patch or not _placeholders(config):
+        return 0
+    side = image // patch * getattr(config, "downsample_ratio", 1)
+    less = (getattr(config, key, None) for key in ("scale_factor", "downsample_factor"))
+    return int(side / next((n for n in less if n), 1)) ** 2
+
+
+def _placeholders(config: Any) -> list[int]:
+    return [n for key in _PLACEHOLDERS if (n := getattr(config, key, None)) is not None]
 
 
 def beside_text(cls: Any, config: Any) -> list[tuple[str, ...]]:
@@ -56,8 +72,7 @@ def beside_text(cls: Any, config: Any) -> list[tuple[str, ...]]:
     main = [cls.main_input_name] if cls.main_input_name in _KINDS else []
     known = [name for name in _KINDS if name in names]
     asked = [name for name in known if names[name] or name in main]
-    said = any(getattr(config, key, None) is not None for key in _PLACEHOLDERS)
-    if said and not places(cls, config):
+    if _placeholders(config) and not places(cls, config):
         known = asked
     return list(dict.fromkeys((tuple(known), tuple(asked), ())))
 
@@ -71,8 +86,7 @@ def with_others(inputs: Inputs, names: Collection[str], cls: Any, config: Any) -
     made = {name: random_input(name, config, rows, generator) for name in names}
     for name in [*made]:
         made |= dict(_with(name, made[name], takes(cls)))
-    said = (getattr(config, key, None) for key in _PLACEHOLDERS)
-    token = next((n for n in said if n is not None), 1)
+    token = next(iter(_placeholders(config)), 1)
     ids = inputs["input_ids"].clone()
     if "bbox" in takes(cls):
         made["bbox"] = torch.zeros(*ids.shape, 4, dtype=torch.long)

@@ -55,6 +55,16 @@ CLASSES: dict[str, tuple[dict[str, Any], str, tuple[str, ...]]] = {
         "pixel_values",
         ("vision_model.model.encoder.layers.0.mlp.fc1", "text_model.model.layers.0.ffn.fc1"),
     ),
+    "LlavaForConditionalGeneration": (
+        {
+            "text_config": {**OPT, "model_type": "llama", "intermediate_size": 48},
+            "vision_config": {**EYES, "model_type": "clip_vision_model"},
+            "image_token_index": 95,
+            "vision_feature_layer": -1,
+        },
+        "pixel_values",
+        ("vision_tower.encoder.layers.0.mlp.fc1", "language_model.layers.0.mlp.up_proj"),
+    ),
     "Pix2StructForConditionalGeneration": (
         {
             "text_config": {"vocab_size": 80, "hidden_size": 32, "d_kv": 8, "d_ff": 48}
@@ -118,7 +128,8 @@ def test_all_that_a_class_takes_is_asked(tmp_path: Path, name: str) -> None:
     for part, layer in layers.items():
         wrong = tmp_path / part
         wrong.mkdir()
-        own = next(key for key in tensors if key.endswith(f"{layer}.weight"))
+        ends = (f"{layer}.weight", f"{'.'.join(layer.split('.')[-4:])}.weight")  # or on disk
+        own = next(key for end in ends for key in tensors if key.endswith(end))
         save_file(
             {**tensors, own: tensors[own] * 1.5}, wrong / "model.safetensors", {"format": "pt"}
         )
@@ -163,13 +174,13 @@ def test_what_cannot_be_asked_is_refused_and_not_called_broken(tmp_path: Path) -
 
 
 def test_an_update_that_no_answer_shows(tmp_path: Path) -> None:
-    """Images have no place of a known length in this class's texts: what sees them is not asked,
-    and nothing is called proved."""
+    """Images take more places in this class's texts than they have patches: what sees them is not
+    asked, and nothing is called proved."""
     values = {
         "text_config": {**OPT, "model_type": "llama", "intermediate_size": 48},
         "vision_config": {**EYES, "model_type": "clip_vision_model"},
         "image_token_index": 95,
-        "image_seq_length": 600,
+        "vision_feature_select_strategy": "full",
     }
     name = "LlavaForConditionalGeneration"
     base = saved(name, "LlavaConfig", values, tmp_path / "base")
