@@ -11,7 +11,7 @@ REAL := real-out
 WORKERS ?= 3
 SPREAD := --no-loadscope-reorder -n
 
-.PHONY: setup demo test test-all setup-vllm test-vllm test-clients test-lowest test-newest test-python lint docs release bench matrix matrix-check faults fuzz mutants audit peft-matrix real
+.PHONY: setup demo test test-all setup-vllm test-vllm test-clients test-lowest test-newest test-python lint docs release extras bench matrix matrix-check faults fuzz mutants audit peft-matrix real
 
 setup: $(VENV)/.ready
 
@@ -110,6 +110,11 @@ release:
 	.venv-release/bin/python -m build --outdir dist
 	.venv-release/bin/twine check --strict dist/*
 	$(PYTHON) scripts/release.py dist
+
+# The wheel in bare environments, with each extra alone.
+extras: release
+	.venv-release/bin/pip install --quiet --disable-pip-version-check uv
+	.venv-release/bin/python scripts/extras.py dist
 
 matrix: setup
 	$(BIN)/python scripts/support_matrix.py

@@ -5,8 +5,10 @@ from __future__ import annotations
 import json
 import re
 import shlex
+from collections import defaultdict
+from collections.abc import Iterator, Mapping
 
-from converters.errors import visible
+from converters.errors import some, visible
 
 VERBS = frozenset(
     "adapter batch check diff export extract inspect lint merge onnx sign verify".split()
@@ -18,6 +20,17 @@ def in_flags(text: object) -> str:
     terminal would obey only line breaks stay."""
     shown = "\n".join(visible(line) for line in str(text).split("\n"))
     return re.sub(r"`([a-z_]+)`", _word, shown)
+
+
+def alike(told: Mapping[str, str]) -> Iterator[tuple[str, list[str]]]:
+    """What is told of each name in flags, line by line, without its file: the same is said once, of
+    the names of which it is told."""
+    names = defaultdict(list)
+    for name, text in told.items():
+        lines = in_flags(text).splitlines() or [""]
+        names[tuple(x for x in lines if not x.startswith("  file: "))].append(visible(name))
+    for shown, ones in names.items():
+        yield some(ones, 20), list(shown)
 
 
 def quoted(word: object) -> str:

@@ -13,6 +13,7 @@ _SWITCHES = frozenset(
     "inference_mode init_lora_weights fan_in_fan_out use_rslora use_dora use_mora lora_bias "
     "ensure_weight_tying dora_simple".split()
 )
+_SETTINGS = frozenset(("auto_mapping", "rank_pattern", "alpha_pattern"))
 # Beside the adapter's own file; PEFT loads none of them.
 _VALUE_HEADS = ("value_head.safetensors", "value_head.bin")
 _PARTS = {
@@ -44,22 +45,20 @@ def not_read(folder: RunFolder) -> list[str]:
 def _unknown(config: Mapping[str, object]) -> Iterator[str]:
     """A warning that names the switches nobody here knows, and settings that PEFT does not. Of
     other tuners PEFT knows its own switches."""
+    switches = {key for key, value in config.items() if value is True} - _SWITCHES
+    settings = {key for key, value in config.items() if value and isinstance(value, dict)}
+    settings -= _SETTINGS
     kind = str(config.get("peft_type") or "LORA")
-    try:
-        from peft import PEFT_TYPE_TO_CONFIG_MAPPING
+    if not (settings or (switches and kind != "LORA")):
+        names = switches  # without PEFT, which takes seconds to be imported
+    else:
+        try:
+            from peft import PEFT_TYPE_TO_CONFIG_MAPPING
 
-        fields = frozenset(PEFT_TYPE_TO_CONFIG_MAPPING[kind].__dataclass_fields__)
-    except (ImportError, KeyError):
-        if kind != "LORA":
-            return  # a tuner that PEFT does not have: its reader knows its switches
-        fields = frozenset(config)
-    known = _SWITCHES if kind == "LORA" else _SWITCHES | fields
-    names = [
-        key
-        for key, value in config.items()
-        if (value is True and key not in known)
-        or (value and isinstance(value, dict) and key not in fields)
-    ]
+            fields = PEFT_TYPE_TO_CONFIG_MAPPING[kind].__dataclass_fields__.keys()
+            names = (settings - fields) | (switches if kind == "LORA" else switches - fields)
+        except (ImportError, KeyError):
+            names = switches if kind == "LORA" else set()  # its reader knows its switches
     if names:
         yield (
             f"{CONFIG_FILE} switches on what is not known here: {', '.join(sorted(names))}; if it "

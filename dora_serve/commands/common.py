@@ -25,7 +25,7 @@ from converters.options import SHORT, FitOptions, ReadOptions, names
 from ..extras import quiet, without_extra
 from ..progress import LOUDNESS, is_said, progress_bar
 from ..remote.local import Remote, is_url, local_values
-from ..wording import in_flags, json_text
+from ..wording import alike, in_flags, json_text
 
 if TYPE_CHECKING:
     from converters.run import Run
@@ -317,10 +317,9 @@ def warn(warnings: tuple[str, ...]) -> None:
 
 def left_out(problems: Mapping[str, str], warnings: Mapping[str, str]) -> None:
     """Say what of a folder is not served and why, and what to know of the rest."""
-    for name, problem in problems.items():
-        first = in_flags(problem).splitlines()[0]
-        click.secho(f"left out: {visible(name)}: {first}", fg="yellow", err=True)
-    warn(tuple(f"{name}: {text}" for name, text in warnings.items()))
+    for said, told in (("left out", problems), ("warning", warnings)):
+        for whose, lines in alike(told):
+            click.secho(f"{said}: {whose}: " + "\n".join(lines), fg="yellow", err=True)
 
 
 def print_json(value: object) -> None:

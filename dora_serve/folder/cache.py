@@ -72,6 +72,11 @@ def cached(key: str, make: Callable[[Path], object]) -> Path:
     return target
 
 
+def is_cached(key: str) -> bool:
+    """Whether `cached` would have nothing to make."""
+    return _is_as_made(private_cache() / key)
+
+
 def _receipt(target: Path) -> Path:
     """The file that says what `make` made at `target`, null while it makes; and so that what is
     there is ours."""

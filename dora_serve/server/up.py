@@ -17,7 +17,7 @@ from typing import NoReturn
 from converters.errors import MissingError, visible
 
 from ..extras import require
-from ..wording import in_flags, quoted
+from ..wording import alike, quoted
 from .options import ServerOptions
 from .prepare.offer import ANSWERS, DECODES, HEARS, TRANSLATES, Offer, OfferedModel
 
@@ -69,8 +69,8 @@ def up(
     from .state import State
 
     _tell(offer.problems)
-    for name, warning in offer.warnings.items():
-        print(in_flags(visible(f"warning: {name}: {warning}")), file=sys.stderr)
+    for names, lines in alike(offer.warnings):
+        print(f"warning: {names}:", *lines, file=sys.stderr)
     registry = None if dry_run else Registry(offer, options)
     if registry is not None and registry.problems != offer.problems:
         _tell({n: why for n, why in registry.problems.items() if n not in offer.problems})
@@ -119,9 +119,8 @@ def _terminable() -> Iterator[None]:
 
 
 def _tell(problems: Mapping[str, str]) -> None:
-    for name, problem in problems.items():
-        said = in_flags(f"not served: {visible(name)}\n  {problem}")
-        print(said.replace("\n", "\n  "), file=sys.stderr)
+    for names, lines in alike(problems):
+        print("\n    ".join((f"not served: {names}", *lines)), file=sys.stderr)
 
 
 def table(offer: Offer, url: str, key: bool) -> str:

@@ -16,7 +16,7 @@ from ..commands.common import size
 from ..rankmap.output import write_file
 from ..rankmap.palette import EMPTY, FULL
 from ..rankmap.picture import drawn
-from ..wording import in_flags
+from ..wording import alike
 from .fleet import Fleet, Pool, step_for
 
 
@@ -72,10 +72,9 @@ def table(fleet: Fleet) -> Iterator[str]:
                 f"  {size(pool.used[name]):>8}  {share:>11.0%}"
             )
         yield from _settings(pool)
-    for name, problem in fleet.problems.items():
-        lines = in_flags(problem).splitlines()
-        yield click.style(f"left out: {visible(name)}", fg="yellow") + f": {lines[0]}"
-        yield from (line for line in lines if line.startswith("  to do"))
+    for names, (first, *rest) in alike(fleet.problems):
+        yield click.style(f"left out: {names}", fg="yellow") + f": {first}"
+        yield from rest
 
 
 def _settings(pool: Pool) -> Iterator[str]:

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import click
 
-from converters.errors import DoraExportError, RunError, visible
+from converters.errors import DoraExportError, MissingError, RunError, visible
 from converters.files.cache import private_cache
 
 from ..commands.common import left_out
@@ -63,7 +63,10 @@ def up(
     def start() -> _Start:
         found = discover(root, base)
         fleet = plan_fleet(found, memory)
-        pool = _pool(root, fleet)
+        if len(fleet.pools) != 1:
+            left_out(fleet.problems, found.warnings)
+            raise _several(root, fleet)
+        (pool,) = fleet.pools
         adapters, problems = {}, dict(fleet.problems)
         place = vllm_adapter_path if dry_run else vllm_adapter
         with progress_bar(len(pool.ranks), "adapters", "adapter") as advance:
@@ -99,19 +102,23 @@ def up(
     ).run()
 
 
-def _pool(root: Path, fleet: Fleet) -> Pool:
-    if len(fleet.pools) == 1:
-        return fleet.pools[0]
+def _several(root: Path, fleet: Fleet) -> DoraExportError:
+    if not fleet.pools:
+        return MissingError(
+            "nothing here can be served",
+            file=root,
+            found=None if fleet.problems else "no base, no run",
+            remedy="see what is said above of each" if fleet.problems else "choose with `base`",
+        )
     one_base = len({pool.base.path for pool in fleet.pools}) == 1
-    raise RunError(
+    return RunError(
         "one vLLM serves one base",
         file=root,
-        found=", ".join(f"{pool.name} ({pool.task or 'task not known'})" for pool in fleet.pools)
-        or "no base, no run",
+        found=", ".join(f"{pool.name} ({pool.task or 'task not known'})" for pool in fleet.pools),
         expected="one base, and runs of one task",
         remedy="put the runs of each task into a folder of their own"
         if one_base
-        else "choose with --base; see dora-serve plan",
+        else "choose with `base`; see dora-serve plan",
     )
 
 

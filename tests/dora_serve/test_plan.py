@@ -135,10 +135,16 @@ def test_pools_by_base_and_what_cannot_be_an_adapter() -> None:
 
 
 def test_nothing_to_plan_is_a_failure(llama_lora: Path, tmp_path: Path) -> None:
-    shutil.copytree(llama_lora, tmp_path / "root" / "one")
+    for name in ("one", "two"):
+        shutil.copytree(llama_lora, tmp_path / "root" / name)
     done = serve("plan", tmp_path / "root")
     assert done.returncode == 1
-    assert "left out: one: the run's base is not known" in done.stdout
+    assert "left out: one, two: the run's base is not known" in done.stdout
+    assert done.stdout.count("the run names ") == 1
+    up = serve("up", tmp_path / "root", "--engine", "vllm", "--dry-run")
+    assert up.returncode == 1
+    assert "left out: one, two: the run's base is not known" in up.stderr
+    assert "see what is said above of each" in up.stderr
     assert "pass --base" in done.stdout and "nothing here can be served" in done.stderr
     told = serve("plan", tmp_path / "root", "--json")
     assert told.returncode == 1
@@ -161,7 +167,7 @@ def test_up_dry_run_prints_what_it_would_start(tmp_path: Path) -> None:
     assert "--enable-lora" not in alone.stdout
     nothing = serve("up", tmp_path, "--engine", "vllm", "--dry-run")
     assert nothing.returncode == 1
-    assert "one vLLM serves one base" in nothing.stderr
+    assert "no base, no run" in nothing.stderr
 
 
 @pytest.mark.parametrize(

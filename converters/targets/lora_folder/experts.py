@@ -131,11 +131,15 @@ def parameters(run: Run, layout: Layout | None) -> frozenset[str]:
 def taken_for_experts(modules: Iterable[str], base: BaseModel | None) -> frozenset[str]:
     """The linear layers that PEFT takes for experts by the last part of their names, in families
     whose experts transformers 5 fused, and that it therefore finds as parameters only."""
+    family = "" if base is None else str(base.config.get("model_type"))
     try:
+        from transformers.conversion_mapping import _MODEL_TO_CONVERSION_PATTERN as converted
+
+        if family not in converted and family != "mixtral":  # PEFT takes seconds to be imported
+            return frozenset()
         from peft.utils import transformers_weight_conversion as conversion
     except ImportError:
         return frozenset()
-    family = "" if base is None else str(base.config.get("model_type"))
     pattern = conversion._MODEL_TO_CONVERSION_PATTERN.get(family, "")
     kinds = conversion._MOE_TARGET_MODULE_MAPPING.get(pattern, {})
     return frozenset(name for name in modules if name.rpartition(".")[2] in kinds)

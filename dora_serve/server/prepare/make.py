@@ -28,10 +28,10 @@ from converters.progress import show
 from converters.run import Run
 from converters.targets.merged.companions import companions
 from converters.targets.onnx import add_adapters
-from converters.targets.onnx.plan import plan_onnx
+from converters.targets.onnx.plan import plan_added, plan_onnx
 from dora_serve.api import write_onnx
 from dora_serve.extras import quiet
-from dora_serve.folder.cache import cached, key_of, member_key
+from dora_serve.folder.cache import cached, is_cached, key_of, member_key
 from dora_serve.folder.inventory import Member, discover, read_member
 from dora_serve.folder.names import names_inside
 from dora_serve.progress import progress_bar, say, timed
@@ -43,6 +43,7 @@ from dora_serve.server.prepare.onnx_folders import (
 )
 from dora_serve.server.prepare.precision import AUTO, chosen
 
+_AT_ONCE = 64  # runs of one graph; of more those that are not in the cache wait for a request
 _TRIED = 3  # runs, before it is the base that no graph can be made of
 _NAME = "adapter"  # of the one in an adapter's own folder
 _MAP = "modules.json"
@@ -82,7 +83,7 @@ def make_offer(
             with progress_bar(len(runs), "adapters", "adapter") as advance:
                 for member in runs:
                     with apart(problems, member.name):
-                        models.append(_member(member, graph, dry, say))
+                        models.append(_member(member, graph, dry, say, len(runs) > _AT_ONCE))
                     advance(1)
     inside: dict[str, list[offer.OfferedModel]] = {}
     for name, path in found.onnx.items():
@@ -208,10 +209,13 @@ def _base(name: str, base: BaseModel, graph: offer.Graph) -> offer.OfferedModel:
     )
 
 
-def _member(member: Member, graph: offer.Graph, dry: bool, say: Say) -> offer.OfferedModel:
+def _member(
+    member: Member, graph: offer.Graph, dry: bool, say: Say, later: bool = False
+) -> offer.OfferedModel:
+    """A run as it is served, its adapter made; `later`: unless it would have to be made now."""
     run, base = member.run, member.base
     modules: dict[str, offer.Module] = {}
-    file, known, size, parameters = None, None, 0, 0
+    file, known, size, parameters, waits = None, None, 0, 0, False
     if dry:
         _plan(base, {_NAME: run})
     else:
@@ -222,13 +226,21 @@ def _member(member: Member, graph: offer.Graph, dry: bool, say: Say) -> offer.Of
             _write(run, base, Path(graph.folder), target)
 
         key = member_key(member, form="onnx adapter", graph=Path(graph.folder).name)
-        folder = cached(key, make)
-        file = folder / FOLDER / f"{_NAME}{SUFFIX}"
-        size = file.stat().st_size
-        arrays = read_adapter_file(file)
-        known, parameters = digest(arrays).hex(), sum(array.size for array in arrays.values())
-        read = json.loads((folder / _MAP).read_text(encoding="utf-8"))
-        modules = {module: offer.Module(**numbers) for module, numbers in read.items()}
+        waits = later and not is_cached(key)
+        if waits:
+            kept = plan_added(Path(graph.folder), {_NAME: run}, base, force=True)[_NAME]
+            for module, rank in kept.ranks.items():
+                start = run.start_rank.get(module, rank)
+                modules[module] = offer.Module(start=start, rank=rank or 0)
+                parameters += (rank or 0) * sum(kept.shapes[module])
+        else:
+            folder = cached(key, make)
+            file = folder / FOLDER / f"{_NAME}{SUFFIX}"
+            size = file.stat().st_size
+            arrays = read_adapter_file(file)
+            known, parameters = digest(arrays).hex(), sum(array.size for array in arrays.values())
+            read = json.loads((folder / _MAP).read_text(encoding="utf-8"))
+            modules = {module: offer.Module(**numbers) for module, numbers in read.items()}
     return offer.OfferedModel(
         name=member.name,
         kind="run",
@@ -238,6 +250,7 @@ def _member(member: Member, graph: offer.Graph, dry: bool, say: Say) -> offer.Of
         base=graph.base,
         adapter=None if file is None else str(file),
         digest=known,
+        run=str(member.path) if waits else None,
         modules=modules,
         parameters=parameters,
         bytes=size,

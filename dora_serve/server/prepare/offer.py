@@ -40,7 +40,8 @@ class Graph(_Fixed):
 
 class OfferedModel(_Fixed):
     """What a request may name. `adapter`: the file of an adapter to `folder`'s graph, None for the
-    graph as it is; `digest`: of its parameters."""
+    graph as it is; `digest`: of its parameters. `run`: the folder of a run whose adapter is made
+    when a request first names it."""
 
     name: str
     kind: Literal["base", "merged", "run", "adapter"]
@@ -50,9 +51,15 @@ class OfferedModel(_Fixed):
     base: str | None
     adapter: str | None
     digest: str | None = None
+    run: str | None = None
     modules: dict[str, Module]
     parameters: int
     bytes: int
+
+    @property
+    def adapted(self) -> bool:
+        """Whether it is more than the graph as it is."""
+        return self.adapter is not None or self.run is not None
 
 
 class Offer(_Fixed):

@@ -36,7 +36,7 @@ async def _add(state: State, body: LoadRequest) -> None:
     if why := not_a_name(name):
         raise ApiError(why, param="lora_name")
     known = state.models.find(name) if name in state.models else None
-    if known is not None and (known.model.adapter is None or not body.load_inplace):
+    if known is not None and (not known.model.adapted or not body.load_inplace):
         raise ApiError(f"The name `{name}` is taken.", param="lora_name", code="already_loaded")
     path = _below(state.root, body.lora_path)
     wanted = Addition(root=str(state.root), path=str(path), name=name, graphs=state.models.own())
@@ -54,7 +54,7 @@ async def _add(state: State, body: LoadRequest) -> None:
 async def unload(body: UnloadRequest, request: Request) -> str:
     """Serve a run or adapter no longer; what is running with it goes on."""
     models = state_of(request).models
-    if models.find(body.lora_name).model.adapter is None:
+    if not models.find(body.lora_name).model.adapted:
         raise ApiError(f"`{body.lora_name}` is a base model.", param="lora_name")
     models.remove(body.lora_name)
     return f"Success: LoRA adapter '{body.lora_name}' removed successfully."

@@ -20,6 +20,7 @@ from ..wire.errors import ApiError
 from ..wire.requests import TranscriptionRequest
 from ..wire.sending import while_there
 from ..wire.sounds import read_form, read_sound
+from .preparing import made
 
 router = APIRouter()
 _PROPERTIES = {
@@ -70,6 +71,7 @@ async def _heard(request: Request, task: str) -> Response:
         )
     except ValueError as error:
         raise RequestValidationError([fault(error)]) from None
+    await made(request, body.model)
     served, engine = state.models.transcriber(body.model)
     spectrum = engine.model.spectrum
     wave = await asyncio.to_thread(read_sound, file, spectrum.rate, spectrum.longest)

@@ -19,6 +19,7 @@ from ..wire.requests import (
     RerankRequest,
 )
 from . import encoding, generating, scoring
+from .preparing import made
 from .reading import JsonRoute
 
 router = APIRouter(route_class=JsonRoute)
@@ -27,6 +28,7 @@ router = APIRouter(route_class=JsonRoute)
 @router.post("/invocations", response_model=None)
 async def invocations(body: Invocation, request: Request) -> Any:
     """As the route for such a request answers it."""
+    await made(request, body.root.model)
     return await _answer(body.root, request)
 
 

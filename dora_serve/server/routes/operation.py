@@ -68,7 +68,7 @@ def _details(served: Served) -> answers.ModelDetails:
         bytes=model.bytes,
         modules=model.modules,
         requests=served.requests,
-        loaded=model.adapter is None or model.adapter in served.engine.pool,
+        loaded=not model.adapted or (model.adapter or "") in served.engine.pool,
         chat=served.chat,
         labels=engine.encoder.labels if isinstance(engine, EncoderQueue) else [],
     )

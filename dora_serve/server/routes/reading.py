@@ -20,12 +20,13 @@ from ..bounded.work import fault, read_body
 from ..state import state_of
 from ..wire.errors import ApiError
 from ..wire.messages import Message
+from .preparing import made
 
 _SHORT = 16 << 10  # bytes, which take no time to speak of whatever they say
 
 
 class JsonRoute(APIRoute):
-    """A route whose parameter `body` is read here."""
+    """A route whose parameter `body` is read here, and the model that it names made ready."""
 
     def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
         handle = super().get_route_handler()
@@ -34,6 +35,7 @@ class JsonRoute(APIRoute):
         async def read(request: Request) -> Response:
             if kind is not None:
                 request = await _read(request, kind)
+                await made(request, getattr(await request.json(), "model", None))
             return await handle(request)
 
         return read

@@ -1,0 +1,116 @@
+"""Of a folder with many runs those that are not in the cache are made when a request names them."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import pytest
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from tests.conftest import MODELS, randomize
+from tests.server.conftest import BASE, Server, started
+
+COUNT = 66
+PROMPT = "count : nine"
+FILE = "adapter_model.safetensors"
+
+
+@pytest.fixture(scope="module")
+def many(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    """A server of a base and runs of which each is another multiple of the first."""
+    folder = tmp_path_factory.mktemp("many")
+    root = folder / "models"
+    shutil.copytree(MODELS / BASE, root / BASE)
+    config = LoraConfig(r=3, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM")
+    model = get_peft_model(AutoModelForCausalLM.from_pretrained(root / BASE), config)
+    randomize(model)
+    model.save_pretrained(root / "run-0")
+    tensors = load_file(root / "run-0" / FILE)
+    for number in range(1, COUNT):
+        run = root / f"run-{number}"
+        run.mkdir()
+        shutil.copy(root / "run-0" / "adapter_config.json", run)
+        scaled = {n: t * (1 + number * ("lora_B" in n)) for n, t in tensors.items()}
+        save_file(scaled, run / FILE, {"format": "pt"})
+    with started(root, folder) as running:
+        yield running
+
+
+def answer(server: Server, model: str) -> Any:
+    body = {"model": model, "prompt": PROMPT, "max_tokens": 6, "temperature": 0, "logprobs": 1}
+    body |= {"ignore_eos": True}
+    with server.http as http:
+        return http.post("/v1/completions", json=body)
+
+
+def details(server: Server) -> dict[str, Any]:
+    with server.http as http:
+        return {model["id"]: model for model in http.get("/dora/models").json()["data"]}
+
+
+def live(server: Server, name: str) -> list[float]:
+    """The log-probabilities of six greedy tokens of PEFT's own model."""
+    base = AutoModelForCausalLM.from_pretrained(server.root / BASE)
+    model = PeftModel.from_pretrained(base, str(server.root / name)).eval()
+    ids = AutoTokenizer.from_pretrained(server.root / BASE)(PROMPT, return_tensors="pt").input_ids
+    found = []
+    for _ in range(6):
+        with torch.no_grad():
+            likely = torch.log_softmax(model(ids).logits[0, -1].double(), dim=-1)
+        found.append(float(likely.max()))
+        ids = torch.cat([ids, likely.argmax().view(1, 1)], dim=1)
+    return found
+
+
+def test_a_run_is_made_when_it_is_first_asked_for(many: Server) -> None:
+    before = details(many)
+    assert len(before) == COUNT + 1
+    told = before["run-65"]
+    assert not told["loaded"] and told["bytes"] == 0
+    assert {module["rank"] for module in told["modules"].values()} == {3}
+    with ThreadPoolExecutor() as pool:
+        asked = ["run-65", "run-1", "run-65", "run-1"]
+        answers = list(pool.map(answer, [many] * 4, asked))
+    assert [each.status_code for each in answers] == [200] * 4, [each.text for each in answers]
+    (fifth, first, again, _) = (each.json()["choices"][0]["logprobs"] for each in answers)
+    assert fifth["token_logprobs"] == pytest.approx(live(many, "run-65"), abs=1e-4)
+    assert first["token_logprobs"] == pytest.approx(live(many, "run-1"), abs=1e-4)
+    assert again["tokens"] == fifth["tokens"]
+    assert fifth["token_logprobs"] != pytest.approx(first["token_logprobs"], abs=1e-2)
+    after = details(many)
+    assert {name for name in after if after[name]["loaded"]} == {BASE, "run-1", "run-65"}
+    assert {**told, **{n: after["run-65"][n] for n in ("loaded", "bytes", "requests")}} == {
+        **after["run-65"],
+        "modules": told["modules"],
+    }
+    assert after["run-65"]["bytes"] > 0
+
+
+def test_one_that_cannot_be_made_any_more_is_refused_alone(many: Server) -> None:
+    shutil.rmtree(many.root / "run-7")
+    config = many.root / "run-8" / "adapter_config.json"
+    config.write_text(json.dumps({**json.loads(config.read_text()), "r": 4}))
+    for name in ("run-7", "run-8"):
+        refused = answer(many, name)
+        assert refused.status_code == 503
+        assert name in refused.json()["error"]["message"]
+        assert str(many.root) not in refused.text
+    assert answer(many, "run-1").status_code == 200
+
+
+def test_it_can_be_taken_away_and_put_in_place_before(many: Server) -> None:
+    with many.http as http:
+        assert http.post("/v1/unload_lora_adapter", json={"lora_name": "run-9"}).status_code == 200
+        assert answer(many, "run-9").status_code == 404
+        load: dict[str, object] = {"lora_name": "run-10", "lora_path": "run-65"}
+        assert http.post("/v1/load_lora_adapter", json=load).status_code == 400
+        load["load_inplace"] = True
+        assert http.post("/v1/load_lora_adapter", json=load).status_code == 200
+    assert answer(many, "run-10").json()["choices"] == answer(many, "run-65").json()["choices"]
