@@ -186,7 +186,7 @@ def _compare(
             has_update = control > 0
         if has_update and control == 0:
             failures.append(
-                "nothing was proved: what was asked has the same answers without the update"
+                "of the update nothing was proved: what was asked has the same answers without it"
             )
     if 0 < control <= exact:
         exact = max(control / _FAR, NOISE * noisy)
