@@ -195,7 +195,7 @@ def _compare(
         lost = fold_rounded(live, model.rounded, model.own)
         unrounded, truth = truth, reading.measure(live.model)
         rounding = difference(truth, unrounded)
-        tolerance = max(exact, TIES_SHARE * rounding)
+        tolerance = max(exact, TIES_SHARE * rounding if math.isfinite(rounding) else 0.0)
         top1 = reading.top1(live.model, truth, exact)
     max_abs = difference(reading.values, truth)
     if not max_abs <= tolerance and (both := model.missing & live.loaded.missing):

@@ -193,3 +193,28 @@ def test_an_update_that_no_answer_shows(tmp_path: Path) -> None:
     found = verify(run, tmp_path / "merged", base)
     assert not found.passed and "nothing was proved" in found.failures[0]
     assert found.left == ("images and sound: only its text was asked",)
+
+
+def test_a_voice_that_draws_lots(tmp_path: Path) -> None:
+    """Of other weights its speech has another length, and of another dtype it draws other lots."""
+    base, name = tmp_path / "base", "VitsModel"
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 32, "num_attention_heads": 4, "ffn_dim": 48, "flow_size": 32}
+    convolved = {"upsample_initial_channel": 16, "upsample_rates": [4, 4]}
+    kernels = {"upsample_kernel_sizes": [8, 8], "resblock_kernel_sizes": [3]}
+    config = transformers.VitsConfig(
+        num_hidden_layers=1, vocab_size=80, spectrogram_bins=17, prior_encoder_num_flows=2,
+        posterior_encoder_num_wavenet_layers=2, prior_encoder_num_wavenet_layers=2,
+        depth_separable_num_layers=2, duration_predictor_filter_channels=16, **sizes,
+        resblock_dilation_sizes=[[1, 3]], **convolved, **kernels,
+    )  # fmt: skip
+    transformers.VitsModel(config).save_pretrained(base)
+    lora = LoraConfig(r=2, lora_alpha=64, target_modules=["q_proj", "v_proj"])
+    peft = get_peft_model(getattr(transformers, name).from_pretrained(base), lora)
+    randomize(peft)
+    peft.save_pretrained(tmp_path / "run")
+    run = read_run(tmp_path / "run", ReadOptions(base=base))
+    merge(run, tmp_path / "merged", base=base)
+    found = verify(run, tmp_path / "merged", base)
+    assert found.passed and found.tolerance < 1e-2
+    assert not verify(run, base, base, earlier=found).passed
