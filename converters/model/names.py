@@ -30,6 +30,8 @@ _ADAPTER = re.compile(
 )
 # Linear layers, one for each expert, where gpt-oss has parameters: unsloth's, for bitsandbytes.
 _APART = re.compile(r"(.+\.(?:gate_up_proj|down_proj))s\.(\d{1,9})")
+# What a sentence-transformers pipeline calls the model in it, today and before its version 5.
+_PIPELINE = re.compile(r"^0\.(auto_)?model\.")
 _SLICE = re.compile(r"(.+)\[(\d{1,9})\]")
 
 
@@ -41,9 +43,9 @@ def split_slice(name: str) -> tuple[str, int | None]:
 
 def unwrapped(name: str) -> str:
     """A tensor's name without the segments of wrappers and without PEFT's prefix, however often,
-    and what PEFT's model was an attribute of."""
+    and what PEFT's model was an attribute of; and without the pipeline that the model was in."""
     plain = ".".join(part for part in name.split(".") if part not in _WRAPPERS)
-    return f".{plain}".rpartition(f".{PEFT_PREFIX}")[2].removeprefix(".")
+    return _PIPELINE.sub("", f".{plain}".rpartition(f".{PEFT_PREFIX}")[2].removeprefix("."))
 
 
 def as_transformers_reads(name: str) -> str:

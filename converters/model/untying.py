@@ -44,7 +44,7 @@ def untied(
     Raises `TargetError` for a class whose tied sides cannot differ when it is loaded, and where the
     run enlarged one side and does not hold the other.
     """
-    if _in_every_layer((*run.updates, *run.replaced), base):
+    if in_every_layer((*run.updates, *run.replaced), base):
         return run, base
     sharing = [_alike(base, names) for names in groups(base, architecture, run.num_labels)]
     shared = [_Shared.of(run, base, find, names) for names in sharing if len(names) > 1]
@@ -93,7 +93,7 @@ def untied(
     return replace(run, replaced=replaced), replace(base, shards=shards, config=config)
 
 
-def _in_every_layer(names: Collection[str], base: BaseModel) -> bool:
+def in_every_layer(names: Collection[str], base: BaseModel) -> bool:
     """Whether all `names` are of layers of a stack, and the base stores each kind in every layer of
     it: what layers share is stored once."""
     layers: dict[str, set[str]] = {}

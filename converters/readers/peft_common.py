@@ -33,7 +33,8 @@ def origin(config: Mapping[str, object], replaced: LazyTensors) -> Origin:
     task = task_of_peft(config.get("task_type"))
     own = task_of({"architectures": [class_said(config)]}) or ""
     heads = tuple(f"{head}." for head in HEADS.get(own, ()))
-    if task is None and any(name.startswith(heads) for name in replaced if heads):
+    whole = [name for name in replaced if name.endswith(".weight")]
+    if task is None and heads and any(name.startswith(heads) for name in whole):
         task = own
     base = config.get("base_model_name_or_path")
     return {

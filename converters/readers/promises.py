@@ -145,8 +145,7 @@ class _Promises:
             if lost:
                 raise self._lost("biases were trained (lora_bias)", lost)
         held = any(self._is_bias(name) for name in run.replaced)
-        # Of all of a model, those that training left as they were need not be there.
-        if kind == "none" or (held and (kind == "all" or self._base is None)):
+        if kind == "none" or (held and self._base is None):
             return
         if self._base is None:
             yield _may_be_lost("the biases", f"bias: {kind}")
@@ -156,7 +155,12 @@ class _Promises:
             layers = [f"{module}.bias" for module in run.updates]
             lost = [name for name in lost if any(_same(name, layer) for layer in layers)]
         lost = [name for name in lost if not self._holds(name)]
-        if lost:
+        if lost and held and kind == "all":  # training may have left them as they were
+            yield (
+                f"the configuration says that all biases were trained, and the file lacks "
+                f"{some(lost)}: there the base's stay, as in PEFT"
+            )
+        elif lost:
             raise self._lost(f"biases were trained (bias: {kind})", lost)
 
     def targets(self, stored: Collection[str], only: bool) -> Iterator[str]:

@@ -24,7 +24,11 @@ if TYPE_CHECKING:
 
 Inputs = dict[str, torch.Tensor]
 # The first there is compared.
-_OUTPUTS = ("logits", "logits_per_image", "last_hidden_state", "reconstruction", "embeddings")
+_OUTPUTS = (
+    *("logits", "logits_per_image", "itm_score", "spectrogram", "waveform", "loss"),
+    *("last_hidden_state", "reconstruction", "embeddings"),
+)
+_BESIDE = ("pred_boxes", "pred_masks")
 
 
 @dataclass(frozen=True)
@@ -64,32 +68,48 @@ class Model:
 
 def logits(model: Any, inputs: Inputs) -> torch.Tensor:
     """All logits of a model, padded positions left out where they are per token."""
+    return answers(model, inputs)[0]
+
+
+def answers(model: Any, inputs: Inputs) -> list[torch.Tensor]:
+    """The logits of a model, and what its class finds beside them."""
     if isinstance(dtype := getattr(model, "dtype", None), torch.dtype):
         inputs = {n: v.to(dtype) if v.is_floating_point() else v for n, v in inputs.items()}
-    with torch.no_grad():  # in inference mode PEFT cannot merge, as some of its layers do
+    # In inference mode PEFT cannot merge, as some of its layers do. Some models draw lots.
+    with torch.no_grad(), torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
         output = model(**inputs)
     if "start_logits" in output:
         result = torch.stack([output.start_logits, output.end_logits])
         padded: torch.Tensor = result.masked_fill(inputs["attention_mask"] == 0, 0.0).float()
-        return padded
-    result = next(output[name] for name in _OUTPUTS if name in output)
+        return [padded]
+    found = [output[name] for name in (*_OUTPUTS, *output) if name in output]
+    several = [value if isinstance(value, tuple) else (value,) for value in found]
+    result = next(each[0] for each in several if each and _is_float(each[0]))
     ids = inputs.get("input_ids")
     if ids is not None and result.dim() == 3 and result.shape[:2] == ids.shape:
         result = result * inputs["attention_mask"].unsqueeze(-1)
     if ids is None and "pooler_output" in output:  # what comes after the hidden states
         result = torch.cat([result.flatten(1), output.pooler_output.flatten(1)], dim=1)
-    flat: torch.Tensor = result.float()
-    return flat
+    beside = [output[name] for name in _BESIDE if name in output]
+    return [each.float() if each.dim() else each.float()[None] for each in (result, *beside)]
+
+
+def _is_float(value: object) -> bool:
+    return isinstance(value, torch.Tensor) and value.is_floating_point()
 
 
 def read_logits(model: Any) -> Callable[[Sequence[Inputs]], Reading]:
     """`Model.read` of a model that is called like a transformers model."""
 
     def read(batches: Sequence[Inputs]) -> Reading:
-        found = [logits(model, inputs) for inputs in batches]
+        def ask(other: Any) -> list[torch.Tensor]:
+            return [answer for inputs in batches for answer in answers(other, inputs)]
+
+        found = ask(model)
         return Reading(
             found,
-            lambda other: [logits(other, inputs) for inputs in batches],
+            ask,
             lambda _model, values, within: equal_choices(found, values, within),
         )
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import sys
 from dataclasses import asdict
 from pathlib import Path
@@ -52,7 +53,7 @@ def command(
         result = verify(loaded, artifact, model, engine)
     if as_json:
         numbers = {**asdict(result), "passed": result.passed}
-        common.print_json({k: None if v != v else v for k, v in numbers.items()})
+        common.print_json({k: None if v != v or v == math.inf else v for k, v in numbers.items()})
     else:
         if result.truth:
             _print_numbers(result)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import filecmp
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
@@ -11,7 +11,6 @@ from typing import Any
 
 import torch
 
-from converters.errors import TargetError
 from converters.files.tensors import LazyTensor, numel
 from converters.model.architecture import offline
 from converters.model.base import BaseModel
@@ -20,6 +19,8 @@ from converters.run import Run
 from converters.targets.model import Inputs
 from converters.targets.opening import class_of
 from converters.updates.update import Update
+
+from .modalities import beside_text, places, random_input, takes, text_of, with_others
 
 SENTENCES = (
     "The harbour was quiet, and only one boat had its lamp lit.",
@@ -36,7 +37,6 @@ _LENGTHS = (
 )
 _DECODER_LENGTHS = ("max_decoder_position_embeddings", "max_target_positions")
 _OPERATIONS, _NBYTES = 2e12, 1 << 30  # the most that one long prompt may cost
-_PIXELS = 64
 _TOKENS = 4 * LENGTH  # of those that were trained alone, the most that are asked
 _TOKENIZERS = (
     *("tokenizer_config.json", "tokenizer.json", "tokenizer.model", "vocab.txt", "vocab.json"),
@@ -46,11 +46,13 @@ _TOKENIZERS = (
 
 @dataclass(frozen=True)
 class Prompts:
-    """`batches` of a model's inputs. `asked`: what they are. `left`: what they are not, and why."""
+    """`batches` of a model's inputs. `asked`: what they are. `left`: what they are not, and why.
+    `less`: what is asked where the base cannot compute these."""
 
     batches: list[Inputs]
     asked: tuple[str, ...]
     left: tuple[str, ...] = ()
+    less: Prompts | None = None
 
 
 def prompts_of(run: Run, base: BaseModel) -> Prompts:
@@ -58,17 +60,17 @@ def prompts_of(run: Run, base: BaseModel) -> Prompts:
 
     Text where the base has a tokenizer, random ids beside it, the tokens that the run trained
     alone, and a prompt longer than the lengths that the configuration names, as far as time and
-    memory allow.
+    memory allow. Beside each, images or sound where the class takes them too.
     """
     cls, config = class_of(run, base)
-    if cls.main_input_name != "input_ids":
-        model = SimpleNamespace(config=config, main_input_name=cls.main_input_name)
-        return Prompts([verification_batch(model)], (f"random {cls.main_input_name}",))
-    text = config.get_text_config()
-    vocab, limit = _vocab(run, base, config), _longest(text)
+    if "input_ids" not in takes(cls):
+        return _without_text(cls, config)
+    text = text_of(config)
+    vocab, limit = _vocab(run, base, config), _longest(text) - places(cls, config)
     texts, said = _texts(base, vocab)
     known = _trained_tokens(run, base, vocab, getattr(text, "vocab_size", vocab))
-    groups = [known[i : i + LENGTH] for i in range(0, len(known), LENGTH)]
+    # Some models take no text of a few tokens.
+    groups = [(known[i : i + LENGTH] * LENGTH)[:LENGTH] for i in range(0, len(known), LENGTH)]
     rows = [row[:limit] for row in (*texts, *groups)]
     model = SimpleNamespace(config=config, main_input_name="input_ids")
     count = 1 if texts else ROWS
@@ -84,23 +86,30 @@ def prompts_of(run: Run, base: BaseModel) -> Prompts:
         repeated = (long * (length // len(long) + 1))[:length]
         batches += _batches(config, [repeated], vocab)
         asked.append(f"one of {length} tokens")
-    if cls.__name__ in _beside_images():
-        seed = torch.Generator().manual_seed(0)
-        pixels = torch.randn((ROWS, *_shape("pixel_values", config)), generator=seed)
-        batches = [{**inputs, "pixel_values": pixels} for inputs in batches]
-        asked.append(f"{ROWS} random images beside each")
-    elif any(hasattr(config, part) for part in ("vision_config", "audio_config")):
-        left.append("images and sound: only its text was asked")
-    return Prompts(batches, tuple(asked), tuple(left))
+    texts_alone = [{n: v for n, v in each.items() if n in takes(cls)} for each in batches]
+    found: Prompts | None = None
+    if cls.main_input_name != "input_ids":
+        found = _without_text(cls, config)
+    more = any(hasattr(config, part) for part in ("vision_config", "audio_config"))
+    for names in reversed(beside_text(cls, config)):
+        here = [f"random {name} beside each" for name in names]
+        unseen = ["images and sound: only its text was asked"] if more and not names else []
+        batches = [with_others(inputs, names, cls, config) for inputs in texts_alone]
+        found = Prompts(batches, (*asked, *here), (*left, *unseen), found)
+    assert found is not None
+    return found
 
 
-def _beside_images() -> Collection[str]:
-    """The classes that compare texts with images, and take both together."""
-    from transformers.models.auto import modeling_auto
-
-    names: Collection[str]
-    names = modeling_auto.MODEL_FOR_ZERO_SHOT_IMAGE_CLASSIFICATION_MAPPING_NAMES.values()
-    return names
+def _without_text(cls: Any, config: Any) -> Prompts:
+    """Prompts for a class that takes no text, but for what its decoder goes on with."""
+    model = SimpleNamespace(config=config, main_input_name=cls.main_input_name)
+    inputs, names = verification_batch(model), takes(cls)
+    generator = torch.Generator().manual_seed(0)
+    beside = [n for n in ("decoder_input_values", "speaker_embeddings") if n in names]
+    inputs |= {n: random_input(n, config, ROWS, generator) for n in beside}
+    if "decoder_input_ids" not in names:
+        inputs.pop("decoder_input_ids", None)
+    return Prompts([inputs], tuple(f"random {name}" for name in (cls.main_input_name, *beside)))
 
 
 def verification_batch(
@@ -112,13 +121,13 @@ def verification_batch(
     config = model.config
     generator = torch.Generator().manual_seed(seed)
     if model.main_input_name != "input_ids":
-        shape = (rows, *_shape(model.main_input_name, config))
-        inputs = {model.main_input_name: torch.randn(shape, generator=generator)}
+        name = model.main_input_name
+        inputs = {name: random_input(name, config, rows, generator)}
         text = config.get_text_config(decoder=True)
         if config.is_encoder_decoder and hasattr(text, "vocab_size"):  # one of boxes has none
             inputs["decoder_input_ids"] = _decoder_ids(config, rows, length, generator)
         return inputs
-    text = config.get_text_config()
+    text = text_of(config)
     vocab, pad = vocab or text.vocab_size, getattr(text, "pad_token_id", None)
     ids = torch.randint(min(5, vocab - 1), vocab, (rows, length), generator=generator)
     mask = torch.ones_like(ids)
@@ -131,41 +140,16 @@ def verification_batch(
     return inputs
 
 
-def _shape(kind: str, config: Any) -> tuple[int, ...]:
-    """The shape of one input that is no text."""
-    if kind == "pixel_values":
-        inner = [getattr(config, part, None) for part in ("vision_config", "encoder")]
-        said = (getattr(holder, "image_size", None) for holder in (config, *inner))
-        size = next((size for size in said if size), _PIXELS)  # of any size where none is said
-        channels = getattr(config, "num_channels", None) or 3
-        frames = [config.num_frames] if hasattr(config, "num_frames") else []
-        return (*frames, channels, *((size, size) if isinstance(size, int) else size))
-    mels = getattr(config, "num_mel_bins", None)
-    if kind == "input_features" and hasattr(config, "max_source_positions") and mels:
-        return mels, 2 * config.max_source_positions  # Whisper's first layers halve it
-    if mels:
-        return getattr(config, "max_length", 1024), mels  # a spectrogram as an image
-    if kind == "input_values":
-        return (4000,)  # samples
-    for width in ("input_feat_per_channel", "feature_projection_input_dim"):
-        if hasattr(config, width):
-            return 64, getattr(config, width)
-    raise TargetError(
-        "verify does not know what to ask this model",
-        found=f"{kind}, of a {type(config).__name__}",
-        expected="text, images, waves or spectra",
-    )
-
-
 def _decoder_ids(config: Any, rows: int, length: int, generator: torch.Generator) -> torch.Tensor:
-    vocab = config.get_text_config(decoder=True).vocab_size
-    low = min(5, vocab - 1)
-    return torch.randint(low, vocab, (rows, max(length // 2, 1)), generator=generator)
+    text = config.get_text_config(decoder=True)
+    low, rows = min(5, text.vocab_size - 1), rows * getattr(text, "num_codebooks", 1)
+    shape = rows, max(length // 2, 1)
+    return torch.randint(low, text.vocab_size, shape, generator=generator)
 
 
 def _batches(config: Any, rows: list[list[int]], vocab: int) -> Iterator[Inputs]:
     """`rows` in one batch padded on the right, or each in its own where there is no padding."""
-    pad = getattr(config.get_text_config(), "pad_token_id", None)
+    pad = getattr(text_of(config), "pad_token_id", None)
     padded = pad is not None and 0 <= pad < vocab
     for group in [rows] if rows and padded else [[row] for row in rows]:
         longest = max(map(len, group))
@@ -175,7 +159,10 @@ def _batches(config: Any, rows: list[list[int]], vocab: int) -> Iterator[Inputs]
         if config.is_encoder_decoder:
             said = (getattr(config, key, None) for key in _DECODER_LENGTHS)
             shortest = min([longest, *(n - 4 for n in said if n)])
-            inputs["decoder_input_ids"] = inputs["input_ids"][:, :shortest].clone()
+            text = config.get_text_config(decoder=True)
+            heard = inputs["input_ids"][:, :shortest].remainder(getattr(text, "vocab_size", vocab))
+            books = getattr(text, "num_codebooks", 1)
+            inputs["decoder_input_ids"] = heard.repeat_interleave(books, 0)
         yield inputs
 
 
@@ -238,7 +225,7 @@ def _is_text(row: list[int], unknown: int | None, vocab: int) -> bool:
 
 def _vocab(run: Run, base: BaseModel, config: Any) -> int:
     """The rows of the input embedding, which the run may have resized."""
-    size: int = getattr(config.get_text_config(), "vocab_size", 0)
+    size: int = getattr(text_of(config), "vocab_size", 0)
     own = new_embedding(base, run.replaced)
     return size if own is None else own.shape[0]
 
@@ -299,7 +286,7 @@ def _crossing(
     scores = vocab if name.endswith(("LM", "LMHeadModel", "Generation")) else 1
     # Operations of its tokens, bytes of its logits, and of a mask of all its tokens by all.
     dear = int(min(_OPERATIONS / (2 * max(weights, 1)), _NBYTES / (4 * scores), _NBYTES**0.5))
-    text = config.get_text_config()
+    text = text_of(config)
     values = text.to_dict()
     wanted = {(key, n): min(n + n // 8 + 8, limit) for key, n in _lengths(values)}
     if "dynamic" in _rope_types(values):

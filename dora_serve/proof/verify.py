@@ -109,16 +109,22 @@ def verify(
     engine = engine or next(iter(target.engines), "")
     fit = _fit_limit(path)
     prompts = prompts_of(run, base)
-    try:
-        model = target.open(path, base, run, engine)
-        reading = model.read(prompts.batches)
-    except (BaseError, RunError, TargetError):
-        raise  # of what was asked, not of the artifact
-    except Exception as error:
-        if (missing := without_extra(error)) is not None:
-            raise missing from None
-        _check_asked(run, base, prompts)
-        return Verification(engine, fit=fit, failures=(_reason(error),))
+    while True:
+        try:
+            model = target.open(path, base, run, engine)
+            reading = model.read(prompts.batches)
+            break
+        except (BaseError, RunError, TargetError):
+            raise  # of what was asked, not of the artifact
+        except Exception as error:
+            if (missing := without_extra(error)) is not None:
+                raise missing from None
+            why = _not_asked(run, base, prompts)
+            if why is None:
+                return Verification(engine, fit=fit, failures=(_reason(error),))
+            if prompts.less is None:
+                raise why from error
+            prompts = prompts.less
     model = replace(model, read=lambda _batches: reading)  # its weights are let go
     unfitted = None
     if fit is not None:
@@ -129,26 +135,28 @@ def verify(
         found = _compare(run, base, model, reading, prompts, earlier)
     except (BaseError, RunError, TargetError):
         raise
-    except Exception:
-        _check_asked(run, base, prompts)
+    except Exception as error:
+        if (why := _not_asked(run, base, prompts)) is not None:
+            raise why from error
         raise
     fault = tokenizer_fault(path, run, base)
     failures = found.failures if fault is None else (*found.failures, fault)
     return replace(found, engine=engine, fit=fit, unfitted=unfitted, failures=failures)
 
 
-def _check_asked(run: Run, base: BaseModel, prompts: Prompts) -> None:
-    """Raise `TargetError` where the live model cannot be asked so either."""
+def _not_asked(run: Run, base: BaseModel, prompts: Prompts) -> TargetError | None:
+    """An error where the live model cannot be asked so either."""
     live = truth_of(run, base).model
     try:
         logits(live, prompts.batches[0])
     except Exception as error:
-        raise TargetError(
+        return TargetError(
             "verify does not know what to ask this model",
             found=" ".join(f"{type(error).__name__}: {error}".split())[:300],
-            expected="text, images, waves or spectra, each alone",
+            expected="text, images, waves or spectra",
             remedy="compare its outputs with the unmerged run's on inputs of your own",
-        ) from error
+        )
+    return None
 
 
 def _compare(
@@ -183,6 +191,10 @@ def _compare(
         if not has_update and run.replaced:
             control = difference(reading.measure(load(run, base).model), truth)
             has_update = control > 0
+        if has_update and control == 0:
+            failures.append(
+                "of the update nothing was proved: what was asked has the same answers without it"
+            )
     if 0 < control <= exact:
         exact = max(control / _FAR, NOISE * noisy)
     tolerance = max(exact, model.share * control)
@@ -190,7 +202,7 @@ def _compare(
         lost = fold_rounded(live, model.rounded, model.own)
         unrounded, truth = truth, reading.measure(live.model)
         rounding = difference(truth, unrounded)
-        tolerance = max(exact, TIES_SHARE * rounding)
+        tolerance = max(exact, TIES_SHARE * rounding if math.isfinite(rounding) else 0.0)
         top1 = reading.top1(live.model, truth, exact)
     max_abs = difference(reading.values, truth)
     if not max_abs <= tolerance and (both := model.missing & live.loaded.missing):

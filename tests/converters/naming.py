@@ -235,6 +235,7 @@ OTHERS: dict[str, Callable[[str], str]] = {
     "DeepSpeed": lambda key: f"_forward_module.{key}",
     "Lightning": lambda key: f"model.{key}",
     "body twice": lambda key: key.replace(PREFIX, PREFIX + "model.", 1),
+    "sentence-transformers": lambda key: key.replace(PREFIX, PREFIX + "0.auto_model.", 1),
 }
 
 

@@ -64,7 +64,11 @@ AS_IT_LIES: dict[str, dict[str, frozenset[str]]] = {
     "qwen3-moe": {**WRAPPERS, "PEFT": BOTH, "no prefix": BOTH, "AutoModel": TRANSFORMERS},
     "roberta": {"PEFT": BOTH, "AutoModel": TRANSFORMERS},
     "qwen2, base of AutoModel": {"PEFT": BOTH, "AutoModel": TRANSFORMERS},
-    "qwen2, embedding": {"PEFT": BOTH, "body twice": TRANSFORMERS},
+    "qwen2, embedding": {
+        "PEFT": BOTH,
+        "body twice": TRANSFORMERS,
+        "sentence-transformers": frozenset(),
+    },
     # transformers drops PEFT's prefix twice only where `model.` follows it.
     "gpt2": {"PEFT": BOTH, "AutoModel": TRANSFORMERS, "PEFT's prefix twice": frozenset()},
     "bert": {"PEFT": BOTH, "AutoModel": TRANSFORMERS},

@@ -4,6 +4,8 @@ live model. A layer that PEFT's live model has no use of is refused."""
 from __future__ import annotations
 
 import json
+import shutil
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -94,6 +96,11 @@ def detr() -> Any:
 
 
 CONFIGS: dict[str, Any] = {
+    "BertForTokenClassification": lambda: transformers.BertConfig(**ENCODER, num_labels=3),
+    "MoshiForCausalLM": lambda: transformers.MoshiConfig(
+        vocab_size=80, hidden_size=32, num_hidden_layers=1, num_attention_heads=4,
+        num_key_value_heads=2, head_dim=8, ffn_dim=48, max_position_embeddings=40,
+    ),
     "DetrForObjectDetection": detr,
     "FSMTForConditionalGeneration": fsmt,
     "SegformerForSemanticSegmentation": lambda: transformers.SegformerConfig(**STAGES),
@@ -173,6 +180,14 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
         "T5ForConditionalGeneration",
         {"target_modules": ["q"], "modules_to_save": ["shared"], "ensure_weight_tying": True},
     ),
+    "a head's bias beside its LoRA": (
+        "BertForTokenClassification",
+        {"target_modules": ["query", "classifier"], "bias": "all"},
+    ),
+    "an embedding of more rows than words": (
+        "MoshiForCausalLM",
+        {"target_modules": ["q_proj.linear"], "modules_to_save": ["embed_tokens"]},
+    ),
     "rows of a class that names no ties": (
         "FSMTForConditionalGeneration",
         {
@@ -190,7 +205,15 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
 }
 
 
-@pytest.mark.parametrize("case", CASES)
+def cases() -> Iterator[Any]:
+    for case, (name, config) in CASES.items():
+        family = getattr(transformers, name).config_class.model_type
+        targets = ("merged",) if "trainable_token_indices" in config else ("merged", "peft")
+        proves = pytest.mark.supports(method="peft_lora", family=family, targets=targets)
+        yield pytest.param(case, id=case, marks=[proves])
+
+
+@pytest.mark.parametrize("case", cases())
 def test_what_is_written_equals_pefts_live_model(tmp_path: Path, case: str) -> None:
     name, config = CASES[case]
     folder = base(name, tmp_path / "base")
@@ -270,6 +293,29 @@ def test_a_bias_of_one_layer_that_is_lost(tmp_path: Path) -> None:
     save_file(kept, file)
     with pytest.raises(DoraExportError, match="biases were trained"):
         read_run(tmp_path / "run", ReadOptions(base=folder))
+
+
+def test_some_biases_of_all_that_are_lost(tmp_path: Path) -> None:
+    """PEFT takes the base's for them and says nothing; the merge is the same, and says it."""
+    name = "ViTForMaskedImageModeling"
+    folder, run = base(name, tmp_path / "base"), tmp_path / "run"
+    live = get_peft_model(load(name, folder), LoraConfig(target_modules=["q_proj"], bias="all"))
+    randomize(live, ("lora_", ".bias"))
+    live.save_pretrained(run)
+    whole = read_run(run, ReadOptions(base=folder))
+    assert not whole.warnings
+    write_adapter(whole, tmp_path / "adapter", base=folder)
+    again = read_run(tmp_path / "adapter", ReadOptions(base=folder))
+    assert not again.warnings and again.replaced.keys() == whole.replaced.keys()
+    file = Path(shutil.copytree(run, tmp_path / "lossy")) / "adapter_model.safetensors"
+    kept = load_file(file)
+    lost = next(key for key in kept if key.endswith("fc1.bias"))
+    save_file({key: tensor for key, tensor in kept.items() if key != lost}, file)
+    some = read_run(file.parent, ReadOptions(base=folder))
+    assert lost.removeprefix("base_model.model.") in some.warnings[0]
+    merge(some, tmp_path / "merged", base=folder)
+    assert verify(some, tmp_path / "merged", folder).passed
+    assert not verify(whole, tmp_path / "merged", folder).passed
 
 
 @pytest.mark.parametrize("tied", [False, True])

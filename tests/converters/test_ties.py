@@ -8,6 +8,7 @@ are parted.
 
 from __future__ import annotations
 
+from copy import deepcopy
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -26,7 +27,7 @@ from tests.converters.tied_families import ENCODER, FAMILIES, Family
 
 def base(family: Family, folder: Path) -> None:
     torch.manual_seed(0)
-    config = getattr(transformers, family.config)(**family.values)
+    config = getattr(transformers, family.config)(**deepcopy(family.values))
     model = getattr(transformers, family.model)(config)
     with torch.no_grad():
         for parameter in model.parameters():
@@ -52,15 +53,31 @@ def tuned(family: Family, folder: Path, out: Path, side: str, way: str) -> Any:
         config["target_modules"] = [*inner, side]
     model = get_peft_model(load(family, folder), LoraConfig(**config))
     randomize(model, ("lora_", "modules_to_save", "trainable_tokens_delta"))
+    keep_padding(model)
     model.save_pretrained(out)
     return PeftModel.from_pretrained(load(family, folder), str(out)).eval()
 
 
+def keep_padding(model: Any) -> None:
+    """Leave the padding's row of embeddings as it was, which gets no gradient in training."""
+    for module in model.modules():
+        layer: Any = getattr(module, "base_layer", getattr(module, "original_module", None))
+        row = getattr(layer, "padding_idx", None)
+        with torch.no_grad():
+            if row is not None and len(getattr(module, "lora_embedding_A", ())):
+                module.lora_embedding_A["default"][:, row] = 0
+            if row is not None and hasattr(module, "modules_to_save"):
+                module.modules_to_save["default"].weight[row] = layer.weight[row]
+
+
 def logits(family: Family, model: Any) -> torch.Tensor:
     ids = torch.tensor([[5, 6, 7, 9, 30, 11, 12, 13], [30, 2, 9, 8, 5, 40, 41, 42]])
-    sound = torch.randn(2, 8, 40, generator=torch.Generator().manual_seed(0))
+    shapes = {"input_features": (8, 40), "pixel_values": (3, 16, 16), "input_values": (1600,)}
+    generator = torch.Generator().manual_seed(0)
+    other = {n: torch.randn(2, *shape, generator=generator) for n, shape in shapes.items()}
+    other["image_embeds_position_mask"] = torch.tensor([[1] * 4 + [0] * 4] * 2)
     with torch.no_grad():
-        inputs = {name: sound if name == "input_features" else ids for name in family.inputs}
+        inputs = {name: other.get(name, ids) for name in family.inputs}
         found: torch.Tensor = model(**inputs).logits
     return found
 

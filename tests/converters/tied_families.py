@@ -68,6 +68,41 @@ WHISPER = {
     "suppress_tokens": None,
     "begin_suppress_tokens": None,
 }
+OPT = {
+    "model_type": "opt",
+    "hidden_size": 32,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 4,
+    "ffn_dim": 48,
+    "vocab_size": 96,
+    "max_position_embeddings": 64,
+    "word_embed_proj_dim": 32,
+}
+KOSMOS = {
+    "vocab_size": 80,
+    "embed_dim": 32,
+    "layers": 1,
+    "ffn_dim": 48,
+    "attention_heads": 4,
+    "max_position_embeddings": 60,
+}
+SPEAKS = {
+    "vocab_size": 80,
+    "hidden_size": 32,
+    **{f"{part}_layers": 1 for part in ("encoder", "decoder")},
+    **{f"{part}_attention_heads": 4 for part in ("encoder", "decoder")},
+    **{f"{part}_ffn_dim": 48 for part in ("encoder", "decoder")},
+    **{f"speech_decoder_{part}net_units": 32 for part in ("pre", "post")},
+    "num_mel_bins": 20,
+    "speaker_embedding_dim": 16,
+    "max_text_positions": 64,
+    "conv_dim": [32] * 3,
+    "conv_kernel": [8, 3, 3],
+    "conv_stride": [5, 2, 2],
+    "num_feat_extract_layers": 3,
+    "num_conv_pos_embeddings": 16,
+    "num_conv_pos_embedding_groups": 2,
+}
 SHARED = ("model.shared", "model.encoder.embed_tokens", "model.decoder.embed_tokens", "lm_head")
 
 
@@ -293,5 +328,65 @@ FAMILIES = {
         },
         SEES,
         r".*language_model.*q_proj",
+    ),
+    "blip": Family(
+        "BlipForConditionalGeneration",
+        "BlipConfig",
+        {
+            "text_config": {**ENCODER, "encoder_hidden_size": 32, "projection_dim": 32},
+            "vision_config": EYES,
+        },
+        ("text_decoder.bert.embeddings.word_embeddings", "text_decoder.cls.predictions.decoder"),
+        "query",
+        inputs=("pixel_values", "input_ids"),
+        biased=True,
+    ),
+    "blip-2": Family(
+        "Blip2ForConditionalGeneration",
+        "Blip2Config",
+        {
+            "text_config": OPT,
+            "vision_config": EYES,
+            "qformer_config": {**ENCODER, "encoder_hidden_size": 32},
+            "num_query_tokens": 2,
+            "image_token_index": 9,
+        },
+        ("language_model.model.decoder.embed_tokens", "language_model.lm_head"),
+        "q_proj",
+        inputs=("pixel_values", "input_ids"),
+    ),
+    "kosmos-2": Family(
+        "Kosmos2ForConditionalGeneration",
+        "Kosmos2Config",
+        {"text_config": KOSMOS, "vision_config": EYES, "latent_query_num": 4},
+        ("text_model.model.embed_tokens", "text_model.lm_head"),
+        "q_proj",
+        inputs=("pixel_values", "input_ids", "image_embeds_position_mask"),
+        default=True,
+    ),
+    "speecht5, hears": Family(
+        "SpeechT5ForSpeechToText",
+        "SpeechT5Config",
+        SPEAKS,
+        ("speecht5.decoder.prenet.embed_tokens", "text_decoder_postnet.lm_head"),
+        "q_proj",
+        inputs=("input_values", "decoder_input_ids"),
+    ),
+    "trocr": Family(
+        "VisionEncoderDecoderModel",
+        "VisionEncoderDecoderConfig",
+        {
+            "encoder": {**EYES, "model_type": "vit"},
+            "decoder": {
+                **{k: v for k, v in TRANSLATOR.items() if not k.startswith("encoder")},
+                "model_type": "trocr",
+                "cross_attention_hidden_size": 32,
+            },
+            "decoder_start_token_id": 1,
+            "pad_token_id": 0,
+        },
+        ("decoder.model.decoder.embed_tokens", "decoder.output_projection"),
+        "fc1",
+        inputs=("pixel_values", "decoder_input_ids"),
     ),
 }

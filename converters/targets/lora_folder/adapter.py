@@ -34,6 +34,7 @@ from ...model.names import PEFT_PREFIX
 from ...model.rows import check_rows
 from ...model.tasks import peft_type
 from ...model.untying import untied
+from ...model.zeroed import as_loaded
 from ...progress import Progress
 from ...run import NO_UPDATE, Run
 from ...updates.rank_one import RankOneSum, stored_error
@@ -175,7 +176,8 @@ def plan_adapter(
     if base is not None:
         run, layout = named_for(run, base, profile)
         architecture = layout.names.architecture
-        run, own = untied(run, base, architecture, layout.find, together=False)
+        own, _ = as_loaded(run, base, architecture, layout.find)
+        run, own = untied(run, own, architecture, layout.find, together=False)
         transposed = transposed_modules(run, own, layout, profile)
         check_frozen(run, own)
     whole = changed(run, own, None if layout is None else layout.find)
@@ -184,6 +186,8 @@ def plan_adapter(
         check_rows(run, own, layout.names.architecture, whole, shapes, layout.find)
     whole = with_heads(run, own, whole, profile)
     modules, biases = whole_modules(run, own, whole)
+    if biases:  # all or none, as PEFT saves them
+        whole |= {n: t for n, t in run.replaced.items() if n.endswith(".bias") and n not in whole}
     whole = completed(own, run, whole, modules, layout)
     ranks: dict[str, tuple[int | None, int]] = {}
     for module, rank in run.ranks.items():

@@ -33,6 +33,7 @@ from ...model.quantized import METHODS, Dequantized, dtype_before, method, unqua
 from ...model.rows import check_rows, grown_by, resized
 from ...model.tying import new_embedding
 from ...model.untying import untied
+from ...model.zeroed import as_loaded, check_zeroed
 from ...progress import Progress
 from ...run import Run
 from ..target import Plan
@@ -163,7 +164,9 @@ def plan_merge(
     check_called(run, base)
     given = base
     architecture, _ = target_architecture(run, base)
-    run, base = untied(run, base, architecture, Layout(base, architecture, run.num_labels).find)
+    find = Layout(base, architecture, run.num_labels).find
+    base, zeroed = as_loaded(run, base, architecture, find)
+    run, base = untied(run, base, architecture, find)
     architecture, expected = target_architecture(run, base)
     layout = Layout(base, architecture, run.num_labels)
     run = layout.on_disk(run)
@@ -269,6 +272,7 @@ def plan_merge(
         {t.name: t.source.shape for t in plan.tensors},
         layout.find,
     )
+    check_zeroed(run, zeroed, {t.name: (t.source, t.module) for t in plan.tensors}, layout.find)
     return plan
 
 
