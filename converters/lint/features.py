@@ -6,13 +6,14 @@ import re
 from collections.abc import Iterator
 
 from ..errors import DoraExportError
+from ..files.tensors import same_values
 from ..model.base import CONV1D_LAYERS
 from ..readers import ReadOptions, read_run
 from ..readers.peft_common import is_below, modules_to_save
 from ..readers.peft_initial import BASE_CHANGING
 from ..readers.promises import LostError
 from ..targets.lora_folder import CONFIG
-from .finding import MERGE, PEFTS_OWN, Adapter, Finding
+from .finding import MERGE, PEFTS_OWN, REPACK, Adapter, Finding
 
 # Field of the configuration → tensors it brings along.
 _FEATURES = {
@@ -79,10 +80,12 @@ def whole_tensors(adapter: Adapter) -> Iterator[Finding]:
             if engine.whole_modules is not None and last not in engine.whole_modules
         )
         if targets:
+            same = _is_bases(adapter, name)
             yield Finding(
                 "modules_to_save", "error", targets, name,
-                "the engine loads no tensor that was trained whole", name,
-                "only lora_A and lora_B", MERGE,
+                "the engine loads no tensor that was trained whole",
+                "the values of the base" if same else "values of its own",
+                "only lora_A and lora_B", REPACK if same else MERGE,
             )  # fmt: skip
     targets = adapter.where(lambda engine: not engine.biases)
     if targets and (biases or adapter.config.get("bias", "none") != "none"):
@@ -91,6 +94,13 @@ def whole_tensors(adapter: Adapter) -> Iterator[Finding]:
             "the engine loads no trained biases", f"bias: {adapter.config.get('bias')}",
             "bias: none", MERGE,
         )  # fmt: skip
+
+
+def _is_bases(adapter: Adapter, name: str) -> bool:
+    """Whether a tensor that was kept whole is still the base's, and so is left out."""
+    known = None if adapter.base is None else adapter.base.weight(name.removesuffix(".weight"))
+    tensor = adapter.tensors[adapter.others[name]]
+    return known is not None and known.shape == tensor.shape and same_values(tensor, known)
 
 
 def _saved(adapter: Adapter, name: str) -> str:

@@ -30,6 +30,7 @@ Severity = Literal["error", "warning", "info"]
 PEFTS_OWN = ("peft", "transformers")  # where PEFT's layers compute
 AGAIN = "save the adapter again from the training run"
 MERGE = "deploy the merged model (`merge`)"
+REPACK = "write it anew, without what is the base's own (`adapter`)"
 _FACTOR = re.compile(r"(.+)\.(?:lora_(A|B)(\.\w+)?\.weight|lora_embedding_(A|B)(\.\w+)?)")
 
 
@@ -123,7 +124,7 @@ class Adapter:
 
     @cached_property
     def _origin(self) -> Origin:
-        whole = {name: self.tensors[key] for name, key in self._whole.items()}
+        whole = {name: self.tensors[key] for name, key in self.others.items()}
         return origin(self.config, whole)
 
     @cached_property
@@ -176,15 +177,10 @@ class Adapter:
         return sorted({factor.module for factor in self.factors if factor.embedding})
 
     @cached_property
-    def _whole(self) -> Mapping[str, str]:
+    def others(self) -> Mapping[str, str]:
         """Name without PEFT's prefix → key, of the tensors that are neither A nor B."""
         factors = {factor.key for factor in self.factors}
         return {key.removeprefix(PREFIX): key for key in self.tensors if key not in factors}
-
-    @property
-    def others(self) -> list[str]:
-        """Keys, without PEFT's prefix, of tensors that are neither A nor B."""
-        return list(self._whole)
 
     @cached_property
     def ranks(self) -> dict[str, int]:

@@ -19,6 +19,8 @@ from . import common
 if TYPE_CHECKING:
     from dora_serve.proof.verify import Verification
 
+_QLORA = "if training held it in 4 or 8 bits (QLoRA), give it so as --base: this is another model"
+
 
 @click.command("verify")
 @common.run_argument
@@ -56,7 +58,7 @@ def command(
         common.print_json({k: None if v != v or v == math.inf else v for k, v in numbers.items()})
     else:
         if result.truth:
-            _print_numbers(result)
+            _print_numbers(result, "" if model.stored or model.packed else model.name)
         for reason in result.failures:
             click.echo(f"fault               {visible(reason)}")
         verdict = "PASSED" if result.passed else "FAILED"
@@ -65,11 +67,13 @@ def command(
     sys.exit(0 if result.passed else 1)
 
 
-def _print_numbers(result: Verification) -> None:
+def _print_numbers(result: Verification, unquantized: str) -> None:
     told = {"peft": "PEFT's own model", "live": "the base with the updates beside its layers"}
+    peft = result.truth == "peft"
     lines = {
         "engine": f"{result.engine} ({result.dtype})",
         "truth": f"{result.truth}: {told[result.truth]}",
+        **({"base": f"{unquantized}, as it is; {_QLORA}"} if unquantized and peft else {}),
         "prompts": "; ".join((*result.asked, *result.left)),
         "max abs difference": f"{result.max_abs:.2e}   (at most {result.tolerance:.1e})",
         "float32 noise": f"{result.noise:.2e}   (of the truth, against {result.noise_of})",

@@ -53,7 +53,9 @@ def base_of(run: Run, bases: Sequence[BaseModel]) -> BaseModel:
     count = f"{len(fitting)} bases fit" if len(fitting) > 1 else "one base fits"
     none = f"no base that fits among {len(bases)}" if bases else "no base lies here"
     found = f"{count}: {names}" if fitting else none
-    one = f"--base {quoted(fitting[0].path)} if that is the right one" if fitting else "--base"
+    own = run.base is not None and not _is_hub_id(run.base) and there(Path(run.base))
+    likely = fitting[0].path if fitting else run.base if own else None
+    one = "--base" if likely is None else f"--base {quoted(likely)} if that is the right one"
     raise BaseError(
         "the run's base is not known",
         file=run.path,
@@ -92,6 +94,8 @@ def told(run: Run, base: BaseModel) -> Run:
     warning = f"the run names {run.base} as its base; it goes with {base.name}, as was asked for"
     if base.stored is None and not base.packed:
         warning += _quantized_named(run, base)
+    else:
+        warning += "; that is quantized, as a QLoRA's training has it"
     return replace(run, warnings=tuple(dict.fromkeys((*run.warnings, warning))))
 
 

@@ -9,7 +9,7 @@ from unicodedata import category, east_asian_width
 
 import click
 
-from converters.errors import visible
+from converters.errors import some, visible
 from converters.fit import percent
 
 from ..commands.common import size
@@ -81,12 +81,15 @@ def _settings(pool: Pool) -> Iterator[str]:
     slots = pool.slot * pool.max_loras
     yield f"  --max-lora-rank {pool.max_lora_rank}, the smallest that holds them"
     yield (
-        f"  --max-loras {pool.max_loras}, of as many a batch may be; "
-        f"--max-cpu-loras {pool.max_cpu_loras}, as many stay in memory"
+        f"  --max-loras {pool.max_loras}: so many may be in one batch; "
+        f"--max-cpu-loras {pool.max_cpu_loras}: so many stay in memory"
     )
     yield f"  --lora-target-modules {' '.join(pool.target_modules) or '(none left)'}"
-    yield f"  a slot takes {size(pool.slot)}, all {size(slots)}; {pool.padding:.0%} is padding"
-    if pool.slot:
+    yield (
+        f"  a slot takes {size(pool.slot)}, {pool.max_loras} slots {size(slots)}; "
+        f"on average {pool.padding:.0%} of a slot is padding"
+    )
+    if pool.slot and pool.naive_slot > 1.05 * pool.slot:
         naive = step_for(pool.start_rank)
         yield (
             f"  at the start rank {pool.start_rank} (--max-lora-rank {naive}) on all modules: "
@@ -94,15 +97,17 @@ def _settings(pool: Pool) -> Iterator[str]:
         )
     if not pool.fits:
         yield click.style("  does not fit into the memory given", fg="red")
-    forces = "alone forces" if len(pool.forced) == 1 else f"is one of {len(pool.forced)} that force"
-    for forced in pool.forced:
+    if pool.forced:
+        names = some(f"{visible(each.name)} (rank {each.rank})" for each in pool.forced)
+        forces = "alone forces" if len(pool.forced) == 1 else "force"
+        errors = sorted({percent(f(each.error for each in pool.forced)) for f in (min, max)})
         yield (
-            f"  {forced.name} (rank {forced.rank}) {forces} this step: fitted to "
-            f"{forced.step} its update is off by {percent(forced.error)} (--max-rank)"
+            f"  {names} {forces} this step: fitted to {pool.forced[0].step} an update is off by "
+            f"{' to '.join(errors)} (--max-rank)"
         )
     if pool.split:
         steps = "; ".join(f"{step}: {', '.join(names)}" for step, names in pool.split.items())
-        yield f"  a server for each step takes less memory: {steps}"
+        yield f"  a server for each step, each with the base, takes less memory: {steps}"
     yield f"  {pool.advice}"
 
 

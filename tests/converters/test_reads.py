@@ -98,6 +98,7 @@ def test_verify_leaves_the_reading_to_peft(
     result = CliRunner().invoke(dora_export, words)
     assert result.exit_code == 0, result.output
     assert "truth" in result.output and not read  # the truth is PEFT's own model
+    assert "QLoRA" in result.output  # what the numbers say nothing of
 
 
 @pytest.mark.parametrize(

@@ -185,6 +185,25 @@ def test_a_sound_adapter_of_peft(tmp_path: Path, llama_base: Path, kind: str) ->
     quiet(llama_adapter(llama_base, tmp_path / "lora", **config), llama_base, targets)
 
 
+@pytest.mark.parametrize(("trained", "fix"), [(False, "`adapter`"), (True, "`merge`")])
+def test_a_head_that_was_kept_whole_and_not_trained(
+    tmp_path: Path, llama_base: Path, trained: bool, fix: str
+) -> None:
+    lora = llama_adapter(llama_base, tmp_path / "lora", modules_to_save=["lm_head"])
+    if not trained:
+        tensors = load_file(lora / WEIGHTS)
+        base = open_base(llama_base)
+        name = next(name for name in tensors if name.endswith("lm_head.weight"))
+        tensors[name] = base.tensors["lm_head.weight"].load()
+        save_file(tensors, lora / WEIGHTS, {"format": "pt"})
+    found = lint(lora, open_base(llama_base), ("vllm",))
+    (finding,) = (each for each in found if each.severity == "error")
+    assert fix in finding.fix
+    if not trained:
+        write_adapter(read_run(lora), tmp_path / "out", base=llama_base, target="vllm")
+        quiet(tmp_path / "out", llama_base, ("vllm",))
+
+
 @pytest.mark.parametrize(
     ("target", "engines"),
     [
