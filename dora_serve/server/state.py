@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+from collections import defaultdict
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -19,7 +21,8 @@ NOTES = "dora_serve"  # in a request's scope: what the log tells of it
 
 @dataclass
 class State:
-    """`root`: the folder that is served. `adding`: runs are converted one at a time.
+    """`root`: the folder that is served. `adding`: runs are converted one at a time. `making`: who
+    has the run of a name converted, for which others that name it wait.
     `bodies`: reads the large ones first; `grammars`: reads what answers have to follow."""
 
     root: Path
@@ -28,6 +31,7 @@ class State:
     metrics: Metrics = field(default_factory=Metrics)
     ready: bool = False
     adding: Turns = field(default_factory=lambda: Turns(16))
+    making: dict[str, asyncio.Lock] = field(default_factory=lambda: defaultdict(asyncio.Lock))
     bodies: Process = field(default_factory=Process)
     grammars: Process = field(default_factory=Process)
 

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import json
 import shutil
+import socket
+import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
 from typing import Any
 
 import pytest
@@ -15,6 +18,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from tests.conftest import MODELS, randomize
+from tests.server.attacks import head
 from tests.server.conftest import BASE, Server, started
 
 COUNT = 66
@@ -91,6 +95,32 @@ def test_a_run_is_made_when_it_is_first_asked_for(many: Server) -> None:
         "modules": told["modules"],
     }
     assert after["run-65"]["bytes"] > 0
+
+
+def test_all_who_name_a_run_wait_for_it(many: Server) -> None:
+    with ThreadPoolExecutor(24) as pool:
+        answers = list(pool.map(answer, [many] * 24, ["run-11"] * 24))
+    assert [each.status_code for each in answers] == [200] * 24
+
+
+@pytest.mark.parametrize("path", ["/v1/completions", "/v1/load_lora_adapter"])
+def test_of_clients_that_left_none_is_waited_for(many: Server, path: str) -> None:
+    asks = path == "/v1/completions"
+    gone = [f"run-{number}" for number in (range(20, 36) if asks else range(36, 52))]
+    port = int(many.url.rpartition(":")[2])
+    with ExitStack() as clients:
+        for name in gone:
+            wanted = {"lora_name": name, "lora_path": name, "load_inplace": True}
+            body = {"model": name, "prompt": PROMPT} if asks else wanted
+            content = json.dumps(body).encode()
+            bare = clients.enter_context(socket.create_connection(("127.0.0.1", port)))
+            bare.sendall(head(path, f"Content-Length: {len(content)}") + content)
+        time.sleep(0.5)  # until they wait
+    while (asked := answer(many, "run-12" if asks else "run-13")).status_code == 429:
+        time.sleep(0.1)
+    assert asked.status_code == 200
+    after = details(many)
+    assert sum(after[name]["bytes"] > 0 for name in gone) < len(gone) / 2
 
 
 def test_one_that_cannot_be_made_any_more_is_refused_alone(many: Server) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from contextlib import AsyncExitStack
 from pathlib import Path
 
 from fastapi import APIRouter, Request
@@ -17,6 +18,7 @@ from ..state import State, state_of
 from ..wire.errors import ApiError
 from ..wire.places import told
 from ..wire.requests import LoadRequest, UnloadRequest
+from ..wire.sending import while_there
 from .reading import JsonRoute
 
 router = APIRouter(route_class=JsonRoute)
@@ -26,7 +28,8 @@ router = APIRouter(route_class=JsonRoute)
 async def load(body: LoadRequest, request: Request) -> str:
     """Serve one more run or adapter from the served folder, converting it where need be."""
     state = state_of(request)
-    async with state.adding.take():
+    async with AsyncExitStack() as turn:  # a client that leaves before its turn holds up nobody
+        await while_there(request, turn.enter_async_context(state.adding.take()))
         await _add(state, body)
     return f"Success: LoRA adapter '{body.lora_name}' added successfully."
 
