@@ -81,6 +81,9 @@ def test_what_is_heard(hearing: Server, name: str) -> None:
             told.append(answer.text)
         english = client.audio.translations.create(model=name, file=("a.wav", wav(waves()[0])))
     assert english.text
+    with hearing.http as http:
+        counted = f'dora:adapter_requests_total{{model_name="{name}"}} {len(told) + 1}.0'
+        assert (counted in http.get("/metrics").text) == (name == "tuned")
     assert len(set(told)) > (name == "base")  # the tuned one says one thing
 
 

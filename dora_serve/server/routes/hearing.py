@@ -83,6 +83,7 @@ async def _heard(request: Request, task: str) -> Response:
     begin = time.monotonic()
     asked = engine.submit(wave, served.model.adapter, body.language, task, search, prompt)
     served.requests += 1
+    state.metrics.asked(served.model, [])
     note(request, model=served.model.name, samples=len(wave))
     try:
         async with asyncio.timeout(state.options.timeout):

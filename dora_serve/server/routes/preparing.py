@@ -29,8 +29,8 @@ async def made(request: Request, name: object) -> None:
     async with AsyncExitStack() as turn:
         await while_there(request, _wait(turn, state, name))
         if (run := _run(state, name)) is not None:
-            graphs = state.models.own()
-            wanted = Addition(root=str(state.root), path=run, name=name, graphs=graphs)
+            graph = state.models.graphs[state.models.find(name).model.folder]
+            wanted = Addition(root=str(state.root), path=run, name=name, graphs=[graph])
             try:
                 model = await asyncio.to_thread(add_model, wanted)
             except DoraExportError as error:
