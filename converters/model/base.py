@@ -35,6 +35,7 @@ INDEX_FILES = ("model.safetensors.index.json", "pytorch_model.bin.index.json")
 CONV1D_FAMILIES = {"gpt2", "openai-gpt", "imagegpt", "decision_transformer", "clvp"}
 CONV1D_LAYERS = {"c_attn", "q_attn", "c_proj", "c_fc"}
 HEAD = "lm_head.weight"
+_ADAPTER = "adapter_config.json"
 _EMBEDDINGS = (
     *("embed_tokens.weight", "wte.weight", "word_embeddings.weight", "shared.weight"),
     ".embeddings.weight",  # Mamba
@@ -286,6 +287,13 @@ def _refuse_named(folder: Path, config: Mapping[str, object]) -> None:
             found=named,
             expected=read or usual[0],
             remedy="load and save it with transformers, and use the new folder",
+        )
+    if read is not None and there(folder / _ADAPTER):
+        raise BaseError(
+            "an adapter lies beside the base's weights, and transformers loads it with them",
+            file=folder / _ADAPTER,
+            remedy="move the adapter into a folder of its own; merge it first where it belongs to "
+            "the base",
         )
 
 

@@ -6,14 +6,16 @@ import os
 import socket
 import time
 from pathlib import Path
+from typing import Any
 
 from converters.certificate import FILE as CERTIFICATE
-from converters.certificate import read_records, strangers
+from converters.certificate import certificate, read_records, strangers
 from converters.errors import DoraExportError, RunError
 from converters.files.handles import state_at
 from converters.files.json_files import read_json
-from converters.model.base import open_base
+from converters.model.base import BaseModel, open_base
 from converters.readers import ReadOptions, read_run
+from converters.run import Run
 from converters.targets.merged.companions import companions
 from converters.targets.target import target_named
 from dora_serve.api import export, find_base
@@ -47,7 +49,7 @@ def convert(job: Job) -> Record | None:
             base = open_base(job.base)
             said["named"] = base.name  # the adapter's configuration has it
         key = content_key(run, base, target=name, **said)
-        if key == job.done and _is_whole(job.output):
+        if key == job.done and _is_made_of(run, base, name, job.output):
             return None
         if job.ours and job.output.is_dir():
             _remove_changed(job.output)
@@ -84,8 +86,12 @@ def _remove_changed(output: Path) -> None:
             (output / name).unlink()
 
 
-def _is_whole(folder: Path) -> bool:
+def _is_made_of(run: Run, base: BaseModel | None, target: str, folder: Path) -> bool:
+    """Whether `folder` is whole, and what `target` is of this run and base, whoever wrote it."""
     try:
-        return check(folder).passed
-    except (DoraExportError, OSError):
+        made: Any = read_json(folder / CERTIFICATE)
+        own: Any = certificate(target, run, None, {})
+        same = (made["target"], made["run"]["files"]) == (target, own["run"]["files"])
+        return same and check(folder, base).passed
+    except (DoraExportError, OSError, LookupError, TypeError):
         return False

@@ -146,3 +146,19 @@ def test_weights_that_only_transformers_reads_are_refused(
     with pytest.raises(DoraExportError, match="transformers_weights"):
         merge(llama_lora, tmp_path / "out", base=base)
     assert not (tmp_path / "out").exists()
+
+
+def test_a_base_with_an_adapter_beside_it_is_refused(
+    llama_lora: Path, llama_base: Path, tmp_path: Path
+) -> None:
+    """transformers loads both as one model: merged into the base alone, a run is another one."""
+    base = tmp_path / "base"
+    shutil.copytree(llama_base, base)
+    merge(llama_lora, tmp_path / "alone", base=base)
+    for file in llama_lora.glob("adapter_*"):
+        shutil.copy(file, base)
+    loaded = LlamaForCausalLM.from_pretrained(base).state_dict()
+    assert any("lora_A" in name for name in loaded)
+    with pytest.raises(DoraExportError, match="an adapter lies beside the base"):
+        merge(llama_lora, tmp_path / "out", base=base)
+    assert not (tmp_path / "out").exists()

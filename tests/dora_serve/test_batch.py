@@ -349,3 +349,20 @@ def test_dry_run_and_a_status_of_another_kind(
         assert done.exit_code == 1
         assert "error: " in done.stderr
         assert (out / "batch.json").read_text() == text
+
+
+def test_an_output_that_holds_another_run_is_made_again(
+    llama_lora: Path, llama_base: Path, tmp_path: Path
+) -> None:
+    """Each of the two is whole, and of the same target: only the runs tell them apart."""
+    one, two = copies(llama_lora, tmp_path / "runs", 2)
+    manifest, out = write_manifest(tmp_path / "all.jsonl", [one, two], llama_base), tmp_path / "out"
+    batch(manifest, out)
+    assert batch(manifest, out).skipped == 2
+    (out / one.name).rename(out / "aside")
+    (out / two.name).rename(out / one.name)
+    (out / "aside").rename(out / two.name)
+    assert batch(manifest, out).skipped == 0
+    for run in (one, two):
+        assert torch.allclose(delta(out / run.name), delta(run), atol=1e-6)
+    assert not torch.allclose(delta(one), delta(two), atol=1e-3)

@@ -15,7 +15,7 @@ import torch
 from ...errors import TargetError
 from ...files.onnx_files import BATCHED, GENAI, MODEL, ROW_LENGTHS
 from .branches import Site, add_branches
-from .export import Axes, Part, check_graph, fused
+from .export import Axes, Part, check_graph, computing, fused
 from .graph_file import GraphWriter
 from .lengths import free_rotary, optional_lengths, windows_of
 from .linear import linear_sites, three_axes
@@ -159,7 +159,7 @@ def build_causal(model: Path, out: Path, writer: GraphWriter, *, adaptable: bool
     _plain_linears(loaded)
     part = _part(loaded, sizes)
     exported = part.export()
-    sites = linear_sites(exported, loaded)
+    sites = linear_sites(exported, loaded, part)
     three_axes(exported, sites, loaded)
     head = _head(loaded, sites)
 
@@ -209,7 +209,7 @@ def _both_ends(loaded: Any, sizes: _Sizes) -> tuple[dict[str, Any], torch.Tensor
     inputs["position_ids"][-1] += end
     inputs[ROW_LENGTHS][-1] += end
     rows = zip(inputs["input_ids"].split(1), inputs["position_ids"].split(1), strict=True)
-    with torch.inference_mode():
+    with computing():
         found = [loaded(input_ids=ids, position_ids=at)["logits"] for ids, at in rows]
     return inputs, torch.cat(found)
 

@@ -71,7 +71,7 @@ class Part:
     def check(self, file: Path) -> None:
         """Raise `TargetError` when the graph computes something else than the module."""
         inputs = self.example(3)
-        with torch.inference_mode():
+        with computing():
             found = self.module(**inputs)
         check_graph(file, found if isinstance(found, tuple) else (found,), inputs)
 
@@ -83,6 +83,22 @@ def _dims(axes: Any, known: dict[str, Any]) -> Any:
     if isinstance(axes, list):
         return [_dims(value, known) for value in axes]
     return {i: known.setdefault(n, torch.export.Dim(n)) for i, n in enumerate(axes) if n}
+
+
+@contextlib.contextmanager
+def computing() -> Iterator[None]:
+    """Raise `TargetError` where the torch module itself fails, as it does where its context is
+    shorter than the few tokens that it is asked."""
+    try:
+        with torch.inference_mode():
+            yield
+    except Exception as error:
+        raise TargetError(
+            "the model does not compute a short text of any tokens, with which its graph would be "
+            "compared",
+            found=f"{type(error).__name__}: {error}"[:300],
+            remedy="deploy the merged model instead (`merge`)",
+        ) from error
 
 
 @contextlib.contextmanager
@@ -122,10 +138,11 @@ def fused(model: ir.Model) -> ir.Model:
             value.const_value = ir.ExternalTensor(
                 "", 0, 0, tensor.dtype, shape=ir.Shape(tensor.shape.numpy()), name=name
             )
-    with quiet():
+    with quiet(), contextlib.redirect_stdout(None), contextlib.suppress(RuntimeError):
+        # It leaves some graphs in an order that is none: those stay as they are.
         proto = optimize_by_fusion(ir.to_proto(model), "bert", optimization_options=options).model
-    del proto.graph.value_info[:]  # some are others by now
-    model = ir.from_proto(proto)
+        del proto.graph.value_info[:]  # some are others by now
+        model = ir.from_proto(proto)
     for name, value in model.graph.initializers.items():
         value.const_value = large.get(name, value.const_value)
     model.opset_imports.setdefault("com.microsoft", 1)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import ast
+from collections import Counter
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -10,25 +12,38 @@ import onnx_ir as ir
 import torch
 
 from .branches import Site
+from .export import Part
 from .surgery import Scope, replace, take
 
 _SCOPES = "pkg.torch.onnx.name_scopes"  # the exporter's note of the modules a node comes from
 
 
-def linear_sites(model: ir.Model, loaded: Any) -> list[Site]:
-    """The nodes that compute a linear layer of the model, in the order of the graph."""
-    layers = {
-        name: (layer.in_features, layer.out_features)
-        for name, layer in loaded.named_modules()
-        if isinstance(layer, torch.nn.Linear)
-    }
+def linear_sites(model: ir.Model, loaded: Any, part: Part) -> list[Site]:
+    """The nodes of the graph `model` of `part` that compute a linear layer, in order.
+
+    Left out is a layer that computes more often than there are nodes of it: where all that goes
+    into it is constant the exporter has computed it, and no branch could stand there.
+    """
+    linear = {n: each for n, each in loaded.named_modules() if isinstance(each, torch.nn.Linear)}
+    layers = {name: (each.in_features, each.out_features) for name, each in linear.items()}
+    called: Counter[str] = Counter()
+    hooks = [each.register_forward_hook(partial(_count, called, n)) for n, each in linear.items()]
+    with torch.inference_mode():
+        part.module(**part.example(2))
+    for hook in hooks:
+        hook.remove()
     sites = []
     for node in model.graph:
         scopes = ast.literal_eval(node.metadata_props.get(_SCOPES, "[]"))
         modules = [scope.removeprefix("model.") for scope in scopes]
         if node.op_type in ("MatMul", "Gemm") and len(modules) > 1 and modules[-2] in layers:
             sites.append(Site(str(node.name), modules[-2], *layers[modules[-2]]))
-    return sites
+    found = Counter(site.name for site in sites)
+    return [site for site in sites if found[site.name] >= called[site.name]]
+
+
+def _count(called: Counter[str], name: str, *_: object) -> None:
+    called[name] += 1
 
 
 def three_axes(model: ir.Model, sites: list[Site], loaded: Any) -> None:

@@ -126,15 +126,15 @@ def build_seq2seq(model: Path, out: Path, writer: GraphWriter, *, adaptable: boo
     for name, part in _parts(loaded).items():
         graph = part.export()
         if adaptable:
-            _adaptable(graph, loaded)
+            _adaptable(graph, loaded, part)
         writer.write(name, fused(graph), part.check)
     write_both_steps(out)
     write_config(loaded, out, model)
 
 
-def _adaptable(model: ir.Model, loaded: Any) -> None:
+def _adaptable(model: ir.Model, loaded: Any, part: Part) -> None:
     """A branch behind every linear layer; rows have no adapter where none are told."""
-    sites = linear_sites(model, loaded)
+    sites = linear_sites(model, loaded, part)
     three_axes(model, sites, loaded)
     optional_input(model.graph, ADAPTER_INDEX, np.array([NO_ADAPTER]), [_ROWS])
     add_branches(model, sites, batched=True)

@@ -1,0 +1,78 @@
+"""What an encoder's linear layers compute from constants, and models that compute no short text."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+import transformers
+
+from converters.errors import DoraExportError
+from converters.model.base import open_base
+from converters.readers import read_run
+from converters.targets.onnx import write_onnx
+from dora_serve.proof.onnxruntime import prove
+from tests.converters.families import save_adapter, save_base
+from tests.engines.encoders import DEBERTA, check_adapters, tiny_base, tiny_lora
+
+
+def test_a_layer_that_the_exporter_has_computed_carries_no_adapter(tmp_path: Path) -> None:
+    """DeBERTa's keys and queries are asked for small tables of distances too, which are constants
+    where nothing normalizes them."""
+    base = tiny_base("DebertaV2", tmp_path / "base", {**DEBERTA, "norm_rel_ebd": "none"})
+    for targets, fits in ((["value_proj"], True), (["query_proj"], False), (["key_proj"], False)):
+        lora = tiny_lora(
+            base,
+            "DebertaV2ForSequenceClassification",
+            tmp_path / targets[0],
+            3,
+            target_modules=targets,
+            modules_to_save=["pooler", "classifier"],
+            task_type="SEQ_CLS",
+        )
+        runs, out = {"a": read_run(lora)}, tmp_path / f"onnx-{targets[0]}"
+        if fits:
+            write_onnx(open_base(base), out, adapters=runs)
+            check_adapters((open_base(base), runs, out))
+            continue
+        with pytest.raises(DoraExportError, match="no place for this module's update"):
+            write_onnx(open_base(base), out, adapters=runs)
+        assert not out.exists()
+
+
+@pytest.mark.parametrize(
+    ("family", "sizes", "target"),
+    [
+        ("roberta", {"max_position_embeddings": 8, "pad_token_id": 1}, "query"),
+        ("gpt2", {"n_positions": 4}, "c_attn"),
+    ],
+)
+def test_a_context_of_a_few_tokens_is_refused(
+    family: str, sizes: dict[str, int], target: str, tmp_path: Path
+) -> None:
+    cls = save_base(family, tmp_path / "base", **sizes)
+    save_adapter(cls, tmp_path / "base", tmp_path / "run", target_modules=[target])
+    with pytest.raises(DoraExportError, match="does not compute a short text"):
+        write_onnx(open_base(tmp_path / "base"), tmp_path / "onnx", run=read_run(tmp_path / "run"))
+    assert not (tmp_path / "onnx").exists()
+
+
+def test_a_graph_that_the_optimizer_leaves_in_pieces_stays_as_it_was(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """PEGASUS-X: ONNX Runtime's fusions raise an error there, and print one."""
+    sizes = {"d_model": 32, "vocab_size": 80, "block_size": 8, "num_global_tokens": 4}
+    for side in ("encoder", "decoder"):
+        sizes |= {f"{side}_layers": 2, f"{side}_attention_heads": 4, f"{side}_ffn_dim": 48}
+    torch.manual_seed(0)
+    config = transformers.PegasusXConfig(max_position_embeddings=64, init_std=0.2, **sizes)
+    cls = transformers.PegasusXForConditionalGeneration
+    cls(config).save_pretrained(tmp_path / "base")
+    save_adapter(cls, tmp_path / "base", tmp_path / "run", target_modules=["q_proj", "v_proj"])
+    run = read_run(tmp_path / "run")
+    capsys.readouterr()
+    write_onnx(open_base(tmp_path / "base"), tmp_path / "onnx", run=run)
+    assert not capsys.readouterr().out
+    found = prove(tmp_path / "onnx", open_base(tmp_path / "base"), run, {})["merged"]
+    assert found["max_abs"] < 1e-4 < 1e-2 < found["control"]
