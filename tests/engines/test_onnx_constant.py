@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -49,7 +50,7 @@ def test_a_layer_that_the_exporter_has_computed_carries_no_adapter(tmp_path: Pat
     ],
 )
 def test_a_context_of_a_few_tokens_is_refused(
-    family: str, sizes: dict[str, int], target: str, tmp_path: Path
+    family: str, sizes: dict[str, Any], target: str, tmp_path: Path
 ) -> None:
     cls = save_base(family, tmp_path / "base", **sizes)
     save_adapter(cls, tmp_path / "base", tmp_path / "run", target_modules=[target])
