@@ -27,9 +27,10 @@ def linear_sites(model: ir.Model, loaded: Any, part: Part) -> list[Site]:
     linear = {n: each for n, each in loaded.named_modules() if isinstance(each, torch.nn.Linear)}
     layers = {name: (each.in_features, each.out_features) for name, each in linear.items()}
     called: Counter[str] = Counter()
+    inputs = part.example(2)  # which the model may compute too
     hooks = [each.register_forward_hook(partial(_count, called, n)) for n, each in linear.items()]
     with torch.inference_mode():
-        part.module(**part.example(2))
+        part.module(**inputs)
     for hook in hooks:
         hook.remove()
     sites = []
