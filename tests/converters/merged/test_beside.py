@@ -23,13 +23,7 @@ def test_what_lies_beside_the_weights_goes_along(tmp_path: Path) -> None:
     base = make_base(tmp_path / "base", {f"{Q}.weight": torch.ones(2, 2)})
     along = "tokenizer.json merges.txt spiece.model x.jinja y.tiktoken z.spm a.vocab b.bpe".split()
     along += ["LICENSE", "license.md", "Notice"]
-    behind = [
-        "code.py",
-        "README.md",
-        "pytorch_model.bin",
-        "other.index.json",
-        "adapter_config.json",
-    ]
+    behind = ["code.py", "README.md", "pytorch_model.bin", "other.index.json"]
     for name in [*along, *behind]:
         (base / name).write_text(name)
     (base / "generation_config.json").write_text('{"top_k": 3}')
