@@ -21,17 +21,12 @@ from dora_serve import merge, read_run, verify, write_adapter
 from dora_serve.proof.verify import logits, verification_batch
 from tests.conftest import randomize
 from tests.converters.families import ENCODER
-from tests.converters.tied_families import EYES, TRANSLATOR
+from tests.converters.tied_families import CONVOLUTIONS, EYES, TRANSLATOR
 
 WAVES = {
     **{k: v for k, v in ENCODER.items() if k not in ("max_position_embeddings", "vocab_size")},
     "vocab_size": 32,
-    "conv_dim": [32] * 3,
-    "conv_kernel": [8, 3, 3],
-    "conv_stride": [5, 2, 2],
-    "num_feat_extract_layers": 3,
-    "num_conv_pos_embeddings": 16,
-    "num_conv_pos_embedding_groups": 2,
+    **CONVOLUTIONS,
     "classifier_proj_size": 32,
     "tdnn_dim": [32],
     "tdnn_kernel": [3],

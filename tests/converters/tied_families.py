@@ -86,6 +86,14 @@ KOSMOS = {
     "attention_heads": 4,
     "max_position_embeddings": 60,
 }
+CONVOLUTIONS = {
+    "conv_dim": [32] * 3,
+    "conv_kernel": [8, 3, 3],
+    "conv_stride": [5, 2, 2],
+    "num_feat_extract_layers": 3,
+    "num_conv_pos_embeddings": 16,
+    "num_conv_pos_embedding_groups": 2,
+}
 SPEAKS = {
     "vocab_size": 80,
     "hidden_size": 32,
@@ -96,12 +104,7 @@ SPEAKS = {
     "num_mel_bins": 20,
     "speaker_embedding_dim": 16,
     "max_text_positions": 64,
-    "conv_dim": [32] * 3,
-    "conv_kernel": [8, 3, 3],
-    "conv_stride": [5, 2, 2],
-    "num_feat_extract_layers": 3,
-    "num_conv_pos_embeddings": 16,
-    "num_conv_pos_embedding_groups": 2,
+    **CONVOLUTIONS,
 }
 SHARED = ("model.shared", "model.encoder.embed_tokens", "model.decoder.embed_tokens", "lm_head")
 

@@ -13,6 +13,7 @@ from converters.errors import DoraExportError
 from converters.model.base import open_base
 from converters.readers import read_run
 from converters.targets.onnx import write_onnx
+from converters.targets.onnx.linear import linear_sites
 from dora_serve.proof.onnxruntime import prove
 from tests.converters.families import save_adapter, save_base
 from tests.engines.encoders import DEBERTA, check_adapters, tiny_base, tiny_lora
@@ -77,3 +78,26 @@ def test_a_graph_that_the_optimizer_leaves_in_pieces_stays_as_it_was(
     assert not capsys.readouterr().out
     found = prove(tmp_path / "onnx", open_base(tmp_path / "base"), run, {})["merged"]
     assert found["max_abs"] < 1e-4 < 1e-2 < found["control"]
+
+
+def test_a_layer_that_one_graph_of_several_lost_has_a_branch_in_none(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Else the first token would have the adapter, and those behind it would not."""
+    cls = save_base("t5", tmp_path / "base")
+    save_adapter(cls, tmp_path / "base", tmp_path / "run", target_modules=["q"])
+    graphs = []
+
+    def forgetful(model: Any, loaded: Any, part: Any) -> Any:
+        sites, lost = linear_sites(model, loaded, part)
+        graphs.append(model)
+        name = "decoder.block.0.layer.0.SelfAttention.q"
+        if len(graphs) < 3:
+            return sites, lost
+        return [site for site in sites if site.name != name], lost | {name}
+
+    monkeypatch.setattr("converters.targets.onnx.seq2seq.linear_sites", forgetful)
+    with pytest.raises(DoraExportError, match="no place for this module's update"):
+        runs = {"a": read_run(tmp_path / "run")}
+        write_onnx(open_base(tmp_path / "base"), tmp_path / "onnx", adapters=runs)
+    assert len(graphs) == 3 and not (tmp_path / "onnx").exists()

@@ -159,7 +159,7 @@ def build_causal(model: Path, out: Path, writer: GraphWriter, *, adaptable: bool
     _plain_linears(loaded)
     part = _part(loaded, sizes)
     exported = part.export()
-    sites = linear_sites(exported, loaded, part)
+    sites, _ = linear_sites(exported, loaded, part)
     three_axes(exported, sites, loaded)
     head = _head(loaded, sites)
 

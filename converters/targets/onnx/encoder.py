@@ -83,7 +83,7 @@ def build_adaptable_encoder(
             loaded.get_parameter(name).zero_()
     part = _part(loaded, task)
     exported = part.export()
-    sites = linear_sites(exported, loaded, part)
+    sites, _ = linear_sites(exported, loaded, part)
     shared = _shared(exported, {site.node for site in sites})
     weights = {name: _head(loaded, name, labels) for name, labels in heads.items()}
     if weights:

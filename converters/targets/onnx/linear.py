@@ -18,11 +18,12 @@ from .surgery import Scope, replace, take
 _SCOPES = "pkg.torch.onnx.name_scopes"  # the exporter's note of the modules a node comes from
 
 
-def linear_sites(model: ir.Model, loaded: Any, part: Part) -> list[Site]:
-    """The nodes of the graph `model` of `part` that compute a linear layer, in order.
+def linear_sites(model: ir.Model, loaded: Any, part: Part) -> tuple[list[Site], set[str]]:
+    """The nodes of the graph `model` of `part` that compute a linear layer, in order, and the names
+    of the layers that are left out.
 
-    Left out is a layer that computes more often than there are nodes of it: where all that goes
-    into it is constant the exporter has computed it, and no branch could stand there.
+    These compute more often than there are nodes of them: where all that goes into a layer is
+    constant the exporter has computed it, and no branch could stand there.
     """
     linear = {n: each for n, each in loaded.named_modules() if isinstance(each, torch.nn.Linear)}
     layers = {name: (each.in_features, each.out_features) for name, each in linear.items()}
@@ -40,7 +41,8 @@ def linear_sites(model: ir.Model, loaded: Any, part: Part) -> list[Site]:
         if node.op_type in ("MatMul", "Gemm") and len(modules) > 1 and modules[-2] in layers:
             sites.append(Site(str(node.name), modules[-2], *layers[modules[-2]]))
     found = Counter(site.name for site in sites)
-    return [site for site in sites if found[site.name] >= called[site.name]]
+    lost = {name for name, times in called.items() if found[name] < times}
+    return [site for site in sites if site.name not in lost], lost
 
 
 def _count(called: Counter[str], name: str, *_: object) -> None:

@@ -123,21 +123,26 @@ def build_seq2seq(model: Path, out: Path, writer: GraphWriter, *, adaptable: boo
     sound = loaded.main_input_name != "input_ids"
     if not getattr(loaded.config, "d_model", None) or (sound and type(loaded).__name__ != _HEARS):
         raise TargetError("no ONNX export for this architecture", found=type(loaded).__name__)
-    for name, part in _parts(loaded).items():
-        graph = part.export()
-        if adaptable:
-            _adaptable(graph, loaded, part)
-        writer.write(name, fused(graph), part.check)
+    parts = _parts(loaded)
+    graphs = {name: part.export() for name, part in parts.items()}
+    if adaptable:
+        _make_adaptable(graphs, loaded, parts)
+    for name, part in parts.items():
+        writer.write(name, fused(graphs.pop(name)), part.check)
     write_both_steps(out)
     write_config(loaded, out, model)
 
 
-def _adaptable(model: ir.Model, loaded: Any, part: Part) -> None:
-    """A branch behind every linear layer; rows have no adapter where none are told."""
-    sites = linear_sites(model, loaded, part)
-    three_axes(model, sites, loaded)
-    optional_input(model.graph, ADAPTER_INDEX, np.array([NO_ADAPTER]), [_ROWS])
-    add_branches(model, sites, batched=True)
+def _make_adaptable(graphs: dict[str, ir.Model], loaded: Any, parts: dict[str, Part]) -> None:
+    """A branch behind every linear layer, but for one that some graph cannot have a branch of, and
+    then none has; rows have no adapter where none are told."""
+    found = {name: linear_sites(graphs[name], loaded, part) for name, part in parts.items()}
+    lost = set[str]().union(*(left for _, left in found.values()))
+    for name, (sites, _) in found.items():
+        model = graphs[name]
+        three_axes(model, sites, loaded)
+        optional_input(model.graph, ADAPTER_INDEX, np.array([NO_ADAPTER]), [_ROWS])
+        add_branches(model, (site for site in sites if site.name not in lost), batched=True)
 
 
 def _parts(model: Any) -> dict[str, Part]:
