@@ -12,7 +12,7 @@ from pathlib import Path
 from converters.errors import MissingError
 
 from ..wording import quoted
-from .fleet import CLASSIFIES, Pool
+from .fleet import POOLED, Pool
 
 Options = dict[str, str | int | bool | list[str]]
 
@@ -27,8 +27,8 @@ def serve_options(pool: Pool, adapters: Mapping[str, Path]) -> Options:
         "served-model-name": pool.name,
         "dtype": str(pool.base.dtype()).removeprefix("torch."),
     }
-    if pool.task == CLASSIFIES:
-        options |= {"runner": "pooling", "convert": "classify"}
+    if pool.task in POOLED:
+        options |= {"runner": "pooling", "convert": POOLED[pool.task]}
     if not adapters:
         return options
     options |= {

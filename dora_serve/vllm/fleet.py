@@ -30,6 +30,7 @@ _LAYERS = (
 )
 STEPS = PROFILES["vllm"].slots
 CLASSIFIES = "sequence-classification"
+POOLED = {CLASSIFIES: "classify", "feature-extraction": "embed"}  # tasks → what vLLM makes for them
 _SLOTS = 16  # enough different adapters in one batch for most; each slot costs memory and time
 _SHARE = 0.25  # of what the weights leave of the memory; the rest is for the KV cache
 _IN_USE = 0.9  # vLLM's default --gpu-memory-utilization
@@ -226,7 +227,7 @@ def plan_fleet(found: Found, memory: int | None = None) -> Fleet:
         task = member.run.task or task_of(member.base.config)
         groups.setdefault((found.name_of(member.base), task), []).append(member)
     pools: list[Pool] = []
-    for (base, task), members in sorted(groups.items(), key=lambda g: g[0][1] == CLASSIFIES):
+    for (base, task), members in sorted(groups.items(), key=lambda g: g[0][1] in POOLED):
         ranks = {}
         for member in members:
             try:

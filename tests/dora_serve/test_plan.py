@@ -151,6 +151,24 @@ def test_nothing_to_plan_is_a_failure(llama_lora: Path, tmp_path: Path) -> None:
     assert "no base lies here" in json.loads(told.stdout)["problems"]["one"]
 
 
+def test_an_adapter_that_embeds_is_served_by_a_pooling_runner(
+    llama_base: Path, llama_lora: Path, tmp_path: Path
+) -> None:
+    shutil.copytree(llama_lora, tmp_path / "writes")
+    shutil.copytree(llama_lora, tmp_path / "embeds")
+    config = tmp_path / "embeds" / "adapter_config.json"
+    config.write_text(
+        json.dumps({**json.loads(config.read_text()), "task_type": "FEATURE_EXTRACTION"})
+    )
+    done = serve("plan", tmp_path, "--base", llama_base, "--json")
+    writes, embeds = json.loads(done.stdout)["commands"]
+    assert "--runner" not in writes
+    assert [embeds[embeds.index(f"--{n}") + 1] for n in ("runner", "convert")] == [
+        "pooling",
+        "embed",
+    ]
+
+
 def test_up_dry_run_prints_what_it_would_start(tmp_path: Path) -> None:
     words = ["up", MODELS, "--engine", "vllm", "--base", LLAMA, "--dry-run", "--port", "8123"]
     done = serve(*words, "--", "--tensor-parallel-size", "2")
