@@ -111,6 +111,16 @@ def command(
         for name, numbers in artifact.accuracy.items()
     )
     common.show(artifact, as_json, *proved)
+    if artifact.accuracy:
+        from dora_serve.proof.onnxruntime import beyond
+
+        common.warn(
+            tuple(
+                f"{name}: further from the live run here than `verify` allows; run that, on more "
+                "prompts, or take a wider `precision`"
+                for name in beyond(precision, artifact.accuracy)
+            )
+        )
 
 
 def _named(text: str, base: str | None, options: dict[str, Any]) -> tuple[str, Run]:

@@ -114,3 +114,15 @@ def prove(
             "control": float((logits(live.model, inputs) - truth).abs().max()),
         }
     return found
+
+
+def beyond(precision: str, accuracy: Mapping[str, Mapping[str, float]]) -> list[str]:
+    """Of what `prove` found of a graph in less than float32 the runs that are further from the live
+    ones than `verify`, on more prompts, allows."""
+    share, top1 = _SHARES.get(precision), _TOP1.get(precision, 1.0)
+    return [
+        name
+        for name, numbers in accuracy.items()
+        if share is not None
+        and (numbers["max_abs"] > share * numbers["control"] or numbers["top1"] < top1)
+    ]

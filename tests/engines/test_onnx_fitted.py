@@ -122,3 +122,18 @@ def test_what_nothing_can_be_fitted_to(
     with pytest.raises(DoraExportError):
         write_onnx(BASE, tmp_path / "out", precision="int4", calibrate=tmp_path / "none")
     assert not (tmp_path / "out").exists()
+
+
+def test_what_is_further_than_verify_allows_is_told(tmp_path: Path) -> None:
+    """A text that says nothing of what the sample reads fits it badly."""
+    noise = tmp_path / "noise.txt"
+    noise.write_text(" ".join(["count"] * 600))
+    told = {}
+    for name, precision in (("int8", ["int8"]), ("noise", ["int4", "--calibrate", noise])):
+        words = ["onnx", LLAMA_RUNS["down"], tmp_path / name, "--base", BASE, "--json"]
+        done = CliRunner().invoke(dora_export, list(map(str, [*words, "--precision", *precision])))
+        assert done.exit_code == 0, done.output
+        found = json.loads(done.stdout)["accuracy"]["merged"]
+        far = found["top1"] < 0.9 or found["max_abs"] > 0.5 * found["control"]
+        told[name] = far, "than dora-export verify allows" in done.stderr
+    assert told == {"int8": (False, False), "noise": (True, True)}
