@@ -56,6 +56,7 @@ ZAMBA = {
     "mamba_d_state": 8,
     "mamba_dt_rank": 4,
     "pad_token_id": 0,
+    "max_position_embeddings": 64,
 }
 
 

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
 import signal
 import subprocess
-import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -17,8 +17,9 @@ from transformers import LlamaForCausalLM
 from converters.files.leftovers import JOURNAL
 from dora_serve import merge
 from dora_serve.commands import dora_export
+from tests.processes import commands
 
-# Merges, and after the first shard stands still until stdin is closed.
+# Tells its number, merges, and after the first shard stands still until stdin is closed.
 STANDS_STILL = """
 import os, sys, threading
 from contextlib import contextmanager
@@ -35,6 +36,7 @@ def progress(total):
             os.read(0, 1)
     yield advance
 
+print(os.getpid(), flush=True)
 merge(sys.argv[1], sys.argv[3], base=sys.argv[2], resume=True, progress=progress)
 """
 
@@ -65,13 +67,17 @@ def stop(run: Path, base: Path, target: Path, sent: signal.Signals = signal.SIGK
     first = min(base.glob("*.safetensors"))
     size = first.stat().st_size - 8 - int.from_bytes(first.read_bytes()[:8], "little")
     with subprocess.Popen(
-        [sys.executable, "-c", STANDS_STILL, run, base, target, str(size)], stdin=subprocess.PIPE
+        [commands() / "python", "-c", STANDS_STILL, run, base, target, str(size)],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
     ) as process:
+        assert process.stdout
+        number = int(process.stdout.readline())
         while not finished(target):
             assert process.poll() is None, "the merge ended"
             time.sleep(0.01)
-        process.send_signal(sent)
-    assert process.returncode != 0
+        os.kill(number, sent)
+    assert process.returncode == 128 + sent
     assert not target.exists()
     (folder,) = left(target)
     assert len(finished(target)) == 1

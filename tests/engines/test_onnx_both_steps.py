@@ -11,11 +11,14 @@ import onnxruntime
 import pytest
 
 from converters.files.onnx_files import DECODER, ENCODER, MERGED, WITH_PAST
+from converters.model.base import BaseModel, open_base
+from converters.readers import Run, read_run
 from converters.targets.onnx import write_onnx
 from dora_serve.onnxruntime.beams import Search
 from dora_serve.onnxruntime.seq2seq import Seq2Seq
 from dora_serve.proof.live import LiveModel
-from tests.engines.test_onnx_seq2seq import ROWS, Built, bart, generated, t5  # noqa: F401
+from tests.converters.families import save_adapter, save_base
+from tests.engines.test_onnx_seq2seq import ROWS, bart, generated, t5  # noqa: F401
 
 STEPS = 12
 # No token twice: untrained models say one thing over and over where they may.
@@ -69,9 +72,15 @@ def test_it_writes_what_transformers_writes(request: pytest.FixtureRequest, name
     assert sizes[2] < 1.2 * (sizes[0] + sizes[1])  # over the same weights
 
 
-def test_the_base_of_many_adapters(t5: Built, tmp_path: Path) -> None:  # noqa: F811
+def of_one_layer(folder: Path) -> tuple[BaseModel, Run]:
+    cls = save_base("t5", folder / "base", num_layers=1, decoder_start_token_id=0)
+    save_adapter(cls, folder / "base", folder / "lora", target_modules=["q", "v", "wo"])
+    return open_base(folder / "base"), read_run(folder / "lora")
+
+
+def test_the_base_of_many_adapters(tmp_path: Path) -> None:
     """Whoever gives no adapter has the base."""
-    base, run, _ = t5
+    base, run = of_one_layer(tmp_path)
     write_onnx(base, tmp_path / "onnx", adapters={"run": run})
     live = LiveModel(run, base)
     live.detach()
@@ -82,9 +91,9 @@ def test_the_base_of_many_adapters(t5: Built, tmp_path: Path) -> None:  # noqa: 
 
 
 @pytest.mark.parametrize("precision", ["int8", pytest.param("fp16", marks=pytest.mark.further)])
-def test_a_smaller_precision(t5: Built, tmp_path: Path, precision: str) -> None:  # noqa: F811
+def test_a_smaller_precision(tmp_path: Path, precision: str) -> None:
     """Its tokens are those of the two graphs by themselves."""
-    base, run, _ = t5
+    base, run = of_one_layer(tmp_path)
     folder = tmp_path / "onnx"
     write_onnx(base, folder, run=run, precision=precision)
     model = Seq2Seq(folder, threads=1)

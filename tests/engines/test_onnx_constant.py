@@ -22,7 +22,8 @@ from tests.engines.encoders import DEBERTA, check_adapters, tiny_base, tiny_lora
 def test_a_layer_that_the_exporter_has_computed_carries_no_adapter(tmp_path: Path) -> None:
     """DeBERTa's keys and queries are asked for small tables of distances too, which are constants
     where nothing normalizes them."""
-    base = tiny_base("DebertaV2", tmp_path / "base", {**DEBERTA, "norm_rel_ebd": "none"})
+    sizes = {**DEBERTA, "norm_rel_ebd": "none", "num_hidden_layers": 1}
+    base = tiny_base("DebertaV2", tmp_path / "base", sizes)
     for targets, fits in ((["value_proj"], True), (["query_proj"], False), (["key_proj"], False)):
         lora = tiny_lora(
             base,
@@ -66,7 +67,7 @@ def test_a_graph_that_the_optimizer_leaves_in_pieces_stays_as_it_was(
     """PEGASUS-X: ONNX Runtime's fusions raise an error there, and print one."""
     sizes = {"d_model": 32, "vocab_size": 80, "block_size": 8, "num_global_tokens": 4}
     for side in ("encoder", "decoder"):
-        sizes |= {f"{side}_layers": 2, f"{side}_attention_heads": 4, f"{side}_ffn_dim": 48}
+        sizes |= {f"{side}_layers": 1, f"{side}_attention_heads": 4, f"{side}_ffn_dim": 48}
     torch.manual_seed(0)
     config = transformers.PegasusXConfig(max_position_embeddings=64, init_std=0.2, **sizes)
     cls = transformers.PegasusXForConditionalGeneration
@@ -84,7 +85,7 @@ def test_a_layer_that_one_graph_of_several_lost_has_a_branch_in_none(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Else the first token would have the adapter, and those behind it would not."""
-    cls = save_base("t5", tmp_path / "base")
+    cls = save_base("t5", tmp_path / "base", num_layers=1)
     save_adapter(cls, tmp_path / "base", tmp_path / "run", target_modules=["q"])
     graphs = []
 
