@@ -6,12 +6,12 @@ EXTRAS := $(patsubst %,--extra %,gguf onnx peft plot remote serve sign)
 OUT := demo-out
 PART := tests/converters/test_samples.py tests/converters/test_reference_runs.py tests/engines/test_onnx_command.py
 REAL := real-out
-# A worker of the suite needs up to 3 GB, and waits for other processes a third of its time: three
-# keep two cores at work.
-WORKERS ?= 3
+# A worker of the suite needs up to 3 GB, and waits for other processes half of its time: four keep
+# two cores at work.
+WORKERS ?= 4
 SPREAD := --no-loadscope-reorder -n
 
-.PHONY: setup demo test test-all setup-vllm test-vllm test-clients test-lowest test-newest test-python lint docs release extras bench matrix matrix-check faults fuzz mutants audit peft-matrix real
+.PHONY: setup demo test test-all setup-vllm test-vllm setup-clients test-clients test-lowest test-newest test-python lint docs release extras bench matrix matrix-check faults fuzz mutants audit peft-matrix real
 
 setup: $(VENV)/.ready
 
@@ -76,8 +76,10 @@ test-python:
 # Real clients, pinned in an environment of their own, and vLLM's own benchmark. Without npm those of
 # Node are left out.
 CLIENTS := .venv-clients
-NODE_CLIENTS := openai@7.55.0 @huggingface/transformers@4.3.1
-test-clients: setup setup-vllm $(CLIENTS)/.ready
+NODE_CLIENTS ?= openai@7.55.0 @huggingface/transformers@4.3.1
+setup-clients: $(CLIENTS)/.ready
+
+test-clients: setup setup-vllm setup-clients
 	$(BIN)/python -m pytest tests/clients
 
 $(CLIENTS)/.ready: constraints-clients.txt

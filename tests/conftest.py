@@ -31,21 +31,28 @@ MakeAdapter = Callable[..., Path]
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
 _ONE_VLLM = ("changes", "resolver", "up")  # ask one server
+_OWN = ("attacks", "defaults", "hearing", "responses", "stopping", "tasks", "tools", "up")
 # What pytest-xdist gives to one worker: a file, or the files that share what is made once. Ray's
 # clusters do not run beside each other. The longest begin first, lest one of them ends alone.
 GROUPS = {
     "tests/server/test_ray_serve.py": "ray",
     "tests/dora_serve/test_batch_ray.py": "ray",
+    **{name: name for name in (f"tests/server/test_{n}.py" for n in _OWN)},
     "tests/server/": "server",
     **dict.fromkeys((f"tests/engines/vllm/test_vllm_{n}.py" for n in _ONE_VLLM), "vllm"),
 }
 LONGEST = (
+    "tests/server/test_attacks.py",
     "server",
     "ray",
     "vllm",
     "tests/engines/vllm/test_vllm_proof.py",
     "tests/engines/test_onnx_encoder.py",
     "tests/engines/test_onnx_families.py",
+    "tests/engines/test_onnx_constant.py",
+    "tests/engines/test_onnx_both_steps.py",
+    "tests/server/test_stopping.py",
+    "tests/server/test_tasks.py",
     "tests/test_docs.py",
     "tests/test_faults.py",
     "tests/engines/test_onnx_large.py",
