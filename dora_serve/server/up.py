@@ -139,9 +139,18 @@ def table(offer: Offer, url: str, key: bool) -> str:
     if _task(last) == HEARS:
         command += f"-F file=@speech.wav -F {quoted(f'model={last.name}')}"
     else:
-        body = json.dumps({"model": last.name, **_EXAMPLES[last.task]})
+        body = json.dumps({"model": last.name, **_example(last)})
         command += f"-H 'Content-Type: application/json' -d {quoted(body)}"
     return "\n".join([*lines, "", command, ""])
+
+
+def _example(model: OfferedModel) -> dict[str, object]:
+    """Of token ids where they may stand for a text, and no tokenizer lies that would read one."""
+    example = _EXAMPLES[model.task]
+    named = {DECODES: "prompt", TRANSLATES: "prompt", "feature-extraction": "input"}.get(model.task)
+    if named is None or (Path(model.folder) / "tokenizer.json").exists():
+        return example
+    return {**example, named: [1, 2, 3]}
 
 
 def _task(model: OfferedModel) -> str:

@@ -12,6 +12,7 @@ import pytest
 from transformers import (
     BertConfig,
     BertForMaskedLM,
+    BertModel,
     Gemma3Config,
     Gemma3ForConditionalGeneration,
     MarianConfig,
@@ -26,7 +27,7 @@ from dora_serve.onnxruntime.decoder import Decoder
 from dora_serve.server.prepare import precision
 from dora_serve.server.prepare.child import make_offer
 from dora_serve.server.prepare.make import make_offer as make
-from dora_serve.server.up import up
+from dora_serve.server.up import table, up
 from tests.conftest import MODELS
 from tests.server.conftest import BASE, DOWN, SECOND, started
 
@@ -191,3 +192,18 @@ def test_a_damaged_cache_is_made_anew_and_never_served(
     lines = [line for line in capsys.readouterr().err.splitlines() if "made anew" in line]
     assert len(lines) == 2
     assert {path: path.read_bytes() for path in whole} == whole
+
+
+@pytest.mark.parametrize("task", ["decodes", "embeds"])
+def test_the_command_to_try_it_works_without_a_tokenizer(task: str, tmp_path: Path) -> None:
+    models = tmp_path / "models"
+    if task == "decodes":
+        shutil.copytree(MODELS / BASE, models / BASE, ignore=shutil.ignore_patterns("*token*"))
+    else:
+        size = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+        BertModel(BertConfig(**size)).save_pretrained(models / "embedder")
+    with started(models, tmp_path) as running:
+        told = table(make_offer(models, None, dry=True), running.url, False).splitlines()[-1]
+        done = run(["bash", "-c", f"{told} --fail-with-body"], capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout
+    assert json.loads(done.stdout)["usage"]["prompt_tokens"] == 3
