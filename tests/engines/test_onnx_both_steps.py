@@ -12,7 +12,8 @@ import pytest
 
 from converters.files.onnx_files import DECODER, ENCODER, MERGED, WITH_PAST
 from converters.model.base import BaseModel, open_base
-from converters.readers import Run, read_run
+from converters.readers import read_run
+from converters.run import Run
 from converters.targets.onnx import write_onnx
 from dora_serve.onnxruntime.beams import Search
 from dora_serve.onnxruntime.seq2seq import Seq2Seq
