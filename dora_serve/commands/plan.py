@@ -98,8 +98,11 @@ def command(
     if commands:
         given = f" --base {quoted(base)}" if base else ""
         where = f"{quoted(folder)}{given}"
-        if not convert and any(pool.ranks for pool in fleet.pools):
-            click.echo(f"\n`dora-serve plan {where} --convert` makes the adapters that it names.")
+        if any(pool.ranks for pool in fleet.pools):
+            made = f"are made by `dora-serve plan {where} --convert`,"
+            click.echo(f"\nThe adapters {'are' if convert else made} in this machine's cache.")
+            other = f"dora-export batch {where} OUT --target vllm"
+            click.echo(f"For another machine: `{other}`, or `dora-serve deploy`.")
         click.echo(f"\n`dora-serve up {where} --engine vllm` makes them and runs this.")
     if not fleet.pools:
         raise MissingError(

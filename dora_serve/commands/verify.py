@@ -17,9 +17,10 @@ from ..progress import timed
 from . import common
 
 if TYPE_CHECKING:
+    from converters.model.base import BaseModel
     from dora_serve.proof.verify import Verification
 
-_QLORA = "if training held it in 4 or 8 bits (QLoRA), give it so as --base: this is another model"
+_QLORA = "trained as QLoRA? Then this proves another model: merge and verify on --base QUANTIZED"
 
 
 @click.command("verify")
@@ -58,7 +59,7 @@ def command(
         common.print_json({k: None if v != v or v == math.inf else v for k, v in numbers.items()})
     else:
         if result.truth:
-            _print_numbers(result, "" if model.stored or model.packed else model.name)
+            _print_numbers(result, model)
         for reason in result.failures:
             click.echo(f"fault               {visible(reason)}")
         verdict = "PASSED" if result.passed else "FAILED"
@@ -67,13 +68,17 @@ def command(
     sys.exit(0 if result.passed else 1)
 
 
-def _print_numbers(result: Verification, unquantized: str) -> None:
+def _print_numbers(result: Verification, base: BaseModel) -> None:
     told = {"peft": "PEFT's own model", "live": "the base with the updates beside its layers"}
-    peft = result.truth == "peft"
+    name = base.name
+    if not (base.stored or base.packed):
+        name += f", not quantized; {_QLORA}" if result.truth == "peft" else ", not quantized"
+    elif result.dequantized is not None:
+        name += f", quantized, made floats by {result.dequantized}"
     lines = {
         "engine": f"{result.engine} ({result.dtype})",
         "truth": f"{result.truth}: {told[result.truth]}",
-        **({"base": f"{unquantized}, as it is; {_QLORA}"} if unquantized and peft else {}),
+        "base": name,
         "prompts": "; ".join((*result.asked, *result.left)),
         "max abs difference": f"{result.max_abs:.2e}   (at most {result.tolerance:.1e})",
         "float32 noise": f"{result.noise:.2e}   (of the truth, against {result.noise_of})",
@@ -83,11 +88,9 @@ def _print_numbers(result: Verification, unquantized: str) -> None:
     lines["update left out"] = f"{result.control:.2e}   ({control})"
     if result.rounding is not None:
         lines["rounding"] = (
-            f"{result.rounding:.2e}   (what it changed of the logits; of a module's update "
-            f"at most {result.lost:.2%})"
+            f"{result.rounding:.2e}   (what {result.dtype} weights changed of the logits, the "
+            f"truth's too; of a module's update at most {result.lost:.2%}; float32 has none)"
         )
-    if result.dequantized is not None:
-        lines["quantized base"] = f"made floats by {result.dequantized}"
     if result.fit is not None:
         limit = ", ".join(f"{name} {value}" for name, value in result.fit.items())
         lines["fitted"] = f"{limit}: the truth above is the live run so fitted"

@@ -18,6 +18,7 @@ from converters.run import Run
 
 from .names import name_elsewhere, names_below, not_a_name, own_name
 from .pairing import base_of, check_fits, is_named, told
+from .templates import unused_template
 
 _MARKS = (CONFIG_FILE, *WEIGHT_FILES, "config.json", MODEL, ENCODER)
 _ODD = "odd: "
@@ -116,7 +117,7 @@ def read_member(
     name: str, path: Path, bases: Sequence[BaseModel], given: BaseModel | None = None
 ) -> Member:
     """Read the run at `path`, which belongs to `given` or else to one of `bases`. A run that names
-    another base than the one given has a warning.
+    another base than the one given, or has a chat template of its own, has a warning.
 
     Raises `DoraExportError` when it cannot be read or its base is not known.
     """
@@ -135,6 +136,8 @@ def read_member(
     check_fits(run, base)
     if given is not None:
         run = told(run, given)
+    if (unused := unused_template(run, base)) is not None:
+        run = replace(run, warnings=(*run.warnings, unused))
     # Files above the folder are only known now.
     state = {
         file: before.get(file) if file.is_relative_to(path) else state_at(file)

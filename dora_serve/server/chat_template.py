@@ -19,6 +19,7 @@ from pydantic_core import from_json
 
 from converters.files.json_files import read_json
 
+from ..folder.templates import chat_template, read_template
 from .wire.errors import ApiError
 
 _SPECIAL = [f"{name}_token" for name in ("bos", "eos", "unk", "pad", "sep", "cls", "mask")]
@@ -43,7 +44,7 @@ class ChatTemplate:
     change anything."""
 
     def __init__(self, folder: Path, file: Path | None = None) -> None:
-        self._folder, self._file = folder, file or folder / "chat_template.jinja"
+        self._folder, self._file = folder, file
 
     @cached_property
     def _config(self) -> dict[str, Any]:
@@ -53,12 +54,9 @@ class ChatTemplate:
     @cached_property
     def text(self) -> str | None:
         """The template itself; None where there is none."""
-        text: Any = self._config.get("chat_template")
-        if self._file.exists():
-            text = self._file.read_text(encoding="utf-8")
-        if isinstance(text, list):  # several by name
-            text = {each["name"]: each["template"] for each in text}.get("default")
-        return text or None
+        if self._file is None:
+            return chat_template(self._folder)
+        return read_template(self._file) or None
 
     @cached_property
     def _template(self) -> Any:
@@ -102,7 +100,8 @@ class ChatTemplate:
             raise ApiError(f"the chat template: {error}", param="messages") from None
         if text is None:
             raise ApiError(
-                "This model's tokenizer has no chat template: use /v1/completions.",
+                "This model's tokenizer has no chat template: use /v1/completions, or give one "
+                "to the server (`dora-serve up --chat-template FILE`).",
                 code="no_chat_template",
             )
         return _until_end(text) if continued else text

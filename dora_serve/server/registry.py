@@ -7,8 +7,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from converters.errors import apart
-from converters.files.json_files import read_json
+from converters.errors import DoraExportError, apart
 from dora_serve.onnxruntime.continuous import ContinuousDecoder
 from dora_serve.onnxruntime.decoder_graph import DecoderGraph
 from dora_serve.onnxruntime.encoder import STATES, Encoder
@@ -18,6 +17,7 @@ from dora_serve.onnxruntime.seq2seq_queue import Seq2SeqQueue
 from dora_serve.onnxruntime.transcriber import Transcriber, hears
 from dora_serve.onnxruntime.transcriber_queue import TranscriberQueue
 
+from ..folder.templates import chat_template
 from .options import ServerOptions
 from .prepare.offer import DECODES, TRANSLATES, Graph, Offer, OfferedModel
 from .tokenizing import Texts
@@ -64,7 +64,7 @@ class Registry:
         self._chats = {
             folder
             for folder, graph in self.graphs.items()
-            if graph.task == DECODES and (options.chat_template or _has_template(Path(folder)))
+            if graph.task == DECODES and (options.chat_template or _has_template(folder))
         }
         self._models: dict[str, Served] = {}
         for model in offer.models:
@@ -159,11 +159,11 @@ def _defaults(graph: Graph, options: ServerOptions) -> Defaults:
     return read_defaults(Path(graph.folder), options.generation_config)
 
 
-def _has_template(folder: Path) -> bool:
-    if (folder / "chat_template.jinja").exists():
-        return True
-    path = folder / "tokenizer_config.json"
-    return path.exists() and bool(read_json(path).get("chat_template"))
+def _has_template(folder: str) -> bool:
+    try:
+        return chat_template(Path(folder)) is not None
+    except DoraExportError:
+        return True  # which tells whoever asks for a chat
 
 
 def _open(graph: Graph, options: ServerOptions, ends: frozenset[int] | None) -> Engine:

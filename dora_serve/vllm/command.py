@@ -23,7 +23,7 @@ def serve_options(pool: Pool, adapters: Mapping[str, Path]) -> Options:
     The dtype is the base's own: left to itself, vLLM rounds a float32 model to 16 bits.
     """
     options: Options = {
-        "model": str(pool.base.path),
+        "model": str(pool.base.path.absolute()),
         "served-model-name": pool.name,
         "dtype": str(pool.base.dtype()).removeprefix("torch."),
     }

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import subprocess
 import warnings
@@ -254,3 +255,36 @@ def test_the_picture_hides_nothing(
     assert "\\u6a21\\u578b" in labels
     (legend,) = figure.legends
     assert not legend.get_window_extent().overlaps(panel.get_window_extent())
+
+
+@pytest.mark.parametrize("form", ["chat_template.jinja", "tokenizer_config.json"])
+def test_a_template_that_is_not_used_is_told(form: str, llama_base: Path, llama_lora: Path) -> None:
+    """What is served has its base's, and merged it would have its own."""
+    folder = llama_lora.parent / f"own-template-{form}"
+    shutil.copytree(llama_lora, folder / "own")
+    said = {}
+    for base_has in (None, "another", "of its own"):
+        base = folder / f"base-{base_has}"
+        shutil.copytree(llama_base, base)
+        for place, text in ((folder / "own", "of its own"), (base, base_has)):
+            whole = text if form.endswith("jinja") else json.dumps({"chat_template": text})
+            if whole is not None:
+                (place / form).write_text(whole)
+        said[str(base_has)] = discover(folder / "own", base).warnings.get("own", "")
+    assert all("chat template is not used" in said[name] for name in ("None", "another"))
+    assert "chat template" not in said["of its own"]
+    (folder / "own" / form).unlink()
+    os.mkfifo(folder / "own" / form)  # which nobody writes
+    assert "chat template" not in discover(folder / "own", base).warnings.get("own", "")
+
+
+def test_the_command_does_not_depend_on_the_folder_it_is_run_in(
+    llama_base: Path, llama_lora: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shutil.copytree(llama_lora, tmp_path / "fleet" / "one")
+    shutil.copytree(llama_base, tmp_path / "base")
+    monkeypatch.chdir(tmp_path)
+    told = CliRunner().invoke(dora_serve, ["plan", "fleet", "--base", "base", "--json"])
+    words = json.loads(told.stdout)["commands"][0]
+    assert str(tmp_path / "base") in words
+    assert Path(words[-1].partition("=")[2]).is_absolute()

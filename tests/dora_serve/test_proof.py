@@ -299,6 +299,30 @@ def test_rounding_is_told(large: Path, tmp_path: Path) -> None:
     assert any("rounding" in warning for warning in found.warnings)
 
 
+def test_ties_may_be_rounded_either_way(large: Path, tmp_path: Path) -> None:
+    """All that lie nearer to one than two sums in float32 may differ."""
+    run = read_run(large / "run")
+    merge(run, tmp_path / "half", base=large / "base", dtype=torch.bfloat16)
+    whole = load_file(large / "merged" / "model.safetensors")
+    moved = 0
+
+    def turned(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        nonlocal moved
+        for name, tensor in tensors.items():
+            below = whole[name].view(torch.int32) & 0xFFFF
+            near = ((below - 0x8000).abs() <= 2) & ("proj" in name)
+            down = (whole[name].view(torch.int32) & ~0xFFFF).view(torch.float32).bfloat16()
+            up = ((whole[name].view(torch.int32) | 0xFFFF) + 1).view(torch.float32).bfloat16()
+            other = torch.where(tensor == down, up, down)
+            tensors = {**tensors, name: torch.where(near, other, tensor)}
+            moved += int(near.sum())
+        return tensors
+
+    found = verify(run, edited(tmp_path / "half", tmp_path / "turned", turned), large / "base")
+    assert found.passed and found.rounding is not None
+    assert moved > 5 and found.max_abs > 0.01 * found.rounding
+
+
 def test_another_rounding_is_seen(large: Path, tmp_path: Path) -> None:
     """Of one matrix of 42, whose bits were cut off."""
     run, key = read_run(large / "run"), "model.layers.0.mlp.up_proj.weight"
