@@ -34,6 +34,12 @@ _ALONE = 512  # tokens of a prompt at once when no row waits for it
 _LOGITS = 1 << 23  # numbers, of a piece of a prompt all of whose tokens have logits
 
 
+def _log_bug(what: str, error: Exception) -> None:
+    """Log `error`, but not what a request asked for in vain: whoever asked is told."""
+    if not isinstance(error, EngineError):
+        _log.error(what, exc_info=error)
+
+
 class ContinuousDecoder(Engine):
     """A decoder that many threads may ask at once.
 
@@ -251,7 +257,7 @@ class ContinuousDecoder(Engine):
                 self._keep(slot)
 
     def _refuse(self, requests: Sequence[Request], error: Exception) -> None:
-        _log.error("a prompt failed", exc_info=error)
+        _log_bug("a prompt failed", error)
         for request in requests:
             self._leave_filling(request)
             request.tell(Delta(error=error))
@@ -274,7 +280,7 @@ class ContinuousDecoder(Engine):
         try:
             request.generation.take(logits)
         except Exception as error:  # as when its logits are not finite; the others' are
-            _log.exception("a token could not be drawn")
+            _log_bug("a token could not be drawn", error)
             request.tell(Delta(error=error))
             self._leave(slot)
             return

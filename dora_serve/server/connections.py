@@ -85,7 +85,7 @@ class Server(uvicorn.Server):
 
 
 def serve(app: Any, host: str, port: int) -> bool:
-    """Serve `app` until SIGTERM or SIGINT; whether it could."""
+    """Serve `app` until SIGTERM, SIGINT or SIGHUP; whether it could."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     wanted = 2 * _CONNECTIONS + _BACKLOG
     most = wanted if hard == resource.RLIM_INFINITY else min(hard, wanted)
@@ -105,6 +105,8 @@ def serve(app: Any, host: str, port: int) -> bool:
         server_header=False,
     )
     server = Server(config)
+    if signal.getsignal(signal.SIGHUP) == signal.SIG_DFL:  # which nohup changes
+        signal.signal(signal.SIGHUP, server.handle_exit)
     server.run()
     signal.alarm(0)
     return server.started

@@ -73,6 +73,10 @@ class Guard:
             if error.status in _UNREAD:
                 answer.headers["Connection"] = "close"
             await answer(scope, receive, watch)
+        except asyncio.CancelledError:  # by the server, which ends and waits no longer
+            if notes["status"] == 499:  # no answer has begun
+                ending = ApiError("The server is ending.", 503, code="ending")
+                await ending.response()(scope, receive, watch)
         except Exception:
             notes["status"] = 500  # what Starlette answers, outside of this
             raise

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import asyncio
-from collections import defaultdict
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from fastapi import Request
 
@@ -16,13 +14,16 @@ from .options import ServerOptions
 from .registry import Registry
 from .turns import Turns
 
+if TYPE_CHECKING:
+    from .routes.preparing import Making
+
 NOTES = "dora_serve"  # in a request's scope: what the log tells of it
 
 
 @dataclass
 class State:
-    """`root`: the folder that is served. `adding`: runs are converted one at a time. `making`: who
-    has the run of a name converted, for which others that name it wait.
+    """`root`: the folder that is served. `adding`: runs are converted one at a time. `making`: the
+    runs that are being converted because a request names them.
     `bodies`: reads the large ones first; `grammars`: reads what answers have to follow."""
 
     root: Path
@@ -31,7 +32,7 @@ class State:
     metrics: Metrics = field(default_factory=Metrics)
     ready: bool = False
     adding: Turns = field(default_factory=lambda: Turns(16))
-    making: dict[str, asyncio.Lock] = field(default_factory=lambda: defaultdict(asyncio.Lock))
+    making: dict[str, Making] = field(default_factory=dict)
     bodies: Process = field(default_factory=Process)
     grammars: Process = field(default_factory=Process)
 

@@ -70,11 +70,12 @@ ATTENTION = ["q_proj", "k_proj", "v_proj", "o_proj"]
 MOE = {"mixtral", "qwen2-moe", "qwen3-moe"}
 
 
-def tiny(name: str, root: Path) -> Any:
+def tiny(name: str, root: Path, **more: Any) -> Any:
     """A random model of the family, saved; its class."""
     config, changes = FAMILIES[name]
     torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(getattr(transformers, config)(**{**SHAPE, **changes}))
+    shape = {**SHAPE, **changes, **more}
+    model = AutoModelForCausalLM.from_config(getattr(transformers, config)(**shape))
     with torch.no_grad():  # zero biases and unit norms would hide what is not computed
         for tensor in model.parameters():
             tensor.add_(torch.randn(tensor.shape) * 0.2)
@@ -115,6 +116,19 @@ def test_adapters(name: str, tmp_path: Path) -> None:
     check(Case(tmp_path / "onnx", base.path, runs), 32)
     written = Decoder(tmp_path / "onnx").generate(PROMPTS, "one", Sampling(32, ignore_eos=True))
     assert len({token for row in written for token in row.tokens}) > 3  # it says different things
+
+
+@pytest.mark.parametrize("size", [24, 20])
+def test_heads_of_other_sizes(size: int, tmp_path: Path) -> None:
+    """ONNX Runtime's attention takes multiples of 8, and with a rotary embedding in it of 16."""
+    run = lora(tiny("llama", tmp_path, head_dim=size), tmp_path, "one", target_modules=ATTENTION)
+    base = open_base(tmp_path / "base")
+    if size % 8:
+        with pytest.raises(DoraExportError, match="heads of this size"):
+            write_onnx(base, tmp_path / "onnx", adapters={"one": run})
+    else:
+        write_onnx(base, tmp_path / "onnx", adapters={"one": run})
+        check(Case(tmp_path / "onnx", base.path, {"one": run}), 16)
 
 
 @pytest.mark.parametrize("name", [pytest.param(n, marks=further(n)) for n in sorted(MOE)])

@@ -272,3 +272,12 @@ def test_memory_is_flat(server: Server) -> None:
         before = server.rss()
         list(pool.map(ask, bodies * 40))
         assert server.rss() - before < 8 << 20
+
+
+def test_what_a_request_asks_in_vain_is_no_fault_of_the_server(narrow: Server) -> None:
+    """Its client is told, and the log has its line alone."""
+    with narrow.http as http:
+        body = {**ASKED, "allowed_token_ids": [2], "min_tokens": 2}
+        refused = http.post("/v1/completions", json=body)
+    assert refused.status_code == 400 and "no token is left" in refused.text
+    assert "Traceback" not in narrow.log.read_text()

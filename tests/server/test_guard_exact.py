@@ -136,3 +136,35 @@ def test_bodies_of_many_at_once_are_bounded_together() -> None:
         assert statuses == [200] * (2 * most)
 
     asyncio.run(crowd())
+
+
+@pytest.mark.parametrize("begun", [False, True])
+def test_what_is_not_finished_when_the_server_ends(begun: bool) -> None:
+    """The server cancels it: whoever waits for an answer is told why there is none."""
+    sent: list[Any] = []
+
+    async def app(_scope: Any, _receive: Any, send: Any) -> None:
+        if begun:
+            await send({"type": "http.response.start", "status": 200, "headers": []})
+        await asyncio.sleep(60)
+
+    async def receive() -> dict[str, Any]:
+        return {"type": "http.request", "body": b""}
+
+    async def send(message: Any) -> None:
+        sent.append(message)
+
+    async def ending() -> None:
+        guarded = Guard(app, None, 10, False, frozenset(), Metrics())
+        scope = {"type": "http", "method": "POST", "path": "/x", "headers": []}
+        asked = asyncio.ensure_future(guarded(scope, receive, send))
+        await asyncio.sleep(0.05)
+        asked.cancel()
+        await asked
+
+    asyncio.run(ending())
+    if begun:
+        assert [message["type"] for message in sent] == ["http.response.start"]
+    else:
+        assert sent[0]["status"] == 503
+        assert json.loads(sent[1]["body"])["error"]["code"] == "ending"

@@ -17,6 +17,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from dora_serve.server.options import ServerOptions
 from tests.conftest import MODELS, randomize
 from tests.server.attacks import head
 from tests.server.conftest import BASE, Server, started
@@ -144,3 +145,31 @@ def test_it_can_be_taken_away_and_put_in_place_before(many: Server) -> None:
         load["load_inplace"] = True
         assert http.post("/v1/load_lora_adapter", json=load).status_code == 200
     assert answer(many, "run-10").json()["choices"] == answer(many, "run-65").json()["choices"]
+
+
+def test_one_that_cannot_be_made_is_tried_once_for_all_who_wait(many: Server) -> None:
+    shutil.rmtree(many.root / "run-14")
+    for _ in range(2):  # the first time what it takes is read from the disk
+        begin = time.monotonic()
+        assert answer(many, "run-14").status_code == 503
+        once = time.monotonic() - begin
+    begin = time.monotonic()
+    with ThreadPoolExecutor(16) as pool:
+        answers = list(pool.map(answer, [many] * 16, ["run-14"] * 16))
+    assert {each.status_code for each in answers} == {503}
+    assert time.monotonic() - begin < 6 * once
+
+
+def test_nobody_waits_longer_than_for_an_answer(many: Server) -> None:
+    for number in range(COUNT, COUNT + 6):  # in place of those that are gone
+        shutil.copytree(many.root / "run-1", many.root / f"run-{number}")
+    options = ServerOptions(threads=1, timeout=0.3)
+    with started(many.root, many.root.parent, None, options) as hasty:
+        begin = time.monotonic()
+        late = answer(hasty, "run-60")
+        assert late.status_code == 504 and "run-60" not in late.text
+        assert time.monotonic() - begin < 3
+        while answer(hasty, "run-60").status_code == 504:
+            assert time.monotonic() - begin < 60
+            time.sleep(0.5)
+        assert answer(hasty, "run-60").status_code == 200

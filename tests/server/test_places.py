@@ -9,12 +9,15 @@ from pathlib import Path
 import pytest
 from starlette.testclient import TestClient
 
+from converters.errors import DoraExportError, MissingError
+from dora_serve.onnxruntime.session import EngineError
 from dora_serve.server.app import make_app
 from dora_serve.server.options import ServerOptions
 from dora_serve.server.prepare.child import make_offer
 from dora_serve.server.prepare.offer import Offer
 from dora_serve.server.registry import Registry
 from dora_serve.server.state import State
+from dora_serve.server.wire.errors import as_api_error
 from dora_serve.server.wire.places import told
 from tests.conftest import LLAMA_RUNS, MODELS
 
@@ -38,6 +41,13 @@ ROOT = Path("/srv/my models")
 )
 def test_places(said: str, shown: str | None) -> None:
     assert told(said, ROOT) == (said if shown is None else shown)
+
+
+@pytest.mark.parametrize("kind", [EngineError, MissingError])
+def test_no_error_tells_where_the_cache_is(kind: type[DoraExportError]) -> None:
+    """As of an adapter whose file there is damaged or gone."""
+    error = kind("the adapter's file is gone", file="/home/a b/.cache/dora-serve/1f/x.onnx_adapter")
+    assert str(as_api_error(error)) == "the adapter's file is gone\n  file: x.onnx_adapter"
 
 
 def test_what_is_not_served_names_no_place_of_the_machine(tmp_path: Path) -> None:

@@ -80,6 +80,16 @@ def test_sigterm_while_its_processes_begin(ending: Server) -> None:
     assert "Application shutdown complete" in log and "Traceback" not in log
 
 
+def test_a_terminal_that_is_closed_ends_it_as_softly(ending: Server) -> None:
+    asked = {"model": BASE, "prompt": "one", "n": 100, "max_tokens": 60, "ignore_eos": True}
+    with ThreadPoolExecutor(1) as pool:
+        accepted = pool.submit(httpx.post, f"{ending.url}/v1/completions", json=asked, timeout=120)
+        time.sleep(0.3)
+        ending.process.send_signal(signal.SIGHUP)
+        assert ending.process.wait(END) == 0
+        assert len(accepted.result().json()["choices"]) == 100
+
+
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_second_signal_ends_it_at_once(ending: Server, number: signal.Signals) -> None:
     held = [connected(ending, body("/v1/chat/completions", {"model": BASE, "messages": MESSAGES}))]

@@ -199,6 +199,13 @@ def _cached(loaded: Any, ids: torch.Tensor) -> _Sizes:
             remedy="deploy the merged model instead (`merge`)",
         )
     heads, size = shapes.pop()
+    if size % 8:  # of which GroupQueryAttention computes nothing
+        raise TargetError(
+            "no ONNX export for heads of this size",
+            found=f"{size} numbers",
+            expected="a multiple of 8",
+            remedy="deploy the merged model instead (`merge`)",
+        )
     return len(layers), heads, size
 
 

@@ -65,11 +65,14 @@ def build_decoder(model: Path, out: Path, writer: GraphWriter, *, adaptable: boo
 
 def _builds(model: Path) -> bool:
     """Whether the builder makes of the model what it computes at every length. It leaves out
-    windows, changes of the rotary embedding with a row's length, and layers without one."""
+    windows, changes of the rotary embedding with a row's length, and layers without one; and the
+    attention with a rotary embedding in it takes heads of a multiple of 16 numbers alone."""
     from transformers import AutoConfig
 
     config = AutoConfig.from_pretrained(model)
     if not _BUILT.intersection(config.architectures or []):
+        return False
+    if (getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads) % 16:
         return False
     layers = getattr(config, "layer_types", None) or ["sliding_attention"]
     window = getattr(config, "sliding_window", None)

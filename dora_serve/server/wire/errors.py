@@ -13,6 +13,8 @@ from converters.errors import DoraExportError
 from dora_serve.onnxruntime.limits import QueueFull
 from dora_serve.onnxruntime.session import EngineError
 
+from .places import told
+
 if TYPE_CHECKING:
     from fastapi import FastAPI, Request
     from fastapi.responses import JSONResponse
@@ -67,9 +69,9 @@ def as_api_error(error: Exception) -> ApiError:
     if isinstance(error, QueueFull):
         return ApiError(str(error), 429, code="queue_full")
     if isinstance(error, EngineError):
-        return ApiError(str(error), 400, code="not_possible")
+        return ApiError(told(str(error)), 400, code="not_possible")
     if isinstance(error, DoraExportError):  # a file that was right when it was made
-        return ApiError(str(error), 503, code="model_unavailable")
+        return ApiError(told(str(error)), 503, code="model_unavailable")
     _log.error("a request failed", exc_info=error)
     return ApiError("internal error", 500)
 

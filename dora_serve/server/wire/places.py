@@ -12,10 +12,11 @@ _WHOLE = re.compile(r"""(?m)(^  file: |['"`])/[^'"`\n]*/([^'"`\n/]*)(?=$|['"`])"
 _PATH = re.compile(_BEGIN + r"""/(?:[^\s/'"`]+/)*([^\s/'"`]+)""")
 
 
-def told(text: str, root: Path) -> str:
+def told(text: str, root: Path | None = None) -> str:
     """`text` with what lies in the served folder `root` named from there on, and all that lies
     elsewhere by its last name alone."""
-    top = _BEGIN + re.escape(visible(root).rstrip("/"))
-    text = re.sub(f"{top}/", "", text)
-    text = re.sub(rf"{top}(?![^\s'\"`,;:)])", lambda _: visible(root.name), text)
+    if root is not None:
+        top = _BEGIN + re.escape(visible(root).rstrip("/"))
+        text = re.sub(f"{top}/", "", text)
+        text = re.sub(rf"{top}(?![^\s'\"`,;:)])", lambda _: visible(root.name), text)
     return _PATH.sub(r"\1", _WHOLE.sub(r"\1\2", text))
