@@ -23,12 +23,13 @@ _UNCALLED = {
         ("position_embedding",),
     ),
 }
-# The same of every type: tables of positions and queries, and convolutions over time.
+# The same of every type: tables of positions and queries, convolutions over time, and those before
+# a scan over states or a linear attention.
 _TABLES = re.compile(
     r"(.*\.)?(embed_positions|rel_pos(_[xy])?_bias|ngram_embeddings|level_embed|tdnn\.\d+\.kernel"
     r"|query_(position_embeddings|refpoint_embeddings|feat|embed)|reference_point_embed"
     r"|queries_(embedder|features)|(iou|hq|obj_score|presence)_token|mask_tokens|no_mask_embed"
-    r"|not_a_point_embed|bbox_attention\.k_(proj|linear))"
+    r"|not_a_point_embed|(mixer|mamba|linear_attn)\.conv1d|bbox_attention\.k_(proj|linear))"
 )
 
 

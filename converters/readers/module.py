@@ -15,6 +15,7 @@ from ..files.tensors import LazyTensor, LazyTensors, load_finite, numel
 from ..updates.rank_one import RankOneSum
 
 _FACTOR = re.compile(r"(.+)\.lora_([AB])(?:\.weight)?")
+_EMBEDDING = re.compile(r"(.+)\.lora_embedding_[AB]")
 _OWN = {"weight", "bias", "base_layer"}  # what an adapted layer has by itself
 
 
@@ -148,3 +149,10 @@ def adapted(tensors: LazyTensors) -> dict[str, AdaptedModule]:
             if module in modules and part not in _OWN and not part.startswith(("lora_A", "lora_B")):
                 modules[module].parts[part] = tensor
     return modules
+
+
+def with_factors(tensors: LazyTensors) -> list[str]:
+    """The modules with factors, embeddings among them, by the names of what they wrap."""
+    embeddings = [match[1] for name in tensors if (match := _EMBEDDING.fullmatch(name))]
+    names = [*adapted(tensors), *embeddings]
+    return list(dict.fromkeys(name.partition(".base_layer")[0] for name in names))

@@ -3,12 +3,10 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
 
 from .patterns import Patterns
 
-_LAYER = re.compile(r".*\.[^.]*\.(\d+)\.")
 _ALL_LINEAR = "all-linear"
 
 
@@ -33,10 +31,10 @@ class Named:
 
     def names(self, module: str, *, parameters: bool = True) -> bool:
         """Whether PEFT adapts `module`; with `parameters`, or a parameter in it."""
+        if parameters and any(_below(str(name), module) for name in self._parameters):
+            return True  # PEFT asks for exclusions of layers alone
         if self._meant(self._excluded, module):
             return False
-        if parameters and any(_below(str(name), module) for name in self._parameters):
-            return True
         if not self._meant(self._targets, module):
             return False
         exact = isinstance(self._targets, list) and module in self._targets
@@ -52,11 +50,11 @@ class Named:
         return any(f".{module}".endswith(f".{name}") for name in _list(said))
 
     def _layer(self, module: str) -> int | None:
-        found = None
-        for pattern in self._pattern:
-            found = found or re.match(rf".*\.{re.escape(str(pattern))}\.(\d+)\.", module)
-        found = found if self._pattern else _LAYER.match(module)
-        return None if found is None else int(found[1])
+        """The first number behind a name that one of the patterns means; behind any where there is
+        none. What lies deeper is numbered too: experts, the parts of T5's blocks."""
+        before = [rf"(?:^|.*?\.){name}" for name in self._pattern] or [r".*?\.[^.]*"]
+        found = (self._patterns.number(one, module) for one in before)
+        return next((number for number in found if number is not None), None)
 
 
 def _below(parameter: str, module: str) -> bool:

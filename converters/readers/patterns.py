@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import time
 
 import regex
@@ -9,6 +10,10 @@ import regex
 from ..errors import RunError
 
 SECONDS, SECONDS_IN_ALL = 1.0, 30.0
+
+# What `regex` reads as its own, `(…){e<=1}` and `[[:alpha:]]`, and `re` letter by letter.
+_BRACE = re.compile(r"(?<!\\)((?:\\\\)*)\{(?!\d*,?\d*\})")
+_CLASS = "[:"
 
 
 class PatternError(RunError):
@@ -27,14 +32,20 @@ class Patterns:
     def suffix(self, pattern: str, module: str) -> bool:
         """Whether a key of PEFT's `rank_pattern` or `alpha_pattern` means `module`. Raises
         `PatternError`."""
-        return self._match(rf"(.*\.)?({pattern})$", module)
+        return self._match(rf"(.*\.)?({pattern})$", module) is not None
 
     def whole(self, pattern: str, module: str) -> bool:
         """Whether PEFT's `target_modules`, where it is one string, means `module`. Raises
         `PatternError`."""
-        return self._match(rf"({pattern})\Z", module)
+        return self._match(rf"({pattern})\Z", module) is not None
 
-    def _match(self, pattern: str, module: str) -> bool:
+    def number(self, pattern: str, module: str) -> int | None:
+        """The number that is the segment of `module` behind what `pattern` means. Raises
+        `PatternError`."""
+        found = self._match(rf"{pattern}\.(?P<layer>\d+)\.", module)
+        return int(found["layer"]) if found and found["layer"] else None
+
+    def _match(self, pattern: str, module: str) -> regex.Match[str] | None:
         if len(pattern) > 100_000:
             raise PatternError("the pattern is longer than 100 000 characters")
         if self._left <= 0:  # many that are quick, but for being read
@@ -42,7 +53,8 @@ class Patterns:
         begin = time.monotonic()
         seconds = min(SECONDS, self._left)
         try:
-            return regex.match(pattern, module, timeout=seconds) is not None
+            plain = _BRACE.sub(r"\1\\{", pattern).replace(_CLASS, r"[\:")
+            return regex.match(plain, module, timeout=seconds)
         except TimeoutError:
             raise PatternError(f"the pattern takes longer than {seconds:.0f} s to match") from None
         except (regex.error, OverflowError, RecursionError, MemoryError):

@@ -22,7 +22,7 @@ from ..model.tying import aliases, tied_in_peft
 from ..options import ReadOptions
 from ..run import Run
 from .experts import partial_experts
-from .module import adapted
+from .module import with_factors
 from .named import Named
 from .patterns import PatternError
 from .peft_common import class_said, is_below, known_base, modules_to_save
@@ -50,7 +50,11 @@ def checked(run: Run, folder: RunFolder, options: ReadOptions, named: bool = Tru
         *promises.modules(),
         *promises.biases(),
         *(partial_experts(run.updates, base.config) if (base := promises._base) else ()),
-        *(() if run.method == "peft_tuner" else promises.targets(_stored(folder), named)),
+        *(
+            ()
+            if run.method == "peft_tuner"
+            else promises.targets(with_factors(folder.adapter), named)
+        ),
     )
     return replace(run, warnings=tuple(dict.fromkeys((*run.warnings, *warnings))))
 
@@ -96,6 +100,7 @@ class _Promises:
         if missing:
             modules = ", ".join(dict.fromkeys(missing.values()))
             raise self._lost(f"{modules} was trained whole (modules_to_save)", list(missing))
+        self._biased_sides()
         sides = self._other_sides()
         if sides:
             raise self._lost("both sides of a tied pair are stored (ensure_weight_tying)", sides)
@@ -173,6 +178,8 @@ class _Promises:
             parameters = self._in_class([name for name in parameters if not self._has(name)])
             lost = [*self._lost_targets(named), *parameters]
             more = [m for m in stored if named.known and not self._names(named, m)]
+            biases = [name for name in self._run.updates if name.endswith(".bias")]
+            more += [] if config.get("lora_bias") else biases
             idle = [
                 f"{key}[{name!r}]"
                 for key in ("rank_pattern", "alpha_pattern")
@@ -196,7 +203,8 @@ class _Promises:
                 file=self._file,
                 tensor=more[0],
                 found=f"updates of {some(more)}",
-                expected="modules that target_modules and the layers and exclusions beside it mean",
+                expected="modules that target_modules and what stands beside it mean, and biases "
+                "of factors where lora_bias is true",
                 remedy="where they were trained: `lint` with `fix` names them in the "
                 "configuration; else take them out of the file",
             )
@@ -300,6 +308,23 @@ class _Promises:
     def _aliases(self) -> Mapping[str, str]:
         return {} if self._model is None else aliases(self._model)
 
+    def _biased_sides(self) -> None:
+        """Raise `RunError` for a layer that PEFT tied to an embedding trained whole, and made
+        without its bias (ensure_weight_tying)."""
+        run, names = self._run, self._class_names
+        if names is None or not self._config.get("ensure_weight_tying"):
+            return
+        for name, source in self._aliases.items():
+            bias = f"{name.removesuffix('.weight')}.bias"
+            if bias in names and source in run.apart and name in run.replaced.keys() - run.apart:
+                raise RunError(
+                    "PEFT trained this layer without its bias, which the base has "
+                    "(ensure_weight_tying of a module trained whole)",
+                    file=self._path,
+                    tensor=bias,
+                    remedy="serve it with PEFT",
+                )
+
     def _other_sides(self) -> list[str]:
         """Tensors tied to the input embedding, where that was trained: ensure_weight_tying stores
         them too where PEFT knows the names (`_check_tied_modules`)."""
@@ -358,11 +383,6 @@ def _may_be_lost(name: str, key: str) -> str:
 def _same(name: str, other: str) -> bool:
     """Whether two names are of one tensor, one of them perhaps without the model's prefix."""
     return f".{name}".endswith(f".{other}") or f".{other}".endswith(f".{name}")
-
-
-def _stored(folder: RunFolder) -> list[str]:
-    """The modules with factors in the file."""
-    return list(dict.fromkeys(m.partition(".base_layer")[0] for m in adapted(folder.adapter)))
 
 
 def _list(value: object) -> list[object]:

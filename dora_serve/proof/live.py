@@ -142,10 +142,23 @@ class PeftTruth:
         loaded = load(run, base, architecture=text)
         if text is not None and loaded.missing:
             return None
+        own = {
+            name: parameter.detach().clone()
+            for name, parameter in loaded.model.named_parameters()
+            if name in run.replaced
+        }
         try:
             adapted = attach(loaded.model, run.path, inside=inside)
         except Exception:
             return None
+        for name, parameter in adapted.model.named_parameters():
+            # An adapter on an embedding may carry its weight along, untouched but for being
+            # rounded as the adapter is.
+            kept = own.get(plain := _PEFTS.sub("", name))
+            if kept is None:
+                continue
+            if torch.equal(kept.to(run.replaced[plain].dtype).float(), parameter):
+                parameter.data = kept
         return None if adapted.missing or adapted.unexpected else cls(loaded, adapted)
 
     @property

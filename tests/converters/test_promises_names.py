@@ -9,11 +9,13 @@ import pytest
 import torch
 from peft import PeftModel
 from safetensors.torch import load_file, save_file
+from transformers import BertConfig, BertForMaskedLM, T5Config, T5ForConditionalGeneration
 
 from converters.errors import BaseError, RunError
 from converters.targets.opening import attach
 from dora_serve import ReadOptions, merge, read_run, write_adapter
 from dora_serve.proof.verify import logits, verification_batch
+from tests.conftest import tiny_llama
 from tests.converters.test_promises import FILE, drop, edit, loaded, run_of
 
 # adapted, what the configuration says instead, tensors that are taken out, what is said
@@ -67,6 +69,17 @@ MORE: dict[str, tuple[dict[str, Any], dict[str, Any], str]] = {
     ),
     "layers": ({}, {"layers_to_transform": [0]}, "layers.1.self_attn.q_proj"),
     "excluded": ({}, {"exclude_modules": ["0.self_attn.q_proj"]}, "layers.0.self_attn.q_proj"),
+    "an embedding": (
+        {"target_modules": ["q_proj", "embed_tokens"]},
+        {"target_modules": ["q_proj"]},
+        "embed_tokens",
+    ),
+    "an embedding excluded": (
+        {"target_modules": ["q_proj", "embed_tokens"]},
+        {"exclude_modules": ["embed_tokens"]},
+        "embed_tokens",
+    ),
+    "biases of factors": ({"lora_bias": True}, {"lora_bias": False}, "layers.0.self_attn.q_proj"),
 }
 
 
@@ -86,6 +99,76 @@ def test_a_file_that_holds_more_than_its_configuration_names_is_refused(
         with pytest.raises(RunError, match="does not name") as error:
             read_run(run, options)
         assert more in str(error.value.tensor)
+
+
+# class, adapted, what the configuration says: what PEFT's own matching names
+NAMED: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
+    "the first number is the layer": (
+        "t5",
+        {"target_modules": ["q", "wi"], "layers_to_transform": [0], "task_type": "SEQ_2_SEQ_LM"},
+        {},
+    ),
+    "a pattern of layers": ("llama", {"layers_to_transform": [1]}, {"layers_pattern": "lay.rs"}),
+    "parameters are not excluded": (
+        "llama",
+        {"target_parameters": ["mlp.up_proj.weight"]},
+        {"exclude_modules": r".*\.up_proj"},
+    ),
+}
+
+
+@pytest.mark.parametrize("case", NAMED)
+def test_what_peft_names_is_named(tmp_path: Path, case: str) -> None:
+    family, adapted, said = NAMED[case]
+    base = tmp_path / "base"
+    t5 = T5Config(vocab_size=60, d_model=16, d_kv=8, d_ff=24, num_layers=2, num_heads=2)
+    (tiny_llama() if family == "llama" else T5ForConditionalGeneration(t5)).save_pretrained(base)
+    run = run_of(base, tmp_path / "run", **adapted)
+    edit(run, **said)
+    live = attach(loaded(base), run)
+    assert not live.unexpected and not live.missing
+    inputs = verification_batch(live.model)
+    truth = logits(live.model, inputs)
+    assert float((logits(loaded(base), inputs) - truth).abs().max()) > 1e-2
+    merge(run, tmp_path / "merged", base=base)
+    assert float((logits(loaded(tmp_path / "merged"), inputs) - truth).abs().max()) <= 1e-4
+
+
+@pytest.mark.parametrize("pattern", ["(q_proj){e<=1}", "[[:alpha:]v]_proj", "q_{proj", r"\{q_proj"])
+def test_a_pattern_means_what_it_means_to_peft(
+    tmp_path: Path, llama_base: Path, pattern: str
+) -> None:
+    """`re`, which PEFT uses, reads these letter by letter; others have a sense of their own."""
+    run = run_of(llama_base, tmp_path / "run", target_modules=["q_proj", "k_proj", "v_proj"])
+    edit(run, alpha_pattern={pattern: 5})
+    live = attach(loaded(llama_base), run).model
+    inputs = verification_batch(live)
+    merge(run, tmp_path / "merged", base=llama_base)
+    merged = logits(loaded(tmp_path / "merged"), inputs)
+    assert float((merged - logits(live, inputs)).abs().max()) <= 1e-4
+
+
+def test_a_tied_layer_that_peft_made_without_its_bias_is_refused(tmp_path: Path) -> None:
+    base, embedding = tmp_path / "base", "bert.embeddings.word_embeddings"
+    config = BertConfig(
+        vocab_size=60, hidden_size=16, num_hidden_layers=1, num_attention_heads=2,
+        intermediate_size=24, max_position_embeddings=32,
+    )  # fmt: skip
+    BertForMaskedLM(config).save_pretrained(base)
+    # By such a name PEFT knows that it is one of embeddings.
+    whole = ["lm_head", embedding]
+    run = run_of(
+        base,
+        tmp_path / "run",
+        target_modules=["query"],
+        modules_to_save=whole,
+        ensure_weight_tying=True,
+    )
+    decoder = attach(loaded(base), run).model.cls.predictions.decoder
+    assert decoder.modules_to_save["default"].bias is None
+    with pytest.raises(RunError, match="without its bias") as error:
+        read_run(run, ReadOptions(base=base))
+    assert error.value.tensor == "cls.predictions.decoder.bias"
 
 
 def test_patterns_that_mean_something_are_not_said(tmp_path: Path, llama_base: Path) -> None:

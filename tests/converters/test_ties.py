@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import LoKrConfig, LoraConfig, PeftConfig, PeftModel, get_peft_model
 
 from converters.errors import DoraExportError
 from converters.readers import ReadOptions
@@ -195,13 +195,20 @@ def test_a_head_that_its_class_reads_without_calling_it(tmp_path: Path) -> None:
         merge(tmp_path / "lora", tmp_path / "merged", base=tmp_path / "base")
 
 
-def test_a_layer_inside_that_its_class_reads_without_calling_it(tmp_path: Path) -> None:
-    """Mamba's dt_proj, which PEFT's live model has no use of; that lies plainly on disk."""
+@pytest.mark.parametrize(
+    "adapter",
+    [LoraConfig(target_modules=["dt_proj"]), LoKrConfig(r=2, target_modules=["conv1d"])],
+    ids=["projection", "convolution"],
+)
+def test_a_layer_inside_that_its_class_reads_without_calling_it(
+    tmp_path: Path, adapter: PeftConfig
+) -> None:
+    """Of Mamba, which PEFT's live model has no use of; that lies plainly on disk."""
     family = FAMILIES["mamba"]
     base(family, tmp_path / "base")
     plain = logits(family, load(family, tmp_path / "base"))
-    model = get_peft_model(load(family, tmp_path / "base"), LoraConfig(target_modules=["dt_proj"]))
-    randomize(model)
+    model = get_peft_model(load(family, tmp_path / "base"), adapter)
+    randomize(model, ("lora_", "lokr_"))
     model.save_pretrained(tmp_path / "lora")
     assert apart(logits(family, model.eval()), plain) < 1e-5
     run = read_run(tmp_path / "lora", ReadOptions(base=tmp_path / "base"))

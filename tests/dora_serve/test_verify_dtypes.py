@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from converters.readers import ReadOptions
-from dora_serve import merge, read_run, verify
+from dora_serve import merge, read_run, verify, write_adapter
 from tests.converters.families import DECODER
 from tests.converters.test_peft_kinds import FILE, saved, trained
 
@@ -53,3 +53,29 @@ def test_a_whole_head(tmp_path: Path, kept: torch.dtype | str, dtype: torch.dtyp
     wrong = verify(run, tmp_path / "merged", base=base)
     assert not wrong.passed
     assert wrong.max_abs > 10 * wrong.tolerance
+
+
+def test_a_rounded_copy_of_what_the_base_holds_was_not_trained(tmp_path: Path) -> None:
+    """PEFT saves an embedding beside the adapter on it, in the adapter's dtype."""
+    base = saved(NAME, "LlamaConfig", DECODER, tmp_path / "base")
+    file, embedding = base / "model.safetensors", "model.embed_tokens.weight"
+    tensors = load_file(file)
+    generator = torch.Generator().manual_seed(5)
+    tensors[embedding] = torch.randn(tensors[embedding].shape, generator=generator)
+    save_file(tensors, file, {"format": "pt"})
+    trained(NAME, base, tmp_path / "run", target_modules=["q_proj", "embed_tokens"])
+    file = tmp_path / "run" / FILE
+    save_file({n: t.to(BF16) for n, t in load_file(file).items()}, file, {"format": "pt"})
+    assert any(name.endswith("embed_tokens.base_layer.weight") for name in load_file(file))
+    run = read_run(tmp_path / "run", ReadOptions(base=base))
+    merge(run, tmp_path / "merged", base=base)
+    write_adapter(run, tmp_path / "adapter", base=base)
+    for artifact in ("merged", "adapter"):
+        found = verify(run, tmp_path / artifact, base=base)
+        assert found.passed
+        assert found.truth == "peft"
+    file = tmp_path / "merged" / "model.safetensors"
+    tensors = load_file(file)
+    tensors[embedding] = tensors[embedding].to(BF16).float()
+    save_file(tensors, file, {"format": "pt"})
+    assert not verify(run, tmp_path / "merged", base=base).passed
