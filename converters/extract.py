@@ -1,7 +1,7 @@
 """The update between two models of one architecture, as a run.
 
 Names are those of the tuned model in memory, whatever they are on disk. Not read: changed tensors
-that loading joins to one in memory (experts).
+that loading joins to one in memory (experts), or takes apart.
 """
 
 from __future__ import annotations
@@ -16,8 +16,9 @@ from .errors import BaseError, TargetError
 from .files.tensors import LazyTensor, is_copy_of, load_finite
 from .model.architecture import empty_model
 from .model.base import HEAD, BaseModel
+from .model.called import is_called
 from .model.layout import Layout
-from .model.tasks import TASKS, architecture_of, task_of
+from .model.tasks import HEADS, TASKS, architecture_of, task_of
 from .model.tying import aliases
 from .run import LazyUpdates, Run
 from .updates.replaced import Replacement
@@ -42,6 +43,7 @@ def difference(tuned: BaseModel, base: BaseModel) -> Run:
             remedy="pass the base that the model was tuned from with `base`",
         )
     architecture, task = _architecture(tuned, base)
+    own = architecture_of(base.config)
     labels = tuned.config.get("id2label")
     count = len(labels) if isinstance(labels, dict) else 2
     num_labels = count if task in ("sequence-classification", "token-classification") else None
@@ -52,7 +54,7 @@ def difference(tuned: BaseModel, base: BaseModel) -> Run:
         _Stored(each, Layout(each, architecture, num_labels), one) for each in (tuned, base)
     )
 
-    updates: dict[str, Callable[[], Update]] = {}
+    layers: dict[str, LazyTensor] = {}
     whole: dict[str, LazyTensor] = {}
     unread = dict(tuned.tensors)
     for name in model.state_dict():
@@ -65,11 +67,24 @@ def difference(tuned: BaseModel, base: BaseModel) -> Run:
             continue
         module = name.removesuffix(".weight")
         fits = before is not None and before.shape == tensor.shape
-        if fits and module in linear and not tied:
-            updates[module] = _loader(tensor, linear[module])
+        if fits and module in linear and not tied and is_called(module, (), base):
+            layers[module] = tensor
         else:
             whole[name] = tensor
     _refuse(tuned, base, unread)
+    # A module with a parameter of its own is stored whole, and what is inside of it too.
+    owners = {name.rpartition(".")[0] for name in whole if not name.endswith(".bias")}
+    inside = [module for module in layers if not owners.isdisjoint(_holders(module))]
+    if inside and len(inside) == len(layers):
+        raise TargetError(
+            "all layers that changed are inside of modules with a changed parameter of their own, "
+            "which an adapter holds whole",
+            file=tuned.path,
+            found=", ".join(sorted(owners.intersection(_holders(inside[0])))),
+            remedy="deploy the tuned model itself",
+        )
+    whole |= {f"{module}.weight": layers.pop(module) for module in inside}
+    updates = {module: _loader(tensor, linear[module]) for module, tensor in layers.items()}
     return Run(
         path=tuned.path,
         method="difference",
@@ -77,7 +92,8 @@ def difference(tuned: BaseModel, base: BaseModel) -> Run:
         replaced=whole,
         apart=frozenset(whole),
         base=base.name,
-        task=task,
+        # PEFT's class for a task gives the model text, asked or not.
+        task=task if model.main_input_name == "input_ids" or architecture != own else None,
         num_labels=num_labels,
         files=(*tuned.shards, tuned.path / "config.json"),
     )
@@ -120,13 +136,18 @@ def _linear_layers(model: Any, task: str | None) -> dict[str, bool]:
     """Linear module name → whether its weight is stored as `[in, out]`; the head of a classifier
     is left out, which engines load whole."""
     body = f"{model.base_model_prefix}."
-    heads = task not in (None, "causal-lm", "seq2seq-lm")
     return {
         name: conv1d
         for name, layer in model.named_modules()
         if (conv1d := type(layer).__name__ == "Conv1D") or isinstance(layer, torch.nn.Linear)
-        if name.startswith(body) or not heads
+        if name.startswith(body) or task not in HEADS
     }
+
+
+def _holders(module: str) -> list[str]:
+    """The modules that `module` is inside of."""
+    parts = module.split(".")
+    return [".".join(parts[:end]) for end in range(1, len(parts))]
 
 
 def _loader(tensor: LazyTensor, transposed: bool) -> Callable[[], Update]:

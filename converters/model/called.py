@@ -4,7 +4,7 @@ nothing."""
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 
 from ..errors import TargetError
 from ..run import Run
@@ -36,17 +36,8 @@ _TABLES = re.compile(
 def check_called(run: Run, base: BaseModel) -> None:
     """Raise `TargetError` for a module of `run`, under its name in memory, whose weight the base's
     class reads without calling it."""
-    if base.stored is not None or base.packed:
-        return
-    names = [name for kind in _types(base.config) for name in _UNCALLED.get(kind, ())]
     for module in run.updates:
-        owner = module.removesuffix(".out_proj")  # of torch's MultiheadAttention
-        inside = owner != module and f"{owner}.in_proj_weight" not in run.updates
-        if (
-            any(f".{module}".endswith(f".{name}") for name in names)
-            or _TABLES.fullmatch(module)
-            or (inside and base.find(f"{owner}.in_proj_weight") is not None)
-        ):
+        if not is_called(module, run.updates, base):
             raise TargetError(
                 "the base's class reads the weight of this module without calling it, so that an "
                 "adapter on it does nothing, in training neither",
@@ -55,6 +46,21 @@ def check_called(run: Run, base: BaseModel) -> None:
                 found=base.config.get("model_type"),
                 remedy="train it whole (modules_to_save), or take its tensors out of the run",
             )
+
+
+def is_called(module: str, adapted: Collection[str], base: BaseModel) -> bool:
+    """Whether the base's class calls `module`, named as in memory, beside which all of `adapted`
+    is; else it only reads its weight."""
+    if base.stored is not None or base.packed:
+        return True
+    names = [name for kind in _types(base.config) for name in _UNCALLED.get(kind, ())]
+    owner = module.removesuffix(".out_proj")  # of torch's MultiheadAttention
+    inside = owner != module and f"{owner}.in_proj_weight" not in adapted
+    return not (
+        any(f".{module}".endswith(f".{name}") for name in names)
+        or _TABLES.fullmatch(module)
+        or (inside and base.find(f"{owner}.in_proj_weight") is not None)
+    )
 
 
 def _types(config: Mapping[str, object]) -> Iterator[str]:

@@ -195,8 +195,8 @@ class LiveModel:
     """The live model by branches.
 
     Sums of rank-1 components act as branches beside the layers. Other updates, and those of
-    parameters that are no layer's weight (fused experts, biases), have no form beside the weight:
-    there the layer computes with the deployed weight.
+    parameters that are no layer's weight (fused experts, biases), have no form beside the weight,
+    nor has an embedding that scales: there the layer computes with the deployed weight.
     """
 
     name = "live"
@@ -214,7 +214,7 @@ class LiveModel:
         for name in run.updates:
             components = run.updates[name].components()
             layer = self._layer(name)
-            plain = isinstance(layer, torch.nn.Linear | torch.nn.Embedding) or _is_conv1d(layer)
+            plain = isinstance(layer, torch.nn.Linear) or _is_conv1d(layer) or _looks_up(layer)
             if plain and components is not None and name not in run.tied:
                 hook = _branch(components, name in run.embeddings)
                 self._undo.append(layer.register_forward_hook(hook).remove)
@@ -295,6 +295,11 @@ def _is_peft(run: Run) -> bool:
     return (config.get("peft_type") != "LORA" or "lora_alpha" in config) and not config.get(
         "megatron_config"
     )
+
+
+def _looks_up(layer: object) -> bool:
+    """Whether a layer is an embedding that does nothing else, such as scale what it found."""
+    return getattr(type(layer), "forward", None) is torch.nn.Embedding.forward
 
 
 def _is_conv1d(layer: object) -> bool:

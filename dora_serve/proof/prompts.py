@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import filecmp
+import sys
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -87,6 +88,8 @@ def prompts_of(run: Run, base: BaseModel) -> Prompts:
         batches += _batches(config, [repeated], vocab)
         asked.append(f"one of {length} tokens")
     texts_alone = [{n: v for n, v in each.items() if n in takes(cls)} for each in batches]
+    if config.is_encoder_decoder and cls.__name__.endswith("ForSequenceClassification"):
+        texts_alone = [_ended(inputs, config.eos_token_id) for inputs in texts_alone]
     found: Prompts | None = None
     if cls.main_input_name != "input_ids":
         found = _without_text(cls, config)
@@ -166,6 +169,15 @@ def _batches(config: Any, rows: list[list[int]], vocab: int) -> Iterator[Inputs]
         yield inputs
 
 
+def _ended(inputs: Inputs, end: int) -> Inputs:
+    """Texts whose last token is `end`, and no other: the decoder of a classifier reads them too,
+    and is asked there."""
+    last = inputs["attention_mask"].sum(1, keepdim=True) - 1
+    ids = inputs["input_ids"].masked_fill(inputs["input_ids"] == end, end + 1)
+    inputs = {name: value for name, value in inputs.items() if name != "decoder_input_ids"}
+    return {**inputs, "input_ids": ids.scatter(1, last, end)}
+
+
 @offline()
 def _texts(base: BaseModel, vocab: int) -> tuple[list[list[int]], list[str]]:
     """The sentences in the base's tokens, or such of its own words where it does not know them, and
@@ -224,8 +236,9 @@ def _is_text(row: list[int], unknown: int | None, vocab: int) -> bool:
 
 
 def _vocab(run: Run, base: BaseModel, config: Any) -> int:
-    """The rows of the input embedding, which the run may have resized."""
-    size: int = getattr(text_of(config), "vocab_size", 0)
+    """The rows of the input embedding, which the run may have resized; where there is none, as in
+    CANINE, all characters."""
+    size: int = getattr(text_of(config), "vocab_size", sys.maxunicode + 1)
     own = new_embedding(base, run.replaced)
     return size if own is None else own.shape[0]
 

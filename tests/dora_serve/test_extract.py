@@ -19,6 +19,7 @@ from dora_serve.commands import dora_export
 from dora_serve.proof.verify import logits, verification_batch
 from tests.conftest import MODELS, tiny_llama
 from tests.converters.naming import FAMILIES, load
+from tests.converters.tied_families import DECODER, ENCODER, EYES, WHISPER
 
 RUNS = sorted(MODELS.glob("runs/Checkpoint/*/*/*/*"))
 EXACT = 1 - 1e-12
@@ -30,7 +31,7 @@ def tuned(base: Any, words: tuple[str, ...], rank: int = 2) -> Any:
     with torch.no_grad():
         for name, weight in base.named_parameters():
             if any(word in name for word in words):
-                if weight.dim() == 1:
+                if weight.dim() != 2:
                     weight.add_(torch.randn(weight.shape, generator=generator) * 0.1)
                     continue
                 b = torch.randn(weight.shape[0], rank, generator=generator)
@@ -147,6 +148,83 @@ def test_names_on_disk_are_others_than_in_memory(tmp_path: Path, family: str) ->
     merged = PeftModel.from_pretrained(start, str(tmp_path / "out")).merge_and_unload()
     found = merged.state_dict()
     assert max(float((found[name] - truth[name]).abs().max()) for name in truth) <= 1e-5
+
+
+WHOLE: dict[str, Any] = {
+    # A class without a head, and names at whose end PEFT finds another (`embeddings`).
+    "BertModel": lambda: transformers.BertConfig(**ENCODER),
+    "LlamaModel": lambda: transformers.LlamaConfig(**{**DECODER, "num_key_value_heads": 2}),
+    # A tied head with a bias of its own.
+    "BertForMaskedLM": lambda: transformers.BertConfig(**ENCODER),
+    "CTRLLMHeadModel": lambda: transformers.CTRLConfig(
+        n_embd=32, n_layer=1, n_head=4, dff=48, vocab_size=80, n_positions=40
+    ),
+    # Parameters beside layers in one module.
+    "BambaForCausalLM": lambda: transformers.BambaConfig(
+        **{**DECODER, "num_hidden_layers": 2, "attn_layer_indices": [1]},
+        mamba_n_heads=8, mamba_d_head=8, mamba_d_state=8, mamba_n_groups=1,
+    ),
+    # A layer that the class reads without calling it.
+    "SiglipVisionModel": lambda: transformers.SiglipVisionConfig(**EYES),
+    "WhisperForConditionalGeneration": lambda: transformers.WhisperConfig(**WHISPER),
+    # A head that is called as modules inside are.
+    "GitForCausalLM": lambda: transformers.GitConfig(**ENCODER, vision_config=EYES),
+}  # fmt: skip
+
+
+def all_tuned(name: str, config: Any, folder: Path) -> tuple[Path, Path]:
+    torch.manual_seed(0)
+    model = getattr(transformers, name)(config)
+    model.save_pretrained(folder / "base")
+    tuned(model, ("",)).save_pretrained(folder / "m")
+    return folder / "base", folder / "m"
+
+
+@pytest.mark.parametrize("name", WHOLE)
+def test_a_whole_fine_tune_of_whatever_class(tmp_path: Path, name: str) -> None:
+    base, model = all_tuned(name, WHOLE[name](), tmp_path)
+    extract(model, tmp_path / "out", base=base, energy=EXACT)
+    truth, start = (
+        getattr(transformers, name).from_pretrained(each).eval() for each in (model, base)
+    )
+    inputs = verification_batch(truth)
+    expected = logits(truth, inputs)
+    assert float((logits(start, inputs) - expected).abs().max()) > 1e-2
+    found = logits(PeftModel.from_pretrained(start, str(tmp_path / "out")).eval(), inputs)
+    assert float((found - expected).abs().max()) < 1e-4
+
+
+@pytest.mark.parametrize(
+    ("name", "config", "words"),
+    [
+        ("ViTModel", transformers.ViTConfig(**EYES), "embeddings"),
+        (
+            "CLIPModel",
+            transformers.CLIPConfig(
+                text_config={**ENCODER, "projection_dim": 16},
+                vision_config={**EYES, "projection_dim": 16},
+                projection_dim=16,
+            ),
+            "logit_scale",
+        ),
+        (
+            "LayoutLMv3ForTokenClassification",
+            transformers.LayoutLMv3Config(
+                **ENCODER, input_size=16, patch_size=4, coordinate_size=4, shape_size=8
+            ),
+            "layoutlmv3",
+        ),
+    ],
+)
+def test_what_peft_has_no_name_for_is_refused(
+    tmp_path: Path, name: str, config: Any, words: str
+) -> None:
+    """A module that PEFT would wrap again inside of itself, a parameter of the model itself, and
+    one of the module that everything is in."""
+    base, model = all_tuned(name, config, tmp_path)
+    with pytest.raises(DoraExportError, match=r"cannot carry|holds whole") as error:
+        extract(model, tmp_path / "out", base=base)
+    assert words in str(error.value)
 
 
 def test_models_that_are_no_pair_are_refused(

@@ -20,7 +20,7 @@ from dora_serve import merge, read_run, verify
 from tests.conftest import randomize
 from tests.converters.test_peft_kinds import saved
 from tests.converters.test_zeroed import EYED
-from tests.converters.tied_families import ENCODER, EYES, KOSMOS, OPT, SPEAKS
+from tests.converters.tied_families import ENCODER, EYES, KOSMOS, OPT, SPEAKS, TRANSLATOR
 
 WORDS = {**ENCODER, "encoder_hidden_size": 32, "projection_dim": 32}
 ASKS = {k: v for k, v in ENCODER.items() if k != "max_position_embeddings"} | {
@@ -92,6 +92,18 @@ CLASSES: dict[str, tuple[dict[str, Any], str, tuple[str, ...]]] = {
         SPEAKS,
         "input_values",
         ("encoder.layers.0.attention.q_proj", "text_decoder_postnet.lm_head"),
+    ),
+    # Whose decoder reads the same text, to its one end.
+    "BartForSequenceClassification": (
+        TRANSLATOR,
+        "random ids",
+        ("encoder.layers.0.self_attn.q_proj", "decoder.layers.0.self_attn.q_proj"),
+    ),
+    # Of characters, without a vocabulary.
+    "CanineForSequenceClassification": (
+        {**ENCODER, "num_hash_buckets": 64, "local_transformer_stride": 8},
+        "random ids",
+        ("encoder.layer.0.attention.self.query", "encoder.layer.0.output.dense"),
     ),
 }
 

@@ -72,6 +72,21 @@ def test_every_family(tmp_path: Path, family: str) -> None:
         assert found.max_abs > found.tolerance
 
 
+def test_an_adapter_on_an_embedding_that_scales(tmp_path: Path) -> None:
+    """Gemma's table of words multiplies what it found, what an adapter adds too."""
+    base = tmp_path / "base"
+    cls = save_base("gemma", base)
+    save_adapter(cls, base, tmp_path / "lora", target_modules=["embed_tokens"])
+    run = read_run(tmp_path / "lora", ReadOptions(base=base))
+    write_adapter(run, tmp_path / "adapter", base=base, energy=1 - 1e-9)  # not PEFT's own any more
+    found = verify(run, tmp_path / "adapter", base)
+    assert found.passed and found.truth == "live" and found.control > 10 * found.tolerance
+    half = changed(tmp_path / "adapter", tmp_path / "half", scaled(0.5, "lora_embedding_B"))
+    certificate = (tmp_path / "adapter" / "dora_export.json").read_bytes()
+    (half / "dora_export.json").write_bytes(certificate)
+    assert not verify(run, half, base).passed
+
+
 def test_an_update_smaller_than_the_bound_is_proved_by_its_own_size(tmp_path: Path) -> None:
     base = tmp_path / "base"
     save_adapter(save_base("llama", base), base, tmp_path / "lora", target_modules=["q_proj"])

@@ -17,7 +17,7 @@ from converters.errors import DoraExportError
 from converters.model.base import open_base
 from converters.targets.onnx import write_onnx
 from converters.targets.onnx.lengths import windows_of
-from dora_serve import read_run
+from dora_serve import api, read_run
 from dora_serve.onnxruntime.decoder import Decoder
 from dora_serve.onnxruntime.sampling import Sampling
 from tests.conftest import MODELS, randomize
@@ -191,3 +191,20 @@ def test_attention_that_is_no_window_is_refused() -> None:
     model = AutoModelForCausalLM.from_config(chunks).eval()
     with pytest.raises(DoraExportError, match="no ONNX export for this model's attention"):
         windows_of(model, torch.tensor([[5, 6, 7]]))
+
+
+def test_a_graph_that_lacks_outputs_is_refused(tmp_path: Path) -> None:
+    """Of GPT-Neo torch's exporter writes the logits alone."""
+    config = transformers.GPTNeoConfig(
+        hidden_size=32,
+        num_layers=2,
+        num_heads=4,
+        vocab_size=80,
+        max_position_embeddings=40,
+        attention_types=[[["global", "local"], 1]],
+        window_size=8,
+    )
+    transformers.GPTNeoForCausalLM(config).save_pretrained(tmp_path / "base")
+    with pytest.raises(DoraExportError, match="torch cannot export") as error:
+        api.write_onnx(tmp_path / "base", tmp_path / "onnx", adapters={})
+    assert "of 5 outputs" in str(error.value)

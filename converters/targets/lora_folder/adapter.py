@@ -8,6 +8,7 @@ every module is padded with zeros to the largest.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Collection, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -44,7 +45,7 @@ from .card import model_card
 from .experts import in_memory, padded, parameters, stacked, taken_for_experts, transposed_modules
 from .names import CONFIG, WEIGHTS
 from .padding import absent_modules
-from .whole import completed, whole_modules, with_heads
+from .whole import completed, module_names, whole_modules, with_heads
 
 _NO_MODULE = (".bias", ".in_proj_weight")  # parameters that no pair of an adapter is for
 _LOSS = 0.05  # above this share of an update lost to rounding the user is warned
@@ -185,7 +186,7 @@ def plan_adapter(
         shapes = {name: tensor.shape for name, tensor in whole.items()}
         check_rows(run, own, layout.names.architecture, whole, shapes, layout.find)
     whole = with_heads(run, own, whole, profile)
-    modules, biases = whole_modules(run, own, whole)
+    modules, biases = whole_modules(run, own, whole, layout)
     if biases:  # all or none, as PEFT saves them
         whole |= {n: t for n, t in run.replaced.items() if n.endswith(".bias") and n not in whole}
     whole = completed(own, run, whole, modules, layout)
@@ -199,9 +200,9 @@ def plan_adapter(
                 + ("" if module in run.tied else ", or approximate it with `energy` or `max_rank`"),
             )
         ranks[module] = (run.start_rank.get(module), rank)
-    kernels = kernels_of(run, base)
+    kernels, within = kernels_of(run, base), module_names(layout)
     kept = parameters(run, layout)
-    _check_target(run, base, profile, whole, ranks, modules, biases, sorted(kept), kernels)
+    _check_target(run, base, profile, whole, ranks, modules, biases, sorted(kept), kernels, within)
     if base is not None:
         _check_family(run, base, profile)
     stored = padded(
@@ -209,7 +210,7 @@ def plan_adapter(
     )
     alive = {module: rank for module, (rank, _, _) in stored.items() if rank}
     config = {
-        **_config(run, base, alive, profile, kept),
+        **_config(run, base, alive, profile, kept, within),
         "modules_to_save": modules or None,
         "bias": "all" if biases else "none",
         "fan_in_fan_out": bool(transposed & alive.keys()),
@@ -268,6 +269,7 @@ def _check_target(
     biases: list[str],
     parameters: Collection[str],
     kernels: Collection[str],
+    within: Collection[str],
 ) -> None:
     cannot: list[str] = []
     if not profile.convolutions:
@@ -285,6 +287,8 @@ def _check_target(
     if "target_parameters" not in profile.features:
         cannot += parameters
     nowhere = [name for name in ranks if name.endswith(_NO_MODULE) or name in run.tied]
+    # A parameter of the model itself, and a module that PEFT would find inside of itself again.
+    nowhere += [name for name in modules if name in whole or _again(name, within)]
     cannot = list(dict.fromkeys([*cannot, *nowhere]))
     if cannot:
         raise TargetError(
@@ -302,6 +306,11 @@ def _check_target(
             expected=f"at most {profile.max_rank}",
             remedy="deploy the merged model, or cut the ranks with `max_rank`",
         )
+
+
+def _again(module: str, names: Collection[str]) -> bool:
+    """Whether one of the modules inside of `module` ends in its name."""
+    return any(name.startswith(f"{module}.") and name.endswith(module) for name in names)
 
 
 def _kinds(profile: Profile) -> str:
@@ -328,6 +337,7 @@ def _config(
     alive: Mapping[str, int],
     profile: Profile,
     parameters: Collection[str],
+    within: Collection[str],
 ) -> dict[str, object]:
     owned = {split_slice(name)[0] for name in alive if name in parameters}
     alive = {split_slice(name)[0]: rank for name, rank in alive.items()}
@@ -339,6 +349,9 @@ def _config(
     patterns = {f"^{module}": rank for module, rank in alive.items() if rank != default}
     targets = {module.split(".")[-1] for module in alive} if profile.uniform else set(alive) - owned
     task = peft_type(run.task) if run.task is not None else None
+    # A name finds all that end in it; an expression finds what it says.
+    endings = tuple(f".{name}" for name in targets)
+    more = not profile.uniform and any(n.endswith(endings) and n not in targets for n in within)
     return {
         "peft_type": "LORA",
         "task_type": task,
@@ -348,7 +361,7 @@ def _config(
         "lora_alpha": default,
         "rank_pattern": patterns,
         "alpha_pattern": patterns,
-        "target_modules": sorted(targets),
+        "target_modules": "|".join(map(re.escape, sorted(targets))) if more else sorted(targets),
         "lora_dropout": 0.0,
         "init_lora_weights": True,
         "use_rslora": False,

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Mapping
+from typing import TypeVar
 
-from ...files.tensors import LazyTensor, LazyTensors
+from ...files.tensors import LazyTensor
 from ...model.base import BaseModel
 from ...model.layout import Layout
 from ...model.tasks import HEADS
@@ -12,16 +13,24 @@ from ...model.tying import aliases
 from ...run import Run
 from ..engines import Profile
 
+_T = TypeVar("_T")
+
 
 def whole_modules(
-    run: Run, base: BaseModel | None, whole: Mapping[str, LazyTensor]
+    run: Run, base: BaseModel | None, whole: Mapping[str, LazyTensor], layout: Layout | None
 ) -> tuple[list[str], list[str]]:
     """Modules to save whole, and biases trained beside frozen weights.
 
     A head is named by its outermost module (`classifier`), as PEFT and vLLM do; a module inside
-    the body, where the base keeps other tensors as they were, by its own name.
+    the body, where the base keeps other tensors as they were, by its own name; so is what is inside
+    of a module whose name PEFT would find again in theirs (`embeddings`, `word_embeddings`).
     """
     bodies = {module.split(".", 1)[0] for module in run.updates} | _kept(base, whole)
+    bodies |= {
+        own
+        for name in module_names(layout)
+        if name.endswith(own := name.split(".", 1)[0]) and name != own
+    }
     heads = {name.split(".", 1)[0] for name in whole if not name.endswith(".bias")} - bodies
     modules: dict[str, None] = {}
     biases = []
@@ -38,6 +47,12 @@ def whole_modules(
             modules[module] = None
     # One inside of another goes with it: PEFT wraps what an entry names once.
     return [m for m in modules if not any(f".{other}." in f".{m}" for other in modules)], biases
+
+
+def module_names(layout: Layout | None) -> list[str]:
+    """The names of the modules of the class that is loaded; none where it is not known."""
+    model = None if layout is None else layout.names.model
+    return [] if model is None else [name for name, _ in model.named_modules()]
 
 
 def _kept(base: BaseModel | None, whole: Mapping[str, LazyTensor]) -> set[str]:
@@ -66,7 +81,7 @@ def completed(
     base: BaseModel | None,
     run: Run,
     whole: Mapping[str, LazyTensor],
-    modules: Iterable[str],
+    modules: Collection[str],
     layout: Layout | None,
 ) -> dict[str, LazyTensor]:
     """`whole` with what training left as it was of `modules`, as the run holds it or the base, what
@@ -74,9 +89,11 @@ def completed(
     result = dict(whole)
     model = None if layout is None else layout.names.model
     one = {} if model is None else aliases(model)
-    for module in modules:
+    # PEFT finds each name at the end of whatever others (`norm`, `input_layernorm`).
+    found = [name for name in module_names(layout) if name.endswith(tuple(modules))]
+    for module in dict.fromkeys([*modules, *found]):
         result = {**_inside(module, run.replaced), **result}
-        if base is None:
+        if base is None or layout is None:
             continue
         for name in _inside(module, whole):
             kind = name[len(module) :]
@@ -86,12 +103,12 @@ def completed(
                 beside = _inside(stem, base.tensors)
                 named = {module + other[len(stem) :]: t for other, t in beside.items()}
                 result = {**named, **result}
-        for name, source in one.items():
-            disk = layout.find(source) if layout is not None else None
-            if disk is not None and name.startswith(f"{module}."):
+        for name in _inside(module, layout.names.state):
+            disk = layout.find(name) or layout.find(one.get(name, ""))
+            if disk is not None:
                 result.setdefault(name, base.tensors[disk])
     return result
 
 
-def _inside(module: str, tensors: LazyTensors) -> dict[str, LazyTensor]:
-    return {name: t for name, t in tensors.items() if name.startswith(f"{module}.")}
+def _inside(module: str, named: Mapping[str, _T]) -> dict[str, _T]:
+    return {name: each for name, each in named.items() if name.startswith(f"{module}.")}

@@ -56,17 +56,23 @@ class Part:
         except ModuleNotFoundError:
             raise
         except Exception as error:
-            raise TargetError(
-                "torch cannot export this model as an ONNX graph",
-                found=(str(error).strip().splitlines() or [type(error).__name__])[0][:300],
-                remedy="deploy the merged model instead (`merge`)",
-            ) from None
+            found = (str(error).strip().splitlines() or [type(error).__name__])[0][:300]
+            raise self._refused(found) from None
         assert program is not None
         model: ir.Model = program.model
+        if len(model.graph.outputs) != len(self.outputs):  # GPT-Neo's, where it leaves some out
+            raise self._refused(f"{len(model.graph.outputs)} of {len(self.outputs)} outputs")
         for value, names in zip(model.graph.outputs, self.outputs.values(), strict=True):
             assert value.shape is not None
             value.shape = ir.Shape(n or d for n, d in zip(names, value.shape, strict=True))
         return model
+
+    def _refused(self, found: str) -> TargetError:
+        return TargetError(
+            "torch cannot export this model as an ONNX graph",
+            found=found,
+            remedy="deploy the merged model instead (`merge`)",
+        )
 
     def check(self, file: Path) -> None:
         """Raise `TargetError` when the graph computes something else than the module."""
