@@ -125,13 +125,16 @@ def _logprobs(values: Logits, token: int, count: int) -> Logprobs:
 
 # Tokens of the prompt that the first of the completion is decoded with, as vLLM does.
 _CONTEXT = 6
+# Tokens that wait for the end of a character, which has four bytes: what is longer is none.
+_UNFINISHED = 64
 
 
 class Detokenizer:
     """Tokens to text piece by piece; the pieces together are the text of all tokens.
 
     A token's text depends on those before it, so two pieces are decoded anew with every token. A
-    piece that ends inside a character waits for the next token. `prefix`: the tokens before, of
+    piece that ends inside a character waits for the next tokens, but not for many: whatever comes,
+    a token costs what the first one did. `prefix`: the tokens before, of
     which nothing is told; without them the first piece would be the beginning of a text, which
     has no space before it. `sampling`: whether special tokens are told, and with spaces between.
     """
@@ -162,7 +165,12 @@ class Detokenizer:
     def _piece(self, final: bool) -> str:
         known = self._decode(self._tokens[self._before : self._told])
         text: str = self._decode(self._tokens[self._before :])
-        if len(text) <= len(known) or (text.endswith("\ufffd") and not final):
+        waits = len(self._tokens) - self._told
+        if len(text) <= len(known):
+            if waits > _UNFINISHED:  # of which nothing is told, as special tokens
+                del self._tokens[self._told : -1]
+            return ""
+        if text.endswith("\ufffd") and not final and waits <= _UNFINISHED:
             return ""
         self._before, self._told = self._told, len(self._tokens)
         return text[len(known) :]

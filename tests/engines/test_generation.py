@@ -99,6 +99,26 @@ def test_an_unfinished_character_is_told_at_the_end_alone() -> None:
     assert told == ["b", "b", "b", "b水"]
 
 
+class Counting:
+    """Bytes, of which 0 has no text; `most`: tokens that were decoded at once."""
+
+    most = 0
+
+    def decode(self, tokens: list[int], **_: Any) -> str:
+        self.most = max(self.most, len(tokens))
+        return bytes(token for token in tokens if token).decode(errors="replace")
+
+
+@pytest.mark.parametrize("none", [[0x80], [0], [0xE6, 0xB0], [0xF0]])
+def test_what_is_no_character_makes_no_token_dear(none: list[int]) -> None:
+    tokenizer = Counting()
+    tokens = [*b"ab", *none * (800 // len(none)), *"c水d".encode()]
+    detokenizer = Detokenizer(tokenizer)
+    told = "".join(map(detokenizer.add, tokens)) + detokenizer.rest()
+    assert tokenizer.most < 200
+    assert told == Counting().decode(tokens)
+
+
 def test_a_stop_text_that_only_the_end_completes() -> None:
     done = generation(Sampling(max_tokens=2, stop=("b\ufffd",)))
     done.take(logits([B]))
