@@ -330,3 +330,24 @@ def test_the_whole_state_of_a_model_with_trained_rows(tmp_path: Path, tied: bool
     assert apart(live, load("LlamaForCausalLM", tmp_path / "merged")) < 1e-4
     assert apart(live, load("LlamaForCausalLM", tmp_path / "base")) > 1e-3
     assert verify(run, tmp_path / "merged", tmp_path / "base").passed
+
+
+def test_a_tied_head_that_is_stored_beside_its_lora_and_bias(tmp_path: Path) -> None:
+    """PEFT stores both sides of the pair that it adapts, as of a model with more words."""
+    name = "BertForMaskedLM"
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 32, "num_attention_heads": 4, "intermediate_size": 48}
+    config = transformers.BertConfig(**sizes, num_hidden_layers=1, vocab_size=80)
+    getattr(transformers, name)(config).save_pretrained(tmp_path / "base")
+    told = LoraConfig(
+        target_modules=["value", "bert.embeddings.word_embeddings", "decoder"], bias="lora_only"
+    )
+    model = get_peft_model(load(name, tmp_path / "base"), told)
+    randomize(model, ("lora_", ".bias"))
+    model.save_pretrained(tmp_path / "run", save_embedding_layers=True)
+    live = PeftModel.from_pretrained(load(name, tmp_path / "base"), str(tmp_path / "run")).eval()
+    run = read_run(tmp_path / "run", ReadOptions(base=tmp_path / "base"))
+    write_adapter(run, tmp_path / "adapter", base=tmp_path / "base")
+    base = load(name, tmp_path / "base")
+    again = PeftModel.from_pretrained(base, str(tmp_path / "adapter")).eval()
+    assert apart(live, again) < 1e-4 < 1e-2 < apart(live, load(name, tmp_path / "base"))

@@ -41,7 +41,7 @@ def whole_modules(
         outermost = name.split(".", 1)[0]
         if outermost in heads or (outermost not in bodies and base is None):
             modules[outermost] = None
-        elif kind == "bias" and f"{module}.weight" not in whole:
+        elif kind == "bias" and (module in run.updates or f"{module}.weight" not in whole):
             biases.append(name)
         else:
             modules[module] = None
