@@ -18,6 +18,7 @@ from . import common
 
 if TYPE_CHECKING:
     from converters.model.base import BaseModel
+    from converters.run import Run
     from dora_serve.proof.verify import Verification
 
 _QLORA = "trained as QLoRA? Then this proves another model: merge and verify on --base QUANTIZED"
@@ -59,7 +60,7 @@ def command(
         common.print_json({k: None if v != v or v == math.inf else v for k, v in numbers.items()})
     else:
         if result.truth:
-            _print_numbers(result, model)
+            _print_numbers(result, loaded, model)
         for reason in result.failures:
             click.echo(f"fault               {visible(reason)}")
         verdict = "PASSED" if result.passed else "FAILED"
@@ -68,8 +69,11 @@ def command(
     sys.exit(0 if result.passed else 1)
 
 
-def _print_numbers(result: Verification, base: BaseModel) -> None:
+def _print_numbers(result: Verification, run: Run, base: BaseModel) -> None:
     told = {"peft": "PEFT's own model", "live": "the base with the updates beside its layers"}
+    if run.method.startswith("peft_") and " + " not in run.method and result.fit is None:
+        told["live"] += "; PEFT loads no such model of this folder, so nothing else proves how "
+        told["live"] += "it was read"
     name = base.name
     if not (base.stored or base.packed):
         name += f", not quantized; {_QLORA}" if result.truth == "peft" else ", not quantized"

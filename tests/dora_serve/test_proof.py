@@ -378,3 +378,5 @@ def test_the_truth_is_named(large: Path, tmp_path: Path, monkeypatch: pytest.Mon
         done = CliRunner().invoke(command, words)
         told = json.loads(done.output)
         assert done.exit_code == 0 and told["passed"] and told["truth"] == truth
+        said = CliRunner().invoke(command, words[:-1]).stdout
+        assert ("nothing else proves how it was read" in said) == (truth == "live")
