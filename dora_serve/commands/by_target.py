@@ -100,8 +100,9 @@ def _write(
 
     common.one_limit(options)
     read = {name: options.pop(name) for name in names(ReadOptions) if name in options}
+    loaded = common.load_run(run, base, **read)
     artifact = export(
-        common.load_run(run, base, **read),
+        loaded,
         out,
         target,
         base=base,
@@ -112,7 +113,9 @@ def _write(
         **options,
     )
     plan, more = artifact.plan, []
+    if plan.base is not None:
+        more.append(f"base: {common.base_said(loaded, plan.base)}")
     if artifact.written and plan.base is not None and targets()[target].engines:
         words = (run, out, "--base", plan.base.name, *common.as_words(ReadOptions, read))
-        more = [f"check it: dora-export verify {' '.join(map(quoted, words))}"]
+        more += [f"check it: dora-export verify {' '.join(map(quoted, words))}"]
     common.show(artifact, as_json, *more)

@@ -28,6 +28,7 @@ from ..remote.local import Remote, is_url, local_values
 from ..wording import alike, in_flags, json_text
 
 if TYPE_CHECKING:
+    from converters.model.base import BaseModel
     from converters.run import Run
     from converters.targets.publish import Artifact
     from converters.targets.target import Plan, Report
@@ -258,6 +259,14 @@ def show(artifact: Artifact, as_json: bool, *more: str, report: bool = True) -> 
         for line in lines:
             click.echo(f"  {visible(line)}")
     warn(artifact.warnings)
+
+
+def base_said(run: Run, base: BaseModel) -> str:
+    """What `base` is; a QLoRA's configuration does not tell that it was trained on another one."""
+    if base.stored is not None or base.packed:
+        return f"{base.name}, quantized"
+    asked = "; trained as QLoRA? Then that is another model: --base QUANTIZED"
+    return f"{base.name}, not quantized" + asked * run.method.startswith("peft_")
 
 
 def reports_errors(function: F) -> F:

@@ -21,8 +21,6 @@ if TYPE_CHECKING:
     from converters.run import Run
     from dora_serve.proof.verify import Verification
 
-_QLORA = "trained as QLoRA? Then this proves another model: merge and verify on --base QUANTIZED"
-
 
 @click.command("verify")
 @common.run_argument
@@ -74,15 +72,10 @@ def _print_numbers(result: Verification, run: Run, base: BaseModel) -> None:
     if run.method.startswith("peft_") and " + " not in run.method and result.fit is None:
         told["live"] += "; PEFT loads no such model of this folder, so nothing else proves how "
         told["live"] += "it was read"
-    name = base.name
-    if not (base.stored or base.packed):
-        name += f", not quantized; {_QLORA}" if result.truth == "peft" else ", not quantized"
-    elif result.dequantized is not None:
-        name += f", quantized, made floats by {result.dequantized}"
     lines = {
         "engine": f"{result.engine} ({result.dtype})",
         "truth": f"{result.truth}: {told[result.truth]}",
-        "base": name,
+        "base": common.base_said(run, base),
         "prompts": "; ".join((*result.asked, *result.left)),
         "max abs difference": f"{result.max_abs:.2e}   (at most {result.tolerance:.1e})",
         "float32 noise": f"{result.noise:.2e}   (of the truth, against {result.noise_of})",
@@ -95,6 +88,8 @@ def _print_numbers(result: Verification, run: Run, base: BaseModel) -> None:
             f"{result.rounding:.2e}   (what {result.dtype} weights changed of the logits, the "
             f"truth's too; of a module's update at most {result.lost:.2%}; float32 has none)"
         )
+    if result.dequantized is not None:
+        lines["quantized base"] = f"made floats by {result.dequantized}"
     if result.fit is not None:
         limit = ", ".join(f"{name} {value}" for name, value in result.fit.items())
         lines["fitted"] = f"{limit}: the truth above is the live run so fitted"

@@ -95,7 +95,7 @@ def told(run: Run, base: BaseModel) -> Run:
     if base.stored is None and not base.packed:
         warning += _quantized_named(run, base)
     else:
-        warning += "; that is quantized, as a QLoRA's training has it"
+        warning += "; that is quantized: as in training, nothing here tells"
     return replace(run, warnings=tuple(dict.fromkeys((*run.warnings, warning))))
 
 
