@@ -31,7 +31,7 @@ MakeAdapter = Callable[..., Path]
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
 _ONE_VLLM = ("changes", "resolver", "up")  # ask one server
-_OWN = ("attacks", "defaults", "hearing", "responses", "stopping", "tasks", "tools", "up")
+_OWN = ("defaults", "hearing", "responses", "stopping", "tasks", "tools", "up")
 # What pytest-xdist gives to one worker: a file, or the files that share what is made once. Ray's
 # clusters do not run beside each other. The longest begin first, lest one of them ends alone.
 GROUPS = {
@@ -42,7 +42,6 @@ GROUPS = {
     **dict.fromkeys((f"tests/engines/vllm/test_vllm_{n}.py" for n in _ONE_VLLM), "vllm"),
 }
 LONGEST = (
-    "tests/server/test_attacks.py",
     "server",
     "ray",
     "vllm",

@@ -1,15 +1,17 @@
-"""The chat template that a folder of transformers holds."""
+"""The chat template that a folder of transformers holds. Imports nothing heavy."""
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from converters.errors import DoraExportError, TensorFileError
 from converters.files.handles import check_file
 from converters.files.json_files import read_json
-from converters.model.base import BaseModel
-from converters.run import Run
+
+if TYPE_CHECKING:
+    from converters.model.base import BaseModel
+    from converters.run import Run
 
 _LONGEST = 1 << 20  # bytes
 
