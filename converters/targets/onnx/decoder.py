@@ -20,10 +20,10 @@ from ...errors import OutputError
 from ...files.json_files import read_json
 from ...files.onnx_files import BATCHED, GENAI, MODEL
 from ...model.architecture import empty_model
-from ..merged.companions import companions
 from .branches import Site, add_branches
 from .causal import build_causal
 from .graph_file import GraphWriter
+from .loaded import TOKENIZERS, write_companions
 from .positions import add_positions
 from .surgery import take
 
@@ -38,7 +38,6 @@ _ROPE = {
         "original_max_position_embeddings",
     },
 }
-_TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json")
 _REFUSES = (1, 2)  # how a Python process ends with an exception, or that was asked wrongly
 _PASSING = re.compile(
     r"\[Errno \d+\]|\(os error \d+\)|MemoryError|bad_alloc|allocate memory|No space"
@@ -50,11 +49,11 @@ def build_decoder(model: Path, out: Path, writer: GraphWriter, *, adaptable: boo
     """Write the graph of the Hugging Face folder `model` into `out`, configuration and tokenizer
     beside it; `adaptable`: both forms of it, with a branch behind every linear layer."""
     # The builder wants a tokenizer.
-    named = any((model / name).exists() for name in _TOKENIZERS)
+    named = any((model / name).exists() for name in TOKENIZERS)
     with tempfile.TemporaryDirectory(dir=out) as built:
         if named and _builds(model) and _build(model, Path(built), writer.precision, adaptable):
             _finish(Path(built, MODEL), writer, adaptable)
-            companions(model).copy(out)
+            write_companions(out, model)
             for file in Path(built).iterdir():
                 if not file.name.startswith(MODEL):
                     file.replace(out / file.name)
