@@ -65,7 +65,10 @@ class AdapterPool:
                     )
                 if not self._make_room(size):
                     return False
-                self._engine.add_adapter(path, path)
+                try:
+                    self._engine.add_adapter(path, path)
+                except EngineError as error:  # of the file, not of what is asked
+                    raise TensorFileError(**vars(error)) from None
                 self._check(path)
                 self._sizes[path] = size
             self._sizes.move_to_end(path)

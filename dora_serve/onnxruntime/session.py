@@ -123,16 +123,28 @@ class OnnxFolder:
         return tokenizer
 
     @cached_property
+    def special_tokens(self) -> dict[str, str]:
+        """The texts of the tokens that the tokenizer's files name, such as `eos_token`: as
+        transformers reads them, by its configuration where that tells the tokens themselves too,
+        else by the map beside it first."""
+        named = []
+        for name in ("special_tokens_map.json", "tokenizer_config.json"):
+            path = self.folder / name
+            named.append(read_json(path) if path.exists() else {})
+        found: dict[str, str] = {}
+        for said in named if "added_tokens_decoder" in named[1] else reversed(named):
+            for name, given in said.items():
+                text = given.get("content") if isinstance(given, Mapping) else given
+                if name.endswith("_token") and isinstance(text, str):
+                    found[name] = text
+        return found
+
+    @property
     def end(self) -> int | None:
         """The token that the tokenizer's files call the end of a text; None where none does."""
-        for name in ("tokenizer_config.json", "special_tokens_map.json"):
-            path = self.folder / name
-            said: Any = read_json(path).get("eos_token") if path.exists() else None
-            text = said.get("content") if isinstance(said, dict) else said
-            if isinstance(text, str):
-                found: int | None = self.tokenizer.token_to_id(text)
-                return found
-        return None
+        text = self.special_tokens.get("eos_token")
+        found: int | None = None if text is None else self.tokenizer.token_to_id(text)
+        return found
 
     def encode(self, prompt: Prompt) -> list[int]:
         """Token ids of a text, special tokens included; ids stay as they are."""

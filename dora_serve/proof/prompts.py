@@ -89,7 +89,7 @@ def prompts_of(run: Run, base: BaseModel) -> Prompts:
         asked.append(f"one of {length} tokens")
     texts_alone = [{n: v for n, v in each.items() if n in takes(cls)} for each in batches]
     if config.is_encoder_decoder and cls.__name__.endswith("ForSequenceClassification"):
-        texts_alone = [_ended(inputs, config.eos_token_id) for inputs in texts_alone]
+        texts_alone = [_ended(inputs, config.eos_token_id, vocab) for inputs in texts_alone]
     found: Prompts | None = None
     if cls.main_input_name != "input_ids":
         found = _without_text(cls, config)
@@ -169,11 +169,12 @@ def _batches(config: Any, rows: list[list[int]], vocab: int) -> Iterator[Inputs]
         yield inputs
 
 
-def _ended(inputs: Inputs, end: int) -> Inputs:
+def _ended(inputs: Inputs, end: int, vocab: int) -> Inputs:
     """Texts whose last token is `end`, and no other: the decoder of a classifier reads them too,
     and is asked there."""
     last = inputs["attention_mask"].sum(1, keepdim=True) - 1
-    ids = inputs["input_ids"].masked_fill(inputs["input_ids"] == end, end + 1)
+    other = end + 1 if end + 1 < vocab else end - 1
+    ids = inputs["input_ids"].masked_fill(inputs["input_ids"] == end, other)
     inputs = {name: value for name, value in inputs.items() if name != "decoder_input_ids"}
     return {**inputs, "input_ids": ids.scatter(1, last, end)}
 

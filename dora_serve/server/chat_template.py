@@ -17,12 +17,10 @@ from jinja2.parser import Parser
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 from pydantic_core import from_json
 
-from converters.files.json_files import read_json
+from dora_serve.onnxruntime.session import OnnxFolder
 
 from ..folder.templates import chat_template, read_template
 from .wire.errors import ApiError
-
-_SPECIAL = [f"{name}_token" for name in ("bos", "eos", "unk", "pad", "sep", "cls", "mask")]
 
 _END = "CONTINUE_FINAL_MESSAGE_TAG "  # behind a message that is continued
 
@@ -45,11 +43,6 @@ class ChatTemplate:
 
     def __init__(self, folder: Path, file: Path | None = None) -> None:
         self._folder, self._file = folder, file
-
-    @cached_property
-    def _config(self) -> dict[str, Any]:
-        path = self._folder / "tokenizer_config.json"
-        return dict(read_json(path)) if path.exists() else {}
 
     @cached_property
     def text(self) -> str | None:
@@ -88,10 +81,10 @@ class ChatTemplate:
             messages = [*messages[:-1], {**last, "content": last["content"] + _END}]
         try:
             named = {
+                **OnnxFolder(self._folder).special_tokens,
                 "tools": None,
                 "documents": None,
                 **(values or {}),
-                **{name: self._special(name) for name in _SPECIAL},
                 "messages": [_read(message) for message in messages],
                 "add_generation_prompt": generation,
             }
@@ -105,10 +98,6 @@ class ChatTemplate:
                 code="no_chat_template",
             )
         return _until_end(text) if continued else text
-
-    def _special(self, name: str) -> str:
-        token = self._config.get(name)
-        return str(token["content"] if isinstance(token, dict) else token or "")
 
 
 def _read(message: Mapping[str, Any]) -> Mapping[str, Any]:

@@ -160,6 +160,21 @@ def test_texts_beside_images(tmp_path: Path) -> None:
         assert not verify(run, tmp_path / tower, base=base).passed
 
 
+@pytest.mark.parametrize("end", [2, 59])
+def test_the_end_may_be_the_last_word(end: int, tmp_path: Path) -> None:
+    """Of a classifier's text, whose only end is behind it."""
+    sizes = {"d_model": 32, "vocab_size": 60, "max_position_embeddings": 64, "eos_token_id": end}
+    sides = {"layers": 1, "attention_heads": 2, "ffn_dim": 40}
+    values = {f"{side}_{n}": v for side in ("encoder", "decoder") for n, v in sides.items()}
+    values |= {**sizes, "forced_eos_token_id": end, "decoder_start_token_id": end}
+    name = "BartForSequenceClassification"
+    base = saved(name, "BartConfig", values, tmp_path / "base")
+    trained(name, base, tmp_path / "run", target_modules=["q_proj"])
+    run = read_run(tmp_path / "run", ReadOptions(base=base))
+    merge(run, tmp_path / "merged", base=base)
+    assert verify(run, tmp_path / "merged", base=base).passed
+
+
 def test_a_live_model_that_cannot_compute_is_said(tmp_path: Path) -> None:
     """PEFT trains no OLoRA on a Conv1D that is not square: its factors fit no forward pass."""
     base, lora = tmp_path / "base", tmp_path / "lora"

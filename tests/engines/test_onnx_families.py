@@ -46,7 +46,6 @@ GEMMA2 = {"head_dim": 16, "sliding_window": 32, "attn_logit_softcapping": 2.0}
 GPT2 = {"n_embd": 64, "n_layer": 2, "n_head": 4, "n_positions": 64}
 OPT = {"ffn_dim": 96, "word_embed_proj_dim": 64}
 FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
-    "gemma": ("GemmaConfig", {"head_dim": 16}),
     "gemma2": ("Gemma2Config", GEMMA2),
     "granite": ("GraniteConfig", {}),
     "llama": ("LlamaConfig", {}),
@@ -56,6 +55,8 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "qwen3": ("Qwen3Config", {"head_dim": 16}),
     "smollm3": ("SmolLM3Config", {}),
     # From here on by torch.
+    # To the builder the root of Gemma's size, by which it multiplies embeddings, has two decimals.
+    "gemma": ("GemmaConfig", {"head_dim": 16, "hidden_size": 96}),
     "gemma3": ("Gemma3TextConfig", {"head_dim": 16, "sliding_window": 8}),
     "gpt2": ("GPT2Config", GPT2),
     "mixtral": ("MixtralConfig", {"num_local_experts": 4, "sliding_window": 8}),
@@ -129,6 +130,16 @@ def test_heads_of_other_sizes(size: int, tmp_path: Path) -> None:
     else:
         write_onnx(base, tmp_path / "onnx", adapters={"one": run})
         check(Case(tmp_path / "onnx", base.path, {"one": run}), 16)
+
+
+@pytest.mark.parametrize("layer", ["hidden_size", "intermediate_size"])
+def test_layers_as_wide_as_the_vocabulary(layer: str, tmp_path: Path) -> None:
+    """To onnxruntime-genai's builder each of them is a head."""
+    cls = tiny("llama", tmp_path, **{"vocab_size": 128, layer: 128})
+    run = lora(cls, tmp_path, "one", target_modules="all-linear")
+    base = open_base(tmp_path / "base")
+    write_onnx(base, tmp_path / "onnx", adapters={"one": run})
+    check(Case(tmp_path / "onnx", base.path, {"one": run}), 16)
 
 
 @pytest.mark.parametrize("name", [pytest.param(n, marks=further(n)) for n in sorted(MOE)])

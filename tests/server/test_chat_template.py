@@ -8,8 +8,13 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from transformers import AutoTokenizer
+from tokenizers import Tokenizer, decoders, models
+from tokenizers.pre_tokenizers import ByteLevel
+from tokenizers.processors import TemplateProcessing
+from transformers import AutoTokenizer, GPT2Config
 
+from converters.targets.onnx.loaded import write_companions
+from dora_serve.onnxruntime.session import OnnxFolder
 from dora_serve.server.chat_template import ChatTemplate
 from dora_serve.server.wire.errors import ApiError
 from tests.conftest import MODELS
@@ -17,6 +22,8 @@ from tests.conftest import MODELS
 MESSAGES = [{"role": "user", "content": "cöunt <b>"}, {"role": "assistant", "content": "nine"}]
 EACH = "{% for m in messages %}"
 Folder = Callable[..., Path]
+_SIGNS = sorted(ByteLevel.alphabet())
+_ADDED = {"<|endoftext|>": 256, "</s>": 257}
 
 
 @pytest.fixture
@@ -105,3 +112,57 @@ def test_refusals(template: str | None, says: str, code: str | None, base: Folde
     with pytest.raises(ApiError, match=says) as caught:
         ChatTemplate(base(template)).render(MESSAGES, False)
     assert (caught.value.status, caught.value.code) == (400, code)
+
+
+_SAID = (
+    "{{ bos_token }}|{{ eos_token }}|{{ unk_token }}|{{ image_token }}|"
+    "{{ pad_token is defined }}" + EACH + "{{ m.content }}{{ eos_token }}{% endfor %}"
+)
+_WHOLE = {"added_tokens_decoder": {"257": {"content": "</s>", "special": True}}}
+_PLAIN = {"tokenizer_class": "PreTrainedTokenizerFast"}
+
+
+@pytest.mark.parametrize(
+    ("config", "beside"),
+    [
+        ({}, None),  # as DialoGPT's: only its class knows an end
+        ({"tokenizer_class": "GPT2Tokenizer", "pad_token": "</s>"}, None),
+        ({"tokenizer_class": "GPTNeoXTokenizer"}, None),  # which puts nothing before a text
+        ({**_PLAIN, "eos_token": "</s>"}, {"eos_token": "<|endoftext|>", "bos_token": "</s>"}),
+        ({**_PLAIN, **_WHOLE, "eos_token": "</s>"}, {"eos_token": "<|endoftext|>"}),
+        ({**_PLAIN, "eos_token": {"content": "</s>", "__type": "AddedToken"}}, None),
+        ({**_PLAIN, "extra_special_tokens": {"image_token": "</s>"}}, {"eos_token": "</s>"}),
+    ],
+)
+def test_special_tokens_as_transformers(
+    config: dict[str, object],
+    beside: dict[str, object] | None,
+    tmp_path: Path,
+) -> None:
+    """Some stand in other files of the tokenizer, or in none; and of an old one there is no
+    `tokenizer.json`."""
+    model = models.BPE({**{sign: i for i, sign in enumerate(_SIGNS)}, **_ADDED}, [])
+    whole = Tokenizer(model)
+    whole.pre_tokenizer, whole.decoder = ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    whole.add_special_tokens([*_ADDED])
+    whole.post_processor = TemplateProcessing(single="</s> $A", special_tokens=[("</s>", 257)])
+    base, out = tmp_path / "base", tmp_path / "out"
+    base.mkdir()
+    out.mkdir()
+    if "tokenizer_class" in config:
+        whole.save(str(base / "tokenizer.json"))
+    else:
+        model.save(str(base))
+    GPT2Config(vocab_size=260).save_pretrained(base)
+    (base / "tokenizer_config.json").write_text(json.dumps(config))
+    if beside is not None:
+        (base / "special_tokens_map.json").write_text(json.dumps(beside))
+    (base / "chat_template.jinja").write_text(_SAID)
+    tokenizer = AutoTokenizer.from_pretrained(base)
+
+    write_companions(out, base)
+    expected = tokenizer.apply_chat_template(MESSAGES, tokenize=False)
+    assert ChatTemplate(out).render(MESSAGES, generation=False) == expected
+    served = OnnxFolder(out)
+    assert served.end == tokenizer.eos_token_id
+    assert served.encode("two words") == tokenizer("two words")["input_ids"]

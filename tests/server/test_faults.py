@@ -190,7 +190,8 @@ def test_adapter_files_that_are_lost_cut_or_changed(tmp_path: Path) -> None:
         n: read_run(next(MODELS.glob(f"runs/*/*/*/*/{n}/checkpoint")).parent)
         for n in (DOWN, SECOND)
     }
-    adapters = {"down": runs[DOWN], **dict.fromkeys(("second", "third", "fourth"), runs[SECOND])}
+    names = ("second", "third", "fourth", "fifth")
+    adapters = {"down": runs[DOWN], **dict.fromkeys(names, runs[SECOND])}
     write_onnx(MODELS / BASE, root / "many", adapters=adapters)
     files = root / "many" / "adapters"
     with started(root, tmp_path) as other, other.http as http:
@@ -200,8 +201,10 @@ def test_adapter_files_that_are_lost_cut_or_changed(tmp_path: Path) -> None:
         cut = files / "second.onnx_adapter"
         cut.write_bytes(cut.read_bytes()[:1000])
         scale_adapter(files / "fourth.onnx_adapter", 2)
+        scale_adapter(files / "fifth.onnx_adapter", float("nan"))
         assert text(http.post("/v1/completions", json=body)) == ANSWER
-        for name, said in (("second", "not an ONNX Runtime adapter"), ("fourth", "was changed")):
+        wrong = {"second": "not an ONNX Runtime adapter", "fourth": "was changed"}
+        for name, said in {**wrong, "fifth": "not finite"}.items():
             for stream in (False, True):
                 asked = {**body, "model": name, "stream": stream}
                 answer = http.post("/v1/completions", json=asked)

@@ -165,6 +165,7 @@ F = ("f", '{"a": 1}')
         ("no call", "no call", []),
         (CALL, "", [F]),
         (f"Well.\n{CALL}\n{CALL}\n", "Well.\n", [F, F]),
+        (f"{CALL}\n\nSo be it.\n\n{CALL}", "\n\nSo be it.\n\n", [F, F]),
         ("a < b and <tool", "a < b and <tool", []),
         ("<tool_call>no JSON</tool_call>", "<tool_call>no JSON</tool_call>", []),
         ('<tool_call>{"name": "f"}', "", [("f", "{}")]),  # the end tag is often cut off

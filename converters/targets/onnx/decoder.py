@@ -19,17 +19,16 @@ import onnx_ir as ir
 from ...errors import OutputError
 from ...files.json_files import read_json
 from ...files.onnx_files import BATCHED, GENAI, MODEL
-from ..merged.companions import companions
+from ...model.architecture import empty_model
 from .branches import Site, add_branches
 from .causal import build_causal
 from .graph_file import GraphWriter
+from .loaded import TOKENIZERS, write_companions
 from .positions import add_positions
 from .surgery import take
 
-# What the builder makes and the tests cover.
-_BUILT = {
-    f"{family}ForCausalLM" for family in "Gemma Granite Llama Mistral Phi3 Qwen2 Qwen3".split()
-}
+# What the builder makes and the tests cover. It rounds a factor of Gemma's to two decimals.
+_BUILT = {f"{family}ForCausalLM" for family in "Granite Llama Mistral Phi3 Qwen2 Qwen3".split()}
 # Kinds of rotary embedding that it computes as transformers does, and what they are made from.
 _ROPE = {
     "default": {"rope_theta"},
@@ -39,7 +38,6 @@ _ROPE = {
         "original_max_position_embeddings",
     },
 }
-_TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json")
 _REFUSES = (1, 2)  # how a Python process ends with an exception, or that was asked wrongly
 _PASSING = re.compile(
     r"\[Errno \d+\]|\(os error \d+\)|MemoryError|bad_alloc|allocate memory|No space"
@@ -51,11 +49,11 @@ def build_decoder(model: Path, out: Path, writer: GraphWriter, *, adaptable: boo
     """Write the graph of the Hugging Face folder `model` into `out`, configuration and tokenizer
     beside it; `adaptable`: both forms of it, with a branch behind every linear layer."""
     # The builder wants a tokenizer.
-    named = any((model / name).exists() for name in _TOKENIZERS)
+    named = any((model / name).exists() for name in TOKENIZERS)
     with tempfile.TemporaryDirectory(dir=out) as built:
         if named and _builds(model) and _build(model, Path(built), writer.precision, adaptable):
             _finish(Path(built, MODEL), writer, adaptable)
-            companions(model).copy(out)
+            write_companions(out, model)
             for file in Path(built).iterdir():
                 if not file.name.startswith(MODEL):
                     file.replace(out / file.name)
@@ -65,12 +63,19 @@ def build_decoder(model: Path, out: Path, writer: GraphWriter, *, adaptable: boo
 
 def _builds(model: Path) -> bool:
     """Whether the builder makes of the model what it computes at every length. It leaves out
-    windows, changes of the rotary embedding with a row's length, and layers without one; and the
-    attention with a rotary embedding in it takes heads of a multiple of 16 numbers alone."""
+    windows, changes of the rotary embedding with a row's length, and layers without one; the
+    attention with a rotary embedding in it takes heads of a multiple of 16 numbers alone; and
+    every linear layer with as many outputs as there are words is the head to it."""
+    from torch.nn import Linear
     from transformers import AutoConfig
 
     config = AutoConfig.from_pretrained(model)
-    if not _BUILT.intersection(config.architectures or []):
+    built = _BUILT.intersection(config.architectures or [])
+    if not built:
+        return False
+    modules = empty_model(built.pop(), read_json(model / "config.json")).modules()
+    wide = (each.out_features for each in modules if isinstance(each, Linear))
+    if sum(size == config.vocab_size for size in wide) != 1:
         return False
     if (getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads) % 16:
         return False

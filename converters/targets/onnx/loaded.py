@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,12 @@ import torch
 from ...errors import BaseError, TargetError
 from ...model.architecture import offline
 from ..merged.companions import companions
+
+# Files of which transformers makes a tokenizer.
+TOKENIZERS = (
+    *("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model"),
+    *("sentencepiece.bpe.model", "source.spm"),
+)
 
 
 @offline()
@@ -57,6 +64,26 @@ def load_whole(path: Path, unread: tuple[str, ...] = ()) -> Any:
 
 
 def write_config(model: Any, out: Path, source: Path) -> None:
-    companions(source).copy(out)
+    write_companions(out, source)
     model.config.architectures = [type(model).__name__]
     model.config.save_pretrained(out)
+
+
+@offline()
+def write_companions(out: Path, source: Path) -> None:
+    """Put what belongs to the model in `source` into `out`, its tokenizer as transformers' class
+    makes it of the files: these may have another form than `tokenizer.json`, leave out special
+    tokens, or say what the class does otherwise. Whoever runs a graph has no such class."""
+    from transformers import AutoTokenizer
+
+    companions(source).copy(out)
+    if not any((source / name).is_file() for name in TOKENIZERS):
+        return
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
+    except Exception:  # of whatever kind: whoever reads a text tells it, and ids need none
+        return
+    own = getattr(tokenizer, "backend_tokenizer", None)
+    if own is not None:
+        own.save(str(out / "tokenizer.json"))
+    (out / "special_tokens_map.json").write_text(json.dumps(tokenizer.special_tokens_map))

@@ -60,6 +60,7 @@ class WrittenCalls(Calls):
         self._is_tool = is_tool
         self._text = ""
         self._begun = False  # text that is no call was told
+        self._blank: str | None = None  # behind a call, as long as nothing else is
 
     def add(self, piece: str, last: bool) -> tuple[str, list[Json]]:
         self._text += piece
@@ -106,16 +107,23 @@ class WrittenCalls(Calls):
                 break
             call = _named(_json(inside))
             if call is None:
-                told += opened + inside + closed
+                told += self._between(opened + inside + closed)
             else:
                 calls.append(self._call(*call))
+                self._blank = ""
             self._text = rest
         self._begun = self._begun or bool(told.strip())
         return told, calls
 
     def _between(self, text: str) -> str:
-        """Text beside calls: nothing where it only sets them apart."""
-        return text if text.strip() or not self.count else ""
+        """Text beside calls: nothing where it only sets them apart, which shows with what comes."""
+        if self._blank is None:
+            return text
+        self._blank += text
+        if not self._blank.strip():
+            return ""
+        told, self._blank = self._blank, None
+        return told
 
 
 def _begun(text: str) -> int:
