@@ -118,6 +118,11 @@ _VLLM_EMBEDDINGS = frozenset(
 )
 # Multimodal types whose class takes `model.…` for the text model (`hf_to_vllm_mapper`).
 VLLM_TEXT_NAMES = frozenset("ernie4_5_vl_moe mistral3 paddleocr_vl qwen2_5_vl qwen2_vl".split())
+# PEFT 0.21, `tuners_utils.py`: scans over states read these weights in their own kernels.
+_PEFT_UNADAPTED = dict.fromkeys(
+    ("falcon_h1", "falcon_mamba", "mamba", "mamba2", "nemotron_h"),
+    frozenset({"out_proj", "conv1d"}),
+)
 _PEFT_FEATURES = frozenset(
     "use_dora lora_bias target_parameters trainable_token_indices layer_replication "
     "alora_invocation_tokens".split()
@@ -134,6 +139,7 @@ PROFILES = {
             embeddings=None,
             convolutions=True,
             features=_PEFT_FEATURES,
+            unadapted=_PEFT_UNADAPTED,
             prefix=True,
             text_models=True,
             reading=Reading(patterns=True, rslora=True),

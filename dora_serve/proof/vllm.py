@@ -6,7 +6,8 @@ tokens that follow the prompt greedily. Of a classifier: its logits.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -96,7 +97,7 @@ def _completed(answers: list[Answer], rows: list[list[int]]) -> Reading:
                 found.append(at[list(known)])
         return [torch.cat(found)]
 
-    def top1(model: Any, _values: Sequence[torch.Tensor], within: float) -> float:
+    def top1(model: Any, _values: Sequence[torch.Tensor]) -> Callable[[float], float]:
         chosen, likely = [], []
         for row, answer in zip(rows, answers, strict=True):
             if answer.tokens:
@@ -105,7 +106,7 @@ def _completed(answers: list[Answer], rows: list[list[int]]) -> Reading:
                     torch.nn.functional.one_hot(torch.tensor(answer.tokens), logits.shape[-1])
                 )
                 likely.append(logits)
-        return equal_choices(chosen, likely, within) if chosen else 1.0
+        return lambda within: equal_choices(chosen, likely, within) if chosen else 1.0
 
     return Reading([values], measure, top1)
 
@@ -134,7 +135,7 @@ def _classified(values: torch.Tensor, rows: list[list[int]]) -> Reading:
             found = [model(input_ids=torch.tensor([row])).logits.float() for row in rows]
         return [torch.cat(found)]
 
-    def top1(_model: Any, truth: Sequence[torch.Tensor], within: float) -> float:
-        return equal_choices([values], truth, within)
+    def top1(_model: Any, truth: Sequence[torch.Tensor]) -> Callable[[float], float]:
+        return partial(equal_choices, [values], truth)
 
     return Reading([values], measure, top1)
