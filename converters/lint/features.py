@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from ..errors import DoraExportError
 from ..files.tensors import same_values
 from ..model.base import CONV1D_LAYERS
+from ..model.layout import FUSED
 from ..readers import ReadOptions, read_run
 from ..readers.peft_common import is_below, modules_to_save
 from ..readers.peft_initial import BASE_CHANGING
@@ -48,7 +49,12 @@ def features(adapter: Adapter) -> Iterator[Finding]:
     for key, pattern in _FEATURES.items() if adapter.is_lora else ():
         tensors = [name for name in adapter.others if pattern and re.search(pattern, name)]
         said = bool(adapter.config.get(key))
-        targets = tuple(e.name for e in adapter.engines if key not in e.features)
+        targets = tuple(
+            e.name
+            for e in adapter.engines
+            if key not in e.features
+            and not (key == "target_parameters" and _family(adapter) in e.fused and _both(adapter))
+        )
         if said and targets:
             yield Finding(
                 key, "error", targets, tensors[0] if tensors else f"{CONFIG}: {key}",
@@ -62,6 +68,16 @@ def features(adapter: Adapter) -> Iterator[Finding]:
                 f"{len(tensors)} tensors, {key}: {adapter.config.get(key)}", f"{key} set",
                 f"set {key} as training had it",
             )  # fmt: skip
+
+
+def _family(adapter: Adapter) -> str:
+    return "" if adapter.base is None else str(adapter.base.config.get("model_type"))
+
+
+def _both(adapter: Adapter) -> bool:
+    """Whether both parameters of fused experts are adapted."""
+    said = adapter.config.get("target_parameters")
+    return isinstance(said, list) and {str(n).rpartition(".")[2] for n in said} == {*FUSED}
 
 
 def whole_tensors(adapter: Adapter) -> Iterator[Finding]:
@@ -126,7 +142,15 @@ def experts(adapter: Adapter) -> Iterator[Finding]:
     for match in filter(None, map(_EXPERT.fullmatch, adapter.pairs if targets else ())):
         layers.setdefault(match[1], set()).add((int(match[2]), match[3]))
     for engine in (engine for engine in adapter.engines if engine.name in targets):
+        called = engine.experts_in.get(_family(adapter), "experts")
         for layer, present in layers.items():
+            if not layer.endswith(f".{called}"):
+                yield Finding(
+                    "experts", "error", (engine.name,), layer,
+                    "the engine's class has them under another name, and leaves these out",
+                    layer, f"….{called}", MERGE,
+                )  # fmt: skip
+                continue
             kinds = {kind for _, kind in present}
             needed = next((each for each in engine.experts if kinds & each), kinds)
             every = {(n, kind) for n in range(_count(adapter, present)) for kind in needed}

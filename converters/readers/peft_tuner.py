@@ -92,13 +92,14 @@ class PeftTunerReader:
         run = replace(run, **origin(config, whole))
         layout = Layout(base, layout.names.architecture, run.num_labels)
         model = _empty(run, base, layout.names.architecture)
-        needed = _needed(tensors, base, layout) if kind in _FROM_BASE else {}
+        from_base = _is_from_base(kind, config)
+        needed = _needed(tensors, base, layout) if from_base else {}
         _give_memory(model, whole, needed)
         _check_patterns(config, [name for name, _ in model.named_modules()], config_path)
         with _as_named(folder, file, tensors) as place:
             layers = _load(model, place, file)
         absent = [module for module in layers if f"{module}.weight" not in needed]
-        if kind in _FROM_BASE and absent:
+        if from_base and absent:
             raise BaseError(
                 f"{kind} is calculated from the base's weights, and one is not there",
                 file=base.path,
@@ -153,6 +154,13 @@ def _refuse_unmergeable(kind: str, config: Mapping[str, object], path: Path) -> 
             expected="a tuner that changes weights",
             remedy="serve it with PEFT on its base: PeftModel.from_pretrained(base, adapter)",
         )
+
+
+def _is_from_base(kind: str, config: Mapping[str, object]) -> bool:
+    """Whether PEFT calculates part of the layers from the base weights when it loads them."""
+    # Which weights are tuned: those that are largest in the base, where the file does not say it.
+    picked = kind == "SUPERTUNING" and not config.get("save_precomputed_indices", True)
+    return picked or kind in _FROM_BASE
 
 
 def _find_base(config: Mapping[str, object], options: ReadOptions, path: Path) -> BaseModel:

@@ -35,6 +35,9 @@ class Profile:
     the model types with which it loads adapters on embeddings, None for any.
     `features`: further fields of the configuration that it understands.
     `experts`: the projections that it needs of every expert of a layer where one is adapted.
+    `experts_in`: model type → how its class there calls the experts of a layer, where that is
+    another name than in memory: by the latter it finds nothing, and says nothing. `fused`: model
+    types whose adapters on fused experts it reads as PEFT stores them, all parameters or none.
     `kinds`: last names of the modules it can adapt, None for any. `unadapted`: model type → those
     that it cannot adapt there, `ALL` for every one. `together`: kinds that it loads only all or
     none. `uniform`: it stores every kind of module in every layer at one rank, so
@@ -53,6 +56,8 @@ class Profile:
     convolutions: bool = False
     features: frozenset[str] = frozenset()
     experts: tuple[frozenset[str], ...] = ()
+    experts_in: Mapping[str, str] = field(default_factory=dict)
+    fused: frozenset[str] = frozenset()
     kinds: frozenset[str] | None = None
     unadapted: Mapping[str, frozenset[str]] = field(default_factory=dict)
     together: tuple[tuple[str, ...], ...] = ()
@@ -118,6 +123,11 @@ _VLLM_EMBEDDINGS = frozenset(
 )
 # Multimodal types whose class takes `model.…` for the text model (`hf_to_vllm_mapper`).
 VLLM_TEXT_NAMES = frozenset("ernie4_5_vl_moe mistral3 paddleocr_vl qwen2_5_vl qwen2_vl".split())
+# PEFT 0.21, `tuners_utils.py`: scans over states read these weights in their own kernels.
+_PEFT_UNADAPTED = dict.fromkeys(
+    ("falcon_h1", "falcon_mamba", "mamba", "mamba2", "nemotron_h"),
+    frozenset({"out_proj", "conv1d"}),
+)
 _PEFT_FEATURES = frozenset(
     "use_dora lora_bias target_parameters trainable_token_indices layer_replication "
     "alora_invocation_tokens".split()
@@ -134,6 +144,7 @@ PROFILES = {
             embeddings=None,
             convolutions=True,
             features=_PEFT_FEATURES,
+            unadapted=_PEFT_UNADAPTED,
             prefix=True,
             text_models=True,
             reading=Reading(patterns=True, rslora=True),
@@ -145,6 +156,8 @@ PROFILES = {
             biases=False,
             embeddings=_VLLM_EMBEDDINGS,
             experts=_EXPERTS,
+            experts_in={"mixtral": "block_sparse_moe.experts"},
+            fused=frozenset({"gpt_oss"}),
             unadapted=_VLLM_UNADAPTED,
             slots=(1, 8, 16, 32, 64, 128, 256, 320, 512),
             reading=Reading(patterns=True, rslora=True),

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from importlib.metadata import entry_points
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -36,13 +37,13 @@ class Reading:
     """What an engine computed, and how the same is asked of a transformers model.
 
     `values`: the artifact's, of any shapes. `measure(model)`: those of a transformers model.
-    `top1(model, values, within)`: the share of its choices, with its `values`, that the engine made
-    too; what is as likely within that bound counts as the same choice.
+    `top1(model, values)`: for a bound, the share of its choices, with its `values`, that the engine
+    made too; what is as likely within the bound counts as the same choice.
     """
 
     values: Sequence[torch.Tensor]
     measure: Callable[[Any], Sequence[torch.Tensor]]
-    top1: Callable[[Any, Sequence[torch.Tensor], float], float]
+    top1: Callable[[Any, Sequence[torch.Tensor]], Callable[[float], float]]
 
 
 @dataclass(frozen=True)
@@ -110,7 +111,7 @@ def read_logits(model: Any) -> Callable[[Sequence[Inputs]], Reading]:
         return Reading(
             found,
             ask,
-            lambda _model, values, within: equal_choices(found, values, within),
+            lambda _model, values: partial(equal_choices, found, values),
         )
 
     return read

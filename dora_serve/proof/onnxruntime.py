@@ -8,7 +8,7 @@ apart.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -54,8 +54,10 @@ def open_folder(folder: Path, _base: BaseModel, run: Run) -> Model:
         def measure(live: Any) -> list[torch.Tensor]:
             return [logits(live, inputs) for inputs in batches] * len(parts)
 
-        def top1(_live: Any, truth: Sequence[torch.Tensor], within: float) -> float:
-            return min(equal_choices(part, truth[: len(alone)], within) for part in parts)
+        def top1(_live: Any, truth: Sequence[torch.Tensor]) -> Callable[[float], float]:
+            return lambda within: min(
+                equal_choices(part, truth[: len(alone)], within) for part in parts
+            )
 
         return Reading(found, measure, top1)
 

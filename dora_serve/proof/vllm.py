@@ -6,7 +6,8 @@ tokens that follow the prompt greedily. Of a classifier: its logits.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,10 @@ from ..vllm.engine import Answer, Vllm, precision
 from ..vllm.fleet import step_for
 
 TOKENS = 32
+# Where vLLM computes in 16 bits: the least share of equal greedy tokens, since some choices are
+# nearer to each other than 16 bits tell apart.
+TOP1 = 0.9
+ROUNDED = 0.2  # of an update's own effect, where activations are rounded to 8 bits too
 _CLASSIFIER = "sequence-classification"
 
 
@@ -64,8 +69,18 @@ def open_folder(folder: Path, base: BaseModel, run: Run) -> Model:
     files = [folder / ADAPTER_WEIGHTS] if adapter else sorted(folder.glob("*.safetensors"))
     bounds = allowed(files, merged=adapter is None)
     if dtype != "float32":
-        bounds |= {"dtype": dtype, "share": NARROW}
+        share = ROUNDED if rounds_activations(base) else NARROW
+        bounds |= {"dtype": dtype, "share": share, "top1": TOP1}
     return Model(read, **bounds)
+
+
+def rounds_activations(base: BaseModel) -> bool:
+    """Whether an engine that keeps to the base's quantization rounds activations to 8 bits."""
+    said: Any = base.config.get("quantization_config") or {}
+    groups = said.get("config_groups") or {}
+    return said.get("quant_method") == "fp8" or any(
+        group.get("input_activations") for group in groups.values()
+    )
 
 
 def _rows(inputs: Inputs) -> list[list[int]]:
@@ -96,7 +111,7 @@ def _completed(answers: list[Answer], rows: list[list[int]]) -> Reading:
                 found.append(at[list(known)])
         return [torch.cat(found)]
 
-    def top1(model: Any, _values: Sequence[torch.Tensor], within: float) -> float:
+    def top1(model: Any, _values: Sequence[torch.Tensor]) -> Callable[[float], float]:
         chosen, likely = [], []
         for row, answer in zip(rows, answers, strict=True):
             if answer.tokens:
@@ -105,7 +120,7 @@ def _completed(answers: list[Answer], rows: list[list[int]]) -> Reading:
                     torch.nn.functional.one_hot(torch.tensor(answer.tokens), logits.shape[-1])
                 )
                 likely.append(logits)
-        return equal_choices(chosen, likely, within) if chosen else 1.0
+        return lambda within: equal_choices(chosen, likely, within) if chosen else 1.0
 
     return Reading([values], measure, top1)
 
@@ -134,7 +149,7 @@ def _classified(values: torch.Tensor, rows: list[list[int]]) -> Reading:
             found = [model(input_ids=torch.tensor([row])).logits.float() for row in rows]
         return [torch.cat(found)]
 
-    def top1(_model: Any, truth: Sequence[torch.Tensor], within: float) -> float:
-        return equal_choices([values], truth, within)
+    def top1(_model: Any, truth: Sequence[torch.Tensor]) -> Callable[[float], float]:
+        return partial(equal_choices, [values], truth)
 
     return Reading([values], measure, top1)

@@ -20,12 +20,16 @@ Options = dict[str, str | int | bool | list[str]]
 def serve_options(pool: Pool, adapters: Mapping[str, Path]) -> Options:
     """Options of `vllm serve`, by long name without dashes. `adapters`: name → folder.
 
-    The dtype is the base's own: left to itself, vLLM rounds a float32 model to 16 bits.
+    The dtype is the base's own: left to itself, vLLM rounds a float32 model to 16 bits. On a GPU
+    that is left to it where there are adapters, whose kernels take no float32 there.
     """
+    dtype = str(pool.base.dtype()).removeprefix("torch.")
+    if adapters and dtype == "float32" and has_gpu():
+        dtype = "auto"
     options: Options = {
         "model": str(pool.base.path.absolute()),
         "served-model-name": pool.name,
-        "dtype": str(pool.base.dtype()).removeprefix("torch."),
+        "dtype": dtype,
     }
     if pool.task in POOLED:
         options |= {"runner": "pooling", "convert": POOLED[pool.task]}
@@ -43,6 +47,11 @@ def serve_options(pool: Pool, adapters: Mapping[str, Path]) -> Options:
         options["max-lora-cls-labels"] = pool.labels
     options["lora-modules"] = [_module(name, path) for name, path in adapters.items()]
     return options
+
+
+def has_gpu() -> bool:
+    """Whether vLLM would find a GPU on this machine."""
+    return any(Path(device).exists() for device in ("/dev/nvidiactl", "/dev/kfd"))
 
 
 def _module(name: str, path: Path) -> str:

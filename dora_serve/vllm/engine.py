@@ -16,6 +16,7 @@ from converters.model.base import BaseModel
 
 TOP = 20  # the likeliest tokens of each position, whose log-probabilities are told
 _CACHE = 1 << 30  # bytes of keys and values: some short prompts, on any device beside other work
+_FREE = 0.05  # of a device's memory, that vLLM wants to see free before it starts
 
 
 class VllmError(DoraExportError, ValueError):
@@ -32,21 +33,26 @@ class Answer:
 
 
 def precision(base: BaseModel) -> str:
-    """What vLLM can compute a base in: float32, or less where the kernels for its quantized weights
-    take no float32."""
+    """What vLLM computes a base with adapters in: float32, or 16 bits where its kernels take no
+    float32: those for adapters on a GPU, and those for many quantized weights."""
+    if find_spec("vllm") is None:
+        return "float32"
+    from vllm.model_executor.layers.quantization import (
+        QUANTIZATION_METHODS,
+        get_quantization_config,
+    )
+    from vllm.platforms import current_platform
+
+    taken = list(current_platform.supported_dtypes)
+    if not current_platform.is_cpu():
+        taken = [dtype for dtype in taken if dtype != torch.float32]
     said = base.config.get("quantization_config")
     method = said.get("quant_method") if isinstance(said, dict) else None
-    if method is not None and find_spec("vllm") is not None:
-        from vllm.model_executor.layers.quantization import (
-            QUANTIZATION_METHODS,
-            get_quantization_config,
-        )
-
-        if method in QUANTIZATION_METHODS:
-            taken = get_quantization_config(method).get_supported_act_dtypes()
-            wanted = [d for d in (torch.float32, base.dtype()) if d in taken] or taken
-            return str(wanted[0]).removeprefix("torch.")
-    return "float32"
+    if method in QUANTIZATION_METHODS:
+        weights = get_quantization_config(method).get_supported_act_dtypes()
+        taken = [dtype for dtype in weights if dtype in taken] or weights
+    wanted = [dtype for dtype in (torch.float32, base.dtype()) if dtype in taken] or taken
+    return str(wanted[0]).removeprefix("torch.")
 
 
 class Vllm:
@@ -69,6 +75,8 @@ class Vllm:
         os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
         os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
         os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
+        # Else its attention in float32 has products of 19 bits, on a GPU.
+        os.environ.setdefault("TRITON_F32_DEFAULT", "ieee")
         try:
             from vllm import LLM
         except ImportError:
@@ -88,6 +96,7 @@ class Vllm:
                 max_logprobs=TOP,
                 enforce_eager=True,
                 kv_cache_memory_bytes=_CACHE,
+                gpu_memory_utilization=_FREE,
                 disable_log_stats=True,
                 distributed_executor_backend="uni",
                 enable_prefix_caching=False,

@@ -61,6 +61,7 @@ LLAMA: dict[str, dict[str, Any]] = {
     "RoadConfig": {"group_size": 16},
     "ShiraConfig": {"r": 4},
     "SupertuningConfig": {"sparsity": 0.5},
+    "SupertuningConfig unsaved": {"sparsity": 0.5, "save_precomputed_indices": False},
     "TinyLoraConfig": {},
     "TrainableTokensConfig": {"token_indices": list(range(20)), "target_modules": ["embed_tokens"]},
     "UniLoraConfig": {"r": 4, "theta_d_length": 64},

@@ -10,7 +10,7 @@ import pytest
 import torch
 import transformers
 from click.testing import CliRunner
-from peft import PeftModel
+from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel, LlamaForCausalLM
 
@@ -225,6 +225,20 @@ def test_what_peft_has_no_name_for_is_refused(
     with pytest.raises(DoraExportError, match=r"cannot carry|holds whole") as error:
         extract(model, tmp_path / "out", base=base)
     assert words in str(error.value)
+
+
+def test_a_layer_that_peft_does_not_adapt_in_such_a_model_is_refused(tmp_path: Path) -> None:
+    config = transformers.MambaConfig(
+        hidden_size=32, num_hidden_layers=1, vocab_size=80, state_size=4
+    )
+    model = transformers.MambaForCausalLM(config)
+    model.save_pretrained(tmp_path / "base")
+    tuned(model, ("in_proj", "out_proj")).save_pretrained(tmp_path / "m")
+    with pytest.raises(DoraExportError, match="peft does not adapt") as error:
+        extract(tmp_path / "m", tmp_path / "out", base=tmp_path / "base")
+    assert "mixer.out_proj" in str(error.value)
+    with pytest.raises(ValueError, match="out_proj"):
+        get_peft_model(model, LoraConfig(target_modules=["out_proj"]))
 
 
 def test_models_that_are_no_pair_are_refused(

@@ -79,3 +79,26 @@ def test_a_rounded_copy_of_what_the_base_holds_was_not_trained(tmp_path: Path) -
     tensors[embedding] = tensors[embedding].to(BF16).float()
     save_file(tensors, file, {"format": "pt"})
     assert not verify(run, tmp_path / "merged", base=base).passed
+
+
+def test_a_narrow_adapter_that_decides_otherwise_between_equals(tmp_path: Path) -> None:
+    """Words in pairs, of which the run makes one likelier by less than bfloat16 can say."""
+    base = saved(NAME, "LlamaConfig", DECODER, tmp_path / "base")
+    file = base / "model.safetensors"
+    tensors = load_file(file)
+    tensors["lm_head.weight"] = tensors["lm_head.weight"][::2].repeat_interleave(2, dim=0)
+    save_file(tensors, file, {"format": "pt"})
+    trained(NAME, base, tmp_path / "run", target_modules=["lm_head"])
+    file = tmp_path / "run" / FILE
+    tensors = load_file(file)
+    (name,) = (name for name in tensors if name.endswith("lora_B.weight"))
+    tensors[name][1::2] = tensors[name][::2] * 1.001
+    save_file(tensors, file, {"format": "pt"})
+    run = read_run(tmp_path / "run", ReadOptions(base=base))
+    write_adapter(run, tmp_path / "adapter", base=base, dtype=BF16)
+    found = verify(run, tmp_path / "adapter", base=base)
+    assert 0 < found.max_abs < found.tolerance / 4
+    assert found.passed
+    file = tmp_path / "adapter" / FILE
+    save_file({n: t * 1.1 for n, t in load_file(file).items()}, file, {"format": "pt"})
+    assert not verify(run, tmp_path / "adapter", base=base).passed

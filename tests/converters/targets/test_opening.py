@@ -66,7 +66,7 @@ def test_a_model_folder_computes_what_transformers_computes(
     assert torch.equal(found.values[1], expected)
     assert not found.values[0][1, 2].any()  # a padded position
     assert torch.equal(found.measure(live)[0], expected)
-    assert found.top1(live, found.values, 0.0) == 1.0
+    assert found.top1(live, found.values)(0.0) == 1.0
 
 
 def test_what_is_missing_or_not_expected_is_told(llama_base: Path, tmp_path: Path) -> None:
