@@ -11,7 +11,7 @@ REAL := real-out
 WORKERS ?= 3
 SPREAD := --no-loadscope-reorder -n
 
-.PHONY: setup demo test test-all setup-vllm test-vllm setup-clients test-clients test-lowest test-newest test-python lint docs release extras bench matrix matrix-check faults fuzz mutants audit peft-matrix real
+.PHONY: setup demo test test-all setup-vllm test-vllm setup-clients test-clients test-lowest test-newest test-python lint docs release extras bench matrix matrix-check faults fuzz mutants audit peft-matrix real real-short
 
 setup: $(VENV)/.ready
 
@@ -29,7 +29,7 @@ test: setup
 	$(BIN)/python -m pytest $(SPREAD) $(WORKERS) --ignore tests/clients
 
 # Every family of every kind, in vLLM too.
-test-all: setup setup-vllm
+test-all: setup setup-vllm real-short
 	$(BIN)/python -m pytest $(SPREAD) $(WORKERS) -m ''
 	$(VLLM)/bin/python -m pytest $(SPREAD) 2 -m '' tests/engines/vllm
 
@@ -132,6 +132,9 @@ peft-matrix: setup
 # made of what public packages hold.
 real: setup
 	$(BIN)/python scripts/real_models.py $(REAL) --output docs/real-models.md
+
+real-short: setup
+	$(BIN)/python scripts/real_models.py $(REAL) smollm2 --short
 
 bench: setup
 	$(BIN)/python scripts/bench_merge.py

@@ -75,7 +75,7 @@ def made(words: tuple[object, ...], out: Path) -> Cost:
 
 
 def _started(*words: object, **environment: str) -> subprocess.Popen[str]:
-    command = [sys.executable, "-c", MEASURE, *map(str, words)]
+    command = [sys.executable, "-c", MEASURE, *(str(word) for word in words)]
     told = {**os.environ, **environment}
     return subprocess.Popen(command, env=told, stdout=subprocess.PIPE, text=True)
 
@@ -84,7 +84,7 @@ def _ended(process: subprocess.Popen[str]) -> int:
     """The largest resident memory of what `process` measured, in bytes."""
     told, _ = process.communicate()
     if process.returncode:
-        raise SystemExit(f"{process.args}: {process.returncode}")
+        raise SystemExit(f"{process.args!r}: {process.returncode}")
     return int(told)
 
 
@@ -125,6 +125,9 @@ def served(base: Path, runs: Mapping[str, Run], work: Path) -> tuple[dict[str, f
     names = {name: name.replace(" ", "-") for name in runs}
     for name, run in runs.items():
         shutil.copytree(run.files[0].parent, folder / names[name])
+        for info in (work / "runs").rglob("task_info.json"):  # which the method keeps elsewhere
+            if run.method != "peft_lora":
+                shutil.copy(info, folder / names[name])
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         port = s.getsockname()[1]
@@ -156,7 +159,8 @@ def _ready(url: str) -> bool:
 
 def _ask(url: str, model: str, ids: list[int], run: Run) -> Any:
     """The answer of `model` to `ids`: classes, or the greedy text with its log-probabilities."""
-    way, body = "/classify", {"input": ids}
+    body: dict[str, Any] = {"input": ids}
+    way = "/classify"
     if run.task == "causal-lm":
         greedy = {"max_tokens": NEW, "temperature": 0, "logprobs": 1, "return_token_ids": True}
         way, body = "/v1/completions", {"prompt": ids, **greedy}

@@ -132,7 +132,9 @@ def live_model(base: Path, cls: Any) -> Any:
 def logits(model: Any) -> torch.Tensor:
     ids = torch.randint(5, 70, (2, 9), generator=torch.Generator().manual_seed(3))
     with torch.no_grad():
-        found: torch.Tensor = model.eval()(input_ids=ids, attention_mask=torch.ones_like(ids)).logits
+        found: torch.Tensor = model.eval()(
+            input_ids=ids, attention_mask=torch.ones_like(ids)
+        ).logits
     return found
 
 
