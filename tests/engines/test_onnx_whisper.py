@@ -14,6 +14,7 @@ from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from transformers import (
     GenerationConfig,
+    PreTrainedTokenizerFast,
     WhisperConfig,
     WhisperFeatureExtractor,
     WhisperForConditionalGeneration,
@@ -94,7 +95,8 @@ def save_whisper(folder: Path, told: dict[str, Any] = TOLD) -> WhisperForConditi
     model.save_pretrained(folder)
     WhisperFeatureExtractor(feature_size=20, chunk_length=1).save_pretrained(folder)
     words = Tokenizer(WordLevel({f"w{i}": i for i in range(WORDS)}, unk_token="w0"))
-    words.save(str(folder / "tokenizer.json"))
+    # Whisper's own class would read these words as bytes.
+    PreTrainedTokenizerFast(tokenizer_object=words).save_pretrained(folder)
     return model.eval()
 
 
