@@ -45,6 +45,10 @@ class ChatTemplate:
         self._folder, self._file = folder, file
 
     @cached_property
+    def _special_tokens(self) -> dict[str, str]:
+        return OnnxFolder(self._folder).special_tokens
+
+    @cached_property
     def text(self) -> str | None:
         """The template itself; None where there is none."""
         if self._file is None:
@@ -81,7 +85,7 @@ class ChatTemplate:
             messages = [*messages[:-1], {**last, "content": last["content"] + _END}]
         try:
             named = {
-                **OnnxFolder(self._folder).special_tokens,
+                **self._special_tokens,
                 "tools": None,
                 "documents": None,
                 **(values or {}),

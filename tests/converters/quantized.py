@@ -57,6 +57,20 @@ def experts_base(model: str, folder: Path, **sizes: Any) -> Path:
     return folder
 
 
+def gpt_oss_base(folder: Path, **sizes: Any) -> Path:
+    """Experts as gpt-oss fuses them, not quantized yet."""
+    return experts_base(
+        "GptOss",
+        folder,
+        intermediate_size=32,
+        num_local_experts=4,
+        layer_types=["full_attention"],
+        max_position_embeddings=64,
+        rope_parameters={"rope_type": "default", "rope_theta": 10000.0},
+        **sizes,
+    )
+
+
 def adapter(plain: Path, folder: Path, modules: list[str] | None = None, **config: Any) -> Path:
     model = transformers.AutoModelForCausalLM.from_pretrained(plain, dtype=torch.float32)
     told = LoraConfig(r=4, target_modules=modules or MODULES, task_type="CAUSAL_LM", **config)

@@ -14,7 +14,7 @@ from converters.lint import lint
 from converters.model.base import open_base
 from converters.targets.lora_folder import CONFIG, WEIGHTS
 from tests.converters.families import PARAMETERS, save_base
-from tests.converters.quantized import adapter, experts_base
+from tests.converters.quantized import adapter, gpt_oss_base
 
 
 def errors(lora: Path, base: Path) -> set[str]:
@@ -40,15 +40,7 @@ def test_mixtral_by_its_names_in_the_engine(tmp_path: Path, block: str, found: s
 
 @pytest.mark.parametrize("count", [1, 2])
 def test_gpt_oss_as_peft_saves_it(tmp_path: Path, count: int) -> None:
-    base = experts_base(
-        "GptOss",
-        tmp_path / "base",
-        intermediate_size=32,
-        num_local_experts=4,
-        layer_types=["full_attention"],
-        max_position_embeddings=64,
-        rope_parameters={"rope_type": "default", "rope_theta": 10000.0},
-    )
+    base = gpt_oss_base(tmp_path / "base")
     parameters = PARAMETERS["target_parameters"][:count]
     lora = adapter(base, tmp_path / "lora", ["q_proj"], target_parameters=parameters)
     assert errors(lora, base) == (set() if count == 2 else {"target_parameters"})

@@ -21,8 +21,8 @@ from tests.converters.made import WEIGHTS
 from tests.converters.quantized import (
     adapter,
     changed_base,
-    experts_base,
     fails_on,
+    gpt_oss_base,
     logits,
     merged_logits,
     packed_base,
@@ -46,16 +46,7 @@ def packed(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 
 @pytest.fixture
 def base(tmp_path: Path) -> Path:
-    experts_base(
-        "GptOss",
-        tmp_path / "plain",
-        intermediate_size=32,
-        num_local_experts=4,
-        layer_types=["full_attention"],
-        sliding_window=8,
-        max_position_embeddings=64,
-        rope_parameters={"rope_type": "default", "rope_theta": 10000.0},
-    )
+    gpt_oss_base(tmp_path / "plain", sliding_window=8)
     tensors = load_file(tmp_path / "plain" / WEIGHTS)
     for name in (f"{EXPERTS}.gate_up_proj", f"{EXPERTS}.down_proj"):
         tensors[f"{name}_blocks"], tensors[f"{name}_scales"] = packed(tensors.pop(name))
