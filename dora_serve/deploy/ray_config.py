@@ -76,7 +76,7 @@ def _llm_config(cluster: Cluster, name: str, pool: Pool, adapters: str | None) -
             found=name,
             remedy="rename the base's folder",
         )
-    options = serve_options(pool, dict.fromkeys(pool.ranks, pool.base.path))
+    options = serve_options(pool, dict.fromkeys(pool.ranks, pool.base.path), gpu=True)
     engine = {n.replace("-", "_"): v for n, v in options.items() if n not in _ELSEWHERE}
     config: dict[str, object] = {
         "model_loading_config": {"model_id": name, "model_source": cluster.there(pool.base.path)},

@@ -17,14 +17,15 @@ from .fleet import POOLED, Pool
 Options = dict[str, str | int | bool | list[str]]
 
 
-def serve_options(pool: Pool, adapters: Mapping[str, Path]) -> Options:
-    """Options of `vllm serve`, by long name without dashes. `adapters`: name → folder.
+def serve_options(pool: Pool, adapters: Mapping[str, Path], gpu: bool) -> Options:
+    """Options of `vllm serve`, by long name without dashes. `adapters`: name → folder. `gpu`:
+    whether it will run on one.
 
     The dtype is the base's own: left to itself, vLLM rounds a float32 model to 16 bits. On a GPU
     that is left to it where there are adapters, whose kernels take no float32 there.
     """
     dtype = str(pool.base.dtype()).removeprefix("torch.")
-    if adapters and dtype == "float32" and has_gpu():
+    if gpu and adapters and dtype == "float32":
         dtype = "auto"
     options: Options = {
         "model": str(pool.base.path.absolute()),

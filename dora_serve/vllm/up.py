@@ -17,7 +17,7 @@ from ..commands.common import left_out
 from ..folder.inventory import discover
 from ..progress import progress_bar, say
 from ..wording import quoted
-from .command import command_line, find_vllm, serve_options, shell
+from .command import command_line, find_vllm, has_gpu, serve_options, shell
 from .convert import vllm_adapter, vllm_adapter_path
 from .fleet import Fleet, Pool, plan_fleet
 from .plugin import live_environment
@@ -79,7 +79,7 @@ def up(
                     say(visible(f"adapter {name}"))
                 advance(1)
         left_out(problems, found.warnings)
-        options = serve_options(pool, adapters)
+        options = serve_options(pool, adapters, has_gpu())
         if live:
             options["enable-lora"] = True
         return _Start(pool, adapters, command_line(options, program, [*where, *more]))

@@ -65,7 +65,7 @@ def save(model: Any, folder: Path, **config: Any) -> None:
 @pytest.fixture(scope="module")
 def planned(root: Path) -> list[str]:
     """The command line of the plan for the decoder."""
-    done = CliRunner().invoke(dora_serve, ["plan", str(root), "--json"])
+    done = CliRunner().invoke(dora_serve, ["plan", str(root), "--gpu-memory", "80GB", "--json"])
     commands: list[list[str]] = json.loads(done.stdout)["commands"]
     (command,) = (words for words in commands if "--runner" not in words)
     return command
@@ -86,6 +86,7 @@ def test_vllm_on_ray_has_the_values_of_the_plan(root: Path, planned: list[str]) 
     }
     engine = llm["engine_kwargs"]
     assert engine["enable_lora"] is True
+    assert engine["dtype"] == "auto"  # the adapter kernels of a GPU take 16 bits
     for name in ("max_lora_rank", "max_loras", "max_cpu_loras", "dtype"):
         assert str(engine[name]) == option(planned, "--" + name.replace("_", "-"))
     first = planned.index("--lora-target-modules") + 1

@@ -113,6 +113,10 @@ def test_the_command_line(fleet_folder: Path, llama_base: Path, tmp_path: Path) 
     assert "fitted to 16" in done.stdout
     options: dict[str, Any] = yaml.safe_load(found.read_text())
     assert options["max-lora-rank"] == 32
+    assert options["dtype"] == "auto"  # the adapter kernels of a GPU take 16 bits
+    here = serve(*words[:-2]).stdout
+    assert "--dtype float32" in here
+    assert "On a GPU, whose adapter kernels take no float32: --dtype auto" in here
     assert options["lora-target-modules"] == ["down_proj", "q_proj"]
     assert len(options["lora-modules"]) == 4
     assert png.read_bytes().startswith(b"\x89PNG")
