@@ -203,10 +203,10 @@ def serve(folder: Path, pool: Pool, options: argparse.Namespace) -> None:
     base = ["--model", str(folder / "base"), "--served-model-name", "base", "--dtype", "float32"]
     merged = ["--model", str(folder / "merged"), "--served-model-name", "m", "--dtype", "float32"]
     ours = {name: folder / "ours" / name for name in pool.ranks}
-    planned = command_line(serve_options(pool, ours), [])
+    planned = command_line(serve_options(pool, ours, gpu=False), [])
     fitted_paths = {name: folder / "fitted" / name for name in pool.ranks}
     (fitted,) = plan_fleet(discover(folder / "fitted", folder / "base")).pools
-    small = command_line(serve_options(fitted, fitted_paths), [])
+    small = command_line(serve_options(fitted, fitted_paths, gpu=False), [])
     naive = sorted((folder / "naive").iterdir())
     step = next(s for s in STEPS if s >= START)
     variants: dict[str, tuple[list[str], list[str], int | None]] = {

@@ -41,7 +41,7 @@ def test_slots_and_dtype_are_those_of_the_class(plain: Path, tmp_path: Path) -> 
         t.nbytes for t in load_file(tmp_path / "base" / WEIGHTS).values()
     )
     assert other.base_bytes < one.base_bytes
-    dtypes = [serve_options(pool, {"run": run})["dtype"] for pool in pools]
+    dtypes = [serve_options(pool, {"run": run}, gpu=False)["dtype"] for pool in pools]
     assert dtypes == ["float16", "float16"]
 
 
@@ -63,7 +63,7 @@ def test_the_dtype_of_a_base_that_is_not_known(plain: Path, tmp_path: Path) -> N
     tensors = load_file(gptq_base(plain, tmp_path / "base", "4 bits")[0] / WEIGHTS)
     other = packed_base(plain, tmp_path / "other", tensors, {"quant_method": "exl9"})
     pool = Pool("base", open_base(other), "causal-lm", {})
-    assert serve_options(pool, {})["dtype"] == "float16"
+    assert serve_options(pool, {}, gpu=False)["dtype"] == "float16"
 
 
 def test_parts_in_several_files(plain: Path, tmp_path: Path) -> None:
