@@ -16,6 +16,7 @@ import transformers
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import save_file
 
+from converters.model.base import open_base
 from dora_serve import merge, read_run, write_onnx
 from dora_serve.onnxruntime.encoder import Encoder
 from dora_serve.onnxruntime.pipeline import POOLING, Pipeline, normalized
@@ -104,6 +105,28 @@ def vector(
 def of(encoder: Encoder, adapter: str | None) -> list[np.ndarray]:
     assert encoder.pipeline.normalized
     return [normalized(encoder.vector(each)) for each in encoder.run(ROWS, adapter)]
+
+
+def test_adapters_that_classify_leave_the_pipeline_behind(tmp_path: Path) -> None:
+    """It cuts what it embeds, and not what the classifier reads."""
+    base, _, _, _ = make("bert", tmp_path)
+    put(base / "sentence_bert_config.json", {"max_seq_length": 4})
+    cls = transformers.BertForSequenceClassification
+    config = LoraConfig(r=3, lora_alpha=12, target_modules=ATTENTION, task_type="SEQ_CLS")
+    live = get_peft_model(cls.from_pretrained(base), config)
+    randomize(live)
+    live.save_pretrained(tmp_path / "classes")
+    runs = {"classes": read_run(tmp_path / "classes")}
+    write_onnx(open_base(base), tmp_path / "onnx", adapters=runs)
+    assert not (tmp_path / "onnx" / "modules.json").exists()
+    encoder = Encoder(tmp_path / "onnx")
+    assert encoder.max_length == SIZES["max_position_embeddings"]
+    row = ROWS[0]
+    assert len(row) > 4
+    with torch.no_grad():
+        truth = live.eval()(input_ids=torch.tensor([row])).logits[0].numpy()
+    (found,) = encoder.run([row], "classes")
+    assert np.abs(found["logits"] - truth).max() < BOUND
 
 
 @pytest.mark.parametrize(

@@ -224,6 +224,8 @@ OF_CLASSIFIER: dict[str, Asked] = {
     "logits": pool(CLASSIFIER, "/classify", use_activation=False),
     "bare": pool(CLASSIFIER, "/classify", add_special_tokens=False),
     "truncated": pool(CLASSIFIER, "/classify", "good bad film good", truncate_prompt_tokens=3),
+    "of tokens": pool(CLASSIFIER, "/classify", [5, 6, 7]),
+    "of several lists of tokens": pool(CLASSIFIER, "/classify", [[5, 6, 7], [8]]),
     "of no text": pool(CLASSIFIER, "/classify", []),
     "too long": pool(CLASSIFIER, "/classify", "good " * 60),
     "pooled": pool(CLASSIFIER, "/pooling", task="classify"),

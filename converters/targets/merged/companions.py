@@ -58,20 +58,27 @@ class Companions:
             shutil.copyfile(path, folder / name)
 
 
-def companions(source: Path, run: Run | None = None, base: BaseModel | None = None) -> Companions:
+def companions(
+    source: Path,
+    run: Run | None = None,
+    base: BaseModel | None = None,
+    task: str | None = None,
+) -> Companions:
     """Tokenizer, generation configuration, pooling layers and the like of the model in `source`,
-    for `run` merged into `base`; weights and code stay behind.
+    for `run` merged into `base`, or for `task`; weights and code stay behind.
 
     A tokenizer that was saved with the run takes the place of the base's, and so does a pipeline.
-    A pipeline stays behind where the run is for another task than embeddings. Raises `BaseError`
+    A pipeline stays behind where they are for another task than embeddings. Raises `BaseError`
     for a model with code of its own, and for links out of a folder.
     """
     _refuse_code(source)
     files, left = {}, []
     saved = run.path if run is not None else None
     tokenizer = saved is not None and (saved / "tokenizer_config.json").is_file()
-    kinds = (None, "feature-extraction", None if base is None else task_of(base.config))
-    embeds = run is None or base is None or run.task in kinds
+    task = task if run is None else run.task
+    embeds = task in (None, "feature-extraction") or task == task_of(
+        read_json(source / "config.json") if base is None else base.config
+    )
     pipeline = saved if saved is not None and (saved / _MODULES).is_file() else source
     whole = _pipeline(pipeline) if (pipeline / _MODULES).is_file() else {}
     for path in sorted(source.iterdir()):
@@ -96,7 +103,7 @@ def companions(source: Path, run: Run | None = None, base: BaseModel | None = No
         files = {name: path for name, path in files.items() if not _of_pipeline(name)}
         left.append(
             f"{', '.join(sorted({name.partition('/')[0] for name in whole}))} stay behind: they "
-            "make embeddings, which the merged model is not for"
+            "make embeddings, which the model is not for"
         )
     kept = {name.partition("/")[0] for name in (*files, *whole)}
     left += list(_left_behind(source, kept))

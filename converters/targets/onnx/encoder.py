@@ -98,7 +98,7 @@ def build_adaptable_encoder(
             logits = graph.graph.outputs[0]
             logits.shape = ir.Shape([*OUTPUTS[task]["logits"][:-1], LABELS])
         writer.write(name, fused(graph), None if batched else part.check)
-    write_config(loaded, out, base.path)
+    write_config(loaded, out, base.path, task)
 
 
 def _unread(task: str) -> tuple[str, ...]:

@@ -63,20 +63,21 @@ def load_whole(path: Path, unread: tuple[str, ...] = ()) -> Any:
     return model
 
 
-def write_config(model: Any, out: Path, source: Path) -> None:
-    write_companions(out, source)
+def write_config(model: Any, out: Path, source: Path, task: str | None = None) -> None:
+    write_companions(out, source, task)
     model.config.architectures = [type(model).__name__]
     model.config.save_pretrained(out)
 
 
 @offline()
-def write_companions(out: Path, source: Path) -> None:
-    """Put what belongs to the model in `source` into `out`, its tokenizer as transformers' class
-    makes it of the files: these may have another form than `tokenizer.json`, leave out special
-    tokens, or say what the class does otherwise. Whoever runs a graph has no such class."""
+def write_companions(out: Path, source: Path, task: str | None = None) -> None:
+    """Put what belongs to the model in `source`, for `task`, into `out`, its tokenizer as
+    transformers' class makes it of the files: these may have another form than `tokenizer.json`,
+    leave out special tokens, or say what the class does otherwise. Whoever runs a graph has no such
+    class."""
     from transformers import AutoTokenizer
 
-    companions(source).copy(out)
+    companions(source, task=task).copy(out)
     if not any((source / name).is_file() for name in TOKENIZERS):
         return
     try:

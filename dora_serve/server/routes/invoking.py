@@ -47,8 +47,7 @@ def _answer(asked: Any, request: Request) -> Awaitable[Any]:
 
 
 def _classified(asked: EmbeddingRequest) -> ClassifyRequest:
-    """The request of the same texts for their classes. Raises for tokens, which `/classify` does
-    not take, and for what vectors alone have."""
+    """The request of the same texts for their classes. Raises for what vectors alone have."""
     try:
         return ClassifyRequest(**asked.model_dump(exclude_unset=True))
     except ValueError as error:

@@ -165,7 +165,7 @@ class Texts(Truncation):
 class ClassifyRequest(Texts):
     """`POST /classify`, as vLLM has it. `use_activation` false: the logits, not probabilities."""
 
-    input: str | Annotated[Several[str], Field(min_length=1)]
+    input: str | Annotated[Several[str] | Tokens | _SeveralTokens, Field(min_length=1)]
     use_activation: bool | None = None
 
     @property
