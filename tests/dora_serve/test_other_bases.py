@@ -135,11 +135,14 @@ def test_a_given_base_is_not_served_in_place_of_all_that_was_asked_for(
 ) -> None:
     """Nobody would look for the reason behind a server that runs, and no graph is made for it."""
     fleet, wide = too_wide
-    for words in ((), ("--engine", "vllm", "--dry-run")):
-        done = CliRunner().invoke(dora_serve, ["up", str(fleet), "--base", str(wide), *words])
+    asked = ["up", str(fleet), "--base", str(wide), "--dry-run", "--engine"]
+    for engine in ("onnxruntime", "vllm"):
+        done = CliRunner().invoke(dora_serve, [*asked, engine])
         assert done.exit_code == 1, done.output
         assert "served: run" in done.stderr or "left out: run" in done.stderr
         assert "nothing here can be served" in done.stderr
+    offer = make_offer(fleet, str(wide), False, print)
+    assert not offer.models and "run" in offer.problems
     assert not list(own_cache.rglob("*.onnx"))
     assert make_offer(wide, str(wide), True, print).models  # the base is what is asked for
 
