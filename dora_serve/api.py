@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,7 @@ from converters.run import Run
 from converters.targets.publish import Artifact, Bar, publish
 from converters.targets.target import target_named
 
-from .folder.pairing import told
+from .folder.pairing import naming, told
 
 
 def find_base(run: Run, base: str | Path | None) -> BaseModel:
@@ -79,7 +80,8 @@ def export(
         model = find_base(run, base) if wanted else None
     if base is not None and model is not None:
         run = told(run, model)
-    plan = known.plan(prepare(run, model, **limit), model, chosen_options)
+    with naming(run, model) if model is not None else nullcontext():
+        plan = known.plan(prepare(run, model, **limit), model, chosen_options)
     prove = None
     if target == "onnx" and model is not None:
         prove = partial(_accuracy, base=model, run=plan.run, adapters={})

@@ -65,8 +65,9 @@ def timed(kind: str, text: str, nbytes: int) -> Iterator[None]:
         with tqdm(bar_format="{desc}", leave=False) as line:
             while not done.wait(0.5):
                 taken = time.monotonic() - begun
-                left = f"about {max(1, expected - taken):.0f} s left"
-                line.set_description_str(f"{text}: {taken:.0f} s, {left}")
+                left = expected - taken
+                told = f", about {left:.0f} s left" if left >= 1 else ""  # longer than the last
+                line.set_description_str(f"{text}: {taken:.0f} s{told}")
 
     watcher = threading.Thread(target=tell, daemon=True)
     if _is_watched():

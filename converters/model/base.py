@@ -13,7 +13,7 @@ import torch
 from blake3 import blake3
 
 from ..errors import BaseError, MissingError
-from ..files.handles import check_there, reading, there
+from ..files.handles import reading, there
 from ..files.hashes import TensorHashes
 from ..files.tensors import (
     LazyTensor,
@@ -213,8 +213,13 @@ def open_base(folder_or_id: str | Path) -> BaseModel:
     if not name:
         raise MissingError("the base model's name is empty")
     folder = Path(name)
-    if folder.is_absolute() or name.startswith((".", "~")):  # no hub id begins so
-        check_there(folder)
+    own = folder.is_absolute() or name.startswith((".", "~"))  # no hub id begins so
+    if own and not there(folder):
+        raise MissingError(
+            "no such base model: there is no such path",
+            file=folder,
+            remedy="give the folder that from_pretrained would take",
+        )
     if not there(folder) or not folder.is_dir():
         folder = _cached_snapshot(name)
     with reading(folder, BaseError):

@@ -105,7 +105,10 @@ class RunFolder:
         files = self.adapter_files
         if not files:
             raise MissingError(
-                "the adapter has no weights", file=self.path, expected=" or ".join(WEIGHT_FILES)
+                "the adapter has no weights",
+                file=self.path,
+                expected=" or ".join(WEIGHT_FILES),
+                remedy="copy that file into the folder too, or let training save the adapter again",
             )
         shards = re.fullmatch(r".*-of-0*(\d+)\.safetensors", files[0].name)
         if shards and len(files) != int(shards[1]):

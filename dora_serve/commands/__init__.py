@@ -142,7 +142,8 @@ def dora_export() -> None:
     verbs=_SERVE_VERBS,
     context_settings={"help_option_names": ["-h", "--help"]},
     epilog="DIR holds base models, runs and adapters, at any depth. "
-    "Exit codes: 0 done, 1 refused or failed, 2 wrong usage, 130 stopped by Ctrl-C.",
+    "Exit codes: 0 done, also of a server that was told to end, by Ctrl-C too; 1 refused or "
+    "failed, 2 wrong usage, 130 stopped by Ctrl-C before it served.",
     name="dora-serve",
 )
 @click.version_option(version("dora-serve"), prog_name="dora-serve")

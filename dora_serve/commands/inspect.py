@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import shutil
+import sys
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
@@ -81,7 +83,8 @@ def command(
     for name, value in {**facts, **info["targets"]}.items():
         click.echo(f"{name:<11} {visible(value)}")
     click.echo()
-    click.echo(terminal_map(info["ranks"], largest))
+    columns = shutil.get_terminal_size().columns if sys.stdout.isatty() else None
+    click.echo(terminal_map(info["ranks"], largest, columns))
     if curve:
         click.echo()
         click.echo(f"{'--budget':>12} {'float32':>10} {'mean rank':>10} {'error':>9}")

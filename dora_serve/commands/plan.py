@@ -36,6 +36,8 @@ def command(
 ) -> None:
     """Say how vLLM should serve all runs and adapters in DIR: the smallest maximal rank, memory a
     slot and how much of it is padding, and the command line.
+
+    What vLLM cannot serve is left out, with the reason; exit code 1 when nothing is left.
     """
     from dora_serve.folder.inventory import discover
     from dora_serve.rankmap.output import check_apart, check_output_file, write_file

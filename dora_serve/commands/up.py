@@ -111,7 +111,8 @@ def command(
     """Serve everything in DIR: base models, training runs and adapters, each by its name.
 
     What has to be converted is converted once and kept in the cache ($DORA_SERVE_CACHE, else the
-    user's cache folder). With --engine vllm what follows `--` goes to `vllm serve` untouched.
+    user's cache folder). What cannot be served is told and left out. With --engine vllm what
+    follows `--` goes to `vllm serve` untouched.
     """
     _check(engine, more)
     if api_key == "":  # of a variable that is not set: everybody would have it

@@ -17,7 +17,7 @@ from converters.readers.run_folder import CONFIG_FILE, WEIGHT_FILES
 from converters.run import Run
 
 from .names import name_elsewhere, names_below, not_a_name, own_name
-from .pairing import base_of, check_fits, is_named, told
+from .pairing import base_of, check_fits, is_named, naming, told
 from .templates import unused_template
 
 _MARKS = (CONFIG_FILE, *WEIGHT_FILES, "config.json", MODEL, ENCODER)
@@ -76,7 +76,8 @@ class Found:
 
 def discover(root: Path, base: str | Path | None = None) -> Found:
     """Look through `root`. `base`: the base of every member; None finds each one's own, among the
-    bases in `root` and, by the hub id a run names, in the local cache.
+    bases in `root` and, by the hub id a run names, in the local cache. Where nothing of `root` can
+    be served, that base is not served in its place.
 
     Raises `MissingError` when there is no such folder, and what `open_base` raises for `base`.
     """
@@ -109,6 +110,8 @@ def discover(root: Path, base: str | Path | None = None) -> Found:
             member = read_member(names[path], path, here, given)
             members[member.name] = replace(member, base=known(member.base))
     onnx = {names[path]: path for path, kind in paths.items() if kind == "onnx"}
+    if problems and not (members or onnx or here):
+        return Found(problems=problems)
     found = Found(bases, members, onnx, problems)
     return found if given is None else replace(found, given=found.name_of(given))
 
@@ -133,7 +136,8 @@ def read_member(
             raise
         run = beside
     base = given or base_of(run, bases)
-    check_fits(run, base)
+    with naming(run, base):
+        check_fits(run, base)
     if given is not None:
         run = told(run, given)
     if (unused := unused_template(run, base)) is not None:

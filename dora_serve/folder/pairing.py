@@ -6,8 +6,8 @@ A run that names a base is never paired with another one, unless the user says s
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
-from contextlib import suppress
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
 
@@ -97,6 +97,18 @@ def told(run: Run, base: BaseModel) -> Run:
     else:
         warning += "; that is quantized: as in training, nothing here tells"
     return replace(run, warnings=tuple(dict.fromkeys((*run.warnings, warning))))
+
+
+@contextmanager
+def naming(run: Run, base: BaseModel) -> Iterator[None]:
+    """Let a `BaseError` raised within point to the base that `run` names, where that is another
+    one than `base`, which the user gave."""
+    try:
+        yield
+    except BaseError as error:
+        if run.base is not None and not is_named(run.base, base):
+            error.remedy = f"the run names {run.base} as its base: pass that one with `base`"
+        raise
 
 
 def _quantized_named(run: Run, base: BaseModel) -> str:

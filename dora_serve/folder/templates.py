@@ -30,6 +30,14 @@ def chat_template(folder: Path) -> str | None:
     return text if isinstance(text, str) and text else None
 
 
+def has_template(folder: Path) -> bool:
+    """Whether a chat is a prompt for the model in `folder`, as far as its files' names tell."""
+    try:
+        return chat_template(folder) is not None
+    except DoraExportError:
+        return True  # which tells whoever asks for a chat
+
+
 def read_template(file: Path) -> str:
     """Raises `TensorFileError` when it is no file of text, or longer than 1 MB."""
     if check_file(file) > _LONGEST:

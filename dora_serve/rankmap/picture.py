@@ -57,20 +57,24 @@ def _cell(rank: int, largest: int) -> str:
     return click.style(text, bg=color, fg=255 if color == TERMINAL[-1] else 16)
 
 
-def terminal_map(ranks: Mapping[str, int], largest: int) -> str:
-    """The heatmap as coloured text; click takes the colours out where none can be shown."""
+def terminal_map(ranks: Mapping[str, int], largest: int, columns: int | None = None) -> str:
+    """The heatmap as coloured text; click takes the colours out where none can be shown. Layers
+    beyond the `columns` of a terminal go on below."""
     lines = []
     for stack, kinds in rank_grid(ranks).items():
         layers = sorted({layer for row in kinds.values() for layer in row})
         width = max(len(visible(kind)) for kind in kinds)
+        most = len(layers) if columns is None else max(1, (columns - width - 3) // 4)
         lines.append(click.style(visible(stack) or "outside of layers", bold=True))
-        if stack:
-            lines.append(f"  {'layer':<{width}} " + "".join(f"{layer:>4}" for layer in layers))
-        for kind, row in kinds.items():
-            cells = "".join(
-                _cell(row[layer], largest) if layer in row else " " * 4 for layer in layers
-            )
-            lines.append(f"  {visible(kind):<{width}} {cells}")
+        for start in range(0, len(layers), most):
+            part = layers[start : start + most]
+            if stack:
+                lines.append(f"  {'layer':<{width}} " + "".join(f"{layer:>4}" for layer in part))
+            for kind, row in kinds.items():
+                cells = "".join(
+                    _cell(row[layer], largest) if layer in row else " " * 4 for layer in part
+                )
+                lines.append(f"  {visible(kind):<{width}} {cells}")
     last = len(TERMINAL) - 1
     steps = sorted({-(-largest * step // last) for step in range(last + 1)})  # the first of each
     lines.append(f"scale of ranks {''.join(_cell(step, largest) for step in steps)}")

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from converters.errors import DoraExportError, apart
+from converters.errors import apart
 from dora_serve.onnxruntime.continuous import ContinuousDecoder
 from dora_serve.onnxruntime.decoder_graph import DecoderGraph
 from dora_serve.onnxruntime.encoder import STATES, Encoder
@@ -17,7 +17,7 @@ from dora_serve.onnxruntime.seq2seq_queue import Seq2SeqQueue
 from dora_serve.onnxruntime.transcriber import Transcriber, hears
 from dora_serve.onnxruntime.transcriber_queue import TranscriberQueue
 
-from ..folder.templates import chat_template
+from ..folder.templates import has_template
 from .options import ServerOptions
 from .prepare.offer import DECODES, TRANSLATES, Graph, Offer, OfferedModel
 from .tokenizing import Texts
@@ -64,7 +64,7 @@ class Registry:
         self._chats = {
             folder
             for folder, graph in self.graphs.items()
-            if graph.task == DECODES and (options.chat_template or _has_template(folder))
+            if graph.task == DECODES and (options.chat_template or has_template(Path(folder)))
         }
         self._models: dict[str, Served] = {}
         for model in offer.models:
@@ -157,13 +157,6 @@ def _defaults(graph: Graph, options: ServerOptions) -> Defaults:
     if graph.task not in (DECODES, TRANSLATES):
         return Defaults()
     return read_defaults(Path(graph.folder), options.generation_config)
-
-
-def _has_template(folder: str) -> bool:
-    try:
-        return chat_template(Path(folder)) is not None
-    except DoraExportError:
-        return True  # which tells whoever asks for a chat
 
 
 def _open(graph: Graph, options: ServerOptions, ends: frozenset[int] | None) -> Engine:

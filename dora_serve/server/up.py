@@ -17,6 +17,7 @@ from typing import NoReturn
 from converters.errors import MissingError, visible
 
 from ..extras import require
+from ..folder.templates import has_template
 from ..wording import alike, quoted
 from .options import ServerOptions
 from .prepare.offer import ANSWERS, DECODES, HEARS, TRANSLATES, Offer, OfferedModel
@@ -30,8 +31,9 @@ _PATHS = {
     "token-classification": "/pooling",
     "feature-extraction": "/v1/embeddings",
 }
+_CHATS = "/v1/chat/completions"
 _EXAMPLES: dict[str, dict[str, object]] = {
-    DECODES: {"prompt": "count : nine", "max_tokens": 16, "temperature": 0},
+    DECODES: {"prompt": "Hello", "max_tokens": 16, "temperature": 0},
     TRANSLATES: {"prompt": "a long text", "max_tokens": 16, "temperature": 0},
     ANSWERS: {"question": "what is good?", "context": "a good film"},
     "sequence-classification": {"input": "a good film"},
@@ -85,7 +87,7 @@ def up(
             else "put a base model into the folder, and runs or adapters beside it",
         )
     url = f"http://{f'[{host}]' if ':' in host else host}:{port}"
-    print(table(offer, url, api_key is not None), flush=True)
+    print(table(offer, url, api_key is not None, options.chat_template is not None), flush=True)
     if registry is None:
         return 0
     if api_key is None and not is_loopback(host):
@@ -123,32 +125,51 @@ def _tell(problems: Mapping[str, str]) -> None:
         print("\n    ".join((f"not served: {names}", *lines)), file=sys.stderr)
 
 
-def table(offer: Offer, url: str, key: bool) -> str:
-    """What is served where, for a person, and a command to try it."""
-    width = max(len(visible(model.name)) for model in offer.models)
+def table(offer: Offer, url: str, key: bool, chats: bool = False) -> str:
+    """What is served where, for a person, and a command to try it. `key`: clients must send one;
+    `chats`: every decoder has a chat template, whatever lies beside it."""
+    bases = {graph.folder: graph.path for graph in offer.graphs}
+    # Of what was not made yet, the base's folder has the files that will be beside the graph.
+    folders = {f: f if path is None or Path(f).is_dir() else path for f, path in bases.items()}
+    where = {each.name: _path(each, Path(folders[each.folder]), chats) for each in offer.models}
+    width = max(len(visible(name)) for name in where)
+    broad = max(map(len, where.values()))
     lines = [f"{url}  (a page to look and try; details: /dora/models; API: /openapi.json)", ""]
     for model in offer.models:
         method = "" if model.method is None else f", {model.method}"
         of = "" if model.base is None else f" of {model.base}"
         name = f"{visible(model.name):<{width}}"
-        path = _PATHS[_task(model)]
-        lines.append(f"  {name}  {path:<15}  {model.kind}" + visible(of + method))
+        lines.append(f"  {name}  {where[model.name]:<{broad}}  {model.kind}" + visible(of + method))
+    if offer.problems:
+        lines.append(f"  {len(offer.models)} served, {len(offer.problems)} not: see above")
     last = offer.models[-1]
+    path = where[last.name]
     header = ' -H "Authorization: Bearer $DORA_SERVE_API_KEY"' if key else ""
-    command = f"curl {url}{_PATHS[_task(last)]}{header} "
-    if _task(last) == HEARS:
+    command = f"curl {url}{path}{header} "
+    if path == _PATHS[HEARS]:
         command += f"-F file=@speech.wav -F {quoted(f'model={last.name}')}"
     else:
-        body = json.dumps({"model": last.name, **_example(last)})
+        body = json.dumps({"model": last.name, **_example(last, path, Path(folders[last.folder]))})
         command += f"-H 'Content-Type: application/json' -d {quoted(body)}"
     return "\n".join([*lines, "", command, ""])
 
 
-def _example(model: OfferedModel) -> dict[str, object]:
+def _path(model: OfferedModel, folder: Path, chats: bool) -> str:
+    """Where it is asked first."""
+    read = (folder / "tokenizer.json").exists()
+    if model.task == DECODES and read and (chats or has_template(folder)):
+        return _CHATS
+    return _PATHS[_task(model)]
+
+
+def _example(model: OfferedModel, path: str, folder: Path) -> dict[str, object]:
     """Of token ids where they may stand for a text, and no tokenizer lies that would read one."""
     example = _EXAMPLES[model.task]
+    if path == _CHATS:
+        rest = {name: value for name, value in example.items() if name != "prompt"}
+        return {"messages": [{"role": "user", "content": example["prompt"]}], **rest}
     named = {DECODES: "prompt", TRANSLATES: "prompt", "feature-extraction": "input"}.get(model.task)
-    if named is None or (Path(model.folder) / "tokenizer.json").exists():
+    if named is None or (folder / "tokenizer.json").exists():
         return example
     return {**example, named: [1, 2, 3]}
 

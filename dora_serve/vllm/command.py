@@ -14,6 +14,8 @@ from converters.errors import MissingError
 from ..wording import quoted
 from .fleet import POOLED, Pool
 
+_WIDTH = 76  # columns of a line, with the blank and backslash behind it below those of a terminal
+
 Options = dict[str, str | int | bool | list[str]]
 
 
@@ -90,12 +92,17 @@ def command_line(
 
 
 def shell(words: Sequence[str]) -> str:
-    """The command for pasting, an option a line."""
-    text = ""
+    """The command for pasting, an option a line, and of many values as many as a line takes."""
+    lines = [""]
     for word in words:
-        text += " \\\n  " * word.startswith("--") or " "
-        text += quoted(word)
-    return text.strip()
+        shown = quoted(word)
+        if word.startswith("--"):
+            lines.append(f"  {shown}")
+        elif len(lines) > 1 and len(lines[-1]) + len(shown) > _WIDTH:
+            lines.append(f"    {shown}")
+        else:
+            lines[-1] += f" {shown}"
+    return " \\\n".join(lines).strip()
 
 
 def yaml_file(options: Options) -> str:

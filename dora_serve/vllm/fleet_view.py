@@ -75,6 +75,12 @@ def table(fleet: Fleet) -> Iterator[str]:
     for names, (first, *rest) in alike(fleet.problems):
         yield click.style(f"left out: {names}", fg="yellow") + f": {first}"
         yield from rest
+    if fleet.problems:
+        planned = sum(len(pool.ranks) for pool in fleet.pools)
+        yield (
+            f"{planned} {'adapter' if planned == 1 else 'adapters'} planned, "
+            f"{len(fleet.problems)} left out"
+        )
 
 
 def _settings(pool: Pool) -> Iterator[str]:
@@ -91,19 +97,22 @@ def _settings(pool: Pool) -> Iterator[str]:
     )
     if pool.slot and pool.naive_slot > 1.05 * pool.slot:
         naive = step_for(pool.start_rank)
+        began = f"for the ranks that training began with (--max-lora-rank {naive}), "
         yield (
-            f"  at the start rank {pool.start_rank} (--max-lora-rank {naive}) on all modules: "
+            f"  {began if naive > pool.max_lora_rank else ''}without --lora-target-modules: "
             f"{size(pool.naive_slot)} a slot, {pool.naive_slot / pool.slot:.1f} times as much"
         )
     if not pool.fits:
         yield click.style("  does not fit into the memory given", fg="red")
     if pool.forced:
         names = some(f"{visible(each.name)} (rank {each.rank})" for each in pool.forced)
-        forces = "alone forces" if len(pool.forced) == 1 else "force"
+        needs = "needs" if len(pool.forced) == 1 else "need"
         errors = sorted({percent(f(each.error for each in pool.forced)) for f in (min, max)})
+        below = pool.forced[0].step
+        yield f"  only {names} {needs} --max-lora-rank {pool.max_lora_rank}: fitted to rank {below}"
         yield (
-            f"  {names} {forces} this step: fitted to {pool.forced[0].step} an update is off by "
-            f"{' to '.join(errors)} (--max-rank)"
+            f"    (dora-export adapter RUN OUT --max-rank {below}) an update is off by "
+            f"{' to '.join(errors)}"
         )
     if pool.split:
         steps = "; ".join(f"{step}: {', '.join(names)}" for step, names in pool.split.items())

@@ -15,6 +15,7 @@ from dora_serve.commands import dora_export, dora_serve
 from dora_serve.folder.inventory import discover
 from dora_serve.server.prepare.make import make_offer
 from dora_serve.vllm.fleet import plan_fleet
+from tests.conftest import tiny_llama
 
 
 @pytest.fixture(autouse=True)
@@ -104,3 +105,50 @@ def test_a_base_that_is_not_served_is_listed_with_its_reason(
     offer = make_offer(of_another, None, True, print)
     named = {model.name for model in offer.models} | offer.problems.keys()
     assert named == {"mine", "second", "third", "masks"}
+
+
+@pytest.fixture
+def too_wide(llama_lora: Path, tmp_path: Path) -> tuple[Path, Path]:
+    """A folder with an adapter, and a base that is too wide for it and not the one it names."""
+    shutil.copytree(llama_lora, tmp_path / "fleet" / "run")
+    tiny_llama(hidden_size=64).save_pretrained(tmp_path / "wide")
+    return tmp_path / "fleet", tmp_path / "wide"
+
+
+def test_a_base_that_does_not_fit_is_told_with_the_one_that_is_named(
+    too_wide: tuple[Path, Path], llama_base: Path, tmp_path: Path
+) -> None:
+    """Whatever finds it out."""
+    fleet, wide = too_wide
+    says = f"the run names {llama_base} as its base: pass that one with --base"
+    for command, *words in (
+        (dora_export, "merge", fleet / "run", tmp_path / "out"),
+        (dora_export, "adapter", fleet / "run", tmp_path / "out", "--target", "vllm"),
+        (dora_serve, "plan", fleet),
+    ):
+        done = CliRunner().invoke(command, [*map(str, words), "--base", str(wide)])
+        assert done.exit_code == 1 and says in done.output, done.output
+
+
+def test_a_given_base_is_not_served_in_place_of_all_that_was_asked_for(
+    too_wide: tuple[Path, Path], own_cache: Path
+) -> None:
+    """Nobody would look for the reason behind a server that runs, and no graph is made for it."""
+    fleet, wide = too_wide
+    asked = ["up", str(fleet), "--base", str(wide), "--dry-run", "--engine"]
+    for engine in ("onnxruntime", "vllm"):
+        done = CliRunner().invoke(dora_serve, [*asked, engine])
+        assert done.exit_code == 1, done.output
+        assert "served: run" in done.stderr or "left out: run" in done.stderr
+        assert "nothing here can be served" in done.stderr
+    offer = make_offer(fleet, str(wide), False, print)
+    assert not offer.models and "run" in offer.problems
+    assert not list(own_cache.rglob("*.onnx"))
+    assert make_offer(wide, str(wide), True, print).models  # the base is what is asked for
+
+
+def test_a_base_that_is_not_there(too_wide: tuple[Path, Path], tmp_path: Path) -> None:
+    gone = str(tmp_path / "gone")
+    done = CliRunner().invoke(dora_serve, ["plan", str(too_wide[0]), "--base", gone])
+    assert done.exit_code == 1
+    assert "no such base model: there is no such path" in done.stderr and gone in done.stderr

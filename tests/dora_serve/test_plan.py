@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import json
 import os
+import re
+import shlex
 import shutil
 import subprocess
 import warnings
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +23,7 @@ from transformers import LlamaForCausalLM
 from converters.model.base import open_base
 from dora_serve.commands import dora_serve
 from dora_serve.folder.inventory import discover
-from dora_serve.vllm.fleet import plan_fleet, step_for
+from dora_serve.vllm.fleet import Fleet, plan_fleet, step_for
 from dora_serve.vllm.fleet_view import cells, save_png, table
 from tests.conftest import MODELS, randomize
 from tests.processes import commands
@@ -71,6 +74,8 @@ def test_the_smallest_slots(fleet_folder: Path, llama_base: Path) -> None:
     (forced,) = pool.forced
     assert (forced.name, forced.rank, forced.step) == ("high", 20, 16)
     assert 0 < forced.error < 1e-2
+    began = "  for the ranks that training began with (--max-lora-rank 128), without --lora-t"
+    assert began in "\n".join(table(Fleet([replace(pool, start_rank=100)])))
 
 
 def test_memory_bounds_the_slots(fleet_folder: Path, llama_base: Path) -> None:
@@ -110,7 +115,11 @@ def test_the_command_line(fleet_folder: Path, llama_base: Path, tmp_path: Path) 
     done = serve(*words, "--yaml", found, "--png", png)
     assert done.returncode == 0, done.stderr
     assert "--max-lora-rank 32" in done.stdout
-    assert "fitted to 16" in done.stdout
+    assert "only high (rank 20) needs --max-lora-rank 32: fitted to rank 16" in done.stdout
+    assert "dora-export adapter RUN OUT --max-rank 16" in done.stdout
+    # Nobody who trained plain LoRA knows a start rank.
+    assert "  without --lora-target-modules: " in done.stdout and "began" not in done.stdout
+    assert "left out" not in done.stdout
     options: dict[str, Any] = yaml.safe_load(found.read_text())
     assert options["max-lora-rank"] == 32
     assert options["dtype"] == "auto"  # the adapter kernels of a GPU take 16 bits
@@ -137,6 +146,23 @@ def test_pools_by_base_and_what_cannot_be_an_adapter() -> None:
     (pool,) = (p for p in plan["pools"] if p["base"].endswith("tiny-llama-base"))
     assert set(pool["adapters"]) == {"Tiny_Llama--Count_Down--1", "Tiny_Llama--Every_Second--1"}
     assert pool["max_lora_rank"] == 16
+    assert "\n2 adapters planned, 3 left out\n" in serve("plan", MODELS).stdout
+
+
+def test_the_command_for_pasting_fits_a_terminal(
+    fleet_folder: Path, llama_base: Path, tmp_path: Path
+) -> None:
+    """Many adapters are no line of a thousand signs, and a shell reads the same words."""
+    for count in range(20):
+        shutil.copytree(fleet_folder / "low", tmp_path / f"customer-{count:02}")
+    asked = ("plan", tmp_path, "--base", llama_base)
+    (words,) = json.loads(serve(*asked, "--json").stdout)["commands"]
+    text = serve(*asked).stdout
+    (command,) = re.findall(r"^vllm serve (?:.*\\\n)*.*", text, re.MULTILINE)
+    assert shlex.split(command.replace("\\\n", "")) == words
+    modules = command[command.index("--lora-modules") :].splitlines()
+    longest = max(len(word) for word in words)
+    assert len(modules) > 5 and max(map(len, modules)) <= max(80, longest + 8)
 
 
 def test_nothing_to_plan_is_a_failure(llama_lora: Path, tmp_path: Path) -> None:

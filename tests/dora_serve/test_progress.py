@@ -57,6 +57,16 @@ def test_work_that_cannot_tell_how_far_it_is(tmp_path: Path) -> None:
     assert json.loads((tmp_path / "cache" / "pace" / "made").read_text()) >= 0
 
 
+def test_work_that_takes_longer_than_the_last_promises_nothing(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(progress, "_START", 1.7)
+    with redirect_stderr(Terminal()) as shown, progress.timed("made", "making it", 1):
+        time.sleep(2.3)
+    assert "making it: 1 s, about 1 s left" in shown.getvalue()
+    assert re.search(r"making it: 2 s *\r", shown.getvalue())
+
+
 def test_nothing_where_no_terminal_is() -> None:
     with (
         redirect_stderr(io.StringIO()) as shown,

@@ -8,6 +8,7 @@ import resource
 from collections.abc import Callable
 from pathlib import Path
 
+import click
 import pytest
 from click.testing import CliRunner
 
@@ -96,6 +97,19 @@ def test_all_pictures_have_the_colours_of_the_page() -> None:
     assert f"48;5;{palette.TERMINAL[-1]}m  12" in shown
     assert f"48;5;{palette.TERMINAL[0]}m   1" in shown
     assert shown.splitlines()[-1].startswith("scale of ranks")
+
+
+def test_thirty_layers_go_on_below_where_the_terminal_ends() -> None:
+    ranks = {f"m.{layer}.self_attn.q_proj": layer for layer in range(30)}
+    whole = click.unstyle(terminal_map(ranks, 30)).splitlines()
+    folded = click.unstyle(terminal_map(ranks, 30, 80)).splitlines()
+    assert len(whole) == 4 and len(folded) == 6
+    assert max(map(len, folded)) <= 80 < max(map(len, whole))
+    for row, name in ((1, "layer"), (2, "self_attn.q_proj")):
+        rows = [words[1:] for words in map(str.split, folded) if words[0] == name]
+        told = [number for numbers in rows for number in numbers]
+        assert told == whole[row].split()[1:] == [*map(str, range(30))]
+    assert len(click.unstyle(terminal_map(ranks, 30, 1)).splitlines()) == 62  # one at a time
 
 
 def test_what_is_written_is_told(tmp_path: Path) -> None:

@@ -72,9 +72,10 @@ def test_clients_that_neither_read_nor_send(ending: Server) -> None:
     assert "Traceback" not in ending.log.read_text()
 
 
-def test_sigterm_while_its_processes_begin(ending: Server) -> None:
-    """It serves before they do."""
-    ending.process.send_signal(signal.SIGTERM)
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_stopped_while_its_processes_begin(ending: Server, number: signal.Signals) -> None:
+    """It serves before they do, and that it ends when it is told to is no failure."""
+    ending.process.send_signal(number)
     assert ending.process.wait(END) == 0
     log = ending.log.read_text()
     assert "Application shutdown complete" in log and "Traceback" not in log

@@ -24,6 +24,7 @@ from converters.files.tensors import numel
 from converters.model.base import open_base
 from dora_serve import read_run, write_onnx
 from dora_serve.onnxruntime.decoder import Decoder
+from dora_serve.server.options import ServerOptions
 from dora_serve.server.prepare import precision
 from dora_serve.server.prepare.child import make_offer
 from dora_serve.server.prepare.make import make_offer as make
@@ -207,3 +208,26 @@ def test_the_command_to_try_it_works_without_a_tokenizer(task: str, tmp_path: Pa
         done = run(["bash", "-c", f"{told} --fail-with-body"], capture_output=True, text=True)
     assert done.returncode == 0, done.stdout
     assert json.loads(done.stdout)["usage"]["prompt_tokens"] == 3
+
+
+@pytest.mark.parametrize("given", [False, True], ids=["own", "given"])
+def test_a_model_that_chats_is_shown_with_a_chat(given: bool, tmp_path: Path) -> None:
+    """The command that is printed is answered, and the dry run prints the same one."""
+    models, template = tmp_path / "models", tmp_path / "chat.jinja"
+    shutil.copytree(MODELS / BASE, models / BASE)
+    (models / "broken").mkdir()
+    (models / "broken" / "adapter_config.json").write_text("{")
+    place = template if given else models / BASE / "chat_template.jinja"
+    place.write_text("{% for m in messages %}{{ m.content }}{% endfor %}")
+    options = ServerOptions(chat_template=str(template) if given else None)
+    with started(models, tmp_path, None, options) as running:
+        offer = make_offer(models, None, dry=True)
+        told = table(offer, running.url, False, chats=given).strip().splitlines()
+        done = run(["bash", "-c", f"{told[-1]} --fail-with-body"], capture_output=True, text=True)
+    assert f"  {BASE}  /v1/chat/completions  base" in told
+    assert "  1 served, 1 not: see above" in told
+    assert done.returncode == 0, done.stdout
+    assert json.loads(done.stdout)["object"] == "chat.completion"
+    plain = table(make_offer(MODELS / BASE, None, dry=True), running.url, False)
+    assert "/v1/completions" in plain and "not: see above" not in plain
+    assert '"prompt": "Hello"' in plain  # in no words of another model's training
