@@ -137,7 +137,7 @@ def table(offer: Offer, url: str, key: bool) -> str:
     header = ' -H "Authorization: Bearer $DORA_SERVE_API_KEY"' if key else ""
     command = f"curl {url}{_PATHS[_task(last)]}{header} "
     if _task(last) == HEARS:
-        command += f"-F file=@speech.wav -F {quoted(f'model={last.name}')}"
+        command += f"-F file=@speech.wav --form-string {quoted(f'model={last.name}')}"
     else:
         body = json.dumps({"model": last.name, **_example(last)})
         command += f"-H 'Content-Type: application/json' -d {quoted(body)}"
