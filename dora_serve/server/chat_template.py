@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping, Sequence
 from datetime import datetime
 from functools import cached_property
+from itertools import count
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -138,20 +140,20 @@ def _as_one(turn: Message) -> Message:
 def _takes_parts(template: Template, named: Mapping[str, Any], turns: Turns, role: str) -> bool:
     """Whether every part of the contents of `role` comes out, and not as JSON or as Python, which
     writes a mark of its own for these letters."""
-    marks: list[str] = []
+    marks = count()
     marked: Turns = []
     for turn in turns:
         if isinstance(turn["content"], str) or turn["role"] != role:
             marked.append(_as_one(turn))
             continue
-        own = [f"\ue000{n}\ue001" for n in range(len(marks), len(marks) + len(turn["content"]))]
-        marks += own
-        marked.append({**turn, "content": [{"type": "text", "text": mark} for mark in own]})
+        own = [{"type": "text", "text": f"\ue000{next(marks)}\ue001"} for _ in turn["content"]]
+        marked.append({**turn, "content": own})
     try:
         text = template.render({**named, "messages": marked})
     except Exception:
         return False
-    return all(mark in text and f'"{mark}"' not in text for mark in marks)
+    found = set(re.findall('(?<!")\ue000([0-9]+)\ue001(?!")', text))
+    return len(found) == next(marks)
 
 
 def _of_systems(turns: Turns) -> Turns:
