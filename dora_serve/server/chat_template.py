@@ -104,8 +104,7 @@ class ChatTemplate:
         turns = [_read(message) for message in messages]
         if not any(f"{quote}developer{quote}" in self._texts[name] for quote in "'\""):
             turns = _of_systems(turns)
-        if continued:
-            turns[-1] = {**turns[-1], "content": _with_end(turns[-1]["content"])}
+        begun, turns[-1] = _with_end(turns[-1]) if continued else ("", turns[-1])
         named = {
             **self._special_tokens,
             "tools": None,
@@ -118,7 +117,7 @@ class ChatTemplate:
             text = template.render({**named, "messages": _joined(template, named, turns)})
         except Exception as error:  # a template is a program of whoever made the model
             raise ApiError(f"the chat template: {error}", param="messages") from None
-        return _until_end(text) if continued else text
+        return _until_end(text, begun) if continued else text
 
 
 def _joined(template: Template, named: Mapping[str, Any], turns: Turns) -> Turns:
@@ -167,10 +166,13 @@ def _of_systems(turns: Turns) -> Turns:
     return [{"role": "system", "content": content}, *others]
 
 
-def _with_end(content: Any) -> Any:
+def _with_end(turn: Message) -> tuple[str, Message]:
+    """The text at the end of a turn, and the turn with `_END` behind it."""
+    content = turn["content"]
     if isinstance(content, str):
-        return content + _END
-    return [*content[:-1], {**content[-1], "text": content[-1]["text"] + _END}]
+        return content, {**turn, "content": content + _END}
+    text = content[-1]["text"]
+    return text, {**turn, "content": [*content[:-1], {**content[-1], "text": text + _END}]}
 
 
 def _read(message: Message) -> Message:
@@ -190,11 +192,11 @@ def _arguments(function: Mapping[str, Any]) -> Any:
         return given
 
 
-def _until_end(text: str) -> str:
+def _until_end(text: str, begun: str) -> str:
     """The text before `_END`, as transformers cuts it: a template that strips messages has stripped
-    what was to be continued too."""
+    what was to be continued too. One that leaves out more of what was `begun` is refused."""
     before, found, behind = text.rpartition(_END.strip())
-    if not found:
+    if not found or begun.strip() not in text:
         raise ApiError("the chat template leaves out the message to continue", param="messages")
     return before if behind.startswith(" ") else before.rstrip()
 

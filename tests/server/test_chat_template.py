@@ -130,6 +130,18 @@ def test_parts_stay_apart_where_each_is_written(continued: bool, base: Folder) -
     assert ChatTemplate(folder).render(turns, False, continued=continued) == expected
 
 
+def test_what_a_template_cuts_is_not_continued(base: Folder) -> None:
+    folder = base(EACH + "{{ m.content.split('</think>')[-1] }}{% endfor %}")
+    turns = [{"role": "assistant", "content": "<think>a</think>b"}]
+    with pytest.raises(ValueError, match="does not appear in the chat"):
+        AutoTokenizer.from_pretrained(folder).apply_chat_template(
+            turns, tokenize=False, continue_final_message=True
+        )
+    with pytest.raises(ApiError, match="leaves out the message to continue"):
+        ChatTemplate(folder).render(turns, False, continued=True)
+    assert ChatTemplate(folder).render(turns, False) == "b"
+
+
 @pytest.mark.parametrize("template", TEXTS_ALONE)
 def test_parts_are_one_text_elsewhere(template: str, base: Folder) -> None:
     folder = base(template)
