@@ -54,7 +54,7 @@ ROUTES = {
     "/rerank": 60,
     "/v1/rerank": 60,
     "/v2/rerank": 60,
-    "/invocations": 60,
+    "/invocations": 120,
     "/v1/responses": 60,
     "/pooling": 60,
 }
