@@ -12,6 +12,7 @@ from importlib.util import find_spec
 from typing import Any
 
 from ..model.names import PEFT_PREFIX, Names, as_transformers_reads
+from ..readers.peft_common import of_training_alone
 from ..targets.lora_folder import CONFIG
 from .finding import AGAIN, PEFTS_OWN, Adapter, Finding
 
@@ -80,6 +81,9 @@ def _load(adapter: Adapter, names: Names) -> _Outcome:
         **{key: value for key, value in config.items() if key in fields - _LEFT_OUT},
         "init_lora_weights": True,
     }
+    if isinstance(velora := values.get("velora_config"), Mapping):
+        # A random start is measured, which a tensor without values cannot be; the file has its own.
+        values["velora_config"] = {**velora, "init_type": "batch_average"}
     adapter.check_patterns(names.state)
     tensors = {
         key: torch.empty(tensor.shape, device="meta") for key, tensor in adapter.tensors.items()
@@ -100,6 +104,8 @@ def _load(adapter: Adapter, names: Names) -> _Outcome:
     def matters(name: str) -> bool:
         # With bias="all" PEFT saves biases of whole modules twice, and loads them once. What is no
         # tensor of the class under any name was not trained in it.
+        if of_training_alone(config, name):
+            return False
         added = any(part in name for part in (".lora_", ".trainable_tokens_"))
         known = added or names.tensor(name.replace(PEFT_PREFIX, "")) is not None
         return known and ".modules_to_save." not in name
