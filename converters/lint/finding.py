@@ -105,7 +105,7 @@ class Adapter:
     def _on_parameter(self, module: str) -> bool:
         said = self.config.get("target_parameters")
         names = said if isinstance(said, list) else []
-        plain = module.removesuffix(".base_layer")
+        plain = module.replace(".base_layer", "")
         state = self.classes.whole.names.state if self.classes is not None else ()
         for owner, _, last in (str(name).rpartition(".") for name in names):
             if owner and f".{plain}".endswith(f".{owner}"):
