@@ -4,7 +4,8 @@ Of a linear layer `lora_a [in, r]` and `lora_b [r, out]`: ΔW = scale·(lora_a·
 embedding `[vocab, r]` and `[r, dim]`: ΔE = scale·lora_a·lora_b, in its use as a head too; of
 experts `[E, r, in]` and `[E, out, r]`. With `fine_tune_type` dora each row of W + ΔW gets the
 length `m [out]`; with full the tensors are weights. Names are those of transformers, but of
-experts, which mlx-lm stacks as `switch_mlp`.
+experts, which mlx-lm stacks as `switch_mlp`. Of some families mlx-lm holds other numbers than the
+base's files do (`sanitize` in `mlx_lm/models/`): what is trained on those is refused.
 """
 
 from __future__ import annotations
@@ -18,19 +19,23 @@ import torch
 
 from ..errors import RunError
 from ..files.json_files import is_number
-from ..files.tensors import LazyTensor, load_finite
+from ..files.tensors import LazyTensor, LazyTensors, load_finite
 from ..options import ReadOptions
 from ..run import LazyUpdates, Run
 from ..updates.magnitude import MagnitudeUpdate
 from ..updates.rank_one import RankOneSum
 from ..updates.update import Update
 from .module import AdaptedModule, grouped
+from .peft_common import known_base, need_base
 from .run_folder import CONFIG_FILE, RunFolder
 
 WEIGHTS = "adapters.safetensors"
 _PART = re.compile(r"(.+)\.(lora_a|lora_b|m)")
 _EMBEDDINGS = ("embed_tokens", "wte", "tok_embeddings", "word_embeddings", "embeddings")
 _EXPERTS = re.compile(r"(.+)\.switch_mlp\.(gate_proj|up_proj|down_proj)")
+# Families whose weights are multiplied when mlx-lm loads them, and whose norms have 1 added.
+_SCALED = ("falcon_h1",)
+_SHIFTED = ("qwen3_next", "qwen3_5", "step3p5")
 # In the blocks that Mixtral's family calls so, experts' layers have numbers.
 _NUMBERED = {"gate_proj": "w1", "down_proj": "w2", "up_proj": "w3"}
 
@@ -62,6 +67,7 @@ class MlxLmReader:
                 tensor=next(iter(whole)),
                 expected="lora_a, lora_b" + (", m" if kind == "dora" else ""),
             )
+        _refuse_other_numbers(folder.path / WEIGHTS, whole, config, options)
         scale = _scale(config, path, options.lora_alpha) if modules else 0.0
         updates: dict[str, Callable[[], Update]] = {}
         start_rank: dict[str, int] = {}
@@ -88,6 +94,41 @@ class MlxLmReader:
             tied=frozenset(embeddings),
             files=(folder.path / WEIGHTS, path),
         )
+
+
+def _refuse_other_numbers(
+    file: Path, whole: LazyTensors, config: Mapping[str, object], options: ReadOptions
+) -> None:
+    """Raise `RunError` where the numbers in `file` are for weights as mlx-lm holds them, and the
+    base has others: of another scale, or stacked, turned and renamed (`whole` tensors)."""
+    named = str(config.get("model") or "")
+    base = known_base(options.base, named)
+    if base is None:
+        if whole:
+            need_base(options, "whole tensors of mlx-lm", file)
+        return
+    family = str(base.config.get("model_type"))
+    if family in _SCALED or (whole and family.startswith(_SHIFTED)):
+        raise RunError(
+            "mlx-lm computes with other numbers than the base's files hold of this family",
+            file=file,
+            found=f"model_type: {family}",
+            expected="a family whose weights mlx-lm takes as they are",
+            remedy="serve it with mlx-lm",
+        )
+    for name, tensor in whole.items():
+        own = base.find(name)
+        if own is None or base.tensors[own].shape != tensor.shape:
+            raise RunError(
+                "mlx-lm holds this tensor in another form than the base",
+                file=file,
+                tensor=name,
+                found=list(tensor.shape),
+                expected="a tensor of the base, of the same shape"
+                if own is None
+                else list(base.tensors[own].shape),
+                remedy="is this the base it was trained on? if it is, serve it with mlx-lm",
+            )
 
 
 def _scale(config: Mapping[str, object], path: Path, alpha_said: float | None) -> float:

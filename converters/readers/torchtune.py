@@ -5,7 +5,8 @@ own names: `adapter_model.pt`, in older versions `adapter_<epoch>.pt`.
 rotary embedding takes neighbours, the rows of q_proj and k_proj lie in another order than in
 transformers (`torchtune/models/convert_weights.py`); Qwen's do not. The adapter for PEFT that
 torchtune writes beside this file has Qwen's rows out of order, and a DoRA's magnitudes too, so that
-this file is read in its place.
+this file is read in its place. Its DoRA gives the whole output of a layer its length, and so a bias
+(of Qwen 2) the same factors; the model that torchtune itself merges has the bias as it was.
 """
 
 from __future__ import annotations
@@ -19,9 +20,12 @@ import torch
 
 from ..errors import RunError
 from ..files.json_files import is_number
+from ..files.tensors import load_finite
+from ..model.base import BaseModel
 from ..options import ReadOptions
 from ..run import LazyUpdates, Run
 from ..updates.magnitude import MagnitudeUpdate
+from ..updates.peft_layer import MergedBias
 from ..updates.rank_one import RankOneSum
 from ..updates.update import Update
 from .fused import MOST, count, for_rows
@@ -44,6 +48,7 @@ _LAYERS = {
 }
 _HEADS = {"self_attn.q_proj": "num_attention_heads", "self_attn.k_proj": "num_key_value_heads"}
 _REORDERED, _AS_THEY_ARE = ("llama", "mistral", "gemma", "gemma2"), ("qwen2", "qwen3", "phi3")
+_WITH_BIAS = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
 # Phi-3 stores these as one, in this order.
 _FUSED = {
     "self_attn.qkv_proj": ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
@@ -91,12 +96,20 @@ class TorchtuneReader:
             for name, module in named.items()
         }
         updates, start, shapes = family.fused(named, loaders, ranks)
+        biases = family.biased(named)
+        base_model = need_base(options, "a bias beside DoRA's magnitudes", file) if biases else None
+        replaced = {
+            f"{name}.bias": _scaled_bias(base_model, name, loaders[name], file)
+            for name in biases
+            if base_model is not None
+        }
         base = said.get("base_model_name_or_path")
         files = (file, *(folder.path / n for n in (CONFIG_FILE, "config.json") if folder.has(n)))
         return Run(
             path=folder.path,
             method=self.name,
             updates=LazyUpdates(updates, shapes),
+            replaced=replaced,
             base=str(base) if base else None,
             task="causal-lm",
             start_rank=start,
@@ -149,6 +162,16 @@ class _Family:
         if "magnitude" not in module.parts:
             return delta
         return MagnitudeUpdate(module.load("magnitude").flatten()[rows], delta)
+
+    def biased(self, modules: Mapping[str, AdaptedModule]) -> list[str]:
+        """The modules with a magnitude whose layers have a bias in torchtune."""
+        if self._kind != "qwen2" and not self._config.get("attention_bias"):
+            return []
+        return [
+            name
+            for name, module in modules.items()
+            if "magnitude" in module.parts and name.endswith(_WITH_BIAS)
+        ]
 
     def fused(
         self,
@@ -242,3 +265,29 @@ def _stacked(
         assert pair is not None  # DoRA on a part was refused
         pairs.append((rows, pair))
     return for_rows(out, pairs)
+
+
+def _scaled_bias(
+    base: BaseModel, module: str, load: Callable[[], Update], file: Path
+) -> MergedBias:
+    """The bias of a layer whose whole output has the length that the magnitude gives it."""
+    names = [base.find(f"{module}.{kind}") for kind in ("weight", "bias")]
+    found = [base.tensors[name] for name in names if name is not None]
+    if len(found) < 2:
+        raise RunError(
+            "the base has no bias of this layer, as torchtune has",
+            file=file,
+            tensor=f"{module}.bias",
+            remedy="is this the base the run was trained on? pass it with `base`",
+        )
+    weight, bias = found
+
+    def calculate() -> torch.Tensor:
+        update = load()
+        assert isinstance(update, MagnitudeUpdate)
+        rows = update.delta.merge(load_finite(weight), 0)
+        norm = torch.linalg.vector_norm(rows, dim=1, dtype=torch.float64)
+        scaled: torch.Tensor = load_finite(bias) * (update.magnitude / norm)
+        return scaled.float()
+
+    return MergedBias(bias.name, file, bias.shape, calculate)

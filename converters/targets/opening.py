@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import re
 import warnings
 from contextlib import suppress
 from dataclasses import dataclass, replace
@@ -97,11 +98,14 @@ def _dtypes(artifact: BaseModel, architecture: str) -> dict[str, torch.dtype | B
     """Parameter → the dtype, or the blocks of float8, in which `artifact` stores it."""
     names = Names(artifact, architecture)
     blocks = None if artifact.stored is None else blocks_of(artifact)
+    # An expert on disk is a part of a parameter.
+    owners = {name: names.tensor(name) or name for name in artifact.tensors}
+    known = names.state
     return {
-        names.tensor(name) or name: blocks
-        if blocks is not None and isinstance(tensor, Dequantized)
-        else tensor.dtype
-        for name, tensor in artifact.tensors.items()
+        (owner if owner in known or not known else names.rename(name)[0]): blocks
+        if blocks is not None and isinstance(artifact.tensors[name], Dequantized)
+        else artifact.tensors[name].dtype
+        for name, owner in owners.items()
     }
 
 
@@ -271,8 +275,13 @@ def _dequantized(cls: Any, base: BaseModel, config: Any, seed: int, **options: A
         for module in loaded.model.modules():  # compressed-tensors rounds activations there
             if hasattr(module, "quantization_scheme"):
                 module.quantization_enabled = False
-        if lost := sorted(loaded.missing & base.tensors.keys()):
-            raise ValueError(f"it finds no {lost[0]}")
+        if lost := sorted((*loaded.missing, *filter(_of_weights, loaded.unexpected))):
+            raise ValueError(f"it finds no {lost[0]}, or no place for it")
+        packed = {n for n, tensor in base.tensors.items() if isinstance(tensor, Dequantized)}
+        if kind == "compressed-tensors" and packed - loaded.model.state_dict().keys():
+            raise ValueError("it fuses experts without their scales")
+        if kind == "fp8" and any(_smaller_last(base, base.tensors[n].shape) for n in packed):
+            raise ValueError("it takes all blocks for equal ones, also where the last are smaller")
         for name, parameter in loaded.model.named_parameters():
             plain = type(parameter) is torch.nn.Parameter and parameter.is_floating_point()
             if name.endswith((".weight", ".bias")) and not plain:
@@ -283,6 +292,20 @@ def _dequantized(cls: Any, base: BaseModel, config: Any, seed: int, **options: A
         loaded = _load(cls, None, own, seed, state_dict=state, **options)
         why = f"{type(error).__name__}: {str(error)[:200]}"
         return replace(loaded, dequantized=f"this tool, because transformers cannot: {why}")
+
+
+def _of_weights(name: str) -> bool:
+    """Whether a tensor of a quantized base is a scale of weights, and not of activations."""
+    return re.search(r"weight_(scale|zero_point|packed|g_idx)", name) is not None
+
+
+def _smaller_last(base: BaseModel, shape: tuple[int, ...]) -> bool:
+    """Whether the last blocks of a weight of `shape` are smaller than the others."""
+    sizes = (quantization(base.config) or {}).get("weight_block_size")
+    sizes = sizes if isinstance(sizes, list | tuple) else ()
+    return any(
+        length > size and length % size for length, size in zip(shape[-2:], sizes, strict=False)
+    )
 
 
 def _ragged(tensor: LazyTensor) -> bool:

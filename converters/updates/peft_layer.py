@@ -41,7 +41,7 @@ class LayerUpdate:
 
 @dataclass(frozen=True)
 class MergedBias:
-    """The bias that PEFT merged, float32, calculated from the base when it is asked for."""
+    """A merged bias, float32, calculated from the base when it is asked for."""
 
     name: str
     path: Path

@@ -13,21 +13,30 @@ if TYPE_CHECKING:
     from converters.model.base import BaseModel
     from converters.run import Run
 
+DEFAULT, WITH_TOOLS = "default", "tool_use"  # as transformers names those of a model
 _LONGEST = 1 << 20  # bytes
 
 
 def chat_template(folder: Path) -> str | None:
-    """The text of `chat_template.jinja`, else what `tokenizer_config.json` has, of several the one
-    that is called default; None where there is none. Raises `TensorFileError` naming the file when
-    it cannot be read."""
-    file, config = folder / "chat_template.jinja", folder / "tokenizer_config.json"
-    if file.exists():
-        return read_template(file) or None
-    text: Any = read_json(config).get("chat_template") if config.exists() else None
-    if isinstance(text, list):
-        parts = [each for each in text if isinstance(each, dict)]
-        text = {each.get("name"): each.get("template") for each in parts}.get("default")
-    return text if isinstance(text, str) and text else None
+    """The text of the template that is taken where a request has no tools; None where there is
+    none. Raises `TensorFileError` naming the file when it cannot be read."""
+    return chat_templates(folder).get(DEFAULT)
+
+
+def chat_templates(folder: Path) -> dict[str, str]:
+    """The texts of `DEFAULT` and of `WITH_TOOLS`, as far as there are any: those in files of their
+    own, else what `tokenizer_config.json` has. Raises as `chat_template`."""
+    files = {
+        DEFAULT: folder / "chat_template.jinja",
+        WITH_TOOLS: folder / "additional_chat_templates" / f"{WITH_TOOLS}.jinja",
+    }
+    there: dict[str, Any] = {n: read_template(file) for n, file in files.items() if file.exists()}
+    config = folder / "tokenizer_config.json"
+    if not there and config.exists():
+        said: Any = read_json(config).get("chat_template")
+        several = said if isinstance(said, list) else [{"name": DEFAULT, "template": said}]
+        there = {str(p.get("name")): p.get("template") for p in several if isinstance(p, dict)}
+    return {name: there[name] for name in files if isinstance(there.get(name), str) and there[name]}
 
 
 def has_template(folder: Path) -> bool:
@@ -52,8 +61,8 @@ def unused_template(run: Run, base: BaseModel) -> str | None:
     """What is to be said of a run with a template of its own where `base`'s is used: engines have
     one for a base and all that is served with it, as vLLM has."""
     try:
-        own = chat_template(run.path)
-        if own is None or own == chat_template(base.path):
+        own = chat_templates(run.path)
+        if not own or own == chat_templates(base.path):
             return None
     except DoraExportError:
         return None  # of the base it is told elsewhere, and of the run it is not used

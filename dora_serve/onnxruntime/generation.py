@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import partial
-from operator import itemgetter
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -177,9 +176,9 @@ class Detokenizer:
 
 
 class StoppedText:
-    """Text that ends before the first of `stops`. `certain`: the text so far, without an end that
-    may be the beginning of a stop text. `found`: the stop text that ended it, which is in the text
-    when it is `included`."""
+    """Text that ends before that of `stops` which is whole first. `certain`: the text so far,
+    without an end that may be the beginning of a stop text. `found`: the stop text that ended it,
+    which is in the text when it is `included`."""
 
     def __init__(self, stops: Sequence[str], included: bool = False) -> None:
         self._stops, self._included = stops, included
@@ -195,7 +194,8 @@ class StoppedText:
         ]
         ends = [(at, stop) for at, stop in ends if at >= 0 and search]
         if ends:
-            at, self.found = min(ends, key=itemgetter(0))
+            # As if the letters came one by one: how the tokens cut them changes nothing.
+            at, self.found = min(ends, key=lambda each: each[0] + len(each[1]))
             at += len(self.found) if self._included else 0
             self.certain = self._text = self._text[:at]
             return True

@@ -63,6 +63,14 @@ class EncoderDecoder(AdaptedFolder):
         found = self.config.get("forced_bos_token_id")
         return found if isinstance(found, int) else None
 
+    def never(self, first: bool) -> list[int]:
+        """The tokens that the configuration forbids, those of an answer's begin too where `first`;
+        as transformers heeds them, but for words of several tokens."""
+        words = [word for word in self.config.get("bad_words_ids") or [] if len(word) == 1]
+        begin = self.config.get("begin_suppress_tokens") or [] if first else []
+        bad = [token for (token,) in words if token not in self.eos]
+        return [*(self.config.get("suppress_tokens") or []), *bad, *begin]
+
     @property
     def vocabulary(self) -> int:
         return int(self.config["vocab_size"])
@@ -96,11 +104,8 @@ class EncoderDecoder(AdaptedFolder):
         elif len(written[0]) == search.max_tokens - 1 and not search.ignore_eos:
             forced = self.config.get("forced_eos_token_id")
         check_finite(logits)
-        never = self.config.get("suppress_tokens") or []
-        if len(written[0]) == 0:
-            never = [*never, *(self.config.get("begin_suppress_tokens") or [])]
         scores = log_softmax(logits)
-        scores[:, never] = -np.inf
+        scores[:, self.never(first=len(written[0]) == 0)] = -np.inf
         said = [[*first, *own] for first, own in zip(batch.first.tolist(), written, strict=True)]
         return allowed(scores, said, search, self.eos, forced, batch.first.shape[1])
 

@@ -184,7 +184,7 @@ class Seq2SeqQueue(Engine):
                 self._end(row)
                 continue
             try:
-                done.take(self._first(row, values))
+                done.take(self._heeding(row, values))
             except Exception as error:  # as when its logits are not finite; the others' are
                 self._end(row, error)
                 continue
@@ -197,16 +197,21 @@ class Seq2SeqQueue(Engine):
             group.batch.keep(np.array(going))
         group.rows = [group.rows[place] for place in going]
 
-    def _first(self, row: _Row, logits: Logits) -> Logits:
-        """The logits, but where the model's configuration says what an answer begins with."""
-        sampling, forced = row.request.generation.sampling, self.model.forced
-        if len(row.request.whole) > 1 or forced is None:
-            return logits
+    def _heeding(self, row: _Row, logits: Logits) -> Logits:
+        """The logits of what the model's configuration lets an answer begin and go on with, where
+        the request does not say it."""
+        sampling, model = row.request.generation.sampling, self.model
         if sampling.grammar is not None or sampling.allowed_token_ids:
             return logits
-        alone = np.full_like(logits, -np.inf)
-        alone[forced] = 0
-        return alone
+        begins = len(row.request.whole) == 1
+        if begins and model.forced is not None:
+            alone = np.full_like(logits, -np.inf)
+            alone[model.forced] = 0
+            return alone
+        if never := model.never(begins):
+            logits = logits.copy()
+            logits[never] = -np.inf
+        return logits
 
     def _end(self, row: _Row, error: Exception | None = None) -> None:
         self.pool.release(row.request.adapter)

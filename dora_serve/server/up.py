@@ -147,7 +147,7 @@ def table(offer: Offer, url: str, key: bool, chats: bool = False) -> str:
     header = ' -H "Authorization: Bearer $DORA_SERVE_API_KEY"' if key else ""
     command = f"curl {url}{path}{header} "
     if path == _PATHS[HEARS]:
-        command += f"-F file=@speech.wav -F {quoted(f'model={last.name}')}"
+        command += f"-F file=@speech.wav --form-string {quoted(f'model={last.name}')}"
     else:
         body = json.dumps({"model": last.name, **_example(last, path, Path(folders[last.folder]))})
         command += f"-H 'Content-Type: application/json' -d {quoted(body)}"

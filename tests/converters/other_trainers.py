@@ -21,6 +21,10 @@ TINY: dict[str, tuple[str, dict[str, Any]]] = {
     "phi": ("Phi", {**DECODER, "num_key_value_heads": 4, "tie_word_embeddings": False}),
     "mixtral": ("Mixtral", {**DECODER, "num_local_experts": 4, "tie_word_embeddings": False}),
     "qwen3_moe": ("Qwen3Moe", {**DECODER, **EXPERTS, "head_dim": 8, "tie_word_embeddings": False}),
+    "qwen2_moe": (
+        "Qwen2Moe",
+        {**DECODER, **EXPERTS, "shared_expert_intermediate_size": 16, "tie_word_embeddings": False},
+    ),
     "gpt_neox": (
         "GPTNeoX",
         {k: v for k, v in DECODER.items() if k != "num_key_value_heads"}

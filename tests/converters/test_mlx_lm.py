@@ -101,8 +101,32 @@ def test_full(tmp_path: Path) -> None:
     base = make_base("llama", tmp_path / "base")
     _, fused = pairs(base, Q, DOWN)
     whole = {name: weight.float() for name, weight in fused.items()}
-    run = read_run(write(tmp_path / "run", whole, fine_tune_type="full", lora_parameters=None))
+    folder = write(tmp_path / "run", whole, fine_tune_type="full", lora_parameters=None)
+    with pytest.raises(RunError, match="without the base"):
+        read_run(folder)
+    run = read_run(folder, ReadOptions(base=base))
     proved(run, base, fused, tmp_path, targets=())
+
+
+@pytest.mark.parametrize(
+    ("family", "kind", "name", "shape"),
+    [
+        # `sanitize` stacks experts, adds 1 to norms, and multiplies weights.
+        ("qwen3_moe", "full", "model.layers.1.mlp.switch_mlp.up_proj.weight", (4, 24, 32)),
+        ("qwen3_next", "full", "model.layers.1.input_layernorm.weight", (32,)),
+        ("falcon_h1", "lora", f"{Q}.lora_a", (32, 3)),
+    ],
+)
+def test_other_numbers_than_the_base_holds(
+    family: str, kind: str, name: str, shape: tuple[int, ...], tmp_path: Path
+) -> None:
+    """What was trained on them is another model, when it is put into the base as it is."""
+    base = make_base("qwen3_moe", tmp_path / "base")
+    config = json.loads((base / "config.json").read_text())
+    (base / "config.json").write_text(json.dumps({**config, "model_type": family}))
+    folder = write(tmp_path / "run", {name: drawn(*shape)}, fine_tune_type=kind)
+    with pytest.raises(RunError, match=r"another form|other numbers"):
+        read_run(folder, ReadOptions(base=base))
 
 
 @pytest.mark.parametrize(
@@ -176,3 +200,11 @@ def test_the_truth_knows_a_transposed_pair(tmp_path: Path) -> None:
     own = truth(base, fused, tmp_path / "one")
     lying = {name: weight.T.contiguous() for name, weight in fused.items()}
     assert float((own - truth(base, lying, tmp_path / "other")).abs().max()) > 1e-2
+
+
+@pytest.mark.supports(method="mlx_lm", family="qwen2_moe", targets=("peft",))
+def test_a_router(tmp_path: Path) -> None:
+    """Since transformers 5 it is no linear layer, and PEFT puts no pair beside it."""
+    base = make_base("qwen2_moe", tmp_path / "base")
+    tensors, fused = pairs(base, "model.layers.1.mlp.gate", Q)
+    proved(read_run(write(tmp_path / "run", tensors)), base, fused, tmp_path, ("peft",))

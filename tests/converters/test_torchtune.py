@@ -175,6 +175,32 @@ def test_dora(tmp_path: Path) -> None:
     proved(run, base, merged, tmp_path, (), wrong=plain)
 
 
+@pytest.mark.supports(method="torchtune (DoRA)", family="qwen2", targets=("merged",))
+def test_dora_of_layers_with_a_bias(tmp_path: Path) -> None:
+    """`DoRALinear.forward` gives the length to `base_out`, in which the bias is."""
+    base = make_base("qwen2", tmp_path / "base")
+    modules = tuple(name for name in ALL if name != "output")
+    state, merged = train(base, modules, permuted=False, dora=True)
+    lora, _ = train(base, modules, permuted=False)
+    weights, scale = weights_of(base), ALPHA / RANK
+    for module in modules:
+        name = own_name(module)
+        if name.replace("weight", "bias") in weights:
+            a, b = (lora[f"{module}.lora_{part}.weight"].double() for part in "ab")
+            norm = torch.linalg.norm(weights[name] + scale * b @ a, dim=1)
+            bias = name.replace("weight", "bias")
+            weights[bias] = torch.arange(len(norm)).double() / len(norm)  # a new one is zero
+            merged[bias] = weights[bias] * state[f"{module}.magnitude"].double() / norm
+    save_file({n: t.float().contiguous() for n, t in weights.items()}, base / "model.safetensors")
+    assert any(name.endswith("bias") for name in merged)
+    folder = write(tmp_path / "run", state, base)
+    with pytest.raises(RunError, match="without the base"):
+        read_run(folder)
+    run = read_run(folder, ReadOptions(base=base))
+    wrong = {name: weights[name] for name in merged if name.endswith("bias")}
+    proved(run, base, merged, tmp_path, (), wrong=wrong)
+
+
 @pytest.mark.supports(method="torchtune", family="phi3", targets=("merged", "peft"))
 def test_phi3(tmp_path: Path) -> None:
     """Weights that transformers stores as one: `phi3_hf_to_tune`, `phi3_tune_to_hf`."""

@@ -80,10 +80,7 @@ def test_vllm_on_ray_has_the_values_of_the_plan(root: Path, planned: list[str]) 
     (application,) = config["applications"]
     assert application["import_path"] == "ray.serve.llm:build_openai_app"
     (llm,) = application["args"]["llm_configs"]
-    assert llm["model_loading_config"] == {
-        "model_id": BASE,
-        "model_source": planned[2],
-    }
+    assert llm["model_loading_config"] == {"model_id": BASE, "model_source": planned[2]}
     engine = llm["engine_kwargs"]
     assert engine["enable_lora"] is True
     assert engine["dtype"] == "auto"  # the adapter kernels of a GPU take 16 bits

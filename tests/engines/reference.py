@@ -40,14 +40,13 @@ def distribution(
 
 
 def stopped_at(text: str, stops: Sequence[str], before: int = 0) -> int | None:
-    """Where the first stop text begins of those that end behind the first `before` characters."""
-    begins = [
-        at
-        for stop in stops
-        for at in range(len(text))
-        if text.startswith(stop, at) and at + len(stop) > before
-    ]
-    return min(begins, default=None)
+    """Where the stop text begins that is whole first of those that end behind the first `before`
+    characters, of several the one that is named first, as in vLLM."""
+    for end in range(before + 1, len(text) + 1):
+        for stop in stops:
+            if text[:end].endswith(stop):
+                return end - len(stop)
+    return None
 
 
 class Bytes:

@@ -203,6 +203,20 @@ def test_stop_texts_over_pieces(pieces: list[str], stops: list[str], data: st.Da
     assert stopped.certain == text
 
 
+@QUICK
+@given(pieces=st.lists(st.text("abc", max_size=4), max_size=8), stops=STOPS, included=st.booleans())
+def test_stop_texts_do_not_depend_on_the_pieces(
+    pieces: list[str], stops: list[str], included: bool
+) -> None:
+    """Nor on how a client's stop texts lie in one another."""
+    found = []
+    for each in (pieces, "".join(pieces)):
+        stopped = StoppedText(stops, included)
+        ended = any(stopped.add(piece, search=True) for piece in each)
+        found.append((ended, stopped.found, stopped.certain))
+    assert found[0] == found[1]
+
+
 class Spaced:
     """Tokens with spaces between, two of them added."""
 

@@ -6,6 +6,7 @@ import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 from tokenizers import Tokenizer, decoders, models
@@ -81,10 +82,94 @@ def test_where_a_template_lies(base: Folder) -> None:
     assert ChatTemplate(folder).render(MESSAGES, False) == "configuration"
 
 
-def test_the_default_of_several(base: Folder) -> None:
-    several = [{"name": n, "template": f"the {n}"} for n in ("tool_use", "default", "rag")]
-    folder = base(None, chat_template=several)
-    assert ChatTemplate(folder).render(MESSAGES, False) == "the default"
+SEVERAL = {name: f"the {name} {{{{ tools }}}}" for name in ("tool_use", "default", "rag")}
+
+
+@pytest.mark.parametrize("apart", [False, True])
+@pytest.mark.parametrize("tools", [None, [{"type": "function", "function": {"name": "f"}}]])
+def test_one_of_several(tools: list[dict[str, object]] | None, apart: bool, base: Folder) -> None:
+    """That for tools, where there are tools; in the configuration, or in files of their own."""
+    told = [{"name": name, "template": text} for name, text in SEVERAL.items()]
+    folder = base(None, chat_template=told)
+    if apart:
+        AutoTokenizer.from_pretrained(folder).save_pretrained(folder)
+        assert (folder / "additional_chat_templates" / "tool_use.jinja").is_file()
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    expected = tokenizer.apply_chat_template(MESSAGES, tools=tools, tokenize=False)
+    values = {} if tools is None else {"tools": tools}
+    assert ChatTemplate(folder).render(MESSAGES, False, values) == expected
+    assert expected.startswith("the default" if tools is None else "the tool_use")
+    assert ChatTemplate(folder).text == SEVERAL["default"]
+
+
+PARTS = [{"type": "text", "text": text} for text in (" one ", "", "two")]
+WRITES_EACH = (
+    EACH + "{{ m.role }}:{% if m.content is string %}{{ m.content | trim }}{% else %}"
+    "{% for part in m.content %}<{{ part.text | trim }}>{% endfor %}{% endif %};{% endfor %}"
+)
+TEXTS_ALONE = (
+    EACH + "{{ m.content }}{% endfor %}",
+    EACH + "{{ m.content | tojson }}{% endfor %}",
+    EACH + "{{ m.content + '.' }}{% endfor %}",
+    EACH + "{% if m.content is string %}{{ m.content }}{% endif %}{% endfor %}",
+    EACH + "{% for part in m.content if m.content is not string %}{{ part }}{% endfor %}"
+    "{% if m.content is string %}{{ m.content }}{% endif %}{% endfor %}",
+)
+
+
+@pytest.mark.parametrize("continued", [False, True])
+def test_parts_stay_apart_where_each_is_written(continued: bool, base: Folder) -> None:
+    folder = base(WRITES_EACH)
+    turns: list[dict[str, Any]] = [{"role": "system", "content": "s"}]
+    for role in ("user", "assistant"):
+        turns.append({"role": role, "content": [{**part} for part in PARTS]})
+    expected = AutoTokenizer.from_pretrained(folder).apply_chat_template(
+        turns, tokenize=False, continue_final_message=continued
+    )
+    assert expected.startswith("system:s;user:<one><><two>;assistant:<one><><two")
+    assert ChatTemplate(folder).render(turns, False, continued=continued) == expected
+
+
+def test_what_a_template_cuts_is_not_continued(base: Folder) -> None:
+    folder = base(EACH + "{{ m.content.split('</think>')[-1] }}{% endfor %}")
+    turns = [{"role": "assistant", "content": "<think>a</think>b"}]
+    with pytest.raises(ValueError, match="does not appear in the chat"):
+        AutoTokenizer.from_pretrained(folder).apply_chat_template(
+            turns, tokenize=False, continue_final_message=True
+        )
+    with pytest.raises(ApiError, match="leaves out the message to continue"):
+        ChatTemplate(folder).render(turns, False, continued=True)
+    assert ChatTemplate(folder).render(turns, False) == "b"
+
+
+@pytest.mark.parametrize("template", TEXTS_ALONE)
+def test_parts_are_one_text_elsewhere(template: str, base: Folder) -> None:
+    folder = base(template)
+    one = [{"role": "user", "content": " one \n\ntwo"}]
+    expected = AutoTokenizer.from_pretrained(folder).apply_chat_template(one, tokenize=False)
+    assert ChatTemplate(folder).render([{"role": "user", "content": PARTS}], False) == expected
+
+
+def test_what_a_tool_said_is_one_text(base: Folder) -> None:
+    turns = [{"role": "tool", "content": PARTS}]
+    assert ChatTemplate(base(WRITES_EACH)).render(turns, False) == "tool:one \n\ntwo;"
+
+
+ROLES = EACH + "{{ m.role }}:{{ m.content }};{% endfor %}"
+
+
+@pytest.mark.parametrize(
+    ("template", "told"),
+    [
+        (ROLES, "system:a\n\n one \n\ntwo;user:u;"),
+        (ROLES + "{# 'developer' #}", "system:a;user:u;developer: one \n\ntwo;"),
+    ],
+)
+def test_a_developer_is_heard(template: str, told: str, base: Folder) -> None:
+    """As the system by a template that knows none, and most of which would leave him out."""
+    said = [("system", "a"), ("user", "u"), ("developer", PARTS)]
+    turns = [{"role": role, "content": content} for role, content in said]
+    assert ChatTemplate(base(template)).render(turns, False) == told
 
 
 def test_special_tokens_with_properties(base: Folder) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import struct
 import wave
 from collections.abc import Iterator
 from pathlib import Path
@@ -40,6 +41,24 @@ def wav(samples: Any, width: int = 2, channels: int = 1, rate: int = RATE) -> by
             whole = (values * (2 ** (8 * width - 1) - 1)).astype("<i4")
             sound.writeframes(whole.view("u1").reshape(-1, 4)[:, :width].tobytes())
     return file.getvalue()
+
+
+def wave_of(
+    kind: int,
+    bits: int,
+    data: bytes,
+    more: bytes = b"",
+    told: int | None = None,
+    channels: int = 1,
+    rate: int = RATE,
+) -> bytes:
+    """A WAV file as other programs write it. `more`: behind what all say of the numbers; `told`:
+    how many bytes of them there are said to be."""
+    size = channels * bits // 8
+    form = struct.pack("<HHIIHH", kind, channels, rate, rate * size, size, bits) + more
+    head = b"LIST\3\0\0\0abc\0fmt " + struct.pack("<I", len(form)) + form
+    length = struct.pack("<I", len(data) if told is None else told)
+    return b"RIFF\xff\xff\xff\xffWAVE" + head + b"data" + length + data
 
 
 @pytest.fixture(scope="module")
@@ -103,6 +122,24 @@ def test_sounds_of_every_width(width: int) -> None:
     assert found == pytest.approx(sound, abs=2.0 ** (2 - 8 * min(width, 3)))
 
 
+@pytest.mark.parametrize("told", [None, 0xFFFFFFFF])
+@pytest.mark.parametrize(("kind", "bits"), [(1, 16), (1, 24), (3, 32), (3, 64)])
+@pytest.mark.parametrize("extensible", [False, True])
+def test_sounds_as_other_programs_write_them(
+    kind: int, bits: int, extensible: bool, told: int | None
+) -> None:
+    """Floats, kinds that are named further on, and lengths that were not known, as in a pipe."""
+    sound = np.asarray(waves()[1])
+    whole = (sound * (2**31 - 1)).astype("<i4").view("u1").reshape(-1, 4)[:, 4 - bits // 8 :]
+    data = sound.astype(f"<f{bits // 8}").tobytes() if kind == 3 else whole.tobytes()
+    more = b""
+    if extensible:  # ksmedia.h has the rest of the name
+        name = struct.pack("<H", kind) + bytes.fromhex("000000001000800000aa00389b71")
+        more = struct.pack("<HHI", 22, bits, 4) + name
+    file = wave_of(0xFFFE if extensible else kind, bits, data, more, told)
+    assert read_sound(file, RATE, RATE) == pytest.approx(sound, abs=2.0**-14)
+
+
 def test_another_rate_is_the_same_sound() -> None:
     def tones(rate: int) -> Any:
         time = np.arange(rate // 2) / rate
@@ -133,7 +170,10 @@ def test_a_length_without_large_factors(count: int) -> None:
         (b"RIFF0000WAVEfmt ", "not a WAV file"),
         (b"ID3" + bytes(100), "not a WAV file"),
         (wav(np.zeros(RATE + 1)), "longer than the 1 s"),
-        (wav(np.zeros(4)).replace(b"\2\0\x10\0data", b"\x08\0\x40\0data"), "8 bytes a sample"),
+        (wav(np.zeros(4)).replace(b"\2\0\x10\0data", b"\x08\0\x40\0data"), "of 8 bytes"),
+        (wave_of(7, 8, b"1234"), "kind 7"),
+        (wave_of(1, 16, b"1234", channels=0), "0 channels"),
+        (wave_of(1, 16, b"1234", rate=0), "0 samples a second"),
         (wav(np.zeros(4))[:-5], ""),
     ],
 )
@@ -176,9 +216,17 @@ def test_what_is_refused(hearing: Server) -> None:
         ):
             form = {"model": "base", **asked}
             file = {"file": ("a.wav", wav(np.zeros(9)))}
+            if param == "wave":
+                file = {"file": ("a.wav", wave_of(3, 32, np.full(9, np.nan, "<f4").tobytes()))}
             answer = http.post("/v1/audio/transcriptions", data=form, files=file)
             assert answer.status_code in (400, 404)
             assert answer.json()["error"]["param"] == param
+        none = wave_of(3, 32, np.full(9, np.nan, "<f4").tobytes())
+        for sound in (none, wav(np.zeros(0))):
+            answer = http.post(
+                "/v1/audio/transcriptions", data={"model": "base"}, files={"file": sound}
+            )
+            assert (answer.status_code, "finite" in answer.text) == (400, True)
         text = http.post("/v1/completions", json={"model": "base", "prompt": "a"})
         assert text.json()["error"]["code"] == "other_task"
         (first, *_) = http.get("/dora/models").json()["data"]

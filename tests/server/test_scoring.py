@@ -110,7 +110,7 @@ def test_invocations_are_those_of_other_routes(
 
 def test_an_invocation_that_no_class_can_be_told_of(server: Server) -> None:
     with server.http as http:
-        answer = http.post("/invocations", json={"model": SENTIMENT, "input": [[5]]})
+        answer = http.post("/invocations", json={"model": SENTIMENT, "input": "a", "dimensions": 2})
     assert answer.status_code == 400, answer.text
 
 

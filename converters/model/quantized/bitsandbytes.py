@@ -37,7 +37,9 @@ def packed(parts: Parts, _said: Mapping[str, object]) -> Iterator[Packed]:
             yield _four_bits(parts, weight, state)
         elif kind == "weight" and weight.dtype == torch.int8 and f"{module}.SCB" in parts.tensors:
             yield _eight_bits(parts, weight, f"{module}.SCB")
-            parts.take(f"{module}.weight_format")
+            order = parts.take(f"{module}.weight_format")
+            if order is not None and (numel(order) != 1 or int(order.load().item()) != 0):
+                raise _unfit(order, "numbers in the order of a GPU's tiles", "rows (0)")
 
 
 @dataclass(frozen=True)

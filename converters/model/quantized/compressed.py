@@ -7,7 +7,8 @@
   rounds the product to bfloat16. mxfp4-pack-quantized: `[out, in/32]` bytes, no global scale.
 - pack-quantized: `X.weight_packed` int32, a stream of bits along each row of the `X.weight_shape`,
   each number as it is plus half the range, less `X.weight_zero_point` (packed along the rows)
-  where there is one, times the `X.weight_scale [out, groups]`.
+  where there is one, times the `X.weight_scale [out, groups]`; `X.weight_g_idx [in]` is the group
+  of each input where activations ordered them, -1 where they did not.
 Source: compressed-tensors `compressors/*/base.py`, `quantization/lifecycle/forward_helpers.py`.
 """
 
@@ -101,6 +102,14 @@ def _ints(parts: Parts, weight: LazyTensor, stem: str, known: list[int]) -> Pack
     if zeros is not None:
         check_shape(zeros, (math.ceil(out * bits / 32), groups))
     half, index = 1 << (bits - 1), torch.arange(columns) // (columns // groups)
+    order = parts.take(f"{stem}.weight_g_idx")
+    if order is not None:
+        check_shape(order, (columns,))
+        found = order.load().long()
+        if int(found.min()) >= 0:
+            index = found
+        if int(index.max()) >= groups:
+            raise _unfit(order, f"groups to {int(index.max())}", f"{groups} groups")
 
     def parts_of_it() -> tuple[torch.Tensor, torch.Tensor]:
         zero = torch.full((out, groups), half)

@@ -21,13 +21,14 @@ from .tensor import Packed, Parts, floats, piece
 
 _FLOAT8 = (torch.float8_e4m3fn, torch.float8_e5m2)
 _SCALES = ("_scale_inv", "_scale")
+_USUAL = (128, 128)
 _OF_ACTIVATIONS = ("input_scale", "output_scale", "activation_scale", "input_scale_ub")
 _OF_THE_CACHE = ("q_scale", "k_scale", "v_scale", "k_proj.output_scale", "v_proj.output_scale")
 
 
 def packed(parts: Parts, said: Mapping[str, object]) -> Iterator[Packed]:
     """The float8 weights among `parts`. Raises `BaseError` for one without its scale."""
-    block = said.get("weight_block_size")
+    block = said.get("weight_block_size", _USUAL)
     for name, weight in parts.tensors.items():
         if weight.dtype in _FLOAT8 and not name.endswith(_SCALES):
             yield scaled(parts, weight, block)

@@ -42,7 +42,15 @@ from ...updates.rank_one import RankOneSum, stored_error
 from ..engines import Profile
 from ..target import Plan, Report
 from .card import model_card
-from .experts import in_memory, padded, parameters, stacked, taken_for_experts, transposed_modules
+from .experts import (
+    in_memory,
+    no_layers,
+    padded,
+    parameters,
+    stacked,
+    taken_for_experts,
+    transposed_modules,
+)
 from .names import CONFIG, WEIGHTS
 from .padding import absent_modules
 from .whole import completed, module_names, whole_modules, with_heads
@@ -210,7 +218,7 @@ def plan_adapter(
     )
     alive = {module: rank for module, (rank, _, _) in stored.items() if rank}
     config = {
-        **_config(run, base, alive, profile, kept, within),
+        **_config(run, base, alive, profile, kept, layout),
         "modules_to_save": modules or None,
         "bias": "all" if biases else "none",
         "fan_in_fan_out": bool(transposed & alive.keys()),
@@ -337,12 +345,13 @@ def _config(
     alive: Mapping[str, int],
     profile: Profile,
     parameters: Collection[str],
-    within: Collection[str],
+    layout: Layout | None,
 ) -> dict[str, object]:
     owned = {split_slice(name)[0] for name in alive if name in parameters}
     alive = {split_slice(name)[0]: rank for name, rank in alive.items()}
     if "target_parameters" in profile.features:
-        experts = taken_for_experts(alive.keys() - owned, base)
+        layers = alive.keys() - owned
+        experts = taken_for_experts(layers, base) | no_layers(layers, layout)
         alive = {f"{n}.weight" if n in experts else n: rank for n, rank in alive.items()}
         owned |= {f"{name}.weight" for name in experts}
     default = max(alive.values())
@@ -351,6 +360,7 @@ def _config(
     task = peft_type(run.task) if run.task is not None else None
     # A name finds all that end in it; an expression finds what it says.
     endings = tuple(f".{name}" for name in targets)
+    within = module_names(layout)
     more = not profile.uniform and any(n.endswith(endings) and n not in targets for n in within)
     return {
         "peft_type": "LORA",

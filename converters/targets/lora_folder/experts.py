@@ -128,6 +128,26 @@ def parameters(run: Run, layout: Layout | None) -> frozenset[str]:
     return frozenset(name for name in run.updates if is_parameter(name) or name in known)
 
 
+def no_layers(modules: Iterable[str], layout: Layout | None) -> frozenset[str]:
+    """The modules that are no layers PEFT can put a pair beside, as routers of experts since
+    transformers 5: it finds their weights as parameters only."""
+    model = None if layout is None else layout.names.model
+    if model is None:
+        return frozenset()
+    from torch import nn
+    from transformers.pytorch_utils import Conv1D
+
+    layers = (nn.Linear, nn.Embedding, nn.Conv1d, nn.Conv2d, nn.Conv3d, Conv1D)
+    known = dict(model.named_modules())
+    return frozenset(
+        name
+        for name in modules
+        if (module := known.get(name)) is not None
+        and not isinstance(module, (*layers, nn.MultiheadAttention))
+        and getattr(getattr(module, "weight", None), "ndim", 0) == 2
+    )
+
+
 def taken_for_experts(modules: Iterable[str], base: BaseModel | None) -> frozenset[str]:
     """The linear layers that PEFT takes for experts by the last part of their names, in families
     whose experts transformers 5 fused, and that it therefore finds as parameters only."""

@@ -19,6 +19,7 @@ from ...files.tensors import (
 )
 from ...model.base import BaseModel
 from ...model.called import check_called
+from ...model.lacking import check_whole
 from ...model.layout import Layout
 from ...model.match import (
     changed,
@@ -253,12 +254,14 @@ def plan_merge(
 
     beside = companions(given.path, run, given)
     written = {name: tuple(tensors) for name, tensors in shards.items()}
+    there = {tensor.name for tensors in written.values() for tensor in tensors}
+    begun = check_whole(layout.names, there, base) if expected is None else ()
     plan = MergePlan(
         target="merged",
         run=run,
         base=given,
         nbytes=sum(tensor.nbytes for tensors in written.values() for tensor in tensors),
-        warnings=(*run.warnings, *beside.left),
+        warnings=(*run.warnings, *beside.left, *begun),
         shards=written,
         config=_config(run, base, architecture, dtype, embedding, packed=requantize),
         dtype=dtype,

@@ -49,7 +49,7 @@ export function snippets(model, locked) {
 function curl(url, body, locked, file) {
   const lines = [`curl ${quoted(url)}`];
   if (locked) lines.push('-H "Authorization: Bearer $DORA_SERVE_API_KEY"');
-  if (file) return [...lines, `-F file=@${file}`, `-F ${quoted(`model=${body.model}`)}`].join(" \\\n  ");
+  if (file) return [...lines, `-F file=@${file}`, `--form-string ${quoted(`model=${body.model}`)}`].join(" \\\n  ");
   lines.push("-H 'Content-Type: application/json'", `-d ${quoted(json(body, "  "))}`);
   return lines.join(" \\\n  ");
 }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Annotated, Any, ClassVar, Literal, TypeVar
 
 from pydantic import Discriminator, Field, Tag, model_validator
@@ -31,6 +32,16 @@ class Part(Parameters):
     type: Literal["text", "refusal", "input_text", "output_text"] = "text"
     text: str = ""
     refusal: str = ""
+
+
+def plain_content(content: str | Sequence[Part] | None) -> str | list[dict[str, str]]:
+    """As `ChatTemplate` takes it: of several parts each."""
+    if content is None or isinstance(content, str):
+        return content or ""
+    texts = [part.text or part.refusal for part in content]
+    if len(texts) > 1:
+        return [{"type": "text", "text": text} for text in texts]
+    return "".join(texts)
 
 
 class CalledFunction(Parameters):
@@ -83,10 +94,8 @@ class Message(Parameters):
 
     def plain(self) -> dict[str, Any]:
         """As `ChatTemplate` takes it."""
-        content = self.content
-        if isinstance(content, list):
-            content = "\n".join(part.text or part.refusal for part in content)
-        turn: dict[str, Any] = {"role": self.role, "content": content or self.refusal or ""}
+        content = plain_content(self.content) or self.refusal or ""
+        turn: dict[str, Any] = {"role": self.role, "content": content}
         for name in ("name", "tool_call_id"):
             if (value := getattr(self, name)) is not None:
                 turn[name] = value

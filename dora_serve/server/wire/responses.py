@@ -7,7 +7,7 @@ from typing import Annotated, Any, ClassVar, Literal
 from pydantic import AfterValidator, Discriminator, Field, PrivateAttr, Tag, model_validator
 
 from .defaults import Count, MinP, Penalty, Repetition, Temperature, TopK, TopP
-from .messages import Part, Several, form
+from .messages import Part, Several, form, plain_content
 from .parameters import Object, Parameters, bounded, refusal
 from .requests import ChatRequest
 from .sampling import Biases, Metadata, RequestId, Seed, StopIds, Stops, Top
@@ -256,21 +256,15 @@ def _tool(tool: FunctionTool) -> Json:
     return {"type": "function", "function": tool.model_dump(exclude={"type"}, exclude_none=True)}
 
 
-def _text(content: _Text) -> str:
-    if isinstance(content, str):
-        return content
-    return "\n".join(part.text or part.refusal for part in content)
-
-
 def _add(turns: list[Json], item: InputMessage | InputCall | InputResult | InputThought) -> None:
     """Add an item to the turns it is one of, or a part of: thoughts, text and calls of a model in
     one another's wake are one turn."""
     if isinstance(item, InputResult):
-        said = {"tool_call_id": item.call_id, "content": _text(item.output)}
+        said = {"tool_call_id": item.call_id, "content": plain_content(item.output)}
         turns.append({"role": "tool", **said})
         return
     if isinstance(item, InputMessage) and item.role != "assistant":
-        turns.append({"role": item.role, "content": _text(item.content)})
+        turns.append({"role": item.role, "content": plain_content(item.content)})
         return
     last = turns[-1] if turns and turns[-1]["role"] == "assistant" else {}
     if isinstance(item, InputCall):
@@ -281,7 +275,7 @@ def _add(turns: list[Json], item: InputMessage | InputCall | InputResult | Input
         thought = "".join(each.text for each in (item.content or item.summary or ())[:1])
         new = {"reasoning": thought}
     else:
-        new = {"content": _text(item.content)}
+        new = {"content": plain_content(item.content)}
     if last and (isinstance(item, InputCall) or not new.keys() & last.keys()):
         last.update(new)
     else:

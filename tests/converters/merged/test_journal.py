@@ -94,7 +94,7 @@ def test_an_interrupted_merge_goes_on(tmp_path: Path) -> None:
     assert sorted(result.report.summary()["resumed"]) == sorted(done)
     assert result.report.lines()[0] == f"{len(done)} shard(s) are of a killed merge"
     assert contents(tmp_path / "out") == contents(tmp_path / "whole")
-    assert result.warnings == ()
+    assert all("nor the run holds" in said for said in result.warnings)
 
 
 @pytest.mark.parametrize("damage", ["byte", "size", "gone", "link", "report", "line", "no object"])

@@ -163,3 +163,12 @@ def test_a_damaged_base_takes_an_adapter_and_no_merge(run: Path, tmp_path: Path)
     assert caught.value.tensor == name and not (tmp_path / "out").exists()
     write_adapter(run, tmp_path / "adapter", base=base, target="vllm")
     assert open_base(base).dtype() == torch.bfloat16
+
+
+def test_numbers_in_the_order_of_tiles(run: Path, tmp_path: Path) -> None:
+    """As old versions of the library saved them from a GPU."""
+    base = quantized(tmp_path / "plain", tmp_path / "base", "8 bits")
+    name = f"{DOWN}.weight_format"
+    other = changed_base(base, tmp_path / "other", name, torch.tensor(2, dtype=torch.uint8))
+    with pytest.raises(BaseError, match="not of its format"):
+        merge(run, tmp_path / "out", base=other)

@@ -9,15 +9,18 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from converters.errors import BaseError
 from converters.model.base import open_base
+from converters.readers import ReadOptions, read_run
 from dora_serve.api import merge
+from dora_serve.proof.verify import verify
 from tests.converters.made import WEIGHTS
 from tests.converters.quantized import (
     adapter,
     changed_base,
+    experts_base,
     fails_on,
     packed_base,
     plain_base,
@@ -135,3 +138,43 @@ def test_damaged(part: str, run: Path, tmp_path: Path) -> None:
     with pytest.raises(BaseError):
         merge(run, tmp_path / "out", base=changed_base(base, tmp_path / "other", name, value))
     assert not (tmp_path / "out").exists()
+
+
+def test_groups_by_the_order_of_activations(run: Path, tmp_path: Path) -> None:
+    """`weight_g_idx`, as the library wrote it until 2026: what it quantizes are the inputs of one
+    group after the other's."""
+    base = quantized(tmp_path / "plain", tmp_path / "base", "int4")
+    before = open_base(base).tensors[f"{DOWN}.weight"].load()
+    columns = before.shape[1]
+    order = torch.randperm(columns, generator=torch.Generator().manual_seed(0))
+    stored = load_file(base / WEIGHTS)
+    groups = torch.arange(columns, dtype=torch.int32) // 32
+    words = stored[f"{DOWN}.weight_packed"]
+    numbers = (words[:, :, None] >> torch.arange(0, 32, 4)) & 15
+    turned = numbers.flatten(1)[:, order].view(*words.shape, 8).long()
+    packed = (turned << torch.arange(0, 32, 4)).sum(-1).to(torch.int32)
+    tensors = {
+        **stored,
+        f"{DOWN}.weight_packed": packed,
+        f"{DOWN}.weight_g_idx": groups[order].contiguous(),
+    }
+    save_file(tensors, base / WEIGHTS, {"format": "pt"})
+    opened = open_base(base)
+    assert torch.equal(opened.tensors[f"{DOWN}.weight"].load(), before[:, order])
+    assert f"{DOWN}.weight_g_idx" not in opened.tensors
+    out = merge(run, tmp_path / "out", base=base, dtype="float32").path
+    assert set(load_file(out / WEIGHTS)) == set(load_file(tmp_path / "plain" / WEIGHTS))
+    unset = torch.full((columns,), -1, dtype=torch.int32)
+    save_file({**stored, f"{DOWN}.weight_g_idx": unset}, base / WEIGHTS, {"format": "pt"})
+    assert torch.equal(open_base(base).tensors[f"{DOWN}.weight"].load(), before)
+
+
+def test_experts_one_by_one(tmp_path: Path) -> None:
+    """transformers fuses them, and leaves their scales out."""
+    sizes = {"num_experts": 4, "moe_intermediate_size": 64, "intermediate_size": 64}
+    plain = experts_base("Qwen3Moe", tmp_path / "plain", **sizes)
+    run = adapter(plain, tmp_path / "run", ["q_proj"])
+    base = quantized(plain, tmp_path / "base", "fp8, rows")
+    merge(run, tmp_path / "out", base=base, dtype="float32")
+    found = verify(read_run(run, ReadOptions(base=base)), tmp_path / "out", base)
+    assert found.passed and "fuses experts" in str(found.dequantized)

@@ -196,3 +196,28 @@ def test_another_way_to_quantize(run: Path, tmp_path: Path) -> None:
     assert "hqq" in str(caught.value) and "bitsandbytes" in str(caught.value)
     assert not (tmp_path / "out").exists()
     assert open_base(base).dtype() == torch.bfloat16
+
+
+def test_smaller_last_blocks_whose_number_divides_the_rows(run: Path, tmp_path: Path) -> None:
+    """128 rows in blocks of 96 are two of 64 to transformers; 960, as in SmolLM2, in blocks of 128
+    are eight of 120."""
+    tensors = pack(tmp_path / "plain", 96, 64)
+    said = {**FP8, "weight_block_size": [96, 64]}
+    base = packed_base(tmp_path / "plain", tmp_path / "base", tensors, said)
+    found = prove(run, base, tmp_path / "out", by_hand(tensors, 96, 64), "this tool")
+    assert "the last are smaller" in str(found.dequantized)
+
+
+def test_scales_that_transformers_leaves_out(run: Path, tmp_path: Path) -> None:
+    """`weight_scale`, as AutoFP8 wrote it, beside what `fp8` is to transformers."""
+    tensors = pack(tmp_path / "plain", 1000, 1000, "_scale")
+    base = packed_base(tmp_path / "plain", tmp_path / "base", tensors, {**FP8})
+    prove(run, base, tmp_path / "out", by_hand(tensors, 1000, 1000, "_scale"), "this tool")
+
+
+def test_blocks_of_the_usual_size_that_nobody_says(tmp_path: Path) -> None:
+    plain = plain_base(tmp_path / "plain", intermediate_size=130)
+    tensors = pack(plain, 128, 128)
+    base = packed_base(plain, tmp_path / "base", tensors, FP8)
+    expected = by_hand(tensors, 128, 128)[DOWN]
+    assert torch.equal(open_base(base).tensors[DOWN].load(), expected)

@@ -19,12 +19,13 @@ from dora_serve.api import merge
 from dora_serve.proof.verify import Verification, verify
 from tests.converters.made import WEIGHTS
 
-from ..quantized import adapter, fails_on, packed_base, plain_base
+from ..quantized import adapter, experts_base, fails_on, packed_base, plain_base
 from ..test_certificate_schema import faults
 from .test_quantized_fp8 import FP8, Tensors, by_hand, pack
 
 ROWS, COLUMNS = 32, 64
-SAID = {**FP8, "weight_block_size": [ROWS, COLUMNS]}
+BLOCK = "weight_block_size"
+SAID = {**FP8, BLOCK: [ROWS, COLUMNS]}
 Q = "model.layers.0.self_attn.q_proj.weight"
 UP = "model.layers.0.mlp.up_proj.weight"
 
@@ -164,3 +165,14 @@ def test_what_is_not_quantized_again(
     with pytest.raises(DoraExportError, match=message):
         merge(run, tmp_path / "out", base=base, requantize=True, **asked)
     assert not (tmp_path / "out").exists()
+
+
+def test_experts_that_are_fused_in_memory(tmp_path: Path) -> None:
+    """What holds no update is judged as it was, under the parameter's name too."""
+    sizes = {"num_experts": 4, "moe_intermediate_size": 64, "intermediate_size": 64}
+    plain = experts_base("Qwen3Moe", tmp_path / "plain", **sizes)
+    run = adapter(plain, tmp_path / "run", ["o_proj"])
+    base = packed_base(plain, tmp_path / "base", pack(plain, 48, 48), SAID | {BLOCK: [48, 48]})
+    out = merge(run, tmp_path / "out", base=base, requantize=True).path
+    found = verified(run, out, base)
+    assert found.passed, found

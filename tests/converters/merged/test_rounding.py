@@ -56,8 +56,8 @@ def test_rounding_is_measured(tmp_path: Path) -> None:
     lost = said["rounding"]["lost"]
     assert 0.05 < lost < 1
     assert result.warnings[0] == "told"
-    assert "1 of 2 modules" in result.warnings[1] and f"worst: {Q}" in result.warnings[1]
-    assert f"{lost:.0%}" in result.warnings[1]
+    assert "1 of 2 modules" in result.warnings[-1] and f"worst: {Q}" in result.warnings[-1]
+    assert f"{lost:.0%}" in result.warnings[-1]
     losses = {module: said["rounding"]["lost"] for module, said in modules.items()}
     assert result.report.summary() == {"lost_to_rounding": losses, "resumed": []}
     said = f"rounding changed a module's update by at most {lost:.2%}"
@@ -83,7 +83,7 @@ def test_what_rounding_says_at_its_ends() -> None:
 def test_only_losses_over_five_percent_are_told(tmp_path: Path) -> None:
     base = make_base(tmp_path / "base", {f"{Q}.weight": torch.randn(8, 8)})
     result = merge(make_run(tmp_path / "run", {Q: low_rank(8, 8)}), tmp_path / "out", base=base)
-    assert result.warnings == ()
+    assert not any("5 %" in said for said in result.warnings)
     assert certificate(tmp_path / "out")["modules"][Q]["rounding"]["lost"] < 1e-5
 
 
