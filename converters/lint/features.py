@@ -10,7 +10,14 @@ from ..files.tensors import same_values
 from ..model.base import CONV1D_LAYERS
 from ..model.layout import FUSED
 from ..readers import ReadOptions, read_run
-from ..readers.peft_common import is_below, modules_to_save
+from ..readers.peft_common import (
+    ATTENTION_OUT,
+    IN_PEFT,
+    OTHER,
+    PLAIN,
+    is_below,
+    modules_to_save,
+)
 from ..readers.peft_initial import BASE_CHANGING
 from ..readers.promises import LostError
 from ..targets.lora_folder import CONFIG
@@ -26,7 +33,13 @@ _FEATURES = {
     "alora_invocation_tokens": None,
     "use_mora": None,
     "use_qalora": None,
+    "use_bdlora": None,
+    "arrow_config": None,
+    "velora_config": r"\.lora_velora_",
+    "monteclora_config": r"\.lora_monteclora_sampler\.",
+    "kasa_config": r"\.lora_diag$",
 }
+_AS_PLAIN = "write it as plain LoRA (`adapter`)"
 # Initialisations that PEFT calculates from the base alone, so that loading repeats them.
 _AGAIN = ("pissa", "olora")
 _EXPERT = re.compile(r"(.+\.experts)\.(\d{1,9})\.([^.]+)")
@@ -59,7 +72,7 @@ def features(adapter: Adapter) -> Iterator[Finding]:
             yield Finding(
                 key, "error", targets, tensors[0] if tensors else f"{CONFIG}: {key}",
                 f"the engine does not know {key}", str(adapter.config[key])[:80], "plain LoRA",
-                MERGE,
+                _AS_PLAIN if key in PLAIN else IN_PEFT if key in OTHER else MERGE,
             )  # fmt: skip
         if tensors and not said:
             yield Finding(
@@ -133,6 +146,17 @@ def embeddings(adapter: Adapter) -> Iterator[Finding]:
             "embedding", "error", targets, module, "the engine loads no adapters on embeddings",
             f"{module}.lora_embedding_A", "adapters on linear layers", MERGE,
         )  # fmt: skip
+
+
+def attention(adapter: Adapter) -> Iterator[Finding]:
+    targets = adapter.where(lambda engine: engine.name not in PEFTS_OWN)
+    for module in adapter.pairs if targets else ():
+        if module.endswith(ATTENTION_OUT):
+            yield Finding(
+                "attention", "error", targets, module.removesuffix(ATTENTION_OUT),
+                "the engine loads no adapters on torch's MultiheadAttention", module,
+                "adapters on linear layers", MERGE,
+            )  # fmt: skip
 
 
 def experts(adapter: Adapter) -> Iterator[Finding]:
@@ -231,4 +255,14 @@ def promises(adapter: Adapter) -> Iterator[Finding]:
         return  # told by the checks of what is there
 
 
-CHECKS = (kind, features, whole_tensors, embeddings, experts, initialisation, orientation, promises)
+CHECKS = (
+    kind,
+    features,
+    whole_tensors,
+    embeddings,
+    attention,
+    experts,
+    initialisation,
+    orientation,
+    promises,
+)

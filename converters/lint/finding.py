@@ -19,7 +19,7 @@ from ..model.names import PEFT_PREFIX as PREFIX
 from ..model.names import as_peft_loads, unwrapped
 from ..readers.no_run import no_run
 from ..readers.patterns import Patterns
-from ..readers.peft_common import Origin, origin
+from ..readers.peft_common import ATTENTION_OUT, Origin, origin
 from ..readers.registry import runs_below
 from ..readers.run_folder import CONFIG_FILE, WEIGHT_FILES, RunFolder
 from ..targets.engines import Profile
@@ -105,7 +105,7 @@ class Adapter:
     def _on_parameter(self, module: str) -> bool:
         said = self.config.get("target_parameters")
         names = said if isinstance(said, list) else []
-        plain = module.removesuffix(".base_layer")
+        plain = module.replace(".base_layer", "")
         state = self.classes.whole.names.state if self.classes is not None else ()
         for owner, _, last in (str(name).rpartition(".") for name in names):
             if owner and f".{plain}".endswith(f".{owner}"):
@@ -175,6 +175,20 @@ class Adapter:
     @cached_property
     def embeddings(self) -> list[str]:
         return sorted({factor.module for factor in self.factors if factor.embedding})
+
+    @cached_property
+    def layers(self) -> list[str]:
+        """What PEFT puts a layer of its own in the place of, which holds one pair, or two."""
+        modules = (*self.pairs, *self.embeddings)
+        return list(dict.fromkeys(module.removesuffix(ATTENTION_OUT) for module in modules))
+
+    @property
+    def blocks(self) -> int:
+        """Of how many blocks on the diagonal one factor of a pair may be, where these alone are
+        stored (BD-LoRA)."""
+        said = self.config.get("use_bdlora")
+        count = said.get("nblocks", 1) if isinstance(said, Mapping) else 1
+        return count if isinstance(count, int) and count > 0 else 1
 
     @cached_property
     def others(self) -> Mapping[str, str]:

@@ -17,7 +17,8 @@ def shapes(adapter: Adapter) -> Iterator[Finding]:
         if stored is None or ".experts" in module:
             continue
         found = (b.shape[0], *a.shape[1:])
-        if found not in (stored, stored[::-1]):
+        wider = (b.shape[0], *(n * adapter.blocks for n in a.shape[1:]))
+        if not {found, wider} & {stored, stored[::-1]}:
             yield Finding(
                 "shape", "error", adapter.all, module,
                 "the update does not fit the base weight", str(list(found)), str(list(stored)),

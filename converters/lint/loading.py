@@ -12,6 +12,7 @@ from importlib.util import find_spec
 from typing import Any
 
 from ..model.names import PEFT_PREFIX, Names, as_transformers_reads
+from ..readers.peft_common import ATTENTION_OUT, of_training_alone
 from ..targets.lora_folder import CONFIG
 from .finding import AGAIN, PEFTS_OWN, Adapter, Finding
 
@@ -80,6 +81,9 @@ def _load(adapter: Adapter, names: Names) -> _Outcome:
         **{key: value for key, value in config.items() if key in fields - _LEFT_OUT},
         "init_lora_weights": True,
     }
+    if isinstance(velora := values.get("velora_config"), Mapping):
+        # A random start is measured, which a tensor without values cannot be; the file has its own.
+        values["velora_config"] = {**velora, "init_type": "batch_average"}
     adapter.check_patterns(names.state)
     tensors = {
         key: torch.empty(tensor.shape, device="meta") for key, tensor in adapter.tensors.items()
@@ -100,6 +104,8 @@ def _load(adapter: Adapter, names: Names) -> _Outcome:
     def matters(name: str) -> bool:
         # With bias="all" PEFT saves biases of whole modules twice, and loads them once. What is no
         # tensor of the class under any name was not trained in it.
+        if of_training_alone(config, name):
+            return False
         added = any(part in name for part in (".lora_", ".trainable_tokens_"))
         known = added or names.tensor(name.replace(PEFT_PREFIX, "")) is not None
         return known and ".modules_to_save." not in name
@@ -128,11 +134,14 @@ def _made_up(config: Mapping[str, object], missing: list[str], model: Any) -> It
     """Of the factors that a file lacks, those that matter: of a module of which it has others, or
     all where they do not begin as an update of zero."""
     begun = config.get("init_lora_weights") is not False
-    factors = {name: name.partition(".lora_")[0] for name in missing if ".lora_" in name}
-    for name, module in factors.items():
-        every = [key for key in model.state_dict() if key.startswith(f"{module}.lora_")]
-        if not begun or not all(key in factors for key in every):
-            yield name
+    lost = {name for name in missing if ".lora_" in name}
+    held = {_layer(key) for key in model.state_dict() if ".lora_" in key and key not in lost}
+    yield from (name for name in missing if name in lost and (not begun or _layer(name) in held))
+
+
+def _layer(key: str) -> str:
+    """The layer whose factor has the name `key`: torch's MultiheadAttention has two pairs."""
+    return key.partition(".lora_")[0].removesuffix(ATTENTION_OUT)
 
 
 def _check_layers(config: Mapping[str, object]) -> None:

@@ -78,7 +78,7 @@ def incomplete(adapter: Adapter) -> Iterator[Finding]:
 
 def unknown_modules(adapter: Adapter) -> Iterator[Finding]:
     """Experts are left out: their names in memory differ from those on disk."""
-    for module in (*adapter.pairs, *adapter.embeddings):
+    for module in adapter.layers:
         if ".experts" in module:
             continue
         meant = adapter.meant(module)
@@ -165,7 +165,7 @@ def targeted(adapter: Adapter) -> Iterator[Finding]:
             )  # fmt: skip
         return
     sides = _tied_to_targets(adapter) if adapter.config.get("ensure_weight_tying") else ()
-    for module in (*adapter.pairs, *adapter.embeddings):
+    for module in adapter.layers:
         own = adapter.loaded.get(module) or adapter.meant(module) or module
         if ".experts" not in module and own not in sides and not _matches(adapter, own):
             yield Finding(

@@ -7,6 +7,7 @@ from collections.abc import Collection, Iterator
 from functools import partial
 
 from ..readers import is_number
+from ..readers.peft_common import ATTENTION_OUT
 from ..targets.engines import Profile, Reading
 from ..targets.lora_folder import CONFIG
 from .finding import AGAIN, PEFTS_OWN, Adapter, Finding
@@ -51,7 +52,8 @@ def stored_ranks(adapter: Adapter) -> Iterator[Finding]:
                 "adapters on linear layers",
                 "deploy the merged model (`merge`)",
             )
-        if not (plain or convolution) or a.shape[0] != b.shape[1]:
+        fit = (plain or convolution) and a.shape[0] in (b.shape[1], b.shape[1] * adapter.blocks)
+        if not fit:
             yield Finding(
                 "pair-rank", "error", adapter.all, f"{module}.lora_B",
                 "A and B are of different rank", str(list(b.shape)), f"[out, {a.shape[0]}]", AGAIN,
@@ -168,7 +170,7 @@ def _scale(adapter: Adapter, module: str, reading: Reading) -> float | None:
 
 
 def _pattern(adapter: Adapter, key: str, module: str, default: str) -> float | None:
-    patterns = adapter.config.get(key)
+    patterns, module = adapter.config.get(key), module.removesuffix(ATTENTION_OUT)
     for name, value in (patterns if isinstance(patterns, dict) else {}).items():
         if adapter.patterns.suffix(name, module) and is_number(value):
             return value

@@ -27,9 +27,10 @@ from .names import Names
 from .names import split_slice as split_slice
 from .rejoined import rejoined
 
-# The parameters of fused experts in the order in which their module registers them: PEFT's wrappers
-# nest by it, the first innermost.
+# The parameters of fused experts, and all in the order in which their module registers them: PEFT's
+# wrappers nest by it, the first innermost.
 FUSED = ("gate_up_proj", "down_proj")
+REGISTERED = ("gate_up_proj", "gate_up_proj_bias", "down_proj", "down_proj_bias")
 
 
 def is_parameter(name: str) -> bool:

@@ -32,6 +32,9 @@ _ADAPTER = re.compile(
 _APART = re.compile(r"(.+\.(?:gate_up_proj|down_proj))s\.(\d{1,9})")
 # What a sentence-transformers pipeline calls the model in it, today and before its version 5.
 _PIPELINE = re.compile(r"^0\.(auto_)?model\.")
+# What a module that an adapter is on holds: a weight, itself (a parameter), or the one that torch's
+# MultiheadAttention has of queries, keys and values.
+_ENDINGS = (".weight", "", ".in_proj_weight")
 _SLICE = re.compile(r"(.+)\[(\d{1,9})\]")
 
 
@@ -123,11 +126,12 @@ class Names:
 
     def has(self, module: str) -> bool:
         """Whether a module with a weight, or a parameter, has this very name in memory."""
-        return f"{module}.weight" in self.state or module in self.state
+        return any(module + ending in self.state for ending in _ENDINGS)
 
     def loads(self, module: str) -> bool:
         """Whether transformers' loader finds a weight for a module that a checkpoint calls so."""
-        return self.rename(f"{module}.weight")[0] in self.state
+        weights = (module + ending for ending in _ENDINGS if ending)
+        return any(self.rename(weight)[0] in self.state for weight in weights)
 
     def tensor(self, name: str) -> str | None:
         """The tensor in memory that is meant by `name`; a name that loading converts, such as an
@@ -142,7 +146,7 @@ class Names:
     def module(self, name: str) -> str | None:
         """As `tensor`, for a key of `Run.updates`: a module, a parameter, or a block of one."""
         stem, _ = split_slice(name)
-        for ending in (".weight", ""):
+        for ending in _ENDINGS:
             found = self.tensor(stem + ending)
             if found is not None:
                 return found.removesuffix(ending) + name[len(stem) :]

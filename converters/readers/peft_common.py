@@ -85,9 +85,12 @@ def refuse_unread(replaced: Iterable[str], file: Path, word: str = "lora_") -> N
             )
 
 
+# Behind the layer's name, where PEFT keeps the second pair of torch's MultiheadAttention.
+ATTENTION_OUT = ".base_layer.out_proj"
+IN_PEFT = "serve it with PEFT on its base: PeftModel.from_pretrained(base, adapter)"
 # PEFT's variants of LoRA, by the key of the configuration: what they compute in evaluation.
-_PLAIN = "velora_config", "monteclora_config"  # LoRA; they train it in another way
-_OTHER = {
+PLAIN = "velora_config", "monteclora_config"  # LoRA; they train it in another way
+OTHER = {
     "kasa_config": "KaSA takes the smallest singular components out of the base's weight, and "
     "weighs its own",
     "use_bdlora": "BD-LoRA's factors are block-diagonal, stored as their blocks alone",
@@ -104,24 +107,24 @@ _TRAINING = ("lora_velora_embed", "lora_monteclora_sampler")
 def is_variant(config: Mapping[str, object]) -> bool:
     """Whether the tensors beside lora_A and lora_B, if there are any, are of a variant of LoRA
     that PEFT knows."""
-    return any(config.get(key) for key in (*_PLAIN, *_OTHER))
+    return any(config.get(key) for key in (*PLAIN, *OTHER))
 
 
 def refuse_variant(config: Mapping[str, object], path: Path) -> None:
     """Raise `RunError` for a variant of LoRA that is no LoRA in evaluation."""
-    for key, reason in _OTHER.items():
+    for key, reason in OTHER.items():
         if config.get(key):
             raise RunError(
                 f"a variant of LoRA that is not read ({key}): {reason}",
                 file=path,
                 found=f"{key}: {str(config[key])[:80]}",
-                remedy="serve it with PEFT on its base: PeftModel.from_pretrained(base, adapter)",
+                remedy=IN_PEFT,
             )
 
 
 def of_training_alone(config: Mapping[str, object], name: str) -> bool:
     """Whether the tensor `name` is one that a variant trains with and evaluates without."""
-    variant = any(config.get(key) for key in _PLAIN)
+    variant = any(config.get(key) for key in PLAIN)
     return variant and any(f".{part}" in name for part in _TRAINING)
 
 

@@ -26,12 +26,11 @@ from ..updates.rank_one import RankOneSum
 from ..updates.update import Update
 from .lora_reader import AdapterFiles
 from .module import AdaptedModule, adapted, grouped
-from .peft_common import Scaling, is_variant, of_training_alone, refuse_variant
+from .peft_common import ATTENTION_OUT, Scaling, is_variant, of_training_alone, refuse_variant
 from .peft_initial import Initial
 from .peft_parameters import TOKENS, parameter_updates, parameters, token_rows
 from .run_folder import CONFIG_FILE, WEIGHT_FILES, RunFolder
 
-_OUT = ".base_layer.out_proj"
 _BIAS, _EMBEDDING = ".lora_B.bias", ".lora_embedding_A"
 _MAGNITUDES = (".lora_magnitude_vector", ".lora_magnitude_vector.weight")  # read by peft_dora
 _LORA = re.compile(r"(.+)\.(?:lora_(A|B)\.weight|lora_embedding_(A|B))")
@@ -80,7 +79,7 @@ class PeftLoraReader:
                 rank, loaders = parameter_updates(named[name], module, rank, scaling)
             else:
                 own_name, times = _attention(name, pairs)
-                scale = times * scaling.of(name.removesuffix(_OUT), rank)
+                scale = times * scaling.of(name.removesuffix(ATTENTION_OUT), rank)
                 loaders = {own_name: partial(_update, initial, module, scale, name in embeddings)}
                 shape = shape[::-1] if name in embeddings else shape
                 kernels |= {own_name: module.kernel} if module.kernel else {}
@@ -116,10 +115,10 @@ def _attention(name: str, pairs: Collection[str]) -> tuple[str, int]:
     On torch's own MultiheadAttention PEFT puts one pair on `in_proj_weight` and one on the linear
     layer `out_proj` inside; its `merge`, which its forward pass uses, adds the latter twice.
     """
-    if f"{name}{_OUT}" in pairs:
+    if f"{name}{ATTENTION_OUT}" in pairs:
         return f"{name}.in_proj_weight", 1
-    if name.endswith(_OUT) and name.removesuffix(_OUT) in pairs:
-        return name.replace(_OUT, ".out_proj"), 2
+    if name.endswith(ATTENTION_OUT) and name.removesuffix(ATTENTION_OUT) in pairs:
+        return name.replace(ATTENTION_OUT, ".out_proj"), 2
     return name, 1
 
 

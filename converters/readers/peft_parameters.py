@@ -14,7 +14,7 @@ import torch
 
 from ..errors import RunError
 from ..files.tensors import LazyTensor, load_finite
-from ..model.layout import FUSED
+from ..model.layout import REGISTERED
 from ..model.match import rows_in_memory
 from ..options import ReadOptions
 from ..run import LazyUpdates, Run
@@ -22,7 +22,7 @@ from ..updates.rank_one import RankOneSum
 from ..updates.replaced import ReplacedRows
 from ..updates.update import Update
 from .module import AdaptedModule
-from .peft_common import Scaling, need_base
+from .peft_common import IN_PEFT, Scaling, need_base
 
 TOKENS = ".token_adapter.trainable_tokens_delta"
 
@@ -44,15 +44,16 @@ def parameters(config: Mapping[str, object], stored: Iterable[str], file: Path) 
         found = {str(t).rpartition(".")[2] for t in targets if _applies(str(t), module)}
         if not found:
             continue
-        if len(found) != len(names) or (len(found) > 1 and found != set(FUSED)):
+        if len(found) != len(names) or (len(found) > 1 and not found <= set(REGISTERED)):
             raise RunError(
                 "which parameters this adapter is for cannot be told",
                 file=file,
                 tensor=module,
                 found=f"{len(names)} pairs for {sorted(found)}",
-                expected="one pair per parameter; several only as " + " and ".join(FUSED),
+                expected="one pair per parameter; several only of " + ", ".join(REGISTERED),
+                remedy=IN_PEFT,
             )
-        ordered = sorted(found, key=FUSED.index) if len(found) > 1 else list(found)
+        ordered = sorted(found, key=REGISTERED.index) if len(found) > 1 else list(found)
         for name, parameter in zip(sorted(names, key=len, reverse=True), ordered, strict=True):
             result[name] = f"{module}.{parameter}"
     return result

@@ -130,7 +130,7 @@ _PEFT_UNADAPTED = dict.fromkeys(
 )
 _PEFT_FEATURES = frozenset(
     "use_dora lora_bias target_parameters trainable_token_indices layer_replication "
-    "alora_invocation_tokens".split()
+    "alora_invocation_tokens use_bdlora velora_config monteclora_config kasa_config".split()
 )
 
 PROFILES = {
@@ -201,7 +201,11 @@ PROFILES = {
     )
 }
 PEFT = PROFILES["peft"]
-# It needs no prefix and does not find the magnitudes of DoRA (`transformers/integrations/peft.py`).
+# It needs no prefix, does not find the magnitudes of DoRA (`transformers/integrations/peft.py`),
+# and looks for no invocation in a text, which PEFT's own model does.
 TRANSFORMERS = replace(
-    PEFT, name="transformers", prefix=False, features=PEFT.features - {"use_dora"}
+    PEFT,
+    name="transformers",
+    prefix=False,
+    features=PEFT.features - {"use_dora", "alora_invocation_tokens"},
 )

@@ -22,6 +22,12 @@ _KINDS = (
     *("pixel_values", "pixel_values_videos", "flattened_patches", "input_values"),
     *("input_features", "decoder_input_values", "speaker_embeddings", "qformer_input_ids"),
 )
+# The part of a model that reads an input: a configuration without it has None in its place.
+_READ_BY = {
+    **dict.fromkeys(("pixel_values", "pixel_values_videos"), "vision_config"),
+    **dict.fromkeys(("input_values", "input_features"), "audio_config"),
+    "qformer_input_ids": "qformer_config",
+}
 
 
 def text_of(config: Any) -> Any:
@@ -69,8 +75,9 @@ def beside_text(cls: Any, config: Any) -> list[tuple[str, ...]]:
     for, nothing. Where the text itself has a place for an image, and nobody knows how long one
     is, images are left out."""
     names = takes(cls)
-    main = [cls.main_input_name] if cls.main_input_name in _KINDS else []
-    known = [name for name in _KINDS if name in names]
+    kinds = [name for name in _KINDS if getattr(config, _READ_BY.get(name, ""), ()) is not None]
+    main = [cls.main_input_name] if cls.main_input_name in kinds else []
+    known = [name for name in kinds if name in names]
     asked = [name for name in known if names[name] or name in main]
     if _placeholders(config) and not places(cls, config):
         known = asked

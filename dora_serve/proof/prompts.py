@@ -93,7 +93,8 @@ def prompts_of(run: Run, base: BaseModel) -> Prompts:
     found: Prompts | None = None
     if cls.main_input_name != "input_ids":
         found = _without_text(cls, config)
-    more = any(hasattr(config, part) for part in ("vision_config", "audio_config"))
+    parts = ("vision_config", "audio_config")
+    more = any(getattr(config, part, None) is not None for part in parts)
     for names in reversed(beside_text(cls, config)):
         here = [f"random {name} beside each" for name in names]
         unseen = ["images and sound: only its text was asked"] if more and not names else []

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
+import peft
 import torch
 
-from tests.converters.naming import BOTH, PREFIX
+from tests.converters.naming import BOTH, INPUTS, PREFIX
 
 Tensors = dict[str, torch.Tensor]
 Config = dict[str, Any]
@@ -18,6 +19,9 @@ PEFT, TRANSFORMERS = frozenset({"peft"}), frozenset({"transformers"})
 Q = "layers.0.self_attn.q_proj"
 LINEAR = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 CONVOLUTION = ["q_proj", "patch_embed.proj"]
+BLOCKS = peft.BdLoraConfig(
+    target_modules_bd_a=["q_proj"], target_modules_bd_b=["v_proj"], nblocks=2, match_strict=False
+)
 EXPERTS = {"target_parameters": ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]}
 
 
@@ -139,11 +143,38 @@ QUICK: dict[str, Case] = {
         "llama", NONE, trained={"init_lora_weights": "pissa_niter_4"}
     ),
     "an orthogonal start": Case("llama", BOTH, trained={"init_lora_weights": "olora"}),
+    "MonteCLoRA": Case("llama", BOTH, trained={"monteclora_config": peft.MontecloraConfig()}),
+    "KaSA": Case("llama", BOTH, trained={"kasa_config": peft.KasaConfig()}),
+    "BD-LoRA": Case("llama", BOTH, trained={"use_bdlora": BLOCKS}),
+    "BD-LoRA of another number of blocks": Case(
+        "llama",
+        NONE,
+        said(use_bdlora={**asdict(BLOCKS), "nblocks": 4}),
+        {"use_bdlora": BLOCKS},
+    ),
+    "blocks that nobody says": Case("llama", NONE, said(use_bdlora=None), {"use_bdlora": BLOCKS}),
     "another tuner's name": Case("llama", NONE, said(peft_type="LOHA")),
     "a task that PEFT has not": Case("llama", NONE, said(task_type="WHATEVER")),
     "another base's name": Case("llama", BOTH, said(base_model_name_or_path="org/other")),
 }
 FURTHER: dict[str, Case] = {
+    "VeLoRA": Case("llama", BOTH, trained={"velora_config": peft.VeloraConfig()}),
+    "VeLoRA, begun at random": Case(
+        "llama", BOTH, trained={"velora_config": peft.VeloraConfig(init_type="random")}
+    ),
+    "KaSA that nobody says": Case(
+        "llama", NONE, said(kasa_config=None), {"kasa_config": peft.KasaConfig()}
+    ),
+    "KaSA without its diagonal": Case(
+        "llama", NONE, without("lora_diag"), {"kasa_config": peft.KasaConfig()}
+    ),
+    "aLoRA": Case(
+        "llama", PEFT, trained={"alora_invocation_tokens": INPUTS["input_ids"][0, :2].tolist()}
+    ),
+    "Arrow without the adapters that it chooses of": Case(
+        "llama", NONE, said(arrow_config={"top_k": 2})
+    ),
+    "MiCA": Case("llama", BOTH, trained={"init_lora_weights": "mica"}),
     "rank-stabilized": Case("llama", BOTH, trained={"use_rslora": True}),
     "full names": Case("llama", BOTH, trained={"target_modules": [f"model.{Q}"]}),
     "one more target that is none": Case("llama", BOTH, said(target_modules=[*LINEAR, "zzz"])),

@@ -307,7 +307,7 @@ def computes(engine: str, model: Any, lora: Path, truth: torch.Tensor) -> bool:
         else:
             model.load_adapter(str(lora))
             found = logits(model)
-    except (KeyError, ValueError, RuntimeError, TypeError):
+    except (AttributeError, KeyError, ValueError, RuntimeError, TypeError):
         return False
     return float((found - truth).abs().max()) <= BOUND
 

@@ -16,6 +16,7 @@ from peft import PeftModel, get_peft_model
 
 from converters.errors import RunError, TargetError
 from dora_serve import ReadOptions, merge, read_run, write_adapter, write_onnx
+from tests.converters.naming import BOTH, errors
 
 VIT = {"hidden_size": 20, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 30}
 TEXT = {"vocab_size": 60, **VIT, "conv_kernel_size": 3}
@@ -124,6 +125,10 @@ def test_equals_pefts_live_model(
     run = read_run(adapter, ReadOptions(base=base))
     merge(run, tmp_path / "merged", base=base)
     assert far(truth, outputs(load(tmp_path / "merged", model))) <= 1e-4
+    if kind == "LoraConfig":
+        told = {e for e in BOTH if not errors(adapter, base, e)}
+        assert told == BOTH - ({"transformers"} if options.get("use_dora") else set())
+        assert errors(adapter, base, "vllm")
     if low_rank:
         write_adapter(run, tmp_path / "written", base=base)
         written = PeftModel.from_pretrained(load(base, model), str(tmp_path / "written"))

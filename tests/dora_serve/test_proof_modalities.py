@@ -20,7 +20,7 @@ from dora_serve import merge, read_run, verify
 from tests.conftest import randomize
 from tests.converters.test_peft_kinds import saved
 from tests.converters.test_zeroed import EYED
-from tests.converters.tied_families import ENCODER, EYES, KOSMOS, OPT, SPEAKS, TRANSLATOR
+from tests.converters.tied_families import DECODER, ENCODER, EYES, KOSMOS, OPT, SPEAKS, TRANSLATOR
 
 WORDS = {**ENCODER, "encoder_hidden_size": 32, "projection_dim": 32}
 ASKS = {k: v for k, v in ENCODER.items() if k != "max_position_embeddings"} | {
@@ -230,3 +230,33 @@ def test_a_voice_that_draws_lots(tmp_path: Path) -> None:
     found = verify(run, tmp_path / "merged", base)
     assert found.passed and found.tolerance < 1e-2
     assert not verify(run, base, base, earlier=found).passed
+
+
+GEMMA4 = {"global_head_dim": 8, "vocab_size_per_layer_input": 80, "hidden_size_per_layer_input": 8}
+SEES = {"num_key_value_heads": 4, "head_dim": 8, "position_embedding_size": 64}
+
+
+@pytest.mark.parametrize(
+    "parts",
+    [
+        {"vision_config": {**EYES, **SEES}},
+        pytest.param({}, marks=pytest.mark.further, id="text alone"),
+    ],
+    ids="-".join,
+)
+def test_a_part_that_the_base_lacks_is_not_asked(tmp_path: Path, parts: dict[str, Any]) -> None:
+    """Gemma 4 without ears, whose class takes sound all the same."""
+    name, values = "Gemma4ForConditionalGeneration", {"text_config": {**DECODER, **GEMMA4}, **parts}
+    base = saved(name, "Gemma4Config", values, tmp_path / "base")
+    model = getattr(transformers, name).from_pretrained(base)
+    assert model.config.audio_config is None
+    lora = LoraConfig(r=2, lora_alpha=8, target_modules=r".*language_model.*(q_proj|down_proj)")
+    peft = get_peft_model(model, lora)
+    randomize(peft)
+    peft.save_pretrained(tmp_path / "run")
+    run = read_run(tmp_path / "run", ReadOptions(base=base))
+    merge(run, tmp_path / "merged", base=base)
+    found = verify(run, tmp_path / "merged", base)
+    assert found.passed and found.truth == "peft"
+    assert found.left == (("images and sound: only its text was asked",) if parts else ())
+    assert not verify(run, base, base).passed

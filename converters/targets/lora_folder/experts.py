@@ -16,7 +16,7 @@ import torch
 
 from ...errors import TargetError
 from ...model.base import BaseModel
-from ...model.layout import FUSED, Layout, Place, is_parameter, split_slice
+from ...model.layout import REGISTERED, Layout, Place, is_parameter, split_slice
 from ...model.match import is_transposed
 from ...run import LazyUpdates, Run
 from ...updates.rank_one import RankOneSum
@@ -105,7 +105,7 @@ def stacked(
 ) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
     """`parameter[e]` → (A [r, in], B [out, r]) becomes stored module → (A [E·r, in], B [out, r·E]).
 
-    Of two parameters of one module, the first registered is wrapped innermost (`base_layer`).
+    Of several parameters of one module, the first registered is wrapped innermost (`base_layer`).
     """
     parts: dict[str, list[tuple[torch.Tensor, torch.Tensor]]] = {}
     for name in sorted(blocks, key=lambda name: split_slice(name)[1] or 0):
@@ -113,11 +113,11 @@ def stacked(
     result = {}
     for parameter, pairs in parts.items():
         module, _, own = parameter.rpartition(".")
-        outer = [other for other in FUSED if f"{module}.{other}" in parts and other != own]
-        inner = own == FUSED[0] and bool(outer)
+        later = REGISTERED[REGISTERED.index(own) + 1 :] if own in REGISTERED else ()
+        outer = sum(f"{module}.{other}" in parts for other in later)
         a = torch.cat([a for a, _ in pairs])
         b = torch.stack([b for _, b in pairs], dim=2).flatten(1)
-        result[f"{module}.base_layer" if inner else module] = (a, b)
+        result[module + ".base_layer" * outer] = (a, b)
     return result
 
 
