@@ -26,7 +26,7 @@ import torch
 import transformers
 from dora_trainer import DoraTrainer, Settings
 from peft import LoraConfig, get_peft_model
-from real_ways import WAYS, Cost, gguf_difference, made, served
+from real_ways import WAYS, Cost, Refused, gguf_difference, made, served
 from real_whisper import section
 from safetensors.torch import load_file, save_file
 
@@ -200,23 +200,26 @@ def faults(merged: Path, base: Path, out: Path) -> Iterator[tuple[str, Path]]:
 @dataclass(frozen=True)
 class Row:
     """An artifact of a run: what was found of it, whether it is right, and what it cost. `right` is
-    None of a graph of fewer bits: whether its rounding hides the update is what `verify` tells."""
+    None of a graph of fewer bits: whether its rounding hides the update is what `verify` tells; and
+    `found` of one that was refused, since its numbers go beyond those of float16."""
 
     run: str
     artifact: str
-    found: Verification
+    found: Verification | None
     right: bool | None = True
     cost: Cost | None = None
 
     @property
     def as_expected(self) -> bool:
-        if self.right is None:
-            return True
+        if self.right is None or self.found is None:
+            return self.right is None
         times = self.found.max_abs / self.found.tolerance
         return self.found.passed if self.right else not self.found.passed and times > FAR
 
     def __str__(self) -> str:
         found = self.found
+        if found is None:
+            return f"| {self.run} | {self.artifact} {'| ' * 9}| refused |"
         lost = "" if found.lost is None else f"{found.lost:.2%}"
         times = f"{found.max_abs / found.tolerance:.2g}"
         top1 = f"{found.top1:.1%}"
@@ -246,13 +249,18 @@ def prove(name: str, base: Path, work: Path, short: bool) -> Iterator[Row]:
             ):
                 continue
             out = work / method / artifact
-            cost = made((command, folder, out, "--base", base, *options), out)
+            right = None if artifact in ROUNDED else True
+            try:
+                cost = made((command, folder, out, "--base", base, *options), out)
+            except Refused:
+                yield Row(method, artifact, None, right)
+                continue
             if artifact == "adapter for llama.cpp":
                 apart = gguf_difference(read[method], out, base)
                 found = replace(earlier[method], max_abs=apart, tolerance=GGUF, lost=None)
             else:
                 found = judged(method, out)
-            yield Row(method, artifact, found, None if artifact in ROUNDED else True, cost)
+            yield Row(method, artifact, found, right, cost)
             if artifact != "merged":
                 shutil.rmtree(out)
         if method == "dynamic rank":
@@ -323,7 +331,10 @@ def main() -> int:
         for row in prove(name, base, work, arguments.short):
             good &= row.as_expected
             lines.append(str(row))
-            print(f"{time.strftime('%H:%M:%S')} {name} {row} {row.found.failures}", flush=True)
+            failures = row.found.failures if row.found else ()
+            print(f"{time.strftime('%H:%M:%S')} {name} {row} {failures}", flush=True)
+            if row.found is None:
+                continue
             asked, noise = ", ".join((*row.found.asked, *row.found.left)), row.found.noise_of
         page += [f"\n## {BASES[name].title}\n\nAsked: {asked}; noise against {noise}.\n", *lines]
     (arguments.output or Path("/dev/stdout")).write_text("\n".join([*page, ""]))

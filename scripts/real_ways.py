@@ -51,6 +51,12 @@ print(resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * 1024)
 sys.exit(max(code, 0))
 """
 TEXT = "The rank of a matrix is"
+
+
+class Refused(Exception):
+    """A command ended with an error of its own."""
+
+
 NEW = 24  # tokens of an answer
 
 
@@ -83,6 +89,8 @@ def _started(*words: object, **environment: str) -> subprocess.Popen[str]:
 def _ended(process: subprocess.Popen[str]) -> int:
     """The largest resident memory of what `process` measured, in bytes."""
     told, _ = process.communicate()
+    if process.returncode == 1:
+        raise Refused(process.args)
     if process.returncode:
         raise SystemExit(f"{process.args!r}: {process.returncode}")
     return int(told)

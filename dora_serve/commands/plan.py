@@ -98,7 +98,7 @@ def command(
         click.echo()
         click.echo(shell(command_line(options, program)))
         if "enable-lora" in options and options["dtype"] == "float32":
-            click.echo("On a GPU, whose adapter kernels take no float32: --dtype auto")
+            click.echo("\nOn a GPU, whose adapter kernels take no float32: --dtype auto")
     for file in filter(None, (yaml_path, png if drawn else None)):
         click.echo(f"\n{visible(file)}: written")
     if commands:

@@ -16,7 +16,7 @@ import torch
 
 from converters.certificate import FILE as CERTIFICATE
 from converters.certificate import sha256
-from converters.errors import MissingError, RunError
+from converters.errors import MissingError, RunError, TargetError
 from converters.files.json_files import read_json
 from converters.model.base import BaseModel
 from converters.run import Run
@@ -99,7 +99,10 @@ def prove(
     folder: Path, base: BaseModel, run: Run | None, adapters: Mapping[str, Run]
 ) -> dict[str, dict[str, float]]:
     """Per run (`merged`, or the adapter's name): `max_abs` of the logits' difference to the live
-    run, `top1` agreement, and `control`, the live run's difference to the base."""
+    run, `top1` agreement, and `control`, the live run's difference to the base.
+
+    Raises `TargetError` for a graph whose logits are not finite where the live run's are.
+    """
     runs: dict[str, Run] = {"merged": run} if run is not None else dict(adapters)
     found = {}
     model = open_onnx(folder)
@@ -110,6 +113,14 @@ def prove(
         live.detach()
         model.adapters = None if run is not None else name
         deployed = logits(model, inputs)
+        if truth.isfinite().all() and not deployed.isfinite().all():
+            raise TargetError(
+                "the graph's numbers grow beyond what its precision holds",
+                file=base.path,
+                found="logits that are not finite",
+                expected="finite ones, as the live run has",
+                remedy="choose another precision: in float16 numbers end at 65,504",
+            )
         found[name] = {
             "max_abs": float((deployed - truth).abs().max()),
             "top1": equal_choices([deployed], [truth]),

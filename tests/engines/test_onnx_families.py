@@ -11,8 +11,10 @@ import pytest
 import torch
 import transformers
 from peft import LoraConfig, get_peft_model
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+import dora_serve
 from converters.errors import DoraExportError
 from converters.model.base import open_base
 from converters.targets.onnx import write_onnx
@@ -184,6 +186,23 @@ def test_precisions(gpt2: tuple[Path, Run], tmp_path: Path, precision: str, boun
     done = decoder.generate([prompt], "one", Sampling(16, ignore_eos=True))[0]
     logits = decoder.batch([prompt + done.tokens[:-1]], ["one"]).prefill_all()[0]
     assert logits[len(prompt) - 1 :].argmax(-1).tolist() == done.tokens
+
+
+def test_numbers_beyond_float16_are_refused(tmp_path: Path) -> None:
+    """As Gemma 3's are: the graph would answer NaN."""
+    cls = tiny("llama", tmp_path)
+    file = tmp_path / "base" / "model.safetensors"
+    tensors = load_file(file)
+    for name in tensors:
+        if name.endswith(("up_proj.weight", "gate_proj.weight")):
+            tensors[name] *= 2000
+    save_file(tensors, file, {"format": "pt"})
+    run, base = lora(cls, tmp_path, "one", target_modules=ATTENTION), open_base(tmp_path / "base")
+    with pytest.raises(DoraExportError, match="not finite"):
+        dora_serve.write_onnx(base, tmp_path / "out", run=run, precision="fp16")
+    assert not (tmp_path / "out").exists()
+    dora_serve.write_onnx(base, tmp_path / "out", run=run)
+    assert verify(run, tmp_path / "out", base).passed
 
 
 def test_genai_runs_what_torch_exported(gpt2: tuple[Path, Run], tmp_path: Path) -> None:
