@@ -286,6 +286,7 @@ What each bound is: [exactness][1].
 - *MB* is what the command wrote, *peak MB* its largest resident memory, files that it mapped
   included, *s* its time with the start of the interpreter, on two cores with 24 GB.
 - *choices*: how often the likeliest token or class is the live model's, over all prompts.
+- Refused: the numbers of Gemma 3 grow beyond float16, and the graph would answer NaN.
 - A graph of fewer bits is another base: `verify` fails it where its rounding is more than half (of
   fp16: a twentieth) of what the run changed, as it is for runs of a few steps.
 - The adapter for llama.cpp is read again with gguf's own reader and names; the difference is that
