@@ -44,12 +44,6 @@ def sharded_bin(base: Path, out: Path) -> None:
     (out / "pytorch_model.bin.index.json").write_text(json.dumps(index))
 
 
-def with_ddp_prefix(base: Path, out: Path) -> None:
-    shutil.copytree(base, out)
-    tensors = {f"module.{name}": t for name, t in load_file(out / FILE).items()}
-    save_file(tensors, out / FILE, {"format": "pt"})
-
-
 def without_model_prefix(base: Path, out: Path) -> None:
     shutil.copytree(base, out)
     tensors = {name.removeprefix("model."): t for name, t in load_file(out / FILE).items()}
@@ -57,7 +51,7 @@ def without_model_prefix(base: Path, out: Path) -> None:
 
 
 LAYOUTS: list[Callable[[Path, Path], None]] = [single_bin, sharded, sharded_bin]
-RENAMED: list[Callable[[Path, Path], None]] = [with_ddp_prefix, without_model_prefix]
+RENAMED: list[Callable[[Path, Path], None]] = [without_model_prefix]
 
 
 def merged_tensors(folder: Path) -> dict[str, torch.Tensor]:

@@ -216,7 +216,7 @@ BASES = [
     ("an adapted weight of whole numbers", base_tensor("model.layers.0.self_attn.q_proj.weight",
         lambda t: t.int()), "q_proj"),
     ("an adapted weight of eight bits", base_tensor("model.layers.0.self_attn.q_proj.weight",
-        lambda t: t.to(torch.float8_e4m3fn)), "quantized"),
+        lambda t: t.to(torch.float8_e4m3fn)), "of eight bits"),
     ("an adapted weight of another shape", base_tensor("model.layers.0.self_attn.q_proj.weight",
         torch.ones(4, 4)), "does not fit"),
 ]  # fmt: skip

@@ -54,7 +54,8 @@ def test_every_profile_and_that_of_transformers() -> None:
     assert set(found) == {"transformers", "peft", "vllm", "sglang", "lorax", "gguf"}
     assert {name: profile.name for name, profile in found.items()} == {name: name for name in found}
     assert not found["transformers"].prefix and found["peft"].prefix
-    assert found["peft"].features - found["transformers"].features == {"use_dora"}
+    more = found["peft"].features - found["transformers"].features
+    assert more == {"use_dora", "alora_invocation_tokens"}
 
 
 def test_who_wrote_a_folder(llama_base: Path, llama_lora: Path, tmp_path: Path) -> None:
