@@ -172,8 +172,6 @@ def test_a_length_without_large_factors(count: int) -> None:
         (wav(np.zeros(RATE + 1)), "longer than the 1 s"),
         (wav(np.zeros(4)).replace(b"\2\0\x10\0data", b"\x08\0\x40\0data"), "of 8 bytes"),
         (wave_of(7, 8, b"1234"), "kind 7"),
-        (wave_of(3, 32, np.array([0, np.nan], "<f4").tobytes()), "no loudness"),
-        (wave_of(3, 64, np.array([0, 1e300], "<f8").tobytes()), "no loudness"),
         (wave_of(1, 16, b"1234", channels=0), "0 channels"),
         (wave_of(1, 16, b"1234", rate=0), "0 samples a second"),
         (wav(np.zeros(4))[:-5], ""),
