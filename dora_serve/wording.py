@@ -42,6 +42,16 @@ def quoted(word: object) -> str:
     return "$'" + "".join(sign if sign.isprintable() else _in_bash(sign) for sign in signs) + "'"
 
 
+def curl(url: str, body: Mapping[str, object], key: bool) -> str:
+    """A command that posts `body` to `url`. `key`: with the key in the variable that `up` reads."""
+    return f"{curl_of(url, key)} -H 'Content-Type: application/json' -d {quoted(json.dumps(body))}"
+
+
+def curl_of(url: str, key: bool) -> str:
+    """The beginning of a command that asks `url`."""
+    return f"curl {url}" + (' -H "Authorization: Bearer $DORA_SERVE_API_KEY"' if key else "")
+
+
 def _in_bash(sign: str) -> str:
     code = ord(sign)
     if 0xDC80 <= code <= 0xDCFF:  # a byte of a name that is no text

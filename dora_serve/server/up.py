@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import signal
 import sys
@@ -18,7 +17,7 @@ from converters.errors import MissingError, visible
 
 from ..extras import require
 from ..folder.templates import has_template
-from ..wording import alike, quoted
+from ..wording import alike, curl, curl_of, quoted
 from .options import ServerOptions
 from .prepare.offer import ANSWERS, DECODES, HEARS, TRANSLATES, Offer, OfferedModel
 
@@ -144,13 +143,12 @@ def table(offer: Offer, url: str, key: bool, chats: bool = False) -> str:
         lines.append(f"  {len(offer.models)} served, {len(offer.problems)} not: see above")
     last = offer.models[-1]
     path = where[last.name]
-    header = ' -H "Authorization: Bearer $DORA_SERVE_API_KEY"' if key else ""
-    command = f"curl {url}{path}{header} "
     if path == _PATHS[HEARS]:
-        command += f"-F file=@speech.wav --form-string {quoted(f'model={last.name}')}"
+        form = f"-F file=@speech.wav --form-string {quoted(f'model={last.name}')}"
+        command = f"{curl_of(url + path, key)} {form}"
     else:
-        body = json.dumps({"model": last.name, **_example(last, path, Path(folders[last.folder]))})
-        command += f"-H 'Content-Type: application/json' -d {quoted(body)}"
+        body = {"model": last.name, **_example(last, path, Path(folders[last.folder]))}
+        command = curl(url + path, body, key)
     return "\n".join([*lines, "", command, ""])
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -15,11 +14,12 @@ from converters.files.cache import private_cache
 
 from ..commands.common import left_out
 from ..folder.inventory import discover
+from ..folder.templates import has_template
 from ..progress import progress_bar, say
-from ..wording import quoted
+from ..wording import curl
 from .command import command_line, find_vllm, has_gpu, serve_options, shell
 from .convert import vllm_adapter, vllm_adapter_path
-from .fleet import Fleet, Pool, plan_fleet
+from .fleet import CLASSIFIES, POOLED, Fleet, Pool, plan_fleet
 from .plugin import live_environment
 from .supervisor import Supervisor
 
@@ -96,7 +96,7 @@ def up(
     url = f"http://{f'[{host}]' if ':' in host else host}:{port}"
     log = private_cache() / "logs" / f"vllm-{port}.log"
     click.echo(f"log     {log}", err=True)
-    report = _Report(url, first.pool.name, list(first.adapters))
+    report = _Report(url, first.pool, list(first.adapters), api_key is not None)
     Supervisor(
         first.words, environment, f"{url}/health", log, report, again=lambda: start().words
     ).run()
@@ -122,11 +122,23 @@ def _several(root: Path, fleet: Fleet) -> DoraExportError:
     )
 
 
+def _example(pool: Pool) -> tuple[str, dict[str, object]]:
+    """Where the models of `pool` are asked first, and with what."""
+    if pool.task == CLASSIFIES:
+        return "/classify", {"input": "a good film"}
+    if pool.task in POOLED:
+        return "/v1/embeddings", {"input": "a good film"}
+    if has_template(pool.base.path):
+        return "/v1/chat/completions", {"messages": [{"role": "user", "content": "Hello"}]}
+    return "/v1/completions", {"prompt": "Hello"}
+
+
 class _Report:
     """Tells what happens to the server: a line that counts in a terminal, else a line an event."""
 
-    def __init__(self, url: str, base: str, adapters: Sequence[str]) -> None:
-        self._url, self._base, self._adapters = url, base, adapters
+    def __init__(self, url: str, pool: Pool, adapters: Sequence[str], key: bool) -> None:
+        self._url, self._pool, self._key = url, pool, key
+        self._names = [pool.name, *adapters]
         self._counting = False
 
     def __call__(self, event: str, seconds: float) -> None:
@@ -140,13 +152,10 @@ class _Report:
             self._counting = False
         if event == "ready":
             click.echo(f"ready after {seconds:.0f} s")
-            for name in (self._base, *self._adapters):
-                click.echo(f"  {name}")
-            body = {"model": (self._adapters or [self._base])[0], "prompt": "Hello"}
-            click.echo(
-                f"curl {self._url}/v1/completions -H 'Content-Type: application/json' -d "
-                + quoted(json.dumps(body))
-            )
+            for name in self._names:
+                click.echo(f"  {visible(name)}")
+            path, example = _example(self._pool)
+            click.echo(curl(self._url + path, {"model": self._names[-1], **example}, self._key))
             sys.stdout.flush()
         elif event == "crashed":
             click.secho(f"vLLM ended; again in {seconds:.0f} s", fg="red", err=True)

@@ -55,15 +55,18 @@ def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def up(
-    folder: Path, url: str, cache: Path, tmp_path_factory: pytest.TempPathFactory
-) -> Iterator[subprocess.Popen[bytes]]:
-    out = tmp_path_factory.mktemp("log")
+def told(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What `up` prints."""
+    return tmp_path_factory.mktemp("log") / "up.log"
+
+
+@pytest.fixture(scope="session")
+def up(folder: Path, url: str, cache: Path, told: Path) -> Iterator[subprocess.Popen[bytes]]:
     port = url.rsplit(":", 1)[1]
     words = [DORA_SERVE, "up", folder, "--engine", "vllm", "--live"]
     words += ["--port", port, "--", *SMALL]
     env = {"DORA_SERVE_CACHE": str(cache), "DORA_SERVE_API_KEY": KEY}
-    with server(words, url, out / "up.log", **env) as process:
+    with server(words, url, told, **env) as process:
         yield process
 
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import os
+import shutil
 import signal
 import subprocess
 import threading
@@ -12,9 +14,14 @@ from pathlib import Path
 import openai
 import pytest
 
+from converters.model.base import open_base
+from dora_serve.vllm.fleet import Pool
+from dora_serve.vllm.up import _Report
+from tests.conftest import MODELS
 from tests.engines.vllm.servers import (
     BASE,
     DORA_SERVE,
+    KEY,
     ask,
     client,
     everyone_is_right,
@@ -41,6 +48,43 @@ def test_each_name_gives_its_own_live_runs_tokens(
 def test_the_key_is_asked_for(url: str) -> None:
     with pytest.raises(openai.AuthenticationError):
         openai.OpenAI(base_url=f"{url}/v1", api_key="wrong", max_retries=0).models.list()
+
+
+@pytest.mark.usefixtures("up")
+def test_the_command_that_is_printed_asks_the_last_adapter(told: Path) -> None:
+    wait_until(lambda: "\ncurl " in told.read_text(), 60)
+    names, _, command = told.read_text().partition("\ncurl ")
+    shell = ["bash", "-c", f"curl --silent --fail {command.splitlines()[0]}"]
+    environment = {**os.environ, "DORA_SERVE_API_KEY": KEY}
+    answer = json.loads(subprocess.run(shell, env=environment, check=True, stdout=-1).stdout)
+    assert answer["model"] == names.splitlines()[-1].strip()
+    assert answer["choices"][0]["finish_reason"]
+
+
+@pytest.mark.parametrize(
+    ("base", "task", "path"),
+    [
+        (BASE, None, "/v1/completions"),
+        ("tiny-roberta-base", "sequence-classification", "/classify"),
+        ("tiny-roberta-base", "feature-extraction", "/v1/embeddings"),
+    ],
+)
+def test_where_each_task_is_asked_first(
+    base: str, task: str | None, path: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pool = Pool(base, open_base(MODELS / base), task, {})
+    _Report("http://x", pool, [], key=False)("ready", 1.0)
+    assert f"curl http://x{path} -H" in capsys.readouterr().out
+
+
+def test_a_model_that_chats_is_chatted_with(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shutil.copytree(MODELS / BASE, tmp_path / "chat")
+    (tmp_path / "chat" / "chat_template.jinja").write_text("{{ messages[0].content }}")
+    pool = Pool("chat", open_base(tmp_path / "chat"), None, {})
+    _Report("http://x", pool, [], key=False)("ready", 1.0)
+    assert "curl http://x/v1/chat/completions -H" in capsys.readouterr().out
 
 
 def test_a_killed_vllm_comes_back_with_the_same_adapters(
