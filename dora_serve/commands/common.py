@@ -265,7 +265,7 @@ def base_said(run: Run, base: BaseModel) -> str:
     """What `base` is; a QLoRA's configuration does not tell that it was trained on another one."""
     if base.stored is not None or base.packed:
         return f"{base.name}, quantized"
-    asked = "; trained as QLoRA? Then that is another model: --base QUANTIZED"
+    asked = "; for a QLoRA, --base is what save_pretrained(FOLDER) wrote of the quantized base"
     return f"{base.name}, not quantized" + asked * run.method.startswith("peft_")
 
 
