@@ -37,7 +37,10 @@ class TargetCommand(click.Command):
     def get_params(self, ctx: click.Context) -> list[click.Parameter]:
         target = targets().get(str(ctx.meta.get(_SEEN, self._target)))
         own = super().get_params(ctx)
-        return own if target is None else [*own, *common.flags(target.options)]
+        if target is None:
+            return own
+        place = [param.name for param in own].index("base")
+        return [*own[:place], *common.flags(target.options), *own[place:]]
 
 
 def target_option(choices: Sequence[str], default: str | None) -> click.Option:

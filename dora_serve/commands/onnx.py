@@ -66,7 +66,7 @@ def command(
 
     \b
     dora-export onnx RUN OUT                          RUN merged into its base
-    dora-export onnx --base BASE OUT --adapter RUN …  BASE, and every RUN as an adapter beside it
+    dora-export onnx --base BASE OUT --adapter RUN …  BASE, every RUN beside it
     dora-export onnx --add OUT --base BASE --adapter RUN
     """
     from converters.targets.onnx import add_adapters
