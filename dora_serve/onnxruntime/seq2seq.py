@@ -91,8 +91,11 @@ class EncoderDecoder(AdaptedFolder):
             if tokens and tokens[-1] in eos:
                 completion.reason, tokens = "stop", tokens[:-1]
             completion.tokens = tokens
-            completion.text = self.tokenizer.decode(tokens)
+            completion.text = self._text(tokens)
         return done
+
+    def _text(self, tokens: Sequence[int]) -> str:
+        return str(self.tokenizer.decode(tokens))
 
     def _scores(
         self, batch: Batch, logits: Array, written: Sequence[Sequence[int]], search: Search

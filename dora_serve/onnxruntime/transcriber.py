@@ -8,6 +8,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
@@ -31,6 +32,7 @@ if TYPE_CHECKING:
 
 FEATURES = "input_features"
 TASKS = ("transcribe", "translate")
+_TIME = re.compile(r"<\|\d+\.\d+\|>")
 
 
 def hears(folder: Path) -> bool:
@@ -117,6 +119,10 @@ class Transcriber(EncoderDecoder):
             )
         batch = Batch(self, {FEATURES: features}, first, adapters=adapters)
         return self.search(batch, search, first.tolist())
+
+    def _text(self, tokens: Sequence[int]) -> str:
+        # To the tokenizer times are words, which the model may write though it is asked for none.
+        return _TIME.sub("", super()._text(tokens))
 
     def _features(self, wave: Array) -> Array:
         samples = np.asarray(wave)

@@ -21,7 +21,7 @@ from dora_serve.server.options import ServerOptions
 from dora_serve.server.wire.errors import ApiError
 from dora_serve.server.wire.sounds import _quick, read_form, read_sound
 from tests.conftest import randomize
-from tests.engines.test_onnx_whisper import STEPS, save_whisper, waves
+from tests.engines.test_onnx_whisper import STEPS, TIMES, save_whisper, waves
 from tests.server.conftest import Server, started
 from tests.server.test_schema import statuses_of
 
@@ -83,7 +83,8 @@ def truth(root: Path, name: str, sound: Any, **asked: Any) -> str:
     with torch.no_grad():
         found = model.generate(features, max_new_tokens=STEPS, do_sample=False, **asked)
     words = Tokenizer.from_file(str(root / "base" / "tokenizer.json"))
-    return words.decode([token for token in found[0].tolist() if token not in (1, *range(50, 60))])
+    told = found[0].tolist()[-STEPS:]
+    return words.decode([token for token in told if token not in (1, *range(50, 60), *TIMES)])
 
 
 @pytest.mark.parametrize("name", ["base", "tuned"])
@@ -96,7 +97,7 @@ def test_what_is_heard(hearing: Server, name: str) -> None:
             options = {"max_completion_tokens": STEPS}
             answer = client.audio.transcriptions.create(**asked, extra_body=options)
             expected = truth(hearing.root, name, heard, language="de", task="transcribe")
-            assert answer.text.split() == expected.split()[-STEPS:]
+            assert answer.text.split() == expected.split()
             told.append(answer.text)
         english = client.audio.translations.create(model=name, file=("a.wav", wav(waves()[0])))
     assert english.text
@@ -104,6 +105,26 @@ def test_what_is_heard(hearing: Server, name: str) -> None:
         counted = f'dora:adapter_requests_total{{model_name="{name}"}} {len(told) + 1}.0'
         assert (counted in http.get("/metrics").text) == (name == "tuned")
     assert len(set(told)) > (name == "base")  # the tuned one says one thing
+
+
+def test_what_was_said_before(hearing: Server) -> None:
+    """The blank before a word belongs to it, and a text that goes on begins with one."""
+    sound = (waves()[0] * 32767).astype("<i2").astype(np.float32) / 32768
+    told = []
+    for prompt, tokens in (("w20", [56, 20]), ("  w40\n", [56, 40]), ("", None)):
+        with hearing.openai as client:
+            answer = client.audio.transcriptions.create(
+                model="base",
+                language="de",
+                prompt=prompt,
+                file=("a.wav", wav(sound)),
+                extra_body={"max_completion_tokens": STEPS},
+            )
+        before = {} if tokens is None else {"prompt_ids": torch.tensor(tokens)}
+        expected = truth(hearing.root, "base", sound, language="de", task="transcribe", **before)
+        assert answer.text.split() == expected.split()
+        told.append(answer.text)
+    assert len(set(told)) == 2
 
 
 def test_an_adapter_hears_otherwise(hearing: Server) -> None:

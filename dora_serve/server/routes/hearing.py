@@ -75,7 +75,9 @@ async def _heard(request: Request, task: str) -> Response:
     served, engine = state.models.transcriber(body.model)
     spectrum = engine.model.spectrum
     wave = await asyncio.to_thread(read_sound, file, spectrum.rate, spectrum.longest)
-    rows = await served.texts.encode([body.prompt] if body.prompt else [], 224, "prompt", False)
+    # With a blank before it, as Whisper was trained: a text goes on with what came before.
+    said = [f" {body.prompt.strip()}"] if body.prompt else []
+    rows = await served.texts.encode(said, 224, "prompt", False)
     prompt = rows[0][0] if rows else []
     search = None
     if body.max_completion_tokens is not None:
