@@ -68,6 +68,20 @@ class Transcriber(EncoderDecoder):
         known = self.config.get("lang_to_id") or {}
         return {name.strip("<|>"): int(token) for name, token in known.items()}
 
+    @property
+    def _spoken(self) -> str | None:
+        """The code of the language that the configuration names, as that of a model tuned for
+        one."""
+        said = self.config.get("language")
+        return said.lower().strip("<|>") if isinstance(said, str) else None
+
+    @property
+    def _longest(self) -> int | None:
+        """How many tokens an answer has where nobody says it; None for as many as there is room
+        for."""
+        found = self.config.get("max_new_tokens") or self.config.get("max_length")
+        return found if isinstance(found, int) else None
+
     def logits(
         self, features: Array, targets: Sequence[Sequence[int]], adapters: Adapters = None
     ) -> Array:
@@ -87,7 +101,8 @@ class Transcriber(EncoderDecoder):
     ) -> list[Completion]:
         """The text of every wave, samples `[n]` between -1 and 1 at `spectrum.rate`, without times.
 
-        `language`: its code, for all; None lets the model tell, for each. `prompt`: tokens of text
+        `language`: its code, for all; None is that of the configuration, and where it names none
+        lets the model tell, for each. `prompt`: tokens of text
         that came before. Raises `EngineError` for an unknown language, task or adapter, and for a
         wave that is empty, not finite, or longer than the model hears at once.
         """
@@ -110,7 +125,7 @@ class Transcriber(EncoderDecoder):
             begin = [self._said("prev_sot_token_id"), *prompt]
             first = np.concatenate([np.tile(begin, (len(first), 1)), first], axis=1)
         positions, room = self.positions, self.positions - first.shape[1]
-        search = search or Search(room)
+        search = search or Search(min(room, self._longest or room))
         if search.max_tokens > room:
             raise EngineError(
                 "more tokens than the model has positions for",
@@ -141,6 +156,7 @@ class Transcriber(EncoderDecoder):
         """The tokens `[rows, n]` that tell the decoder what is asked, as transformers has them."""
         first = np.full((len(features), 1), self.start, np.int64)
         if languages := self.languages:
+            language = self._spoken if language is None else language
             if language is None:
                 own = [*languages.values()]
                 batch = Batch(self, {FEATURES: features}, first, adapters=adapters)

@@ -22,6 +22,7 @@ from transformers import (
 
 from converters.model.base import BaseModel, open_base
 from converters.targets.onnx import write_onnx
+from converters.targets.onnx.seq2seq import name_language
 from dora_serve import Run, read_run, verify
 from dora_serve.onnxruntime import Search, Seq2Seq, Transcriber
 from dora_serve.onnxruntime.session import EngineError
@@ -267,6 +268,25 @@ def test_a_model_of_english_alone(built: Built, tmp_path: Path) -> None:
         assert tokens == [t for t in wanted if t in TEXT]
     with pytest.raises(EngineError, match="English"):
         model.transcribe(waves(), "de")
+
+
+@pytest.mark.parametrize("language", ["german", "<|fr|>", "de"])
+def test_a_model_tuned_for_one_language(built: Built, tmp_path: Path, language: str) -> None:
+    """Which its generation configuration names, with how long an answer becomes."""
+    save_whisper(tmp_path / "base", {**TOLD, "language": language, "max_length": 9})
+    truth = WhisperForConditionalGeneration.from_pretrained(tmp_path / "base").eval()
+    shutil.copytree(built[2], tmp_path / "onnx")
+    shutil.copy(tmp_path / "base/generation_config.json", tmp_path / "onnx")
+    name_language(tmp_path / "onnx")
+    model, spoken = Transcriber(tmp_path / "onnx"), set()
+    for row in features(tmp_path / "base"):
+        for own in (None, "en"):
+            (done,) = model.write(row[None].numpy(), own)
+            asked = {"language": own} if own else {}
+            wanted = truth.generate(input_features=row[None], task="transcribe", **asked)[0]
+            assert done.tokens == [t for t in wanted.tolist() if t in TEXT]
+            spoken.add(done.prompt_tokens[1])
+    assert spoken == {LANGUAGES["<|en|>"], LANGUAGES["<|fr|>" if "fr" in language else "<|de|>"]}
 
 
 @pytest.mark.parametrize(

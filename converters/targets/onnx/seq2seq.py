@@ -7,6 +7,7 @@ and fills the caches of keys and values: the decoder's own, and those over the e
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ import onnx_ir as ir
 import torch
 
 from ...errors import TargetError
+from ...files.json_files import read_json
 from ...files.onnx_files import ADAPTER_INDEX, DECODER, ENCODER, NO_ADAPTER, WITH_PAST
 from .both_steps import write_both_steps
 from .branches import add_branches
@@ -131,6 +133,19 @@ def build_seq2seq(model: Path, out: Path, writer: GraphWriter, *, adaptable: boo
         writer.write(name, fused(graphs.pop(name)), part.check)
     write_both_steps(out)
     write_config(loaded, out, model)
+    name_language(out)
+
+
+def name_language(out: Path) -> None:
+    """Have the language that a Whisper's generation configuration in `out` names told by its code:
+    which it is, transformers alone knows."""
+    from transformers.models.whisper.tokenization_whisper import TO_LANGUAGE_CODE
+
+    path = out / "generation_config.json"
+    said: Any = read_json(path) if path.exists() else {}
+    code = TO_LANGUAGE_CODE.get(str(said.get("language")).lower())
+    if code is not None:
+        path.write_text(json.dumps({**said, "language": code}), encoding="utf-8")
 
 
 def _make_adaptable(graphs: dict[str, ir.Model], loaded: Any, parts: dict[str, Part]) -> None:
