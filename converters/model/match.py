@@ -161,7 +161,9 @@ def _class_for(task: str | None, base: BaseModel) -> str | None:
 
 def lies_plainly(run: Run, base: BaseModel) -> bool:
     """Whether every module and tensor of the run is on disk under the very name it has in the run,
-    so that a merge need not know the class."""
+    so that a merge need not know the class: it is the one that the base is saved in."""
+    if _class_for(run.task, base) != (architecture_of(base.config) or None):
+        return False
     modules = (
         f"{module}.weight" in base.tensors or module in base.tensors for module in run.updates
     )
@@ -268,17 +270,40 @@ def resolved(run: Run, base: BaseModel) -> Run:
     for module in run.updates:
         found = known.module(module)
         if found is None:
+            _refuse_dropped(run, base, known.whole.names.architecture, [f"{module}.weight"])
             raise _unknown_module(run, base, known.whole, module)
         modules[module] = found
     tensors = {n: known.tensor(n) or n for n in (*run.replaced, *(run.embedded_base or ()))}
     strange = [name for name in run.replaced if known.tensor(name) is None]
     if strange:
+        _refuse_dropped(run, base, known.whole.names.architecture, strange)
         warning = (
             f"{known.whole.names.architecture} has no {', '.join(strange[:4])}, which the run "
             "holds whole: whoever loads the result leaves it out, or refuses it"
         )
         run = replace(run, warnings=tuple(dict.fromkeys((*run.warnings, warning))))
     return _renamed(run, modules, tensors)
+
+
+def _refuse_dropped(
+    run: Run, base: BaseModel, architecture: str | None, strange: list[str]
+) -> None:
+    """Raise `BaseError` where `strange`, which the class that the run is for has not, is of the
+    class that the base is saved in."""
+    own = architecture_of(base.config)
+    if not own or own == architecture:
+        return
+    names = Layout(base, own, None).names
+    lost = [name for name in strange if names.tensor(name) is not None]
+    if lost:
+        raise BaseError(
+            "the run trained a part of the base's class, which that it is said to be for has not",
+            file=run.path,
+            tensor=lost[0],
+            found=f"task {run.task}: {architecture}",
+            expected=f"{own}, as the base is saved",
+            remedy="set task_type in adapter_config.json to what was trained",
+        )
 
 
 def check_names(run: Run, base: BaseModel) -> None:

@@ -2,12 +2,20 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
+from typing import Any
+
 import pytest
-from transformers import CONFIG_MAPPING
+from peft import LoraConfig, get_peft_model
+from transformers import CONFIG_MAPPING, LlamaForCausalLM
 from transformers.models.auto import modeling_auto
 
+from converters.errors import BaseError
 from converters.model.architecture import class_for
 from converters.model.tasks import TASKS, peft_type, task_of, task_of_peft
+from dora_serve import merge, read_run
+from tests.conftest import randomize
 
 LISTS = {
     "CAUSAL_LM": "causal-lm",
@@ -89,3 +97,28 @@ def test_peft_names_every_task_once() -> None:
     assert {task_of_peft(kind.value) for kind in TaskType} == set(TASKS)
     assert [task_of_peft(peft_type(task)) for task in TASKS] == list(TASKS)
     assert task_of_peft(None) is None
+
+
+@pytest.mark.parametrize(
+    "trained",
+    [
+        {"target_modules": ["q_proj"], "modules_to_save": ["lm_head"]},
+        {"target_modules": ["q_proj", "lm_head"]},
+    ],
+)
+def test_a_head_that_the_task_has_not(
+    trained: dict[str, Any], llama_base: Path, tmp_path: Path
+) -> None:
+    """The class of the task that is said has no place for what the other's training left."""
+    model = LlamaForCausalLM.from_pretrained(llama_base)
+    wrapped = get_peft_model(model, LoraConfig(task_type="CAUSAL_LM", **trained))
+    randomize(wrapped)
+    wrapped.save_pretrained(tmp_path / "run")
+    merge(read_run(tmp_path / "run"), tmp_path / "right", base=llama_base)
+    file = tmp_path / "run" / "adapter_config.json"
+    said = {**json.loads(file.read_text()), "task_type": "FEATURE_EXTRACTION"}
+    file.write_text(json.dumps(said))
+    with pytest.raises(BaseError, match="said to be for") as error:
+        merge(read_run(tmp_path / "run"), tmp_path / "out", base=llama_base)
+    assert error.value.tensor == "lm_head.weight" and "task_type" in str(error.value.remedy)
+    assert not (tmp_path / "out").exists()
