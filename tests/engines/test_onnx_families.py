@@ -134,6 +134,24 @@ def test_heads_of_other_sizes(size: int, tmp_path: Path) -> None:
         check(Case(tmp_path / "onnx", base.path, {"one": run}), 16)
 
 
+def test_the_tanh_form_of_gelu_behind_a_bias(tmp_path: Path) -> None:
+    """ONNX Runtime's fusion of both knows the exact form alone."""
+    run = lora(tiny("starcoder2", tmp_path), tmp_path, "one", target_modules=ATTENTION)
+    base = open_base(tmp_path / "base")
+    write_onnx(base, tmp_path / "onnx", run=run)
+    assert verify(run, tmp_path / "onnx", base).max_abs < 1e-4
+
+
+def test_a_configuration_without_the_length_of_its_context(tmp_path: Path) -> None:
+    model = transformers.BloomForCausalLM(
+        transformers.BloomConfig(vocab_size=84, hidden_size=64, n_layer=1, n_head=4)
+    )
+    model.save_pretrained(tmp_path / "base")
+    run = lora(type(model), tmp_path, "one", target_modules="all-linear")
+    with pytest.raises(DoraExportError, match="how long its context is"):
+        write_onnx(open_base(tmp_path / "base"), tmp_path / "onnx", run=run)
+
+
 @pytest.mark.parametrize("layer", ["hidden_size", "intermediate_size"])
 def test_layers_as_wide_as_the_vocabulary(layer: str, tmp_path: Path) -> None:
     """To onnxruntime-genai's builder each of them is a head."""

@@ -11,7 +11,7 @@ import onnxruntime
 import pytest
 import torch
 from click.testing import CliRunner
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LMHeadModel
 
 from converters.errors import DoraExportError
 from converters.targets.onnx import fitted
@@ -121,6 +121,34 @@ def test_what_nothing_can_be_fitted_to(
         write_onnx(BASE, tmp_path / "out", precision=precision, calibrate=given)
     with pytest.raises(DoraExportError):
         write_onnx(BASE, tmp_path / "out", precision="int4", calibrate=tmp_path / "none")
+    assert not (tmp_path / "out").exists()
+
+
+def gpt2(folder: Path, words: int = 84) -> Path:
+    """A base whose configuration has names of its own for its sizes."""
+    config = GPT2Config(vocab_size=words, n_positions=48, n_embd=64, n_layer=1, n_head=4)
+    GPT2LMHeadModel(config).save_pretrained(folder)
+    AutoTokenizer.from_pretrained(BASE).save_pretrained(folder)
+    return folder
+
+
+def test_a_short_context_under_another_name(text: Path, tmp_path: Path) -> None:
+    base = gpt2(tmp_path / "base")
+    write_onnx(base, tmp_path / "out", precision="int4", calibrate=text)
+    told = json.loads((tmp_path / "out" / "dora_export.json").read_text())
+    assert told["calibration"]["tokens"] % 48 == 0
+
+
+@pytest.mark.parametrize("content", [None, "{}"])
+def test_bases_that_read_no_text(content: str | None, text: Path, tmp_path: Path) -> None:
+    few = gpt2(tmp_path / "few", 20)
+    with pytest.raises(DoraExportError, match="no row for"):
+        write_onnx(few, tmp_path / "out", precision="int4", calibrate=text)
+    (few / "tokenizer.json").unlink()
+    if content is not None:
+        (few / "tokenizer.json").write_text(content)
+    with pytest.raises(DoraExportError, match="no tokenizer that loads"):
+        write_onnx(few, tmp_path / "out", precision="int4", calibrate=text)
     assert not (tmp_path / "out").exists()
 
 

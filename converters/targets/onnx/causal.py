@@ -17,7 +17,7 @@ from ...files.onnx_files import BATCHED, GENAI, MODEL, ROW_LENGTHS
 from .branches import Site, add_branches
 from .export import Axes, Part, check_graph, computing, fused
 from .graph_file import GraphWriter
-from .lengths import free_rotary, optional_lengths, windows_of
+from .lengths import context_of, free_rotary, optional_lengths, windows_of
 from .linear import linear_sites, three_axes
 from .loaded import load_whole, write_config
 from .positions import add_positions
@@ -212,7 +212,7 @@ def _cached(loaded: Any, ids: torch.Tensor) -> _Sizes:
 def _both_ends(loaded: Any, sizes: _Sizes) -> tuple[dict[str, Any], torch.Tensor]:
     """Rows at the begin and, the last one, at the end of the model's context; its own logits."""
     inputs = _inputs(loaded.config, sizes, rows=3, tokens=5, past=0)
-    end = max(0, loaded.config.max_position_embeddings - 5)
+    end = max(0, context_of(loaded.config) - 5)
     inputs["position_ids"][-1] += end
     inputs[ROW_LENGTHS][-1] += end
     rows = zip(inputs["input_ids"].split(1), inputs["position_ids"].split(1), strict=True)
@@ -277,7 +277,7 @@ def _genai(loaded: Any, sizes: _Sizes) -> dict[str, Any]:
     """What onnxruntime-genai reads."""
     config, given = loaded.config, loaded.generation_config
     layers, heads, size = sizes
-    length = config.max_position_embeddings
+    length = context_of(config)
     inputs = {name: name for name in ("input_ids", "attention_mask", "position_ids")}
     cache = {"key": "%d.key", "value": "%d.value"}
     decoder = {

@@ -136,6 +136,10 @@ def fused(model: ir.Model) -> ir.Model:
     norms = [node for node in model.graph if node.op_type == "LayerNormalization"]
     # It fails at a norm without bias.
     options.enable_skip_layer_norm = all(len(norm.inputs) == 3 for norm in norms)
+    # Behind a bias it takes the tanh form of Gelu for the exact one.
+    gelus = [node for node in model.graph if node.op_type == "Gelu"]
+    exact = (each.attributes.get_string("approximate", "none") == "none" for each in gelus)
+    options.enable_bias_gelu = all(exact)
     large = {}
     for name, value in model.graph.initializers.items():
         tensor = value.const_value

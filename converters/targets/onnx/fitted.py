@@ -12,8 +12,11 @@ import onnx_ir as ir
 import torch
 from numpy.typing import NDArray
 
-from ...errors import RunError
+from ...errors import BaseError, RunError
+from ...model.architecture import empty_model, offline
 from ...model.base import BaseModel
+from ...model.tasks import architecture_of
+from .lengths import context_of
 from .quantized import BLOCK, Fit, Keep, Product, products
 from .surgery import take
 
@@ -25,10 +28,12 @@ _MEMORY = 1 << 30  # bytes of the sums of squares that are gathered together
 def rows_of(text: Path, base: BaseModel) -> NDArray[np.int64]:
     """The text's first tokens `[rows, ROW]`, or as long as the base reads, by its tokenizer.
 
-    Raises `RunError` for a file that is no text, or of less than a row.
+    Raises `RunError` for a file that is no text, of less than a row, or of tokens that the base has
+    no row for, and `BaseError` for a base without a tokenizer.
     """
     from transformers import AutoTokenizer
 
+    config = empty_model(architecture_of(base.config), base.config).config
     try:
         with text.open("rb") as stream:
             words = stream.read(_READ).decode("utf-8", "ignore" if _longer(text) else "strict")
@@ -39,8 +44,18 @@ def rows_of(text: Path, base: BaseModel) -> NDArray[np.int64]:
             found=str(error),
             expected="a text file in UTF-8",
         ) from None
-    ids = AutoTokenizer.from_pretrained(base.path)(words, verbose=False).input_ids
-    length = min(ROW, int(str(base.config.get("max_position_embeddings", ROW))))
+    try:
+        with offline():
+            tokenizer = AutoTokenizer.from_pretrained(base.path, trust_remote_code=False)
+            ids = tokenizer(words, verbose=False).input_ids
+    except Exception as error:  # of whatever kind
+        raise BaseError(
+            "the base has no tokenizer that loads, by which a text could be calibrated with",
+            file=base.path,
+            found=f"{type(error).__name__}: {error}"[:300],
+            remedy="leave out `calibrate`, or copy the tokenizer's files into the base",
+        ) from error
+    length = min(ROW, context_of(config))
     count = min(_MOST, len(ids) // length)
     if not count:
         raise RunError(
@@ -49,7 +64,16 @@ def rows_of(text: Path, base: BaseModel) -> NDArray[np.int64]:
             found=f"{len(ids)} tokens",
             expected=f"at least {length}; up to {_MOST * length} are read",
         )
-    return np.array(ids[: count * length], np.int64).reshape(count, length)
+    rows = np.array(ids[: count * length], np.int64).reshape(count, length)
+    if rows.max() >= config.vocab_size:
+        raise RunError(
+            "the text to calibrate with has tokens that the base has no row for",
+            file=text,
+            found=f"token {rows.max()} of the base's tokenizer",
+            expected=f"tokens below {config.vocab_size}",
+            remedy="take a text without them",
+        )
+    return rows
 
 
 def _longer(text: Path) -> bool:

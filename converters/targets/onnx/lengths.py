@@ -26,6 +26,25 @@ _LONGEST = 1 << 24  # tokens of a context
 _NAME = "dora_export_windows"  # of an attention that only looks at its mask, for transformers
 
 
+def context_of(config: Any) -> int:
+    """How many tokens a model of transformers' configuration `config` reads at most.
+
+    Raises `TargetError` where it does not say, or says more than any has.
+    """
+    context = getattr(config, "max_position_embeddings", None)
+    if not isinstance(context, int):
+        raise TargetError(
+            "no ONNX export for a model that does not say how long its context is",
+            found=f"no max_position_embeddings in the configuration of {config.model_type}",
+            remedy="deploy the merged model instead (`merge`)",
+        )
+    if context > _LONGEST:
+        raise TargetError(
+            "no ONNX export for so long a context", found=context, expected=f"at most {_LONGEST}"
+        )
+    return context
+
+
 def windows_of(model: Any, ids: torch.Tensor) -> dict[int, int | None]:
     """Layer → how many tokens of its context a token attends to, itself among them; None is all.
 
@@ -34,11 +53,7 @@ def windows_of(model: Any, ids: torch.Tensor) -> dict[int, int | None]:
     from transformers import AttentionInterface
     from transformers.masking_utils import AttentionMaskInterface
 
-    context = int(model.config.max_position_embeddings)
-    if context > _LONGEST:
-        raise TargetError(
-            "no ONNX export for so long a context", found=context, expected=f"at most {_LONGEST}"
-        )
+    context = context_of(model.config)
     tokens = torch.tensor(sorted({0, context // 3, context // 2, context - 1}))
     windows: dict[int, int | None] = {}
 
