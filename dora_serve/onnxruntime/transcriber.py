@@ -102,9 +102,9 @@ class Transcriber(EncoderDecoder):
         """The text of every wave, samples `[n]` between -1 and 1 at `spectrum.rate`, without times.
 
         `language`: its code, for all; None is that of the configuration, and where it names none
-        lets the model tell, for each. `prompt`: tokens of text
-        that came before. Raises `EngineError` for an unknown language, task or adapter, and for a
-        wave that is empty, not finite, or longer than the model hears at once.
+        lets the model tell, for each. `prompt`: tokens of text that came before. Raises
+        `EngineError` for an unknown language, task or adapter, and for a wave that is empty, not
+        finite, or longer than the model hears at once.
         """
         features = np.stack([self._features(wave) for wave in waves])
         return self.write(features, language, task, search, adapters, prompt)

@@ -33,7 +33,7 @@ def rows_of(text: Path, base: BaseModel) -> NDArray[np.int64]:
     """
     from transformers import AutoTokenizer
 
-    config = empty_model(architecture_of(base.config), base.config).config
+    config = empty_model(architecture_of(base.config), base.config).config.get_text_config()
     try:
         with text.open("rb") as stream:
             words = stream.read(_READ).decode("utf-8", "ignore" if _longer(text) else "strict")
