@@ -281,17 +281,6 @@ def test_a_graph_in_blocks_is_its_own_dequantized_base_with_the_adapter(
     assert not error(half) <= 10 * EFFECT
 
 
-@pytest.mark.parametrize("narrow", ["int8"], indirect=True)
-def test_what_attention_reads_and_the_head_are_in_narrow_blocks(narrow: Path) -> None:
-    found: dict[int, set[str]] = {16: set(), 32: set()}
-    for node in onnx.load(narrow / "model.onnx", load_external_data=False).graph.node:
-        if node.op_type == "MatMulNBits":
-            (block,) = (each.i for each in node.attribute if each.name == "block_size")
-            found[block].add(node.name.split("/MatMul")[0].rpartition("/")[2])
-    assert found[16] == {"q_proj", "k_proj", "v_proj", "lm_head"}
-    assert found[32] == {"o_proj", "gate_proj", "up_proj", "down_proj"}
-
-
 def test_only_the_graph_without_rows_of_its_own_is_timed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -98,7 +98,7 @@ def fit(
         for name, squares in _squares(file, {n: widths[n] for n in names}, rows).items():
             found = _fit(squares)
             for product in waiting[name]:
-                keep(product.matrix, 4, product.block, product.turned, found)
+                keep(product.matrix, 4, BLOCK[4], product.turned, found)
 
 
 def _width(product: Product) -> int:

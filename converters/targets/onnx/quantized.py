@@ -1,10 +1,8 @@
 """Weights in blocks with a scale each, 8 or 4 bits a weight, for kernels that multiply in integers.
 
-Graphs of 8 bits are rounded to nearest, the head and what attention reads in blocks of 16, the rest
-in blocks of 32. The kernels round what is multiplied with them to 8 bits in the same blocks: with
-32 everywhere, as llama.cpp's Q8_0 has it, that costs 1.4 times the divergence; with 16 everywhere a
-tenth less than as it is, and an eighth more time, since a block has a scale and a sum beside it.
-Graphs of 4 bits have blocks of 32 with a zero of their own, scale and zero
+Graphs of 8 bits have blocks of 16, rounded to nearest. The kernels round what is multiplied with
+them to 8 bits in the same blocks: in blocks of 32, as llama.cpp's Q8_0 has them, that costs 1.7
+times the divergence. Graphs of 4 bits have blocks of 32 with a zero of their own, scale and zero
 chosen for the least error of the larger weights; and the matrices that they hurt most get 8 bits:
 the head, values, what attention adds to the residual, the way down into it, and what chooses
 experts. Fitted to a text (`fitted.py`) the others lose less, and what attention adds and most ways
@@ -27,13 +25,11 @@ from onnx_ir.passes.common import RemoveUnusedNodesPass
 from .surgery import Scope, replace, take
 
 BLOCK = {8: 16, 4: 32}  # bits of a graph → weights, and activations, that share a scale
-_WIDE = 32  # of those in the rest of a graph of 8 bits
 _INTEGERS = 4  # ONNX Runtime's level of accuracy at which activations are rounded to 8 bits
 _LEVELS = np.linspace(11, 17, 13, dtype=np.float32)  # steps that a block's span is tried to have
 _AT_ONCE = 1 << 18  # weights that are looked at together
 _VALUES, _OUT = {"v_proj", "gate", "router"}, {"o_proj", "out_proj", "dense"}
 _DOWN = {"down_proj", "fc2", "c_proj"}
-_REST = _OUT | _DOWN | {"gate_proj", "up_proj", "gate_up_proj", "fc1", "c_fc"}
 _EDGES = 8  # of the layers one part at each end, whose ways down have 8 bits though fitted
 _Array = NDArray[np.float32]
 # What a matrix became: `B [out, blocks, bytes]`, the same as `rows [out, bytes]`, `scales [out,
@@ -58,14 +54,12 @@ class Keep(Protocol):
 
 
 class Product(NamedTuple):
-    """A product with a constant matrix, `[out, in]` where it is `turned`, which becomes `bits` in
-    blocks of `block`."""
+    """A product with a constant matrix, `[out, in]` where it is `turned`, which becomes `bits`."""
 
     node: ir.Node
     matrix: ir.TensorProtocol
     bits: int
     turned: bool
-    block: int
 
 
 def quantize(
@@ -77,7 +71,7 @@ def quantize(
     """
     graph = model.graph
     for product in list(products(graph, bits, modules, fitted)):
-        _shrink_product(graph, product, keep)
+        _shrink_product(graph, product, BLOCK[bits], keep)
     for node in list(graph):
         if node.op_type == "Gather" and take(node, 1).name == "input_ids":
             _shrink_embedding(graph, node, BLOCK[bits], keep)
@@ -95,14 +89,12 @@ def products(
         value, turned = _source(take(node, 1)) if node.op_type == "MatMul" else (None, False)
         matrix = None if value is None else _constant(value)
         if matrix is not None:
-            module = modules.get(str(node.name), "")
-            wide = bits == 8 and module.rpartition(".")[2] in _REST
-            block = _WIDE if wide else BLOCK[bits]
-            yield Product(node, matrix, 8 if module in hurt else bits, turned, block)
+            sensitive = modules.get(str(node.name)) in hurt
+            yield Product(node, matrix, 8 if sensitive else bits, turned)
 
 
-def _shrink_product(graph: ir.Graph, product: Product, keep: Keep) -> None:
-    node, matrix, bits, turned, block = product
+def _shrink_product(graph: ir.Graph, product: Product, block: int, keep: Keep) -> None:
+    node, matrix, bits, turned = product
     value, _ = _source(take(node, 1))
     rows, columns = matrix.shape.numpy()[:: -1 if turned else 1]
     kept = keep(matrix, bits, block, turned)
