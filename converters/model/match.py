@@ -161,13 +161,17 @@ def _class_for(task: str | None, base: BaseModel) -> str | None:
 
 def lies_plainly(run: Run, base: BaseModel) -> bool:
     """Whether every module and tensor of the run is on disk under the very name it has in the run,
-    so that a merge need not know the class: it is the one that the base is saved in."""
-    if _class_for(run.task, base) != (architecture_of(base.config) or None):
-        return False
+    so that a merge need not know the class: it is the one that the base is saved in, or the family
+    has no other for the task."""
     modules = (
         f"{module}.weight" in base.tensors or module in base.tensors for module in run.updates
     )
-    return all(modules) and all(name in base.tensors for name in run.replaced)
+    if not all(modules) or not all(name in base.tensors for name in run.replaced):
+        return False
+    try:
+        return _class_for(run.task, base) == (architecture_of(base.config) or None)
+    except TargetError:
+        return True
 
 
 @dataclass(frozen=True)
