@@ -38,10 +38,9 @@ ROOT = Path(__file__).parent.parent
 BATCH, LENGTH, STEPS = 2, 48, 60
 FAR = 10  # times the bound that a planted fault must be beyond
 GGUF = 1e-6  # difference of an update's entries, of factors in float32
-INT4 = ("ONNX int4", "ONNX int4, fitted")
-ROUNDED = ("ONNX fp16", "ONNX int8", *INT4)
-OF_DECODERS = ("adapter for vLLM", "adapter for llama.cpp", "ONNX fp16", *INT4)
-SKIPPED_SHORT = ("merged fp16", "adapter for vLLM", "ONNX fp32", "ONNX fp16", *INT4)
+ROUNDED = ("ONNX fp16", "ONNX int8", "ONNX int4")
+OF_DECODERS = ("adapter for vLLM", "adapter for llama.cpp", "ONNX fp16", "ONNX int4")
+SKIPPED_SHORT = ("merged fp16", "adapter for vLLM", "ONNX fp32", "ONNX fp16", "ONNX int4")
 ENCODER = ("query", "key", "value", "attention.output", "intermediate", "output")
 MATRICES = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 SPEECH = "whisper"
@@ -289,8 +288,7 @@ What each bound is: [exactness][1].
 - *choices*: how often the likeliest token or class is the live model's, over all prompts.
 - Refused: the numbers of Gemma 3 grow beyond float16, and the graph would answer NaN.
 - A graph of fewer bits is another base: `verify` fails it where its rounding is more than half (of
-  fp16: a twentieth) of what the run changed, as it is for runs of a few steps. *Fitted*: to a page
-  of these docs (`--calibrate`).
+  fp16: a twentieth) of what the run changed, as it is for runs of a few steps.
 - The adapter for llama.cpp is read again with gguf's own reader and names; the difference is that
   of an update's entries.
 - In `up`, with an empty cache: the difference of log-probabilities of a greedy answer, whose tokens

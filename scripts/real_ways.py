@@ -26,7 +26,6 @@ from converters.run import Run
 from converters.updates.rank_one import RankOneSum
 from dora_serve.proof.live import truth_of
 
-TEXTS = str(Path(__file__).parent.parent / "docs" / "reliability.md")
 COMMANDS = Path(sys.executable).parent
 # Artifact → what makes it of a run.
 WAYS = {
@@ -40,7 +39,6 @@ WAYS = {
     "ONNX fp16": ("onnx", "--precision", "fp16"),
     "ONNX int8": ("onnx", "--precision", "int8"),
     "ONNX int4": ("onnx", "--precision", "int4"),
-    "ONNX int4, fitted": ("onnx", "--precision", "int4", "--calibrate", TEXTS),
 }
 # Runs a command, ends it when it is ended itself, and prints its largest resident memory: a small
 # process, since that of who starts another is counted for it.
