@@ -21,14 +21,16 @@ _PAUSE = 0.05
 
 
 def used(pid: int) -> int:
-    """Bytes of memory of the process and those below it; what several share of a library counts
-    once."""
+    """Bytes of memory of the process and those below it; what several share counts once. Pages of
+    files, as a library's, count not: how many belong to a process depends on who else reads them,
+    and the system takes them back when it needs them."""
     found, left = 0, [pid]
     while left:
         folder = Path(f"/proc/{left.pop()}")
         with suppress(OSError):
             told = (folder / "smaps_rollup").read_text().split()
-            found += int(told[told.index("Pss:") + 1]) << 10
+            kinds = ("Pss_Anon:", "Pss_Shmem:")
+            found += sum(int(told[told.index(kind) + 1]) for kind in kinds) << 10
             for children in folder.glob("task/*/children"):
                 left += map(int, children.read_text().split())
     return found
