@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -48,6 +50,29 @@ def watched(server: Server) -> Iterator[list[float]]:
             yield worst
         finally:
             worst += map(float, process.communicate()[0].split())
+
+
+def test_a_process_that_has_its_parents_memory_counts_once() -> None:
+    """Python begins others by vfork, and a slow disk takes its time to run what they are for."""
+    code = (  # of CLONE_VM and SIGCHLD: a child that sleeps in its parent's memory
+        "import ctypes, os; c = ctypes.CDLL(None); "
+        "s = ctypes.create_string_buffer(1 << 20); "
+        "held = bytearray(os.urandom(1 << 20) * 50); "
+        "c.clone(ctypes.cast(c.pause, ctypes.c_void_p), "
+        "ctypes.c_void_p(ctypes.addressof(s) + (1 << 20) - 64), 0x100 | 17, None); "
+        "print('ready', flush=True); c.pause()"
+    )
+    with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE) as parent:
+        assert parent.stdout is not None and parent.stdout.readline() == b"ready\n"
+        children = Path(f"/proc/{parent.pid}/task/{parent.pid}/children").read_text().split()
+        (child,) = map(int, children)
+        try:
+            assert meter.same_memory(child, parent.pid)
+            assert not meter.same_memory(parent.pid, os.getpid())
+            assert 50 << 20 <= meter.used(parent.pid) < 90 << 20
+        finally:
+            os.kill(child, signal.SIGKILL)
+            parent.kill()
 
 
 @pytest.fixture(scope="module")
