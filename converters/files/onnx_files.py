@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 
 # Decoders and encoders: the graph for one adapter at a time, and for another in every row.
 MODEL, BATCHED = "model.onnx", "batched.onnx"
+DATA = "model.onnx.data"  # the weights of all graphs that do not hold them themselves
 GENAI = "genai_config.json"  # beside a decoder, as onnxruntime-genai reads it
 # Encoder-decoders, with Optimum's names.
 ENCODER = "encoder_model.onnx"

@@ -14,11 +14,14 @@ import numpy as np
 from converters.errors import DoraExportError, MissingError
 from converters.files.handles import check_file
 from converters.files.json_files import read_json
-from converters.files.onnx_files import BATCHED, MODEL
+from converters.files.onnx_files import BATCHED, DATA, MODEL
+
+from .huge_pages import gather
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
+_LARGE = 1 << 26  # bytes of a graph and its weights, of which a step finds not all at once
 _LONGEST = 1 << 14  # signs of a token's text
 
 Prompt = str | Sequence[int]
@@ -58,6 +61,9 @@ class Session:
                 found=str(error)[:300],
                 remedy="export it again",
             ) from None
+        files = [file for file in (path, path.with_name(DATA)) if file.exists()]
+        if sum(file.stat().st_size for file in files) >= _LARGE:
+            gather()
         self.types: dict[str, str] = {v.name: v.type for v in self.inference.get_inputs()}
         # An input with a default counts as an initializer.
         defaults = self.inference.get_overridable_initializers()

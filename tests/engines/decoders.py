@@ -105,8 +105,12 @@ def dequantized(folder: Path) -> dict[str, torch.Tensor]:
     weights = {}
     for node in graph.node:
         if node.op_type == "MatMulNBits":
-            name = node.name.split("/MatMul")[0].strip("/").replace("/", ".")
-            weights[name.replace(".attn.", ".self_attn.")] = torch.from_numpy(dense(node, stored))
+            cut = [n for n in graph.node if n.op_type == "Split" and n.input[0] == node.output[0]]
+            outputs = stored[cut[0].input[1]] if cut else np.array([0])
+            parts = np.split(dense(node, stored), np.cumsum(outputs)[:-1])
+            for one, weight in zip(node.name.split("+"), parts, strict=True):
+                name = one.split("/MatMul")[0].strip("/").replace("/", ".")
+                weights[name.replace(".attn.", ".self_attn.")] = torch.from_numpy(weight)
     return weights
 
 

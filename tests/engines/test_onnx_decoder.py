@@ -255,6 +255,10 @@ def test_a_graph_in_blocks_is_its_own_dequantized_base_with_the_adapter(
     live = LiveModel(sample("down"), open_base(BASE))
     weights = dequantized(out)
     assert len(weights) == 29
+    products = [n for n in onnx.load(out / "model.onnx").graph.node if n.op_type == "MatMulNBits"]
+    joined = sorted(len(node.name.split("+")) for node in products)
+    # Query, key and value, the gate and the way up; of 4 bits the values have 8.
+    assert joined == ([1] * 9 + [2] * 4 + [3] * 4 if "int8" in out.name else [1] * 13 + [2] * 8)
     for name, weight in weights.items():
         live.model.get_submodule(name).weight = torch.nn.Parameter(weight)
     live.model.model.embed_tokens.weight = live.model.lm_head.weight  # tied in the graph as well

@@ -92,7 +92,7 @@ def fit(
     waiting: defaultdict[str, list[Product]] = defaultdict(list)
     for product in products(model.graph, 4, modules, True):
         if product.bits == 4:
-            waiting[str(take(product.node, 0).name)].append(product)
+            waiting[str(take(product.nodes[0], 0).name)].append(product)
     widths = {name: _width(found[0]) for name, found in waiting.items()}
     for names in _together(widths):
         for name, squares in _squares(file, {n: widths[n] for n in names}, rows).items():
@@ -102,7 +102,7 @@ def fit(
 
 
 def _width(product: Product) -> int:
-    return int(product.matrix.shape.numpy()[1 if product.turned else 0])
+    return int(product.matrices[0].shape.numpy()[1 if product.turned else 0])
 
 
 def _together(widths: Mapping[str, int]) -> Iterator[list[str]]:

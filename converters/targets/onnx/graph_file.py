@@ -12,12 +12,12 @@ import numpy as np
 import onnx_ir as ir
 from numpy.typing import NDArray
 
+from ...files.onnx_files import DATA
 from .export import quiet
 from .fitted import fit
 from .quantized import Blocks, Fit, blocks_of, quantize
 from .step import step_times
 
-DATA = "model.onnx.data"
 _DATA_FROM, _ALIGNED = 1024, 64  # bytes; smaller tensors stay inside the graph
 _INSIDE = 900_000_000  # bytes of weights that a graph, which ends at 2 GB, may hold itself
 

@@ -13,8 +13,10 @@ from __future__ import annotations
 
 import os
 import re
+from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from typing import NamedTuple, Protocol
 
 import numpy as np
@@ -25,6 +27,8 @@ from onnx_ir.passes.common import RemoveUnusedNodesPass
 from .surgery import Scope, replace, take
 
 BLOCK = {8: 16, 4: 32}  # bits of a graph → weights, and activations, that share a scale
+_DOMAIN = "com.microsoft"
+_JOINED = 3  # products of one value that become one, as of query, key and value
 _INTEGERS = 4  # ONNX Runtime's level of accuracy at which activations are rounded to 8 bits
 _LEVELS = np.linspace(11, 17, 13, dtype=np.float32)  # steps that a block's span is tried to have
 _AT_ONCE = 1 << 18  # weights that are looked at together
@@ -54,12 +58,37 @@ class Keep(Protocol):
 
 
 class Product(NamedTuple):
-    """A product with a constant matrix, `[out, in]` where it is `turned`, which becomes `bits`."""
+    """Products of one value with constant matrices, `[out, in]` where they are `turned`, which
+    become one product in `bits`, its outputs those of the nodes side by side."""
 
-    node: ir.Node
-    matrix: ir.TensorProtocol
+    nodes: list[ir.Node]
+    matrices: list[ir.TensorProtocol]
     bits: int
     turned: bool
+
+    @property
+    def outputs(self) -> list[int]:
+        """How many outputs each of the matrices has."""
+        return [each.shape.numpy()[0 if self.turned else 1] for each in self.matrices]
+
+    @property
+    def matrix(self) -> ir.TensorProtocol:
+        """The matrices side by side."""
+        first = self.matrices[0]
+        if len(self.matrices) == 1:
+            return first
+        shape = [*first.shape.numpy()]
+        axis = 0 if self.turned else 1
+        shape[axis] = sum(self.outputs)
+        return ir.LazyTensor(partial(_beside, self.matrices, axis), first.dtype, ir.Shape(shape))
+
+
+def _beside(matrices: list[ir.TensorProtocol], axis: int) -> ir.TensorProtocol:
+    joined = ir.tensor(np.concatenate([each.numpy() for each in matrices], axis))
+    for each in matrices:
+        if isinstance(each, ir.ExternalTensor):
+            each.release()
+    return joined
 
 
 def quantize(
@@ -75,7 +104,7 @@ def quantize(
     for node in list(graph):
         if node.op_type == "Gather" and take(node, 1).name == "input_ids":
             _shrink_embedding(graph, node, BLOCK[bits], keep)
-    model.opset_imports.setdefault("com.microsoft", 1)
+    model.opset_imports.setdefault(_DOMAIN, 1)
     graph.sort()
     RemoveUnusedNodesPass()(model)
 
@@ -85,23 +114,40 @@ def products(
 ) -> Iterator[Product]:
     """What `quantize` makes smaller; products with what an adapter brings are none."""
     hurt = _hurt(modules.values(), fitted)
+    found: defaultdict[tuple[ir.Value, int, bool], list[Product]] = defaultdict(list)
     for node in graph:
         value, turned = _source(take(node, 1)) if node.op_type == "MatMul" else (None, False)
         matrix = None if value is None else _constant(value)
-        if matrix is not None:
-            sensitive = modules.get(str(node.name)) in hurt
-            yield Product(node, matrix, 8 if sensitive else bits, turned)
+        if matrix is None:
+            continue
+        own = 8 if modules.get(str(node.name)) in hurt else bits
+        alike = found[take(node, 0), own, turned]
+        if not alike or len(alike[-1].nodes) == _JOINED:
+            alike.append(Product([], [], own, turned))
+        alike[-1].nodes.append(node)
+        alike[-1].matrices.append(matrix)
+    for alike in found.values():
+        yield from alike
 
 
 def _shrink_product(graph: ir.Graph, product: Product, block: int, keep: Keep) -> None:
-    node, matrix, bits, turned = product
-    value, _ = _source(take(node, 1))
-    rows, columns = matrix.shape.numpy()[:: -1 if turned else 1]
-    kept = keep(matrix, bits, block, turned)
+    nodes, bits, matrix = product.nodes, product.bits, product.matrix
+    rows, columns = matrix.shape.numpy()[:: -1 if product.turned else 1]
+    kept = keep(matrix, bits, block, product.turned)
     kinds = ["B", "scales", *kept.keys() & {"zero_points"}]
-    inputs = [take(node, 0), *_added(graph, f"{value.name}.{bits}bits", kept, kinds)]
+    source = "+".join(str(_source(take(node, 1))[0].name) for node in nodes)
+    inputs = [take(nodes[0], 0), *_added(graph, f"{source}.{bits}bits", kept, kinds)]
     sizes = {"K": rows, "N": columns, "bits": bits, "block_size": block}
-    _put(graph, node, "MatMulNBits", inputs, {**sizes, "accuracy_level": _INTEGERS})
+    name = "+".join(str(node.name) for node in nodes)
+    scope = Scope(graph, f"{name}/blocks")
+    attributes = {**sizes, "accuracy_level": _INTEGERS}
+    outputs = [scope.op("MatMulNBits", inputs, attributes, domain=_DOMAIN, name=name)]
+    if len(nodes) > 1:
+        cut = [outputs[0], scope.constant("outputs", np.array(product.outputs))]
+        outputs = [*scope.op_multi_out("Split", cut, {"axis": -1}, num_outputs=len(nodes))]
+    for node, output in zip(nodes, outputs, strict=True):
+        replace(node.outputs[0], output)
+        graph.remove(node, safe=True)
 
 
 def _shrink_embedding(graph: ir.Graph, node: ir.Node, block: int, keep: Keep) -> None:
@@ -112,7 +158,11 @@ def _shrink_embedding(graph: ir.Graph, node: ir.Node, block: int, keep: Keep) ->
     kept = keep(table, 8, block, not turned)
     rows, scales = _added(graph, f"{value.name}.8bits", kept, ["rows", "scales"])
     sizes = {"bits": 8, "block_size": block, "gather_axis": 0, "quantize_axis": 1}
-    _put(graph, node, "GatherBlockQuantized", [rows, take(node, 1), scales], sizes)
+    scope = Scope(graph, f"{node.name}/blocks")
+    inputs = [rows, take(node, 1), scales]
+    output = scope.op("GatherBlockQuantized", inputs, sizes, domain=_DOMAIN, name=node.name)
+    replace(node.outputs[0], output)
+    graph.remove(node, safe=True)
 
 
 def _source(value: ir.Value) -> tuple[ir.Value, bool]:
@@ -135,16 +185,6 @@ def _added(graph: ir.Graph, name: str, kept: Blocks, kinds: list[str]) -> list[i
         if f"{name}.{kind}" not in graph.initializers:
             graph.register_initializer(ir.val(f"{name}.{kind}", const_value=kept[kind]))
     return [graph.initializers[f"{name}.{kind}"] for kind in kinds]
-
-
-def _put(
-    graph: ir.Graph, node: ir.Node, kind: str, inputs: list[ir.Value], attributes: dict[str, int]
-) -> None:
-    """Let a node of ONNX Runtime's stand in the place of `node`, under its name."""
-    scope = Scope(graph, f"{node.name}/blocks")
-    output = scope.op(kind, inputs, attributes, domain="com.microsoft", name=node.name)
-    replace(node.outputs[0], output)
-    graph.remove(node, safe=True)
 
 
 def _hurt(modules: Iterable[str], fitted: bool) -> set[str]:
