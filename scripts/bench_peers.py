@@ -7,7 +7,7 @@ BUILD: llama.cpp's folder with `bin/llama-server`, `bin/llama-quantize` and `bin
 Both serve eight adapters of ranks 1 to 16 beside the model, and get the same prompts as token ids.
 One server runs at a time and they take turns, in rounds, until the time is used up; the medians are
 told. DIR keeps what is made, so that another call begins at once. FILE: the table takes the place
-of what stands there between `<!-- peers -->` and `<!-- /peers -->`.
+of what stands there between `<!-- peers NAME -->` and `<!-- /peers -->`; NAME is that of BASE.
 """
 
 from __future__ import annotations
@@ -328,9 +328,9 @@ def main() -> None:
     print(text)
     if options.write:
         page = options.write.read_text()
-        before, rest = page.split("<!-- peers -->")
-        after = rest.split("<!-- /peers -->")[1]
-        options.write.write_text(f"{before}<!-- peers -->\n{text}\n<!-- /peers -->{after}")
+        mark, end = f"<!-- peers {options.base.name} -->\n", "<!-- /peers -->"
+        before, rest = page.split(mark)
+        options.write.write_text(f"{before}{mark}{text}\n{end}{rest.split(end, 1)[1]}")
 
 
 if __name__ == "__main__":

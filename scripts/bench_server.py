@@ -182,7 +182,7 @@ def drive_engine(folder: Path, clients: int, each: int, threads: int) -> Load:
     from dora_serve.onnxruntime.request import Delta
     from dora_serve.onnxruntime.sampling import Sampling
 
-    engine, load = ContinuousDecoder(DecoderGraph(folder, threads, spin=False)), Load()
+    engine, load = ContinuousDecoder(DecoderGraph(folder, threads)), Load()
     sampling = Sampling(max_tokens=NEW, ignore_eos=True)
 
     def client(number: int) -> None:

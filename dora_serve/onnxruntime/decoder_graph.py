@@ -19,7 +19,7 @@ _TYPES = {"tensor(float)": np.float32, "tensor(float16)": np.float16}
 class DecoderGraph(AdaptedFolder):
     """The graph in a decoder folder as `dora-export onnx` writes it, no adapter loaded.
 
-    `threads` and `spin`: as `Session` takes them. `max_length` (default: the model's context)
+    `threads`: as `Session` takes it. `max_length` (default: the model's context)
     bounds the tokens of a row. `in_place`: whether keys and values are written into the cache they
     are read from. `border`: a row that becomes longer needs all its keys and values anew; None
     where none does.
@@ -32,7 +32,6 @@ class DecoderGraph(AdaptedFolder):
         folder: str | Path,
         threads: int | None = None,
         max_length: int | None = None,
-        spin: bool = True,
     ) -> None:
         super().__init__(folder)
         settings: Any = read_json(self.folder / "genai_config.json")
@@ -45,7 +44,7 @@ class DecoderGraph(AdaptedFolder):
         self.eos: frozenset[int] = frozenset(ends if isinstance(ends, list) else [ends])
         self.context: int = config["context_length"]
         self.max_length: int = min(max_length or self.context, self.context)
-        self.session = open_adaptable(self.folder, threads, spin)
+        self.session = open_adaptable(self.folder, threads)
         if LOGITS_POSITIONS not in self.session.defaults:
             raise EngineError(
                 "this graph computes the logits of every token of a prompt",

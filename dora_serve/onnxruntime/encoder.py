@@ -68,12 +68,12 @@ class Span:
 class Encoder(AdaptedFolder):
     """An encoder folder as `dora-export onnx` writes it, with its adapters.
 
-    `threads` and `spin`: as `Session` takes them.
+    `threads`: as `Session` takes it.
     """
 
-    def __init__(self, folder: str | Path, threads: int | None = None, spin: bool = True) -> None:
+    def __init__(self, folder: str | Path, threads: int | None = None) -> None:
         super().__init__(folder)
-        self._session = open_adaptable(self.folder, threads, spin)
+        self._session = open_adaptable(self.folder, threads)
         self.config: Any = read_json(self.folder / "config.json")
         self.outputs = self._session.outputs
         own = self.folder / OWN_HEADS

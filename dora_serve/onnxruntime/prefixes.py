@@ -6,6 +6,7 @@ would be computed, and slots stay free to be moved, overwritten and resized.
 
 from __future__ import annotations
 
+import mmap
 from collections import OrderedDict
 from collections.abc import Iterator, Sequence
 from hashlib import sha256
@@ -32,9 +33,13 @@ class Prefixes:
     def __init__(self, slots: Slots, max_bytes: int) -> None:
         self._slots = slots
         self._room = max_bytes // (BLOCK * slots.token_bytes)
-        self._blocks: list[NDArray[Any]] = [
-            np.empty((self._room, *cache.shape[1:]), cache.dtype) for cache in slots.blocks(0, 0, 0)
-        ]
+        caches = list(slots.blocks(0, 0, 0))
+        # Of one block all caches together, so that few pages of memory are new when it is kept.
+        shape, kind = (self._room, len(caches), *caches[0].shape[1:]), caches[0].dtype
+        size = max(1, self._room * BLOCK * slots.token_bytes)
+        # numpy asks for huge pages, which take longer than the copy where memory is scattered.
+        memory = np.ndarray(shape, kind, mmap.mmap(-1, size, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS))
+        self._blocks: list[NDArray[Any]] = [*memory.swapaxes(0, 1)]
         self._places: OrderedDict[bytes, int] = OrderedDict()  # least recently used first
         self.queries = self.hits = 0
 
@@ -52,9 +57,9 @@ class Prefixes:
                 break
             known.append(digest)
         self._use(known)
-        places = [self._places[digest] for digest in known]
+        places = _span([self._places[digest] for digest in known])
         for target, blocks in zip(
-            self._slots.blocks(slot, 0, len(places)), self._blocks, strict=True
+            self._slots.blocks(slot, 0, len(known)), self._blocks, strict=True
         ):
             target[...] = blocks[places]
         self.queries += len(tokens)
@@ -67,11 +72,12 @@ class Prefixes:
         new = [i for i, digest in enumerate(digests) if digest not in self._places]
         if new:
             self._use([digest for digest in digests if digest in self._places])
-            places = [self._place(digests[i]) for i in new]
+            places = _span([self._place(digests[i]) for i in new])
             first = new[0]  # once one is missing, those behind it are mostly missing too
             held = self._slots.blocks(slot, first, len(digests))
+            taken = _span([i - first for i in new])
             for blocks, source in zip(self._blocks, held, strict=True):
-                blocks[places] = source[[i - first for i in new]]
+                blocks[places] = source[taken]
         self._use(digests)
 
     def _use(self, digests: Sequence[bytes]) -> None:
@@ -83,6 +89,13 @@ class Prefixes:
         place = taken if taken < self._room else self._places.popitem(last=False)[1]
         self._places[digest] = place
         return place
+
+
+def _span(numbers: list[int]) -> list[int] | slice:
+    """The numbers as a slice where each follows the last, of which numpy makes no copy."""
+    if not numbers or numbers != [*range(numbers[0], numbers[0] + len(numbers))]:
+        return numbers
+    return slice(numbers[0], numbers[0] + len(numbers))
 
 
 def _digests(kind: bytes, tokens: Sequence[int]) -> Iterator[bytes]:

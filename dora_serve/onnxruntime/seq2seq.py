@@ -32,11 +32,11 @@ if TYPE_CHECKING:
 
 class EncoderDecoder(AdaptedFolder):
     """An encoder-decoder folder as `dora-export onnx` writes it, with its adapters, and the search
-    for what it writes. `threads` and `spin`: as `Session` takes them."""
+    for what it writes. `threads`: as `Session` takes it."""
 
-    def __init__(self, folder: str | Path, threads: int | None = None, spin: bool = True) -> None:
+    def __init__(self, folder: str | Path, threads: int | None = None) -> None:
         super().__init__(folder)
-        sessions = [Session(self.folder / n, threads, spin) for n in (ENCODER, DECODER, WITH_PAST)]
+        sessions = [Session(self.folder / n, threads) for n in (ENCODER, DECODER, WITH_PAST)]
         self._encoder, self._first, self._next = sessions
         config = read_json(self.folder / "config.json")
         own = self.folder / "generation_config.json"
@@ -221,8 +221,8 @@ class Batch:
 class Seq2Seq(EncoderDecoder):
     """A folder of a model that reads text and writes text; raises `EngineError` for another."""
 
-    def __init__(self, folder: str | Path, threads: int | None = None, spin: bool = True) -> None:
-        super().__init__(folder, threads, spin)
+    def __init__(self, folder: str | Path, threads: int | None = None) -> None:
+        super().__init__(folder, threads)
         if "input_ids" not in self._encoder.types:
             raise EngineError(
                 "the graph is for another task", file=self.folder, expected="a model of text"

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
 _LARGE = 1 << 26  # bytes of a graph and its weights, of which a step finds not all at once
+_SPIN = 100  # microseconds
 _LONGEST = 1 << 14  # signs of a token's text
 
 Prompt = str | Sequence[int]
@@ -35,13 +36,13 @@ class Session:
     """ONNX Runtime's session of the graph at `path`. `types` of the inputs it needs and `defaults`,
     the shapes of those it can do without, such as an adapter's; both and `outputs` by name.
 
-    `threads` None is one per core. `spin`: threads that have nothing to do keep their core for a
-    while, which is faster where nobody else wants it.
+    `threads` None is one per core. What they wait for in a run mostly comes within microseconds:
+    they keep their core so long, but not from the HTTP side and other engines between runs.
 
     Raises `MissingError` when there is no graph, `EngineError` when it cannot be loaded.
     """
 
-    def __init__(self, path: Path, threads: int | None = None, spin: bool = True) -> None:
+    def __init__(self, path: Path, threads: int | None = None) -> None:
         import onnxruntime
 
         self.path = path
@@ -50,7 +51,7 @@ class Session:
         options = onnxruntime.SessionOptions()
         options.log_severity_level = 3
         options.intra_op_num_threads = threads or 0
-        options.add_session_config_entry("session.intra_op.allow_spinning", str(int(spin)))
+        options.add_session_config_entry("session.intra_op.spin_duration_us", str(_SPIN))
         try:
             providers = ["CPUExecutionProvider"]
             self.inference: Any = onnxruntime.InferenceSession(path, options, providers=providers)
@@ -85,10 +86,10 @@ class Session:
         return dict(zip(self.outputs, found, strict=True))
 
 
-def open_adaptable(folder: Path, threads: int | None = None, spin: bool = True) -> Session:
+def open_adaptable(folder: Path, threads: int | None = None) -> Session:
     """The graph of `folder` that takes another adapter in every row, else the one there is."""
     batched = folder / BATCHED
-    return Session(batched if batched.exists() else folder / MODEL, threads, spin)
+    return Session(batched if batched.exists() else folder / MODEL, threads)
 
 
 def padded(rows: Sequence[Sequence[int]], value: int) -> NDArray[np.int64]:

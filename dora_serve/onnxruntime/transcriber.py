@@ -44,8 +44,8 @@ class Transcriber(EncoderDecoder):
     """A folder of a Whisper as `dora-export onnx` writes it, with its adapters. Raises
     `EngineError` for one of a model that does not hear."""
 
-    def __init__(self, folder: str | Path, threads: int | None = None, spin: bool = True) -> None:
-        super().__init__(folder, threads, spin)
+    def __init__(self, folder: str | Path, threads: int | None = None) -> None:
+        super().__init__(folder, threads)
         if not hears(self.folder):
             raise EngineError(
                 "the graph is for another task", file=self.folder, expected="a model of speech"

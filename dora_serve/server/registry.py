@@ -160,21 +160,20 @@ def _defaults(graph: Graph, options: ServerOptions) -> Defaults:
 
 
 def _open(graph: Graph, options: ServerOptions, ends: frozenset[int] | None) -> Engine:
-    # No spinning: it would keep the cores from the HTTP side and from the other engines.
     if graph.task == DECODES:
-        decoder = DecoderGraph(graph.folder, options.threads, options.max_length, spin=False)
+        decoder = DecoderGraph(graph.folder, options.threads, options.max_length)
         decoder.eos = decoder.eos if ends is None else ends
         _ = decoder.tokenizer  # one that cannot be read is told now
         return ContinuousDecoder(decoder, options.limits)
     if graph.task == TRANSLATES and hears(Path(graph.folder)):
-        heard = Transcriber(graph.folder, options.threads, spin=False)
+        heard = Transcriber(graph.folder, options.threads)
         _ = heard.tokenizer, heard.start, heard.spectrum
         return TranscriberQueue(heard, options.limits)
     if graph.task == TRANSLATES:
-        translator = Seq2Seq(graph.folder, options.threads, spin=False)
+        translator = Seq2Seq(graph.folder, options.threads)
         _ = translator.tokenizer, translator.start
         return Seq2SeqQueue(translator, options.limits, options.max_length, ends)
-    encoder = Encoder(graph.folder, options.threads, spin=False)
+    encoder = Encoder(graph.folder, options.threads)
     _ = encoder.tokenizer
     if STATES in encoder.outputs:
         _ = encoder.pipeline
