@@ -58,7 +58,7 @@ def written(folder: Path, row: list[int], start: int) -> list[int]:
     return tokens[1:]
 
 
-@pytest.mark.parametrize("name", ["t5", pytest.param("bart", marks=pytest.mark.further)])
+@pytest.mark.parametrize("name", ["bart", pytest.param("t5", marks=pytest.mark.further)])
 def test_it_writes_what_transformers_writes(request: pytest.FixtureRequest, name: str) -> None:
     base, run, folder = request.getfixturevalue(name)
     live = LiveModel(run, base)
