@@ -237,9 +237,8 @@ def test_numbers_beyond_float16_are_refused(tmp_path: Path) -> None:
     assert verify(run, tmp_path / "out", base).passed
 
 
-def test_genai_runs_what_torch_exported(gpt2: tuple[Path, Run], tmp_path: Path) -> None:
-    (root, run), out = gpt2, tmp_path / "out"
-    write_onnx(open_base(root / "base"), out, adapters={"one": run})
+def test_genai_runs_what_torch_exported(tmp_path_factory: pytest.TempPathFactory) -> None:
+    out = adapted("gpt2", tmp_path_factory).folder
     decoder = Decoder(out)
     prompt = decoder.encode(PROMPTS[0])
     model = og.Model(str(out))

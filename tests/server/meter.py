@@ -32,8 +32,9 @@ def used(pid: int) -> int:
         process, parent = left.pop()
         folder = Path(f"/proc/{process}")
         with suppress(OSError):
-            told = (folder / "smaps_rollup").read_text().split()
+            # Asked before: its own program may begin while what it has is read.
             if not same_memory(process, parent):
+                told = (folder / "smaps_rollup").read_text().split()
                 found += int(told[told.index("Pss:") + 1]) << 10
             for children in folder.glob("task/*/children"):
                 left += ((int(child), process) for child in children.read_text().split())

@@ -36,13 +36,16 @@ RUN = f"Tiny_Llama/Lora_Rank=8/Count_Down/{DOWN}"
 ALL = ATTACKS | MORE | FOLLOWED | CROSSED | FORMED
 # Rows that take long → what meets the same bound sooner.
 LONGER = {
-    "a query that is cut for each": "a long query that is cut for each",
+    "a long query that is cut for each": "long documents that are cut",
+    "a query that is cut for each": "long documents that are cut",
     "a side that all have": "a query that each document has",
     "a template that powers": "a template that loops",
     "an adapter to convert": "an adapter of PEFT to convert",
     "letters far from the end": "a letter far from the end",
     "many rules": "many words at once",
+    "metadata that is none": "unknown names",
     "multiples": "a multiple that takes minutes",
+    "objects in lists": "lists in lists",
     "parts of messages": "calls of messages",
     **{f"rules in one another, {n}": "rules in one another, 2680" for n in (700, 1400, 2500, 2620)},
     "the widest beams": "beams of what is told",

@@ -73,7 +73,9 @@ def test_clients_that_neither_read_nor_send(ending: Server) -> None:
     assert "Traceback" not in ending.log.read_text()
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize(
+    "number", [signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.further)]
+)
 def test_stopped_while_its_processes_begin(ending: Server, number: signal.Signals) -> None:
     """It serves before they do, and that it ends when it is told to is no failure."""
     ending.process.send_signal(number)
@@ -92,7 +94,9 @@ def test_a_terminal_that_is_closed_ends_it_as_softly(ending: Server) -> None:
         assert len(accepted.result().json()["choices"]) == 100
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize(
+    "number", [pytest.param(signal.SIGTERM, marks=pytest.mark.further), signal.SIGINT]
+)
 def test_a_second_signal_ends_it_at_once(ending: Server, number: signal.Signals) -> None:
     held = [connected(ending, body("/v1/chat/completions", {"model": BASE, "messages": MESSAGES}))]
     time.sleep(1)
