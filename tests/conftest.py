@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import signal
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
@@ -15,7 +16,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch: tiny matrices, an
 import pytest
 from filelock import FileLock
 
-from tests.processes import SHARED, begin, fork_below
+from tests.processes import SHARED, begin, fork_below, share_table
 
 if TYPE_CHECKING:  # not for the process that only hands out the tests
     import torch
@@ -71,6 +72,17 @@ def pytest_configure(config: pytest.Config) -> None:
     alone = not getattr(config.option, "numprocesses", None)
     if not (alone or hasattr(config, "workerinput") or config.option.collectonly) and _FORKS:
         os.environ[SHARED] = str(begin())
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_collection() -> Iterator[None]:
+    """What is imported stays: nobody looks for garbage in it, now or in each test."""
+    gc.disable()
+    try:
+        return (yield)
+    finally:
+        gc.freeze()
+        gc.enable()
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -149,6 +161,10 @@ def made_once(factory: pytest.TempPathFactory, name: str, make: Callable[[Path],
             make(folder.with_name(f"{name}.part"))
             folder.with_name(f"{name}.part").rename(folder)
     return folder
+
+
+def pytest_runtest_setup() -> None:
+    share_table()  # once an export has imported it
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import atexit
 import contextlib
+import gc
 import json
 import multiprocessing
 import os
@@ -30,7 +31,8 @@ from collections.abc import Callable
 from functools import cache
 from importlib import import_module
 from pathlib import Path
-from typing import NoReturn
+from types import FunctionType
+from typing import Any, NoReturn
 
 _PRELOADED = (
     *("click", "onnxruntime_genai.models.builder", "peft", "safetensors.torch"),
@@ -38,6 +40,7 @@ _PRELOADED = (
 )
 # Our modules that start a process of Python, ONNX Runtime's builder or the server's `prepare`.
 _STARTING = ("converters.targets.onnx.decoder", "dora_serve.server.prepare.child")
+_TABLE = "torch.onnx._internal.exporter._registration"
 _NAMES = ("dora-export", "dora-serve", "python")
 _READY = "ready"
 _PATIENCE = 300.0  # seconds
@@ -98,6 +101,14 @@ def fork_below(python: Callable[[], Path] = lambda: commands() / "python") -> No
         import_module(module).__dict__["sys"] = _Below(python)
 
 
+def share_table() -> None:
+    """Let torch make its table of what it can export once, not for each graph: it is the same."""
+    registry = getattr(sys.modules.get(_TABLE), "ONNXRegistry", None)
+    if registry is not None and isinstance(vars(registry)["from_torchlib"].__func__, FunctionType):
+        made: Any = cache(vars(registry)["from_torchlib"].__func__)
+        registry.from_torchlib = classmethod(made)
+
+
 class _Forking:
     """What a batch sees as `multiprocessing`: its workers are forked from it."""
 
@@ -112,8 +123,12 @@ def serve() -> None:
     """Fork for each who connects, until standard input ends."""
     address = sys.argv[1]
     sys.path.remove("")  # a command does not look for modules where it is called
-    for module in _PRELOADED:
+    gc.disable()
+    for module in (*_PRELOADED, _TABLE):
         import_module(module)
+    share_table()
+    gc.freeze()  # what is imported is not looked through, and so not copied, in each process
+    gc.enable()
     fork_below(lambda: Path(address).with_name("python"))
     import_module("dora_serve.batch.local").__dict__["multiprocessing"] = _Forking
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # none of those who answer is waited for

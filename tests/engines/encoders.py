@@ -21,9 +21,10 @@ from tests.engines.decoders import dense
 
 BOUND, MIXED = 1e-4, 1e-5
 Built = tuple[BaseModel, dict[str, Run], Path]
+# One layer, which is quickly exported: the reference runs and the samples have several.
 SIZES = {
     "hidden_size": 32,
-    "num_hidden_layers": 2,
+    "num_hidden_layers": 1,
     "num_attention_heads": 4,
     "intermediate_size": 48,
     "vocab_size": 80,
@@ -31,7 +32,7 @@ SIZES = {
 }
 DISTILBERT = {
     "dim": 32,
-    "n_layers": 2,
+    "n_layers": 1,
     "n_heads": 4,
     "hidden_dim": 48,
     "vocab_size": 80,

@@ -16,8 +16,6 @@ import numpy as np
 import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
-from converters.model.base import open_base
-from converters.targets.onnx import write_onnx
 from dora_serve import DoraExportError
 from dora_serve.onnxruntime.continuous import ContinuousDecoder
 from dora_serve.onnxruntime.decoder import Decoder
@@ -30,7 +28,7 @@ from dora_serve.onnxruntime.sampling import Sampling, draw
 from dora_serve.onnxruntime.slots import Slots
 from tests.engines.decoders import Case
 from tests.engines.test_onnx_decoder import llama
-from tests.engines.test_onnx_families import lora, tiny
+from tests.engines.test_onnx_families import adapted
 
 __all__ = ["llama"]
 WORDS = "one two three four five six seven eight nine ten eleven cat moon river count copy".split()
@@ -120,11 +118,8 @@ def test_tokens_under_any_interleaving(llama: Case, seed: int) -> None:
 
 
 @pytest.mark.parametrize("name", ["gemma3", "qwen3"])
-def test_windows_and_other_graphs(name: str, tmp_path: Path) -> None:
-    cls = tiny(name, tmp_path)
-    runs = {run: lora(cls, tmp_path, run, target_modules="all-linear") for run in ("one", "two")}
-    write_onnx(open_base(tmp_path / "base"), tmp_path / "onnx", adapters=runs)
-    case = Case(tmp_path / "onnx", tmp_path / "base", runs)
+def test_windows_and_other_graphs(name: str, tmp_path_factory: pytest.TempPathFactory) -> None:
+    case = adapted(name, tmp_path_factory)
     with running(case, max_rows=4, piece=5) as engine:
         check(case, engine, wishes(case, 20, seed=3))
 

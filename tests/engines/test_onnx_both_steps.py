@@ -58,7 +58,7 @@ def written(folder: Path, row: list[int], start: int) -> list[int]:
     return tokens[1:]
 
 
-@pytest.mark.parametrize("name", ["t5", pytest.param("bart", marks=pytest.mark.further)])
+@pytest.mark.parametrize("name", ["bart", pytest.param("t5", marks=pytest.mark.further)])
 def test_it_writes_what_transformers_writes(request: pytest.FixtureRequest, name: str) -> None:
     base, run, folder = request.getfixturevalue(name)
     live = LiveModel(run, base)
@@ -79,6 +79,7 @@ def of_one_layer(folder: Path) -> tuple[BaseModel, Run]:
     return open_base(folder / "base"), read_run(folder / "lora")
 
 
+@pytest.mark.further
 def test_the_base_of_many_adapters(tmp_path: Path) -> None:
     """Whoever gives no adapter has the base."""
     base, run = of_one_layer(tmp_path)
@@ -91,12 +92,19 @@ def test_the_base_of_many_adapters(tmp_path: Path) -> None:
     assert found == generated(live.model, ROWS, **OPTIONS)
 
 
-@pytest.mark.parametrize("precision", ["int8", pytest.param("fp16", marks=pytest.mark.further)])
-def test_a_smaller_precision(tmp_path: Path, precision: str) -> None:
-    """Its tokens are those of the two graphs by themselves."""
+@pytest.mark.parametrize(
+    ("precision", "many"),
+    [
+        ("int8", True),
+        *(pytest.param(each, False, marks=pytest.mark.further) for each in ("int8", "fp16")),
+    ],
+)
+def test_a_smaller_precision(tmp_path: Path, precision: str, many: bool) -> None:
+    """Its tokens are those of the two graphs by themselves, merged, or the base of adapters."""
     base, run = of_one_layer(tmp_path)
     folder = tmp_path / "onnx"
-    write_onnx(base, folder, run=run, precision=precision)
+    what: Any = {"adapters": {"run": run}} if many else {"run": run}
+    write_onnx(base, folder, precision=precision, **what)
     model = Seq2Seq(folder, threads=1)
     apart = [
         model.generate([row], Search(STEPS, ignore_eos=True, no_repeat_ngram=1))[0].tokens

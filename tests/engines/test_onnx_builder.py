@@ -70,5 +70,6 @@ def test_the_builder_itself_without_room_for_its_file(
             build(tmp_path)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    monkeypatch.undo()
     assert decoder._build(BASE, tmp_path / "built", "fp32", False)
     assert (tmp_path / "built" / MODEL).exists()

@@ -32,7 +32,13 @@ FAMILIES: dict[str, tuple[str, dict[str, Any], list[str], bool, str]] = {
     "xlm-roberta": ("XLMRoberta", {**SIZES, "pad_token_id": 1}, ATTENTION, True, "cls"),
     "modernbert": (
         "ModernBert",
-        {**SIZES, "pad_token_id": 0, "global_attn_every_n_layers": 2, "local_attention": 4},
+        {
+            **SIZES,
+            "num_hidden_layers": 2,
+            "pad_token_id": 0,
+            "global_attn_every_n_layers": 2,
+            "local_attention": 4,
+        },
         ["Wqkv", "Wo"],
         False,
         "mean",

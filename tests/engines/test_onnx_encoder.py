@@ -379,6 +379,7 @@ def test_int4_is_its_own_dequantized_base_and_the_adapters(roberta: Built, tmp_p
     assert largest(found, Encoder(roberta[2]).run(ROWS, name)) > BOUND  # the base was rounded
 
 
+@pytest.mark.further  # the plain run has a decoder's
 def test_float16_with_adapters(roberta: Built, tmp_path: Path) -> None:
     base, runs, out = roberta
     write_onnx(base, tmp_path / "onnx", adapters=runs, precision="fp16")

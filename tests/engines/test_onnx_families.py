@@ -21,7 +21,7 @@ from converters.targets.onnx import write_onnx
 from dora_serve import Run, read_run, verify
 from dora_serve.onnxruntime.decoder import Decoder
 from dora_serve.onnxruntime.sampling import Sampling
-from tests.conftest import DATA, MODELS, randomize
+from tests.conftest import DATA, MODELS, made_once, randomize
 from tests.converters.families import further
 from tests.engines.decoders import PROMPTS, Case, check
 
@@ -70,6 +70,7 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "starcoder2": ("Starcoder2Config", {}),
 }
 ATTENTION = ["q_proj", "k_proj", "v_proj", "o_proj"]
+ONE_LAYER = {"num_hidden_layers": 1}  # where they do not differ: each takes time to export
 MOE = {"mixtral", "qwen2-moe", "qwen3-moe"}
 
 
@@ -104,27 +105,38 @@ def supported(names: Any) -> list[Any]:
     return [pytest.param(name, marks=marks(name)) for name in names]
 
 
+def adapted(name: str, factory: pytest.TempPathFactory) -> Case:
+    """The family's model with two adapters as ONNX, made once for all files."""
+
+    def make(root: Path) -> None:
+        cls = tiny(name, root)
+        # PEFT takes the experts of some for linear layers.
+        targets = ATTENTION if name in ("mixtral", "qwen3-moe") else "all-linear"
+        options = {"target_modules": targets, "fan_in_fan_out": name == "gpt2"}
+        runs = {
+            "one": lora(cls, root, "one", rank_pattern={r".*\.0\..*": 2}, **options),
+            "two": lora(cls, root, "two", rank_pattern={r".*\.1\..*": 5}, **options),
+        }
+        write_onnx(open_base(root / "base"), root / "onnx", adapters=runs)
+
+    root = made_once(factory, f"adapted-{name}", make)
+    runs = {run: read_run(root / run) for run in ("one", "two")}
+    return Case(root / "onnx", root / "base", runs)
+
+
 @pytest.mark.parametrize("name", supported(FAMILIES))
-def test_adapters(name: str, tmp_path: Path) -> None:
-    cls = tiny(name, tmp_path)
-    # PEFT takes the experts of some for linear layers.
-    targets = ATTENTION if name in ("mixtral", "qwen3-moe") else "all-linear"
-    options = {"target_modules": targets, "fan_in_fan_out": name == "gpt2"}
-    runs = {
-        "one": lora(cls, tmp_path, "one", rank_pattern={r".*\.0\..*": 2}, **options),
-        "two": lora(cls, tmp_path, "two", rank_pattern={r".*\.1\..*": 5}, **options),
-    }
-    base = open_base(tmp_path / "base")
-    write_onnx(base, tmp_path / "onnx", adapters=runs)
-    check(Case(tmp_path / "onnx", base.path, runs), 32)
-    written = Decoder(tmp_path / "onnx").generate(PROMPTS, "one", Sampling(32, ignore_eos=True))
+def test_adapters(name: str, tmp_path_factory: pytest.TempPathFactory) -> None:
+    case = adapted(name, tmp_path_factory)
+    check(case, 32)
+    written = Decoder(case.folder).generate(PROMPTS, "one", Sampling(32, ignore_eos=True))
     assert len({token for row in written for token in row.tokens}) > 3  # it says different things
 
 
 @pytest.mark.parametrize("size", [24, 20])
 def test_heads_of_other_sizes(size: int, tmp_path: Path) -> None:
     """ONNX Runtime's attention takes multiples of 8, and with a rotary embedding in it of 16."""
-    run = lora(tiny("llama", tmp_path, head_dim=size), tmp_path, "one", target_modules=ATTENTION)
+    cls = tiny("llama", tmp_path, head_dim=size, **ONE_LAYER)
+    run = lora(cls, tmp_path, "one", target_modules=ATTENTION)
     base = open_base(tmp_path / "base")
     if size % 8:
         with pytest.raises(DoraExportError, match="heads of this size"):
@@ -136,7 +148,8 @@ def test_heads_of_other_sizes(size: int, tmp_path: Path) -> None:
 
 def test_the_tanh_form_of_gelu_behind_a_bias(tmp_path: Path) -> None:
     """ONNX Runtime's fusion of both knows the exact form alone."""
-    run = lora(tiny("starcoder2", tmp_path), tmp_path, "one", target_modules=ATTENTION)
+    cls = tiny("starcoder2", tmp_path, **ONE_LAYER)
+    run = lora(cls, tmp_path, "one", target_modules=ATTENTION)
     base = open_base(tmp_path / "base")
     write_onnx(base, tmp_path / "onnx", run=run)
     assert verify(run, tmp_path / "onnx", base).max_abs < 1e-4
@@ -155,7 +168,7 @@ def test_a_configuration_without_the_length_of_its_context(tmp_path: Path) -> No
 @pytest.mark.parametrize("layer", ["hidden_size", "intermediate_size"])
 def test_layers_as_wide_as_the_vocabulary(layer: str, tmp_path: Path) -> None:
     """To onnxruntime-genai's builder each of them is a head."""
-    cls = tiny("llama", tmp_path, **{"vocab_size": 128, layer: 128})
+    cls = tiny("llama", tmp_path, **{"vocab_size": 128, layer: 128}, **ONE_LAYER)
     run = lora(cls, tmp_path, "one", target_modules="all-linear")
     base = open_base(tmp_path / "base")
     write_onnx(base, tmp_path / "onnx", adapters={"one": run})
@@ -164,7 +177,7 @@ def test_layers_as_wide_as_the_vocabulary(layer: str, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", [pytest.param(n, marks=further(n)) for n in sorted(MOE)])
 def test_experts_are_exported_merged(name: str, tmp_path: Path) -> None:
-    cls = tiny(name, tmp_path)
+    cls = tiny(name, tmp_path, **ONE_LAYER)
     run = lora(
         cls,
         tmp_path,
@@ -184,7 +197,8 @@ def test_experts_are_exported_merged(name: str, tmp_path: Path) -> None:
 @pytest.fixture(scope="module")
 def gpt2(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Run]:
     root = tmp_path_factory.mktemp("gpt2")
-    run = lora(tiny("gpt2", root), root, "one", target_modules="all-linear", fan_in_fan_out=True)
+    cls = tiny("gpt2", root, n_layer=1)
+    run = lora(cls, root, "one", target_modules="all-linear", fan_in_fan_out=True)
     return root, run
 
 
@@ -208,7 +222,7 @@ def test_precisions(gpt2: tuple[Path, Run], tmp_path: Path, precision: str, boun
 
 def test_numbers_beyond_float16_are_refused(tmp_path: Path) -> None:
     """As Gemma 3's are: the graph would answer NaN."""
-    cls = tiny("llama", tmp_path)
+    cls = tiny("llama", tmp_path, **ONE_LAYER)
     file = tmp_path / "base" / "model.safetensors"
     tensors = load_file(file)
     for name in tensors:
@@ -223,9 +237,8 @@ def test_numbers_beyond_float16_are_refused(tmp_path: Path) -> None:
     assert verify(run, tmp_path / "out", base).passed
 
 
-def test_genai_runs_what_torch_exported(gpt2: tuple[Path, Run], tmp_path: Path) -> None:
-    (root, run), out = gpt2, tmp_path / "out"
-    write_onnx(open_base(root / "base"), out, adapters={"one": run})
+def test_genai_runs_what_torch_exported(tmp_path_factory: pytest.TempPathFactory) -> None:
+    out = adapted("gpt2", tmp_path_factory).folder
     decoder = Decoder(out)
     prompt = decoder.encode(PROMPTS[0])
     model = og.Model(str(out))
@@ -246,7 +259,7 @@ def test_genai_runs_what_torch_exported(gpt2: tuple[Path, Run], tmp_path: Path) 
 
 def one_of(entry: dict[str, Any]) -> Any:
     """The runs of one base differ in how they are read alone, which is not tested here."""
-    plain = entry["name"] in ("llama", "llama-32")
+    plain = entry["name"] == "llama"
     return pytest.param(entry, id=entry["name"], marks=() if plain else pytest.mark.further)
 
 

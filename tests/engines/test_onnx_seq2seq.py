@@ -23,7 +23,7 @@ from dora_serve.onnxruntime.seq2seq import Seq2Seq
 from dora_serve.onnxruntime.session import EngineError
 from dora_serve.proof.live import LiveModel
 from dora_serve.proof.onnxruntime import prove
-from tests.conftest import DATA, randomize
+from tests.conftest import DATA, made_once, randomize
 from tests.engines.test_onnx_large import check as weights_lie_outside
 from tests.engines.test_onnx_large import everything_is_large
 
@@ -39,11 +39,11 @@ FURTHER = pytest.mark.further
 Built = tuple[BaseModel, Run, Path]
 
 
-def reference(name: str, folder: Path) -> Built:
+def reference(name: str, factory: pytest.TempPathFactory) -> Built:
     entry = next(e for e in INDEX if e["name"] == name)
     base, run = open_base(REFERENCE / entry["base"]), read_run(REFERENCE / entry["checkpoint"])
-    write_onnx(base, folder / "onnx", run=run)
-    return base, run, folder / "onnx"
+    made = made_once(factory, f"{name}-onnx", lambda out: write_onnx(base, out, run=run))
+    return base, run, made
 
 
 @pytest.fixture(scope="session")
@@ -51,12 +51,12 @@ def bart(tmp_path_factory: pytest.TempPathFactory) -> Built:
     """With weights that no fusion sees, as those of large models."""
     with pytest.MonkeyPatch.context() as patch:
         everything_is_large(patch)
-        return reference("bart", tmp_path_factory.mktemp("bart"))
+        return reference("bart", tmp_path_factory)
 
 
 @pytest.fixture(scope="session")
 def bart_unfinished(tmp_path_factory: pytest.TempPathFactory) -> Built:
-    return reference("bart-unfinished", tmp_path_factory.mktemp("unfinished"))
+    return reference("bart-unfinished", tmp_path_factory)
 
 
 @pytest.fixture(scope="session")

@@ -9,10 +9,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import pytest
-from transformers import AutoTokenizer
 
-from converters.model.base import open_base
-from converters.targets.onnx import write_onnx
 from dora_serve.onnxruntime.adapter_set import AdapterSet
 from dora_serve.onnxruntime.continuous import ContinuousDecoder
 from dora_serve.onnxruntime.decoder import Decoder
@@ -20,12 +17,10 @@ from dora_serve.onnxruntime.prefixes import Prefixes
 from dora_serve.onnxruntime.request import Request
 from dora_serve.onnxruntime.sampling import Sampling
 from dora_serve.onnxruntime.slots import BLOCK
-from tests.conftest import MODELS
 from tests.engines.decoders import Case
 from tests.engines.test_continuous import Answer, file, running
 from tests.engines.test_onnx_decoder import llama
-from tests.engines.test_onnx_families import lora
-from tests.engines.test_onnx_lengths import KINDS
+from tests.engines.test_onnx_lengths import exported
 
 __all__ = ["llama"]
 TOLD = 3  # log-probabilities of every step
@@ -213,13 +208,7 @@ def test_what_is_told_of_a_prompt_is_computed(llama: Case) -> None:
 )
 def bordered(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Case:
     """A model with a window, or another form of its embedding, at 24 tokens."""
-    root = tmp_path_factory.mktemp("bordered")
-    model = KINDS[request.param].make()
-    model.save_pretrained(root / "base")
-    AutoTokenizer.from_pretrained(MODELS / "tiny-llama-base").save_pretrained(root / "base")
-    runs = {name: lora(type(model), root, name, target_modules="all-linear") for name in "ab"}
-    write_onnx(open_base(root / "base"), root / "onnx", adapters=runs)
-    return Case(root / "onnx", root / "base", runs)
+    return exported(request.param, tmp_path_factory)
 
 
 def test_windows_and_borders(bordered: Case, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -160,7 +160,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     shutil.copytree(MODELS, root)
     (root / BASE / "chat_template.jinja").write_text(TEMPLATE)
     torch.manual_seed(0)
-    shape = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
+    shape = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
     config = RobertaConfig(**shape, vocab_size=36, intermediate_size=48, max_position_embeddings=34)
     RobertaModel(config).save_pretrained(root / EMBEDS)
     AutoTokenizer.from_pretrained(MODELS / "tiny-roberta-base").save_pretrained(root / EMBEDS)

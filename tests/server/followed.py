@@ -140,11 +140,11 @@ FOLLOWED: dict[str, Attack] = {
     ),
     # As deep as the process that reads it could, and a thread of the server not.
     **{
-        f"rules in one another, {length}": follows(*_EITHER, grammar=_chain(length, rule))
-        for length, rule in (
-            *((n, "{}") for n in (300, 700, 1400, 2500, 2560, 2620, 2680)),
-            *((n, "{}*") for n in (300, 2500)),
-            *((n, '"b" {} | "c"') for n in (250, 2000)),
+        f"rules in one another, {length}{how}": follows(*_EITHER, grammar=_chain(length, rule))
+        for length, how, rule in (
+            *((n, "", "{}") for n in (300, 700, 1400, 2500, 2560, 2620, 2680)),
+            *((n, " times over", "{}*") for n in (300, 2500)),
+            *((n, " or none", '"b" {} | "c"') for n in (250, 2000)),
         )
     },
     "a tool that doubles": chats(tools=[_tool(_doubled(300))], tool_choice="required"),

@@ -1,8 +1,9 @@
 """Measures a server while somebody else attacks it: `python meter.py HOST PORT PID`.
 
 A process of its own, and before others where it may be: what the attacker does in one shall not
-count. Until its input ends it asks for `/health`, each time by a new connection, and weighs the
-process and those below it. Then it prints the longest wait in seconds, and the most bytes.
+count. From one line of its input to the next it asks for `/health`, each time by a new connection,
+and weighs the process and those below it. Then it prints the longest wait in seconds, and the most
+bytes, and waits for the next two lines.
 """
 
 from __future__ import annotations
@@ -31,8 +32,9 @@ def used(pid: int) -> int:
         process, parent = left.pop()
         folder = Path(f"/proc/{process}")
         with suppress(OSError):
-            told = (folder / "smaps_rollup").read_text().split()
+            # Asked before: its own program may begin while what it has is read.
             if not same_memory(process, parent):
+                told = (folder / "smaps_rollup").read_text().split()
                 found += int(told[told.index("Pss:") + 1]) << 10
             for children in folder.glob("task/*/children"):
                 left += ((int(child), process) for child in children.read_text().split())
@@ -59,9 +61,8 @@ def waited(host: str, port: int) -> float:
     return time.monotonic() - begin if fine else inf
 
 
-def main(host: str, port: int, pid: int) -> None:
-    with suppress(OSError):
-        os.nice(-15)
+def measured(host: str, port: int, pid: int) -> tuple[float, int]:
+    """The longest wait and the most bytes until the next line of input."""
     done, waits, sizes = threading.Event(), [waited(host, port)], [used(pid)]
 
     def weigh() -> None:
@@ -78,11 +79,18 @@ def main(host: str, port: int, pid: int) -> None:
     for each in threads:
         each.start()
     print("ready", flush=True)
-    sys.stdin.read()
+    sys.stdin.readline()
     done.set()
     for each in threads:
         each.join()
-    print(max(waits), max(sizes))
+    return max(waits), max(sizes)
+
+
+def main(host: str, port: int, pid: int) -> None:
+    with suppress(OSError):
+        os.nice(-15)
+    while sys.stdin.readline():
+        print(*measured(host, port, pid), flush=True)
 
 
 if __name__ == "__main__":

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from pathlib import Path
+from typing import Any
 
 import torch
 from transformers import (
@@ -33,9 +34,9 @@ def save_base(folder: Path, **said: object) -> None:
         (folder / "generation_config.json").write_text(json.dumps(said))
 
 
-def save_encoder(folder: Path, head: type, **more: object) -> None:
+def save_encoder(folder: Path, head: type, layers: int = 2, **more: object) -> None:
     torch.manual_seed(0)
-    shape = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
+    shape = {"hidden_size": 64, "num_hidden_layers": layers, "num_attention_heads": 2}
     config = RobertaConfig(
         **shape, vocab_size=36, intermediate_size=48, max_position_embeddings=34,
         initializer_range=0.3, **more,
@@ -60,7 +61,7 @@ def save(group: str, folder: Path) -> str:
         save_base(folder / parity.MODEL, **DEFAULTS)
         return parity.MODEL
     if group == "classifier":
-        labels = {"id2label": {0: "bad", 1: "good", 2: "none"}}
+        labels: Any = {"id2label": {0: "bad", 1: "good", 2: "none"}}
         save_encoder(folder / CLASSIFIER, RobertaForSequenceClassification, num_labels=3, **labels)
         return CLASSIFIER
     save_encoder(folder / EMBEDDER, RobertaModel)

@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import shutil
 import socket
+import subprocess
+import sys
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -25,6 +27,17 @@ from tests.server.conftest import BASE, Server, started
 COUNT = 66
 PROMPT = "count : nine"
 FILE = "adapter_model.safetensors"
+# What a process that adds a run imports, and then what it did not.
+IMPORTS = """
+import sys
+import converters.targets.onnx.add, dora_serve.server.prepare.make
+from dora_serve.server.prepare.lighter import without_compiler, without_unused
+with without_compiler(), without_unused():
+    from transformers import GenerationMixin, LlamaForCausalLM
+print(*{"onnx_ir", "scipy", "sympy", "torch._dynamo", "torch.distributed.tensor"} & {*sys.modules})
+import torch._dynamo
+print(torch._dynamo.config.__name__, torch.distributed.is_available())
+"""
 
 
 @pytest.fixture(scope="module")
@@ -158,6 +171,13 @@ def test_one_that_cannot_be_made_is_tried_once_for_all_who_wait(many: Server) ->
         answers = list(pool.map(answer, [many] * 16, ["run-14"] * 16))
     assert {each.status_code for each in answers} == {503}
     assert time.monotonic() - begin < 6 * once
+
+
+def test_what_adds_a_run_beside_others_is_light() -> None:
+    """Nothing of torch's compiler or of what builds graphs; afterwards it is there for who asks."""
+    command = [sys.executable, "-c", IMPORTS]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines() == ["", "torch._dynamo.config True"]
 
 
 def test_nobody_waits_longer_than_for_an_answer(many: Server) -> None:

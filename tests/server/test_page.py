@@ -32,6 +32,9 @@ PIECES = [{"choices": [{"index": 0, "delta": d, "finish_reason": why}]} for d, w
 CALLS = "".join(f"data: {json.dumps(each)}\n\n" for each in PIECES) + "data: [DONE]\n\n"
 
 
+OTHERS = ((360, "light"), (800, "dark"), (1600, "light"))  # the other scheme at each width
+
+
 @pytest.fixture(scope="module")
 def browser() -> Iterator[Browser]:
     with chromium() as found:
@@ -316,8 +319,13 @@ def test_the_focus_stays_where_it_is(page: Page, server: Server) -> None:
         expect(place).to_be_focused()
 
 
-@pytest.mark.parametrize("scheme", ["light", "dark"])
-@pytest.mark.parametrize("width", [360, 800, 1600])
+@pytest.mark.parametrize(
+    ("width", "scheme"),
+    [
+        *((360, "dark"), (800, "light"), (1600, "dark")),
+        *(pytest.param(*each, marks=pytest.mark.further) for each in OTHERS),
+    ],
+)
 def test_narrow_and_wide_light_and_dark(
     browser: Browser, server: Server, width: int, scheme: Any, tmp_path: Path
 ) -> None:

@@ -31,13 +31,17 @@ FUNCTION = "torch.nn.modules.linear.Identity"
 def pooled(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     folder = tmp_path_factory.mktemp("pooled")
     root = folder / "models"
-    one: Any = {"num_labels": 1, "type_vocab_size": 1}  # RoBERTa's own have one type of token
+    one: Any = {
+        "layers": 1,
+        "num_labels": 1,
+        "type_vocab_size": 1,
+    }  # RoBERTa's own have one type of token
     save_encoder(root / CROSS, RobertaForSequenceClassification, **one)
-    function = {"sbert_ce_default_activation_function": FUNCTION}
+    function: Any = {"sbert_ce_default_activation_function": FUNCTION}
     save_encoder(root / IDENTITY, RobertaForSequenceClassification, **one, **function)
     labels = {0: "none", 1: "name", 2: "place"}
-    save_encoder(root / TOKENS, RobertaForTokenClassification, num_labels=3, id2label=labels)
-    save_encoder(root / EMBEDS, RobertaModel)
+    save_encoder(root / TOKENS, RobertaForTokenClassification, 1, num_labels=3, id2label=labels)
+    save_encoder(root / EMBEDS, RobertaModel, 1)
     with started(root, folder, None, ServerOptions(threads=1)) as running:
         yield running
 

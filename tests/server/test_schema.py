@@ -50,10 +50,10 @@ ROUTES = {
     "/load": 2,
     "/tokenizer_info": 10,
     "/score": 60,
-    "/v1/score": 60,
+    "/v1/score": 10,  # the same, by another name
     "/rerank": 60,
-    "/v1/rerank": 60,
-    "/v2/rerank": 60,
+    "/v1/rerank": 10,
+    "/v2/rerank": 10,
     "/invocations": 120,
     "/v1/responses": 60,
     "/pooling": 60,

@@ -20,6 +20,7 @@ import pytest
 
 from dora_serve.server.connections import END
 from dora_serve.server.options import ServerOptions
+from dora_serve.server.prepare.child import make_offer
 from tests.server.attacks import TEMPLATE, head
 from tests.server.conftest import BASE, Server, save_adapter, started
 
@@ -72,7 +73,9 @@ def test_clients_that_neither_read_nor_send(ending: Server) -> None:
     assert "Traceback" not in ending.log.read_text()
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize(
+    "number", [signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.further)]
+)
 def test_stopped_while_its_processes_begin(ending: Server, number: signal.Signals) -> None:
     """It serves before they do, and that it ends when it is told to is no failure."""
     ending.process.send_signal(number)
@@ -91,7 +94,9 @@ def test_a_terminal_that_is_closed_ends_it_as_softly(ending: Server) -> None:
         assert len(accepted.result().json()["choices"]) == 100
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize(
+    "number", [pytest.param(signal.SIGTERM, marks=pytest.mark.further), signal.SIGINT]
+)
 def test_a_second_signal_ends_it_at_once(ending: Server, number: signal.Signals) -> None:
     held = [connected(ending, body("/v1/chat/completions", {"model": BASE, "messages": MESSAGES}))]
     time.sleep(1)
@@ -111,7 +116,9 @@ def test_what_is_converted_ends_with_the_server(
     monkeypatch.setenv("DORA_SERVE_CACHE", str(cache))
     shutil.copytree(place / "models" / BASE, root / BASE)
     save_adapter(root / ".later")
-    with started(root, tmp_path, None, ServerOptions(threads=1), forked=False) as running:
+    options = ServerOptions(threads=1)
+    make_offer(root, None, False, options.precision)  # forked; what follows is not
+    with started(root, tmp_path, None, options, forked=False) as running:
         known, asked = set(cache.iterdir()), {"lora_name": "later", "lora_path": ".later"}
         held = connected(running, body("/v1/load_lora_adapter", asked))
         below = psutil.Process(running.process.pid)
@@ -130,7 +137,10 @@ def test_what_is_converted_ends_with_the_server(
     held.close()
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP, signal.SIGINT])
+@pytest.mark.parametrize(
+    "number",
+    [signal.SIGTERM, pytest.param(signal.SIGHUP, marks=pytest.mark.further), signal.SIGINT],
+)
 def test_it_is_ended_while_it_prepares(tmp_path: Path, place: Path, number: signal.Signals) -> None:
     """Neither it goes on, nor what prepares, nor what builds a graph below that."""
     shutil.copytree(place / "models" / BASE, tmp_path / "models" / BASE)

@@ -58,7 +58,7 @@ def tasks(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     words = AutoTokenizer.from_pretrained(MODELS / BASE)
     torch.manual_seed(0)
     config = T5Config(
-        d_model=16, d_kv=8, d_ff=24, num_layers=2, num_heads=2, vocab_size=len(words),
+        d_model=16, d_kv=8, d_ff=24, num_layers=1, num_heads=2, vocab_size=len(words),
         pad_token_id=words.pad_token_id, eos_token_id=words.eos_token_id,
         decoder_start_token_id=words.pad_token_id,
     )  # fmt: skip

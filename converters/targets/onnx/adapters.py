@@ -1,19 +1,24 @@
 """`NAME.onnx_adapter`: one run's factors as ONNX Runtime's adapter file.
 
 `onnxruntime.LoraAdapter` and `onnxruntime_genai.Adapters` load it; what it leaves out keeps the
-graph's default of rank 0.
+graph's default of rank 0. A running server has these written for it, so what builds graphs, and
+takes long to import, stays out of here.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ...errors import TargetError
-from ...files.onnx_files import names
-from ...run import Run
-from .branches import Site
+from ...files.onnx_files import FOLDER, SUFFIX, graphs_in, head_names, heads_in, names
+from ...model.base import BaseModel
+from ...model.match import changed
+from ...run import LazyUpdates, Run
+from .report import refuse
 
 if TYPE_CHECKING:
     import numpy as np
@@ -27,6 +32,103 @@ _PACKED = {
     "self_attn.qkv_proj": ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
     "mlp.gate_up_proj": ("mlp.gate_proj", "mlp.up_proj"),
 }
+
+
+@dataclass(frozen=True)
+class Site:
+    """One MatMul that an update can be added to: its node (empty once the branch is there), the
+    module it computes, `in` and `out` features."""
+
+    node: str
+    name: str
+    in_features: int
+    out_features: int
+
+
+def write_adapters(
+    folder: Path, adapters: Mapping[str, Run], base: BaseModel
+) -> dict[str, dict[str, int]]:
+    """Write the stripped runs beside the graphs of `folder`; returns their ranks. Raises
+    `TargetError` for what the graphs have no inputs for."""
+    shapes: dict[str, list[int | str]] = {}
+    for file in graphs_in(folder):
+        shapes |= _input_shapes(file)
+    sites = _sites_in(shapes)
+    (folder / FOLDER).mkdir(exist_ok=True)
+    ranks = {}
+    for name, run in adapters.items():
+        heads = heads_in(shapes)
+        own = {f"{module}.{part}" for module in heads for part in ("weight", "bias")}
+        refuse(run, sorted(changed(run, base).keys() - own))
+        updates = {m: partial(run.updates.__getitem__, m) for m in run.updates if m not in heads}
+        ranks[name] = write_adapter_file(
+            folder / FOLDER / f"{name}{SUFFIX}",
+            replace(run, updates=LazyUpdates(updates)),
+            sites,
+            _head_tensors(run, base, shapes),
+        )
+    return ranks
+
+
+def _input_shapes(file: Path) -> dict[str, list[int | str]]:
+    """The axes of every input of a graph, a symbol's name where the size is free."""
+    import onnx
+
+    inputs = onnx.load(file, load_external_data=False).graph.input
+    return {
+        value.name: [
+            dim.dim_value if dim.HasField("dim_value") else dim.dim_param
+            for dim in value.type.tensor_type.shape.dim
+        ]
+        for value in inputs
+        if value.type.tensor_type.HasField("shape")
+    }
+
+
+def _sites_in(shapes: Mapping[str, list[int | str]]) -> dict[str, Site]:
+    """The sites of a graph that has its branches already, by name, from its inputs' `shapes`."""
+    found = {}
+    for name in (n.removesuffix(".lora_A") for n in shapes if n.endswith(".lora_A")):
+        a, b, _ = names(name)
+        found[name] = Site("", name, int(shapes[a][0]), int(shapes[b][1]))
+    return found
+
+
+def _head_tensors(
+    run: Run, base: BaseModel, shapes: Mapping[str, list[int | str]]
+) -> dict[str, Array]:
+    """What a run brings for the heads of a graph: input name → array, updates folded in.
+
+    `shapes`: the graph's inputs. Raises `TargetError` for a head of another shape.
+    """
+    found: dict[str, Array] = {}
+    for module in heads_in(shapes):
+        for suffix, own in zip(("weight", "bias"), head_names(module), strict=True):
+            name = f"{module}.{suffix}"
+            tensor = run.replaced.get(name) or (run.embedded_base or {}).get(name)
+            update = run.updates[module] if suffix == "weight" and module in run.updates else None
+            if tensor is None and update is not None:
+                tensor = base.weight(module)
+            if tensor is None or own not in shapes:
+                continue
+            rows = tensor.load().float()
+            array = (rows if update is None else update.merge(rows.clone(), 0)).numpy()
+            array = array.T.copy() if suffix == "weight" else array
+            expected = shapes[own]
+            fits = len(expected) == array.ndim and all(
+                isinstance(size, str) or size == actual
+                for size, actual in zip(expected, array.shape, strict=True)
+            )
+            if not fits:
+                raise TargetError(
+                    "the run's head does not fit the graph",
+                    file=run.path,
+                    tensor=f"{module}.{suffix}",
+                    found=list(array.shape),
+                    expected=expected,
+                )
+            found[own] = array
+    return found
 
 
 def write_adapter_file(

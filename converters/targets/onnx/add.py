@@ -13,9 +13,9 @@ from ...files.onnx_files import FOLDER, SUFFIX, graphs_in
 from ...files.output import addition
 from ...model.base import BaseModel
 from ...run import Run
+from .adapters import write_adapters
 from .plan import plan_added
 from .report import adapter_certificates
-from .write import write_adapters
 
 
 def add_adapters(

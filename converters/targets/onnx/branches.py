@@ -11,26 +11,14 @@ adapters in the batch lie side by side, and a row of the batch computes with tho
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
-from pathlib import Path
+from collections.abc import Iterable
 
 import numpy as np
 import onnx_ir as ir
 
 from ...files.onnx_files import ADAPTER_INDEX, names
+from .adapters import Site
 from .surgery import Scope, graph_input, optional_input, replace, take
-
-
-@dataclass(frozen=True)
-class Site:
-    """One MatMul that an update can be added to: its node (empty once the branch is there), the
-    module it computes, `in` and `out` features."""
-
-    node: str
-    name: str
-    in_features: int
-    out_features: int
 
 
 def add_branches(model: ir.Model, sites: Iterable[Site], batched: bool) -> None:
@@ -73,23 +61,3 @@ def add_branches(model: ir.Model, sites: Iterable[Site], batched: bool) -> None:
 def adapter_index(graph: ir.Graph) -> ir.Value:
     """The input that says for every row of the batch which adapter is its own."""
     return graph_input(graph, ADAPTER_INDEX, ir.DataType.INT64, ["batch_size"])
-
-
-def input_shapes(file: Path) -> dict[str, list[int | str]]:
-    """The axes of every input of a graph, a symbol's name where the size is free."""
-    return {
-        str(value.name): [
-            axis if isinstance(axis, int) else str(axis.value) for axis in value.shape
-        ]
-        for value in ir.load(file).graph.inputs
-        if value.shape is not None
-    }
-
-
-def sites_in(shapes: Mapping[str, list[int | str]]) -> dict[str, Site]:
-    """The sites of a graph that has its branches already, by name, from its inputs' `shapes`."""
-    found = {}
-    for name in (n.removesuffix(".lora_A") for n in shapes if n.endswith(".lora_A")):
-        a, b, _ = names(name)
-        found[name] = Site("", name, int(shapes[a][0]), int(shapes[b][1]))
-    return found

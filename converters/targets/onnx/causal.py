@@ -14,7 +14,8 @@ import torch
 
 from ...errors import TargetError
 from ...files.onnx_files import BATCHED, GENAI, MODEL, ROW_LENGTHS
-from .branches import Site, add_branches
+from .adapters import Site
+from .branches import add_branches
 from .export import Axes, Part, check_graph, computing, fused
 from .graph_file import GraphWriter
 from .lengths import context_of, free_rotary, optional_lengths, windows_of

@@ -20,7 +20,8 @@ from ...errors import OutputError
 from ...files.json_files import read_json
 from ...files.onnx_files import BATCHED, GENAI, MODEL
 from ...model.architecture import empty_model
-from .branches import Site, add_branches
+from .adapters import Site
+from .branches import add_branches
 from .causal import build_causal
 from .graph_file import GraphWriter
 from .loaded import TOKENIZERS, write_companions

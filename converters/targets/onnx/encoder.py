@@ -22,21 +22,13 @@ from ...model.match import target_architecture
 from ...run import Run
 from .adapters import write_own_heads
 from .branches import add_branches
-from .export import Axes, Part, fused
+from .export import Part, fused
 from .graph_file import GraphWriter, put_inside
 from .heads import Head, free_heads
 from .linear import linear_sites, three_axes
 from .loaded import load_model, load_whole, write_config
 from .surgery import take
-
-_TOKENS: Axes = ("batch_size", "sequence_length")
-OUTPUTS: dict[str, dict[str, Axes]] = {
-    "sequence-classification": {"logits": ("batch_size", None)},
-    "token-classification": {"logits": (*_TOKENS, None)},
-    "question-answering": {"start_logits": _TOKENS, "end_logits": _TOKENS},
-    "feature-extraction": {"last_hidden_state": (*_TOKENS, None)},
-}
-ENCODER_TASKS = frozenset(OUTPUTS)
+from .tasks import OUTPUTS, TOKENS, heads_of
 
 
 class _Encoder(torch.nn.Module):
@@ -76,7 +68,7 @@ def build_adaptable_encoder(
     architecture, _ = target_architecture(first, base)
     loaded, missing = load_model(base.path, architecture, first.num_labels)
     missing = [name for name in missing if not name.startswith(_unread(task))]
-    heads = _heads(loaded, task)
+    heads = heads_of(loaded, task)
     _check_missing(missing, heads, runs, base)
     with torch.no_grad():
         for name in missing:
@@ -107,7 +99,7 @@ def _unread(task: str) -> tuple[str, ...]:
 
 
 def _part(loaded: Any, task: str) -> Part:
-    axes = dict.fromkeys(_inputs(loaded, 1), _TOKENS)
+    axes = dict.fromkeys(_inputs(loaded, 1), TOKENS)
     return Part(_Encoder(loaded, task), lambda rows: _inputs(loaded, rows), axes, OUTPUTS[task])
 
 
@@ -127,21 +119,6 @@ def _inputs(model: Any, rows: int) -> dict[str, torch.Tensor]:
     if parts > 1 and "token_type_ids" in inspect.signature(model.forward).parameters:
         inputs["token_type_ids"] = (torch.arange(length).expand(rows, length) >= 2).long()
     return inputs
-
-
-def _heads(model: Any, task: str) -> dict[str, bool]:
-    """The linear layers that adapters may bring whole → whether their outputs are the labels."""
-    inside = f"{model.base_model_prefix}."
-    names = [
-        name
-        for name, module in model.named_modules()
-        if isinstance(module, torch.nn.Linear)
-        and (not name.startswith(inside) or "pooler" in name.split("."))
-    ]
-    if task == "feature-extraction":
-        return {}
-    free = task.endswith("classification")
-    return {name: free and name == names[-1] for name in names}
 
 
 def _head(model: Any, name: str, labels: bool) -> Head:

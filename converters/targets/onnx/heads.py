@@ -15,10 +15,7 @@ import numpy as np
 import onnx_ir as ir
 from numpy.typing import NDArray
 
-from ...errors import TargetError
-from ...files.onnx_files import LABELS, head_names, heads_in
-from ...model.base import BaseModel
-from ...run import Run
+from ...files.onnx_files import LABELS, head_names
 from .branches import adapter_index
 from .surgery import Scope, optional_input
 
@@ -71,40 +68,3 @@ def free_heads(model: ir.Model, heads: Mapping[str, Head], batched: bool) -> Non
                 taken = optional_input(graph, input_name, value, axes)
             user.replace_input_with(side, taken)
     graph.sort()
-
-
-def head_tensors(
-    run: Run, base: BaseModel, shapes: Mapping[str, list[int | str]]
-) -> dict[str, Array]:
-    """What a run brings for the heads of a graph: input name → array, updates folded in.
-
-    `shapes`: the graph's inputs. Raises `TargetError` for a head of another shape.
-    """
-    found: dict[str, Array] = {}
-    for module in heads_in(shapes):
-        for suffix, own in zip(("weight", "bias"), head_names(module), strict=True):
-            name = f"{module}.{suffix}"
-            tensor = run.replaced.get(name) or (run.embedded_base or {}).get(name)
-            update = run.updates[module] if suffix == "weight" and module in run.updates else None
-            if tensor is None and update is not None:
-                tensor = base.weight(module)
-            if tensor is None or own not in shapes:
-                continue
-            rows = tensor.load().float()
-            array = (rows if update is None else update.merge(rows.clone(), 0)).numpy()
-            array = array.T.copy() if suffix == "weight" else array
-            expected = shapes[own]
-            fits = len(expected) == array.ndim and all(
-                isinstance(size, str) or size == actual
-                for size, actual in zip(expected, array.shape, strict=True)
-            )
-            if not fits:
-                raise TargetError(
-                    "the run's head does not fit the graph",
-                    file=run.path,
-                    tensor=f"{module}.{suffix}",
-                    found=list(array.shape),
-                    expected=expected,
-                )
-            found[own] = array
-    return found

@@ -11,7 +11,7 @@ import numpy as np
 import onnx_ir as ir
 import torch
 
-from .branches import Site
+from .adapters import Site
 from .export import Part
 from .surgery import Scope, replace, take
 

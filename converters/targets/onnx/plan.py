@@ -24,11 +24,8 @@ from ...progress import Progress
 from ...run import Run
 from ..merged.plan import plan_merge
 from ..target import Plan, Report
-from .encoder import ENCODER_TASKS
-from .encoder import _heads as heads_of
-from .fitted import rows_of
 from .report import MERGED, OnnxReport, adapter_certificates, refuse
-from .seq2seq import SEQ2SEQ_TASK
+from .tasks import ENCODER_TASKS, SEQ2SEQ_TASK, heads_of
 
 _BYTES = {"fp32": 4, "fp16": 2, "int8": 1, "int4": 0.5}  # of a weight, at least
 _NAME = re.compile(r"[\w][\w.-]*")
@@ -158,8 +155,14 @@ def plan_onnx(
         precision=precision,
         merges=merged is not None,
         calibrate=calibrate,
-        rows=None if calibrate is None else rows_of(calibrate, base),
+        rows=None if calibrate is None else _rows(calibrate, base),
     )
+
+
+def _rows(text: Path, base: BaseModel) -> NDArray[np.int64]:
+    from .fitted import rows_of
+
+    return rows_of(text, base)
 
 
 def plan_added(

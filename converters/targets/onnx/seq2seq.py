@@ -26,7 +26,6 @@ from .linear import linear_sites, three_axes
 from .loaded import load_whole, write_config
 from .surgery import optional_input
 
-SEQ2SEQ_TASK = "seq2seq-lm"
 _ROWS, _SOURCE, _TOKENS = "batch_size", "encoder_sequence_length", "decoder_sequence_length"
 _PAST = "past_decoder_sequence_length"
 _MASK = "encoder_attention_mask"

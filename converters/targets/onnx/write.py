@@ -4,28 +4,23 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Mapping
-from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
 
 from ...certificate import sha256
-from ...files.onnx_files import FOLDER, SUFFIX, graphs_in, heads_in
 from ...model.base import BaseModel, open_base
-from ...model.match import changed
-from ...run import LazyUpdates, Run
+from ...run import Run
 from ..merged.folder import write_folder
 from ..merged.plan import plan_merge
-from .adapters import write_adapter_file
-from .branches import input_shapes, sites_in
+from .adapters import write_adapters
 from .decoder import build_decoder
-from .encoder import ENCODER_TASKS, build_adaptable_encoder, build_encoder
+from .encoder import build_adaptable_encoder, build_encoder
 from .graph_file import GraphWriter
-from .heads import head_tensors
-from .report import OnnxReport, refuse
-from .seq2seq import SEQ2SEQ_TASK, build_seq2seq
+from .report import OnnxReport
+from .seq2seq import build_seq2seq
+from .tasks import ENCODER_TASKS, SEQ2SEQ_TASK
 
 if TYPE_CHECKING:
     from .plan import OnnxPlan
@@ -108,26 +103,3 @@ def _build_base(
         build_seq2seq(base.path, folder, writer, adaptable=True)
     else:
         build_decoder(base.path, folder, writer, adaptable=True)
-
-
-def write_adapters(
-    folder: Path, adapters: Mapping[str, Run], base: BaseModel
-) -> dict[str, dict[str, int]]:
-    shapes: dict[str, list[int | str]] = {}
-    for file in graphs_in(folder):
-        shapes |= input_shapes(file)
-    sites = sites_in(shapes)
-    (folder / FOLDER).mkdir(exist_ok=True)
-    ranks = {}
-    for name, run in adapters.items():
-        heads = heads_in(shapes)
-        own = {f"{module}.{part}" for module in heads for part in ("weight", "bias")}
-        refuse(run, sorted(changed(run, base).keys() - own))
-        updates = {m: partial(run.updates.__getitem__, m) for m in run.updates if m not in heads}
-        ranks[name] = write_adapter_file(
-            folder / FOLDER / f"{name}{SUFFIX}",
-            replace(run, updates=LazyUpdates(updates)),
-            sites,
-            head_tensors(run, base, shapes),
-        )
-    return ranks

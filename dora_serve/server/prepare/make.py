@@ -11,8 +11,8 @@ import os
 import shutil
 import signal
 import sys
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from threading import Thread
 from typing import Any
@@ -38,6 +38,7 @@ from dora_serve.folder.inventory import Member, discover, read_member
 from dora_serve.folder.names import names_inside
 from dora_serve.progress import progress_bar, say, timed
 from dora_serve.server.prepare import offer
+from dora_serve.server.prepare.lighter import without_compiler, without_unused
 from dora_serve.server.prepare.onnx_folders import (
     SERVED,
     certified_modules,
@@ -49,8 +50,6 @@ _AT_ONCE = 64  # runs of one graph; of more those that are not in the cache wait
 _TRIED = 3  # runs, before it is the base that no graph can be made of
 _NAME = "adapter"  # of the one in an adapter's own folder
 _MAP = "modules.json"
-
-_UNUSED = ("boto3", "scipy", "sklearn")  # 65 MB, while others are served
 
 Say = Callable[[str], None]
 
@@ -109,7 +108,7 @@ def add(wanted: offer.Addition) -> offer.OfferedModel:
     """
     bases = {graph.path: open_base(graph.path) for graph in wanted.graphs if graph.path}
     given = next((bases[graph.path] for graph in wanted.graphs if graph.path and graph.given), None)
-    with _without_unused():
+    with without_unused():
         member = read_member(wanted.name, Path(wanted.path), list(bases.values()), given)
     for graph in wanted.graphs:
         if graph.path == str(member.base.path) and member.run.task in (None, graph.task):
@@ -120,19 +119,6 @@ def add(wanted: offer.Addition) -> offer.OfferedModel:
         expected=", ".join(f"{graph.task} of {graph.base}" for graph in wanted.graphs),
         remedy="start the server anew with the run in its folder",
     )
-
-
-@contextmanager
-def _without_unused() -> Iterator[None]:
-    """Let transformers be imported without `_UNUSED`, of which it makes nothing here."""
-    modules: dict[str, Any] = sys.modules
-    hidden = [name for name in _UNUSED if name not in modules]
-    modules.update(dict.fromkeys(hidden))  # None: not to be found
-    try:
-        yield
-    finally:
-        for name in hidden:  # PEFT may need one
-            del modules[name]
 
 
 def _graph_for(
@@ -227,7 +213,7 @@ def _member(
 
         def make(target: Path) -> None:
             say(f"{member.name}: making its adapter, once …")
-            with _without_unused():
+            with without_unused():
                 from transformers import GenerationMixin, PreTrainedModel  # noqa: F401
             _write(run, base, Path(graph.folder), target)
 
@@ -302,7 +288,8 @@ def main() -> None:
     reply: offer.Offer | offer.OfferedModel | offer.Failure
     try:
         if "path" in request:
-            reply = add(offer.Addition(**request))
+            with without_compiler():
+                reply = add(offer.Addition(**request))
         else:
             request["root"] = Path(request["root"])
             reply = make_offer(**request, say=say)
