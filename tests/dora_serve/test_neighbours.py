@@ -363,6 +363,18 @@ def test_a_run_that_is_followed_becomes_a_link_to_itself(root: Path) -> None:
     assert found.problems.keys() == {"adapter"}
 
 
+def test_a_run_that_is_followed_becomes_a_link_out_of_the_folder(
+    root: Path, tmp_path: Path
+) -> None:
+    """It is gone, as for whoever follows from then on."""
+    following = Following(root)
+    assert set(following.at_rest().adapters) == {"adapter"}
+    (root / "adapter").rename(tmp_path / "elsewhere")
+    (root / "adapter").symlink_to(tmp_path / "elsewhere")
+    for each in (following, Following(root)):
+        assert not each.at_rest().adapters
+
+
 def test_a_run_whose_file_is_damaged_is_parsed_once(
     root: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
