@@ -35,6 +35,11 @@ def there(path: Path) -> bool:
         return False
 
 
+def real(path: Path) -> Path:
+    """Where `path` leads, itself where that is nowhere: a link to itself is no error."""
+    return Path(os.path.realpath(path))
+
+
 def check_there(path: Path) -> None:
     """Raise `MissingError` where nothing is at `path`."""
     if not there(path):

@@ -7,6 +7,10 @@ tasks; names without such an ending are looked up in transformers' own lists of 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:  # a server has no torch
+    from ..files.tensors import LazyTensors
 
 # Task → PEFT's task type, and the endings of the classes for it. The first ending is the usual one.
 TASKS = {
@@ -27,6 +31,18 @@ HEADS = {
     "token-classification": ("classifier", "score"),
     "question-answering": ("qa_outputs",),
 }
+# The weights that have a row for each label, as transformers' classes for texts call them.
+_HEAD_WEIGHTS = (
+    "classifier.out_proj.weight",
+    "classification_head.out_proj.weight",
+    "classifier.weight",
+    "score.weight",
+    "score.out_proj.weight",
+    "classifier.linear_out.weight",
+    "logits_proj.weight",
+    "sequence_summary.summary.weight",
+    "perceiver.decoder.decoder.final_layer.weight",
+)
 _ENDINGS = {ending: task for task, (_, endings) in TASKS.items() for ending in endings}
 # Task → the list of classes that transformers' `AutoModelFor…` chooses from.
 _AUTO = {
@@ -54,6 +70,13 @@ def task_of(config: Mapping[str, object]) -> str | None:
     if ending is None or name.endswith("HeadsModel"):
         return _listed(name)
     return _ENDINGS[ending]
+
+
+def labels_of(tensors: LazyTensors) -> int | None:
+    """How many labels the head among the `tensors` of a classifier has; None where it is not
+    there. Any other layer that was trained whole says nothing of labels."""
+    heads = (tensors[name].shape for name in _HEAD_WEIGHTS if name in tensors)
+    return next((shape[0] for shape in heads if shape), None)
 
 
 def architecture_of(config: Mapping[str, object]) -> str:

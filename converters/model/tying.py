@@ -84,7 +84,7 @@ def spreading(
         ]
         if not found:
             continue
-        if len(found) > 1 or sides[0] != own or not f".{own}".endswith(f".{found[0]}"):
+        if len(found) > 1 or own not in sides or not f".{own}".endswith(f".{found[0]}"):
             stay.update(found)
     return frozenset(tokens) - stay
 

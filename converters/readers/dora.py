@@ -19,6 +19,7 @@ import torch
 from ..errors import RunError
 from ..files.json_files import is_number
 from ..files.tensors import LazyTensor, LazyTensors, load_torch, read_json
+from ..model.tasks import labels_of
 from ..options import ReadOptions
 from ..run import LazyUpdates, Run
 from ..updates.update import Update
@@ -31,13 +32,6 @@ _PARTS = {_A: "A", _B: "B"}
 _LORA = re.compile(r"(.+)\.(lora_a_linear\.weight|lora_b_linear\.weight|lora_scaler)")
 _LINEAR = re.compile(r"(.+)\.linear\.(weight|bias)")
 _BODIES = ("roberta.", "deberta.", "model.")  # what the reference wrapper freezes outside of LoRA
-
-HEAD_WEIGHTS = (
-    "classifier.out_proj.weight",
-    "classification_head.out_proj.weight",
-    "classifier.weight",
-    "score.weight",
-)
 
 # Model names of the reference implementation and what its Model_Path_Enum loads for them.
 _HUB_IDS = {"Roberta_Base": "roberta-base", "Bart_Base": "facebook/bart-base"}
@@ -109,7 +103,7 @@ class DoraReader:
             embedded_base=embedded,
             base=_HUB_IDS.get(model_name),
             task=_task(embedded),
-            num_labels=_num_labels(embedded),
+            num_labels=labels_of(embedded),
             finished=finished,
             start_rank=start_rank,
             files=tuple(path for path in files if path.exists()),
@@ -230,7 +224,7 @@ def _finished(folder: Path, info_path: Path | None) -> tuple[bool, list[str]]:
 
 
 def _task(embedded: dict[str, LazyTensor]) -> str | None:
-    if any(name in embedded for name in HEAD_WEIGHTS):
+    if labels_of(embedded) is not None:
         return "sequence-classification"
     if any(name.startswith("qa_outputs.") for name in embedded):
         return "question-answering"
@@ -239,8 +233,3 @@ def _task(embedded: dict[str, LazyTensor]) -> str | None:
     ):
         return "seq2seq-lm"
     return "causal-lm" if any(name.startswith("model.layers.") for name in embedded) else None
-
-
-def _num_labels(embedded: dict[str, LazyTensor]) -> int | None:
-    heads = (embedded[name] for name in HEAD_WEIGHTS if name in embedded)
-    return next((head.shape[0] for head in heads if head.shape), None)

@@ -20,7 +20,7 @@ from typing import NamedTuple
 from ..errors import MissingError, RunError
 from ..files.json_files import is_number
 from ..files.tensors import LazyTensors
-from ..model.tasks import task_of
+from ..model.tasks import labels_of, task_of
 from ..run import LazyUpdates, Run
 from ..updates.update import Update
 from .module import AdaptedModule, Modules
@@ -29,7 +29,6 @@ from .run_folder import CONFIG_FILE, RunFolder
 
 # Constants that older versions of transformers saved; its present models do not know them.
 _BUFFER = re.compile(r".*\.(position_ids|masked_bias|rotary_emb\.inv_freq)")
-_HEAD = re.compile(r"(classifier|classification_head|score)\.(out_proj\.)?weight")
 
 
 class Adaptation(NamedTuple):
@@ -146,7 +145,6 @@ class CheckpointFiles(LoraFiles):
         }
         frozen = {f"{module}.weight" for module in modules}
         task = task_of(self.config)
-        heads = [tensor.shape[0] for name, tensor in rest.items() if _HEAD.fullmatch(name)]
         base = self.config.get("_name_or_path")
         return Run(
             path=self._checkpoint.path,
@@ -156,6 +154,6 @@ class CheckpointFiles(LoraFiles):
             embedded_base=rest if frozen <= rest.keys() else None,
             base=str(base) if base else None,
             task=task,
-            num_labels=heads[-1] if heads and task == "sequence-classification" else None,
+            num_labels=labels_of(rest) if task == "sequence-classification" else None,
             files=(*self._checkpoint.shards, self.config_path),
         )

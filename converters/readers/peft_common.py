@@ -12,9 +12,8 @@ from ..files.handles import there
 from ..files.json_files import is_number
 from ..files.tensors import LazyTensors
 from ..model.base import BaseModel, open_base
-from ..model.tasks import HEADS, task_of, task_of_peft
+from ..model.tasks import HEADS, labels_of, task_of, task_of_peft
 from ..options import ReadOptions
-from .dora import HEAD_WEIGHTS
 from .patterns import PatternError, Patterns
 
 
@@ -40,7 +39,7 @@ def origin(config: Mapping[str, object], replaced: LazyTensors) -> Origin:
     return {
         "base": str(base) if base else None,
         "task": task,
-        "num_labels": _num_labels(replaced) if str(task).endswith("classification") else None,
+        "num_labels": labels_of(replaced) if str(task).endswith("classification") else None,
         "apart": _copies(config, replaced),
     }
 
@@ -224,9 +223,3 @@ class Scaling:
         if not rank:
             return 0.0
         return alpha / (math.sqrt(rank) if self._config.get("use_rslora") else rank)
-
-
-def _num_labels(replaced: LazyTensors) -> int | None:
-    heads = [t for name, t in replaced.items() if name.endswith(".weight") and len(t.shape) == 2]
-    known = [replaced[name] for name in HEAD_WEIGHTS if name in replaced and replaced[name].shape]
-    return (known or heads[::-1])[0].shape[0] if heads else None

@@ -7,13 +7,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from converters.certificate import FILE as CERTIFICATE
-from converters.errors import MissingError
-from converters.files.handles import check_there, there
+from converters.errors import MissingError, OutputError
+from converters.files.handles import check_there, reading, there
 from converters.files.output import check_output, check_place
 
 from .job import Job, Record
 from .manifest import Entry, ManifestError, absolute, check_names, read_manifest
-from .status import Status, printable
+from .status import FILE, Status, printable
 
 
 @dataclass(frozen=True)
@@ -36,8 +36,9 @@ def plan_batch(
 ) -> Batch:
     """What to do for the manifest or folder `source`; writes nothing.
 
-    `base` and `to` hold where an entry says nothing. `force`: convert what is done, and replace
-    folders that no batch made. Raises `DoraExportError` when the batch as a whole cannot be done.
+    `base` and `to` hold where an entry says nothing. `force`: convert what is done, replace folders
+    that no batch made, and write beside what no batch wrote. Raises `DoraExportError` when the
+    batch as a whole cannot be done.
     """
     check_there(source)
     out = out.absolute()
@@ -74,7 +75,24 @@ def plan_batch(
             check_place(job.output, near)
         else:
             check_output(job.output, force, near)
+    if not force:
+        _check_own(out)
     return Batch(out, jobs, problems)
+
+
+def _check_own(out: Path) -> None:
+    """Raise `OutputError` where something lies in `out` that no batch wrote."""
+    with reading(out, OutputError):
+        if not out.exists() or (out / FILE).exists():
+            return
+        others = sorted(path.name for path in out.iterdir() if path.name != f".{FILE}")
+    if others:
+        raise OutputError(
+            "the output folder is not empty, and no batch wrote into it",
+            file=out,
+            found=", ".join(others[:3]),
+            remedy="choose another, or pass `force` to write beside what is there",
+        )
 
 
 def _check_no_link(job: Job) -> None:

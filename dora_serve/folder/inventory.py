@@ -9,7 +9,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from converters.errors import DoraExportError, MissingError, RunError, TensorFileError, apart
-from converters.files.handles import State, reading, state_at
+from converters.files.handles import State, reading, real, state_at
 from converters.files.onnx_files import ENCODER, MODEL, is_onnx_folder
 from converters.model.base import BaseModel, open_base
 from converters.readers import Reader, ReadOptions, is_run, read_run, readers
@@ -175,7 +175,7 @@ def things_below(root: Path, known: Sequence[Reader]) -> Iterator[tuple[Path, st
         below[:] = sorted(
             name
             for name in below
-            if not name.startswith(".") and (path / name).resolve().is_relative_to(top)
+            if not name.startswith(".") and real(path / name).is_relative_to(top)
         )
 
 

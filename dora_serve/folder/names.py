@@ -22,12 +22,14 @@ from collections import Counter
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 
+from converters.files.handles import real
+
 _SNAPSHOT = re.compile(r"(?:.*/)?models--([^/]+)/snapshots/[^/]+")
 
 
 def own_name(path: Path) -> str:
     """A folder's name where it really lies, or the hub id of a snapshot in the hub's cache."""
-    place = path.resolve()
+    place = real(path)
     snapshot = _SNAPSHOT.fullmatch(place.as_posix())
     return snapshot[1].replace("--", "/", 1) if snapshot else place.name
 
@@ -52,9 +54,9 @@ def names_below(root: Path, paths: Sequence[Path]) -> dict[Path, str]:
 
 def name_elsewhere(path: Path, taken: Collection[str]) -> str:
     """The name of what does not lie in the folder, where the names `taken` are the folder's."""
-    parts = path.resolve().parts
+    parts = real(path).parts
     longer = ["/".join(parts[-count:]) for count in range(2, len(parts))]
-    names = (own_name(path), *longer, path.resolve().as_posix())
+    names = (own_name(path), *longer, real(path).as_posix())
     return next(name for name in names if name not in taken)
 
 

@@ -21,6 +21,7 @@ from threading import Lock
 
 from converters.errors import DoraExportError, MissingError, OutputError, RunError, TargetError
 from converters.files.cache import cache_folder, private_cache
+from converters.files.handles import real
 from converters.model.base import BaseModel, open_base
 from converters.readers import readers
 
@@ -125,7 +126,7 @@ class Following:
             path = self._paths.get(name)
             if path is None:
                 continue
-            state, (before, since) = _state(path), self._seen.get(path, (None, 0.0))
+            state, (before, since) = self._now(path), self._seen.get(path, (None, 0.0))
             now = time.monotonic()
             if state != before:
                 self._seen[path] = state, now
@@ -154,7 +155,7 @@ class Following:
         except Exception as error:  # of one run, which nobody else's is to suffer from
             wanted = Wanted(None, _told(error))
         old = self._known.get(path)
-        if _state(path) != state:  # changed meanwhile: another look will tell
+        if self._now(path) != state:  # changed meanwhile: another look will tell
             return UNREAD if old is None else old.wanted
         if wanted.adapter is None and self._keep and old is not None:
             wanted = Wanted(old.wanted.adapter, wanted.problem, old.wanted.warnings)
@@ -265,6 +266,11 @@ class Following:
             else:
                 with suppress(DoraExportError):
                     self._bases[path] = state, open_base(path)
+
+    def _now(self, path: Path) -> State:
+        """The state of a run; of one that became a link out of the folder, that it is gone, as
+        whoever looks for the first time finds it."""
+        return _state(path) if real(path).is_relative_to(self.root) else {}
 
     def _is_known(self, path: Path, state: State) -> bool:
         known = self._known.get(path)

@@ -18,8 +18,9 @@ from converters.files.tensors import open_safetensors
 from converters.model.quantized import quantization, unquantized
 from converters.model.quantized.scaled import drop_activations
 from converters.model.quantized.tensor import Parts
+from converters.model.tasks import labels_of
 from converters.readers import read_run
-from converters.readers.dora import _num_labels, _task
+from converters.readers.dora import _task
 from tests.converters.families import DECODER
 
 MODULE = "base_model.model.model.layers.0.self_attn.q_proj"
@@ -129,15 +130,20 @@ def test_what_trainers_leave(name: str, message: str, tmp_path: Path) -> None:
         read_run(tmp_path)
 
 
-@pytest.mark.parametrize("family", ["Roberta", "Bart", "Bert", "Llama"])
+@pytest.mark.parametrize(
+    "family",
+    ["Roberta", "Bart", "Bert", "Llama", "Funnel", "XLNet", "Flaubert", "T5Gemma", "Perceiver"],
+)
 def test_heads_of_a_checkpoint(family: str) -> None:
     """As transformers calls them in each of its classifiers."""
     sizes = dict.fromkeys(("d_model", "encoder_ffn_dim", "decoder_ffn_dim"), 16)
-    config = getattr(transformers, f"{family}Config")(**DECODER, **sizes, num_labels=5)
+    known = DECODER | sizes if family in ("Roberta", "Bart", "Bert", "Llama") else {}
+    config = getattr(transformers, f"{family}Config")(**known)
+    config.num_labels = 5
     with torch.device("meta"):
         model = getattr(transformers, f"{family}ForSequenceClassification")(config)
     state = dict(model.state_dict())
-    assert (_task(state), _num_labels(state)) == ("sequence-classification", 5)
+    assert (_task(state), labels_of(state)) == ("sequence-classification", 5)
 
 
 SCALES = (

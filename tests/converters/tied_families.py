@@ -241,7 +241,7 @@ FAMILIES = {
     ),
     "bart": _translator("BartForConditionalGeneration", "Bart", default=True),
     "mbart": _translator("MBartForConditionalGeneration", "MBart"),
-    "marian": _translator("MarianMTModel", "Marian"),
+    "marian": _translator("MarianMTModel", "Marian", default=True),  # reads all but `shared`
     "pegasus": _translator("PegasusForConditionalGeneration", "Pegasus"),
     "whisper": Family(
         "WhisperForConditionalGeneration",

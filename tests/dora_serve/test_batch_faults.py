@@ -270,3 +270,15 @@ def test_what_was_damaged_is_made_anew_and_what_was_added_stays(
     assert batch(manifest, out).failed.keys() == {"run"}
     assert (out / "run" / "dora_export.json").read_text() == "{}"
     assert (out / "run" / WEIGHTS).read_bytes() == whole
+
+
+def test_nothing_is_put_beside_what_no_batch_wrote(llama_lora: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / "letter.txt").write_text("mine")
+    manifest = tmp_path / "runs.jsonl"
+    manifest.write_text(json.dumps({"run": str(llama_lora), "name": "run"}))
+    with pytest.raises(OutputError, match="not empty"):
+        plan_batch(manifest, out)
+    assert [path.name for path in out.iterdir()] == ["letter.txt"]
+    assert len(plan_batch(manifest, out, force=True).jobs) == 1

@@ -24,6 +24,7 @@ from dora_serve.commands import dora_serve
 from dora_serve.folder.inventory import discover
 from dora_serve.server.prepare import make
 from dora_serve.server.prepare.onnx_folders import read_onnx_folder
+from dora_serve.vllm.desired import Following
 from tests.conftest import tiny_llama
 from tests.dora_serve.following import find_run
 
@@ -349,6 +350,29 @@ def test_one_name_per_run(root: Path) -> None:
         "loop/adapter", str(run), "", "/", ".", "..",
     ):  # fmt: skip
         assert find_run(root, name) is None, name
+
+
+def test_a_run_that_is_followed_becomes_a_link_to_itself(root: Path) -> None:
+    shutil.copytree(root / "adapter", root / "other")
+    following = Following(root)
+    assert set(following.at_rest().adapters) == {"adapter", "other"}
+    shutil.rmtree(root / "adapter")
+    (root / "adapter").symlink_to("adapter")
+    found = following.at_rest()
+    assert set(found.adapters) == {"other"}
+    assert found.problems.keys() == {"adapter"}
+
+
+def test_a_run_that_is_followed_becomes_a_link_out_of_the_folder(
+    root: Path, tmp_path: Path
+) -> None:
+    """It is gone, as for whoever follows from then on."""
+    following = Following(root)
+    assert set(following.at_rest().adapters) == {"adapter"}
+    (root / "adapter").rename(tmp_path / "elsewhere")
+    (root / "adapter").symlink_to(tmp_path / "elsewhere")
+    for each in (following, Following(root)):
+        assert not each.at_rest().adapters
 
 
 def test_a_run_whose_file_is_damaged_is_parsed_once(
