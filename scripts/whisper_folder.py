@@ -20,7 +20,7 @@ from transformers import (
 from transformers.models.whisper.tokenization_whisper import LANGUAGES, TASK_IDS
 
 Tensors = dict[str, torch.Tensor]
-_START = 50258  # <|startoftranscript|>
+_END, _START = 50257, 50258  # <|endoftext|>, <|startoftranscript|>
 _TYPES = (np.float32, np.int8, np.int16, np.int32, np.float16)  # by CTranslate2's number of them
 
 
@@ -39,6 +39,7 @@ def make_whisper(source: Path, parts: list[Path], folder: Path) -> None:
     config = WhisperConfig(
         vocab_size=words,
         decoder_start_token_id=_START,
+        **dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"), _END),
         d_model=width,
         num_mel_bins=weights["model.encoder.conv1.weight"].shape[1],
         encoder_layers=layers["encoder"],

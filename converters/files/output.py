@@ -78,8 +78,8 @@ def check_place(target: Path, inputs: Iterable[Path], size: int = 0, resume: boo
         raise OutputError(
             "not enough space for the output",
             file=target,
-            found=f"{free / 1e9:.2f} GB free",
-            expected=f"{size / 1e9:.2f} GB",
+            found=f"{free / 1e9:.6f} GB free",
+            expected=f"{size / 1e9:.6f} GB",
             remedy="free some space or choose another disk",
         )
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -33,6 +34,9 @@ if TYPE_CHECKING:
 FEATURES = "input_features"
 TASKS = ("transcribe", "translate")
 _TIME = re.compile(r"<\|\d+\.\d+\|>")
+_BEAMS = 64
+# What a configuration may ask of what is written that is not done here, beside its neutral forms.
+_NOT_DONE = {"return_timestamps": (None, False), "repetition_penalty": (None, 1)}
 
 
 def hears(folder: Path) -> bool:
@@ -75,12 +79,59 @@ class Transcriber(EncoderDecoder):
         said = self.config.get("language")
         return said.lower().strip("<|>") if isinstance(said, str) else None
 
-    @property
-    def _longest(self) -> int | None:
-        """How many tokens an answer has where nobody says it; None for as many as there is room
-        for."""
-        found = self.config.get("max_new_tokens") or self.config.get("max_length")
-        return found if isinstance(found, int) else None
+    def _forced(self, task: str) -> list[int | None]:
+        """What an older configuration, which names neither language nor task, has follow the first
+        token; None is the language that is heard. Of another task nothing."""
+        said, asks = self.config.get("forced_decoder_ids"), self.config.get
+        if not said or asks("language") or asks("task"):
+            return []
+        try:
+            found = [token for _, token in sorted(said, key=lambda each: each[0])]
+        except (TypeError, ValueError, IndexError):
+            found = [-1]
+        if not all(t is None or (isinstance(t, int) and 0 <= t < self.vocabulary) for t in found):
+            raise EngineError(
+                "the configuration's forced_decoder_ids are no tokens", file=self.folder, found=said
+            )
+        others = {t for name, t in (asks("task_to_id") or {}).items() if name != task}
+        return [] if others & {*found} else found
+
+    @cached_property
+    def usual(self) -> Search:
+        """How a text is written where nobody says it: as the configuration does. Raises
+        `EngineError` where it asks for what is not done here."""
+        said = self.config.get
+        for name, neutral in _NOT_DONE.items():
+            if said(name) not in neutral:
+                raise EngineError(
+                    f"the generation configuration asks for what is not done here: {name}",
+                    file=self.folder,
+                    found=said(name),
+                    remedy=f"take {name} out of it, if the text without it is wanted",
+                )
+        positions, penalty = self.positions, said("length_penalty")
+        if not isinstance(penalty, int | float | None):
+            raise EngineError("no length_penalty", file=self.folder, found=penalty)
+        longest = self._count("max_new_tokens", 1, 1 << 31) or self._count("max_length", 1, 1 << 31)
+        return Search(
+            min(positions, longest or positions),
+            beams=self._count("num_beams", 1, _BEAMS) or 1,
+            length_penalty=1.0 if penalty is None else penalty,
+            early_stopping=said("early_stopping") is True,
+            min_tokens=self._count("min_new_tokens", 0, positions) or 0,
+            no_repeat_ngram=self._count("no_repeat_ngram_size", 0, positions) or 0,
+        )
+
+    def _count(self, name: str, least: int, most: int) -> int | None:
+        found = self.config.get(name)
+        if found is not None and not (isinstance(found, int) and least <= found <= most):
+            raise EngineError(
+                f"the configuration's {name} is none",
+                file=self.folder,
+                found=found,
+                expected=f"{least} to {most}",
+            )
+        return found
 
     def logits(
         self, features: Array, targets: Sequence[Sequence[int]], adapters: Adapters = None
@@ -122,10 +173,15 @@ class Transcriber(EncoderDecoder):
         too."""
         first = self._first_tokens(features, language, task, adapters)
         if prompt:
+            if marks := {*prompt} & {*self.tokenizer.get_added_tokens_decoder()}:
+                raise EngineError(
+                    "the text before has a word that is a mark to the model",
+                    found=", ".join(str(self.tokenizer.id_to_token(mark)) for mark in marks),
+                )
             begin = [self._said("prev_sot_token_id"), *prompt]
             first = np.concatenate([np.tile(begin, (len(first), 1)), first], axis=1)
         positions, room = self.positions, self.positions - first.shape[1]
-        search = search or Search(min(room, self._longest or room))
+        search = search or replace(self.usual, max_tokens=min(room, self.usual.max_tokens))
         if search.max_tokens > room:
             raise EngineError(
                 "more tokens than the model has positions for",
@@ -155,9 +211,12 @@ class Transcriber(EncoderDecoder):
     ) -> NDArray[np.int64]:
         """The tokens `[rows, n]` that tell the decoder what is asked, as transformers has them."""
         first = np.full((len(features), 1), self.start, np.int64)
+        forced = [] if language or self._spoken else self._forced(task)
         if languages := self.languages:
             language = self._spoken if language is None else language
-            if language is None:
+            if forced and forced[0] in languages.values():
+                spoken = np.full(len(features), forced[0])
+            elif language is None:
                 own = [*languages.values()]
                 batch = Batch(self, {FEATURES: features}, first, adapters=adapters)
                 spoken = np.array(own)[batch.start()[:, own].argmax(axis=-1)]
@@ -168,6 +227,8 @@ class Transcriber(EncoderDecoder):
             if task not in (known := self.config.get("task_to_id") or {}):
                 raise EngineError("no such task", found=task, expected=", ".join(known))
             first = np.column_stack([first, spoken, np.full_like(spoken, known[task])])
+        elif len(forced) > 1 and None not in forced and task == TASKS[0]:
+            first = np.column_stack([first, np.tile(np.array(forced, np.int64), (len(first), 1))])
         elif language not in (None, "en") or task != TASKS[0]:
             raise EngineError(
                 "this model writes English that it hears, and nothing else",
@@ -175,11 +236,9 @@ class Transcriber(EncoderDecoder):
                 found=f"{language}, {task}",
             )
         without_times = self.config.get("no_timestamps_token_id")
-        return (
-            first
-            if without_times is None
-            else np.pad(first, ((0, 0), (0, 1)), constant_values=without_times)
-        )
+        if without_times is None or first[0, -1] == without_times:
+            return first
+        return np.pad(first, ((0, 0), (0, 1)), constant_values=without_times)
 
     def _said(self, key: str) -> Any:
         if self.config.get(key) is None:

@@ -91,6 +91,9 @@ class Guard:
 
     async def _pass(self, scope: Scope, receive: Receive, send: Send) -> None:
         headers = dict(scope["headers"])
+        # Before anything else: what comes behind is none of this client's, perhaps, and cut off.
+        if b"transfer-encoding" in headers and b"content-length" in headers:
+            raise ApiError("The body's length is told twice.", 400, code="two_lengths")
         hosts = [value.decode("latin-1") for name, value in scope["headers"] if name == b"host"]
         if self._local and not all(map(_is_here, hosts)):
             # A page from elsewhere may let its own name lead here, and then read the answers.
@@ -103,8 +106,6 @@ class Guard:
                 same = hmac.compare_digest(given, self._key)
                 if scheme.lower() != b"bearer" or not same:
                     raise ApiError("This server needs an API key.", 401, code="invalid_api_key")
-        if b"transfer-encoding" in headers and b"content-length" in headers:
-            raise ApiError("The body's length is told twice.", 400, code="two_lengths")
         short = scope["method"] != "POST" or scope["path"].endswith("_lora_adapter")
         bound = min(self._max_body, _SHORT) if short else self._max_body
         body, whole = bytearray(), b""

@@ -167,7 +167,7 @@ def _open(graph: Graph, options: ServerOptions, ends: frozenset[int] | None) -> 
         return ContinuousDecoder(decoder, options.limits)
     if graph.task == TRANSLATES and hears(Path(graph.folder)):
         heard = Transcriber(graph.folder, options.threads)
-        _ = heard.tokenizer, heard.start, heard.spectrum
+        _ = heard.tokenizer, heard.start, heard.spectrum, heard.usual
         return TranscriberQueue(heard, options.limits)
     if graph.task == TRANSLATES:
         translator = Seq2Seq(graph.folder, options.threads)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from pathlib import Path
 from typing import Any
@@ -287,6 +288,90 @@ def test_a_model_tuned_for_one_language(built: Built, tmp_path: Path, language: 
             assert done.tokens == [t for t in wanted.tolist() if t in TEXT]
             spoken.add(done.prompt_tokens[1])
     assert spoken == {LANGUAGES["<|en|>"], LANGUAGES["<|fr|>" if "fr" in language else "<|de|>"]}
+
+
+def told_otherwise(built: Built, folder: Path, told: dict[str, Any]) -> Any:
+    """The model with this generation configuration, live; its graphs in `folder`."""
+    save_whisper(folder / "base", told)
+    shutil.copytree(built[2], folder / "onnx")
+    shutil.copy(folder / "base/generation_config.json", folder / "onnx")
+    return WhisperForConditionalGeneration.from_pretrained(folder / "base").eval()
+
+
+@pytest.mark.parametrize("known", [True, False])
+def test_what_an_older_configuration_begins_with(built: Built, tmp_path: Path, known: bool) -> None:
+    """Which names its language by its token, and may name no others."""
+    told = {k: v for k, v in TOLD.items() if known or not k.endswith("_to_id")}
+    forced = [[1, 52], [2, 53], [3, 59]]
+    truth = told_otherwise(built, tmp_path, {**told, "forced_decoder_ids": forced})
+    model = Transcriber(tmp_path / "onnx")
+    found = model.transcribe(waves(), search=SEARCH)
+    for row, done in zip(features(tmp_path / "base"), found, strict=True):
+        wanted = truth.generate(input_features=row[None], **OPTIONS)[0]
+        assert done.tokens == [t for t in wanted.tolist() if t in TEXT]
+        assert done.prompt_tokens == [2, 52, 53, 59]
+    if known:
+        (asked,) = model.transcribe(waves()[:1], "de", search=SEARCH)
+        assert asked.prompt_tokens == [2, 51, 53, 59]
+        (asked,) = model.transcribe(waves()[:1], task="translate", search=SEARCH)
+        assert asked.prompt_tokens[2:] == [54, 59]
+    else:
+        with pytest.raises(EngineError, match="writes English"):
+            model.transcribe(waves(), "de")
+
+
+@pytest.mark.parametrize(
+    "said",
+    [
+        {"num_beams": 3},
+        {"num_beams": 4, "length_penalty": -2.0, "early_stopping": True},
+        {"no_repeat_ngram_size": 2, "min_new_tokens": 7},
+    ],
+)
+def test_the_search_that_the_configuration_says(
+    built: Built, tmp_path: Path, said: dict[str, Any]
+) -> None:
+    truth = told_otherwise(built, tmp_path, {**TOLD, **said, "max_length": 15})
+    found = Transcriber(tmp_path / "onnx").transcribe(waves(), "en")
+    plain = Transcriber(tmp_path / "onnx").transcribe(waves(), "en", search=Search(11))
+    for row, done in zip(features(tmp_path / "base"), found, strict=True):
+        wanted = truth.generate(input_features=row[None], language="en", task="transcribe")[0]
+        assert done.tokens == [t for t in wanted.tolist() if t in TEXT]
+    assert [done.tokens for done in found] != [done.tokens for done in plain]
+
+
+@pytest.mark.parametrize(
+    "said",
+    [
+        {"return_timestamps": True},
+        {"repetition_penalty": 1.3},
+        {"num_beams": 10**9},
+        {"num_beams": "four"},
+        {"length_penalty": [1]},
+        {"forced_decoder_ids": [[1, "en"]]},
+        {"forced_decoder_ids": 3},
+        {"forced_decoder_ids": [[1, WORDS]]},
+    ],
+)
+def test_what_the_configuration_asks_in_vain(
+    built: Built, tmp_path: Path, said: dict[str, Any]
+) -> None:
+    shutil.copytree(built[2], tmp_path / "onnx")
+    told = json.dumps({**TOLD, **dict.fromkeys(ENDS, 1), "decoder_start_token_id": 2, **said})
+    (tmp_path / "onnx/generation_config.json").write_text(told)
+    with pytest.raises(EngineError, match=next(iter(said))):
+        Transcriber(tmp_path / "onnx").transcribe(waves())
+
+
+def test_a_text_before_that_holds_a_mark(built: Built, tmp_path: Path) -> None:
+    shutil.copytree(built[2], tmp_path / "onnx")
+    tokenizer = Tokenizer.from_file(str(tmp_path / "onnx/tokenizer.json"))
+    tokenizer.add_special_tokens([" w50"])
+    tokenizer.save(str(tmp_path / "onnx/tokenizer.json"))
+    model = Transcriber(tmp_path / "onnx")
+    assert model.transcribe(waves(), "en", prompt=[20])
+    with pytest.raises(EngineError, match="a mark"):
+        model.transcribe(waves(), "en", prompt=[20, 50])
 
 
 @pytest.mark.parametrize(

@@ -30,6 +30,12 @@ MORE: dict[str, Attack] = {
     "two kinds of length": smuggles(
         "Content-Length: 5", "Transfer-Encoding: chunked", body=b"0\r\n\r\n"
     ),
+    "two kinds of length in what is refused": smuggles(
+        "Origin: http://other.example",
+        "Content-Length: 5",
+        "Transfer-Encoding: chunked",
+        body=b"0\r\n\r\n",
+    ),
     "two codings": smuggles(
         "Transfer-Encoding: chunked", "Transfer-Encoding: identity", body=b"0\r\n\r\n"
     ),

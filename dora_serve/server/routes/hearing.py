@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import time
+from dataclasses import replace
 from math import ceil
 from typing import Any
 
 from fastapi import APIRouter, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse, PlainTextResponse, Response
-
-from dora_serve.onnxruntime.beams import Search
 
 from ..bounded.work import fault
 from ..state import note, state_of
@@ -81,7 +80,7 @@ async def _heard(request: Request, task: str) -> Response:
     prompt = rows[0][0] if rows else []
     search = None
     if body.max_completion_tokens is not None:
-        search = Search(body.max_completion_tokens)
+        search = replace(engine.model.usual, max_tokens=body.max_completion_tokens)
     begin = time.monotonic()
     asked = engine.submit(wave, served.model.adapter, body.language, task, search, prompt)
     served.requests += 1
