@@ -4,7 +4,8 @@
 
 Models are random, of the size of RoBERTa-base and of a Llama of 0.3 billion parameters. Every
 variant runs in a process of its own (ONNX Runtime beside torch reads several times slower), and the
-table gives its median and its ratio to the first variant.
+table gives its median and its ratio to the first variant. OpenVINO is among them where it is
+installed.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -156,6 +158,19 @@ def encoder_ours(folder: Path, count: int, threads: int, runs: int) -> float:
     return repeat(lambda: encoder.run(ids), runs)
 
 
+def encoder_openvino(folder: Path, count: int, threads: int, runs: int) -> float:
+    """The same graph in OpenVINO."""
+    import numpy as np
+    import openvino
+
+    wanted = {"INFERENCE_NUM_THREADS": threads, "INFERENCE_PRECISION_HINT": "f32"}
+    model = openvino.Core().compile_model(folder / "model.onnx", "CPU", wanted)
+    ids = np.array(rows(count, 128))
+    feeds = {"input_ids": ids, "attention_mask": np.ones_like(ids)}
+    request = model.create_infer_request()
+    return repeat(lambda: request.infer(feeds), runs)
+
+
 def torch_decoder(folder: Path, threads: int) -> Any:
     import torch
     from transformers import LlamaForCausalLM
@@ -257,6 +272,8 @@ def run_variant(group: str, name: str, count: int, folder: Path, threads: int, r
         return export(name, folder)
     if group == "encoder" and name.startswith("transformers"):
         return encoder_torch(folder, count, threads, runs, "compile" in name)
+    if group == "encoder" and name.startswith("OpenVINO"):
+        return encoder_openvino(folder / name.split()[-1], count, threads, runs)
     if group == "encoder":
         return encoder_ours(folder / name.split()[-1], count, threads, runs)
     if group == "decoder":
@@ -275,6 +292,8 @@ VARIANTS = {
         "ours, 8 adapters",
     ],
 }
+if find_spec("openvino") is not None:
+    VARIANTS["encoder"] += ["OpenVINO fp32", "OpenVINO int8"]
 COUNTS = {"encoder": (1, 8), "decoder": (1, 8), "adapters": (ADAPTERS,)}
 
 
