@@ -38,6 +38,7 @@ def _step(file: Path) -> Callable[[], object]:
 
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 3
+    # As a server's threads wait; by default they would keep the cores from the other session.
     options.add_session_config_entry("session.intra_op.spin_duration_us", "100")
     session = onnxruntime.InferenceSession(file, options)
     feeds: dict[str, Any] = {}
