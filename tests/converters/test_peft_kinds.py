@@ -23,7 +23,7 @@ FILE, PREFIX = "adapter_model.safetensors", "base_model.model."
 BIASED = {**ENCODER, "num_labels": 3}
 TIED = {**DECODER, "tie_word_embeddings": True}
 GPT2 = {"vocab_size": 64, "n_embd": 32, "n_layer": 1, "n_head": 4, "n_positions": 40}
-GEMMA = {**DECODER, "head_dim": 8}
+GEMMA = {**DECODER, "head_dim": 8, "max_position_embeddings": 64}
 
 
 def saved(name: str, config: str, values: dict[str, Any], out: Path) -> Path:

@@ -165,7 +165,9 @@ def test_a_configuration_without_the_length_of_its_context(tmp_path: Path) -> No
         write_onnx(open_base(tmp_path / "base"), tmp_path / "onnx", run=run)
 
 
-@pytest.mark.parametrize("layer", ["hidden_size", "intermediate_size"])
+@pytest.mark.parametrize(
+    "layer", ["hidden_size", pytest.param("intermediate_size", marks=pytest.mark.further)]
+)
 def test_layers_as_wide_as_the_vocabulary(layer: str, tmp_path: Path) -> None:
     """To onnxruntime-genai's builder each of them is a head."""
     cls = tiny("llama", tmp_path, **{"vocab_size": 128, layer: 128}, **ONE_LAYER)

@@ -139,7 +139,10 @@ def test_what_is_converted_ends_with_the_server(
 
 @pytest.mark.parametrize(
     "number",
-    [signal.SIGTERM, pytest.param(signal.SIGHUP, marks=pytest.mark.further), signal.SIGINT],
+    [
+        signal.SIGTERM,
+        *(pytest.param(each, marks=pytest.mark.further) for each in (signal.SIGHUP, signal.SIGINT)),
+    ],
 )
 def test_it_is_ended_while_it_prepares(tmp_path: Path, place: Path, number: signal.Signals) -> None:
     """Neither it goes on, nor what prepares, nor what builds a graph below that."""

@@ -124,10 +124,10 @@ def build_seq2seq(model: Path, out: Path, writer: GraphWriter, *, adaptable: boo
     sound = loaded.main_input_name != "input_ids"
     if not getattr(loaded.config, "d_model", None) or (sound and type(loaded).__name__ != _HEARS):
         raise TargetError("no ONNX export for this architecture", found=type(loaded).__name__)
-    parts = _parts(loaded)
+    parts = parts_of(loaded)
     graphs = {name: part.export() for name, part in parts.items()}
     if adaptable:
-        _make_adaptable(graphs, loaded, parts)
+        make_adaptable(graphs, loaded, parts)
     for name, part in parts.items():
         writer.write(name, fused(graphs.pop(name)), part.check)
     write_both_steps(out)
@@ -147,7 +147,7 @@ def name_language(out: Path) -> None:
         path.write_text(json.dumps({**said, "language": code}), encoding="utf-8")
 
 
-def _make_adaptable(graphs: dict[str, ir.Model], loaded: Any, parts: dict[str, Part]) -> None:
+def make_adaptable(graphs: dict[str, ir.Model], loaded: Any, parts: dict[str, Part]) -> None:
     """A branch behind every linear layer, but for one that some graph cannot have a branch of, and
     then none has; rows have no adapter where none are told."""
     found = {name: linear_sites(graphs[name], loaded, part) for name, part in parts.items()}
@@ -159,7 +159,8 @@ def _make_adaptable(graphs: dict[str, ir.Model], loaded: Any, parts: dict[str, P
         add_branches(model, (site for site in sites if site.name not in lost), batched=True)
 
 
-def _parts(model: Any) -> dict[str, Part]:
+def parts_of(model: Any) -> dict[str, Part]:
+    """File name → graph to be."""
     decoder, words = model.get_decoder(), model.config.vocab_size - 3
     layers = len(decoder.layers if hasattr(decoder, "layers") else decoder.block)
     encoder, first = _Encoder(model), _First(model)

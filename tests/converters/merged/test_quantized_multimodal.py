@@ -32,6 +32,7 @@ TEXT: dict[str, Any] = {
     "num_attention_heads": 4,
     "num_key_value_heads": 2,
     "head_dim": 16,
+    "max_position_embeddings": 128,
     **TOKENS,
 }
 EYES = {
@@ -43,7 +44,7 @@ EYES = {
     "patch_size": 14,
 }
 QWEN = {"intermediate_size": 128, "hidden_size": 64, "depth": 1, "num_heads": 4}
-TURNED = {"max_position_embeddings": 128, "rope_scaling": {"mrope_section": [2, 3, 3]}}
+TURNED = {"rope_scaling": {"mrope_section": [2, 3, 3]}}
 MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "gemma3": (
         "Gemma3",
