@@ -67,8 +67,9 @@ def measured(host: str, port: int, pid: int) -> tuple[float, int]:
 
     def weigh() -> None:
         while not done.is_set():
+            begin = time.monotonic()
             sizes.append(used(pid))
-            time.sleep(_PAUSE)
+            time.sleep(max(_PAUSE, 3 * (time.monotonic() - begin)))  # it takes some of a core
 
     def ask() -> None:
         while not done.is_set():
