@@ -121,7 +121,8 @@ class Run:
 
     `updates`: Hugging Face module name → update. `replaced`: tensor name → tensor trained whole.
     `embedded_base`: the frozen weights that a reference checkpoint carries, by tensor name.
-    `base`: the base model the run names, a hub id. `start_rank`: rank per module before pruning.
+    `base`: the base model the run names, a hub id, and `revision` which state of it. `start_rank`:
+    rank per module before pruning.
     `embeddings`: the modules of `updates` that are embeddings, `[vocab, dim]`. `tied`: those whose
     update also reaches the tensors that share their weight. `apart`: the tensors of `replaced` that
     are copies of their own: what was tied to them keeps its values. `kernels`: module →
@@ -139,6 +140,7 @@ class Run:
     replaced: LazyTensors = field(default_factory=dict)
     embedded_base: LazyTensors | None = None
     base: str | None = None
+    revision: str | None = None
     task: str | None = None
     num_labels: int | None = None
     finished: bool = True

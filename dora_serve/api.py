@@ -46,7 +46,7 @@ def find_base(run: Run, base: str | Path | None) -> BaseModel:
             found=run.base,
             remedy="pass its folder with `base`, where it is the right one",
         )
-    return open_base(run.base)
+    return open_base(run.base, run.revision)
 
 
 def export(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 
@@ -40,6 +40,7 @@ _EMBEDDINGS = (
     *("embed_tokens.weight", "wte.weight", "word_embeddings.weight", "shared.weight"),
     ".embeddings.weight",  # Mamba
 )
+_REVISION = re.compile(r"\w[\w.-]*(/\w[\w.-]*)*", re.ASCII)
 _HUB_ID = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?", re.ASCII)
 _WRAPPER_PREFIXES = ("module.", "base_model.model.", "model.")
 
@@ -48,7 +49,8 @@ _WRAPPER_PREFIXES = ("module.", "base_model.model.", "model.")
 class BaseModel:
     """A base model on disk. `shards` maps each weight file to its tensors, in file order; those of
     a quantization that is known are float tensors in it, and `stored` are what the files hold.
-    `fault`: why that could not be made of packed tensors."""
+    `fault`: why that could not be made of packed tensors. `revision`: of the hub's model, where one
+    was asked for."""
 
     path: Path
     name: str
@@ -56,6 +58,7 @@ class BaseModel:
     shards: Mapping[Path, LazyTensors]
     stored: Mapping[Path, LazyTensors] | None = None
     fault: BaseError | None = None
+    revision: str | None = None
 
     @cached_property
     def tensors(self) -> LazyTensors:
@@ -204,8 +207,9 @@ class BaseModel:
         return sorted(name for name in names if own.get(name) != fingerprint.get(name))
 
 
-def open_base(folder_or_id: str | Path) -> BaseModel:
-    """Open a base model: a local folder, or a hub id that is in the local cache.
+def open_base(folder_or_id: str | Path, revision: str | None = None) -> BaseModel:
+    """Open a base model: a local folder, or a hub id that is in the local cache, of which
+    `revision` is a branch, a tag or a commit.
 
     Raises `MissingError` when there is none, `BaseError` when the folder is incomplete.
     """
@@ -221,7 +225,9 @@ def open_base(folder_or_id: str | Path) -> BaseModel:
             remedy="give the folder that from_pretrained would take",
         )
     if not there(folder) or not folder.is_dir():
-        folder = _cached_snapshot(name)
+        folder = _cached_snapshot(name, revision)
+        with reading(folder, BaseError):
+            return replace(_open(folder, name), revision=revision)
     with reading(folder, BaseError):
         return _open(folder, name)
 
@@ -265,18 +271,28 @@ def _as_conv1d(tensors: LazyTensors) -> LazyTensors:
     }
 
 
-def _cached_snapshot(name: str) -> Path:
+def _cached_snapshot(name: str, revision: str | None) -> Path:
     from huggingface_hub import snapshot_download
 
+    told = f", its revision {revision}" if revision else ""
     try:
-        return Path(snapshot_download(name, local_files_only=True))
+        if revision and not _REVISION.fullmatch(revision):  # a path, which the cache would follow
+            raise ValueError(revision)
+        return Path(snapshot_download(name, revision=revision, local_files_only=True))
     except Exception:
         raise MissingError(
             "no such base model: neither a folder nor a model in the local hub cache",
             file=name,
+            found=f"revision {revision}" if revision else None,
             remedy="give a folder, or fetch it first"
-            + (f": hf download {name}" if _HUB_ID.fullmatch(name) else ""),
+            + (f": hf download {name}{told}" if _is_plain(name, revision) else ""),
         ) from None
+
+
+def _is_plain(name: str, revision: str | None) -> bool:
+    """Whether both can be shown in a command."""
+    known = revision is None or _REVISION.fullmatch(revision)
+    return bool(_HUB_ID.fullmatch(name) and known)
 
 
 def _refuse_named(folder: Path, config: Mapping[str, object]) -> None:

@@ -87,6 +87,7 @@ def _join(left: Run, right: Run) -> Run:
         updates=LazyUpdates(loaders, shapes),
         replaced={**left.replaced, **right.replaced},
         base=_agreed("base model", left.base, right.base, right),
+        revision=_agreed("state of the base model", left.revision, right.revision, right),
         task=_agreed("task", left.task, right.task, right),
         num_labels=_agreed("number of labels", left.num_labels, right.num_labels, right),
         finished=left.finished and right.finished,

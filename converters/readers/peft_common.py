@@ -21,6 +21,7 @@ class Origin(TypedDict):
     """The fields of a `Run` that say what it was trained on, and for what."""
 
     base: str | None
+    revision: str | None
     task: str | None
     num_labels: int | None
     apart: frozenset[str]
@@ -35,9 +36,10 @@ def origin(config: Mapping[str, object], replaced: LazyTensors) -> Origin:
     whole = [name for name in replaced if name.endswith(".weight")]
     if task is None and heads and any(name.startswith(heads) for name in whole):
         task = own
-    base = config.get("base_model_name_or_path")
+    base, revision = config.get("base_model_name_or_path"), config.get("revision")
     return {
         "base": str(base) if base else None,
+        "revision": str(revision) if revision else None,
         "task": task,
         "num_labels": labels_of(replaced) if str(task).endswith("classification") else None,
         "apart": _copies(config, replaced),
@@ -127,14 +129,16 @@ def of_training_alone(config: Mapping[str, object], name: str) -> bool:
     return variant and any(f".{part}" in name for part in _TRAINING)
 
 
-def known_base(said: str | Path | None, named: str | None) -> BaseModel | None:
-    """The base that the user `said`, else the hub model that the run `named`, where it is in the
-    local cache; its paths are not followed."""
+def known_base(
+    said: str | Path | None, named: str | None, revision: str | None = None
+) -> BaseModel | None:
+    """The base that the user `said`, else the hub model that the run `named`, in its `revision`,
+    where it is in the local cache; its paths are not followed."""
     if said is not None:
         return open_base(said)
     if named and not Path(named).is_absolute() and not there(Path(named)):
         try:
-            return open_base(named)
+            return open_base(named, revision)
         except (MissingError, BaseError):
             pass
     return None

@@ -166,7 +166,7 @@ def _is_from_base(kind: str, config: Mapping[str, object]) -> bool:
 def _find_base(config: Mapping[str, object], options: ReadOptions, path: Path) -> BaseModel:
     """The base the user names, else the hub model of the configuration."""
     named = str(config.get("base_model_name_or_path") or "")
-    base = known_base(options.base, named)
+    base = known_base(options.base, named, origin(config, {})["revision"])
     if base is not None:
         return base
     raise RunError(

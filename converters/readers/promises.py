@@ -286,7 +286,7 @@ class _Promises:
     @property
     def _base(self) -> BaseModel | None:
         if not hasattr(self, "_opened"):
-            self._opened = known_base(self._options.base, self._run.base)
+            self._opened = known_base(self._options.base, self._run.base, self._run.revision)
         return self._opened
 
     @property

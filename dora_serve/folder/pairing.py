@@ -46,7 +46,7 @@ def base_of(run: Run, bases: Sequence[BaseModel]) -> BaseModel:
         return fitting[0]
     if not named and run.base is not None and _is_hub_id(run.base):
         with suppress(MissingError):
-            cached = open_base(run.base)
+            cached = open_base(run.base, run.revision)
             if fits(run, cached):
                 return cached
     names = ", ".join(own_name(base.path) for base in fitting)
@@ -89,14 +89,23 @@ def is_copy(wanted: str, base: BaseModel) -> bool:
 
 def told(run: Run, base: BaseModel) -> Run:
     """`run` for `base`, which the user gave: with a warning where it names another one."""
-    if run.base is None or run.embedded_base is not None or is_named(run.base, base):
+    if run.base is None or run.embedded_base is not None:
         return run
-    warning = f"the run names {run.base} as its base; it goes with {base.name}, as was asked for"
+    wanted = f"{run.base}, revision {run.revision}," if _is_older(run, base) else run.base
+    if wanted == run.base and is_named(run.base, base):
+        return run
+    warning = f"the run names {wanted} as its base; it goes with {base.name}, as was asked for"
     if base.stored is None and not base.packed:
         warning += _quantized_named(run, base)
     else:
         warning += "; that is quantized: as in training, nothing here tells"
     return replace(run, warnings=tuple(dict.fromkeys((*run.warnings, warning))))
+
+
+def _is_older(run: Run, base: BaseModel) -> bool:
+    """Whether `base` is the hub's model that `run` names, in another state of it."""
+    known = (None, base.revision or "main", base.path.name)
+    return run.base == base.name and run.revision not in known
 
 
 @contextmanager
@@ -116,7 +125,7 @@ def _quantized_named(run: Run, base: BaseModel) -> str:
     named, other = str(run.base), None
     with suppress(DoraExportError):
         if there(Path(named)) or _is_hub_id(named):
-            other = open_base(named)
+            other = open_base(named, run.revision)
     if (other is None and not _QUANTIZED.search(Path(named).name)) or (
         other is not None and method(other.config) is None
     ):

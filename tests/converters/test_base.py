@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from transformers import LlamaForCausalLM
 
 from converters.model.base import open_base
-from dora_serve import DoraExportError, merge, read_run
+from dora_serve import DoraExportError, merge, read_run, write_adapter
 from dora_serve.proof.verify import logits, verification_batch
 
 FILE = "model.safetensors"
@@ -124,6 +124,39 @@ def test_a_hub_id_is_taken_from_the_local_cache(
     with pytest.raises(DoraExportError, match="hf download someone/other"):
         merge(read_run(llama_lora), tmp_path / "no", base="someone/other")
     assert not (tmp_path / "no").exists()
+
+
+def test_the_revision_that_a_run_names(
+    llama_base: Path, llama_lora: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As PEFT loads it; not whichever is called main, and no path."""
+    cache = tmp_path / "cache" / "models--someone--tiny"
+    for commit, scale in (("abc", 3.0), ("def", 1.0)):
+        shutil.copytree(llama_base, cache / "snapshots" / commit)
+        tensors = {n: t * scale for n, t in load_file(llama_base / FILE).items()}
+        save_file(tensors, cache / "snapshots" / commit / FILE, {"format": "pt"})
+    (cache / "refs").mkdir()
+    (cache / "refs" / "main").write_text("abc")
+    (cache / "refs" / "v1").write_text("def")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "cache"))
+    run = Path(shutil.copytree(llama_lora, tmp_path / "run"))
+    config = run / "adapter_config.json"
+    said = {**json.loads(config.read_text()), "base_model_name_or_path": "someone/tiny"}
+    config.write_text(json.dumps({**said, "revision": "v1"}))
+    own = merge(run, tmp_path / "own").path
+    right = merge(llama_lora, tmp_path / "right", base=llama_base).path
+    expected = load_file(right / FILE)
+    assert all(torch.equal(t, expected[n]) for n, t in load_file(own / FILE).items())
+    written = write_adapter(run, tmp_path / "adapter", target="peft").path / config.name
+    assert json.loads(written.read_text())["revision"] == "v1"
+    asked = merge(run, tmp_path / "asked", base="someone/tiny")
+    assert any("revision v1" in warning for warning in asked.warnings)
+    for other in ("v2", "../refs/main"):
+        config.write_text(json.dumps({**said, "revision": other}))
+        with pytest.raises(DoraExportError, match="neither a folder") as caught:
+            merge(run, tmp_path / "no")
+        assert other in str(caught.value)
+        assert not (tmp_path / "no").exists()
 
 
 @pytest.mark.parametrize("named", ["other.safetensors", "other.safetensors.index.json"])

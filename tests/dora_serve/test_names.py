@@ -336,7 +336,7 @@ def test_a_base_of_the_cache_that_does_not_fit(
     run = read_run(tmp_path / "run")
     for held, fine in ((llama_base, True), (tmp_path / "small", False)):
         cached = open_base(held)
-        monkeypatch.setattr(pairing, "open_base", lambda _, cached=cached: cached)
+        monkeypatch.setattr(pairing, "open_base", lambda *_, cached=cached: cached)
         if fine:
             assert base_of(run, []) is cached
         else:

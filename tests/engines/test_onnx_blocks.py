@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import numpy as np
 import onnx_ir as ir
 import pytest
@@ -9,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from converters.targets.onnx import quantized
+from converters.targets.onnx.graph_file import GraphWriter
 from converters.targets.onnx.quantized import blocks_of
 
 
@@ -65,3 +68,13 @@ def test_any_blocks(
         weights = np.abs(own) + np.sqrt((own**2).mean(-1, keepdims=True))
         squares = [(weights * each**2).sum(-1) for each in (error, plain - own)]
         assert (squares[0] <= squares[1] * 1.001 + 1e-9).all()
+
+
+@pytest.mark.parametrize("precision", ["int8", "int4"])
+def test_equal_bytes_of_other_shapes(precision: str, tmp_path: Path) -> None:
+    """Matrices of zeros, as pruning leaves them."""
+    writer, bits = GraphWriter(tmp_path, precision, decodes=True), int(precision[3:])
+    for shape in ((32, 64), (64, 32), (32, 64)):
+        found = writer._keep(ir.tensor(np.zeros(shape, np.float32)), bits, 32, True)
+        assert found["scales"].shape.numpy() == (shape[0], shape[1] // 32)
+        assert found["B"].shape.numpy()[0] == shape[0]

@@ -16,7 +16,7 @@ import torch
 from ...errors import BaseError
 from ...files.tensors import LazyTensor, LazyTensors
 from . import bitsandbytes, compressed, fp4, ints, scaled
-from .tensor import Dequantized, Packed, Parts
+from .tensor import Dequantized, Packed, Parts, unknown
 
 Format = Callable[[Parts, Mapping[str, object]], Iterator[Packed]]
 
@@ -58,7 +58,8 @@ def method(config: Mapping[str, object]) -> str | None:
 
 def unquantized(config: Mapping[str, object]) -> dict[str, object]:
     """`config` without what it says of a quantization."""
-    plain = {key: value for key, value in config.items() if key not in _KEYS}
+    told = (*_KEYS, "expert_dtype")  # DeepSeek V4
+    plain = {key: value for key, value in config.items() if key not in told}
     text = plain.get("text_config")
     return {**plain, "text_config": unquantized(text)} if isinstance(text, Mapping) else plain
 
@@ -97,19 +98,31 @@ def dequantized(
                 tensor=each.name,
                 found=f"also {each.main}",
             )
+    made = {each.main for each in found}
+    for name, tensor in tensors.items():
+        if name not in made and name not in parts.used and _meaningless(tensor):
+            raise unknown(parts, f"{name}, {tensor.dtype}", f"weights of {kind} alone")
     dtype = _dtype_before(config) or _commonest(tensors, parts.used) or torch.bfloat16
-    made = {packed.main: packed.tensor(dtype) for packed in found}
+    floats_of = {packed.main: packed.tensor(dtype) for packed in found}
     result: dict[Path, LazyTensors] = {}
     for path, shard in shards.items():
         floats: dict[str, LazyTensor] = {}
         for name, tensor in shard.items():
-            if name in made:
-                floats[made[name].name] = made[name]
+            if name in floats_of:
+                floats[floats_of[name].name] = floats_of[name]
             elif name not in parts.used:
                 floats[name] = tensor
         if floats:
             result[path] = floats
     return result
+
+
+def _meaningless(tensor: LazyTensor) -> bool:
+    """Whether the numbers of `tensor` mean nothing without scales beside them. Bytes may also be a
+    mask."""
+    kind = tensor.dtype
+    known = kind == torch.int8 or (kind == torch.uint8 and tensor.name.endswith(".weight"))
+    return known or (kind.is_floating_point and kind.itemsize == 1)
 
 
 def dtype_before(tensor: LazyTensor) -> torch.dtype:

@@ -23,8 +23,18 @@ from ...errors import BaseError
 from ...files.tensors import LazyTensor, numel
 from .fp4 import nibbles
 from .ints import unpacked
-from .scaled import drop_activations, exponents, scaled
-from .tensor import Packed, Parts, check_shape, held, number, piece, unknown, whole
+from .scaled import drop_activations, scaled
+from .tensor import (
+    Packed,
+    Parts,
+    check_shape,
+    exponents,
+    held,
+    number,
+    piece,
+    unknown,
+    whole,
+)
 
 _EIGHT_BITS = (torch.float8_e4m3fn, torch.float8_e5m2, torch.int8)
 _KNOWN = ("float-quantized", "int-quantized", "naive-quantized", "mxfp8-quantized")
@@ -45,7 +55,7 @@ def packed(parts: Parts, said: Mapping[str, object]) -> Iterator[Packed]:
         found = f"format {', '.join(sorted(other))}" if other else "sparsity or rotated weights"
         raise unknown(parts, found, ", ".join((*_KNOWN, *_PACKED)))
     weights = [each["weights"] for each in groups if isinstance(each.get("weights"), Mapping)]
-    block = next((w["block_structure"] for w in weights if w.get("block_structure")), None)
+    blocks = [_structure(each.get("block_structure")) for each in weights]
     bits = sorted({number(w, "num_bits", 1, 8) for w in weights})
     for name, weight in parts.tensors.items():
         stem, _, kind = name.rpartition(".")
@@ -56,11 +66,16 @@ def packed(parts: Parts, said: Mapping[str, object]) -> Iterator[Packed]:
         elif kind == "weight" and weight.dtype in _EIGHT_BITS:
             if f"{stem}.weight_zero_point" in parts.tensors:
                 raise unknown(parts, f"{stem}.weight_zero_point", "symmetric weights of 8 bits")
-            yield scaled(parts, weight, block)
+            yield scaled(parts, weight, *blocks)
     drop_activations(parts)
     for name in parts.tensors:
         if name.endswith(".input_global_scale"):
             parts.take(name)
+
+
+def _structure(said: object) -> object:
+    """The size of blocks: until 2025 the library wrote "128x128"."""
+    return [int(part) for part in said.split("x")] if isinstance(said, str) else said
 
 
 def _fp4(parts: Parts, weight: LazyTensor, stem: str) -> Packed:
@@ -118,7 +133,7 @@ def _ints(parts: Parts, weight: LazyTensor, stem: str, known: list[int]) -> Pack
         return zero, whole(scale).expand(out, groups)
 
     def rows(start: int, stop: int) -> torch.Tensor:
-        zero, factor = held((weight.path, weight.name), parts_of_it)
+        zero, factor = held(parts_of_it, parts_of_it)
         data = piece(weight, start * words, stop * words).view(-1, words)
         values = unpacked(data.T.contiguous(), bits, columns).T
         return (values - zero[start:stop][:, index]) * factor[start:stop][:, index]

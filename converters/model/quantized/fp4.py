@@ -14,8 +14,7 @@ import torch
 
 from ...errors import BaseError
 from ...files.tensors import LazyTensor
-from .scaled import exponents
-from .tensor import Packed, Parts, check_shape, piece
+from .tensor import Packed, Parts, check_shape, exponents, piece
 
 _E2M1 = torch.tensor([0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0])
 VALUES = torch.cat((_E2M1, -_E2M1))

@@ -97,7 +97,7 @@ def _gptq(parts: Parts, weight: LazyTensor, bits: object, group: object, less: i
         return weight.load(), (zero + less) & ((1 << bits) - 1), whole(scales), index
 
     def rows(start: int, stop: int) -> torch.Tensor:
-        packed, zero, scale, index = held((weight.path, weight.name), parts_of_it)
+        packed, zero, scale, index = held(parts_of_it, parts_of_it)
         values = unpacked(packed[:, start:stop], bits, inn)
         values -= zero[:, start:stop][index]
         return (values * scale[:, start:stop][index]).T.contiguous()
@@ -124,7 +124,7 @@ def _awq(parts: Parts, weight: LazyTensor) -> Packed:
         return weight.load(), zero, whole(scales)
 
     def rows(start: int, stop: int) -> torch.Tensor:
-        packed, zero, scale = held((weight.path, weight.name), parts_of_it)
+        packed, zero, scale = held(parts_of_it, parts_of_it)
         first = start // 8
         values = _eight(packed[:, first : math.ceil(stop / 8)])
         values = values[:, start - first * 8 : stop - first * 8] - zero[:, start:stop][index]

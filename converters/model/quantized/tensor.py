@@ -140,6 +140,13 @@ def floats(tensor: LazyTensor, start: int, stop: int) -> torch.Tensor:
     return data
 
 
+def exponents(scale: LazyTensor, start: int, stop: int) -> torch.Tensor:
+    """Elements of a scale, float32; of one of bytes two to the power of each."""
+    if scale.dtype == torch.uint8:
+        return (piece(scale, start, stop).float() - 127).exp2()
+    return floats(scale, start, stop)
+
+
 def whole(tensor: LazyTensor) -> torch.Tensor:
     """All elements as `floats` gives them, in the tensor's shape."""
     return floats(tensor, 0, numel(tensor)).view(tensor.shape)

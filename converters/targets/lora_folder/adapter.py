@@ -362,9 +362,11 @@ def _config(
     endings = tuple(f".{name}" for name in targets)
     within = module_names(layout)
     more = not profile.uniform and any(n.endswith(endings) and n not in targets for n in within)
+    revision = base.revision if base is not None else run.revision
     return {
         "peft_type": "LORA",
         "task_type": task,
+        **({"revision": revision} if revision else {}),
         "base_model_name_or_path": base.name if base is not None else run.base,
         "inference_mode": True,
         "r": default,

@@ -18,7 +18,7 @@ import torch
 
 from ...errors import BaseError
 from ...files.tensors import LazyTensor, rows_and_columns
-from ...model.base import BaseModel
+from ...model.base import CONV1D_FAMILIES, BaseModel
 from ...model.quantized import Dequantized, quantization
 from ...run import Run
 from ...updates.update import transposed
@@ -111,12 +111,14 @@ def blocks_of(base: BaseModel) -> Blocks:
     kinds = {tensor.dtype for tensor in scales}
     plain = kinds in ({torch.float32}, {torch.bfloat16})
     known = isinstance(size, list | tuple) and len(size) == 2 and all(type(n) is int for n in size)
-    if said.get("quant_method") != "fp8" or not known or not plain:
+    turned = base.config.get("model_type") in CONV1D_FAMILIES  # as floats alone
+    if said.get("quant_method") != "fp8" or not known or not plain or turned:
         raise BaseError(
             "only weights in float8 by blocks can be quantized again",
             file=base.path,
             found=f"{said.get('quant_method') or 'no quantization'}, weight_block_size {size}",
-            expected="quant_method fp8, with weight_block_size and floats for scales",
+            expected="quant_method fp8, with weight_block_size and floats for scales, of linear "
+            "layers [out, in]",
             remedy="merge without `requantize`, and quantize that with the tool of its format",
         )
     assert isinstance(size, list | tuple)

@@ -43,7 +43,7 @@ class GraphWriter:
         self._untimed = decodes
         self.times: dict[str, float] | None = None
         self._places: dict[bytes, int] = {}
-        self._kept: dict[tuple[bytes, int, int, bool], Blocks] = {}
+        self._kept: dict[tuple[object, ...], Blocks] = {}
 
     def write(
         self,
@@ -79,7 +79,8 @@ class GraphWriter:
         self, matrix: ir.TensorProtocol, bits: int, block: int, turned: bool, fit: Fit | None = None
     ) -> Blocks:
         """What became of a matrix, computed and written once for all graphs."""
-        key = (hashlib.sha256(matrix.tobytes()).digest(), bits, block, turned)
+        shape = tuple(matrix.shape.numpy())  # zeros of other shapes have the same bytes
+        key = (hashlib.sha256(matrix.tobytes()).digest(), shape, bits, block, turned)
         if key not in self._kept:
             data = self._folder / DATA
             found = blocks_of(matrix, bits, block, turned, fit).items()

@@ -3,6 +3,7 @@ transformers loads of them with it."""
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -78,6 +79,8 @@ def quantized(plain: Path, folder: Path, kind: str) -> Path:
             scale, zero = scale.view(1), zero.view(1)
         state |= {"weight_scale": scale, "weight_zero_point": zero}
         made = BaseCompressor.get_value_from_registry(form).compress(state, scheme)
+        if scheme.input_activations is not None and not scheme.input_activations.dynamic:
+            made["input_scale"] = torch.ones(1)
         tensors |= {f"{name.removesuffix('weight')}{part}": t for part, t in made.items()}
     config = QuantizationConfig(
         config_groups={"group_0": scheme},
@@ -178,3 +181,27 @@ def test_experts_one_by_one(tmp_path: Path) -> None:
     merge(run, tmp_path / "out", base=base, dtype="float32")
     found = verify(read_run(run, ReadOptions(base=base)), tmp_path / "out", base)
     assert found.passed and "fuses experts" in str(found.dequantized)
+
+
+@pytest.mark.parametrize("said", ["128x128", [128, 128]])
+def test_blocks_of_which_the_last_are_smaller(said: object, tmp_path: Path) -> None:
+    """As text, as the library wrote it until 2025, and in the second of two groups."""
+    plain, name = plain_base(tmp_path / "plain"), f"{DOWN}.weight"
+    base = quantized(plain, tmp_path / "base", "fp8, blocks")
+    config = json.loads((base / "config.json").read_text())
+    group = config["quantization_config"]["config_groups"].pop("group_0")
+    groups = {
+        kind: {**group, "weights": {**group["weights"], "block_structure": size}}
+        for kind, size in (("group_0", [32, 64]), ("group_1", said))
+    }
+    config["quantization_config"]["config_groups"] = groups
+    (base / "config.json").write_text(json.dumps(config))
+    stored = load_file(base / WEIGHTS)
+    weight = torch.randn(192, 320, generator=torch.Generator().manual_seed(1))
+    scale = torch.arange(1.0, 7).view(2, 3)
+    stored |= {name: weight.to(torch.float8_e4m3fn), f"{DOWN}.weight_scale": scale}
+    save_file(stored, base / WEIGHTS, {"format": "pt"})
+    wide = scale.repeat_interleave(128, 0).repeat_interleave(128, 1)[:192, :320]
+    found = open_base(base)
+    assert found.fault is None
+    assert torch.equal(found.tensors[name].load(), stored[name].float() * wide)

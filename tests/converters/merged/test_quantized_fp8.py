@@ -3,6 +3,7 @@ loads of them where it can do that without a GPU, else the formula in float64.""
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 
@@ -221,3 +222,50 @@ def test_blocks_of_the_usual_size_that_nobody_says(tmp_path: Path) -> None:
     base = packed_base(plain, tmp_path / "base", tensors, FP8)
     expected = by_hand(tensors, 128, 128)[DOWN]
     assert torch.equal(open_base(base).tensors[DOWN].load(), expected)
+
+
+def test_experts_of_four_bits(tmp_path: Path) -> None:
+    """DeepSeek V4: two E2M1 values a byte, beside float8. transformers' own conversion is the
+    truth."""
+    from transformers.integrations.finegrained_fp8 import Fp8Dequantize
+
+    sizes = {"num_experts": 4, "moe_intermediate_size": 64, "intermediate_size": 64}
+    plain = experts_base("Qwen3Moe", tmp_path / "plain", **sizes)
+    run = adapter(plain, tmp_path / "run", ["q_proj"])
+    stored, truth, draw = pack(plain, 128, 128, ".scale"), {}, torch.Generator().manual_seed(5)
+    for name, weight in load_file(plain / WEIGHTS).items():
+        truth[name] = weight.float()
+        if name not in stored or f"{name}.scale" not in stored:
+            continue
+        scale = stored.pop(f"{name}.scale")
+        if ".experts." in name:
+            out, inn = weight.shape
+            data = torch.randint(0, 256, (out, inn // 2), generator=draw, dtype=torch.uint8)
+            stored[name] = data.view(torch.int8)
+            scale = torch.randint(118, 122, (out, inn // 32), generator=draw, dtype=torch.uint8)
+            scale = scale.view(torch.float8_e8m0fnu)
+        stored[f"{name.removesuffix('.weight')}.scale"] = scale
+        made = Fp8Dequantize(None)._dequantize_one(stored[name], scale, torch.float32)
+        truth[name] = made
+    base = packed_base(plain, tmp_path / "base", stored, FP8 | {"weight_block_size": [128, 128]})
+    config = json.loads((base / "config.json").read_text())
+    (base / "config.json").write_text(json.dumps({**config, "expert_dtype": "fp4"}))
+    merge(run, tmp_path / "out", base=base, dtype="float32")
+    merged = load_file(tmp_path / "out" / WEIGHTS)
+    assert merged.keys() == truth.keys()
+    same = {name for name, tensor in merged.items() if torch.equal(tensor, truth[name])}
+    assert truth.keys() - same == {"model.layers.0.self_attn.q_proj.weight"}
+    assert "expert_dtype" not in json.loads((tmp_path / "out" / "config.json").read_text())
+
+
+@pytest.mark.parametrize("dtype", [torch.int8, torch.uint8, torch.float8_e8m0fnu])
+def test_what_stays_packed_is_refused(dtype: torch.dtype, tmp_path: Path) -> None:
+    plain = plain_base(tmp_path / "plain")
+    run = adapter(plain, tmp_path / "run", ["q_proj"])
+    stored = pack(plain, 32, 64)
+    del stored[DOWN + "_scale_inv"]
+    stored[DOWN] = torch.ones_like(stored[DOWN], dtype=torch.uint8).view(dtype)
+    base = packed_base(plain, tmp_path / "base", stored, FP8 | {"weight_block_size": [32, 64]})
+    with pytest.raises(BaseError, match=r"lacks a part|variant"):
+        merge(run, tmp_path / "out", base=base)
+    assert not (tmp_path / "out").exists()

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from converters.errors import BaseError
 from converters.model.base import open_base
@@ -240,3 +240,16 @@ def test_damaged(part: str, value: torch.Tensor, run: Path, tmp_path: Path) -> N
     with pytest.raises(BaseError):
         merge(run, tmp_path / "out", base=other)
     assert not (tmp_path / "out").exists()
+
+
+def test_a_base_in_the_place_of_another(tmp_path: Path) -> None:
+    """In one process, of the same names and shapes."""
+    plain, read = plain_base(tmp_path / "plain", torch.float16), []
+    base, _ = gptq_base(plain, tmp_path / "base", "4 bits")
+    tensors = load_file(base / WEIGHTS)
+    for factor in (1, 3):
+        changed = {**tensors, f"{DOWN}.scales": tensors[f"{DOWN}.scales"] * factor}
+        save_file(changed, base / WEIGHTS, {"format": "pt"})
+        read.append(open_base(base).tensors[f"{DOWN}.weight"].load())
+    assert torch.allclose(read[1], 3 * read[0], rtol=1e-3)
+    assert read[0].abs().max() > 0

@@ -176,3 +176,20 @@ def test_experts_that_are_fused_in_memory(tmp_path: Path) -> None:
     out = merge(run, tmp_path / "out", base=base, requantize=True).path
     found = verified(run, out, base)
     assert found.passed, found
+
+
+def test_conv1d_is_not_quantized_again(tmp_path: Path) -> None:
+    """Its floats lie the other way round than what is packed."""
+    config = transformers.GPT2Config(n_embd=64, n_layer=1, n_head=4, vocab_size=80, n_positions=32)
+    plain = tmp_path / "plain"
+    transformers.GPT2LMHeadModel(config).to(torch.bfloat16).save_pretrained(plain)
+    run = adapter(plain, tmp_path / "run", ["c_attn"], fan_in_fan_out=True)
+    tensors, name = load_file(plain / WEIGHTS), "transformer.h.0.attn.c_attn.weight"
+    tensors[name] = tensors[name].T.to(torch.float8_e4m3fn)
+    tensors[f"{name}_scale_inv"] = torch.ones(6, 2)
+    base = packed_base(plain, tmp_path / "base", tensors, {**FP8, "weight_block_size": [32, 32]})
+    with pytest.raises(DoraExportError, match="quantized again"):
+        merge(run, tmp_path / "again", base=base, requantize=True)
+    assert not (tmp_path / "again").exists()
+    merged = load_file(merge(run, tmp_path / "out", base=base).path / WEIGHTS)
+    assert merged[name].shape == (64, 192)
