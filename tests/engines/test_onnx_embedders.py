@@ -182,6 +182,7 @@ STATES = np.random.default_rng(0).normal(size=(5, 6)).astype(np.float32)
     [
         ({"pooling_mode_cls_token": True}, STATES[0]),
         ({"pooling_mode": "max"}, STATES.max(0)),
+        ({"word_embedding_dimension": 6, "pooling_mode_cls_token": False}, STATES.mean(0)),
         ({"pooling_mode": ["cls", "mean"]}, np.concatenate([STATES[0], STATES.mean(0)])),
         ({"pooling_mode_mean_sqrt_len_tokens": True}, STATES.sum(0) / np.sqrt(5)),
         (
@@ -206,7 +207,7 @@ def test_without_a_pipeline_it_is_the_mean(tmp_path: Path) -> None:
     ("kinds", "config", "message"),
     [
         (("Pooling",), {"pooling_mode": "attention"}, "pooling_mode"),
-        (("Pooling",), {}, "pooling_mode"),
+        (("Pooling",), {"pooling_mode": []}, "pooling_mode"),
         (("Pooling", "WeightedLayerPooling"), {"pooling_mode": "cls"}, "modules.json"),
         (("Pooling", "Dense"), {"pooling_mode": "cls"}, "Dense"),
         ((), {}, "modules.json"),
