@@ -36,6 +36,8 @@ _POSITIONS_AFTER_PADDING = frozenset(
     "camembert data2vec-text ibert longformer luke mpnet roberta roberta-prelayernorm xlm-roberta "
     "xlm-roberta-xl xmod".split()
 )
+# Families that mix neighbouring tokens without a mask, so that what fills a row up changes it.
+_READ_PADDING = frozenset("canine convbert fnet funnel mobilebert nystromformer yoso".split())
 # Classes of no family, whose tokenizers give no types where their files ask for none.
 _UNTYPED = ("TokenizersBackend", "PreTrainedTokenizerFast")
 _LIBRARY = "config_sentence_transformers.json"
@@ -127,12 +129,14 @@ class Encoder(AdaptedFolder):
         wanted = self.adapter_set.per_row(adapters, len(rows))
         if not types or not self._typed:
             types = [[0] * len(row) for row in rows]
-        # Without a batched form, the rows of one adapter are a batch.
-        alike = [None] if self.adapter_set.batched else dict.fromkeys(wanted)
-        groups = [
-            [i for i, name in enumerate(wanted) if self.adapter_set.batched or name == each]
-            for each in alike
+        # Without a batched form, the rows of one adapter are a batch; where padding is read, those
+        # of one length.
+        batched, read = self.adapter_set.batched, self.config.get("model_type") in _READ_PADDING
+        kinds = [
+            (None if batched else name, len(row) if read else None)
+            for name, row in zip(wanted, rows, strict=True)
         ]
+        groups = [[i for i, each in enumerate(kinds) if each == k] for k in dict.fromkeys(kinds)]
         found: list[dict[str, Array]] = [{} for _ in rows]
         for group in groups:
             batch = self._session.run(
