@@ -22,9 +22,9 @@ from converters.files.onnx_files import OWN_HEADS, read_adapter_file
 
 from .adapter_set import AdaptedFolder, Adapters, AdapterSet
 from .limits import check_rows
-from .pipeline import POOLING, Pipeline, normalized
+from .pipeline import ACTIVATIONS, POOLING, Pipeline, normalized
 from .sampling import log_softmax
-from .session import EngineError, open_adaptable, padded
+from .session import PIPELINES, EngineError, open_adaptable, padded
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -36,9 +36,12 @@ _POSITIONS_AFTER_PADDING = frozenset(
     "camembert data2vec-text ibert longformer luke mpnet roberta roberta-prelayernorm xlm-roberta "
     "xlm-roberta-xl xmod".split()
 )
+# Families that mix neighbouring tokens without a mask, so that what fills a row up changes it.
+_READ_PADDING = frozenset("canine convbert fnet funnel mobilebert nystromformer yoso".split())
 # Classes of no family, whose tokenizers give no types where their files ask for none.
 _UNTYPED = ("TokenizersBackend", "PreTrainedTokenizerFast")
-_PIPELINES = "sentence_*_config.json"  # of sentence-transformers, one for each kind of model
+_LIBRARY = "config_sentence_transformers.json"
+_OF_PROBLEM = {"regression": "Identity", "multi_label_classification": "Sigmoid"}
 _WIDEST = 1 << 14  # numbers of a token's state
 STATES = "last_hidden_state"
 Ids = Sequence[int]
@@ -88,7 +91,7 @@ class Encoder(AdaptedFolder):
         longest = int(self.config.get("max_position_embeddings") or 1_000_000)
         after_padding = self.config.get("model_type") in _POSITIONS_AFTER_PADDING
         said = [longest - (1 + self._padding if after_padding else 0)]
-        for path in (self.folder / "tokenizer_config.json", *self.folder.glob(_PIPELINES)):
+        for path in (self.folder / "tokenizer_config.json", *self.folder.glob(PIPELINES)):
             known = read_json(path) if path.exists() else {}
             values = (known.get(key) for key in ("model_max_length", "max_seq_length"))
             said += [int(n) for n in values if isinstance(n, int | float) and n > 0]
@@ -126,12 +129,14 @@ class Encoder(AdaptedFolder):
         wanted = self.adapter_set.per_row(adapters, len(rows))
         if not types or not self._typed:
             types = [[0] * len(row) for row in rows]
-        # Without a batched form, the rows of one adapter are a batch.
-        alike = [None] if self.adapter_set.batched else dict.fromkeys(wanted)
-        groups = [
-            [i for i, name in enumerate(wanted) if self.adapter_set.batched or name == each]
-            for each in alike
+        # Without a batched form, the rows of one adapter are a batch; where padding is read, those
+        # of one length.
+        batched, read = self.adapter_set.batched, self.config.get("model_type") in _READ_PADDING
+        kinds = [
+            (None if batched else name, len(row) if read else None)
+            for name, row in zip(wanted, rows, strict=True)
         ]
+        groups = [[i for i, each in enumerate(kinds) if each == k] for k in dict.fromkeys(kinds)]
         found: list[dict[str, Array]] = [{} for _ in rows]
         for group in groups:
             batch = self._session.run(
@@ -209,19 +214,37 @@ class Encoder(AdaptedFolder):
             for text, codes, each in zip(texts, encoded, outputs, strict=True)
         ]
 
-    def probabilities(self, logits: Array) -> Array:
-        """Those of `logits [..., labels]` as vLLM's pooling has them: by the configuration's
-        `problem_type`, else by its activation, else of all labels together, or of the only one."""
+    @cached_property
+    def _activation(self) -> str | None:
+        """The name of what makes scores of logits: as sentence-transformers saved it beside a model
+        of its own, else as vLLM's pooling has it, by the configuration's `problem_type` or its
+        activation; None where nothing is said."""
+        path = self.folder / _LIBRARY
+        own = read_json(path).get("activation_fn") if path.exists() else None
+        if own is None and (problem := self.config.get("problem_type")):
+            return _OF_PROBLEM.get(str(problem))
         said = self.config.get("sentence_transformers") or {}
-        function = said.get("activation_fn") or self.config.get(
-            "sbert_ce_default_activation_function"
-        )
-        problem = self.config.get("problem_type")
-        if problem == "regression" or (not problem and str(function).endswith(".Identity")):
-            return logits
-        if problem == "multi_label_classification" or logits.shape[-1] == 1:
-            return np.exp(-np.logaddexp(np.float32(0), -logits))
-        return np.exp(log_softmax(logits))
+        older = said.get("activation_fn") or self.config.get("sbert_ce_default_activation_function")
+        found = own or older
+        return None if found is None else str(found)[:100].rpartition(".")[2]
+
+    def probabilities(self, logits: Array) -> Array:
+        """Those of `logits [..., labels]` by the model's activation, without one those of all
+        labels together, or of the only one. Raises `EngineError` for an activation that is not
+        known here."""
+        name = self._activation
+        if name is None and logits.shape[-1] > 1:
+            return np.exp(log_softmax(logits))
+        activation = ACTIVATIONS.get(name or "Sigmoid")
+        if activation is None:
+            raise EngineError(
+                "the activation of this model is not known here",
+                file=self.folder,
+                found=name,
+                expected=", ".join(ACTIVATIONS),
+                remedy="ask for logits: use_activation false",
+            )
+        return activation(logits)
 
     @property
     def hidden_size(self) -> int:

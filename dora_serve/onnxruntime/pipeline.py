@@ -13,7 +13,7 @@ import numpy as np
 
 from converters.files.json_files import parse_json, read_json
 
-from .session import EngineError
+from .session import PIPELINES, EngineError
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -49,7 +49,22 @@ _SWITCHES = {
     "pooling_mode_weightedmean_tokens": "weightedmean",
     "pooling_mode_lasttoken": "lasttoken",
 }
-_ACTIVATIONS: Mapping[str, Step] = {"Identity": lambda x: x, "Tanh": np.tanh}
+ACTIVATIONS: Mapping[str, Step] = {
+    "Identity": lambda x: x,
+    "ReLU": lambda x: np.maximum(x, np.float32(0)),
+    "Sigmoid": lambda x: np.exp(-np.logaddexp(np.float32(0), -x)),
+    "Tanh": np.tanh,
+}
+# What goes from module to module: the states of tokens become one vector.
+_STATES, _VECTOR = "token_embeddings", "sentence_embedding"
+# How the model is asked here; a modality more, "message", would have texts rendered as chats.
+_ASKED = {"text": {"method": "forward", "method_output_name": "last_hidden_state"}}
+_READS: Mapping[str, tuple[object, ...]] = {
+    "transformer_task": ("feature-extraction",),
+    "modality_config": (_ASKED,),
+    "module_output_name": (_STATES,),
+    "processing_kwargs": (),
+}
 
 
 class Pipeline:
@@ -59,6 +74,8 @@ class Pipeline:
 
     def __init__(self, folder: Path) -> None:
         self._folder, self.normalized = folder, False
+        for path in folder.glob(PIPELINES):
+            self._check(path.name, read_json(path), _READS)
         self._steps: list[Step] = [POOLING["mean"]]
         if not (folder / _MODULES).is_file():
             return
@@ -76,6 +93,7 @@ class Pipeline:
                 raise self._error(_MODULES, f"a path out of the folder: {module.get('path')}")
             self.normalized = False
             if kind == "Normalize":
+                self._of_vectors(own)
                 if number + 1 < len(listed):
                     self._steps.append(normalized)
                 self.normalized = True
@@ -99,7 +117,7 @@ class Pipeline:
         if said is not None:
             modes = [str(mode) for mode in (said if isinstance(said, list) else [said])]
         else:
-            modes = [mode for switch, mode in _SWITCHES.items() if config.get(switch)]
+            modes = [mode for switch, mode in _SWITCHES.items() if config.get(switch)] or ["mean"]
         if not modes or not set(modes) <= POOLING.keys():
             raise self._error("pooling_mode", ", ".join(modes) or "none")
         return lambda states: np.concatenate([POOLING[mode](states) for mode in modes])
@@ -107,9 +125,9 @@ class Pipeline:
     def _dense(self, folder: Path) -> Step:
         from safetensors.numpy import load_file
 
-        config = read_json(folder / "config.json")
+        config = self._of_vectors(folder)
         said = str(config.get("activation_function", "torch.nn.modules.activation.Tanh"))
-        activation = _ACTIVATIONS.get(said.rpartition(".")[2])
+        activation = ACTIVATIONS.get(said.rpartition(".")[2])
         if activation is None or not (folder / "model.safetensors").is_file():
             raise self._error(f"{folder.name} (Dense)", said)
         tensors = load_file(folder / "model.safetensors")
@@ -117,15 +135,40 @@ class Pipeline:
             raise self._error(f"{folder.name} (Dense)", ", ".join(tensors))
         weight = tensors["linear.weight"].astype(np.float32)
         bias = tensors.get("linear.bias", np.zeros(len(weight))).astype(np.float32)
-        return lambda vector: activation(weight @ vector + bias)
+        if not config.get("use_residual"):
+            return lambda vector: activation(weight @ vector + bias)
+        beside = tensors.get("residual.weight", np.eye(len(weight))).astype(np.float32)
+        if beside.shape != weight.shape:
+            raise self._error(f"{folder.name} (Dense)", "use_residual without its weight")
+        return lambda vector: activation(weight @ vector + bias) + beside @ vector
+
+    def _of_vectors(self, folder: Path) -> Mapping[str, object]:
+        """What a module's folder says, which may be nothing; it has to read and write the vector of
+        a text."""
+        path = folder / "config.json"
+        config = read_json(path) if path.is_file() else {}
+        names = ("module_input_name", "module_output_name")
+        self._check(folder.name, config, dict.fromkeys(names, (_VECTOR,)))
+        return config
+
+    def _check(
+        self,
+        where: str,
+        said: Mapping[str, object],
+        known: Mapping[str, tuple[object, ...]],
+    ) -> None:
+        """Raise `EngineError` where a value is none of those that are `known`, and not empty."""
+        for name, values in known.items():
+            if said.get(name) not in (None, {}, *values):
+                raise self._error(f"{name} of {where}", str(said[name])[:100])
 
     def _error(self, what: str, found: str) -> EngineError:
         return EngineError(
             f"the vectors of this folder are made in a way that is not known here: {what}",
             file=self._folder / _MODULES,
             found=found,
-            expected=f"Transformer, Pooling ({', '.join(POOLING)}), Dense (Tanh or Identity, in "
-            "safetensors), Normalize",
+            expected=f"Transformer, Pooling ({', '.join(POOLING)}), Dense "
+            f"({', '.join(ACTIVATIONS)}, in safetensors), Normalize",
         )
 
 

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 _LARGE = 1 << 26  # bytes of a graph and its weights, of which a step finds not all at once
 _SPIN = 100  # microseconds
 _LONGEST = 1 << 14  # signs of a token's text
+PIPELINES = "sentence_*_config.json"  # of sentence-transformers, one for each kind of model
 
 Prompt = str | Sequence[int]
 
@@ -108,8 +109,10 @@ class OnnxFolder:
 
     @cached_property
     def tokenizer(self) -> Any:
-        """Of the folder. Without one, token ids can be given, and every text is empty."""
+        """Of the folder, in lower case where its sentence-transformers pipeline reads texts so.
+        Without one, token ids can be given, and every text is empty."""
         from tokenizers import Tokenizer
+        from tokenizers.normalizers import Lowercase, Sequence
 
         path = self.folder / "tokenizer.json"
         if not path.exists():
@@ -127,6 +130,9 @@ class OnnxFolder:
         # Some files say how to fill or cut texts, which is for whoever makes a batch of them.
         tokenizer.no_padding()
         tokenizer.no_truncation()
+        if any(read_json(each).get("do_lower_case") for each in self.folder.glob(PIPELINES)):
+            own = [] if tokenizer.normalizer is None else [tokenizer.normalizer]
+            tokenizer.normalizer = Sequence([Lowercase(), *own])
         return tokenizer
 
     @cached_property

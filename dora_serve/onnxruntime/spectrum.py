@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+
+from converters.files.json_files import read_json
 
 from .session import EngineError
 
@@ -46,6 +49,15 @@ class Spectrum:
         logs = np.log10(np.maximum(self._bands @ power.T, 1e-10))
         heard: Array = ((np.maximum(logs, logs.max() - 8) + 4) / 4).astype(np.float32)
         return heard
+
+
+def read_spectrum(folder: Path) -> Spectrum:
+    """As transformers finds it beside a model: what the whole processor says of it, else a file of
+    its own. Raises `EngineError` for values that none has."""
+    paths = (folder / name for name in ("processor_config.json", "preprocessor_config.json"))
+    whole, own = (read_json(path) if path.exists() else {} for path in paths)
+    nested = whole.get("feature_extractor")
+    return Spectrum(nested if isinstance(nested, dict) else own)
 
 
 def _bands(count: int, size: int, rate: int) -> NDArray[np.float64]:

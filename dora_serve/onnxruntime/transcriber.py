@@ -24,7 +24,7 @@ from .beams import Search
 from .decoder import Completion
 from .seq2seq import Batch, EncoderDecoder
 from .session import EngineError
-from .spectrum import Spectrum
+from .spectrum import Spectrum, read_spectrum
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -58,8 +58,7 @@ class Transcriber(EncoderDecoder):
     @cached_property
     def spectrum(self) -> Spectrum:
         """What makes features of a wave."""
-        path = self.folder / "preprocessor_config.json"
-        return Spectrum(read_json(path) if path.exists() else {})
+        return read_spectrum(self.folder)
 
     @property
     def positions(self) -> int:

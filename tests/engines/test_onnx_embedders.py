@@ -174,6 +174,42 @@ def test_vectors_are_those_of_the_live_pipeline(name: str, tmp_path: Path) -> No
     assert np.abs(wrong - truth[0]).max() > 10 * BOUND
 
 
+@pytest.mark.parametrize(
+    ("kind", "more"),
+    [
+        (
+            "MobileBert",
+            {"embedding_size": 16, "intra_bottleneck_size": 16, "true_hidden_size": 16},
+        ),
+        pytest.param(
+            "ConvBert",
+            {"embedding_size": 16, "head_ratio": 2, "conv_kernel_size": 3},
+            marks=pytest.mark.further,
+        ),
+    ],
+)
+def test_what_fills_rows_up_is_not_read(kind: str, more: dict[str, Any], tmp_path: Path) -> None:
+    """Also where the model itself would, and so tells another vector beside a longer text."""
+    torch.manual_seed(0)
+    cls = getattr(transformers, f"{kind}Model")
+    live = cls(getattr(transformers, f"{kind}Config")(**SIZES, **more, pad_token_id=0)).eval()
+    with torch.no_grad():
+        for tensor in live.parameters():
+            tensor.add_(torch.randn(tensor.shape) * 0.1)
+    live.save_pretrained(tmp_path / "base")
+    write_onnx(tmp_path / "base", tmp_path / "onnx")
+    rows = [[5, 6, 7], [9, 8, 7, 6, 5, 9, 11], [7, 7, 5], [8, 6]]
+    for row, found in zip(rows, Encoder(tmp_path / "onnx").run(rows), strict=True):
+        with torch.no_grad():
+            truth = live(input_ids=torch.tensor([row])).last_hidden_state[0].numpy()
+        assert np.abs(found["last_hidden_state"] - truth).max() <= BOUND
+    filled = torch.tensor([rows[0] + [0] * 4])
+    with torch.no_grad():
+        states = live(input_ids=filled, attention_mask=(filled > 0).long()).last_hidden_state
+        truth = live(input_ids=filled[:, :3]).last_hidden_state
+    assert (states[:, :3] - truth).abs().max() > 10 * BOUND  # the control
+
+
 STATES = np.random.default_rng(0).normal(size=(5, 6)).astype(np.float32)
 
 
@@ -182,6 +218,7 @@ STATES = np.random.default_rng(0).normal(size=(5, 6)).astype(np.float32)
     [
         ({"pooling_mode_cls_token": True}, STATES[0]),
         ({"pooling_mode": "max"}, STATES.max(0)),
+        ({"word_embedding_dimension": 6, "pooling_mode_cls_token": False}, STATES.mean(0)),
         ({"pooling_mode": ["cls", "mean"]}, np.concatenate([STATES[0], STATES.mean(0)])),
         ({"pooling_mode_mean_sqrt_len_tokens": True}, STATES.sum(0) / np.sqrt(5)),
         (
@@ -206,7 +243,7 @@ def test_without_a_pipeline_it_is_the_mean(tmp_path: Path) -> None:
     ("kinds", "config", "message"),
     [
         (("Pooling",), {"pooling_mode": "attention"}, "pooling_mode"),
-        (("Pooling",), {}, "pooling_mode"),
+        (("Pooling",), {"pooling_mode": []}, "pooling_mode"),
         (("Pooling", "WeightedLayerPooling"), {"pooling_mode": "cls"}, "modules.json"),
         (("Pooling", "Dense"), {"pooling_mode": "cls"}, "Dense"),
         ((), {}, "modules.json"),

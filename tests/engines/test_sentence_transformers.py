@@ -3,6 +3,7 @@ the truth."""
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,7 @@ from tests.engines.encoders import BOUND
 
 pytest.importorskip("sentence_transformers")
 
-from sentence_transformers import SentenceTransformer
+from sentence_transformers import CrossEncoder, SentenceTransformer
 from sentence_transformers.models import Dense, Normalize, Pooling, Transformer
 
 WORDS = "a boat lamp harbour quiet was lit only its snow river walk by the tram bread first".split()
@@ -139,3 +140,86 @@ def test_an_adapter_of_the_whole_pipeline(old: bool, tmp_path: Path) -> None:
     for folder, right in ((tmp_path / "adapter", True), (run, False)):
         checks = {each.check for each in lint(folder, open_base(base), ["peft"])}
         assert computes(folder) is right and ("other-name" in checks) is not right
+
+
+def test_texts_in_lower_case(tmp_path: Path) -> None:
+    """As the pipeline's `do_lower_case` has them read, whatever the tokenizer does."""
+    make("bert", tmp_path)
+    base = tmp_path / "base"
+    change(base / "tokenizer_config.json", do_lower_case=False)
+    cased = SentenceTransformer(str(base), device="cpu").encode(TEXTS)
+    change(base / "sentence_bert_config.json", do_lower_case=True)
+    truth = SentenceTransformer(str(base), device="cpu").encode(TEXTS)
+    assert far(truth, cased) > 100 * BOUND
+    write_onnx(base, tmp_path / "onnx")
+    assert far(Encoder(tmp_path / "onnx").embed(TEXTS), truth) <= BOUND
+
+
+@pytest.mark.parametrize("width", [12, 32])
+def test_dense_layers_beside_what_they_read(width: int, tmp_path: Path) -> None:
+    make("bert", tmp_path)
+    dense = Dense(32, width, use_residual=True)
+    model = [Transformer(str(tmp_path / "model")), Pooling(32), dense, Normalize()]
+    SentenceTransformer(modules=model).save_pretrained(str(tmp_path / "other"))
+    truth = SentenceTransformer(str(tmp_path / "other"), device="cpu").encode(TEXTS)
+    write_onnx(tmp_path / "other", tmp_path / "onnx")
+    assert far(Encoder(tmp_path / "onnx").embed(TEXTS), truth) <= BOUND
+
+
+@pytest.mark.parametrize(
+    ("file", "said"),
+    [
+        ("2_Dense/config.json", {"module_input_name": "token_embeddings"}),
+        ("2_Dense/config.json", {"module_output_name": "other"}),
+        ("3_Normalize/config.json", {"module_input_name": "token_embeddings"}),
+        ("sentence_bert_config.json", {"processing_kwargs": {"text": {"max_length": 4}}}),
+        ("sentence_bert_config.json", {"transformer_task": "fill-mask"}),
+        ("sentence_bert_config.json", {"modality_config": {"message": {"method": "forward"}}}),
+    ],
+)
+def test_what_else_a_module_says_is_refused(
+    file: str, said: dict[str, Any], tmp_path: Path
+) -> None:
+    make("bert", tmp_path)
+    write_onnx(tmp_path / "base", tmp_path / "onnx")
+    assert Encoder(tmp_path / "onnx").pipeline.normalized  # as the library saved it
+    change(tmp_path / "onnx" / file, **said)
+    with pytest.raises(EngineError, match=next(iter(said))):
+        _ = Encoder(tmp_path / "onnx").pipeline
+
+
+@pytest.mark.parametrize(
+    ("labels", "name", "today"), [(1, "Tanh", True), (3, "Sigmoid", False), (1, "ELU", True)]
+)
+def test_a_rerankers_own_activation(labels: int, name: str, today: bool, tmp_path: Path) -> None:
+    make("bert", tmp_path)
+    torch.manual_seed(0)
+    model = transformers.BertForSequenceClassification.from_pretrained(
+        tmp_path / "model", num_labels=labels
+    )
+    torch.nn.init.normal_(model.classifier.weight)
+    model.save_pretrained(tmp_path / "model")
+    live = CrossEncoder(
+        str(tmp_path / "model"), activation_fn=getattr(torch.nn, name)(), device="cpu"
+    )
+    base = tmp_path / "today"  # as the library saves it, and as it did before version 6
+    live.save_pretrained(str(base))
+    if not today:
+        (base / "config_sentence_transformers.json").unlink()
+        said = {"activation_fn": f"torch.nn.modules.activation.{name}"}
+        change(base / "config.json", sentence_transformers=said)
+    pairs = list(zip(TEXTS, TEXTS[::-1], strict=True))
+    truth = np.asarray(live.predict(pairs)).reshape(len(pairs), labels)
+    write_onnx(base, tmp_path / "onnx")
+    encoder = Encoder(tmp_path / "onnx")
+    logits = np.stack([np.array(each.logits, np.float32) for each in encoder.classify(pairs)])
+    if name == "ELU":
+        with pytest.raises(EngineError, match="activation"):
+            encoder.probabilities(logits)
+    else:
+        assert far(encoder.probabilities(logits), truth) <= BOUND
+        assert far(logits, truth) > 100 * BOUND
+
+
+def change(path: Path, **values: Any) -> None:
+    path.write_text(json.dumps({**json.loads(path.read_text()), **values}))

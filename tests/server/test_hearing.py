@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import json
 import struct
 import wave
 from collections.abc import Iterator
@@ -17,6 +18,7 @@ from schemathesis import GenerationMode
 from tokenizers import Tokenizer
 from transformers import WhisperFeatureExtractor, WhisperForConditionalGeneration
 
+from dora_serve.onnxruntime.spectrum import read_spectrum
 from dora_serve.server.options import ServerOptions
 from dora_serve.server.wire.errors import ApiError
 from dora_serve.server.wire.sounds import _quick, read_form, read_sound
@@ -258,3 +260,20 @@ def test_what_is_refused(hearing: Server) -> None:
 def test_no_server_error(hearing: Server, mode: GenerationMode) -> None:
     for path in ("/v1/audio/transcriptions", "/v1/audio/translations"):
         assert max(statuses_of(hearing, path, mode, ["base", "tuned"], 20)) < 500
+
+
+def test_features_are_those_that_transformers_finds(tmp_path: Path) -> None:
+    """Of a whole processor, as version 5 saves it, before what may lie beside it."""
+    own, other = (WhisperFeatureExtractor(feature_size=20, chunk_length=n) for n in (1, 2))
+    sound = waves()[0]
+    for step in (1, 2):
+        if step == 1:
+            own.save_pretrained(tmp_path)
+        else:
+            said = {"feature_extractor": other.to_dict(), "processor_class": "WhisperProcessor"}
+            (tmp_path / "processor_config.json").write_text(json.dumps(said))
+        live = WhisperFeatureExtractor.from_pretrained(tmp_path)
+        truth = live(sound, sampling_rate=RATE, return_tensors="np").input_features[0]
+        found = read_spectrum(tmp_path)(sound)
+        assert found.shape == truth.shape == (20, 100 * step)
+        assert np.abs(found - truth).max() < 1e-4

@@ -11,6 +11,7 @@ import pytest
 from pydantic import BaseModel
 
 from dora_serve.server.options import ServerOptions
+from dora_serve.server.wire.responses import ResponsesRequest
 from tests.server.conftest import started
 from tests.server.test_structure import MODEL, save_bytes_model
 
@@ -210,3 +211,11 @@ def test_nothing_is_kept(client: openai.OpenAI) -> None:
     done = client.responses.create(**OPTIONS, input="Hello", max_output_tokens=5, store=True)
     with pytest.raises(openai.NotFoundError):
         client.responses.retrieve(done.id)
+
+
+def test_all_of_a_thought_is_handed_back() -> None:
+    parts = [{"type": "summary_text", "text": text} for text in ("first", "second")]
+    thought = {"type": "reasoning", "summary": parts}
+    turns = [{"role": "user", "content": "q"}, thought, {"role": "user", "content": "r"}]
+    asked = ResponsesRequest.model_validate({"model": MODEL, "input": turns})
+    assert [each.reasoning for each in asked.chat.messages] == [None, "first\nsecond", None]

@@ -177,6 +177,13 @@ def test_greedy_and_streamed_are_the_same(structured: Server) -> None:
         ({"structured_outputs": {"structural_tag": "x"}}, "structural_tag"),
         ({"response_format": {"type": "json_schema"}}, "json_schema is missing"),
         ({"response_format": {"type": "xml"}}, "response_format"),
+        (
+            {
+                "response_format": {"type": "json_object"},
+                "structured_outputs": {"json": {"type": "object"}},
+            },
+            "not with response_format",
+        ),
         ({"structured_outputs": {"choice": ["x" * 70_000]}}, "65536"),
         ({"structured_outputs": {"regex": "x" * 70_000}}, "65536"),
     ],

@@ -100,6 +100,19 @@ def test_streamed_calls_are_the_whole(client: openai.OpenAI, wanted: Any) -> Non
     )
 
 
+@pytest.mark.parametrize("several", [True, False])
+def test_one_call_where_several_are_not_wanted(client: openai.OpenAI, several: bool) -> None:
+    """Of two that the model writes, though nothing says that it has to call."""
+    call = '<tool_call>{"name": "now", "arguments": {}}</tool_call>'
+    told: Any = {"tools": TOOLS, "tool_choice": "auto", "parallel_tool_calls": several}
+    told["extra_body"] = {"structured_outputs": {"choice": [call + call]}}
+    (whole,) = ask(client, **told).choices
+    assert [each.function.name for each in whole.message.tool_calls] == ["now"] * (1 + several)
+    assert whole.finish_reason == "tool_calls" and whole.message.content is None
+    pieces = [piece.choices[0].delta for piece in ask(client, stream=True, **told)]
+    assert sum(len(piece.tool_calls or ()) for piece in pieces) == 1 + several
+
+
 @pytest.mark.parametrize("choice", ["none", "auto"])
 def test_text_stays_text(client: openai.OpenAI, choice: str) -> None:
     options: Any = {"tools": TOOLS, "tool_choice": choice, "max_tokens": 20}
@@ -147,6 +160,14 @@ def test_the_template_sees_tools_and_calls(client: openai.OpenAI) -> None:
                 "tool_choice": "required",
             },
             "two definitions",
+        ),
+        (
+            {
+                "tools": TOOLS,
+                "tool_choice": "required",
+                "extra_body": {"structured_outputs": {"choice": ["a"]}},
+            },
+            "structured_outputs",
         ),
     ],
 )

@@ -122,7 +122,10 @@ class ChatWriter(Writer):
         return choice
 
     def _called(self, text: str, found: list[Json]) -> Json:
-        """A message, or what it grew by, with the calls that were found."""
+        """A message, or what it grew by, with the calls that were found: the first alone where
+        several are not wanted."""
+        if not self._body.parallel_tool_calls:
+            found = [call for call in found if not call["index"]]
         if self._body.stream:
             return ({"content": text} if text else {}) | ({"tool_calls": found} if found else {})
         if not found:

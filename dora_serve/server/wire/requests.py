@@ -125,6 +125,8 @@ class ChatRequest(Generate, _Conversation):
             raise refusal("top_logprobs", "it needs logprobs")
         if wrong := wrong_choice(self.tools, self.tool_choice):
             raise refusal("tool_choice", wrong)
+        if self.structured_outputs is not None and self.calls not in ("none", "auto"):
+            raise refusal("structured_outputs", "not where a tool has to be called")
         if sum(len(message.tool_calls or ()) for message in self.messages) > _CALLS:
             raise refusal("messages", f"more than {_CALLS} calls of tools")
         return self

@@ -272,7 +272,7 @@ def _add(turns: list[Json], item: InputMessage | InputCall | InputResult | Input
         call = {"id": item.call_id, "type": "function", "function": function}
         new: Json = {"tool_calls": [*last.get("tool_calls", ()), call]}
     elif isinstance(item, InputThought):
-        thought = "".join(each.text for each in (item.content or item.summary or ())[:1])
+        thought = "\n".join(each.text for each in item.content or item.summary or ())
         new = {"reasoning": thought}
     else:
         new = {"content": plain_content(item.content)}

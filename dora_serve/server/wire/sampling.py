@@ -111,6 +111,9 @@ class Generate(Truncation):
     def _told_whole(self) -> Generate:
         if self.stream and self.prompt_logprobs:
             raise refusal("prompt_logprobs", "they are not told in a stream")
+        formed = self.response_format is not None and self.response_format.type != "text"
+        if formed and self.structured_outputs is not None:
+            raise refusal("structured_outputs", "not with response_format")
         for name, neutral in _NOT_WITH_BEAMS.items() if self.use_beam_search else ():
             if getattr(self, name) not in (None, neutral):
                 raise refusal(name, "not with use_beam_search")

@@ -69,21 +69,17 @@ def asked_json(schema: Any) -> Asked:
 
 
 def asked(format: ResponseFormat | None, given: StructuredOutputs | None) -> Asked | None:
-    """What is asked for in all, None for any text; a `format` stands before what else is given."""
-    flexible = given is None or not given.disable_any_whitespace
-    closed = given is not None and given.disable_additional_properties
-    how = {
-        "flexible": flexible,
-        "closed": closed,
-        "pattern": None if given is None else given.whitespace_pattern,
-    }
+    """What is asked for by either, None for any text."""
     if format is not None and format.type != "text":
         schema = None if format.json_schema is None else format.json_schema.schema_
-        return {"json": {"type": "object"} if schema is None else schema, **how}
+        return asked_json({"type": "object"} if schema is None else schema)
     if given is None:
         return None
-    if given.json_ is not None:
-        return {"json": given.json_, **how}
-    if given.json_object:
-        return {"json": {"type": "object"}, **how}
-    return {"regex": given.regex, "choice": given.choice, "grammar": given.grammar}
+    if given.json_ is None and not given.json_object:
+        return {"regex": given.regex, "choice": given.choice, "grammar": given.grammar}
+    return {
+        "json": {"type": "object"} if given.json_ is None else given.json_,
+        "flexible": not given.disable_any_whitespace,
+        "closed": given.disable_additional_properties,
+        "pattern": given.whitespace_pattern,
+    }
