@@ -197,6 +197,16 @@ class BaseModel:
         said = [sorted(self.fingerprint.items()), self.config]
         return blake3(json.dumps(said, sort_keys=True).encode()).hexdigest()
 
+    def check_unchanged(self) -> None:
+        """Raise `BaseError` where another model lies in the folder by now: who was given its path,
+        as transformers is, may have read that one."""
+        if open_base(self.path).identity != self.identity:
+            raise BaseError(
+                "the base changed while it was read",
+                file=self.path,
+                remedy="run again when nothing writes to it",
+            )
+
     def unlike(self, fingerprint: Mapping[str, object]) -> list[str]:
         """The tensors, by name, in which this base is not the one of `fingerprint`."""
         own = self.fingerprint
