@@ -1,0 +1,33 @@
+"""The memory that this process may use."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import suppress
+from pathlib import Path
+
+_BOUNDS = {"": "memory.max", "memory": "memory/memory.limit_in_bytes"}  # of cgroups v2 and v1
+
+
+def memory() -> int:
+    """Its bytes: the machine's, or what is given to one of the control groups it is in."""
+    machine = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    return min([machine, *_given(Path("/proc/self/cgroup"), Path("/sys/fs/cgroup"))])
+
+
+def _given(own: Path, root: Path) -> Iterator[int]:
+    """The bounds of the control groups that the file `own` names below `root`, and of those above
+    them. In a container `own` may name them as its host does: what is given lies at `root` then."""
+    lines: list[str] = []
+    with suppress(OSError):
+        lines = own.read_text().splitlines()
+    for line in lines:
+        _, kinds, place = line.split(":", 2)
+        for kind in _BOUNDS.keys() & kinds.split(","):
+            folder, _, name = f"{root}/{_BOUNDS[kind]}".rpartition("/")
+            path = Path(folder, os.path.normpath(place).lstrip("/"))
+            for group in (path, *path.parents):
+                if group.is_relative_to(folder):
+                    with suppress(OSError, ValueError):  # none, or "max"
+                        yield int((group / name).read_text())
