@@ -214,8 +214,9 @@ class BaseModel:
         return sorted(name for name in names if own.get(name) != fingerprint.get(name))
 
 
-def open_base(folder_or_id: str | Path) -> BaseModel:
-    """Open a base model: a local folder, or a hub id that is in the local cache.
+def open_base(folder_or_id: str | Path, revision: str | None = None) -> BaseModel:
+    """Open a base model: a local folder, or a hub id that is in the local cache, in its default
+    `revision` unless another is given.
 
     Raises `MissingError` when there is none, `BaseError` when the folder is incomplete.
     """
@@ -231,7 +232,7 @@ def open_base(folder_or_id: str | Path) -> BaseModel:
             remedy="give the folder that from_pretrained would take",
         )
     if not there(folder) or not folder.is_dir():
-        folder = _cached_snapshot(name)
+        folder = _cached_snapshot(name, revision)
     with reading(folder, BaseError):
         return _open(folder, name)
 
@@ -275,11 +276,11 @@ def _as_conv1d(tensors: LazyTensors) -> LazyTensors:
     }
 
 
-def _cached_snapshot(name: str) -> Path:
+def _cached_snapshot(name: str, revision: str | None) -> Path:
     from huggingface_hub import snapshot_download
 
     try:
-        return Path(snapshot_download(name, local_files_only=True))
+        return Path(snapshot_download(name, revision=revision, local_files_only=True))
     except Exception:
         raise MissingError(
             "no such base model: neither a folder nor a model in the local hub cache",
