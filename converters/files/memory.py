@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import resource
 from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
@@ -11,9 +12,12 @@ _BOUNDS = {"": "memory.max", "memory": "memory/memory.limit_in_bytes"}  # of cgr
 
 
 def memory() -> int:
-    """Its bytes: the machine's, or what is given to one of the control groups it is in."""
+    """Its bytes: the machine's, or what is given to it (`ulimit -v`) or to one of the control
+    groups that it is in."""
     machine = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    return min([machine, *_given(Path("/proc/self/cgroup"), Path("/sys/fs/cgroup"))])
+    own = resource.getrlimit(resource.RLIMIT_AS)[0]
+    own = machine if own == resource.RLIM_INFINITY else own
+    return min([machine, own, *_given(Path("/proc/self/cgroup"), Path("/sys/fs/cgroup"))])
 
 
 def _given(own: Path, root: Path) -> Iterator[int]:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
+import sys
 from pathlib import Path
+from subprocess import run
 
 import pytest
 
@@ -42,3 +44,10 @@ def test_of_a_system_without_them(tmp_path: Path) -> None:
     assert [*_given(tmp_path / "none", tmp_path)] == []
     machine = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     assert 0 < memory() <= machine
+
+
+def test_what_the_process_itself_is_given() -> None:
+    code = "from converters.files.memory import memory; print(memory())"
+    limited = f"ulimit -v 500000; exec '{sys.executable}' -c '{code}'"
+    done = run(["bash", "-c", limited], capture_output=True, text=True, check=True)
+    assert int(done.stdout) == 500000 << 10
