@@ -43,6 +43,10 @@ class Connection(H11Protocol):
             self.connections.discard(each)
             each.transport.abort()
 
+    def on_response_complete(self) -> None:
+        self._begun = self.loop.time()  # it waits for the next request from now on
+        super().on_response_complete()
+
     @property
     def _waits(self) -> bool:
         """For a whole request."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import resource
 import shutil
 import signal
 import socket
@@ -299,3 +300,26 @@ def test_what_is_no_request_behind_a_refusal_is_cut_off(narrow: Server) -> None:
             said += piece
     assert said.count(b"HTTP/1.1") == 1
     assert "Traceback" not in narrow.log.read_text()
+
+
+def test_of_too_many_connections_those_that_ask_stay(narrow: Server) -> None:
+    """However long they have been there."""
+    address, pid = ("127.0.0.1", int(narrow.url.rpartition(":")[2])), narrow.process.pid
+    before = resource.prlimit(pid, resource.RLIMIT_NOFILE)
+    resource.prlimit(pid, resource.RLIMIT_NOFILE, (160, before[1]))  # 80 connections
+    silent: list[socket.socket] = []
+    try:
+        with socket.create_connection(address, timeout=20) as asking:
+            for _ in range(10):
+                asking.sendall(b"GET /health HTTP/1.1\r\nHost: localhost\r\n\r\n")
+                answer = b""
+                while not answer.endswith(b"}"):
+                    piece = asking.recv(1 << 16)
+                    assert piece, "it was cut off"
+                    answer += piece
+                assert answer.startswith(b"HTTP/1.1 200")
+                silent += [socket.create_connection(address, timeout=20) for _ in range(20)]
+    finally:
+        for each in silent:
+            each.close()
+        resource.prlimit(pid, resource.RLIMIT_NOFILE, before)
