@@ -12,7 +12,7 @@ from importlib.metadata import version
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from .errors import DoraExportError, TensorFileError
+from .errors import DoraExportError, RunError, TensorFileError
 from .files.hashes import HASHING
 from .files.json_files import read_json
 from .model.base import BaseModel
@@ -47,7 +47,18 @@ def certificate(
     **details: object,
 ) -> dict[str, object]:
     """The certificate of one artifact: tool, inputs with hashes, modules, and of the
-    base its whole fingerprint, see `BaseModel.fingerprint`."""
+    base its whole fingerprint, see `BaseModel.fingerprint`. Raises `RunError` when a file of the
+    run is another than was read: what it says is not read again, as its numbers are."""
+    files = [
+        {"name": path.name, "bytes": path.stat().st_size, "sha256": sha256(path)}
+        for path in run.files
+    ]
+    if run.changed:
+        raise RunError(
+            "the run changed while it was read",
+            file=run.path,
+            remedy="run again when nothing writes to it",
+        )
     return {
         "tool": tool(),
         "target": target,
@@ -57,10 +68,7 @@ def certificate(
             "finished": run.finished,
             "task": run.task,
             "options": dict(run.options),
-            "files": [
-                {"name": path.name, "bytes": path.stat().st_size, "sha256": sha256(path)}
-                for path in run.files
-            ],
+            "files": files,
         },
         "base": None
         if base is None

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from .errors import RunError
+from .files.handles import State, state_at
 from .files.tensors import LazyTensors
 from .updates.memo import Memo
 from .updates.update import Update
@@ -128,7 +129,8 @@ class Run:
     are copies of their own: what was tied to them keeps its values. `kernels`: module →
     `[in, *kernel]` of those that are convolutions, whose weights `[out, in, *kernel]` are seen as
     `[out, in·kernel]`. `fit`: how the updates were cut, None where they are as trained. `inputs`:
-    the folders and files that were given, beside or above `path`.
+    the folders and files that were given, beside or above `path`. `states`: of `files` when reading
+    began, None of one that was not there.
 
     A key of `updates` is a module, whose weight the update is for; or a parameter such as a bias
     `[n]`, which is seen as `[1, n]`; or `parameter[e]`, block e of a parameter `[E, …]`.
@@ -154,6 +156,12 @@ class Run:
     warnings: tuple[str, ...] = ()
     fit: FitReport | None = None
     inputs: tuple[Path, ...] = ()
+    states: Mapping[Path, State | None] = field(default_factory=dict)
+
+    @property
+    def changed(self) -> bool:
+        """Whether a file of the run is another one by now, or was already while it was read."""
+        return any(state_at(path) != known for path, known in self.states.items())
 
     @cached_property
     def _updates(self) -> LazyUpdates:

@@ -200,6 +200,16 @@ class BaseModel:
         said = [sorted(self.fingerprint.items()), self.config]
         return blake3(json.dumps(said, sort_keys=True).encode()).hexdigest()
 
+    def check_unchanged(self) -> None:
+        """Raise `BaseError` where another model lies in the folder by now: who was given its path,
+        as transformers is, may have read that one."""
+        if open_base(self.path).identity != self.identity:
+            raise BaseError(
+                "the base changed while it was read",
+                file=self.path,
+                remedy="run again when nothing writes to it",
+            )
+
     def unlike(self, fingerprint: Mapping[str, object]) -> list[str]:
         """The tensors, by name, in which this base is not the one of `fingerprint`."""
         own = self.fingerprint
@@ -274,7 +284,7 @@ def _as_conv1d(tensors: LazyTensors) -> LazyTensors:
 def _cached_snapshot(name: str, revision: str | None) -> Path:
     from huggingface_hub import snapshot_download
 
-    told = f", its revision {revision}" if revision else ""
+    told = f" --revision {revision}" if revision else ""
     try:
         if revision and not _REVISION.fullmatch(revision):  # a path, which the cache would follow
             raise ValueError(revision)

@@ -7,7 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from ..errors import MissingError, RunError
-from ..files.handles import reading, there
+from ..files.handles import reading, state_at, there
 from ..files.json_files import is_number as is_number
 from ..options import ReadOptions as ReadOptions
 from ..run import Run
@@ -48,6 +48,7 @@ def _read(path: str | Path, options: ReadOptions | None, *, named: bool) -> Run:
     if options.lora_alpha is not None and not is_number(options.lora_alpha):
         raise RunError("lora_alpha is not a finite number", found=options.lora_alpha)
     with reading(folder, RunError):
+        before = {file: state_at(file) for file in folder.glob("*")}
         reader, found = detect(folder, options.method)
         run = replace(reader.read(found, options), method=reader.name)
         if options.parts:
@@ -59,7 +60,9 @@ def _read(path: str | Path, options: ReadOptions | None, *, named: bool) -> Run:
         run = replace(checked(run, found, options, named), inputs=(folder, *options.parts))
     if not run.updates and not run.replaced:
         raise RunError("the run adapted nothing", file=run.path)
-    return run
+    # Files that lie elsewhere, or deeper, are only known now.
+    states = {file: before[file] if file in before else state_at(file) for file in run.files}
+    return replace(run, states=states)
 
 
 def _cached_run(name: str) -> Path:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import platform
 import re
 import sys
@@ -14,6 +13,7 @@ import click
 
 from converters.files.cache import cache_folder
 from converters.files.cores import cores
+from converters.files.memory import memory
 
 from . import common
 
@@ -31,7 +31,7 @@ def command(as_json: bool) -> None:
         "python": f"{platform.python_version()} ({sys.executable})",
         "system": platform.platform(),
         "cores": len(cores()),
-        "memory": common.size(_memory()),
+        "memory": common.size(memory()),
         "processor": _features(),
         "cache": str(cache_folder()),
         "packages": {name: found for name, (found, _) in packages.items() if found},
@@ -62,13 +62,6 @@ def _packages() -> dict[str, tuple[str | None, str]]:
             here = None
         found[name] = here, f"(extra {extra[1]})" if extra else ""
     return found
-
-
-def _memory() -> int:
-    try:
-        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    except (AttributeError, OSError, ValueError):
-        return 0
 
 
 def _features() -> list[str]:

@@ -2,29 +2,19 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
+
+from converters.files.memory import memory
 
 from .session import EngineError
 
-_GROUP = Path("/sys/fs/cgroup/memory.max")
 _SCORES = 1 << 23  # numbers, of each token with each other in a layer; there are copies of them
 _HEADS = ("num_attention_heads", "encoder_attention_heads", "num_heads", "n_heads")
 
 
 class QueueFull(EngineError):
     """More requests wait than are allowed to."""
-
-
-def memory() -> int:
-    """Bytes that this process may use: the machine's, or what its control group is given."""
-    machine = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    try:
-        return min(machine, int(_GROUP.read_text()))
-    except (OSError, ValueError):  # none, or "max"
-        return machine
 
 
 @dataclass(frozen=True)

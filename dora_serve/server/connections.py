@@ -8,6 +8,7 @@ import signal
 from types import FrameType
 from typing import Any
 
+import h11
 import uvicorn
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
@@ -42,6 +43,10 @@ class Connection(H11Protocol):
             self.connections.discard(each)
             each.transport.abort()
 
+    def on_response_complete(self) -> None:
+        self._begun = self.loop.time()  # it waits for the next request from now on
+        super().on_response_complete()
+
     @property
     def _waits(self) -> bool:
         """For a whole request."""
@@ -60,6 +65,14 @@ class Connection(H11Protocol):
     def connection_lost(self, exc: Exception | None) -> None:
         self._timer.cancel()
         super().connection_lost(exc)
+
+    def send_400_response(self, msg: str) -> None:
+        """What is no request is refused, unless it comes behind an answer that ends the connection,
+        or in the midst of one: then nothing may be said any more."""
+        if self.conn.our_state in (h11.IDLE, h11.SEND_RESPONSE):
+            super().send_400_response(msg)
+        else:
+            self.transport.close()
 
     def shutdown(self) -> None:
         """What has come whole is answered; for nothing else is waited."""

@@ -98,7 +98,8 @@ class Guard:
         if self._local and not all(map(_is_here, hosts)):
             # A page from elsewhere may let its own name lead here, and then read the answers.
             raise ApiError("This server answers to localhost alone.", 403, code="other_host")
-        if scope["path"] not in self._open:
+        closed = scope["path"] not in self._open
+        if closed:
             if _crosses(headers):
                 raise ApiError("Pages of other sites may not ask.", 403, code="cross_site")
             if self._key is not None:
@@ -108,6 +109,8 @@ class Guard:
                     raise ApiError("This server needs an API key.", 401, code="invalid_api_key")
         short = scope["method"] != "POST" or scope["path"].endswith("_lora_adapter")
         bound = min(self._max_body, _SHORT) if short else self._max_body
+        if not closed:  # nothing is held of who has no key, or there would be no room for others'
+            bound = 0
         body, whole = bytearray(), b""
         try:
             await self._fill(body, bound, headers, receive)

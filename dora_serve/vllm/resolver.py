@@ -57,7 +57,8 @@ class RunResolver(LoRAResolver):  # type: ignore[misc]
         of what the engine did not load."""
         models = self._table.models
         try:
-            base = open_base(models.model_config.model)
+            # Of a hub id vLLM serves the revision that it was told.
+            base = open_base(models.model_config.model, models.model_config.revision)
         except DoraExportError as error:
             logger.error("no training run is served: %s", error)
             return

@@ -116,6 +116,11 @@ def test_a_hub_id_is_taken_from_the_local_cache(
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "cache"))
     base = open_base("someone/tiny")
     assert base.name == "someone/tiny"
+    shutil.copytree(llama_base, cache / "snapshots" / "def")
+    (cache / "refs" / "two").write_text("def")
+    assert [open_base("someone/tiny", r).path.name for r in (None, "two")] == ["abc", "def"]
+    with pytest.raises(DoraExportError, match="neither a folder nor a model"):
+        open_base("someone/tiny", "three")
     merge(llama_lora, tmp_path / "out", base="someone/tiny")
     model = LlamaForCausalLM.from_pretrained(llama_base)
     inputs = verification_batch(model)

@@ -22,13 +22,15 @@ from converters.files.hashes import file_hash
 from converters.files.tensors import LazyTensor
 from converters.lint import lint
 from converters.model.base import open_base
-from converters.targets.onnx import add_adapters
-from dora_serve import merge, read_run, write_adapter
+from converters.targets.onnx import add_adapters, decoder
+from dora_serve import merge, read_run, write_adapter, write_onnx
 from dora_serve.batch import plan_batch
 from dora_serve.batch.convert import convert
 from dora_serve.folder.cache import content_key
 from dora_serve.folder.inventory import discover, read_member
 from dora_serve.folder.pairing import is_named
+from dora_serve.onnxruntime.decoder import Decoder
+from dora_serve.onnxruntime.sampling import Sampling
 from dora_serve.proof.check import check
 from dora_serve.server.prepare.make import _base_key, make_offer
 from dora_serve.vllm.convert import vllm_adapter
@@ -36,6 +38,7 @@ from dora_serve.vllm.fleet import plan_fleet
 from tests.conftest import MODELS, tiny_llama
 from tests.dora_serve.damage import flip, settle
 
+BASE = MODELS / "tiny-llama-base"
 WEIGHTS = "model.safetensors"
 
 
@@ -287,3 +290,49 @@ def test_other_frozen_weights_are_another_base(
     (run,) = (in_float32 / "runs" / "Checkpoint").glob("*/*/*/*")
     with pytest.raises(BaseError, match="frozen weights differ"):
         read_member("run", run, [], open_base(in_float32 / "base"))
+
+
+@pytest.mark.parametrize("changed", [WEIGHTS, "config.json", "tokenizer_config.json"])
+def test_a_graph_of_a_base_that_was_exchanged_meanwhile_is_not_kept(
+    tmp_path: Path, changed: str
+) -> None:
+    """Who builds it is given the folder's path: the cache would have it by another base's name."""
+    base, other = tmp_path / "root" / "base", tmp_path / "other"
+    shutil.copytree(BASE, base)
+    rewritten(BASE, other, negated)
+    for name in ("config.json", "tokenizer_config.json"):
+        said = json.loads((BASE / name).read_text())
+        (other / name).write_text(json.dumps({**said, "rms_norm_eps": 0.1}))
+
+    def exchange(text: str) -> None:
+        assert "graph" in text
+        shutil.copyfile(other / changed, tmp_path / "new")
+        (tmp_path / "new").replace(base / changed)
+
+    offer = make_offer(tmp_path / "root", None, False, exchange)
+    assert offer.models == [] and "changed while it was read" in offer.problems["base"]
+    shutil.copyfile(BASE / changed, base / changed)
+    offer = make_offer(tmp_path / "root", None, False, lambda _: None)
+    assert offer.problems == {}
+    found = Decoder(offer.graphs[0].folder, threads=1)
+    (answer,) = found.generate([found.encode("count : nine")], None, Sampling(max_tokens=5))
+    assert answer.text.startswith(" ten eleven")
+
+
+def test_a_graph_of_a_base_that_is_exchanged_meanwhile_is_not_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tmp_path / "base"
+    shutil.copytree(BASE, folder)
+    base = open_base(folder)
+    assert base.fingerprint  # as a certificate would tell it
+    build = decoder.build_decoder
+
+    def exchanged(*given: Any, **more: Any) -> None:
+        shutil.copyfile(rewritten(BASE, tmp_path / "other", negated) / WEIGHTS, folder / WEIGHTS)
+        build(*given, **more)
+
+    monkeypatch.setattr("converters.targets.onnx.write.build_decoder", exchanged)
+    with pytest.raises(BaseError, match="changed while it was read"):
+        write_onnx(base, tmp_path / "out")
+    assert not (tmp_path / "out").exists()

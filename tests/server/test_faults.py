@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import resource
 import shutil
 import signal
 import socket
@@ -284,3 +285,41 @@ def test_what_a_request_asks_in_vain_is_no_fault_of_the_server(narrow: Server) -
         refused = http.post("/v1/completions", json=body)
     assert refused.status_code == 400 and "no token is left" in refused.text
     assert "Traceback" not in narrow.log.read_text()
+
+
+def test_what_is_no_request_behind_a_refusal_is_cut_off(narrow: Server) -> None:
+    """A body that breaks once its request was refused: nothing may be said of it any more."""
+    head = b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nTransfer-Encoding: chunked\r\n\r\n"
+    with socket.create_connection(("127.0.0.1", int(narrow.url.rpartition(":")[2]))) as bare:
+        bare.settimeout(20)
+        bare.sendall(head)
+        said = bare.recv(1 << 16)
+        assert said.startswith(b"HTTP/1.1 401")
+        bare.sendall(b"no length\r\n")
+        while piece := bare.recv(1 << 16):
+            said += piece
+    assert said.count(b"HTTP/1.1") == 1
+    assert "Traceback" not in narrow.log.read_text()
+
+
+def test_of_too_many_connections_those_that_ask_stay(narrow: Server) -> None:
+    """However long they have been there."""
+    address, pid = ("127.0.0.1", int(narrow.url.rpartition(":")[2])), narrow.process.pid
+    before = resource.prlimit(pid, resource.RLIMIT_NOFILE)
+    resource.prlimit(pid, resource.RLIMIT_NOFILE, (160, before[1]))  # 80 connections
+    silent: list[socket.socket] = []
+    try:
+        with socket.create_connection(address, timeout=20) as asking:
+            for _ in range(10):
+                asking.sendall(b"GET /health HTTP/1.1\r\nHost: localhost\r\n\r\n")
+                answer = b""
+                while not answer.endswith(b"}"):
+                    piece = asking.recv(1 << 16)
+                    assert piece, "it was cut off"
+                    answer += piece
+                assert answer.startswith(b"HTTP/1.1 200")
+                silent += [socket.create_connection(address, timeout=20) for _ in range(20)]
+    finally:
+        for each in silent:
+            each.close()
+        resource.prlimit(pid, resource.RLIMIT_NOFILE, before)

@@ -202,6 +202,8 @@ def test_pages_of_other_sites(headers: dict[str, str], fine: bool, key: str | No
         ("POST", "/v1/load_lora_adapter", 70_000, False),
         ("POST", "/v1/load_lora_adapter", 60_000, True),
         ("GET", "/x", 70_000, False),
+        ("POST", "/health", 1, False),
+        ("GET", "/page.js", 1, False),
     ],
 )
 def test_bodies_where_none_or_a_name_is_expected(
@@ -226,6 +228,33 @@ def test_many_bodies_at_once() -> None:
     statuses = asyncio.run(send(3 * guard._HELD))
     assert set(statuses) <= {200, 503}
     assert asyncio.run(send(1)) == [200]
+
+
+@pytest.mark.parametrize("announced", [True, False])
+def test_bodies_of_those_without_a_key_are_not_held(announced: bool) -> None:
+    """Else they could keep everybody with a key from asking."""
+    app = make_app("secret")
+    stays = asyncio.Event()
+
+    async def unfinished() -> AsyncIterator[bytes]:
+        yield b"x" * (BOUND - 1)
+        await stays.wait()
+
+    async def send() -> int:
+        transport = httpx.ASGITransport(app)
+        async with httpx.AsyncClient(transport=transport, base_url="http://localhost") as client:
+            length = {"Content-Length": str(BOUND)} if announced else {}
+            held = [
+                asyncio.create_task(client.post(path, headers=length, content=unfinished()))
+                for path in ("/health", "/", "/x") * guard._HELD
+            ]
+            done, _ = await asyncio.wait(held, timeout=5)
+            assert {each.result().status_code for each in done} == {401, 413}
+            assert len(done) == len(held)
+            own = {"Authorization": "Bearer secret"}
+            return (await client.post("/x", headers=own, content=b"x" * BOUND)).status_code
+
+    assert asyncio.run(send()) == 200
 
 
 def test_a_length_that_is_told_twice() -> None:

@@ -59,7 +59,9 @@ def write_graphs(folder: Path, plan: OnnxPlan) -> OnnxReport:
         write_folder(floats, none, lambda _bytes: None)
         base = open_base(floats)
     _build_base(base, plan.adapters, folder, plan.task, writer)
-    if base is not plan.base:
+    if base is plan.base:  # else it was read by its tensors, which tell
+        base.check_unchanged()
+    else:
         shutil.rmtree(floats)
     ranks = write_adapters(folder, plan.adapters, plan.base) if plan.adapters else {}
     return OnnxReport(details=details, warnings=_slower(writer), ranks=ranks, times=writer.times)

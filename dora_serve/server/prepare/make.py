@@ -18,7 +18,7 @@ from threading import Thread
 from typing import Any
 
 from converters.certificate import FILE, tool, write_certificate
-from converters.errors import DoraExportError, TargetError, apart
+from converters.errors import BaseError, DoraExportError, TargetError, apart
 from converters.files.json_files import read_json
 from converters.files.onnx_files import FOLDER, SUFFIX, digest, graphs_in, read_adapter_file
 from converters.files.output import output_folder
@@ -165,14 +165,22 @@ def _graph(
     if dry:
         _plan(base, {} if first is None else {_NAME: first})
     else:
+        key = _base_key(base, asked)
 
         def make(target: Path) -> None:
             say(f"{name}: making its ONNX graph in {precision}, once …")
             adapters = {"first": first} if first else {}
             with timed(f"onnx-{precision}", "making the graph", base.nbytes):
                 write_onnx(base, target, adapters=adapters, precision=precision)
+            # Else it would be kept under the name of what the base was before.
+            if _base_key(base, asked) != key:
+                raise BaseError(
+                    "what lies beside the base's weights changed while it was read",
+                    file=base.path,
+                    remedy="start the server anew when nothing writes to it",
+                )
 
-        folder = cached(_base_key(base, asked), make)
+        folder = cached(key, make)
     return offer.Graph(folder=str(folder), task=task, base=name, path=str(base.path), given=given)
 
 

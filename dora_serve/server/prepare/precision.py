@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+from converters.files.memory import memory
 from converters.files.tensors import numel
 from converters.model.base import BaseModel
-from dora_serve.onnxruntime.limits import memory
 
 AUTO = "auto"
 _SHARE = 4  # of the memory: a base's weights may take one such part of it

@@ -15,6 +15,7 @@ from typing import Any
 
 import pytest
 import torch
+from transformers import LlamaConfig, LlamaForCausalLM
 
 pytestmark = pytest.mark.skipif(find_spec("vllm") is None, reason="needs vLLM")
 
@@ -32,7 +33,7 @@ def test_a_name_that_vllm_enters_late_is_let_go(
     shutil.copytree(llama_lora, run)
     table = Table()
     models: Any = SimpleNamespace(
-        model_config=SimpleNamespace(model=str(llama_base)),
+        model_config=SimpleNamespace(model=str(llama_base), revision=None),
         base_model_paths=[],
         lora_requests={},
         engine_client=None,
@@ -81,7 +82,7 @@ def test_a_run_that_did_not_load_at_the_start_is_followed(
 
     table = Table()
     models: Any = SimpleNamespace(
-        model_config=SimpleNamespace(model=str(llama_base)),
+        model_config=SimpleNamespace(model=str(llama_base), revision=None),
         base_model_paths=[],
         lora_requests={},
         lora_resolver_lock=defaultdict(asyncio.Lock),
@@ -137,7 +138,7 @@ def test_runs_that_are_being_written_hold_up_no_other(
 
     table = Table()
     table.models = SimpleNamespace(
-        model_config=SimpleNamespace(model=str(llama_base)),
+        model_config=SimpleNamespace(model=str(llama_base), revision=None),
         base_model_paths=[],
         lora_requests={},
         engine_client=None,
@@ -162,3 +163,43 @@ def test_runs_that_are_being_written_hold_up_no_other(
     finally:
         done.set()
         writer.join()
+
+
+def test_the_base_is_that_of_the_revision_that_vllm_serves(
+    tmp_path: Path, llama_base: Path, llama_lora: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As `vllm serve someone/tiny --revision two`: the run fits that one alone."""
+    from vllm.exceptions import VLLMValidationError
+
+    from dora_serve.vllm import resolver as module
+    from dora_serve.vllm.table import Table
+
+    hub = tmp_path / "hub" / "models--someone--tiny"
+    (hub / "refs").mkdir(parents=True)
+    for revision, commit in (("main", "abc"), ("two", "def")):
+        (hub / "refs" / revision).write_text(commit)
+    shutil.copytree(llama_base, hub / "snapshots" / "def")
+    other = LlamaConfig.from_pretrained(llama_base)
+    other.hidden_size *= 2
+    LlamaForCausalLM(other).save_pretrained(hub / "snapshots" / "abc")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
+    monkeypatch.setenv("DORA_SERVE_CACHE", str(tmp_path / "cache"))
+    shutil.copytree(llama_lora, tmp_path / "root" / "run")
+
+    async def ask(revision: str | None) -> str:
+        table = Table()
+        table.models = SimpleNamespace(
+            model_config=SimpleNamespace(model="someone/tiny", revision=revision),
+            base_model_paths=[],
+            lora_requests={},
+            engine_client=None,
+        )
+        resolver = module.RunResolver(tmp_path / "root", table, any_base=True, keep=False)
+        await resolver.started({})
+        request = await resolver.resolve_lora("someone/tiny", "run")
+        assert request is not None
+        return str(request.lora_path)
+
+    assert Path(asyncio.run(asyncio.wait_for(ask("two"), 120))).is_dir()
+    with pytest.raises(VLLMValidationError):
+        asyncio.run(asyncio.wait_for(ask(None), 120))
