@@ -68,6 +68,7 @@ def _tensors(folder: RunFolder) -> LazyTensors:
     if folder.has(CONFIG_FILE):
         config = folder.adapter_config  # a magnitude may have r numbers too
         plain = not config.get("use_dora") and not is_variant(config)
+        plain = plain and "init_r" not in config  # AdaLoRA's, whatever type it says
         own = config.get("peft_type") in _TYPES and plain
         return folder.adapter if own and folder.adapter_file is not None else {}
     tensors = {} if folder.checkpoint is None else folder.checkpoint.tensors

@@ -8,24 +8,10 @@ from pathlib import Path
 
 from ..certificate import FILE as CERTIFICATE
 from ..errors import DoraExportError, RunError
-from .run_folder import RunFolder
+from .in_pieces import in_pieces
+from .run_folder import CONFIG_FILE, WEIGHT_FILES, RunFolder
 
 _NUMBER = re.compile(r"\d+")
-_TRAINERS = {  # what they leave that is no file of tensors, and how it becomes one
-    "*.distcp": (
-        "a checkpoint in shards of FSDP or torch.distributed, which no reader opens",
-        "put them together: accelerate merge-weights FOLDER OUT (Trainer, axolotl), or python -m "
-        "torch.distributed.checkpoint.format_utils dcp_to_torch FOLDER OUT",
-    ),
-    "zero_to_fp32.py": (
-        "a checkpoint in pieces of DeepSpeed, one for each process",
-        "put them together: python zero_to_fp32.py . OUT, in this folder",
-    ),
-    "adapters.npz": (
-        "an adapter of an early mlx-lm, whose configuration is not beside it",
-        "train it with a newer mlx-lm, or fuse it there (mlx_lm.fuse), then `extract`",
-    ),
-}
 
 
 def no_run(folder: RunFolder, looked_for: Mapping[str, str], below: Sequence[Path]) -> RunError:
@@ -49,14 +35,21 @@ def no_run(folder: RunFolder, looked_for: Mapping[str, str], below: Sequence[Pat
             expected="one of them",
             remedy=f"give {path / names[-1]} for example; `batch` takes all of them",
         )
-    for pattern, (message, remedy) in _TRAINERS.items():
-        found = next((p for each in (pattern, f"*/{pattern}") for p in path.glob(each)), None)
-        if found is not None:
-            return RunError(message, file=path, found=str(found.relative_to(path)), remedy=remedy)
+    if (pieces := in_pieces(path)) is not None:
+        return pieces
     try:
         model = folder.checkpoint
     except DoraExportError:
         model = None
+    factor = next((n for n in (model.tensors if model else ()) if ".lora_" in n), None)
+    if factor is not None:
+        return RunError(
+            "a whole model with factors of LoRA in it, and no configuration that tells their scale",
+            file=path,
+            found=factor,
+            remedy=f"put the file, as {WEIGHT_FILES[0]} (or .bin), into a folder with the "
+            f"{CONFIG_FILE} of its training",
+        )
     if model is not None:
         return RunError(
             "a whole model without factors of LoRA in it: a full fine-tune, a merged model, or a "

@@ -11,6 +11,7 @@ from ..errors import DoraExportError, MissingError, RunError
 from ..files.tensors import LazyTensors, open_file, open_files, read_json
 from ..model.base import INDEX_FILES, SINGLE_FILES, BaseModel, open_base
 from ..model.names import adapter_in, unwrapped, without_adapter
+from .in_pieces import in_pieces
 
 # What PEFT and its forks save.
 CONFIG_FILE = "adapter_config.json"
@@ -104,7 +105,7 @@ class RunFolder:
         tensors that lie elsewhere."""
         files = self.adapter_files
         if not files:
-            raise MissingError(
+            raise in_pieces(self.path) or MissingError(
                 "the adapter has no weights",
                 file=self.path,
                 expected=" or ".join(WEIGHT_FILES),
@@ -120,6 +121,8 @@ class RunFolder:
                 remedy="copy or download the whole folder again",
             )
         stored = self.tensors(files[0]) if len(files) == 1 else open_files(files)
+        if not stored and (pieces := in_pieces(self.path)) is not None:
+            raise pieces  # DeepSpeed lets PEFT save nothing
         refuse_empty(stored)
         names = _plain(stored, files[0])
         own = {n: t for n, t in names.items() if _ORIGINAL not in n and _COPY not in n}

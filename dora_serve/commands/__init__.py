@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import io
 import os
 import sys
 from collections.abc import Iterator
@@ -67,13 +68,16 @@ class _LazyGroup(click.Group):
             return super().parse_args(ctx, args)
 
     def main(self, *args: Any, **kwargs: Any) -> Any:
+        _write_all()
         try:
             return super().main(*args, **kwargs)
         except OSError as error:
-            if not _of_printing(error):
+            printing = extract_tb(error.__traceback__)[-1].name == click.echo.__name__
+            if not (_dropped() or printing):
                 raise
             with contextlib.suppress(OSError):
                 click.secho(f"error: printing failed: {error.strerror}", fg="red", err=True)
+            _dropped()
             sys.exit(1)
 
     def invoke(self, ctx: click.Context) -> Any:
@@ -151,10 +155,22 @@ def dora_serve() -> None:
     """Serve training runs and adapters."""
 
 
-def _of_printing(error: OSError) -> bool:
+def _write_all() -> None:
+    """Let standard output and error write all they are given, or fail. Unbuffered, as in many
+    containers (PYTHONUNBUFFERED), Python drops what a nearly full disk did not take of one call."""
+    for name in ("stdout", "stderr"):
+        stream = getattr(sys, name)
+        raw = getattr(stream, "buffer", None)
+        if isinstance(raw, io.FileIO):
+            whole = io.BufferedWriter(io.FileIO(raw.fileno(), "wb", closefd=False))
+            text = io.TextIOWrapper(whole, stream.encoding, stream.errors, line_buffering=True)
+            setattr(sys, name, text)
+
+
+def _dropped() -> bool:
     """Whether standard output or error takes no more, as of a full disk. What is left for it is
     dropped, so that the end of the process does not fail by it again."""
-    failed = extract_tb(error.__traceback__)[-1].name == click.echo.__name__
+    failed = False
     for stream in (sys.stdout, sys.stderr):
         try:
             stream.flush()

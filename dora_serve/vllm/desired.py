@@ -268,9 +268,9 @@ class Following:
                     self._bases[path] = state, open_base(path)
 
     def _now(self, path: Path) -> State:
-        """The state of a run; of one that became a link out of the folder, that it is gone, as
-        whoever looks for the first time finds it."""
-        return _state(path) if real(path).is_relative_to(self.root) else {}
+        """The state of a run; of one that became a link, that it is gone, as whoever looks for the
+        first time finds it."""
+        return _state(path) if real(path) == path else {}
 
     def _is_known(self, path: Path, state: State) -> bool:
         known = self._known.get(path)

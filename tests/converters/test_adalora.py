@@ -155,6 +155,9 @@ def adapter(llama_base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
         ({"rank_pattern": {"model.layers.0.self_attn.q_proj.lora_E": 2}}, "not AdaLoRA's"),
         ({"rank_pattern": {"model.layers.0.self_attn.q_proj.lora_E": [True]}}, "another adapter"),
         ({"rank_pattern": None}, "differs from the configuration"),
+        # Taken for a gated run, whose scale has another divisor:
+        ({"peft_type": None, "rank_pattern": None}, "no run found"),
+        ({"peft_type": "LORA", "rank_pattern": None}, "no run found"),
     ],
 )
 def test_peft_adalora_with_another_configuration(

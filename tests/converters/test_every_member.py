@@ -119,7 +119,11 @@ def test_value_heads_are_told(name: str, tmp_path: Path) -> None:
     [
         ("model/__0_0.distcp", "in shards of FSDP"),
         ("__0_0.distcp", "in shards of FSDP"),
+        ("pytorch_model_fsdp.bin", "that FSDP put together"),
         ("zero_to_fp32.py", "pieces of DeepSpeed"),
+        ("global_step9/mp_rank_00_model_states.pt", "pieces of DeepSpeed"),
+        ("zero_pp_rank_0_mp_rank_00_model_states.pt", "pieces of DeepSpeed"),
+        ("latest_checkpointed_iteration.txt", "pieces of Megatron"),
         ("adapters.npz", "early mlx-lm"),
     ],
 )
@@ -127,6 +131,12 @@ def test_what_trainers_leave(name: str, message: str, tmp_path: Path) -> None:
     (tmp_path / name).parent.mkdir(exist_ok=True)
     (tmp_path / name).write_bytes(b"")
     with pytest.raises(RunError, match=message):
+        read_run(tmp_path)
+    (tmp_path / "adapter_config.json").write_text('{"peft_type": "LORA", "r": 2, "lora_alpha": 2}')
+    with pytest.raises(RunError, match=message):  # beside an adapter's configuration too
+        read_run(tmp_path)
+    save_file({}, tmp_path / "adapter_model.safetensors")
+    with pytest.raises(RunError, match=message):  # or beside what DeepSpeed lets PEFT save
         read_run(tmp_path)
 
 

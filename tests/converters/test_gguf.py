@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import resource
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from peft import LoraConfig, get_peft_model
 from converters.run import Run
 from dora_serve import DoraExportError, read_run, write_adapter
 from dora_serve.commands import dora_export
-from tests.conftest import randomize, tiny_llama
+from tests.conftest import MODELS, randomize, tiny_llama
 from tests.converters.families import DECODER
 
 gguf = pytest.importorskip("gguf")
@@ -263,3 +264,17 @@ def test_an_update_of_zero_is_one_component_of_zeros(tmp_path: Path, llama_base:
     loaded = Loaded(tmp_path / "out" / "out.gguf")
     assert loaded.names() == {"blk.0.attn_q.weight"}
     assert not loaded.delta("blk.0.attn_q.weight").any()
+
+
+def test_a_disk_that_takes_a_part_of_it(tmp_path: Path) -> None:
+    """What numpy says of it has no number, as errors of the disk have."""
+    runs = MODELS / "runs/Checkpoint/Tiny_Llama/Lora_Rank=8"
+    run = read_run(runs / "Every_Second/Tiny_Llama--Every_Second--1")
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (16384, before[1]))
+    try:
+        with pytest.raises(DoraExportError, match="requested and"):
+            write_adapter(run, tmp_path / "out", base=MODELS / "tiny-llama-base", target="gguf")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert not list(tmp_path.iterdir())

@@ -13,6 +13,8 @@ import torch
 from click.testing import CliRunner
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
+from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
+from torch.distributed.checkpoint.state_dict_saver import save as save_shards
 from transformers import LlamaForCausalLM
 
 from converters.errors import MissingError, RunError
@@ -187,6 +189,46 @@ def test_folders_that_are_none(
     with pytest.raises(RunError, match=message) as error:
         read_run(make(tmp_path / "out"))
     assert remedy in str(error.value.remedy)
+
+
+def whole_state(tmp_path: Path, base: Path) -> tuple[Any, dict[str, torch.Tensor], Path]:
+    """A model with LoRA, all its tensors by PEFT's names, and a folder with its configuration."""
+    wrapped = get_peft_model(
+        LlamaForCausalLM.from_pretrained(base),
+        LoraConfig(r=3, lora_alpha=6, target_modules=TARGETS, task_type="CAUSAL_LM"),
+    )
+    randomize(wrapped)
+    wrapped.peft_config["default"].save_pretrained(tmp_path / "run")
+    state = {name: tensor.detach().clone() for name, tensor in wrapped.state_dict().items()}
+    return wrapped, state, tmp_path / "run"
+
+
+def test_what_torch_puts_together_of_shards(llama_base: Path, tmp_path: Path) -> None:
+    wrapped, state, run = whole_state(tmp_path, llama_base)
+    shards = run / "pytorch_model_fsdp_0"
+    save_shards({"model": state}, checkpoint_id=shards, no_dist=True)
+    with pytest.raises(RunError, match="in shards of FSDP") as error:
+        read_run(run)
+    assert "dcp_to_torch" in str(error.value) and "adapter_model.bin" in str(error.value)
+    dcp_to_torch_save(shards, run / "adapter_model.bin")  # as the remedy says
+    control = logits(LlamaForCausalLM.from_pretrained(llama_base), INPUTS)
+    told = logits(wrapped, INPUTS)
+    prove(read_run(run), llama_base, INPUTS, told, control, tmp_path, ("peft",))
+
+
+def test_a_whole_model_with_its_factors(llama_base: Path, tmp_path: Path) -> None:
+    """As accelerate saves PEFT's model, or puts it together."""
+    wrapped, state, run = whole_state(tmp_path, llama_base)
+    saved = tmp_path / "saved"
+    shutil.copytree(llama_base, saved)
+    save_file(state, saved / "model.safetensors")
+    with pytest.raises(RunError, match="with factors of LoRA in it") as error:
+        read_run(saved)
+    assert ADAPTER[0] in str(error.value) and ADAPTER[1] in str(error.value)
+    shutil.copy(saved / "model.safetensors", run / ADAPTER[0])  # as the remedy says
+    control = logits(LlamaForCausalLM.from_pretrained(llama_base), INPUTS)
+    told = logits(wrapped, INPUTS)
+    prove(read_run(run), llama_base, INPUTS, told, control, tmp_path, ("peft",))
 
 
 def test_what_zero_3_leaves(trained: Path) -> None:

@@ -363,16 +363,16 @@ def test_a_run_that_is_followed_becomes_a_link_to_itself(root: Path) -> None:
     assert found.problems.keys() == {"adapter"}
 
 
-def test_a_run_that_is_followed_becomes_a_link_out_of_the_folder(
-    root: Path, tmp_path: Path
-) -> None:
+@pytest.mark.parametrize("inside", [False, True])
+def test_a_run_that_is_followed_becomes_a_link(root: Path, tmp_path: Path, inside: bool) -> None:
     """It is gone, as for whoever follows from then on."""
     following = Following(root)
     assert set(following.at_rest().adapters) == {"adapter"}
-    (root / "adapter").rename(tmp_path / "elsewhere")
-    (root / "adapter").symlink_to(tmp_path / "elsewhere")
+    other = (root if inside else tmp_path) / "other"
+    (root / "adapter").rename(other)
+    (root / "adapter").symlink_to(other)
     for each in (following, Following(root)):
-        assert not each.at_rest().adapters
+        assert set(each.at_rest().adapters) == ({"other"} if inside else set())
 
 
 def test_a_run_whose_file_is_damaged_is_parsed_once(

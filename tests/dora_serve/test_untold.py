@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -41,6 +42,36 @@ def test_a_full_disk_is_one_line(words: tuple[str, ...]) -> None:
     with FULL.open("w") as full:
         silent = subprocess.run([python, "-c", *words], stdout=full, stderr=full)
     assert silent.returncode == 1
+
+
+@pytest.mark.skipif(not FULL.exists(), reason="needs /dev/full")
+@pytest.mark.parametrize("unbuffered", ["", "1"])
+@pytest.mark.parametrize("program", [EXPORT, SERVE])
+def test_no_room_for_the_error_either(program: str, unbuffered: str) -> None:
+    with FULL.open("w") as full:
+        done = subprocess.run(
+            [sys.executable, "-c", program, "--help"],
+            env={**os.environ, "PYTHONUNBUFFERED": unbuffered},
+            stdout=full,
+            stderr=full,
+        )
+    assert done.returncode == 1
+
+
+@pytest.mark.parametrize("unbuffered", ["", "1"])
+def test_a_disk_that_takes_a_part_of_it(tmp_path: Path, unbuffered: str) -> None:
+    bound = "import resource; resource.setrlimit(resource.RLIMIT_FSIZE, (100, 100)); "
+    with (tmp_path / "said").open("w") as said:
+        done = subprocess.run(
+            [sys.executable, "-c", bound + EXPORT, "--help"],
+            env={**os.environ, "PYTHONUNBUFFERED": unbuffered},
+            stdout=said,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+    assert (tmp_path / "said").stat().st_size == 100
+    assert done.returncode == 1
+    assert done.stderr.splitlines() == ["error: printing failed: File too large"]
 
 
 @pytest.mark.parametrize("program", [EXPORT, SERVE])

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from ...errors import BaseError, TargetError
+from ...errors import BaseError, OutputError, TargetError
 from ...model.base import HEAD, BaseModel
 from ...model.tying import tied
 from ...run import Run
@@ -85,10 +85,17 @@ class GgufPlan(AdapterPlan):
                 a, b = b, a.T
             for factor, tensor in (("lora_a", a), ("lora_b", b)):
                 _add(writer, f"{self.names[module]}.{factor}", tensor)
-        writer.write_header_to_file()
-        writer.write_kv_data_to_file()
-        writer.write_tensors_to_file()
-        writer.close()
+        try:
+            writer.write_header_to_file()
+            writer.write_kv_data_to_file()
+            writer.write_tensors_to_file()
+            writer.close()
+        except OSError as error:
+            if error.errno is not None:
+                raise
+            raise OutputError(  # numpy's, of a full disk
+                str(error), file=folder, remedy="look after the disk and run again"
+            ) from None
         card = model_card(self, library="gguf", usage=_USAGE.format(name=name))
         (folder / "README.md").write_text(card)
         return errors
