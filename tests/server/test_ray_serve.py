@@ -213,7 +213,7 @@ def test_a_node_that_dies_takes_no_request_with_it(
     for future in clients:
         future.result()
     end = time.monotonic() + PATIENCE
-    while [node["Alive"] for node in ray.nodes()] != [True]:  # the control
+    while sum(node["Alive"] for node in ray.nodes()) > 1:  # the control
         assert time.monotonic() < end
         time.sleep(0.2)
     print(f"{sum(done)} requests answered, {len(failed)} tries failed: {set(failed)}")
