@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from converters.errors import DoraExportError, TensorFileError
-from converters.files.handles import check_file
+from converters.files.handles import check_file, reading
 from converters.files.json_files import read_json
 
 if TYPE_CHECKING:
@@ -30,12 +30,15 @@ def chat_templates(folder: Path) -> dict[str, str]:
         DEFAULT: folder / "chat_template.jinja",
         WITH_TOOLS: folder / "additional_chat_templates" / f"{WITH_TOOLS}.jinja",
     }
-    there: dict[str, Any] = {n: read_template(file) for n, file in files.items() if file.exists()}
-    config = folder / "tokenizer_config.json"
-    if not there and config.exists():
-        said: Any = read_json(config).get("chat_template")
-        several = said if isinstance(said, list) else [{"name": DEFAULT, "template": said}]
-        there = {str(p.get("name")): p.get("template") for p in several if isinstance(p, dict)}
+    with reading(folder, TensorFileError):
+        there: dict[str, Any] = {
+            n: read_template(file) for n, file in files.items() if file.exists()
+        }
+        config = folder / "tokenizer_config.json"
+        if not there and config.exists():
+            said: Any = read_json(config).get("chat_template")
+            several = said if isinstance(said, list) else [{"name": DEFAULT, "template": said}]
+            there = {str(p.get("name")): p.get("template") for p in several if isinstance(p, dict)}
     return {name: there[name] for name in files if isinstance(there.get(name), str) and there[name]}
 
 
