@@ -14,7 +14,6 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save_file
-from torch.distributed import FileStore
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Shard, distribute_tensor
 
@@ -125,8 +124,8 @@ def test_a_state_dict_of_other_things(tmp_path: Path) -> None:
 
 def test_a_shard_of_a_tensor_is_none(tmp_path: Path) -> None:
     """As each process of a training by FSDP saves its own."""
-    store = FileStore(str(tmp_path / "store"), 1)
-    torch.distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
+    place = f"file://{tmp_path / 'store'}"
+    torch.distributed.init_process_group("gloo", init_method=place, rank=0, world_size=1)
     try:
         mesh = init_device_mesh("cpu", (1,))
         shard = distribute_tensor(torch.ones(4, 2), mesh, [Shard(0)])
