@@ -284,7 +284,7 @@ def _as_conv1d(tensors: LazyTensors) -> LazyTensors:
 def _cached_snapshot(name: str, revision: str | None) -> Path:
     from huggingface_hub import snapshot_download
 
-    told = f" --revision {revision}" if revision else ""
+    told = f", its revision {revision}" if revision else ""
     try:
         if revision and not _REVISION.fullmatch(revision):  # a path, which the cache would follow
             raise ValueError(revision)

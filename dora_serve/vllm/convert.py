@@ -67,9 +67,9 @@ def _copy(adapter: Path, folder: Path) -> None:
 def _is_for_vllm(path: Path) -> bool:
     """Whether it is an adapter that was written for vLLM, and still is as it was written."""
     proof = path / CERTIFICATE
-    if not (path / CONFIG).is_file() or not proof.is_file():
-        return False
     with reading(path, RunError):
+        if not (path / CONFIG).is_file() or not proof.is_file():
+            return False
         if read_json(proof).get("target") != TARGET:
             return False
         memory = Memory("as its certificate says", [proof, *artifact_files(path).values()])

@@ -212,7 +212,10 @@ def test_a_node_that_dies_takes_no_request_with_it(
             stop.set()
     for future in clients:
         future.result()
-    assert [node["Alive"] for node in ray.nodes()].count(True) == 1  # the control
+    end = time.monotonic() + PATIENCE
+    while sum(node["Alive"] for node in ray.nodes()) > 1:  # the control
+        assert time.monotonic() < end
+        time.sleep(0.2)
     print(f"{sum(done)} requests answered, {len(failed)} tries failed: {set(failed)}")
 
 
