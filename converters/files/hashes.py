@@ -17,6 +17,7 @@ from contextlib import suppress
 from functools import partial
 from pathlib import Path
 
+import torch
 from blake3 import blake3
 
 from ..errors import BaseError, OutputError
@@ -80,7 +81,8 @@ def file_hash(path: Path) -> str:
 
 
 class TensorHashes:
-    """BLAKE3 of the tensors of `files`, path → tensors: each of dtype, shape and every element."""
+    """BLAKE3 of the tensors of `files`, path → tensors: each of dtype, shape and every element.
+    Raises `DoraExportError` where a file is another by now than when it was opened."""
 
     def __init__(self, files: Mapping[Path, LazyTensors]) -> None:
         self._files = files
@@ -91,6 +93,9 @@ class TensorHashes:
                 memory = Memory("tensors", [path])
             if memory.answer is not None:
                 known = json.loads(memory.answer)
+                # Of the file that lies there now, which has to be the one that was opened.
+                for tensor in list(tensors.values())[:1]:
+                    tensor.read_into(torch.empty(0, dtype=tensor.dtype), 0)
                 self._known |= {(path, name): known[name] for name in tensors}
             else:
                 self._memory[path] = memory

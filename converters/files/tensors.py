@@ -290,9 +290,8 @@ def open_torch(path: Path) -> dict[str, LazyTensor]:
         if isinstance(saved, dict) and isinstance(saved.get(key), dict):
             saved = saved[key]
     if not isinstance(saved, dict) or not saved:
-        raise TensorFileError(
-            "not a state dict", file=path, found=type(saved).__name__, expected="a dict of tensors"
-        )
+        kind = type(saved).__name__
+        raise TensorFileError("not a state dict", file=path, found=kind, expected="named tensors")
     for name, value in saved.items():
         if not _is_text(name) or not _is_plain(value, state[2]):
             raise TensorFileError(
@@ -311,9 +310,10 @@ def _is_text(name: object) -> bool:
 
 
 def _is_plain(value: object, size: int) -> bool:
-    """Whether it is a dense tensor that is no larger than the file it came from."""
+    """Whether it is a whole dense tensor, no larger than the file it came from."""
     return (
         isinstance(value, torch.Tensor)
+        and not hasattr(value, "placements")  # DTensor's, of which it is a shard
         and value.layout == torch.strided
         and value.device.type == "cpu"
         and value.dtype in DTYPE_NAMES
@@ -324,7 +324,7 @@ def _is_plain(value: object, size: int) -> bool:
 
 
 def _kind(value: object) -> str:
-    if not isinstance(value, torch.Tensor) or value.is_nested:
+    if not isinstance(value, torch.Tensor) or hasattr(value, "placements") or value.is_nested:
         return type(value).__name__
     return f"{value.dtype} {list(value.shape)}, {value.layout}, on {value.device}"
 

@@ -40,7 +40,7 @@ _EMBEDDINGS = (
     *("embed_tokens.weight", "wte.weight", "word_embeddings.weight", "shared.weight"),
     ".embeddings.weight",  # Mamba
 )
-_REVISION = re.compile(r"\w[\w.-]*(/\w[\w.-]*)*", re.ASCII)
+_REVISION = re.compile(r"\w[\w.+-]*(/\w[\w.+-]*)*", re.ASCII)
 _HUB_ID = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?", re.ASCII)
 _WRAPPER_PREFIXES = ("module.", "base_model.model.", "model.")
 

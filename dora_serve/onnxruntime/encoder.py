@@ -38,6 +38,7 @@ _POSITIONS_AFTER_PADDING = frozenset(
 )
 # Families that mix neighbouring tokens without a mask, so that what fills a row up changes it.
 _READ_PADDING = frozenset("canine convbert fnet funnel mobilebert nystromformer yoso".split())
+_OF_ALL = ("last", "mean")  # what XLM's and FlauBERT's heads may read, whatever fills a row up
 # Classes of no family, whose tokenizers give no types where their files ask for none.
 _UNTYPED = ("TokenizersBackend", "PreTrainedTokenizerFast")
 _LIBRARY = "config_sentence_transformers.json"
@@ -131,7 +132,9 @@ class Encoder(AdaptedFolder):
             types = [[0] * len(row) for row in rows]
         # Without a batched form, the rows of one adapter are a batch; where padding is read, those
         # of one length.
-        batched, read = self.adapter_set.batched, self.config.get("model_type") in _READ_PADDING
+        batched = self.adapter_set.batched
+        read = self.config.get("model_type") in _READ_PADDING
+        read = read or self.config.get("summary_type") in _OF_ALL
         kinds = [
             (None if batched else name, len(row) if read else None)
             for name, row in zip(wanted, rows, strict=True)

@@ -142,20 +142,20 @@ def test_the_revision_that_a_run_names(
         save_file(tensors, cache / "snapshots" / commit / FILE, {"format": "pt"})
     (cache / "refs").mkdir()
     (cache / "refs" / "main").write_text("abc")
-    (cache / "refs" / "v1").write_text("def")
+    (cache / "refs" / "v1+x").write_text("def")
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "cache"))
     run = Path(shutil.copytree(llama_lora, tmp_path / "run"))
     config = run / "adapter_config.json"
     said = {**json.loads(config.read_text()), "base_model_name_or_path": "someone/tiny"}
-    config.write_text(json.dumps({**said, "revision": "v1"}))
+    config.write_text(json.dumps({**said, "revision": "v1+x"}))
     own = merge(run, tmp_path / "own").path
     right = merge(llama_lora, tmp_path / "right", base=llama_base).path
     expected = load_file(right / FILE)
     assert all(torch.equal(t, expected[n]) for n, t in load_file(own / FILE).items())
     written = write_adapter(run, tmp_path / "adapter", target="peft").path / config.name
-    assert json.loads(written.read_text())["revision"] == "v1"
+    assert json.loads(written.read_text())["revision"] == "v1+x"
     asked = merge(run, tmp_path / "asked", base="someone/tiny")
-    assert any("revision v1" in warning for warning in asked.warnings)
+    assert any("revision v1+x" in warning for warning in asked.warnings)
     for other in ("v2", "../refs/main"):
         config.write_text(json.dumps({**said, "revision": other}))
         with pytest.raises(DoraExportError, match="neither a folder") as caught:

@@ -14,6 +14,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save_file
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import Shard, distribute_tensor
 
 from converters.errors import DoraExportError, TensorFileError
 from converters.files.tensors import load_finite, open_file, open_safetensors, same_values
@@ -118,6 +120,20 @@ def test_a_state_dict_of_other_things(tmp_path: Path) -> None:
     torch.save({"a": 3}, tmp_path / "x.bin")
     with pytest.raises(TensorFileError, match="not a plain tensor"):
         open_file(tmp_path / "x.bin")
+
+
+def test_a_shard_of_a_tensor_is_none(tmp_path: Path) -> None:
+    """As each process of a training by FSDP saves its own."""
+    place = f"file://{tmp_path / 'store'}"
+    torch.distributed.init_process_group("gloo", init_method=place, rank=0, world_size=1)
+    try:
+        mesh = init_device_mesh("cpu", (1,))
+        shard = distribute_tensor(torch.ones(4, 2), mesh, [Shard(0)])
+        torch.save({"a": shard}, tmp_path / "x.bin")
+        with pytest.raises(TensorFileError, match="not a plain tensor"):
+            open_file(tmp_path / "x.bin")
+    finally:
+        torch.distributed.destroy_process_group()
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])

@@ -210,6 +210,25 @@ def test_what_fills_rows_up_is_not_read(kind: str, more: dict[str, Any], tmp_pat
     assert (states[:, :3] - truth).abs().max() > 10 * BOUND  # the control
 
 
+@pytest.mark.parametrize("summary", ["mean", pytest.param("last", marks=pytest.mark.further)])
+def test_heads_that_read_all_of_a_row_read_no_padding(summary: str, tmp_path: Path) -> None:
+    """XLM's classes, where its configuration asks its head to read more than the first token."""
+    sizes = {"emb_dim": 32, "n_layers": 1, "n_heads": 4, "vocab_size": 80}
+    config = transformers.XLMConfig(**sizes, summary_type=summary, max_position_embeddings=40)
+    torch.manual_seed(0)
+    live = transformers.XLMForSequenceClassification(config).eval()
+    with torch.no_grad():
+        for tensor in live.parameters():
+            tensor.add_(torch.randn(tensor.shape) * 0.1)
+    live.save_pretrained(tmp_path / "base")
+    write_onnx(tmp_path / "base", tmp_path / "onnx")
+    rows = [[5, 6, 7], [9, 8, 7, 6, 5, 9, 11], [7, 7, 5], [8, 6]]
+    for row, found in zip(rows, Encoder(tmp_path / "onnx").run(rows), strict=True):
+        with torch.no_grad():
+            truth = live(input_ids=torch.tensor([row])).logits[0].numpy()
+        assert np.abs(found["logits"] - truth).max() <= BOUND
+
+
 STATES = np.random.default_rng(0).normal(size=(5, 6)).astype(np.float32)
 
 

@@ -55,14 +55,14 @@ def packed(parts: Parts, said: Mapping[str, object]) -> Iterator[Packed]:
         found = f"format {', '.join(sorted(other))}" if other else "sparsity or rotated weights"
         raise unknown(parts, found, ", ".join((*_KNOWN, *_PACKED)))
     weights = [each["weights"] for each in groups if isinstance(each.get("weights"), Mapping)]
-    blocks = [_structure(each.get("block_structure")) for each in weights]
+    blocks = [_structure(each) for each in weights]
     bits = sorted({number(w, "num_bits", 1, 8) for w in weights})
     for name, weight in parts.tensors.items():
         stem, _, kind = name.rpartition(".")
         if kind == "weight_packed" and weight.dtype == torch.uint8:
             yield _fp4(parts, weight, stem)
         elif kind == "weight_packed":
-            yield _ints(parts, weight, stem, bits)
+            yield _ints(parts, weight, stem, bits, weights)
         elif kind == "weight" and weight.dtype in _EIGHT_BITS:
             if f"{stem}.weight_zero_point" in parts.tensors:
                 raise unknown(parts, f"{stem}.weight_zero_point", "symmetric weights of 8 bits")
@@ -73,9 +73,15 @@ def packed(parts: Parts, said: Mapping[str, object]) -> Iterator[Packed]:
             parts.take(name)
 
 
-def _structure(said: object) -> object:
-    """The size of blocks: until 2025 the library wrote "128x128"."""
-    return [int(part) for part in said.split("x")] if isinstance(said, str) else said
+def _structure(said: Mapping[str, object]) -> object:
+    """The size of the blocks, or of groups of a row; None where there are none. Until 2025 the
+    library wrote "128x128"."""
+    size = said.get("block_structure")
+    if isinstance(size, str):
+        size = [int(part) for part in size.split("x")]
+    if said.get("strategy") == "block" and not isinstance(size, list):
+        raise ValueError(f"block_structure is {size}")
+    return (1, said["group_size"]) if size is None and said.get("group_size") else size
 
 
 def _fp4(parts: Parts, weight: LazyTensor, stem: str) -> Packed:
@@ -101,9 +107,17 @@ def _fp4(parts: Parts, weight: LazyTensor, stem: str) -> Packed:
     return Packed(weight.name, f"{stem}.weight", weight.path, (out, columns), rows)
 
 
-def _ints(parts: Parts, weight: LazyTensor, stem: str, known: list[int]) -> Packed:
+def _ints(
+    parts: Parts,
+    weight: LazyTensor,
+    stem: str,
+    known: list[int],
+    told: list[Mapping[str, object]],
+) -> Packed:
     scale = parts.need(f"{stem}.weight_scale", weight)
     zeros = parts.take(f"{stem}.weight_zero_point")
+    if zeros is None and told and all(each.get("symmetric") is False for each in told):
+        parts.need(f"{stem}.weight_zero_point", weight)
     sizes = parts.need(f"{stem}.weight_shape", weight)
     if numel(sizes) != 2 or len(weight.shape) != 2 or weight.dtype != torch.int32:
         raise _unfit(weight, f"{weight.dtype} {list(weight.shape)}", "an int32 matrix")
@@ -111,9 +125,10 @@ def _ints(parts: Parts, weight: LazyTensor, stem: str, known: list[int]) -> Pack
     words = weight.shape[1]
     bits = next((b for b in known if math.ceil(columns * b / 32) == words), 0)
     groups = scale.shape[-1] if len(scale.shape) == 2 else 1
+    counts = {_groups(each, columns) for each in told}
     if weight.shape[0] != out or not bits or columns < 1 or not groups or columns % groups:
         raise _unfit(weight, list(weight.shape), f"[{out}, {columns}] of {known} bits")
-    check_shape(scale, (out, groups), *([(1,)] if groups == 1 else []))
+    check_shape(scale, *((out, count) for count in counts), *([(1,)] if groups == 1 else []))
     if zeros is not None:
         check_shape(zeros, (math.ceil(out * bits / 32), groups))
     half, index = 1 << (bits - 1), torch.arange(columns) // (columns // groups)
@@ -139,6 +154,12 @@ def _ints(parts: Parts, weight: LazyTensor, stem: str, known: list[int]) -> Pack
         return (values - zero[start:stop][:, index]) * factor[start:stop][:, index]
 
     return Packed(weight.name, f"{stem}.weight", weight.path, (out, columns), rows)
+
+
+def _groups(told: Mapping[str, object], columns: int) -> int:
+    """How many groups a row of that many columns has; -1 is told of a whole row too."""
+    size = told.get("group_size")
+    return math.ceil(columns / size) if isinstance(size, int) and size > 0 else 1
 
 
 def _unfit(weight: LazyTensor, found: object, expected: str) -> BaseError:

@@ -47,6 +47,8 @@ def awq(parts: Parts, said: Mapping[str, object]) -> Iterator[Packed]:
     if kind != "gemm" or bits != 4:
         raise unknown(parts, f"version {kind}, {bits} bits", "gemm, 4 bits")
     for weight in _weights(parts):
+        if said.get("zero_point") is not False:  # by default they are there
+            parts.need(weight.name.removesuffix(_WEIGHT) + ".qzeros", weight)
         yield _awq(parts, weight)
     _check_left(parts)
 

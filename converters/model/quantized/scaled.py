@@ -24,7 +24,7 @@ from .tensor import Packed, Parts, exponents, piece
 
 _FLOAT8 = (torch.float8_e4m3fn, torch.float8_e5m2)
 _SCALES = ("_scale_inv", "_scale")
-_USUAL = (128, 128)
+_USUAL, _MX = (128, 128), (1, 32)
 _OF_ACTIVATIONS = (
     *("input_scale", "output_scale", "activation_scale", "input_scale_ub"),
     *("input_zero_point", "output_zero_point"),
@@ -35,12 +35,13 @@ _OF_THE_CACHE = ("q_scale", "k_scale", "v_scale", "k_proj.output_scale", "v_proj
 def packed(parts: Parts, said: Mapping[str, object]) -> Iterator[Packed]:
     """The weights of eight and four bits among `parts`. Raises `BaseError` for one without its
     scale."""
-    block = said.get("weight_block_size", _USUAL)
+    small = said.get("quant_method") == "mxfp8"
+    block = said.get("weight_block_size", _MX if small else _USUAL)
     for name, weight in parts.tensors.items():
         if weight.dtype in _FLOAT8 and not name.endswith(_SCALES):
             yield scaled(parts, weight, block)
         elif weight.dtype == torch.int8:
-            yield scaled(parts, weight, block, pairs=True)
+            yield scaled(parts, weight, _MX, pairs=True)
     drop_activations(parts)
 
 
@@ -83,7 +84,8 @@ def _blocks(
     shape: tuple[int, ...], scale: LazyTensor, blocks: tuple[object, ...]
 ) -> tuple[tuple[int, ...], tuple[int, ...]]:
     """Along each axis of a weight of `shape` the elements that share a scale, and the number of
-    scales: one, one a row, of blocks of which the last may be smaller, or equal ones."""
+    scales: one, one a row or column, or of `blocks`, of which the last may be smaller; equal ones
+    where none are told."""
     axes = len(shape)
     grid = scale.shape
     if numel(scale) == 1:
@@ -92,14 +94,17 @@ def _blocks(
         grid = (grid[0], 1)
     given = [tuple(block) for block in blocks if isinstance(block, list | tuple)]
     given = [(1,) * (axes - len(block)) + block for block in given]
+    plain = not given or all(n in (1, m) for m, n in zip(shape[-2:], grid[-2:], strict=False))
     sizes: list[set[int]] = []
     for axis, (length, count) in enumerate(zip(shape, grid, strict=False)):
         said = {b[axis] for b in given if type(b[axis]) is int and b[axis] > 0}
-        if count == 1:
+        free = plain or axis < axes - 2
+        fit = {size for size in said if math.ceil(length / size) == count}
+        if count == 1 and (free or fit):
             sizes.append({max(1, length)})
-        elif fit := {size for size in said if math.ceil(length / size) == count}:
+        elif fit:
             sizes.append(fit)
-        elif count and length % count == 0:
+        elif free and count and length % count == 0:
             sizes.append({length // count})
     if len(grid) != axes or axes < 2 or [len(found) for found in sizes] != [1] * axes:
         raise BaseError(

@@ -143,6 +143,35 @@ def test_damaged(part: str, run: Path, tmp_path: Path) -> None:
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize(
+    ("kind", "part", "said"),
+    [
+        ("int4", "weight_scale", "another shape"),
+        ("int4, with zeros", "weight_zero_point", "lacks a part"),
+        ("fp8, blocks", None, "not of its format"),
+    ],
+)
+def test_parts_are_those_that_the_configuration_tells(
+    kind: str, part: str | None, said: str, run: Path, tmp_path: Path
+) -> None:
+    """A scale for a whole row in the place of groups, no zeros, blocks of no size: each of them is
+    another way to quantize, which this base is not in."""
+    base = quantized(tmp_path / "plain", tmp_path / "base", kind)
+    tensors, config = load_file(base / WEIGHTS), json.loads((base / "config.json").read_text())
+    if part == "weight_scale":
+        tensors[f"{DOWN}.{part}"] = tensors[f"{DOWN}.{part}"][:, :1].clone()
+    elif part is not None:
+        del tensors[f"{DOWN}.{part}"]
+    else:
+        for group in config["quantization_config"]["config_groups"].values():
+            group["weights"]["block_structure"] = None
+    save_file(tensors, base / WEIGHTS, {"format": "pt"})
+    (base / "config.json").write_text(json.dumps(config))
+    with pytest.raises(BaseError, match=said):
+        merge(run, tmp_path / "out", base=base)
+    assert not (tmp_path / "out").exists()
+
+
 def test_groups_by_the_order_of_activations(run: Path, tmp_path: Path) -> None:
     """`weight_g_idx`, as the library wrote it until 2026: what it quantizes are the inputs of one
     group after the other's."""

@@ -175,8 +175,24 @@ def _infinite(tensors: Tensors) -> Tensors:
     return {**tensors, f"{DOWN}_scale_inv": tensors[f"{DOWN}_scale_inv"] / 0}
 
 
+def _cut(tensors: Tensors) -> Tensors:
+    """One scale for all rows of a column of blocks, which only those of the first have."""
+    return {**tensors, f"{DOWN}_scale_inv": tensors[f"{DOWN}_scale_inv"][:1].clone()}
+
+
+def _longer(tensors: Tensors) -> Tensors:
+    return {**tensors, f"{DOWN}_scale_inv": tensors[f"{DOWN}_scale_inv"].repeat(2, 1)}
+
+
 @pytest.mark.parametrize(
-    ("damage", "said"), [(_without, "lacks a part"), (_narrow, "not fit"), (_infinite, "finite")]
+    ("damage", "said"),
+    [
+        (_without, "lacks a part"),
+        (_narrow, "not fit"),
+        (_infinite, "finite"),
+        (_cut, "not fit"),
+        (_longer, "not fit"),
+    ],
 )
 def test_damaged_scales(
     damage: Callable[[Tensors], Tensors], said: str, run: Path, tmp_path: Path

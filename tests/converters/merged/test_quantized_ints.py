@@ -180,6 +180,11 @@ def test_awq(run: Path, tmp_path: Path) -> None:
     )
     plain = merged_logits(tmp_path / "plain") - merged_logits(tmp_path / "out" / "float32")
     assert float(plain.abs().max()) > 1e-2
+    tensors = load_file(base / WEIGHTS)
+    del tensors[f"{DOWN}.qzeros"]
+    save_file(tensors, base / WEIGHTS, {"format": "pt"})
+    with pytest.raises(BaseError, match="lacks a part"):
+        merge(run, tmp_path / "none", base=base)
 
 
 @pytest.mark.parametrize("kind", ["awq", "3 bits"])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -11,7 +12,7 @@ import torch
 from blake3 import blake3
 from safetensors.torch import save_file
 
-from converters.errors import BaseError, DoraExportError, MissingError
+from converters.errors import BaseError, DoraExportError, MissingError, TensorFileError
 from converters.model.base import open_base
 from tests.converters.made import WEIGHTS
 from tests.converters.model.bases import make_base
@@ -230,3 +231,15 @@ def test_an_identity_is_of_tensors_and_configuration(tmp_path: Path) -> None:
     assert other.identity != known and other.fingerprint == base.fingerprint
     more = make_base(tmp_path / "more", {**tensors, "a": torch.arange(3) + 1}, **base.config)
     assert more.identity != known
+
+
+def test_hashes_that_are_known_are_not_those_of_a_base_that_came_since(tmp_path: Path) -> None:
+    """The other model was seen before, so that nothing has to be read to tell its hashes."""
+    base = make_base(tmp_path / "base", {"a": torch.zeros(3)})
+    other = make_base(tmp_path / "other", {"a": torch.ones(3)})
+    (file,), (new,) = base.shards, other.shards
+    new.replace(file)
+    time.sleep(0.2)  # until what is found out of the file is remembered
+    assert list(open_base(base.path).fingerprint) == ["a"]
+    with pytest.raises(TensorFileError, match="changed while it was read"):
+        _ = base.identity
