@@ -234,12 +234,12 @@ def open_base(folder_or_id: str | Path, revision: str | None = None) -> BaseMode
             file=folder,
             remedy="give the folder that from_pretrained would take",
         )
-    if not there(folder) or not folder.is_dir():
-        folder = _cached_snapshot(name, revision)
-        with reading(folder, BaseError):
-            return replace(_open(folder, name), revision=revision)
     with reading(folder, BaseError):
-        return _open(folder, name)
+        if there(folder) and folder.is_dir():
+            return _open(folder, name)
+    folder = _cached_snapshot(name, revision)
+    with reading(folder, BaseError):
+        return replace(_open(folder, name), revision=revision)
 
 
 def _open(folder: Path, name: str) -> BaseModel:
