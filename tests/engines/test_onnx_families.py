@@ -99,8 +99,9 @@ def lora(cls: Any, root: Path, name: str, **options: Any) -> Run:
 def supported(names: Any) -> list[Any]:
     def marks(name: str) -> list[pytest.MarkDecorator]:
         proves = pytest.mark.supports(method="peft_lora", family=name, targets=("onnx",))
-        # llama's are those of test_onnx_decoder.py
-        return [proves, *(further(name) if name != "llama" else [pytest.mark.further])]
+        # llama's are those of test_onnx_decoder.py, and Mixtral has Gemma 3's windows too.
+        proved = name in ("llama", "gemma3")
+        return [proves, *([pytest.mark.further] if proved else further(name))]
 
     return [pytest.param(name, marks=marks(name)) for name in names]
 
