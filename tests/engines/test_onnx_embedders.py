@@ -174,6 +174,25 @@ def test_vectors_are_those_of_the_live_pipeline(name: str, tmp_path: Path) -> No
     assert np.abs(wrong - truth[0]).max() > 10 * BOUND
 
 
+def rows_are_their_own(live: Any, output: str, folder: Path) -> None:
+    """Of the graph of `live`, given random numbers, in `folder`: also where the model itself reads
+    what fills a row up, which is the control."""
+    with torch.no_grad():
+        for tensor in live.parameters():
+            tensor.add_(torch.randn(tensor.shape) * 0.1)
+    live.save_pretrained(folder / "base")
+    write_onnx(folder / "base", folder / "onnx")
+    rows = [[5, 6, 7], [9, 8, 7, 6, 5, 9, 11], [7, 7, 5], [8, 6]]
+    with torch.no_grad():
+        truth = [live(input_ids=torch.tensor([row]))[output][0].numpy() for row in rows]
+        filled = torch.tensor([rows[0] + [live.config.pad_token_id] * 4])
+        mask = torch.arange(7)[None] < 3
+        read = live(input_ids=filled, attention_mask=mask.long())[output][0].numpy()
+    for found, expected in zip(Encoder(folder / "onnx").run(rows), truth, strict=True):
+        assert np.abs(found[output] - expected).max() <= BOUND
+    assert np.abs(read[: len(truth[0])] - truth[0]).max() > 10 * BOUND
+
+
 @pytest.mark.parametrize(
     ("kind", "more"),
     [
@@ -189,25 +208,10 @@ def test_vectors_are_those_of_the_live_pipeline(name: str, tmp_path: Path) -> No
     ],
 )
 def test_what_fills_rows_up_is_not_read(kind: str, more: dict[str, Any], tmp_path: Path) -> None:
-    """Also where the model itself would, and so tells another vector beside a longer text."""
     torch.manual_seed(0)
     cls = getattr(transformers, f"{kind}Model")
-    live = cls(getattr(transformers, f"{kind}Config")(**SIZES, **more, pad_token_id=0)).eval()
-    with torch.no_grad():
-        for tensor in live.parameters():
-            tensor.add_(torch.randn(tensor.shape) * 0.1)
-    live.save_pretrained(tmp_path / "base")
-    write_onnx(tmp_path / "base", tmp_path / "onnx")
-    rows = [[5, 6, 7], [9, 8, 7, 6, 5, 9, 11], [7, 7, 5], [8, 6]]
-    for row, found in zip(rows, Encoder(tmp_path / "onnx").run(rows), strict=True):
-        with torch.no_grad():
-            truth = live(input_ids=torch.tensor([row])).last_hidden_state[0].numpy()
-        assert np.abs(found["last_hidden_state"] - truth).max() <= BOUND
-    filled = torch.tensor([rows[0] + [0] * 4])
-    with torch.no_grad():
-        states = live(input_ids=filled, attention_mask=(filled > 0).long()).last_hidden_state
-        truth = live(input_ids=filled[:, :3]).last_hidden_state
-    assert (states[:, :3] - truth).abs().max() > 10 * BOUND  # the control
+    config = getattr(transformers, f"{kind}Config")(**SIZES, **more, pad_token_id=0)
+    rows_are_their_own(cls(config).eval(), "last_hidden_state", tmp_path)
 
 
 @pytest.mark.parametrize("summary", ["mean", pytest.param("last", marks=pytest.mark.further)])
@@ -217,16 +221,7 @@ def test_heads_that_read_all_of_a_row_read_no_padding(summary: str, tmp_path: Pa
     config = transformers.XLMConfig(**sizes, summary_type=summary, max_position_embeddings=40)
     torch.manual_seed(0)
     live = transformers.XLMForSequenceClassification(config).eval()
-    with torch.no_grad():
-        for tensor in live.parameters():
-            tensor.add_(torch.randn(tensor.shape) * 0.1)
-    live.save_pretrained(tmp_path / "base")
-    write_onnx(tmp_path / "base", tmp_path / "onnx")
-    rows = [[5, 6, 7], [9, 8, 7, 6, 5, 9, 11], [7, 7, 5], [8, 6]]
-    for row, found in zip(rows, Encoder(tmp_path / "onnx").run(rows), strict=True):
-        with torch.no_grad():
-            truth = live(input_ids=torch.tensor([row])).logits[0].numpy()
-        assert np.abs(found["logits"] - truth).max() <= BOUND
+    rows_are_their_own(live, "logits", tmp_path)
 
 
 STATES = np.random.default_rng(0).normal(size=(5, 6)).astype(np.float32)
