@@ -19,6 +19,7 @@ import torch
 from ..errors import TargetError
 
 if TYPE_CHECKING:
+    from ..files.tensors import LazyTensor
     from ..model.base import BaseModel
     from ..run import Run
     from .merged.requantized import Blocks
@@ -51,7 +52,8 @@ class Model:
     """An artifact in an engine. `read(batches)`: what it computes for batches of a model's inputs.
 
     `dtype`: what it stores or computes in. `rounded`: the weights hold the update, rounded to that
-    torch dtype, or to what `own` names for a parameter. `share`: how far it may be from the
+    torch dtype, or to what `own` names for a parameter; `stored` has those parameters that are one
+    tensor of its files. `share`: how far it may be from the
     live model, as a share of the update's own effect; 0 for exact ones. `top1`: the least share of
     choices that must be equal. `missing`, `unexpected`: tensors that the engine reports it did not
     find, or found no place for.
@@ -61,6 +63,7 @@ class Model:
     dtype: str = "float32"
     rounded: torch.dtype | None = None
     own: Mapping[str, torch.dtype | Blocks] = field(default_factory=dict)
+    stored: Mapping[str, LazyTensor] = field(default_factory=dict)
     share: float = 0.0
     top1: float = 1.0
     missing: frozenset[str] = frozenset()

@@ -5,6 +5,8 @@ from __future__ import annotations
 import copy
 import re
 import warnings
+from collections import Counter
+from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -71,7 +73,10 @@ def open_transformers(folder: Path, _base: BaseModel, _run: Run) -> Model:
     except Exception as error:
         raise _refused("transformers", folder, error) from error
     model = of_weights(loaded, sorted(folder.glob("*.safetensors")), merged=True)
-    return model if model.rounded is None else replace(model, own=_dtypes(packed, known))
+    if model.rounded is None:
+        return model
+    owners = _owners(packed, known)
+    return replace(model, own=_dtypes(packed, owners), stored=_stored(packed, owners))
 
 
 def open_peft(folder: Path, base: BaseModel, run: Run) -> Model:
@@ -94,18 +99,36 @@ def open_peft(folder: Path, base: BaseModel, run: Run) -> Model:
     return of_weights(loaded, sorted(folder.glob("adapter_model.safetensors")), merged=False)
 
 
-def _dtypes(artifact: BaseModel, architecture: str) -> dict[str, torch.dtype | Blocks]:
-    """Parameter → the dtype, or the blocks of float8, in which `artifact` stores it."""
+def _owners(artifact: BaseModel, architecture: str) -> dict[str, str]:
+    """Tensor of `artifact` → the parameter of the model that it is, or a part of."""
     names = Names(artifact, architecture)
-    blocks = None if artifact.stored is None else blocks_of(artifact)
     # An expert on disk is a part of a parameter.
     owners = {name: names.tensor(name) or name for name in artifact.tensors}
     known = names.state
     return {
-        (owner if owner in known or not known else names.rename(name)[0]): blocks
+        name: owner if owner in known or not known else names.rename(name)[0]
+        for name, owner in owners.items()
+    }
+
+
+def _dtypes(artifact: BaseModel, owners: Mapping[str, str]) -> dict[str, torch.dtype | Blocks]:
+    """Parameter → the dtype, or the blocks of float8, in which `artifact` stores it."""
+    blocks = None if artifact.stored is None else blocks_of(artifact)
+    return {
+        owner: blocks
         if blocks is not None and isinstance(artifact.tensors[name], Dequantized)
         else artifact.tensors[name].dtype
         for name, owner in owners.items()
+    }
+
+
+def _stored(artifact: BaseModel, owners: Mapping[str, str]) -> dict[str, LazyTensor]:
+    """Parameter → its tensor, of those that are one tensor each, no blocks of float8."""
+    parts = Counter(owners.values())
+    return {
+        owner: artifact.tensors[name]
+        for name, owner in owners.items()
+        if parts[owner] == 1 and not isinstance(artifact.tensors[name], Dequantized)
     }
 
 

@@ -16,7 +16,7 @@ import torch
 
 from converters.errors import RunError
 from converters.files.json_files import read_json
-from converters.files.tensors import rows_and_columns
+from converters.files.tensors import LazyTensor, rows_and_columns
 from converters.model.base import BaseModel
 from converters.model.layout import Layout, Place
 from converters.model.match import class_trained, resolved, target_architecture
@@ -29,6 +29,7 @@ from converters.updates.update import Update, convolution_matrix
 Slot = tuple[torch.nn.Module, str]  # a module and the name of its parameter
 
 _CONFIG = "adapter_config.json"
+_SUMS = 2.0**-18  # of a row's largest weight: how far two sums in float32 lie apart
 # What PEFT puts into the name of a parameter that it wraps.
 _PEFTS = re.compile(r"\.(?:base_layer|token_adapter|original_module|modules_to_save\.[^.]+)(?=\.)")
 
@@ -71,27 +72,44 @@ def truth_of(run: Run, base: BaseModel) -> Truth:
 
 
 def fold_rounded(
-    truth: Truth, dtype: torch.dtype, own: Mapping[str, torch.dtype | Blocks]
+    truth: Truth,
+    dtype: torch.dtype,
+    own: Mapping[str, torch.dtype | Blocks],
+    stored: Mapping[str, LazyTensor],
 ) -> float:
     """Make of `truth` what a merged model of `dtype` is expected to hold: the updates in the
     weights, every weight rounded once, those that `own` names to what it says: to float8 by blocks
-    only where there is an update, since the others are in such blocks as they were. Returns the
-    largest change of one weight by rounding, as a share of its update.
+    only where there is an update, since the others are in such blocks as they were. On which side
+    of a tie sums in float32 come to lie hangs on their order: there both are right, and what the
+    model has, `stored`, is taken. Returns the largest change of one weight by rounding, as a share
+    of its update.
     """
     lost = [0.0]
     with torch.no_grad():
         moved = {after.data_ptr(): (after - before).norm() for before, after in truth.folded()}
         for name, parameter in truth.model.named_parameters():
-            to = own.get(_PEFTS.sub("", name), dtype)
+            plain = _PEFTS.sub("", name)
+            to = own.get(plain, dtype)
             update = moved.get(parameter.data_ptr())
             if isinstance(to, torch.dtype):
                 rounded = parameter.to(to).float()
+                if update and plain in stored:
+                    rounded = _either_side(parameter, rounded, stored[plain].load().float())
             else:
                 rounded = _in_float8(parameter, to) if update else parameter
             if update:
                 lost.append(float((rounded - parameter).norm() / update))
             parameter.copy_(rounded)
     return max(lost)
+
+
+def _either_side(weight: torch.Tensor, rounded: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
+    """`rounded`, and `other` where it is as near to `weight` but for the order of sums."""
+    if other.shape != weight.shape:
+        return rounded
+    sums = _SUMS * weight.abs().amax(-1, keepdim=True)
+    either = (weight - other).abs() <= (weight - rounded).abs() + sums
+    return torch.where(either, other, rounded)
 
 
 def _in_float8(weight: torch.Tensor, blocks: Blocks) -> torch.Tensor:

@@ -93,9 +93,10 @@ def verify(
     A float32 artifact must equal the live model on every logit within 1e-4, or four times the live
     model's own float32 noise where that is more; a tenth of the update's own effect where that
     effect is smaller than the bound. A merged model of a narrower dtype must equal the live model
-    whose merged weights are rounded once, within the same bound or 5 % of what the rounding
-    changed, of float8 1 % (sums of another order round near ties the other way); what is stored or
-    computed less exactly may differ by the share of the update's own effect that its target names
+    whose merged weights are rounded once, on a tie to the side that the model has, within the same
+    bound or 5 % of what the rounding changed, of float8 1 % (of parameters that are stored in
+    parts, sums of another order round near ties the other way); what is stored or computed less
+    exactly may differ by the share of the update's own effect that its target names
     (`Model.share`). A fitted artifact is compared with the live run fitted to the limit its
     certificate names. One that does not load has failed. `earlier`: a verification of another
     artifact of the same run in the same engine, whose noise is not measured again.
@@ -203,7 +204,7 @@ def _compare(
         exact = max(control / _FAR, NOISE * noisy)
     tolerance = max(exact, model.share * control)
     if model.rounded is not None:
-        lost = fold_rounded(live, model.rounded, model.own)
+        lost = fold_rounded(live, model.rounded, model.own, model.stored)
         unrounded, truth = truth, reading.measure(live.model)
         rounding = difference(truth, unrounded)
         in_blocks = any(isinstance(each, Blocks) for each in model.own.values())

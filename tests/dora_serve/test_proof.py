@@ -299,28 +299,26 @@ def test_rounding_is_told(large: Path, tmp_path: Path) -> None:
     assert any("rounding" in warning for warning in found.warnings)
 
 
-def test_ties_may_be_rounded_either_way(large: Path, tmp_path: Path) -> None:
-    """All that lie nearer to one than two sums in float32 may differ."""
-    run = read_run(large / "run")
-    merge(run, tmp_path / "half", base=large / "base", dtype=torch.bfloat16)
-    whole = load_file(large / "merged" / "model.safetensors")
-    moved = 0
-
-    def turned(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        nonlocal moved
-        for name, tensor in tensors.items():
-            below = whole[name].view(torch.int32) & 0xFFFF
-            near = ((below - 0x8000).abs() <= 2) & ("proj" in name)
-            down = (whole[name].view(torch.int32) & ~0xFFFF).view(torch.float32).bfloat16()
-            up = ((whole[name].view(torch.int32) | 0xFFFF) + 1).view(torch.float32).bfloat16()
-            other = torch.where(tensor == down, up, down)
-            tensors = {**tensors, name: torch.where(near, other, tensor)}
-            moved += int(near.sum())
-        return tensors
-
-    found = verify(run, edited(tmp_path / "half", tmp_path / "turned", turned), large / "base")
-    assert found.passed and found.rounding is not None
-    assert moved > 5 and found.max_abs > 0.01 * found.rounding
+@pytest.mark.parametrize("up", [False, True])
+def test_ties_may_be_rounded_either_way(large: Path, tmp_path: Path, up: bool) -> None:
+    """All weights of a matrix lie on one, to which a sum in float32 may come from either side."""
+    run, key = read_run(large / "run"), "model.layers.0.mlp.up_proj.weight"
+    merged, own = (load_file(large / f / "model.safetensors")[key] for f in ("merged", "base"))
+    below = (merged.view(torch.int32) & ~0xFFFF).view(torch.float32)
+    tie = (below.view(torch.int32) | 0x8000).view(torch.float32)
+    base = tmp_path / "base"
+    moved = (tie.double() - merged.double() + own.double()).float()
+    edited(large / "base", base, lambda tensors: {**tensors, key: moved})
+    merge(run, tmp_path / "half", base=base, dtype=torch.bfloat16)
+    side = (below + 2 * (tie - below) if up else below).bfloat16()
+    turned = edited(tmp_path / "half", tmp_path / "turned", lambda tensors: {**tensors, key: side})
+    stored = load_file(tmp_path / "half" / "model.safetensors")[key]
+    assert 0.01 < float((stored != side).double().mean()) < 0.99  # as the sums happened to come
+    found = verify(run, turned, base)
+    assert found.passed and found.max_abs < 0.01 * found.tolerance
+    beyond = side.float() + 4 * (tie - below)
+    wrong = edited(turned, tmp_path / "beyond", lambda t: {**t, key: beyond.bfloat16()})
+    assert not verify(run, wrong, base).passed
 
 
 def test_another_rounding_is_seen(large: Path, tmp_path: Path) -> None:
