@@ -211,6 +211,21 @@ def addition(target: Path) -> Iterator[Path]:
 
 
 @contextlib.contextmanager
+def scratch(target: Path) -> Iterator[Path]:
+    """A folder beside `target`, under a hidden name, that disappears on leaving and, as that of
+    `output_folder`, however this process ends."""
+    with _write_errors(target):
+        remove_stale(target)
+        folder, lock = _locked_folder(target.parent, f".{target.name}.")
+    try:
+        with _terminate_as_exit(), _janitor(folder):
+            yield folder
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+        os.close(lock)
+
+
+@contextlib.contextmanager
 def _write_errors(target: Path) -> Iterator[None]:
     try:
         yield

@@ -18,7 +18,6 @@ from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
-from uuid import uuid4
 
 from converters.errors import MissingError, OutputError
 
@@ -31,6 +30,7 @@ Progress = Callable[[int, str], AbstractContextManager[Advance]]
 _URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+(::[A-Za-z0-9+.-]+)*://")
 _VERDICTS = (None, 0, 1)
 _COPIES = (_FETCHED, _MADE) = ("remote-", "upload-")
+_ONCE = f"{_FETCHED}once"
 
 
 @dataclass(frozen=True)
@@ -74,7 +74,8 @@ def local_values(values: Mapping[str, Any], progress: Progress) -> Iterator[dict
                 else:
                     place = fetched(remote.url, progress)
                 paths[remote] = stack.enter_context(place)
-                names[str(paths[remote])] = shown(remote.url)
+                if _is_copy(paths[remote]):
+                    names[str(paths[remote])] = shown(remote.url)
             stack.enter_context(contextlib.redirect_stdout(printed))
             stack.enter_context(contextlib.redirect_stderr(Printed(names, False, sys.stderr)))
             yield {name: _local(value, paths) for name, value in values.items()}
@@ -87,51 +88,55 @@ def local_values(values: Mapping[str, Any], progress: Progress) -> Iterator[dict
 
 @contextmanager
 def fetched(url: str, progress: Progress) -> Iterator[Path]:
-    """A local copy of the folder (or file) at `url`, made unless the cache has it as it is now.
+    """A local copy of the folder (or file) at `url`, made unless the cache has it as it is now;
+    what lies on this machine is read where it lies, so that no output can take its place.
 
     A copy that cannot be told from the next version is removed on leaving. Raises
     `DoraExportError` when nothing is there, access is denied, a name would lead out of the folder,
     or it changes meanwhile.
     """
     from converters.files.cache import cache_folder, private_cache
-    from converters.files.output import output_folder
+    from converters.files.output import check_place, output_folder, scratch
 
     from ..folder.cache import cached
     from .store import Store
 
     store = Store(url)
+    if store.local is not None:
+        if not store.local.exists():
+            raise MissingError("nothing at this URL", file=store.name)
+        yield store.local
+        return
     files = store.files()
     if not files:
         raise MissingError("nothing at this URL", file=store.name, expected="a folder or a file")
     versions = _versions(files)
-    lasting = None not in versions.values()
-    told = sorted(versions.items()) if lasting else uuid4().hex
-    digest = _digest(f"{url}\n{told}")
+    size = sum(file.size or 0 for file in files.values())
+    digest = _digest(f"{url}\n{sorted(versions.items())}")
     key = f"{_FETCHED}{digest}"
-    copy = cache_folder().resolve() / key
 
-    def make(folder: Path) -> None:
-        total = sum(file.size or 0 for file in files.values())
-        bar = progress(total, f"fetching {store.name}")
-        with output_folder(folder) as part, bar as advance:
+    def fetch(part: Path) -> None:
+        check_place(part, (), size)
+        with progress(size, f"fetching {store.name}") as advance:
             store.download(files, part / store.basename, advance)
-            if _versions(store.files()) != _versions(files):
+            if _versions(store.files()) != versions:
                 raise OutputError(
                     "the files changed while they were fetched",
                     file=store.name,
                     remedy="run again when nothing writes there",
                 )
 
-    if lasting:
+    def make(folder: Path) -> None:
+        with output_folder(folder) as part:
+            fetch(part)
+
+    if all(file.lasting for file in files.values()):
         cached(key, make)
-        yield copy / store.basename
+        yield cache_folder().resolve() / key / store.basename
         return
-    private_cache()
-    make(copy)
-    try:
-        yield copy / store.basename
-    finally:
-        shutil.rmtree(copy, ignore_errors=True)
+    with scratch(private_cache().resolve() / _ONCE) as part:
+        fetch(part / "copy")
+        yield part / "copy" / store.basename
 
 
 @contextmanager
@@ -174,16 +179,24 @@ def uploaded(url: str, names: Mapping[str, str], progress: Progress) -> Iterator
 
 def needs_local(path: Path, option: str) -> None:
     """Raise `OutputError` when `path` is the copy of a URL, which `option` would write into."""
-    from converters.files.cache import cache_folder
-
-    real, cache = path.resolve(), cache_folder().resolve()
-    if any(parent.parent == cache and parent.name.startswith(_COPIES) for parent in real.parents):
+    if _is_copy(path):
         raise OutputError(
             f"{option} changes an artifact in place, which a URL has not",
             file=path,
             expected="a local folder",
             remedy="copy the artifact, change the copy and upload that",
         )
+
+
+def _is_copy(path: Path) -> bool:
+    """Whether `path` is in a copy of what is at a URL, or one that is to be uploaded."""
+    from converters.files.cache import cache_folder
+
+    real, cache = path.resolve(), cache_folder().resolve()
+    return any(
+        above.parent == cache and above.name.removeprefix(".").startswith(_COPIES)
+        for above in real.parents
+    )
 
 
 def _flat(values: Iterable[Any]) -> Iterator[Any]:
@@ -243,7 +256,7 @@ def _remove_leftovers() -> None:
                 os.close(lock)
 
 
-def _versions(files: Mapping[str, RemoteFile]) -> dict[str, str | None]:
+def _versions(files: Mapping[str, RemoteFile]) -> dict[str, str]:
     return {name: file.state for name, file in files.items()}
 
 

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from urllib.parse import unquote
 
 from fsspec.callbacks import Callback
 from fsspec.core import url_to_fs
@@ -25,16 +27,23 @@ _STATES = (
     *("ETag", "etag", "blob_id", "xet_hash", "md5Hash", "generation"),
     *("LastModified", "last_modified", "mtime", "updated", "created"),
 )
+_WEB = ("http", "https")
+# A web server's date is told in whole seconds, of whatever the server calls a change.
+_DATES = ("Last-Modified",)
+_STALLED = 120.0  # seconds in which nothing comes
+_AT_ONCE = 16  # files that a web server is asked about
 _NAME_BYTES = 255
 
 
 @dataclass(frozen=True)
 class RemoteFile:
-    """A file at a URL. `state` None: the protocol does not tell one version from the next."""
+    """A file at a URL. `state`: what tells it from its next version, as far as the protocol tells;
+    `lasting`: whether that is enough to know it again."""
 
     path: str
     size: int | None
-    state: str | None
+    state: str
+    lasting: bool
 
 
 class Store:
@@ -44,7 +53,7 @@ class Store:
         self.name = shown(url)
         self._protocol = url.partition("://")[0].rpartition("::")[2]
         with self._errors("opened"):
-            found = url_to_fs(url)
+            found = url_to_fs(url, **_web_options(url))
             self._files: Any = found[0]
             self._root = str(found[1]).rstrip("/")
         bucket = self._protocol in _BUCKETS and "/" not in self._root.strip("/")
@@ -57,6 +66,11 @@ class Store:
                 expected=f"{self._protocol}://…/folder",
             )
 
+    @property
+    def local(self) -> Path | None:
+        """Where the URL leads on this machine; None where it is another's."""
+        return Path(self._root) if isinstance(self._files, LocalFileSystem) else None
+
     def overlaps(self, other: Store | Path) -> bool:
         """Whether one of the two lies in the other, or is it."""
         (files, here), (others, there) = (
@@ -67,8 +81,8 @@ class Store:
 
     def _place(self) -> tuple[Any, str]:
         """The file system (None: this machine's) and the path there."""
-        if isinstance(self._files, LocalFileSystem):
-            return None, f"{os.path.realpath(self._root)}/"
+        if self.local is not None:
+            return None, f"{os.path.realpath(self.local)}/"
         return self._files, f"{self._root}/"
 
     def files(self) -> dict[str, RemoteFile]:
@@ -77,18 +91,27 @@ class Store:
             self._files.invalidate_cache()
             try:
                 found = self._files.find(self._root, detail=True)
-                if not found and self._protocol in ("http", "https"):
+                if not found and self._protocol in _WEB:
                     self._files.cat_file(self._root, 0, 1)  # its listing hides why it is empty
             except FileNotFoundError:
                 if self._protocol in _BUCKETS:  # a bucket that is missing, not a folder
                     raise
                 found = {}
+            if self._protocol in _WEB:  # its listing has names alone
+                names = [
+                    name
+                    for name, info in found.items()
+                    # With "?" it is the listing itself, in another order.
+                    if info.get("type") != "directory" and "?" not in name[len(self._root) :]
+                ]
+                with ThreadPoolExecutor(_AT_ONCE) as pool:
+                    found = dict(zip(names, pool.map(self._asked, names), strict=True))
         files = {}
         for path, info in found.items():
             size = info.get("size")
             if info.get("type") == "directory" or (path.endswith("/") and not size):
                 continue
-            files[self._relative(path)] = RemoteFile(path, size, _state(info))
+            files[self._relative(path)] = RemoteFile(path, size, *_state(info))
         for name in files:
             parents = name.split("/")[:-1]
             above = ("/".join(parents[:depth]) for depth in range(len(parents) + 1))
@@ -97,6 +120,16 @@ class Store:
                     "a name is that of a file and of a folder", file=self.name, found=name
                 )
         return files
+
+    def _asked(self, path: str) -> Mapping[str, Any]:
+        """What a web server says of a file without sending it."""
+        try:
+            info: Mapping[str, Any] = self._files.info(path)
+        except FileNotFoundError as error:  # whatever it was
+            if getattr(error.__cause__, "status", 404) == 404 or error.__cause__ is None:
+                raise
+            raise error.__cause__ from None
+        return info
 
     def check_free(self) -> None:
         """Raise `OutputError` when something is here: nothing at a URL is replaced."""
@@ -191,6 +224,8 @@ class Store:
         if path == self._root:
             return ""
         name = path.removeprefix(self._root + "/")
+        if name != path and self._protocol in _WEB:
+            name = unquote(name)
         if name == path or not all(_can_name_a_file(part) for part in name.split("/")):
             raise RemoteError(
                 "a name there would lead out of the folder, or is none a file can have",
@@ -204,9 +239,24 @@ class Store:
         return errors(self.name, self._protocol, done)
 
 
-def _state(info: Mapping[str, Any]) -> str | None:
+def _web_options(url: str) -> dict[str, Any]:
+    """What fsspec is told of web servers: by itself it lets no file take more than five minutes."""
+    used = [name for name in _WEB if f"::{name}://" in f"::{url}"]
+    if not used:
+        return {}
+    from aiohttp import ClientTimeout
+    from fsspec.config import conf
+
+    timeout = ClientTimeout(sock_connect=_STALLED, sock_read=_STALLED)
+    known = {name: dict(conf.get(name, {}).get("client_kwargs", {})) for name in used}
+    return {name: {"client_kwargs": {"timeout": timeout, **more}} for name, more in known.items()}
+
+
+def _state(info: Mapping[str, Any]) -> tuple[str, bool]:
+    """What tells a file from its next version, and whether it is known again by that."""
     known = [str(info[name]) for name in _STATES if info.get(name) is not None]
-    return f"{info.get('size')} {known[0]}" if known else None
+    dates = [str(info[name]) for name in _DATES if info.get(name) is not None]
+    return " ".join([str(info.get("size")), *known[:1], *dates]), bool(known)
 
 
 def _wave(name: str) -> int:
