@@ -82,6 +82,8 @@ def command(
             for name, text in wanted.problems.items()
         ]
         lines += [f"warning: {name}: {text}" for name, text in wanted.warnings.items()]
+        if once:
+            lines += [f"left out: {name}: the run is being written" for name in wanted.moving]
         for server in servers:
             try:
                 for change in reconcile(server, wanted, links(folder), keep=keep):
@@ -99,5 +101,5 @@ def command(
                 click.secho(visible(line), fg="yellow", err=True)
         told = set(lines)
         if once:
-            raise SystemExit(int(failed))
+            raise SystemExit(int(failed or following.moving))
         pause = SETTLE if following.moving else interval

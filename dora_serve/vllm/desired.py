@@ -8,12 +8,13 @@ cache alone (`vllm_adapter`): nothing that happens in the folder reaches a serve
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import stat
 import time
-from collections.abc import Callable, Collection, Iterable, Mapping
-from contextlib import suppress
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 from hashlib import sha256
 from pathlib import Path
@@ -21,7 +22,7 @@ from threading import Lock
 
 from converters.errors import DoraExportError, MissingError, OutputError, RunError, TargetError
 from converters.files.cache import cache_folder, private_cache
-from converters.files.handles import real
+from converters.files.handles import real, there
 from converters.model.base import BaseModel, open_base
 from converters.readers import readers
 
@@ -31,7 +32,7 @@ from .convert import vllm_adapter
 
 SETTLE = 0.25  # seconds between two looks at what just came or changed
 PATIENCE = 60.0  # that whoever asks waits for a run that somebody is writing
-_AT_ONCE = 1.0  # seconds of converting in one look
+_AT_ONCE = 1.0  # seconds of converting in one look, or as many as finding what changed took
 _WRITTEN = "the run is being written"
 
 State = Mapping[str, tuple[int, ...]]
@@ -184,27 +185,31 @@ class Following:
 
     def look(self) -> Desired:
         """What is wanted of the whole folder by now. Converts for about a second, so that what is
-        ready waits for nobody; the rest is `moving`, and another look's.
+        ready waits for nobody, and in a folder of thousands for as long as it took to look through
+        it; the rest is `moving`, and another look's.
 
         Raises `RunError` when the runs are of several bases from the start; later it is a problem
         of those that are of another one.
         """
-        end = time.monotonic() + _AT_ONCE
-        for name in self.changed(self.all()):
+        began = time.monotonic()
+        changed = self.changed(self.all())
+        found = time.monotonic()
+        end = found + max(_AT_ONCE, found - began)
+        for name in changed:
             self.renew(name)
             if time.monotonic() > end:
                 break
         known = {n: self._known[p] for n, p in self._paths.items() if p in self._known}
         bases = {k.base.path: own_name(k.base.path) for k in known.values() if k.base is not None}
-        if len(bases) == 1 and self._base is None:
-            (self._base,) = bases
-        if len(bases) > 1 and self._base not in bases:
+        if self._base is None and len(bases) > 1:
             raise RunError(
                 "one server has one base",
                 file=self.root,
                 found=", ".join(sorted(bases.values())),
                 remedy="choose with `base`",
             )
+        if self._base is None and bases:
+            (self._base,) = bases
         wanted = {
             name: each.wanted
             if each.base is None or each.base.path == self._base
@@ -225,12 +230,15 @@ class Following:
         )
 
     def at_rest(self) -> Desired:
-        """What is wanted of the whole folder once nothing moves there, or after a minute."""
-        end = time.monotonic() + PATIENCE
+        """What is wanted of the whole folder once nothing moves there, or after a minute in which
+        no more of it was read than before."""
         found = self.look()
+        fewest, end = len(found.moving), time.monotonic() + PATIENCE
         while self.moving and time.monotonic() < end:
             time.sleep(SETTLE)
             found = self.look()
+            if len(found.moving) < fewest:
+                fewest, end = len(found.moving), time.monotonic() + PATIENCE
         return found
 
     @property
@@ -298,41 +306,58 @@ class Following:
 
 class _Names:
     """Which run has which name, kept beside the cache: a run that was served by a name keeps it
-    while it is there, whatever comes to be called so too."""
+    while it is there, whatever comes to be called so too, and whoever follows the folder."""
 
     def __init__(self, root: Path) -> None:
         self._root, self._file = root, links(root) / "names.json"
         self._kept: dict[str, str] = {}
-        with suppress(OSError, ValueError, AttributeError):
-            self._kept = dict(json.loads(self._file.read_bytes()).items())
 
     def of(
         self, runs: Iterable[Path], own: Mapping[Path, str], reserved: Collection[str]
     ) -> dict[str, Path]:
         """Name → run. `own`: what each is called by itself."""
         below = {path: path.relative_to(self._root).as_posix() for path in runs}
-        named = {
-            name: path
-            for path, place in below.items()
-            if (name := self._kept.get(place, "")) and name not in reserved
-        }
-        placed, taken = set(named.values()), {*named, *reserved}
-        for path, place in below.items():
-            if path not in placed:
-                names = (own[path], place, f"{self._root.name}/{place}", path.as_posix())
-                name = next(name for name in names if name not in taken)
-                taken.add(name)
-                named[name] = path
-        kept = {below[path]: name for name, path in named.items()}
-        if kept != self._kept:
-            self._kept = kept
-            with suppress(OutputError, OSError):  # then they are kept as long as this process
+        with self._locked():
+            with suppress(OSError, ValueError, AttributeError):
+                self._kept = dict(json.loads(self._file.read_bytes()).items())
+            # What another has found already, and we have not.
+            others = {
+                place: name
+                for place, name in self._kept.items()
+                if place not in below.values() and there(self._root / place)
+            }
+            named = {
+                name: path
+                for path, place in below.items()
+                if (name := self._kept.get(place, "")) and name not in reserved
+            }
+            placed, taken = set(named.values()), {*named, *reserved, *others.values()}
+            for path, place in below.items():
+                if path not in placed:
+                    names = (own[path], place, f"{self._root.name}/{place}", path.as_posix())
+                    name = next(name for name in names if name not in taken)
+                    taken.add(name)
+                    named[name] = path
+            kept = {**others, **{below[path]: name for name, path in named.items()}}
+            if kept != self._kept:
+                self._kept = kept
+                with suppress(OSError):  # then they are kept as long as this process
+                    new = self._file.with_suffix(f".{os.getpid()}")
+                    new.write_text(json.dumps(kept), encoding="utf-8")
+                    new.replace(self._file)
+        return named
+
+    @contextmanager
+    def _locked(self) -> Iterator[None]:
+        """Keep others from naming, where the cache can be used."""
+        with ExitStack() as stack:
+            with suppress(OutputError, OSError):
                 private_cache()
                 self._file.parent.mkdir(parents=True, exist_ok=True)
-                new = self._file.with_suffix(f".{os.getpid()}")
-                new.write_text(json.dumps(kept), encoding="utf-8")
-                new.replace(self._file)
-        return named
+                lock = os.open(self._file.parent, os.O_RDONLY)
+                stack.callback(os.close, lock)
+                fcntl.flock(lock, fcntl.LOCK_EX)
+            yield
 
 
 def links(root: Path) -> Path:
@@ -346,11 +371,16 @@ def _state(path: Path) -> State:
     found: dict[str, tuple[int, ...]] = {}
     try:
         for file in (path, *path.rglob("*")):
-            with suppress(FileNotFoundError):
+            try:
                 one = file.stat()
-                found[str(file)] = (one.st_ino, one.st_size, one.st_mtime_ns, one.st_ctime_ns)
-                if file is path and stat.S_ISDIR(one.st_mode):
-                    found[str(file)] = (one.st_dev, one.st_ino)
+            except FileNotFoundError:
+                continue
+            except OSError as error:  # of this one, such as a link to itself
+                found[str(file)] = (error.errno or 0,)
+                continue
+            found[str(file)] = (one.st_ino, one.st_size, one.st_mtime_ns, one.st_ctime_ns)
+            if file is path and stat.S_ISDIR(one.st_mode):
+                found[str(file)] = (one.st_dev, one.st_ino)
     except OSError as error:
         found[str(path)] = (error.errno or 0,)
     return found

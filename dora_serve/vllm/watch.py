@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from hashlib import sha256
+from http.client import HTTPException
 from pathlib import Path
 from typing import Any
 from urllib.error import HTTPError
@@ -49,12 +51,12 @@ class Server:
     def adapters(self) -> dict[str, Path]:
         """Name → folder of the adapters that are loaded. Raises `OSError` when it is not there."""
         try:
-            with urlopen(self._request("/v1/models"), timeout=_TIMEOUT) as answer:
+            with _answering(), urlopen(self._request("/v1/models"), timeout=_TIMEOUT) as answer:
                 cards = json.load(answer)["data"]
+                found = {card["id"]: Path(card["root"]) for card in cards if card.get("parent")}
         except OSError:
             self._forget()
             raise
-        found = {card["id"]: Path(card["root"]) for card in cards if card.get("parent")}
         if not self._had <= found.keys():
             self._forget()  # it was started anew
         self._had = set(found)
@@ -101,11 +103,21 @@ class Server:
 
     def _post(self, verb: str, name: str, **more: object) -> None:
         body = {"lora_name": name, **more}
-        urlopen(self._request(f"/v1/{verb}_lora_adapter", body), timeout=_TIMEOUT).close()
+        with _answering():
+            urlopen(self._request(f"/v1/{verb}_lora_adapter", body), timeout=_TIMEOUT).close()
 
     def _request(self, path: str, body: Mapping[str, object] | None = None) -> Request:
         data = None if body is None else json.dumps(body).encode()
         return Request(self.url + path, data=data, headers=self._headers)
+
+
+@contextmanager
+def _answering() -> Iterator[None]:
+    """What is no answer of a vLLM, such as one that ends in the middle, as `OSError`."""
+    try:
+        yield
+    except (HTTPException, ValueError, LookupError, TypeError, AttributeError) as error:
+        raise OSError(f"no answer of a vLLM: {type(error).__name__}: {error}") from error
 
 
 def reconcile(
@@ -184,7 +196,10 @@ def _try(server: Server, name: str, done: str, action: Callable[[], Any]) -> Cha
 
 
 def _message(error: HTTPError) -> str:
-    text = error.read().decode(errors="replace")
+    try:
+        text = error.read().decode(errors="replace")
+    except (HTTPException, OSError):  # it ended in the middle
+        return str(error)
     try:
         return str(json.loads(text)["error"]["message"])
     except (ValueError, KeyError, TypeError):

@@ -1,0 +1,221 @@
+"""Folders of many, and of odd things, that are followed; servers that answer no vLLM's answer."""
+
+from __future__ import annotations
+
+import shutil
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+
+import pytest
+from click.testing import CliRunner
+from safetensors.torch import load_file, save_file
+
+from dora_serve.commands import dora_serve as main
+from dora_serve.folder import inventory
+from dora_serve.vllm import desired as module
+from dora_serve.vllm.desired import Following
+from dora_serve.vllm.watch import Server
+
+CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+
+
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("DORA_SERVE_CACHE", str(tmp_path / "cache"))
+
+
+@pytest.fixture
+def root(tmp_path: Path, llama_base: Path, llama_lora: Path) -> Path:
+    shutil.copytree(llama_base, tmp_path / "root" / "base")
+    shutil.copytree(llama_lora, tmp_path / "root" / "run")
+    return tmp_path / "root"
+
+
+class Clock:
+    """Time that passes where it is said."""
+
+    now = 0.0
+
+    def monotonic(self) -> float:
+        return self.now
+
+    def sleep(self, seconds: float) -> None:
+        self.now += seconds
+
+
+@pytest.fixture
+def slow(monkeypatch: pytest.MonkeyPatch) -> Clock:
+    """A folder through which looking takes ten seconds."""
+    clock, things_below = Clock(), inventory.things_below
+
+    def walk(*words: Any) -> Iterator[tuple[Path, str]]:
+        clock.now += 10
+        return things_below(*words)
+
+    monkeypatch.setattr(module, "time", clock)
+    monkeypatch.setattr(module, "things_below", walk)
+    return clock
+
+
+def test_of_thousands_more_than_one_is_read_a_look(root: Path, slow: Clock) -> None:
+    for number in range(4):
+        shutil.copytree(root / "run", root / f"run-{number}")
+    following = Following(root)
+    following.look()
+    slow.sleep(1)
+    assert len(following.look().adapters) == 5
+
+
+def read_in(following: Following, clock: Clock, seconds: float) -> Following:
+    """Let every reading of a run take so long."""
+    renew = following.renew
+
+    def slowly(name: str) -> object:
+        clock.now += seconds
+        return renew(name)
+
+    following.renew = slowly  # type: ignore[method-assign, assignment]
+    return following
+
+
+def test_once_waits_for_all_that_can_be_read(root: Path, slow: Clock) -> None:
+    """And not a minute for whatever there is."""
+    for number in range(4):
+        shutil.copytree(root / "run", root / f"run-{number}")
+    assert len(read_in(Following(root), slow, 45.0).at_rest().adapters) == 5
+
+
+def test_once_fails_where_something_is_being_written(root: Path) -> None:
+    stop = threading.Event()
+
+    def write() -> None:
+        while not stop.wait(0.05):
+            with (root / "run" / "log").open("a") as stream:
+                stream.write("more")
+
+    thread = threading.Thread(target=write)
+    thread.start()
+    try:
+        with pytest.MonkeyPatch.context() as patch, serving(b'{"data": []}') as url:
+            patch.setattr(module, "PATIENCE", 2.0)
+            done = CliRunner().invoke(main, ["watch", str(root), "--once", "--server", url])
+    finally:
+        stop.set()
+        thread.join()
+    assert done.exit_code == 1
+    assert "left out: run: the run is being written" in done.output
+
+
+def test_a_link_to_itself_in_a_run_hides_no_change(root: Path) -> None:
+    """What the folder lists behind it was not looked at."""
+    for number in range(30):
+        (root / "run" / str(number)).symlink_to(str(number))
+    following = Following(root)
+    before = following.at_rest().adapters["run"]
+    weights = root / "run" / WEIGHTS
+    save_file({n: t * 2 for n, t in load_file(weights).items()}, weights, {"format": "pt"})
+    (root / "run" / CONFIG).write_text((root / "run" / CONFIG).read_text() + " ")
+    assert following.at_rest().adapters["run"] != before
+
+
+def test_who_follows_the_same_folder_has_the_same_names(root: Path, llama_lora: Path) -> None:
+    """Whoever sees what first: names that differ were taken from one server by the other."""
+    one, other = Following(root), Following(root)
+    shutil.copytree(llama_lora, root / "a" / "new")
+    assert set(one.at_rest().adapters) == {"run", "new"}
+    shutil.copytree(llama_lora, root / "b" / "new")
+    names = {"run", "new", "b/new"}
+    assert set(other.at_rest().adapters) == names
+    assert set(one.at_rest().adapters) == names
+    assert set(Following(root).at_rest().adapters) == names
+
+
+def test_a_name_that_another_gave_to_what_is_not_found_yet(root: Path, llama_lora: Path) -> None:
+    one, other = Following(root), Following(root)
+    one.at_rest()
+    shutil.copytree(llama_lora, root / "a" / "new")
+    found = one._names.of([root / "run"], {root / "run": "run"}, ())  # looked before it came
+    other.at_rest()
+    one._names.of(found.values(), {root / "run": "run"}, ())
+    shutil.copytree(llama_lora, root / "b" / "new")
+    assert set(Following(root).at_rest().adapters) == {"run", "new", "b/new"}
+
+
+def test_two_other_bases_come_when_the_first_is_gone(root: Path) -> None:
+    """An error of the whole, that was, and nothing was followed any more."""
+    following = Following(root)
+    following.at_rest()
+    for name in ("one", "two"):
+        base = shutil.copytree(root / "base", root / name / f"base-{name}")
+        tensors = load_file(base / "model.safetensors")
+        tensors["model.norm.weight"] += len(name) + ord(name[0])
+        save_file(tensors, base / "model.safetensors", {"format": "pt"})
+        run = shutil.copytree(root / "run", root / name / f"run-{name}")
+        config = (run / CONFIG).read_text().replace('/base"', f'/base-{name}"')
+        (run / CONFIG).write_text(config)
+    shutil.rmtree(root / "run")
+    shutil.rmtree(root / "base")
+    found = following.at_rest()
+    assert not found.adapters
+    assert all("of another base than the rest" in said for said in found.problems.values())
+    assert set(found.problems) == {"run-one", "run-two"}
+
+
+@contextmanager
+def serving(body: bytes, length: int | None = None) -> Iterator[str]:
+    """A server that answers all with `body`, and says that it has `length` bytes."""
+
+    class Answer(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            self.rfile.read(int(self.headers.get("Content-Length") or 0))
+            self.send_response(200)
+            self.send_header("Content-Length", str(len(body) if length is None else length))
+            self.end_headers()
+            self.wfile.write(body)
+
+        do_POST = do_GET
+
+        def log_message(self, *_words: object) -> None:
+            pass
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), Answer) as web:
+        thread = threading.Thread(target=web.serve_forever)
+        thread.start()
+        try:
+            yield f"http://127.0.0.1:{web.server_port}"
+        finally:
+            web.shutdown()
+            thread.join()
+
+
+@pytest.mark.parametrize(
+    ("body", "length"),
+    [
+        (b'{"data": [', 1000),  # it ended in the middle, as where it is killed
+        (b"<html>", None),
+        (b"[1]", None),
+        (b'{"error": 1}', None),
+        (b'{"data": [{"id": "x", "parent": "y"}]}', None),
+        (b'{"data": 1}', None),
+    ],
+)
+def test_an_answer_of_no_vllm_ends_nothing(body: bytes, length: int | None, root: Path) -> None:
+    with serving(body, length) as url:
+        with pytest.raises(OSError, match="no answer of a vLLM"):
+            Server(url).adapters()
+        done = CliRunner().invoke(main, ["watch", str(root), "--once", "--server", url])
+    assert done.exit_code == 1
+    assert isinstance(done.exception, SystemExit)
+    assert f"{url} does not answer: no answer of a vLLM" in done.output
+
+
+def test_a_url_that_is_none_ends_nothing(root: Path) -> None:
+    for url in ("localhost:8000", "http://[::1"):
+        done = CliRunner().invoke(main, ["watch", str(root), "--once", "--server", url])
+        assert done.exit_code == 1
+        assert isinstance(done.exception, SystemExit)
+        assert "does not answer" in done.output
