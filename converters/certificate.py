@@ -111,7 +111,7 @@ def artifact_files(folder: Path) -> dict[str, Path]:
         name.as_posix(): path
         for name, path in names.items()
         if name.as_posix() not in (FILE, SIGNATURE)
-        and not path.is_dir()
+        and (path.is_symlink() or not path.is_dir())  # a link to a folder brings its files
         and not any(part.startswith(".") for part in name.parts)
     }
 

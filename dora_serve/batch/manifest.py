@@ -19,6 +19,8 @@ _KEYS = {"run", "base", "name", "to"}
 _LARGEST = 100_000_000
 _LONGEST = 200  # bytes of a folder's name; the hidden one it is written in has some more
 _DEEPEST = 1000  # bytes of a path below the output folder
+NO_NAME = "a run's name must be a path below the output folder"
+EXPECTED = f"printable; no backslash, no part empty, over {_LONGEST} bytes, or with a dot first"
 
 
 class ManifestError(DoraExportError, ValueError):
@@ -56,14 +58,12 @@ def read_manifest(path: Path) -> list[Entry]:
 def check_names(names: Sequence[str], source: Path) -> None:
     """Raise `ManifestError` unless every name is a folder of its own below the output."""
     for name in names:
-        parts = name.split("/")
-        possible = all(_is_part(part) for part in parts) and len(name.encode()) <= _DEEPEST
-        if not possible or parts[0] == "batch.json":
+        if not is_possible(name):
             raise ManifestError(
-                "a run's name must be a path below the output folder",
+                NO_NAME,
                 file=source,
                 found=repr(name),
-                expected=f"printable; no part empty, over {_LONGEST} bytes, or with a dot first",
+                expected=EXPECTED,
                 remedy='give another "name"',
             )
     known = Counter(names)
@@ -76,6 +76,16 @@ def check_names(names: Sequence[str], source: Path) -> None:
                 found=" and ".join([*above, *[name] * count]),
                 remedy='give each entry another "name"',
             )
+
+
+def is_possible(name: str) -> bool:
+    """Whether an output can be called `name`."""
+    parts = name.split("/")
+    return (
+        all(_is_part(part) for part in parts)
+        and len(name.encode()) <= _DEEPEST
+        and parts[0] != "batch.json"
+    )
 
 
 def absolute(folder_or_id: str) -> str:

@@ -12,7 +12,16 @@ from converters.files.handles import check_there, reading, there
 from converters.files.output import check_output, check_place
 
 from .job import Job, Record
-from .manifest import Entry, ManifestError, absolute, check_names, read_manifest
+from .manifest import (
+    EXPECTED,
+    NO_NAME,
+    Entry,
+    ManifestError,
+    absolute,
+    check_names,
+    is_possible,
+    read_manifest,
+)
 from .status import FILE, Status, printable
 
 
@@ -45,8 +54,11 @@ def plan_batch(
     folder = source.is_dir()
     entries, problems = _found(source, base) if folder else (read_manifest(source), {})
     known = Status(out).records
-    own = [*(entry.name for entry in entries), *problems]
-    check_names([*own, *(n for n in known.keys() - {*own} if there(out / n))], source)
+    own = [entry.name for entry in entries]
+    made = {
+        name for name, record in known.items() if there(out / name) and _is_ours(out / name, record)
+    }
+    check_names([*own, *(made - {*own, *problems})], source)
     jobs = []
     for entry in entries:
         before = known.get(entry.name)
@@ -60,7 +72,7 @@ def plan_batch(
             target=target,
             output=output,
             done=None if force else done,
-            ours=_is_ours(output, before),
+            ours=before is not None and _is_ours(output, before),
         )
         jobs.append(job)
     named = {name for job in jobs for name in (job.run, job.base) if name is not None}
@@ -106,10 +118,8 @@ def _check_no_link(job: Job) -> None:
             )
 
 
-def _is_ours(output: Path, before: Record | None) -> bool:
+def _is_ours(output: Path, before: Record) -> bool:
     """Whether a batch made `output`, so far as is known: not all that it tried came to be."""
-    if before is None:
-        return False
     return before.state == "done" or (output / CERTIFICATE).is_file()
 
 
@@ -122,5 +132,9 @@ def _found(root: Path, base: str | None) -> tuple[list[Entry], Mapping[str, str]
     entries = [
         Entry(absolute(str(member.path)), name, absolute(str(member.base.path)))
         for name, member in found.members.items()
+        if is_possible(name)
     ]
-    return entries, {name: printable(problem) for name, problem in found.problems.items()}
+    unwritten = found.members.keys() - {entry.name for entry in entries}
+    unnamed = f"{NO_NAME}\n  expected: {EXPECTED}\n  to do: rename the folder"
+    problems = {**found.problems, **dict.fromkeys(unwritten, unnamed)}
+    return entries, {printable(name): printable(said) for name, said in problems.items()}

@@ -282,3 +282,31 @@ def test_nothing_is_put_beside_what_no_batch_wrote(llama_lora: Path, tmp_path: P
         plan_batch(manifest, out)
     assert [path.name for path in out.iterdir()] == ["letter.txt"]
     assert len(plan_batch(manifest, out, force=True).jobs) == 1
+
+
+@pytest.mark.parametrize(
+    "name", ["a\tb", "b\\c", "y" * 240, "batch.json", " led", "\udcff", "a\u202eb"]
+)
+def test_a_folder_that_no_output_can_be_called_is_one_line(
+    name: str, llama_base: Path, llama_lora: Path, tmp_path: Path
+) -> None:
+    """It was an error of all."""
+    shutil.copytree(llama_base, tmp_path / "all" / "base")
+    for each in ("good", name):
+        shutil.copytree(llama_lora, tmp_path / "all" / each)
+    out = tmp_path / "out"
+    words = ["batch", str(tmp_path / "all"), str(out), "--workers", "1"]
+    assert CliRunner().invoke(dora_export, [*words, "--dry-run"]).exit_code == 1
+    assert not out.exists()
+    for done in (0, 1):
+        ended = CliRunner().invoke(dora_export, [*words, "--json"])
+        assert ended.exit_code == 1
+        said = json.loads(ended.stdout)
+        assert (said["done"], said["skipped"], len(said["failed"])) == (1, done, 1)
+        assert {state: len(names) for state, names in states(out).items()} == {
+            "done": 1,
+            "failed": 1,
+        }
+        assert {path.name for path in out.iterdir()} == {"batch.json", "good"}
+    shutil.rmtree(tmp_path / "all" / name)
+    assert CliRunner().invoke(dora_export, words).exit_code == 0

@@ -54,6 +54,11 @@ CHANGES: list[tuple[Callable[[Path], object], str]] = [
     (no_config, "config.json"),
     (lambda folder: (folder / "pytorch_model.bin").write_text("x"), "pytorch_model.bin"),
     (lambda folder: (folder / "more").symlink_to("/nowhere"), "more"),
+    # Whose files transformers would read.
+    (
+        lambda folder: (folder / "additional_chat_templates").symlink_to("/tmp"),
+        "additional_chat_templates",
+    ),
 ]
 
 

@@ -1,4 +1,4 @@
-"""What becomes of a graph whose builder, a process of its own, does not finish."""
+"""What becomes of a graph, or what stands beside it, that could not be written to the end."""
 
 from __future__ import annotations
 
@@ -7,11 +7,12 @@ import sys
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 
 from converters.errors import OutputError
 from converters.files.onnx_files import MODEL
-from converters.targets.onnx import decoder
+from converters.targets.onnx import adapters, decoder
 from tests.conftest import MODELS
 
 BASE = MODELS / "tiny-llama-base"
@@ -73,3 +74,10 @@ def test_the_builder_itself_without_room_for_its_file(
     monkeypatch.undo()
     assert decoder._build(BASE, tmp_path / "built", "fp32", False)
     assert (tmp_path / "built" / MODEL).exists()
+
+
+@pytest.mark.parametrize("count", [10, 100_000])  # within its buffer, and beyond
+def test_an_adapter_without_room(count: int) -> None:
+    """ONNX Runtime tells no number of an error, and the command ended in a traceback."""
+    with pytest.raises(OutputError, match="could not write the adapter"):
+        adapters.write_own_heads(Path("/dev/full"), {"weight": np.ones(count, dtype=np.float32)})

@@ -13,7 +13,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ...errors import TargetError
+from ...errors import OutputError, TargetError
 from ...files.onnx_files import FOLDER, SUFFIX, graphs_in, head_names, heads_in, names
 from ...model.base import BaseModel
 from ...model.match import changed
@@ -198,4 +198,11 @@ def _export(path: Path, parameters: Mapping[str, Any]) -> None:
     file.set_adapter_version(_VERSION)
     file.set_model_version(_VERSION)
     file.set_parameters(dict(parameters))
-    file.export_adapter(str(path))
+    try:
+        file.export_adapter(str(path))
+    except RuntimeError:  # which it has for a full disk, and no other word
+        raise OutputError(
+            "ONNX Runtime could not write the adapter",
+            file=path,
+            remedy="nothing was left behind; look after the disk and run again",
+        ) from None
