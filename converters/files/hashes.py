@@ -1,8 +1,9 @@
 """BLAKE3 of files and of tensors: every byte is read once, and the answer remembered.
 
 What is remembered is kept in the user's cache under the state of the files: path, inode, size, and
-both times of change. A file that changed a moment before it was read is not remembered, since a
-change within the same tick of the clock would not show in its state.
+both times of change. Not remembered is a file that changed a moment before it was read, since a
+change within the same tick of the clock would not show in its state, and one whose state tells
+little, see `is_telling`.
 """
 
 from __future__ import annotations
@@ -32,6 +33,13 @@ _PIECE = 1 << 20
 HASHING = "reading every byte once"
 
 
+def is_telling(found: os.stat_result) -> bool:
+    """Whether a file's state tells it from any other that may come to lie at its path. Not where it
+    changed at a whole second: so say file systems that know no more (squashfs, FAT, old ext), and
+    disks and images of two versions of a model can be made with all sizes and times alike."""
+    return found.st_ctime_ns % 1_000_000_000 != 0
+
+
 class Memory:
     """What was once found out about `files`, of those contents: `answer`, None where it is to be
     found out now. `question` says what it is and how it is computed.
@@ -43,9 +51,11 @@ class Memory:
         now = time.time_ns()
         found = [(os.path.realpath(path), path.stat()) for path in sorted(set(files))]
         states = [(p, s.st_ino, s.st_size, s.st_mtime_ns, s.st_ctime_ns) for p, s in found]
-        self._settled = all(s.st_ctime_ns + _SETTLED < now for _, s in found)
+        self._settled = all(s.st_ctime_ns + _SETTLED < now and is_telling(s) for _, s in found)
         self._key = blake3(json.dumps([question, states]).encode()).hexdigest(length=16)
         self.answer: str | None = None
+        if not self._settled:
+            return
         # One that a crash of the machine left in pieces is no JSON.
         with suppress(OutputError, OSError, ValueError):
             value = json.loads((private_cache() / "hashes" / self._key).read_bytes())

@@ -54,7 +54,7 @@ def command(
     import torch
     import transformers.modeling_utils  # noqa: F401
 
-    from converters.errors import MissingError
+    from converters.errors import MissingError, OutputError
     from converters.model.base import open_base
     from dora_serve.vllm.desired import SETTLE, Following, links
     from dora_serve.vllm.watch import Server, reconcile
@@ -93,6 +93,9 @@ def command(
                         lines.append(line)
                     else:
                         click.echo(visible(line))
+            except OutputError as error:
+                failed = True
+                lines.append(str(error))
             except OSError as error:
                 failed = True
                 lines.append(f"{server.url} does not answer: {error}")

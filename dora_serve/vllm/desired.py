@@ -184,17 +184,16 @@ class Following:
         return None if gone else UNREAD
 
     def look(self) -> Desired:
-        """What is wanted of the whole folder by now. Converts for about a second, so that what is
-        ready waits for nobody, and in a folder of thousands for as long as it took to look through
-        it; the rest is `moving`, and another look's.
+        """What is wanted of the whole folder by now. Converts for about a second, or as long as it
+        took to look through a large folder, so that what is ready waits for nobody; the rest is
+        `moving`, and another look's.
 
         Raises `RunError` when the runs are of several bases from the start; later it is a problem
         of those that are of another one.
         """
         began = time.monotonic()
         changed = self.changed(self.all())
-        found = time.monotonic()
-        end = found + max(_AT_ONCE, found - began)
+        end = max((now := time.monotonic()) + _AT_ONCE, 2 * now - began)
         for name in changed:
             self.renew(name)
             if time.monotonic() > end:
@@ -284,7 +283,12 @@ class Following:
         known = self._known.get(path)
         if known is None:
             return not state
-        return known.state == state and all(_state(p) == s for p, s in known.elsewhere.items())
+        adapter = known.wanted.adapter
+        return (
+            known.state == state
+            and (adapter is None or adapter.is_dir())  # not where the cache was emptied
+            and all(_state(place) == then for place, then in known.elsewhere.items())
+        )
 
     def _read(self, name: str, path: Path) -> Member:
         try:

@@ -14,10 +14,13 @@ from typing import Any
 from urllib.error import HTTPError
 from urllib.request import Request, urlopen
 
+from converters.errors import OutputError
+
 from .desired import Desired
 
 _TIMEOUT = 120.0  # loading an adapter waits for the step that the server is in
 _REFUSAL = "refused.json"
+_RENAME = "rename the run's folder"
 
 
 @dataclass(frozen=True)
@@ -35,13 +38,14 @@ class Server:
     """A vLLM server started with `VLLM_ALLOW_RUNTIME_LORA_UPDATING=1`.
 
     `refused`: name → the reason that it was told. `failed`: name → the folder that it does not
-    load. Both are of its present start.
+    load. `bases`: what it calls its base. All are of its present start.
     """
 
     def __init__(self, url: str, api_key: str | None = None) -> None:
         self.url = url.rstrip("/")
         self.refused: dict[str, str] = {}
         self.failed: dict[str, Path] = {}
+        self.bases: set[str] = set()
         self._had: set[str] = set()
         self._has_plugin: bool | None = None
         self._headers = {"Content-Type": "application/json"}
@@ -54,6 +58,7 @@ class Server:
             with _answering(), urlopen(self._request("/v1/models"), timeout=_TIMEOUT) as answer:
                 cards = json.load(answer)["data"]
                 found = {card["id"]: Path(card["root"]) for card in cards if card.get("parent")}
+                self.bases = {card["id"] for card in cards if not card.get("parent")}
         except OSError:
             self._forget()
             raise
@@ -127,12 +132,16 @@ def reconcile(
     `ours`; what is loaded from there and not wanted is unloaded. Adapters that others loaded are
     left alone. `keep`: where the server does not take what a run became, the old one goes on.
 
-    Raises `OSError` when the server does not answer.
+    Raises `OSError` when the server does not answer, `OutputError` when the cache takes no link.
     """
     loaded = server.adapters()
     for name, adapter in wanted.adapters.items():
         path = _link(ours, adapter)
         if loaded.get(name) == path or server.failed.get(name) == path:
+            continue
+        if name in server.bases:  # vLLM would answer requests for the base with it
+            server.failed[name] = path
+            yield Change(server.url, name, "failed", f"its base is called so: {_RENAME}")
             continue
         if name not in loaded:
             change = _try(server, name, "loaded", partial(server.load, name, path))
@@ -147,7 +156,8 @@ def reconcile(
             server.refused.pop(name, None)
         yield change
     for name, reason in wanted.problems.items():
-        if name not in wanted.adapters and server.refused.get(name) != reason:
+        known = name in wanted.adapters or name in server.bases
+        if not known and server.refused.get(name) != reason:
             change = _refuse(server, name, reason, ours)
             if name in loaded:
                 yield change
@@ -169,17 +179,32 @@ def refusal_at(path: str) -> str | None:
 
 def _write_refusal(ours: Path, reason: str) -> Path:
     folder = ours / "refused" / sha256(reason.encode()).hexdigest()[:16]
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / _REFUSAL).write_text(json.dumps({"reason": reason}), encoding="utf-8")
+    with _writing(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / _REFUSAL).write_text(json.dumps({"reason": reason}), encoding="utf-8")
     return folder
 
 
 def _link(ours: Path, adapter: Path) -> Path:
     link = ours / adapter.name
-    if not link.is_symlink():
-        ours.mkdir(parents=True, exist_ok=True)
-        link.symlink_to(adapter)
+    with _writing(link):
+        if not link.is_symlink():
+            ours.mkdir(parents=True, exist_ok=True)
+            link.symlink_to(adapter)
     return link
+
+
+@contextmanager
+def _writing(place: Path) -> Iterator[None]:
+    """What keeps `place` in the cache from being written, told apart from what a server does."""
+    try:
+        yield
+    except OSError as error:
+        raise OutputError(
+            f"the cache cannot be written: {error.strerror}",
+            file=place,
+            remedy="look after the disk: it is tried again",
+        ) from None
 
 
 def _refuse(server: Server, name: str, reason: str, ours: Path) -> Change:

@@ -166,11 +166,16 @@ def test_two_other_bases_come_when_the_first_is_gone(root: Path) -> None:
 
 
 @contextmanager
-def serving(body: bytes, length: int | None = None) -> Iterator[str]:
-    """A server that answers all with `body`, and says that it has `length` bytes."""
+def serving(
+    body: bytes, length: int | None = None, asked: list[str] | None = None
+) -> Iterator[str]:
+    """A server that answers all with `body`, and says that it has `length` bytes. `asked`: is told
+    what came."""
 
     class Answer(BaseHTTPRequestHandler):
         def do_GET(self) -> None:
+            if asked is not None:
+                asked.append(f"{self.command} {self.path}")
             self.rfile.read(int(self.headers.get("Content-Length") or 0))
             self.send_response(200)
             self.send_header("Content-Length", str(len(body) if length is None else length))
@@ -219,3 +224,48 @@ def test_a_url_that_is_none_ends_nothing(root: Path) -> None:
         assert done.exit_code == 1
         assert isinstance(done.exception, SystemExit)
         assert "does not answer" in done.output
+
+
+def test_a_run_that_is_called_as_the_servers_base_is_not_loaded(root: Path) -> None:
+    """vLLM looks among its adapters first: who asked for the base was answered by the run."""
+    cards = b'{"data": [{"id": "run", "root": "/x", "parent": null}, {"id": "b", "root": "/x"}]}'
+    asked: list[str] = []
+    with serving(cards, asked=asked) as url:
+        done = CliRunner().invoke(main, ["watch", str(root), "--once", "--server", url])
+    assert done.exit_code == 1
+    assert f"{url} failed run its base is called so" in done.output
+    assert set(asked) == {"GET /v1/models"}
+
+
+def test_a_run_that_cannot_be_served_and_is_called_so_is_not_refused(root: Path) -> None:
+    (root / "run" / CONFIG).write_text("{")
+    asked: list[str] = []
+    with serving(b'{"data": [{"id": "run", "root": "/x", "parent": null}]}', asked=asked) as url:
+        CliRunner().invoke(main, ["watch", str(root), "--once", "--server", url])
+    assert set(asked) == {"GET /v1/models"}
+
+
+def test_a_cache_that_is_emptied_is_filled_again(root: Path, tmp_path: Path) -> None:
+    """vLLM reads the files again whenever it needs room, and a server that is started anew does."""
+    following = Following(root)
+    adapter = following.at_rest().adapters["run"]
+    shutil.rmtree(tmp_path / "cache")
+    assert following.at_rest().adapters["run"] == adapter
+    assert (adapter / WEIGHTS).is_file()
+    assert (tmp_path / "cache").stat().st_mode & 0o077 == 0
+
+
+def test_a_cache_that_takes_no_link_is_no_server_that_does_not_answer(
+    root: Path, tmp_path: Path
+) -> None:
+    place = module.links(root.resolve())
+    Following(root).at_rest()
+    (place / "names.json").unlink()
+    place.rmdir()
+    place.write_text("in the way")
+    with serving(b'{"data": []}') as url:
+        done = CliRunner().invoke(main, ["watch", str(root), "--once", "--server", url])
+    assert done.exit_code == 1
+    assert "the cache cannot be written" in done.output
+    assert "does not answer" not in done.output
+    assert place.is_relative_to(tmp_path)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import subprocess
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -336,3 +337,35 @@ def test_a_graph_of_a_base_that_is_exchanged_meanwhile_is_not_written(
     with pytest.raises(BaseError, match="changed while it was read"):
         write_onnx(base, tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="mounting needs root")
+def test_another_disk_in_the_place_of_one_whose_times_are_alike(tmp_path: Path) -> None:
+    """As images of two versions of a model, made to be the same whenever they are made. The first
+    one's hash was remembered for the second, and the first was served."""
+    made, place = [], tmp_path / "place"
+    place.mkdir()
+    for content in (b"one version", b"the other!!"):
+        source = tmp_path / content.decode()
+        source.mkdir()
+        (source / "weights").write_bytes(content)
+        os.utime(source / "weights", (1_700_000_000, 1_700_000_000))
+        image = source.with_suffix(".img")
+        always = {**os.environ, "E2FSPROGS_FAKE_TIME": "1700000000"}
+        words = ["mke2fs", "-qt", "ext2", "-I", "128", "-d", str(source), str(image), "1m"]
+        when = ["debugfs", "-wR", "set_inode_field /weights ctime 20231114221320", str(image)]
+        try:
+            for command in (words, when):
+                subprocess.run(command, check=True, capture_output=True, env=always)
+            subprocess.run(
+                ["mount", "-oloop,ro", str(image), str(place)], check=True, capture_output=True
+            )
+        except (OSError, subprocess.CalledProcessError):
+            pytest.skip("no image can be made, or mounted, here")
+        try:
+            found = (place / "weights").stat()
+            made.append((found.st_ino, found.st_size, found.st_mtime_ns, found.st_ctime_ns))
+            assert file_hash(place / "weights") == blake3(content).hexdigest()
+        finally:
+            subprocess.run(["umount", str(place)], check=True)
+    assert made[0] == made[1]

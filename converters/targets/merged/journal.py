@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from ...certificate import sha256, tool
+from ...files.hashes import file_hash, is_telling
 from ...files.leftovers import JOURNAL
 from ...files.tensors import byte_view
 from ...updates.update import Update
@@ -127,7 +128,10 @@ def _key(plan: MergePlan) -> str:
         "tool": [tool(), torch.__version__],
         "run": [run.method, *((path.name, sha256(path)) for path in run.files)],
         "sources": sorted(
-            (path, s.st_ino, s.st_size, s.st_mtime_ns, s.st_ctime_ns) for path, s in stats.items()
+            (path, s.st_ino, s.st_size, s.st_mtime_ns, s.st_ctime_ns)
+            if is_telling(s)
+            else (path, file_hash(Path(path)))
+            for path, s in stats.items()
         ),
         "tensors": tensors,
     }
