@@ -11,7 +11,6 @@ from __future__ import annotations
 import fcntl
 import json
 import os
-import stat
 import time
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
@@ -29,13 +28,12 @@ from converters.readers import readers
 from ..folder.inventory import Member, read_member, things_below
 from ..folder.names import names_below, own_name
 from .convert import vllm_adapter
+from .states import State, blind, state_below
 
 SETTLE = 0.25  # seconds between two looks at what just came or changed
 PATIENCE = 60.0  # that whoever asks waits for a run that somebody is writing
 _AT_ONCE = 1.0  # seconds of converting in one look, or as many as finding what changed took
 _WRITTEN = "the run is being written"
-
-State = Mapping[str, tuple[int, ...]]
 
 
 @dataclass(frozen=True)
@@ -131,7 +129,7 @@ class Following:
             now = time.monotonic()
             if state != before:
                 self._seen[path] = state, now
-            elif now - since >= 0.9 * SETTLE and not self._is_known(path, state):
+            elif now - since >= 0.9 * SETTLE + blind(state) and not self._is_known(path, state):
                 found.append(name)
         return found
 
@@ -150,7 +148,7 @@ class Following:
             member = self._read(name, path)
             base = member.base
             elsewhere = {
-                file: _state(file) for file in member.state if not file.is_relative_to(path)
+                file: state_below(file) for file in member.state if not file.is_relative_to(path)
             }
             wanted = Wanted(vllm_adapter(member), warnings=member.run.warnings)
         except Exception as error:  # of one run, which nobody else's is to suffer from
@@ -267,7 +265,7 @@ class Following:
         """Open the bases at `paths`, anew where they changed."""
         before, self._bases = self._bases, {}
         for path in paths:
-            state = _state(path)
+            state = state_below(path)
             if path in before and before[path][0] == state:
                 self._bases[path] = before[path]
             else:
@@ -277,7 +275,7 @@ class Following:
     def _now(self, path: Path) -> State:
         """The state of a run; of one that became a link, that it is gone, as whoever looks for the
         first time finds it."""
-        return _state(path) if real(path) == path else {}
+        return state_below(path) if real(path) == path else {}
 
     def _is_known(self, path: Path, state: State) -> bool:
         known = self._known.get(path)
@@ -287,7 +285,7 @@ class Following:
         return (
             known.state == state
             and (adapter is None or adapter.is_dir())  # not where the cache was emptied
-            and all(_state(place) == then for place, then in known.elsewhere.items())
+            and all(state_below(place) == then for place, then in known.elsewhere.items())
         )
 
     def _read(self, name: str, path: Path) -> Member:
@@ -368,26 +366,6 @@ def links(root: Path) -> Path:
     """Where the adapters of `root` are linked to: what a server loaded from there is ours to
     unload, also after a restart, and nothing else is."""
     return cache_folder().resolve() / "watched" / sha256(bytes(root.resolve())).hexdigest()[:16]
-
-
-def _state(path: Path) -> State:
-    """What tells whether a file or a folder is still the same; empty when it is not there."""
-    found: dict[str, tuple[int, ...]] = {}
-    try:
-        for file in (path, *path.rglob("*")):
-            try:
-                one = file.stat()
-            except FileNotFoundError:
-                continue
-            except OSError as error:  # of this one, such as a link to itself
-                found[str(file)] = (error.errno or 0,)
-                continue
-            found[str(file)] = (one.st_ino, one.st_size, one.st_mtime_ns, one.st_ctime_ns)
-            if file is path and stat.S_ISDIR(one.st_mode):
-                found[str(file)] = (one.st_dev, one.st_ino)
-    except OSError as error:
-        found[str(path)] = (error.errno or 0,)
-    return found
 
 
 def _told(error: Exception) -> str:

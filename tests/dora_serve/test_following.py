@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import os
 import shutil
+import subprocess
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -12,12 +15,12 @@ from typing import Any
 
 import pytest
 from click.testing import CliRunner
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save, save_file
 
 from dora_serve.commands import dora_serve as main
 from dora_serve.folder import inventory
 from dora_serve.vllm import desired as module
-from dora_serve.vllm.desired import Following
+from dora_serve.vllm.desired import SETTLE, Following
 from dora_serve.vllm.watch import Server
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
@@ -269,3 +272,36 @@ def test_a_cache_that_takes_no_link_is_no_server_that_does_not_answer(
     assert "the cache cannot be written" in done.output
     assert "does not answer" not in done.output
     assert place.is_relative_to(tmp_path)
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="mounting needs root")
+def test_where_times_are_whole_seconds_the_last_change_is_seen(root: Path, tmp_path: Path) -> None:
+    """The weights change twice within one second, and a look lies in between."""
+    image, place = tmp_path / "image", tmp_path / "place"
+    place.mkdir()
+    try:
+        for command in (
+            ["mke2fs", "-qt", "ext2", "-I", "128", "-d", str(root), str(image), "8m"],
+            ["mount", "-oloop", str(image), str(place)],
+        ):
+            subprocess.run(command, check=True, capture_output=True)
+    except (OSError, subprocess.CalledProcessError):
+        pytest.skip("no image can be made, or mounted, here")
+    try:
+        following, weights = Following(place), place / "run" / WEIGHTS
+        first = following.at_rest().adapters["run"]
+        old = weights.read_bytes()
+        changed = {name: tensor * 2 for name, tensor in load_file(weights).items()}
+        new = save(changed, {"format": "pt"})
+        assert len(new) == len(old)
+        for _ in range(3):  # a look and a change at the start of a second, whatever else goes on
+            time.sleep(1.02 - time.time() % 1)
+            weights.write_bytes(new)
+            following.look()
+            time.sleep(SETTLE)
+            following.look()
+            weights.write_bytes(old)
+            following.look()
+        assert following.at_rest().adapters["run"] == first
+    finally:
+        subprocess.run(["umount", "-l", str(place)], check=True)
