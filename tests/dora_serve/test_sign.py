@@ -11,6 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import fsspec
 import pytest
 from click.testing import CliRunner
 
@@ -252,7 +253,14 @@ def test_the_commands_by_url_and_as_json(signed: Path, keys: Path, tmp_path: Pat
     assert json.loads(run("check", signed, "--json").output)["signed"] is False
     done = run("check", signed, "--public-key", keys / "other.pub", "--json")
     assert json.loads(done.stdout)["error"]["code"] == "SignatureError"
-    assert "in place" in run("sign", url, "--private-key", keys / "ours").output
+    memory: Any = fsspec.filesystem("memory")
+    memory.put(str(signed), "/signed", recursive=True)
+    try:
+        refused = run("sign", "memory://signed", "--private-key", keys / "ours")
+    finally:
+        memory.rm("/signed", recursive=True)
+    assert "in place" in refused.output
+    assert "signed already" in run("sign", url, "--private-key", keys / "ours").output
     link = tmp_path / "link"
     link.symlink_to(signed)
     assert run("check", link, "--public-key", keys / "ours.pub").exit_code == 0
