@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -9,7 +10,7 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 
-from converters.files.onnx_files import graphs_in
+from converters.files.onnx_files import WITH_PAST, graphs_in
 from converters.model.base import BaseModel, open_base
 from converters.targets.onnx import add_adapters, write_onnx
 from dora_serve import DoraExportError, Run, read_run, verify
@@ -115,6 +116,23 @@ def test_verify_tries_the_run_alone_and_beside_others(built: Built) -> None:
         result = verify(run, out, base)
         assert result.passed
         assert result.control_fails
+
+
+def test_verify_tries_the_graph_that_goes_on(built: Built, tmp_path: Path) -> None:
+    """The first tokens right and those behind them wrong."""
+    import onnx
+
+    base, runs, out = built
+    shutil.copytree(out, tmp_path / "out")
+    file = tmp_path / "out" / WITH_PAST
+    model = onnx.load(file, load_external_data=False)
+    last = next(node for node in model.graph.node if "logits" in node.output)
+    last.output[0] = "right"
+    model.graph.node.append(onnx.helper.make_node("Neg", ["right"], ["logits"]))
+    onnx.save(model, file)
+    result = verify(runs["one"], tmp_path / "out", base)
+    assert not result.passed and result.max_abs > 10 * result.tolerance
+    assert any(WITH_PAST in said for said in result.warnings)
 
 
 def test_adapters_come_and_go(built: Built) -> None:
