@@ -264,14 +264,17 @@ def test_a_side_whose_added_rows_are_nowhere(tmp_path: Path) -> None:
         merge(tmp_path / "lora", tmp_path / "merged", base=tmp_path / "base")
 
 
-@pytest.mark.parametrize("name", ["llama", "t5"])
-def test_single_rows_of_an_embedding_that_was_resized(name: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("name", "key"), [("llama", ""), ("llama", "embed_tokens"), ("t5", ""), ("t5", "shared")]
+)
+def test_single_rows_of_an_embedding_that_was_resized(name: str, key: str, tmp_path: Path) -> None:
     """PEFT then stores the rows of the tied head as well, which has none of its own, and nothing of
     what else is tied to the embedding."""
     cls = save_base(name, tmp_path / "base", tied=True)
     model = cls.from_pretrained(tmp_path / "base")
     model.resize_token_embeddings(83, mean_resizing=False)
-    config = LoraConfig(r=2, target_modules="all-linear", trainable_token_indices=[5, 9, 81])
+    rows: Any = {key: [5, 9, 81]} if key else [5, 9, 81]
+    config = LoraConfig(r=2, target_modules="all-linear", trainable_token_indices=rows)
     peft = get_peft_model(model, config).eval()
     randomize(peft, ("lora_", "trainable_tokens_delta"))
     peft.save_pretrained(tmp_path / "lora")
