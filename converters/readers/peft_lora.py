@@ -9,7 +9,7 @@ trained tokens (`trainable_token_indices`). What is not read is an error that sa
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import replace
 from functools import partial
 
@@ -19,7 +19,7 @@ from ..errors import RunError
 from ..files.tensors import LazyTensor, load_finite, numel
 from ..model.base import open_base
 from ..model.match import class_trained
-from ..model.tying import spreading
+from ..model.tying import embedding_in, spreading
 from ..options import ReadOptions
 from ..run import LazyUpdates, Run
 from ..updates.rank_one import RankOneSum
@@ -106,7 +106,7 @@ class PeftLoraReader:
             embeddings=frozenset(embeddings | tokens),
             kernels=kernels,
         )
-        return replace(run, tied=_spreading(tokens, run, options))
+        return replace(run, tied=_spreading(config, tokens, run, options))
 
 
 def _attention(name: str, pairs: Collection[str]) -> tuple[str, int]:
@@ -128,13 +128,19 @@ def _more_than_pairs(folder: RunFolder) -> bool:
     return any(module.parts.keys() - {"A", "B"} for module in modules.values())
 
 
-def _spreading(tokens: Collection[str], run: Run, options: ReadOptions) -> frozenset[str]:
-    """The embeddings whose trained rows are also those of what is tied to them."""
+def _spreading(
+    config: Mapping[str, object], tokens: Collection[str], run: Run, options: ReadOptions
+) -> frozenset[str]:
+    """The embeddings whose trained rows are also those of what is tied to them. Of a resized one
+    PEFT stores the rows of a tied head too, which has none of its own unless it is named."""
     if not tokens or options.base is None:
         return frozenset(tokens)
     base = open_base(options.base)
-    architecture = class_trained(run, base).names.architecture
-    return spreading(tokens, base, architecture, run.num_labels)
+    names = class_trained(run, base).names
+    indices = config.get("trainable_token_indices")
+    said = list(indices) if isinstance(indices, dict) else [embedding_in(names.model)]
+    named = [n for n in tokens if any(f".{n}".endswith(f".{key}") for key in said)]
+    return spreading(named or tokens, base, names.architecture, run.num_labels)
 
 
 def _update(initial: Initial, module: AdaptedModule, scale: float, embedding: bool) -> Update:

@@ -120,6 +120,8 @@ def token_rows(
     indices = config.get("trainable_token_indices")
     if isinstance(indices, dict):
         named = [v for k, v in indices.items() if f".{module}".endswith(f".{k}")]
+        if not named and len(indices) == 1:  # a side that is tied to the one, stored with it
+            named = list(indices.values())
         indices = named[0] if named else None
     fits = isinstance(indices, list) and all(type(i) is int and 0 <= i < vocab for i in indices)
     if not isinstance(indices, list) or not fits or len(tensor.shape) != 2:

@@ -294,7 +294,7 @@ def _load(model: Any, folder: Path, file: Path) -> dict[str, Any]:
         except (
             AttributeError,
             ImportError,
-            KeyError,
+            LookupError,  # rows that an embedding of this size does not have, too
             RuntimeError,
             TypeError,
             ValueError,

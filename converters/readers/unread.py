@@ -21,7 +21,17 @@ _PARTS = {
     "new_embeddings.bin": "rows of the embedding for tokens that training added",
     "non_lora_trainables.safetensors": "modules that were trained beside the adapter",
     "non_lora_trainables.bin": "modules that were trained beside the adapter",
+    "trainable_params.bin": "embeddings and norms that were trained beside the adapter (LongLoRA)",
+    "vpm_resampler_embedtokens.pt": "the vision tower, the resampler and the embedding, trained "
+    "beside the adapter (MiniCPM-V)",
 }
+_TENSORS = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".npz")
+# Files of tensors that say nothing more of what was trained: the model's own, and the trainer's.
+_OTHERS = tuple(
+    "adapter model pytorch_model consolidated ft-model hf_model meta_model optimizer scheduler "
+    "rng_state random_states training_args scaler sampler dataloader custom_checkpoint "
+    "recipe_state prune_state_dict record_dict".split()
+)
 
 
 def not_read(folder: RunFolder) -> list[str]:
@@ -39,7 +49,13 @@ def not_read(folder: RunFolder) -> list[str]:
         for name in _VALUE_HEADS
         if folder.has(name)
     ]
-    return [*heads, *_unknown(folder.adapter_config or {})]
+    others = [
+        f"{name} lies beside the adapter and is not read: where it was trained too, the result "
+        "lacks it"
+        for name in sorted(path.name for path in folder.path.iterdir() if path.is_file())
+        if name.endswith(_TENSORS) and name not in _VALUE_HEADS and not name.startswith(_OTHERS)
+    ]
+    return [*heads, *others, *_unknown(folder.adapter_config or {})]
 
 
 def _unknown(config: Mapping[str, object]) -> Iterator[str]:

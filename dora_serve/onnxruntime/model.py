@@ -16,11 +16,14 @@ from .encoder import Encoder
 from .seq2seq import Seq2Seq
 from .transcriber import Transcriber, hears
 
+_STEPS = 8  # tokens of a row that come one after another
+
 
 class OnnxDecoder:
     """Logits `[rows, length, vocab]` of a decoder folder, each row with its adapter or none.
 
-    The rows run as one batch, right-padded, without anything cached before.
+    The rows run as one batch, right-padded; their last tokens, at most `_STEPS`, come one after
+    another, with what is cached of those before.
     """
 
     def __init__(self, folder: Path, adapters: Adapters = None) -> None:
@@ -31,9 +34,16 @@ class OnnxDecoder:
         from transformers.modeling_outputs import CausalLMOutput
 
         rows = _rows(input_ids, attention_mask)
-        logits = self._decoder.batch(rows, self.adapters).prefill_all()
+        steps = min(_STEPS, *(len(row) // 2 for row in rows))
+        begun = [row[: len(row) - steps] for row in rows]
+        batch = self._decoder.batch(begun, self.adapters)
+        logits = batch.prefill_all()
         padded = np.zeros((*input_ids.shape, logits.shape[-1]), np.float32)
         padded[:, : logits.shape[1]] = logits
+        places = np.array([len(row) for row in begun])
+        for step in range(steps):
+            tokens = input_ids.numpy()[np.arange(len(rows)), places + step]
+            padded[np.arange(len(rows)), places + step] = batch.step(tokens)
         return CausalLMOutput(logits=torch.from_numpy(padded))
 
 

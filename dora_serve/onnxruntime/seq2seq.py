@@ -29,6 +29,8 @@ if TYPE_CHECKING:
 
     Array = NDArray[np.float32]
 
+_STEPS = 8  # tokens whose logits one run each gives
+
 
 class EncoderDecoder(AdaptedFolder):
     """An encoder-decoder folder as `dora-export onnx` writes it, with its adapters, and the search
@@ -189,6 +191,15 @@ class Batch:
         feeds = {"input_ids": tokens, "encoder_hidden_states": self._states}
         return self._decode(self._model._first, feeds)
 
+    def written(self, tokens: NDArray[np.int64]) -> Array:
+        """Run `tokens` `[rows, n]` as they come to be written: the first half at once, and those
+        behind it, at most `_STEPS`, one after another; the logits after each of them."""
+        length = tokens.shape[1]
+        begun = max((length + 1) // 2, length - _STEPS)
+        found = [self.begin(tokens[:, :begun])]
+        found += [self.step(column)[:, None] for column in tokens[:, begun:].T]
+        return np.concatenate(found, axis=1)
+
     def step(self, tokens: NDArray[np.int64]) -> Array:
         """Add one token to every row; the logits `[rows, vocab]` after it."""
         return self._decode(self._model._next, {"input_ids": tokens[:, None]})[:, -1]
@@ -234,9 +245,10 @@ class Seq2Seq(EncoderDecoder):
         targets: Sequence[Sequence[int]],
         adapters: Adapters = None,
     ) -> Array:
-        """The logits `[rows, tokens, vocab]` after every decoder token, `targets` of one length."""
+        """The logits `[rows, tokens, vocab]` after every decoder token, `targets` of one length;
+        of both graphs of the decoder, as when they are written."""
         first = np.array(targets, np.int64)
-        return self.batch(rows, adapters, first).begin(first)
+        return self.batch(rows, adapters, first).written(first)
 
     def generate(
         self,

@@ -136,9 +136,10 @@ class Transcriber(EncoderDecoder):
         self, features: Array, targets: Sequence[Sequence[int]], adapters: Adapters = None
     ) -> Array:
         """The logits `[rows, tokens, vocab]` after every decoder token, of `features [rows, bands,
-        frames]`, `targets` of one length."""
+        frames]`, `targets` of one length; of both graphs of the decoder, as when they are
+        written."""
         tokens = np.array(targets, np.int64)
-        return Batch(self, {FEATURES: features}, tokens, adapters=adapters).begin(tokens)
+        return Batch(self, {FEATURES: features}, tokens, adapters=adapters).written(tokens)
 
     def transcribe(
         self,

@@ -83,6 +83,17 @@ def check(artifact: str | Path, base: str | Path | BaseModel | None = None) -> C
     return Check(str(proof.get("target")), len(records), whole, weights, tuple(found))
 
 
+def changed_files(artifact: Path) -> list[str]:
+    """The files that the certificate of `artifact` lists and that are gone or no longer as it says;
+    none where no certificate lists any."""
+    path = artifact / FILE
+    try:
+        records = read_records(read_json(path), path) if path.is_file() else {}
+    except DoraExportError:
+        return []
+    return [each.where for each in _compare(artifact, records) if each.where in records]
+
+
 def record(artifact: str | Path) -> None:
     """Put the hash of every byte of every file into the certificate of an artifact that was found
     unchanged, where a merge put those of pieces. Raises `OutputError` where it is signed."""

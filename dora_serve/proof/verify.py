@@ -18,6 +18,7 @@ from converters.targets.opening import Loaded, load
 from converters.targets.target import target_of
 
 from ..extras import without_extra
+from .check import changed_files
 from .live import fold_rounded, truth_of
 from .noise import difference, noise
 from .prompts import Prompts, prompts_of, tokenizer_fault, verification_batch
@@ -146,7 +147,26 @@ def verify(
         raise
     fault = tokenizer_fault(path, run, base)
     failures = found.failures if fault is None else (*found.failures, fault)
-    return replace(found, engine=engine, fit=fit, unfitted=unfitted, failures=failures)
+    return replace(
+        found,
+        engine=engine,
+        fit=fit,
+        unfitted=unfitted,
+        failures=failures,
+        warnings=(*found.warnings, *_changed(path)),
+    )
+
+
+def _changed(artifact: Path) -> list[str]:
+    """A warning of files that changed: no prompts ask for every row of an embedding, nor of every
+    graph that lies there."""
+    changed = changed_files(artifact)
+    if not changed:
+        return []
+    return [
+        f"{some(changed)}: no longer as {CERTIFICATE} says it was written (`check`), and what "
+        "these prompts do not ask may be other than it was"
+    ]
 
 
 def _not_asked(run: Run, base: BaseModel, prompts: Prompts) -> TargetError | None:

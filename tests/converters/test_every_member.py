@@ -97,6 +97,8 @@ def test_starts_that_are_not_repeated(start: str, tmp_path: Path) -> None:
             for end in ("safetensors", "bin")
         ),
         *((f"non_lora_trainables.{end}", "beside the adapter") for end in ("safetensors", "bin")),
+        ("trainable_params.bin", "LongLoRA"),
+        ("vpm_resampler_embedtokens.pt", "MiniCPM-V"),
     ],
 )
 def test_parts_beside_the_adapter(name: str, message: str, tmp_path: Path) -> None:
@@ -104,6 +106,19 @@ def test_parts_beside_the_adapter(name: str, message: str, tmp_path: Path) -> No
     (run / name).write_bytes(b"")
     with pytest.raises(RunError, match=message):
         read_run(run)
+
+
+@pytest.mark.parametrize("name", ["vit.safetensors", "mm_projector.bin", "extra.pt"])
+def test_other_tensors_beside_the_adapter_are_told(name: str, tmp_path: Path) -> None:
+    """A trainer of one's own puts there what it trained beside the adapter."""
+    run = adapter(tmp_path / "run", PAIR)
+    for other in ("optimizer.pt", "rng_state_0.pth", "training_args.bin", "recipe_state.pt"):
+        (run / other).write_bytes(b"")
+    before = read_run(run).warnings
+    (run / name).write_bytes(b"")
+    (told,) = set(read_run(run).warnings) - set(before)
+    assert name in told
+    assert not any("lies beside" in said for said in before)
 
 
 @pytest.mark.parametrize("name", ["value_head.safetensors", "value_head.bin"])

@@ -306,3 +306,13 @@ def test_bias_trained_where_the_base_has_none(llama_base: Path, tmp_path: Path) 
     adapter = train(model, tmp_path / "adapter", "BeftConfig", **config)
     with pytest.raises(RunError, match="bias that the base does not have"):
         read_run(adapter, ReadOptions(base=llama_base))
+
+
+def test_rows_that_the_base_does_not_have(llama_base: Path, tmp_path: Path) -> None:
+    """Tokens that were added before they were trained: one error, and no traceback."""
+    model = LlamaForCausalLM.from_pretrained(llama_base)
+    model.resize_token_embeddings(83, mean_resizing=False)
+    config = peft.TrainableTokensConfig(token_indices=[81])
+    get_peft_model(model, config).save_pretrained(tmp_path / "run")
+    with pytest.raises(RunError, match="out of bounds"):
+        read_run(tmp_path / "run", ReadOptions(base=llama_base))

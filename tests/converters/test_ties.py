@@ -22,6 +22,7 @@ from converters.errors import DoraExportError
 from converters.readers import ReadOptions
 from dora_serve import merge, read_run, verify, write_adapter
 from tests.conftest import randomize
+from tests.converters.families import save_base
 from tests.converters.tied_families import ENCODER, FAMILIES, Family
 
 
@@ -261,3 +262,29 @@ def test_a_side_whose_added_rows_are_nowhere(tmp_path: Path) -> None:
     model.save_pretrained(tmp_path / "lora", save_embedding_layers=False)
     with pytest.raises(DoraExportError, match="added rows"):
         merge(tmp_path / "lora", tmp_path / "merged", base=tmp_path / "base")
+
+
+@pytest.mark.parametrize(
+    ("name", "key"), [("llama", ""), ("llama", "embed_tokens"), ("t5", ""), ("t5", "shared")]
+)
+def test_single_rows_of_an_embedding_that_was_resized(name: str, key: str, tmp_path: Path) -> None:
+    """PEFT then stores the rows of the tied head as well, which has none of its own, and nothing of
+    what else is tied to the embedding."""
+    cls = save_base(name, tmp_path / "base", tied=True)
+    model = cls.from_pretrained(tmp_path / "base")
+    model.resize_token_embeddings(83, mean_resizing=False)
+    rows: Any = {key: [5, 9, 81]} if key else [5, 9, 81]
+    config = LoraConfig(r=2, target_modules="all-linear", trainable_token_indices=rows)
+    peft = get_peft_model(model, config).eval()
+    randomize(peft, ("lora_", "trainable_tokens_delta"))
+    peft.save_pretrained(tmp_path / "lora")
+    ids = torch.tensor([[5, 9, 12, 81, 40]])
+    inputs = {"input_ids": ids}
+    if model.config.is_encoder_decoder:
+        inputs["decoder_input_ids"] = ids.flip(1)
+    with torch.no_grad():
+        truth = peft(**inputs).logits
+    merge(tmp_path / "lora", tmp_path / "merged", base=tmp_path / "base")
+    with torch.no_grad():
+        found = cls.from_pretrained(tmp_path / "merged").eval()(**inputs).logits
+    assert apart(found, truth) < 1e-4

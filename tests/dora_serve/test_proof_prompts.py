@@ -95,6 +95,25 @@ def test_tokens_that_were_trained_alone_are_asked(tmp_path: Path, kind: str) -> 
     assert not wrong.passed and wrong.max_abs > 10 * wrong.tolerance
 
 
+def test_what_no_prompt_asks_is_told(tmp_path: Path) -> None:
+    """A row of the embedding that stands in no prompt: the numbers pass, and it is another one than
+    was written."""
+    tiny_llama(vocab_size=VOCAB).save_pretrained(tmp_path / "base")
+    save_adapter(transformers.LlamaForCausalLM, tmp_path / "base", tmp_path / "run")
+    base, run = open_base(tmp_path / "base"), read_run(tmp_path / "run")
+    merge(run, tmp_path / "merged", base=tmp_path / "base")
+    right = verify(run, tmp_path / "merged", base)
+    assert right.passed and not right.warnings
+    ids = torch.cat([batch["input_ids"].flatten() for batch in prompts_of(run, base).batches])
+    file = tmp_path / "merged/model.safetensors"
+    tensors = load_file(file)
+    tensors["model.embed_tokens.weight"][min({*range(VOCAB)} - {*ids.tolist()})] += 1
+    save_file(tensors, file, {"format": "pt"})
+    found = verify(run, tmp_path / "merged", base)
+    assert found.max_abs == right.max_abs
+    assert [said for said in found.warnings if file.name in said and "no longer as" in said]
+
+
 def test_a_base_that_knows_no_sentence_is_asked_its_own_words() -> None:
     base = MODELS / "tiny-llama-base"
     words = transformers.AutoTokenizer.from_pretrained(base)

@@ -2,23 +2,26 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import numpy as np
+import onnx_ir as ir
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 
-from converters.files.onnx_files import graphs_in
+from converters.files.onnx_files import WITH_PAST, graphs_in
 from converters.model.base import BaseModel, open_base
 from converters.targets.onnx import add_adapters, write_onnx
+from converters.targets.onnx.graph_file import GraphWriter
 from dora_serve import DoraExportError, Run, read_run, verify
 from dora_serve.onnxruntime.beams import Search
 from dora_serve.onnxruntime.seq2seq import Seq2Seq
 from dora_serve.proof.live import LiveModel
 from tests.conftest import randomize
 from tests.converters.families import save_base
-from tests.engines.adapter_files import write_overflowing
+from tests.engines.adapter_files import scale_adapter, write_overflowing
 
 BOUND, MIXED = 1e-4, 1e-5
 ROWS = [[7, 8, 9, 10, 11, 12, 13], [20, 21, 22], [33], [30, 31, 32, 33, 34]]
@@ -117,6 +120,23 @@ def test_verify_tries_the_run_alone_and_beside_others(built: Built) -> None:
         assert result.control_fails
 
 
+def test_verify_tries_the_graph_that_goes_on(built: Built, tmp_path: Path) -> None:
+    """The first tokens right and those behind them wrong."""
+    import onnx
+
+    base, runs, out = built
+    shutil.copytree(out, tmp_path / "out")
+    file = tmp_path / "out" / WITH_PAST
+    model = onnx.load(file, load_external_data=False)
+    last = next(node for node in model.graph.node if "logits" in node.output)
+    last.output[0] = "right"
+    model.graph.node.append(onnx.helper.make_node("Neg", ["right"], ["logits"]))
+    onnx.save(model, file)
+    result = verify(runs["one"], tmp_path / "out", base)
+    assert not result.passed and result.max_abs > 10 * result.tolerance
+    assert any(WITH_PAST in said for said in result.warnings)
+
+
 def test_adapters_come_and_go(built: Built) -> None:
     model = Seq2Seq(built[2])
     assert model.adapters == ("one", "two")
@@ -141,6 +161,28 @@ def test_an_adapter_that_overflows_is_an_error_and_reaches_no_other_row(
     for beams in (1, 2):
         with pytest.raises(DoraExportError, match="not finite"):
             model.generate(ROWS, Search(4, beams=beams), "huge")
+
+
+@pytest.mark.parametrize("precision", ["int8", "int4"])
+def test_rows_keep_their_range_beside_large_numbers(
+    built: Built, tmp_path: Path, precision: str
+) -> None:
+    """Numbers of another row that are large and finite, and 8 bits that both are rounded to."""
+    writer = GraphWriter(tmp_path, precision)
+    for file in graphs_in(built[2]):
+        writer.write(file.name, ir.load(file))
+    shutil.copy(built[2] / "config.json", tmp_path)
+    shutil.copytree(built[2] / "adapters", tmp_path / "adapters")
+    scale_adapter(tmp_path / "adapters" / "one.onnx_adapter", 1e4)
+    model = Seq2Seq(tmp_path)
+    alone = [
+        model.logits([row], [first], "two")[0] for row, first in zip(ROWS, TARGETS, strict=True)
+    ]
+    beside = model.logits(ROWS, TARGETS, ["one", *["two"] * (len(ROWS) - 1)])
+    for row in range(1, len(ROWS)):
+        assert np.abs(beside[row] - alone[row]).max() <= MIXED * np.abs(alone[row]).max()
+    effect = model.logits(ROWS, TARGETS, "two") - model.logits(ROWS, TARGETS)
+    assert np.abs(effect).max() > 1
 
 
 def test_without_adapter_plain_onnxruntime_runs_the_graphs(built: Built) -> None:

@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from ...files.onnx_files import DATA
 from .export import quiet
 from .fitted import fit
+from .own_range import own_range
 from .quantized import Blocks, Fit, blocks_of, quantize
 from .step import step_times
 
@@ -73,6 +74,8 @@ class GraphWriter:
                     self.times = step_times(file, self._folder / name)
             elif not exact:
                 small = ir.from_proto(shrunk(file, self.precision))
+                if self.precision == "int8":
+                    own_range(small)
                 _save(small, self._folder / name, self._places)
 
     def _keep(
@@ -151,7 +154,8 @@ def shrunk(file: Path, precision: str) -> Any:
 
     fp16: caches too, other inputs and outputs stay float32, and so do angles, which grow with the
     position. int8: weights in 7 bits per output channel (products of two 8-bit numbers overflow
-    where the processor has no VNNI), activations in 8, their range found anew in every run.
+    where the processor has no VNNI), activations in 8, of a range that `own_range` makes every
+    token's own.
     """
     import onnx
 
