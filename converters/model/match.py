@@ -29,14 +29,24 @@ def is_transposed(
 ) -> bool:
     """Whether the weight of `module` is stored as [in, out], see `BaseModel.is_transposed`.
 
-    An embedding may be resized in `replaced` and adapted, and a tied head with it.
+    An embedding may be resized in `replaced` and adapted, and a tied head with it. Raises
+    `BaseError` where neither that nor the base's has this shape.
     """
     whole = replaced.get(f"{module}.weight")
     if whole is None and f"{module}.weight" == HEAD and base.find(HEAD) is None:
         whole = new_embedding(base, replaced)
     if whole is not None and whole.shape == shape:
         return False
-    return base.is_transposed(module, shape, module in run.embeddings)
+    transposed = base.is_transposed(module, shape, module in run.embeddings)
+    if whole is not None and (own := base.weight(module)) and own.shape != whole.shape:
+        raise BaseError(
+            "the run's update does not fit the weight that the run holds",
+            file=whole.path,
+            tensor=whole.name,
+            found=list(whole.shape),
+            expected=list(shape),
+        )
+    return transposed
 
 
 def located(run: Run, base: BaseModel, module: str) -> tuple[LazyTensor, bool] | None:

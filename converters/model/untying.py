@@ -154,7 +154,9 @@ class _Shared:
         if reaching:
             tensors = dict.fromkeys(names, reaching[0]) | tensors
         now = {n: tensors.get(n, base.tensors.get(held.get(n, ""), holder)) for n in names}
-        _check_rows(run, now)
+        _check_rows(run, {n: t.shape for n, t in now.items() if t is not None})
+        for several in updates.values():
+            _check_rows(run, {key: run.shapes[key] for key in several})
         keys = {n: tuple(k for k in (whole.get(n), adapted.get(n)) if k) for n in names}
         same = len({updates.get(name) for name in names}) == 1 and _one(list(now.values()))
         return cls(names, held, first, holder, tensors, updates, keys, same)
@@ -225,8 +227,8 @@ def _one(tensors: list[LazyTensor | None]) -> bool:
     )
 
 
-def _check_rows(run: Run, now: Mapping[str, LazyTensor | None]) -> None:
-    shapes = {t.shape: name for name, t in now.items() if t is not None}
+def _check_rows(run: Run, named: Mapping[str, tuple[int, ...]]) -> None:
+    shapes = {shape: name for name, shape in named.items()}
     if len(shapes) > 1:
         one, other = list(shapes)[:2]
         raise TargetError(

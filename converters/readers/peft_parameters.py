@@ -16,6 +16,8 @@ from ..errors import RunError
 from ..files.tensors import LazyTensor, load_finite
 from ..model.layout import REGISTERED
 from ..model.match import rows_in_memory
+from ..model.rows import grown_by
+from ..model.tying import input_embedding, new_embedding
 from ..options import ReadOptions
 from ..run import LazyUpdates, Run
 from ..updates.rank_one import RankOneSum
@@ -109,7 +111,8 @@ def token_rows(
     """vocab, and the rows of the embedding `module [vocab, dim]` that `trainable_token_indices`
     names.
 
-    vocab is that of the weight in the adapter, where the embedding was resized, or the base's.
+    vocab is that of the weight in the adapter, its own or the one that it is tied to, where the
+    embedding was resized, or the base's.
     """
     weight = run.replaced.get(f"{module}.weight")
     if weight is not None:
@@ -117,6 +120,10 @@ def token_rows(
     else:
         base = need_base(options, "trainable_token_indices", tensor.path)
         vocab = rows_in_memory(run, base, module)
+        # A side of an embedding that was resized, which holds the new rows alone.
+        old = base.tensors.get(input_embedding(base) or "")
+        if old is not None and vocab == old.shape[0]:
+            vocab += grown_by(base, new_embedding(base, run.replaced))
     indices = config.get("trainable_token_indices")
     if isinstance(indices, dict):
         named = [v for k, v in indices.items() if f".{module}".endswith(f".{k}")]

@@ -264,27 +264,55 @@ def test_a_side_whose_added_rows_are_nowhere(tmp_path: Path) -> None:
         merge(tmp_path / "lora", tmp_path / "merged", base=tmp_path / "base")
 
 
+def resized(name: str, layers: Any, rows: Any, folder: Path) -> Any:
+    """The model of PEFT on a base whose embedding was resized, and the adapter in `folder`."""
+    cls = save_base(name, folder / "base", tied=True)
+    model = cls.from_pretrained(folder / "base")
+    model.resize_token_embeddings(83, mean_resizing=False)
+    config = LoraConfig(r=2, target_modules=layers, trainable_token_indices=rows)
+    peft: Any = get_peft_model(model, config).eval()
+    randomize(peft, ("lora_", "trainable_tokens_delta"))
+    peft.save_pretrained(folder / "lora")
+    return peft
+
+
+def check_resized(peft: Any, folder: Path) -> None:
+    """The adapter in `folder`, merged, is what `peft` computes."""
+    merge(folder / "lora", folder / "merged", base=folder / "base")
+    merged = type(peft.get_base_model()).from_pretrained(folder / "merged").eval()
+    ids = torch.tensor([[5, 9, 12, 81, 40]])
+    inputs = {"input_ids": ids}
+    if merged.config.is_encoder_decoder:
+        inputs["decoder_input_ids"] = ids.flip(1)
+    with torch.no_grad():
+        assert apart(merged(**inputs).logits, peft(**inputs).logits) < 1e-4
+
+
 @pytest.mark.parametrize(
     ("name", "key"), [("llama", ""), ("llama", "embed_tokens"), ("t5", ""), ("t5", "shared")]
 )
 def test_single_rows_of_an_embedding_that_was_resized(name: str, key: str, tmp_path: Path) -> None:
     """PEFT then stores the rows of the tied head as well, which has none of its own, and nothing of
     what else is tied to the embedding."""
-    cls = save_base(name, tmp_path / "base", tied=True)
-    model = cls.from_pretrained(tmp_path / "base")
-    model.resize_token_embeddings(83, mean_resizing=False)
     rows: Any = {key: [5, 9, 81]} if key else [5, 9, 81]
-    config = LoraConfig(r=2, target_modules="all-linear", trainable_token_indices=rows)
-    peft = get_peft_model(model, config).eval()
-    randomize(peft, ("lora_", "trainable_tokens_delta"))
-    peft.save_pretrained(tmp_path / "lora")
-    ids = torch.tensor([[5, 9, 12, 81, 40]])
-    inputs = {"input_ids": ids}
-    if model.config.is_encoder_decoder:
-        inputs["decoder_input_ids"] = ids.flip(1)
-    with torch.no_grad():
-        truth = peft(**inputs).logits
-    merge(tmp_path / "lora", tmp_path / "merged", base=tmp_path / "base")
-    with torch.no_grad():
-        found = cls.from_pretrained(tmp_path / "merged").eval()(**inputs).logits
-    assert apart(found, truth) < 1e-4
+    check_resized(resized(name, "all-linear", rows, tmp_path), tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("name", "layers", "rows"),
+    [
+        ("llama", ["q_proj", "embed_tokens"], {"lm_head": [5, 9]}),
+        ("llama", ["q_proj", "embed_tokens"], {"lm_head": [5, 81]}),
+        ("t5", ["q"], {"embed_tokens": [5, 9]}),
+    ],
+)
+def test_sides_have_the_new_rows(name: str, layers: list[str], rows: Any, tmp_path: Path) -> None:
+    """Of a resized embedding PEFT stores one side; rows trained of another are of as many."""
+    check_resized(resized(name, layers, rows, tmp_path), tmp_path)
+
+
+def test_new_rows_of_which_only_the_adapter_is_stored(tmp_path: Path) -> None:
+    """PEFT keeps no row of an embedding both of whose sides are adapted, but the head's LoRA."""
+    resized("llama", ["q_proj", "lm_head"], {"embed_tokens": [5, 9]}, tmp_path)
+    with pytest.raises(DoraExportError, match="added rows"):
+        merge(tmp_path / "lora", tmp_path / "merged", base=tmp_path / "base")
