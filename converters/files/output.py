@@ -57,7 +57,7 @@ def check_place(target: Path, inputs: Iterable[Path], size: int = 0, resume: boo
     `resume`, the space that a killed command's folder takes counts as free."""
     resolved = _resolved(target)
     for source in map(_resolved, inputs):
-        if resolved == source or source in resolved.parents or resolved in source.parents:
+        if _is_in(resolved, source) or _is_in(source, resolved):
             raise OutputError(
                 "the output would lie inside an input, or hold it",
                 file=target,
@@ -108,6 +108,18 @@ def _resolved(path: Path) -> Path:
         return path.resolve()
     except (OSError, RuntimeError, ValueError) as error:  # a link to itself, no name of a file
         raise OutputError("no possible path", file=path, found=error) from None
+
+
+def _is_in(path: Path, folder: Path) -> bool:
+    """Whether `path` is `folder` or in it, by whatever name: what is mounted twice has two."""
+    if path == folder or folder in path.parents:
+        return True
+    try:
+        own = folder.stat()
+        there = _first_there(path)
+        return any(os.path.samestat(own, one.stat()) for one in (there, *there.parents))
+    except OSError:  # what cannot be looked at is not there, or is nobody's input
+        return False
 
 
 def _first_there(path: Path) -> Path:

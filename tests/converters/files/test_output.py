@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import stat
+import subprocess
+import sys
 import threading
 from pathlib import Path
 
@@ -222,3 +225,30 @@ def test_outputs_that_may_not_be_written(tmp_path: Path) -> None:
     check_output(tmp_path / "new", False, inputs, space // 2)
     with pytest.raises(OutputError, match="space"):
         check_output(tmp_path / "new" / "deep", False, inputs, space * 2)
+
+
+def test_an_input_that_is_mounted_elsewhere_too(tmp_path: Path) -> None:
+    """The other path is another name of the same folder: `force` would replace what is read."""
+    alone = ["unshare", "--mount", "--map-root-user"]
+    if shutil.which("unshare") is None or subprocess.run([*alone, "true"]).returncode:
+        pytest.skip("this system lets nobody mount")
+    (tmp_path / "base" / "input").mkdir(parents=True)
+    (tmp_path / "other").mkdir()
+    asked = """import sys
+from pathlib import Path
+from converters.errors import OutputError
+from converters.files.output import check_output
+base, other = map(Path, sys.argv[1:])
+for target in ("input", "input/new", "new/er"):
+    try:
+        check_output(other / target, True, [base / "input"])
+    except OutputError as error:
+        print(target, error.message)
+"""
+    mounted = f'mount --bind "$1" "$2" && exec "{sys.executable}" -c "$0" "$1" "$2"'
+    folders = [str(tmp_path / "base"), str(tmp_path / "other")]
+    done = subprocess.run(
+        [*alone, "sh", "-c", mounted, asked, *folders], capture_output=True, text=True
+    )
+    said = "the output would lie inside an input, or hold it"
+    assert done.stdout.splitlines() == [f"input {said}", f"input/new {said}"], done.stderr
