@@ -146,7 +146,10 @@ def test_a_copy_larger_than_the_disk_is_not_begun(run: Path) -> None:
         assert "not enough space" in bad("inspect", f"{url}/run")
 
 
-@pytest.mark.parametrize("ended", [signal.SIGTERM, signal.SIGKILL, signal.SIGHUP])
+@pytest.mark.parametrize(
+    "ended",
+    [signal.SIGTERM, signal.SIGKILL, pytest.param(signal.SIGHUP, marks=pytest.mark.further)],
+)
 def test_a_copy_goes_with_its_command(
     run: Path, cache: Path, llama_base: Path, tmp_path: Path, ended: signal.Signals
 ) -> None:
