@@ -97,7 +97,7 @@ class PeftLoraReader:
             updates[f"{name}.bias"] = partial(_bias, bias, scaling.of(name, start_rank[name]))
             shapes[f"{name}.bias"] = (1, numel(bias))
         for name, rows in tokens.items():
-            vocab, updates[name] = token_rows(config, name, rows, run, options)
+            vocab, updates[name] = token_rows(config, name, tokens, run, options)
             shapes[name] = (vocab, rows.shape[1])
         run = replace(
             run,

@@ -104,17 +104,17 @@ def parameter_updates(
 def token_rows(
     config: Mapping[str, object],
     module: str,
-    tensor: LazyTensor,
+    tokens: Mapping[str, LazyTensor],
     run: Run,
     options: ReadOptions,
 ) -> tuple[int, Callable[[], Update]]:
     """vocab, and the rows of the embedding `module [vocab, dim]` that `trainable_token_indices`
-    names.
+    names: those of `tokens`, or of the one that it is tied to and stored with.
 
     vocab is that of the weight in the adapter, its own or the one that it is tied to, where the
     embedding was resized, or the base's.
     """
-    weight = run.replaced.get(f"{module}.weight")
+    tensor, weight = tokens[module], run.replaced.get(f"{module}.weight")
     if weight is not None:
         vocab = weight.shape[0] if weight.shape else 0
     else:
@@ -126,10 +126,13 @@ def token_rows(
             vocab += grown_by(base, new_embedding(base, run.replaced))
     indices = config.get("trainable_token_indices")
     if isinstance(indices, dict):
-        named = [v for k, v in indices.items() if f".{module}".endswith(f".{k}")]
-        if not named and len(indices) == 1:  # a side that is tied to the one, stored with it
-            named = list(indices.values())
-        indices = named[0] if named else None
+        named = {
+            name: rows
+            for key, rows in indices.items()
+            for name in tokens
+            if f".{name}".endswith(f".{key}")
+        }
+        indices = named.get(module, next(iter(named.values())) if len(named) == 1 else None)
     fits = isinstance(indices, list) and all(type(i) is int and 0 <= i < vocab for i in indices)
     if not isinstance(indices, list) or not fits or len(tensor.shape) != 2:
         raise RunError(

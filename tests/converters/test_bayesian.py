@@ -42,8 +42,8 @@ def compare(run: Run, folder: Path, family: str, out: Path) -> None:
 def test_bayesian_lora_equals_the_forks_live_model(tmp_path: Path, name: str) -> None:
     run = read_run(BLORA / name)
     assert run.method == "bayesian_lora"
-    assert len(run.warnings) == 1 and "activations" in run.warnings[0]
-    assert "differs" not in run.warnings[0]
+    said = [each for each in run.warnings if "expected.safetensors" not in each]  # the test's own
+    assert len(said) == 1 and "activations" in said[0] and "differs" not in said[0]
     compare(run, BLORA / name, "roberta", tmp_path)
 
 
