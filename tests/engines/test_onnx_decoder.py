@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from functools import partial
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -87,6 +88,12 @@ def test_merged_graph_equals_the_live_run(merged_onnx: Path) -> None:
     done = Decoder(merged_onnx).generate(["count : nine"])
     assert done[0].text == " eight seven six five four three"
     assert done[0].reason == "stop"
+
+
+def test_the_graph_tells_nothing_of_where_its_builder_lies(merged_onnx: Path) -> None:
+    """The builder takes the commit of any repository around it for its own."""
+    made = onnx.load(merged_onnx / "model.onnx", load_external_data=False)
+    assert made.producer_version == version("onnxruntime-genai")
 
 
 def test_logits_are_computed_only_where_they_are_wanted(

@@ -120,9 +120,11 @@ def _finish(file: Path, writer: GraphWriter, adaptable: bool) -> None:
 
     The shapes of values between nodes are left out: the builder calls the length of a float16
     graph's cache that of its input. And the cache's last side is the number that
-    `genai_config.json` tells, which the builder only names.
+    `genai_config.json` tells, which the builder only names. Beside its version the builder writes
+    the commit of the repository that its own folder happens to lie in.
     """
     built = ir.load(file)
+    built.producer_version = str(built.producer_version).partition("+")[0]
     for node in built.graph:
         for value in node.outputs:
             if not value.is_graph_output():
