@@ -9,7 +9,7 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from http.server import BaseHTTPRequestHandler
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,8 @@ from dora_serve.folder import inventory
 from dora_serve.vllm import desired as module
 from dora_serve.vllm.desired import SETTLE, Following
 from dora_serve.vllm.watch import Server
+
+from .following import answering
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 
@@ -190,14 +192,8 @@ def serving(
         def log_message(self, *_words: object) -> None:
             pass
 
-    with ThreadingHTTPServer(("127.0.0.1", 0), Answer) as web:
-        thread = threading.Thread(target=web.serve_forever)
-        thread.start()
-        try:
-            yield f"http://127.0.0.1:{web.server_port}"
-        finally:
-            web.shutdown()
-            thread.join()
+    with answering(Answer) as url:
+        yield url
 
 
 @pytest.mark.parametrize(

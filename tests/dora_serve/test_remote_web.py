@@ -10,7 +10,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
-from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
+from http.server import SimpleHTTPRequestHandler
 from pathlib import Path
 
 import pytest
@@ -21,6 +21,7 @@ from converters.errors import OutputError
 from dora_serve.remote.local import fetched
 
 from .exporting import bad, good
+from .following import answering
 
 EXPORT = Path(sys.executable).parent / "dora-export"
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
@@ -58,14 +59,8 @@ def serving(folder: Path, before: Before = lambda _request: None, etag: str = ""
         def log_message(self, *_words: object) -> None:
             pass
 
-    with ThreadingHTTPServer(("127.0.0.1", 0), Answer) as web:
-        thread = threading.Thread(target=web.serve_forever)
-        thread.start()
-        try:
-            yield f"http://127.0.0.1:{web.server_port}"
-        finally:
-            web.shutdown()
-            thread.join()
+    with answering(Answer) as url:
+        yield url
 
 
 def copy_of(url: str) -> dict[str, bytes]:
