@@ -16,6 +16,7 @@ from converters.model.match import (
     check_names,
     class_trained,
     classes,
+    is_transposed,
     kernels_of,
     resolved,
     rows_in_memory,
@@ -49,6 +50,21 @@ def test_replaced_tensors_that_changed(tmp_path: Path) -> None:
     with pytest.raises(BaseError, match="number of axes") as caught:
         changed(axes, base)
     assert (caught.value.tensor, caught.value.found) == ("n", [1, 2])
+
+
+def test_an_update_of_another_shape_than_the_weight_that_the_run_holds(tmp_path: Path) -> None:
+    base = make_base(tmp_path / "base", {"model.embed_tokens.weight": torch.ones(6, 2)})
+    module = "model.embed_tokens"
+    resized = lazy(tmp_path / "run", {f"{module}.weight": torch.ones(8, 2)})
+    for rows, fits in ((8, True), (6, False)):
+        run = make_run(tmp_path / "run", {module: low_rank(rows, 2)}, replaced=resized)
+        if fits:
+            assert not is_transposed(run, base, resized, module, (rows, 2))
+            continue
+        with pytest.raises(BaseError, match="does not fit the weight that the run holds") as caught:
+            is_transposed(run, base, resized, module, (rows, 2))
+        error = caught.value
+        assert (error.tensor, error.found, error.expected) == (f"{module}.weight", [8, 2], [6, 2])
 
 
 def test_without_a_base_a_checkpoint_must_tell_what_was_trained(tmp_path: Path) -> None:
