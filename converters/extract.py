@@ -14,7 +14,7 @@ import torch
 
 from .errors import BaseError, TargetError
 from .files.tensors import LazyTensor, is_copy_of, load_finite
-from .model.architecture import empty_model
+from .model.architecture import known_model
 from .model.base import HEAD, BaseModel
 from .model.called import is_called
 from .model.layout import Layout
@@ -47,7 +47,7 @@ def difference(tuned: BaseModel, base: BaseModel) -> Run:
     labels = tuned.config.get("id2label")
     count = len(labels) if isinstance(labels, dict) else 2
     num_labels = count if task in ("sequence-classification", "token-classification") else None
-    model = empty_model(architecture, tuned.config, num_labels)
+    model = known_model(architecture, tuned.config, num_labels)
     linear = _linear_layers(model, task)
     one = aliases(model)
     now, then = (

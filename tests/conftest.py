@@ -5,13 +5,16 @@ from __future__ import annotations
 import gc
 import os
 import signal
+import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import lru_cache
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch: tiny matrices, and tests side by side
+os.environ.setdefault("HF_DEACTIVATE_ASYNC_LOAD", "1")  # a thread for each tiny tensor
 
 import pytest
 from filelock import FileLock
@@ -81,8 +84,24 @@ def pytest_collection() -> Iterator[None]:
     try:
         return (yield)
     finally:
+        _spare_what_nobody_reads()
         gc.freeze()
         gc.enable()
+
+
+def _spare_what_nobody_reads() -> None:
+    """transformers writes out each configuration that it makes, for a log that is off, and PEFT
+    compiles the same model card anew for each adapter: a fifth of what a test of a tiny model
+    takes."""
+    if "transformers" in sys.modules:
+        import transformers
+
+        for kind in (transformers.PretrainedConfig, transformers.GenerationConfig):
+            kind.__repr__ = object.__repr__
+    if "jinja2" in sys.modules:
+        from jinja2 import Template
+
+        Template.__new__ = lru_cache(maxsize=8)(Template.__new__)  # type: ignore[assignment]
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

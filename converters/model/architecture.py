@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from functools import lru_cache
 from typing import Any
 
 from ..errors import BaseError, TargetError
@@ -71,7 +73,7 @@ def _is_for(config: Mapping[str, object], name: str) -> bool:
 def empty_model(
     architecture: str, config: Mapping[str, object], num_labels: int | None = None
 ) -> Any:
-    """A model of the class without weights, on the meta device.
+    """A model of the class without weights, on the meta device, for the caller alone.
 
     Raises `BaseError` where transformers makes none of the configuration.
     """
@@ -99,6 +101,18 @@ def empty_model(
             expected=f"the configuration of a {architecture}",
             remedy="correct config.json, or install the transformers that the base was saved with",
         ) from error
+
+
+def known_model(
+    architecture: str, config: Mapping[str, object], num_labels: int | None = None
+) -> Any:
+    """`empty_model` to be asked and not changed: who asks for the same gets the same."""
+    return _known(architecture, json.dumps(config), num_labels)
+
+
+@lru_cache(maxsize=8)
+def _known(architecture: str, config: str, num_labels: int | None) -> Any:
+    return empty_model(architecture, json.loads(config), num_labels)
 
 
 def _decoded(value: Any) -> Any:
@@ -131,7 +145,7 @@ def check_size(
 ) -> None:
     """Raise `BaseError` where the model of the configuration is far larger than its files of
     `nbytes`: what they lack would be made, in memory, to be found missing then."""
-    model = empty_model(architecture, config, num_labels)
+    model = known_model(architecture, config, num_labels)
     elements = sum(tensor.numel() for tensor in (*model.parameters(), *model.buffers()))
     if elements > _PACKED * nbytes + _SPARE:
         raise BaseError(

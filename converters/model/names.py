@@ -8,13 +8,12 @@ own loader does with the names of a checkpoint, and nothing more lenient.
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Mapping
-from functools import cached_property, lru_cache
+from functools import cached_property
 from typing import Any
 
-from .architecture import empty_model, is_known
+from .architecture import is_known, known_model
 from .base import BaseModel
 
 PEFT_PREFIX = "base_model.model."
@@ -88,8 +87,7 @@ class Names:
         transformers cannot make it of the configuration."""
         if not is_known(self.architecture, self._base.config):
             return None
-        config = json.dumps(self._base.config, sort_keys=True)
-        return _empty(str(self.architecture), config, self._num_labels)
+        return known_model(str(self.architecture), self._base.config, self._num_labels)
 
     @cached_property
     def state(self) -> Mapping[str, tuple[int, ...]]:
@@ -198,8 +196,3 @@ def as_peft_loads(names: Names, stored: Mapping[str, str]) -> Mapping[str, str]:
         if key.startswith(PEFT_PREFIX)
     }
     return {module: name for module, name in ours.items() if names.has(name)}
-
-
-@lru_cache(maxsize=8)
-def _empty(architecture: str, config: str, num_labels: int | None) -> Any:
-    return empty_model(architecture, json.loads(config), num_labels)

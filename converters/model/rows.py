@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping
 from ..errors import BaseError
 from ..files.tensors import LazyTensor, LazyTensors
 from ..run import Run
-from .architecture import empty_model
+from .architecture import known_model
 from .base import BaseModel
 from .match import classes
 from .tying import input_embedding, new_embedding
@@ -63,7 +63,7 @@ def check_rows(
     if architecture is None or not known or not (grown or other):
         return
     config = resized(base.config, more)
-    state = empty_model(architecture, config, run.num_labels).state_dict()
+    state = known_model(architecture, config, run.num_labels).state_dict()
     for name, found in shapes.items():
         expected = tuple(state[name].shape) if name in state else None
         if expected is None or found == expected:

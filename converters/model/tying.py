@@ -14,7 +14,7 @@ import torch
 
 from ..errors import BaseError
 from ..files.tensors import LazyTensor, LazyTensors
-from .architecture import empty_model, is_known
+from .architecture import is_known, known_model
 from .base import HEAD, BaseModel
 from .names import Names
 from .tasks import architecture_of, task_of
@@ -42,14 +42,14 @@ def tied(config: Mapping[str, object]) -> Collection[str]:
     if not is_known(architecture, config):
         head = task_of(config) == "causal-lm" and config.get("tie_word_embeddings") is not False
         return [HEAD] if head else []
-    return aliases(empty_model(architecture, config)).keys()
+    return aliases(known_model(architecture, config)).keys()
 
 
 def tensor_names(
     architecture: str, config: Mapping[str, object], num_labels: int | None
 ) -> list[str]:
     """The tensor names of the class, tied aliases and non-persistent buffers left out."""
-    model = empty_model(architecture, config, num_labels)
+    model = known_model(architecture, config, num_labels)
     one = aliases(model)
     return [name for name in model.state_dict() if name not in one]
 
@@ -60,7 +60,7 @@ def groups(base: BaseModel, architecture: str | None, num_labels: int | None) ->
     if not is_known(architecture, base.config):
         head = HEAD in tied(base.config) and base.embedding is not None
         return [[str(base.embedding), HEAD]] if head else []
-    return _grouped(aliases(empty_model(str(architecture), base.config, num_labels)))
+    return _grouped(aliases(known_model(str(architecture), base.config, num_labels)))
 
 
 def spreading(
@@ -74,7 +74,7 @@ def spreading(
     """
     if not tokens or not is_known(architecture, base.config):
         return frozenset(tokens)
-    model = empty_model(str(architecture), base.config, num_labels)
+    model = known_model(str(architecture), base.config, num_labels)
     own = tied_in_peft(model)
     stay: set[str] = set()
     for group in _grouped(aliases(model)):

@@ -16,7 +16,7 @@ from ..files.tensors import LazyTensor, is_copy_of, same_values
 from ..run import LazyUpdates, Run
 from ..updates.in_turn import InTurn
 from ..updates.update import Update
-from .architecture import empty_model, is_known
+from .architecture import empty_model, is_known, known_model
 from .base import BaseModel
 from .tying import aliases, groups
 
@@ -277,7 +277,7 @@ def _untied_config(
     config["tie_word_embeddings"] = False
     if not is_known(architecture, base.config):
         return config, lambda _: False
-    model = empty_model(str(architecture), base.config, run.num_labels)
+    model = known_model(str(architecture), base.config, run.num_labels)
     scaled = getattr(model.config, "scale_decoder_outputs", None)
     if scaled is not None:  # in T5's configuration tie_word_embeddings also says this
         config["scale_decoder_outputs"] = scaled
@@ -287,7 +287,7 @@ def _untied_config(
             getattr(model.config, key), "tie_word_embeddings", False
         ):
             config[key] = {**inner, "tie_word_embeddings": False}
-    loaded = empty_model(str(architecture), config, run.num_labels)
+    loaded = known_model(str(architecture), config, run.num_labels)
     one, apart = aliases(loaded), hasattr(loaded, "all_tied_weights_keys")
     if apart:
         from transformers.initialization import no_tie_weights

@@ -12,6 +12,7 @@ from collections.abc import Callable, Collection, Mapping
 from contextlib import suppress
 from copy import deepcopy
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -34,8 +35,11 @@ def zeroed_rows(
     """Parameter in memory → the rows of it that are zero in every model of the class that is loaded
     from a file which holds it. None of a class that transformers does not know."""
     known = Names(base, architecture, num_labels).model
-    if known is None:
-        return {}
+    return {} if known is None else _zeroed_in(known)
+
+
+@lru_cache(maxsize=8)
+def _zeroed_in(known: Any) -> Mapping[str, Rows]:
     model = deepcopy(known)
     for name, parameter in list(model.named_parameters(remove_duplicate=False)):
         owner, _, kind = name.rpartition(".")

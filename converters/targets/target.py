@@ -6,9 +6,11 @@ its options cost a command line nothing.
 
 from __future__ import annotations
 
+import sys
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import cache
 from importlib.metadata import entry_points
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol
@@ -115,8 +117,14 @@ class Target(Protocol):
 
 def targets() -> dict[str, Target]:
     """Every installed target by its name, in that order."""
+    return {target.name: target for target in _installed(*sys.path)}
+
+
+@cache
+def _installed(*_: str) -> tuple[Target, ...]:
+    """Once for each `sys.path`: looking through all that is installed takes its time."""
     points = sorted(entry_points(group="dora_serve.targets"), key=lambda point: point.name)
-    return {target.name: target for target in (point.load()() for point in points)}
+    return tuple(point.load()() for point in points)
 
 
 def target_named(name: str) -> Target:

@@ -19,7 +19,7 @@ import onnx_ir as ir
 from ...errors import OutputError
 from ...files.json_files import read_json
 from ...files.onnx_files import BATCHED, GENAI, MODEL
-from ...model.architecture import empty_model
+from ...model.architecture import known_model
 from .adapters import Site
 from .branches import add_branches
 from .causal import build_causal
@@ -74,7 +74,7 @@ def _builds(model: Path) -> bool:
     built = _BUILT.intersection(config.architectures or [])
     if not built:
         return False
-    modules = empty_model(built.pop(), read_json(model / "config.json")).modules()
+    modules = known_model(built.pop(), read_json(model / "config.json")).modules()
     wide = (each.out_features for each in modules if isinstance(each, Linear))
     if sum(size == config.vocab_size for size in wide) != 1:
         return False

@@ -13,7 +13,7 @@ import torch
 from numpy.typing import NDArray
 
 from ...errors import BaseError, RunError
-from ...model.architecture import empty_model, offline
+from ...model.architecture import known_model, offline
 from ...model.base import BaseModel
 from ...model.tasks import architecture_of
 from .lengths import context_of
@@ -33,7 +33,7 @@ def rows_of(text: Path, base: BaseModel) -> NDArray[np.int64]:
     """
     from transformers import AutoTokenizer
 
-    config = empty_model(architecture_of(base.config), base.config).config.get_text_config()
+    config = known_model(architecture_of(base.config), base.config).config.get_text_config()
     try:
         with text.open("rb") as stream:
             words = stream.read(_READ).decode("utf-8", "ignore" if _longer(text) else "strict")

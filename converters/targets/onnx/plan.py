@@ -16,7 +16,7 @@ from ...certificate import FILE, fingerprint_of_base, tool
 from ...errors import TargetError
 from ...files.onnx_files import BATCHED, DECODER, ENCODER, MODEL, PRECISIONS, WITH_PAST
 from ...files.tensors import nbytes, numel, read_json
-from ...model.architecture import check_size, empty_model
+from ...model.architecture import check_size, known_model
 from ...model.base import BaseModel
 from ...model.match import changed, check_frozen, kernels_of, resolved, target_architecture
 from ...model.tasks import architecture_of, task_of
@@ -231,7 +231,7 @@ def _own_heads(run: Run, base: BaseModel, architecture: str | None, task: str | 
     if task not in ENCODER_TASKS:
         return set()
     cls = architecture or architecture_of(base.config)
-    heads = heads_of(empty_model(cls, base.config, run.num_labels), task)
+    heads = heads_of(known_model(cls, base.config, run.num_labels), task)
     return {f"{module}.{part}" for module in heads for part in ("weight", "bias")}
 
 
