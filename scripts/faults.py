@@ -235,7 +235,8 @@ def run_all(world: World, name: str, short: bool, seed: int) -> dict[tuple[str, 
         ("no permission, from an input on", FINDS, errno.EACCES, inputs),
         ("gone, from an input on", FINDS, errno.ENOENT, inputs),
     )
-    for fault, kinds, code, below in faults:
+    few = short and name != "merge"  # the way that all are written and read is one
+    for fault, kinds, code, below in faults[: 2 if few else None]:
         if world.shim:
             times = 1 if short else 30 if code == 0 else 12
             at_calls(rounds, command, fault, kinds, code, times, below)

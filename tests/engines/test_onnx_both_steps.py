@@ -94,11 +94,9 @@ def test_the_base_of_many_adapters(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("precision", "many"),
-    [
-        ("int8", True),
-        *(pytest.param(each, False, marks=pytest.mark.further) for each in ("int8", "fp16")),
-    ],
+    [("int8", True), ("int8", False), ("fp16", False)],
 )
+@pytest.mark.further
 def test_a_smaller_precision(tmp_path: Path, precision: str, many: bool) -> None:
     """Its tokens are those of the two graphs by themselves, merged, or the base of adapters."""
     base, run = of_one_layer(tmp_path)

@@ -99,8 +99,9 @@ def lora(cls: Any, root: Path, name: str, **options: Any) -> Run:
 def supported(names: Any) -> list[Any]:
     def marks(name: str) -> list[pytest.MarkDecorator]:
         proves = pytest.mark.supports(method="peft_lora", family=name, targets=("onnx",))
-        # llama's are those of test_onnx_decoder.py, and Mixtral has Gemma 3's windows too.
-        proved = name in ("llama", "gemma3")
+        # llama's are those of test_onnx_decoder.py, Mixtral has Gemma 3's windows too, and what
+        # embeddings are multiplied by, Gemma 3 has in test_continuous.py.
+        proved = name in ("llama", "gemma", "gemma3")
         return [proves, *([pytest.mark.further] if proved else further(name))]
 
     return [pytest.param(name, marks=marks(name)) for name in names]
@@ -133,7 +134,7 @@ def test_adapters(name: str, tmp_path_factory: pytest.TempPathFactory) -> None:
     assert len({token for row in written for token in row.tokens}) > 3  # it says different things
 
 
-@pytest.mark.parametrize("size", [24, 20])
+@pytest.mark.parametrize("size", [pytest.param(24, marks=pytest.mark.further), 20])
 def test_heads_of_other_sizes(size: int, tmp_path: Path) -> None:
     """ONNX Runtime's attention takes multiples of 8, and with a rotary embedding in it of 16."""
     cls = tiny("llama", tmp_path, head_dim=size, **ONE_LAYER)

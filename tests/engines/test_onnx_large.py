@@ -48,6 +48,7 @@ def reference(name: str) -> tuple[Run, Path]:
     return read_run(REFERENCE / entry["checkpoint"]), REFERENCE / entry["base"]
 
 
+@pytest.mark.further
 def test_an_encoder_with_adapters(tmp_path: Path) -> None:
     run, path = reference("roberta")
     base, runs = open_base(path), {"one": run}

@@ -331,7 +331,7 @@ ATTACKS: dict[str, Attack] = {
             "model": BASE,
             "prompt": "one",
             "n": 128,
-            "max_tokens": 60,
+            "max_tokens": 20,
             "ignore_eos": True,
             "stop": ["a" * 1000] * 16,
         },
