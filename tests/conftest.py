@@ -31,8 +31,10 @@ MODELS = Path(__file__).parent.parent / "models"
 
 MakeAdapter = Callable[..., Path]
 
-# A shell ignores Ctrl-C for what it runs in the background, and so would all that the tests start.
+# A shell ignores Ctrl-C for what it runs in the background, and `nohup` the terminal's end, and so
+# would all that the tests start.
 signal.signal(signal.SIGINT, signal.default_int_handler)
+signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 _ONE_VLLM = ("changes", "resolver", "up")  # ask one server
 _OWN = ("defaults", "hearing", "responses", "stopping", "tasks", "tools", "up")
