@@ -6,7 +6,8 @@ import os
 import re
 import stat
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from itertools import chain
 from pathlib import Path
 
 from ..errors import DoraExportError, MissingError, TensorFileError
@@ -38,6 +39,20 @@ def there(path: Path) -> bool:
 def real(path: Path) -> Path:
     """Where `path` leads, itself where that is nowhere: a link to itself is no error."""
     return Path(os.path.realpath(path))
+
+
+def tells_case_apart(folder: Path) -> bool:
+    """Whether `a` and `A` are two files in `folder`, which need not be there: as what lies in it or
+    above it shows, so that nothing is written. Not so by default on macOS and Windows."""
+    place = folder.absolute()
+    while not place.is_dir() and place != place.parent:
+        place = place.parent
+    with suppress(OSError):
+        for path in chain(place.iterdir(), (place, *place.parents)):
+            other = path.with_name(path.name.swapcase()) if path.name else path
+            if other != path:
+                return not (there(other) and path.samefile(other))
+    return True
 
 
 def check_there(path: Path) -> None:

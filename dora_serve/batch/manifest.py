@@ -5,16 +5,18 @@ from __future__ import annotations
 import json
 import os
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
+from unicodedata import normalize
 
 from converters.errors import DoraExportError
-from converters.files.handles import check_file, there
+from converters.files.handles import check_file, tells_case_apart, there
 from converters.files.json_files import unique_keys
 from converters.targets.target import targets
 
 ADAPTER = "adapter"  # for the target that the command names
+Place = Callable[[str], str]
 _KEYS = {"run", "base", "name", "to"}
 _LARGEST = 100_000_000
 _LONGEST = 200  # bytes of a folder's name; the hidden one it is written in has some more
@@ -55,7 +57,7 @@ def read_manifest(path: Path) -> list[Entry]:
     return entries
 
 
-def check_names(names: Sequence[str], source: Path) -> None:
+def check_names(names: Sequence[str], source: Path, place: Place) -> None:
     """Raise `ManifestError` unless every name is a folder of its own below the output."""
     for name in names:
         if not is_possible(name):
@@ -66,16 +68,38 @@ def check_names(names: Sequence[str], source: Path) -> None:
                 expected=EXPECTED,
                 remedy='give another "name"',
             )
-    known = Counter(names)
-    for name, count in known.items():
-        above = [str(p) for p in PurePosixPath(name).parents if str(p) in known]
-        if count > 1 or above:
-            raise ManifestError(
-                "two runs would be written to one place",
-                file=source,
-                found=" and ".join([*above, *[name] * count]),
-                remedy='give each entry another "name"',
-            )
+    met = meeting(names, place)
+    for name in (name for name in names if name in met):
+        raise ManifestError(
+            "two runs would be written to one place",
+            file=source,
+            found=" and ".join(other for other in names if meet(place(name), place(other))),
+            remedy='give each entry another "name"',
+        )
+
+
+def place_of(out: Path) -> Place:
+    """What tells outputs in `out` apart by their names: on some disks `Run` and `run` are one."""
+    return str if tells_case_apart(out) else lambda name: normalize("NFC", name).casefold()
+
+
+def meeting(names: Sequence[str], place: Place) -> set[str]:
+    """Those of `names` whose place is another's too, lies in one, or holds one."""
+    places = [place(name) for name in names]
+    known = Counter(places)
+    holding = {str(above) for each in places for above in PurePosixPath(each).parents}
+    return {
+        name
+        for name, own in zip(names, places, strict=True)
+        if known[own] > 1
+        or own in holding
+        or any(str(above) in known for above in PurePosixPath(own).parents)
+    }
+
+
+def meet(one: str, other: str) -> bool:
+    """Whether one of two places is the other, or in it."""
+    return f"{one}/".startswith(f"{other}/") or f"{other}/".startswith(f"{one}/")
 
 
 def is_possible(name: str) -> bool:

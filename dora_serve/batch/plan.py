@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from converters.certificate import FILE as CERTIFICATE
 from converters.errors import MissingError, OutputError
@@ -17,12 +18,19 @@ from .manifest import (
     NO_NAME,
     Entry,
     ManifestError,
+    Place,
     absolute,
     check_names,
     is_possible,
+    meet,
+    meeting,
+    place_of,
     read_manifest,
 )
 from .status import FILE, Status, printable
+
+if TYPE_CHECKING:
+    from dora_serve.folder.inventory import Member
 
 
 @dataclass(frozen=True)
@@ -52,13 +60,17 @@ def plan_batch(
     check_there(source)
     out = out.absolute()
     folder = source.is_dir()
-    entries, problems = _found(source, base) if folder else (read_manifest(source), {})
     known = Status(out).records
-    own = [entry.name for entry in entries]
     made = {
         name for name, record in known.items() if there(out / name) and _is_ours(out / name, record)
     }
-    check_names([*own, *(made - {*own, *problems})], source)
+    place = place_of(out)
+    if folder:
+        entries, problems = _found(source, base, made, place)
+    else:
+        entries, problems = read_manifest(source), {}
+    own = [entry.name for entry in entries]
+    check_names([*own, *(made - {*own, *problems})], source, place)
     jobs = []
     for entry in entries:
         before = known.get(entry.name)
@@ -123,18 +135,57 @@ def _is_ours(output: Path, before: Record) -> bool:
     return before.state == "done" or (output / CERTIFICATE).is_file()
 
 
-def _found(root: Path, base: str | None) -> tuple[list[Entry], Mapping[str, str]]:
+def _found(
+    root: Path, base: str | None, made: Collection[str], place: Place
+) -> tuple[list[Entry], Mapping[str, str]]:
     from dora_serve.folder.inventory import discover
 
     found = discover(root, base)
     if not found.members and not found.problems:
         raise MissingError("no run in this folder", file=root, remedy="give a folder of runs")
+    members = _named_apart(found.members, root, made, place)
+    problems = {**found.problems, **_without_place(members, made, place)}
     entries = [
         Entry(absolute(str(member.path)), name, absolute(str(member.base.path)))
-        for name, member in found.members.items()
-        if is_possible(name)
+        for name, member in members.items()
+        if name not in problems
     ]
-    unwritten = found.members.keys() - {entry.name for entry in entries}
-    unnamed = f"{NO_NAME}\n  expected: {EXPECTED}\n  to do: rename the folder"
-    problems = {**found.problems, **dict.fromkeys(unwritten, unnamed)}
     return entries, {printable(name): printable(said) for name, said in problems.items()}
+
+
+def _named_apart(
+    members: Mapping[str, Member], root: Path, made: Collection[str], place: Place
+) -> dict[str, Member]:
+    """What the output of each is called: its name or, where the output would be in another's place,
+    its path below `root`. What an earlier batch made stays where it is."""
+    named = dict(members)
+    while True:
+        met = meeting(list(named), place) - {*made}
+        below = {name: named[name].path.relative_to(root).as_posix() for name in met}
+        moved = {name: path for name, path in below.items() if path not in named}
+        if not moved:
+            return named
+        named = {moved.get(name, name): member for name, member in named.items()}
+
+
+def _without_place(
+    members: Mapping[str, Member], made: Collection[str], place: Place
+) -> dict[str, str]:
+    """Why there is no output of a member: it has no possible name, or one that meets another's,
+    where what was made before stays, and the first comes first."""
+    unnamed = f"{NO_NAME}\n  expected: {EXPECTED}\n  to do: rename the folder"
+    problems = {name: unnamed for name in members if not is_possible(name)}
+    possible = [name for name in members if name not in problems]
+    earlier = [name for name in made if name not in members]
+    met = meeting([*earlier, *possible], place)
+    placed = [name for name in earlier if name in met]
+    for name in sorted((n for n in possible if n in met), key=lambda name: name not in made):
+        other = next((each for each in placed if meet(place(name), place(each))), None)
+        if other is None:
+            placed.append(name)
+        else:
+            problems[name] = (
+                f"its output would be in the place of another's\n  found: {other} and {name}\n"
+                "  to do: rename the folder, or choose another output folder"
+            )
+    return problems

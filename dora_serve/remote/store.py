@@ -32,6 +32,7 @@ _WEB = ("http", "https")
 _DATES = ("Last-Modified",)
 _STALLED = 120.0  # seconds in which nothing comes
 _AT_ONCE = 16  # files that a web server is asked about
+_FOLDERS, _DEEP = 1000, 32  # that a web server may list, and in one another
 _NAME_BYTES = 255
 
 
@@ -90,22 +91,17 @@ class Store:
         with self._errors("listed"):
             self._files.invalidate_cache()
             try:
-                found = self._files.find(self._root, detail=True)
-                if not found and self._protocol in _WEB:
-                    self._files.cat_file(self._root, 0, 1)  # its listing hides why it is empty
+                if self._protocol in _WEB:
+                    found = self._pages()
+                else:
+                    found = self._files.find(self._root, detail=True)
             except FileNotFoundError:
                 if self._protocol in _BUCKETS:  # a bucket that is missing, not a folder
                     raise
                 found = {}
             if self._protocol in _WEB:  # its listing has names alone
-                names = [
-                    name
-                    for name, info in found.items()
-                    # With "?" it is the listing itself, in another order.
-                    if info.get("type") != "directory" and "?" not in name[len(self._root) :]
-                ]
                 with ThreadPoolExecutor(_AT_ONCE) as pool:
-                    found = dict(zip(names, pool.map(self._asked, names), strict=True))
+                    found = dict(zip(found, pool.map(self._asked, found), strict=True))
         files = {}
         for path, info in found.items():
             size = info.get("size")
@@ -120,6 +116,45 @@ class Store:
                     "a name is that of a file and of a folder", file=self.name, found=name
                 )
         return files
+
+    def _pages(self) -> dict[str, Any]:
+        """The files that a web server's pages lead to. One that lists a folder in itself, under
+        whatever name, would lead on without end; and of a page that is refused nothing is known."""
+        found: dict[str, Any] = {}
+        folders = [self._root]  # which grows
+        for folder in folders:
+            for info in self._page(folder):
+                name = str(info["name"])
+                below = name[len(self._root) :]
+                # With "?" it is the listing itself, in another order.
+                if "?" in below or below.rstrip("/").endswith("/."):
+                    continue
+                if info["type"] != "directory":
+                    found[name] = info
+                elif (inside := name.rstrip("/")) != folder:
+                    folders.append(inside)
+            deep = folder[len(self._root) :].count("/") > _DEEP
+            if deep or len(folders) > _FOLDERS:
+                raise RemoteError(
+                    "the web server lists more folders than a model has, or one in itself",
+                    file=self.name,
+                    found=shown(folders[-1])[-200:],
+                    expected=f"at most {_FOLDERS} folders, {_DEEP} in one another",
+                    remedy="give the URL of the folder that holds the files",
+                )
+        return found or {self._root: {}}
+
+    def _page(self, folder: str) -> Any:
+        try:
+            return self._files.ls(folder, detail=True)
+        except FileNotFoundError:
+            if folder == self._root:
+                raise
+            raise RemoteError(
+                "a folder that the web server lists is not there",
+                file=shown(folder),
+                remedy="run again when nothing writes there",
+            ) from None
 
     def _asked(self, path: str) -> Mapping[str, Any]:
         """What a web server says of a file without sending it."""

@@ -310,3 +310,43 @@ def test_a_folder_that_no_output_can_be_called_is_one_line(
         assert {path.name for path in out.iterdir()} == {"batch.json", "good"}
     shutil.rmtree(tmp_path / "all" / name)
     assert CliRunner().invoke(dora_export, words).exit_code == 0
+
+
+def test_outputs_of_a_folder_lie_in_no_other(
+    llama_base: Path, llama_lora: Path, tmp_path: Path
+) -> None:
+    """It was an error of all: `q/A` is called by its path, and would lie in the output `q`."""
+    shutil.copytree(llama_base, tmp_path / "all" / "base")
+    for each in ("x/q", "z/A", "y/other"):
+        shutil.copytree(llama_lora, tmp_path / "all" / each)
+    out = tmp_path / "out"
+    assert batch(tmp_path / "all", out).done == 3
+    shutil.copytree(llama_lora, tmp_path / "all/q/A")
+    plan = plan_batch(tmp_path / "all", tmp_path / "new")
+    assert {job.name for job in plan.jobs} == {"x/q", "q/A", "z/A", "other"}
+    assert not plan.problems
+    shutil.rmtree(out / "A")
+    again = batch(tmp_path / "all", out)  # what is done stays where it is
+    assert (again.done, again.skipped, list(again.failed)) == (3, 2, ["q/A"])
+    assert "q and q/A" in again.failed["q/A"]
+    assert states(out) == {"done": ["A", "other", "q", "z/A"], "failed": ["q/A"]}
+
+
+def test_a_disk_where_capitals_are_small_letters(
+    llama_base: Path, llama_lora: Path, tmp_path: Path
+) -> None:
+    """The second run replaced the output of the first, and both counted as done."""
+    shutil.copytree(llama_base, tmp_path / "all" / "base")
+    for each in ("x/Run", "y/run"):
+        shutil.copytree(llama_lora, tmp_path / "all" / each)
+    out = tmp_path / "disk" / "out"
+    (tmp_path / "disk").mkdir()
+    (tmp_path / "disk" / "Aa").touch()
+    assert {job.name for job in plan_batch(tmp_path / "all", out).jobs} == {"Run", "run"}
+    (tmp_path / "disk" / "aA").hardlink_to(tmp_path / "disk" / "Aa")  # one file, as there
+    assert {job.name for job in plan_batch(tmp_path / "all", out).jobs} == {"x/Run", "y/run"}
+    manifest = lines(
+        tmp_path / "m", *({"run": str(tmp_path / "all" / n)} for n in ("x/Run", "y/run"))
+    )
+    with pytest.raises(ManifestError, match="Run and run"):
+        plan_batch(manifest, out)

@@ -41,15 +41,16 @@ def run(llama_lora: Path, tmp_path: Path) -> Path:
 
 @contextmanager
 def serving(folder: Path, before: Before = lambda _request: None, etag: str = "") -> Iterator[str]:
-    """The URL of a web server of `folder`; `before` is called before a file is sent."""
+    """The URL of a web server of `folder`; `before` is called before a file is sent, and
+    returns whether it has answered."""
 
     class Answer(SimpleHTTPRequestHandler):
         def __init__(self, *words: object) -> None:
             super().__init__(*words, directory=str(folder))  # type: ignore[arg-type]
 
         def do_GET(self) -> None:
-            before(self)
-            super().do_GET()
+            if not before(self):
+                super().do_GET()
 
         def end_headers(self) -> None:
             if etag:
@@ -105,6 +106,44 @@ def test_what_a_web_server_tells_versions_of_is_fetched_once(run: Path, cache: P
         assert copy_of(f"{url}/run") == first
         assert f"/run/{WEIGHTS}" not in came
     assert len(list(cache.glob("remote-*"))) == 1
+
+
+def listing(page: str, status: int = 200) -> Before:
+    """What answers any folder below the run with `page`, before all others."""
+
+    def answer(request: SimpleHTTPRequestHandler) -> bool:
+        below = request.path.startswith("/run/more")
+        if below:
+            request.send_response_only(status)
+            request.send_header("Content-Type", "text/html")
+            request.end_headers()
+            request.wfile.write(page.encode())
+        return below
+
+    return answer
+
+
+def test_a_web_server_that_lists_without_end(run: Path) -> None:
+    """It was followed until Python's recursion ended; of ten such folders, never."""
+    (run / "more").mkdir()
+    with serving(run.parent, listing("".join(f'<a href="{n}/">' for n in range(10)))) as url:
+        assert "more folders than a model has" in bad("inspect", f"{url}/run")
+
+
+def test_a_folder_that_lists_itself(run: Path) -> None:
+    (run / "more").mkdir()
+    own = '<a href="./">.</a><a href="../">..</a><a href="/run/more/">more</a>'
+    with serving(run.parent, listing(own)) as url:
+        assert copy_of(f"{url}/run").keys() >= {CONFIG, WEIGHTS}
+
+
+def test_a_page_that_is_refused_leaves_nothing_out(run: Path) -> None:
+    """The copy was made without what lies there, and nobody was told."""
+    (run / "more").mkdir()
+    (run / "more" / "x.json").write_text("{}")
+    for status in (503, 403, 404):
+        with serving(run.parent, listing("", status)) as url:
+            assert "list" in bad("inspect", f"{url}/run")
 
 
 def test_names_are_those_of_files(run: Path) -> None:

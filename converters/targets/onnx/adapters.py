@@ -61,8 +61,15 @@ def write_adapters(
         own = {f"{module}.{part}" for module in heads for part in ("weight", "bias")}
         refuse(run, sorted(changed(run, base).keys() - own))
         updates = {m: partial(run.updates.__getitem__, m) for m in run.updates if m not in heads}
+        file = folder / FOLDER / f"{name}{SUFFIX}"
+        if file.exists():
+            raise TargetError(
+                "two adapters would be one file, since this disk does not tell their names apart",
+                file=file,
+                remedy="give one of them another name",
+            )
         ranks[name] = write_adapter_file(
-            folder / FOLDER / f"{name}{SUFFIX}",
+            file,
             replace(run, updates=LazyUpdates(updates)),
             sites,
             _head_tensors(run, base, shapes),

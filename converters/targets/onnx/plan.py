@@ -14,7 +14,8 @@ from numpy.typing import NDArray
 
 from ...certificate import FILE, fingerprint_of_base, tool
 from ...errors import TargetError
-from ...files.onnx_files import BATCHED, DECODER, ENCODER, MODEL, PRECISIONS, WITH_PAST
+from ...files.handles import tells_case_apart
+from ...files.onnx_files import BATCHED, DECODER, ENCODER, FOLDER, MODEL, PRECISIONS, WITH_PAST
 from ...files.tensors import nbytes, numel, read_json
 from ...model.architecture import check_size, known_model
 from ...model.base import BaseModel
@@ -186,6 +187,16 @@ def plan_added(
             found=", ".join(taken),
             remedy="choose another name, or pass `force` to replace it",
         )
+    own = {name.casefold(): name for name in known}
+    for name in sorted(adapters.keys() - known.keys()):
+        other = own.get(name.casefold())
+        if other is not None and not tells_case_apart(folder / FOLDER):
+            raise TargetError(
+                "this disk does not tell the adapter's name from another's",
+                file=folder,
+                found=f"{other} and {name}",
+                remedy="choose another name",
+            )
     _check_adapters(adapters, base, _task(base, list(adapters.values())))
     _check_base(proof, base, folder)
     return {name: resolved(run.strip(), base) for name, run in adapters.items()}
