@@ -18,7 +18,7 @@ from fsspec.implementations.local import LocalFileSystem
 from converters.certificate import FILE
 from converters.errors import OutputError
 
-from .errors import RemoteError, errors, shown
+from .errors import RemoteError, errors, said, shown
 
 _BUCKETS = ("s3", "s3a", "gs", "gcs", "az", "abfs", "abfss", "oss", "oci")
 _CONFIGS = ("config.json", "adapter_config.json", "genai_config.json")
@@ -91,10 +91,10 @@ class Store:
         with self._errors("listed"):
             self._files.invalidate_cache()
             try:
-                if self._protocol in _WEB:
-                    found = self._pages()
-                else:
+                if self._protocol in _BUCKETS or self.local is not None:
                     found = self._files.find(self._root, detail=True)
+                else:
+                    found = self._listed()
             except FileNotFoundError:
                 if self._protocol in _BUCKETS:  # a bucket that is missing, not a folder
                     raise
@@ -117,17 +117,18 @@ class Store:
                 )
         return files
 
-    def _pages(self) -> dict[str, Any]:
-        """The files that a web server's pages lead to. One that lists a folder in itself, under
-        whatever name, would lead on without end; and of a page that is refused nothing is known."""
+    def _listed(self) -> dict[str, Any]:
+        """The files that the lists of a server's folders lead to. One that lists a folder in
+        itself, under whatever name, would lead on without end; and of a folder that is refused
+        nothing is known, where fsspec's own walk takes it for an empty one."""
         found: dict[str, Any] = {}
         folders = [self._root]  # which grows
         for folder in folders:
-            for info in self._page(folder):
+            for info in self._list(folder):
                 name = str(info["name"])
                 below = name[len(self._root) :]
-                # With "?" it is the listing itself, in another order.
-                if "?" in below or below.rstrip("/").endswith("/."):
+                # With "?" a web server's page is the listing itself, in another order.
+                if "?" in below and self._protocol in _WEB or below.rstrip("/").endswith("/."):
                     continue
                 if info["type"] != "directory":
                     found[name] = info
@@ -136,24 +137,25 @@ class Store:
             deep = folder[len(self._root) :].count("/") > _DEEP
             if deep or len(folders) > _FOLDERS:
                 raise RemoteError(
-                    "the web server lists more folders than a model has, or one in itself",
+                    "the server lists more folders than a model has, or one in itself",
                     file=self.name,
                     found=shown(folders[-1])[-200:],
                     expected=f"at most {_FOLDERS} folders, {_DEEP} in one another",
                     remedy="give the URL of the folder that holds the files",
                 )
-        return found or {self._root: {}}
+        return found or ({self._root: {}} if self._protocol in _WEB else {})
 
-    def _page(self, folder: str) -> Any:
+    def _list(self, folder: str) -> Any:
         try:
             return self._files.ls(folder, detail=True)
-        except FileNotFoundError:
+        except Exception as error:  # of whatever kind: FTP's own is a name that has no value
             if folder == self._root:
                 raise
             raise RemoteError(
-                "a folder that the web server lists is not there",
+                "a folder that the server lists is not there, or is refused",
                 file=shown(folder),
-                remedy="run again when nothing writes there",
+                found=f"{type(error).__name__}: {said(error)}",
+                remedy="run again when nothing writes there, or with the rights to read it",
             ) from None
 
     def _asked(self, path: str) -> Mapping[str, Any]:
