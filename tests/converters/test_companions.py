@@ -24,7 +24,9 @@ from transformers import (
 )
 
 from converters.errors import BaseError
-from dora_serve import merge
+from converters.model.base import open_base
+from converters.targets.onnx.plan import plan_onnx
+from dora_serve import merge, read_run
 from tests.conftest import MODELS, randomize, tiny_llama
 
 INPUTS = {
@@ -307,6 +309,8 @@ def test_another_end_of_texts_is_told(end: str, ends: Any, told: bool, tmp_path:
     tokenizer.save_pretrained(run)
     report = merge(run, tmp_path / "out", base=base)
     assert told == any("83" in said and "eos_token_id" in said for said in report.warnings)
+    graphs = plan_onnx(open_base(base), run=read_run(run))
+    assert told == any("83" in said and "eos_token_id" in said for said in graphs.warnings)
     own = AutoTokenizer.from_pretrained(tmp_path / "out").eos_token_id
     known = json.loads((tmp_path / "out/generation_config.json").read_text())["eos_token_id"]
     assert told == (own not in (known if isinstance(known, list) else [known]))
