@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 
 from ..certificate import FILE as CERTIFICATE
 from ..errors import DoraExportError, RunError
+from ..model.base import SINGLE_FILES
 from .in_pieces import in_pieces
 from .run_folder import CONFIG_FILE, WEIGHT_FILES, RunFolder
 
@@ -41,7 +43,7 @@ def no_run(folder: RunFolder, looked_for: Mapping[str, str], below: Sequence[Pat
         model = folder.checkpoint
     except DoraExportError:
         model = None
-    factor = next((n for n in (model.tensors if model else ()) if ".lora_" in n), None)
+    factor = next((n for n in (model.tensors if model else _stored(folder)) if ".lora_" in n), None)
     if factor is not None:
         return RunError(
             "a whole model with factors of LoRA in it, and no configuration that tells their scale",
@@ -69,6 +71,15 @@ def no_run(folder: RunFolder, looked_for: Mapping[str, str], below: Sequence[Pat
         expected=several if len(looked_for) > 2 else looked,
         remedy="give the checkpoint, task or adapter folder that training wrote",
     )
+
+
+def _stored(folder: RunFolder) -> Iterable[str]:
+    """The names in a file as of a whole model, such as accelerate's `save_state` leaves without a
+    configuration."""
+    file = folder.first(*SINGLE_FILES)
+    with suppress(DoraExportError):
+        return folder.tensors(file) if file is not None else ()
+    return ()
 
 
 def _by_number(name: str) -> tuple[list[int], str]:

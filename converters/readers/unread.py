@@ -16,6 +16,9 @@ _SWITCHES = frozenset(
 _SETTINGS = frozenset(("auto_mapping", "rank_pattern", "alpha_pattern"))
 # Beside the adapter's own file; PEFT loads none of them.
 _VALUE_HEADS = ("value_head.safetensors", "value_head.bin")
+# TRL's value model beside an adapter is saved as if it were the whole model.
+_WHOLE = ("pytorch_model.bin", "model.safetensors")
+_V_HEAD = "v_head."
 _PARTS = {
     "new_embeddings.safetensors": "rows of the embedding for tokens that training added",
     "new_embeddings.bin": "rows of the embedding for tokens that training added",
@@ -46,8 +49,9 @@ def not_read(folder: RunFolder) -> list[str]:
             )
     heads = [
         f"{name} is left out: the head of a reward or value model, which no target has"
-        for name in _VALUE_HEADS
+        for name in (*_VALUE_HEADS, *_WHOLE)
         if folder.has(name)
+        and (name in _VALUE_HEADS or any(n.startswith(_V_HEAD) for n in folder.tensors(name)))
     ]
     others = [
         f"{name} lies beside the adapter and is not read: where it was trained too, the result "

@@ -86,12 +86,17 @@ def check(artifact: str | Path, base: str | Path | BaseModel | None = None) -> C
 def changed_files(artifact: Path) -> list[str]:
     """The files that the certificate of `artifact` lists and that are gone or no longer as it says;
     none where no certificate lists any."""
+    records = records_of(artifact)
+    return [each.where for each in _compare(artifact, records) if each.where in records]
+
+
+def records_of(artifact: Path) -> dict[str, Mapping[str, object]]:
+    """What the certificate of `artifact` says of each file; nothing where none lists any."""
     path = artifact / FILE
     try:
-        records = read_records(read_json(path), path) if path.is_file() else {}
+        return read_records(read_json(path), path) if path.is_file() else {}
     except DoraExportError:
-        return []
-    return [each.where for each in _compare(artifact, records) if each.where in records]
+        return {}
 
 
 def record(artifact: str | Path) -> None:

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import filecmp
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
@@ -39,7 +38,7 @@ _LENGTHS = (
 _DECODER_LENGTHS = ("max_decoder_position_embeddings", "max_target_positions")
 _OPERATIONS, _NBYTES = 2e12, 1 << 30  # the most that one long prompt may cost
 _TOKENS = 4 * LENGTH  # of those that were trained alone, the most that are asked
-_TOKENIZERS = (
+TOKENIZERS = (
     *("tokenizer_config.json", "tokenizer.json", "tokenizer.model", "vocab.txt", "vocab.json"),
     *("spiece.model", "sentencepiece.bpe.model", "source.spm"),
 )
@@ -56,12 +55,12 @@ class Prompts:
     less: Prompts | None = None
 
 
-def prompts_of(run: Run, base: BaseModel) -> Prompts:
+def prompts_of(run: Run, base: BaseModel, artifact: Path | None = None) -> Prompts:
     """The prompts for the model of `run`, which need not be loaded for it.
 
     Text where the base has a tokenizer, random ids beside it, the tokens that the run trained
-    alone, and a prompt longer than the lengths that the configuration names, as far as time and
-    memory allow. Beside each, images or sound where the class takes them too.
+    alone, and a prompt longer than the lengths that the configuration names, or that of `artifact`,
+    as far as time and memory allow. Beside each, images or sound where the class takes them too.
     """
     cls, config = class_of(run, base)
     if "input_ids" not in takes(cls):
@@ -81,7 +80,8 @@ def prompts_of(run: Run, base: BaseModel) -> Prompts:
     batches = [*_batches(config, rows, vocab), ids]
     trained = [f"{len(known)} trained or new tokens"] if known else []
     asked = [*said, *trained, f"{count} x {ids['input_ids'].shape[1]} random ids"]
-    length, left = _crossing(config, cls.__name__, limit, vocab, base)
+    known_lengths = [text, *([] if artifact is None else _own_settings(artifact))]
+    length, left = _crossing(known_lengths, cls.__name__, limit, vocab, base)
     if length:
         long = [token for row in rows for token in row] or ids["input_ids"].flatten().tolist()
         repeated = (long * (length // len(long) + 1))[:length]
@@ -186,7 +186,7 @@ def _texts(base: BaseModel, vocab: int) -> tuple[list[list[int]], list[str]]:
     what they are; none where it has no tokenizer."""
     from transformers import AutoTokenizer
 
-    if not any((base.path / name).is_file() for name in _TOKENIZERS):
+    if not any((base.path / name).is_file() for name in TOKENIZERS):
         return [], []
     try:
         tokenizer = AutoTokenizer.from_pretrained(base.path, trust_remote_code=False)
@@ -203,32 +203,6 @@ def _texts(base: BaseModel, vocab: int) -> tuple[list[list[int]], list[str]]:
         return [], []
     rows = [row for row in rows if _is_text(row, tokenizer.unk_token_id, vocab)]
     return rows, [f"{len(rows)} texts of its tokenizer's words"] if rows else []
-
-
-def tokenizer_fault(artifact: Path, run: Run, base: BaseModel) -> str | None:
-    """What is wrong with the tokenizer in `artifact`, where it has one: that it does not load, or
-    makes other tokens of a text than the run's, which goes before the base's. None for nothing."""
-    from transformers import AutoTokenizer
-
-    known = [run.path] if (run.path / "tokenizer_config.json").is_file() else []
-    source = [*known, base.path][0]
-    names = [name for name in _TOKENIZERS if (artifact / name).is_file()]
-    pairs = [(source / name, artifact / name) for name in names]
-    if all(one.is_file() and filecmp.cmp(one, its, shallow=False) for one, its in pairs):
-        return None
-    rows = []
-    for folder in (artifact, source):
-        try:
-            tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
-            rows.append([list(tokenizer(sentence)["input_ids"]) for sentence in SENTENCES])
-        except Exception as error:
-            if folder is artifact:
-                return f"its tokenizer does not load: {type(error).__name__}: {str(error)[:300]}"
-            return None  # one that the run and the base do not have either
-    if rows[0] == rows[1]:
-        return None
-    whose = "run's" if known else "base's"
-    return f"its tokenizer makes other tokens of a text than the {whose}"
 
 
 def _is_text(row: list[int], unknown: int | None, vocab: int) -> bool:
@@ -293,21 +267,37 @@ def _is_rotary(text: Any) -> bool:
     return any(getattr(text, key, None) for key in ("rope_parameters", "rope_theta"))
 
 
+@offline()
+def _own_settings(artifact: Path) -> list[Any]:
+    """The configuration of the text in `artifact`, which may begin to compute otherwise at a length
+    where the base does not; none where it has none, or none that loads."""
+    from transformers import AutoConfig
+
+    if not (artifact / "config.json").is_file():
+        return []
+    try:
+        return [text_of(AutoConfig.from_pretrained(artifact, trust_remote_code=False))]
+    except Exception:  # of whatever kind: who opens the artifact tells it
+        return []
+
+
 def _crossing(
-    config: Any, name: str, limit: int, vocab: int, base: BaseModel
+    settings: Sequence[Any], name: str, limit: int, vocab: int, base: BaseModel
 ) -> tuple[int, list[str]]:
-    """The length of the long prompt, 0 for none, and which lengths it does not cross."""
+    """The length of the long prompt, 0 for none, and which lengths it does not cross: those that
+    any of `settings` names, of which the first are the base's."""
     weights = sum(numel(tensor) for tensor in base.tensors.values())
     scores = vocab if name.endswith(("LM", "LMHeadModel", "Generation")) else 1
     # Operations of its tokens, bytes of its logits, and of a mask of all its tokens by all.
     dear = int(min(_OPERATIONS / (2 * max(weights, 1)), _NBYTES / (4 * scores), _NBYTES**0.5))
-    text = text_of(config)
-    values = text.to_dict()
-    wanted = {(key, n): min(n + n // 8 + 8, limit) for key, n in _lengths(values)}
-    if "dynamic" in _rope_types(values):
-        n = text.max_position_embeddings
-        wanted["max_position_embeddings", n] = n + n // 8 + 8
-    elif limit < 1 << 20 and not _is_rotary(text):  # every position has numbers of its own
+    wanted: dict[tuple[str, int], int] = {}
+    for text in settings:
+        values = text.to_dict()
+        wanted |= {(key, n): min(n + n // 8 + 8, limit) for key, n in _lengths(values)}
+        n = getattr(text, "max_position_embeddings", None)
+        if "dynamic" in _rope_types(values) and type(n) is int:
+            wanted["max_position_embeddings", n] = n + n // 8 + 8
+    if limit < 1 << 20 and not _is_rotary(settings[0]):  # every position has numbers of its own
         wanted["max_position_embeddings", limit - 1] = limit
     found, left = 0, []
     for (key, value), length in sorted(wanted.items()):

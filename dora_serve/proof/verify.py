@@ -18,10 +18,10 @@ from converters.targets.opening import Loaded, load
 from converters.targets.target import target_of
 
 from ..extras import without_extra
-from .check import changed_files
+from .beside import files_of
 from .live import fold_rounded, truth_of
 from .noise import difference, noise
-from .prompts import Prompts, prompts_of, tokenizer_fault, verification_batch
+from .prompts import Prompts, prompts_of, verification_batch
 
 TOLERANCE = 1e-4  # float32 logits, max abs; DESIGN bound for float32 engines
 NOISE = 4  # of the float32 noise: two computations of it, each with a margin of two
@@ -114,7 +114,7 @@ def verify(
         )
     engine = engine or next(iter(target.engines), "")
     fit = _fit_limit(path)
-    prompts = prompts_of(run, base)
+    prompts = prompts_of(run, base, path)
     while True:
         try:
             model = target.open(path, base, run, engine)
@@ -145,28 +145,15 @@ def verify(
         if (why := _not_asked(run, base, prompts)) is not None:
             raise why from error
         raise
-    fault = tokenizer_fault(path, run, base)
-    failures = found.failures if fault is None else (*found.failures, fault)
+    faults, told = files_of(path, run, base)
     return replace(
         found,
         engine=engine,
         fit=fit,
         unfitted=unfitted,
-        failures=failures,
-        warnings=(*found.warnings, *_changed(path)),
+        failures=(*found.failures, *faults),
+        warnings=(*found.warnings, *told),
     )
-
-
-def _changed(artifact: Path) -> list[str]:
-    """A warning of files that changed: no prompts ask for every row of an embedding, nor of every
-    graph that lies there."""
-    changed = changed_files(artifact)
-    if not changed:
-        return []
-    return [
-        f"{some(changed)}: no longer as {CERTIFICATE} says it was written (`check`), and what "
-        "these prompts do not ask may be other than it was"
-    ]
 
 
 def _not_asked(run: Run, base: BaseModel, prompts: Prompts) -> TargetError | None:

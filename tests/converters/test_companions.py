@@ -7,6 +7,7 @@ module from the sub-folder it names.
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -14,11 +15,19 @@ import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
-from transformers import BertConfig, BertForSequenceClassification, BertModel
+from transformers import (
+    AutoTokenizer,
+    BertConfig,
+    BertForSequenceClassification,
+    BertModel,
+    LlamaForCausalLM,
+)
 
 from converters.errors import BaseError
-from dora_serve import merge
-from tests.conftest import randomize, tiny_llama
+from converters.model.base import open_base
+from converters.targets.onnx.plan import plan_onnx
+from dora_serve import merge, read_run
+from tests.conftest import MODELS, randomize, tiny_llama
 
 INPUTS = {
     "input_ids": torch.randint(3, 80, (3, 9), generator=torch.Generator().manual_seed(0)),
@@ -278,3 +287,30 @@ def test_the_snapshot_of_a_hub_cache_is_no_link_out(tmp_path: Path, embedder: Pa
     merge(tmp_path / "run", tmp_path / "merged", base=snapshot)
     assert files(tmp_path / "merged") >= PIPELINE
     assert not any(path.is_symlink() for path in (tmp_path / "merged").rglob("*"))
+
+
+@pytest.mark.parametrize(
+    ("end", "ends", "told"),
+    [("lamp", 2, True), ("lamp", [2, 83], False), ("</s>", 2, False)],
+    ids=["another", "one of several", "the same"],
+)
+def test_another_end_of_texts_is_told(end: str, ends: Any, told: bool, tmp_path: Path) -> None:
+    """Trainer takes the tokenizer's end into the live model's configuration, which no adapter
+    holds: by the base's, what is merged writes on."""
+    base, run = tmp_path / "base", tmp_path / "run"
+    shutil.copytree(MODELS / "tiny-llama-base", base)
+    put(base / "generation_config.json", {"eos_token_id": ends})
+    model = LlamaForCausalLM.from_pretrained(base)
+    peft = get_peft_model(model, LoraConfig(r=2, target_modules=["q_proj"], task_type="CAUSAL_LM"))
+    randomize(peft)
+    peft.save_pretrained(run)
+    tokenizer = AutoTokenizer.from_pretrained(base)
+    tokenizer.eos_token = end
+    tokenizer.save_pretrained(run)
+    report = merge(run, tmp_path / "out", base=base)
+    assert told == any("83" in said and "eos_token_id" in said for said in report.warnings)
+    graphs = plan_onnx(open_base(base), run=read_run(run))
+    assert told == any("83" in said and "eos_token_id" in said for said in graphs.warnings)
+    own = AutoTokenizer.from_pretrained(tmp_path / "out").eos_token_id
+    known = json.loads((tmp_path / "out/generation_config.json").read_text())["eos_token_id"]
+    assert told == (own not in (known if isinstance(known, list) else [known]))

@@ -129,6 +129,18 @@ def test_value_heads_are_told(name: str, tmp_path: Path) -> None:
     assert any(name in warning for warning in read_run(run).warnings)
 
 
+@pytest.mark.parametrize("name", ["pytorch_model.bin", "model.safetensors"])
+def test_a_value_head_in_the_place_of_a_model_is_told(name: str, tmp_path: Path) -> None:
+    """TRL's model with a value head saves that alone so, beside the adapter."""
+    run, save = adapter(tmp_path / "run", PAIR), save_file if "safe" in name else torch.save
+    before = read_run(run).warnings
+    save({"model.norm.weight": torch.ones(4)}, run / name)
+    assert read_run(run).warnings == before
+    save({"v_head.summary.weight": torch.ones(1, 4)}, run / name)
+    (told,) = set(read_run(run).warnings) - set(before)
+    assert name in told and "value model" in told
+
+
 @pytest.mark.parametrize(
     ("name", "message"),
     [

@@ -222,8 +222,10 @@ def test_a_whole_model_with_its_factors(llama_base: Path, tmp_path: Path) -> Non
     saved = tmp_path / "saved"
     shutil.copytree(llama_base, saved)
     save_file(state, saved / "model.safetensors")
-    with pytest.raises(RunError, match="with factors of LoRA in it") as error:
-        read_run(saved)
+    for _ in range(2):
+        with pytest.raises(RunError, match="with factors of LoRA in it") as error:
+            read_run(saved)
+        (saved / "config.json").unlink(missing_ok=True)  # as `save_state` leaves it
     assert ADAPTER[0] in str(error.value) and ADAPTER[1] in str(error.value)
     shutil.copy(saved / "model.safetensors", run / ADAPTER[0])  # as the remedy says
     control = logits(LlamaForCausalLM.from_pretrained(llama_base), INPUTS)

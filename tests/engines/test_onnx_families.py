@@ -167,6 +167,22 @@ def test_a_configuration_without_the_length_of_its_context(tmp_path: Path) -> No
         write_onnx(open_base(tmp_path / "base"), tmp_path / "onnx", run=run)
 
 
+def test_a_model_that_transformers_itself_cannot_compute(tmp_path: Path) -> None:
+    """DBRX as its class is configured: it clips to nothing, which torch refuses."""
+    sizes = {"vocab_size": 84, "d_model": 64, "n_heads": 4, "n_layers": 1, "max_seq_len": 64}
+    experts = {"ffn_hidden_size": 32, "moe_num_experts": 2, "moe_top_k": 1}
+    attention = {"kv_n_heads": 2, "rope_theta": 10000.0}
+    config = transformers.DbrxConfig(
+        **sizes, attn_config=attention, ffn_config=experts, tie_word_embeddings=False
+    )
+    model = transformers.DbrxForCausalLM(config)
+    model.save_pretrained(tmp_path / "base")
+    run = lora(type(model), tmp_path, "one", target_modules=["Wqkv"])
+    with pytest.raises(DoraExportError, match="cannot compute this model"):
+        write_onnx(open_base(tmp_path / "base"), tmp_path / "onnx", run=run)
+    assert not (tmp_path / "onnx").exists()
+
+
 @pytest.mark.parametrize(
     "layer", ["hidden_size", pytest.param("intermediate_size", marks=pytest.mark.further)]
 )

@@ -33,7 +33,7 @@ _TOKENIZER = {
 _CHAT = {"chat_template.jinja", "chat_template.json"}  # which fit any tokenizer
 _TEMPLATES = "additional_chat_templates"
 # What quantizers say beside config.json of a base's weights, which are floats in the output.
-_QUANTIZERS = {"quantize_config.json", "quant_config.json", "hf_quant_config.json"}
+QUANTIZERS = {"quantize_config.json", "quant_config.json", "hf_quant_config.json"}
 # A sentence-transformers pipeline: which modules there are, and what else it says of them.
 _MODULES = "modules.json"
 _LARGEST = 1_000_000
@@ -85,7 +85,7 @@ def companions(
         name = path.name
         known = path.suffix in _COPIED or name.upper().startswith(("LICENSE", "NOTICE"))
         own = name in _OWN_FILES or name.endswith(".index.json")
-        own |= base is not None and base.stored is not None and name in _QUANTIZERS
+        own |= base is not None and base.stored is not None and name in QUANTIZERS
         if path.is_file() and known and not own and not (tokenizer and name in _TOKENIZER):
             files[name] = path
     own_files = [n for n in sorted(_TOKENIZER) if saved is not None and (saved / n).is_file()]

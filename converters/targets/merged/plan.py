@@ -39,6 +39,7 @@ from ...progress import Progress
 from ...run import Run
 from ..target import Plan
 from .companions import Companions, companions
+from .ends import other_end
 from .requantized import FLOAT8, SCALES, Blocks, Scales, blocks_of, stored_parts
 
 if TYPE_CHECKING:
@@ -261,7 +262,7 @@ def plan_merge(
         run=run,
         base=given,
         nbytes=sum(tensor.nbytes for tensors in written.values() for tensor in tensors),
-        warnings=(*run.warnings, *beside.left, *begun),
+        warnings=(*run.warnings, *beside.left, *other_end(run, given), *begun),
         shards=written,
         config=_config(run, base, architecture, dtype, embedding, packed=requantize),
         dtype=dtype,

@@ -187,9 +187,17 @@ def build_causal(model: Path, out: Path, writer: GraphWriter, *, adaptable: bool
 
 
 def _cached(loaded: Any, ids: torch.Tensor) -> _Sizes:
-    """What the model keeps of tokens."""
-    with torch.inference_mode():
-        found = loaded(input_ids=ids, use_cache=True)
+    """What the model keeps of tokens. Raises `TargetError` where it computes nothing."""
+    try:
+        with torch.inference_mode():
+            found = loaded(input_ids=ids, use_cache=True)
+    except Exception as error:  # of whatever kind: DBRX, where its configuration clips nothing
+        raise TargetError(
+            "transformers cannot compute this model",
+            found=f"{type(loaded).__name__}: {type(error).__name__}: {str(error)[:300]}",
+            expected="logits of three tokens",
+            remedy="look after its configuration",
+        ) from error
     layers = getattr(found.get("past_key_values"), "layers", [])
     shapes = {tuple(getattr(each, "keys", ids).shape[1::2]) for each in layers}
     if len(shapes) != 1 or "logits" not in found or len(min(shapes)) != 2:

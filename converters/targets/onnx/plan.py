@@ -133,8 +133,9 @@ def plan_onnx(
             expected="a decoder in int4",
             remedy="leave out `calibrate`",
         )
+    said = [warning for each in runs for warning in each.warnings]
     if merged is not None:
-        plan_merge(merged, base, torch.float32)
+        said += plan_merge(merged, base, torch.float32).warnings
     carries = merged is None and (
         bool(stripped) or (stripped is not None and task not in ENCODER_TASKS)
     )
@@ -149,7 +150,7 @@ def plan_onnx(
         run=merged or next(iter((stripped or {}).values()), Run(base.path, "none", {})),
         base=base,
         nbytes=int(elements * _BYTES[precision]),
-        warnings=tuple(dict.fromkeys(w for each in runs for w in each.warnings)),
+        warnings=tuple(dict.fromkeys(said)),
         task=task,
         graphs=graphs,
         adapters=stripped,

@@ -1,0 +1,66 @@
+"""Which token ends an answer: by the tokenizer that was saved with a run, and by the base's
+configuration, which goes along with a merged model."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import suppress
+from pathlib import Path
+
+from ...errors import TensorFileError
+from ...files.json_files import read_json
+from ...model.base import BaseModel
+from ...run import Run
+
+_TOKENIZER, _CONFIG = "tokenizer.json", "tokenizer_config.json"
+_GENERATION = "generation_config.json"
+
+
+def other_end(run: Run, base: BaseModel) -> Iterator[str]:
+    """A warning where the run's tokenizer ends texts with a token with which the base's
+    configuration ends none: Trainer adds it to the live model's, which no adapter holds."""
+    end = _end(run.path)
+    writes = run.task is None or run.task.endswith("-lm")
+    if end is None or end == _end(base.path) or not writes:
+        return
+    token = _number(run.path, end)
+    said = _read(base.path / _GENERATION).get("eos_token_id", base.config.get("eos_token_id"))
+    ends = said if isinstance(said, list) else [said]
+    if token is not None and said is not None and token not in ends:
+        known = ", ".join(map(str, ends))
+        yield (
+            f"the run's tokenizer ends texts with {end} ({token}), and the base's configuration, "
+            f"which goes along, with {known}: who ends answers by the configuration, as "
+            f"transformers does, writes on behind {end}; where the run was trained to end with it, "
+            f"put {token} into eos_token_id of {_GENERATION}"
+        )
+
+
+def _read(file: Path) -> dict[str, object]:
+    with suppress(TensorFileError):  # others' files: who loads the tokenizer tells it
+        return read_json(file) if file.is_file() else {}
+    return {}
+
+
+def _end(folder: Path) -> str | None:
+    """The end of texts by the tokenizer in `folder`."""
+    said = _read(folder / _CONFIG).get("eos_token")
+    said = said.get("content") if isinstance(said, dict) else said
+    return said if isinstance(said, str) else None
+
+
+def _number(folder: Path, word: str) -> int | None:
+    """The number of `word`, where the tokenizer's files tell it as transformers writes them."""
+    added = _read(folder / _CONFIG).get("added_tokens_decoder")
+    found = dict(added) if isinstance(added, dict) else {}
+    whole = _read(folder / _TOKENIZER)
+    more, model = whole.get("added_tokens"), whole.get("model")
+    for each in more if isinstance(more, list) else []:
+        if isinstance(each, dict):
+            found[str(each.get("id"))] = each
+    for number, each in found.items():
+        if isinstance(each, dict) and each.get("content") == word and number.isdecimal():
+            return int(number)
+    vocab = model.get("vocab") if isinstance(model, dict) else None
+    known = vocab.get(word) if isinstance(vocab, dict) else None
+    return known if type(known) is int else None
