@@ -128,7 +128,7 @@ class Store:
                 name = str(info["name"])
                 below = name[len(self._root) :]
                 # With "?" a web server's page is the listing itself, in another order.
-                if "?" in below and self._protocol in _WEB or below.rstrip("/").endswith("/."):
+                if ("?" in below and self._protocol in _WEB) or below.rstrip("/").endswith("/."):
                     continue
                 if info["type"] != "directory":
                     found[name] = info
