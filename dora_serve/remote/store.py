@@ -277,16 +277,20 @@ class Store:
 
 
 def _web_options(url: str) -> dict[str, Any]:
-    """What fsspec is told of web servers: by itself it lets no file take more than five minutes."""
+    """What fsspec is told of web servers: by itself it lets no file take more than five minutes,
+    and a list of a folder be of any length."""
     used = [name for name in _WEB if f"::{name}://" in f"::{url}"]
     if not used:
         return {}
     from aiohttp import ClientTimeout
     from fsspec.config import conf
 
+    from .page import Page
+
     timeout = ClientTimeout(sock_connect=_STALLED, sock_read=_STALLED)
-    known = {name: dict(conf.get(name, {}).get("client_kwargs", {})) for name in used}
-    return {name: {"client_kwargs": {"timeout": timeout, **more}} for name, more in known.items()}
+    own = {"timeout": timeout, "response_class": Page}
+    known = {name: conf.get(name, {}).get("client_kwargs", {}) for name in used}
+    return {name: {"client_kwargs": {**own, **more}} for name, more in known.items()}
 
 
 def _state(info: Mapping[str, Any]) -> tuple[str, bool]:

@@ -9,7 +9,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from http.server import SimpleHTTPRequestHandler
 from pathlib import Path
 
@@ -128,6 +128,25 @@ def test_a_web_server_that_lists_without_end(run: Path) -> None:
     (run / "more").mkdir()
     with serving(run.parent, listing("".join(f'<a href="{n}/">' for n in range(10)))) as url:
         assert "more folders than a model has" in bad("inspect", f"{url}/run")
+
+
+def test_a_list_without_end(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """All of it was read into memory."""
+    monkeypatch.setattr("dora_serve.remote.page._LARGEST", 1 << 20)
+
+    def before(request: SimpleHTTPRequestHandler) -> bool:
+        if request.path.rstrip("/") != "/run":
+            return False
+        request.send_response(200)
+        request.send_header("Content-Type", "text/html")
+        request.end_headers()
+        with suppress(ConnectionError):
+            while True:
+                request.wfile.write(b'<a href="x">x</a>' * 1000)
+        return True
+
+    with serving(run.parent, before) as url:
+        assert "the list of a folder has over" in bad("inspect", f"{url}/run")
 
 
 def test_a_folder_that_lists_itself(run: Path) -> None:
