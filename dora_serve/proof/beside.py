@@ -144,7 +144,7 @@ def _tokenizer(artifact: Path, source: Path, run: Path) -> tuple[str | None, lis
     makes other tokens of a text than that of `source`. And what else of it is other."""
     from transformers import AutoTokenizer
 
-    if not any((artifact / name).is_file() for name in TOKENIZERS) or _same(artifact, source):
+    if not _has_tokenizer(artifact) or _same(artifact, source):
         return None, []
     found, words = [], list(SENTENCES)
     for folder in (source, artifact):
@@ -155,8 +155,10 @@ def _tokenizer(artifact: Path, source: Path, run: Path) -> tuple[str | None, lis
             rows = [list(tokenizer(text)["input_ids"]) for text in words]
             found.append((tokenizer, rows, tokenizer.get_vocab()))
         except Exception as error:
+            if folder is source and _has_tokenizer(source):
+                return None, []  # the run and the base have one that does not load either
             if folder is source:
-                continue  # one that the run and the base do not have either
+                continue
             return f"its tokenizer does not load: {type(error).__name__}: {str(error)[:300]}", []
     if len(found) == 1:
         return None, []
@@ -171,6 +173,10 @@ def _tokenizer(artifact: Path, source: Path, run: Path) -> tuple[str | None, lis
     special = dict(theirs.special_tokens_map) != dict(its.special_tokens_map)
     differs = ["special tokens"] if special else []
     return None, [*differs, *(["chat template"] if template != its.chat_template else [])]
+
+
+def _has_tokenizer(folder: Path) -> bool:
+    return any((folder / name).is_file() for name in TOKENIZERS)
 
 
 def _same(artifact: Path, source: Path) -> bool:
