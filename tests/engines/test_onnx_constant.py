@@ -54,10 +54,11 @@ def test_a_layer_that_the_exporter_has_computed_carries_no_adapter(tmp_path: Pat
 @pytest.mark.parametrize(
     ("family", "sizes", "target"),
     [
-        (
+        pytest.param(
             "roberta",
             {"max_position_embeddings": 8, "pad_token_id": 1, "num_hidden_layers": 1},
             "query",
+            marks=pytest.mark.further,
         ),
         ("gpt2", {"n_positions": 4}, "c_attn"),
     ],
@@ -84,6 +85,7 @@ def pegasus_x(folder: Path) -> Any:
     return cls
 
 
+@pytest.mark.further
 def test_a_graph_that_the_optimizer_leaves_in_pieces_stays_as_it_was(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

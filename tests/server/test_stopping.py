@@ -23,6 +23,7 @@ from dora_serve.server.options import ServerOptions
 from dora_serve.server.prepare.child import make_offer
 from tests.server.attacks import TEMPLATE, head
 from tests.server.conftest import BASE, Server, save_adapter, started
+from tests.server.test_faults import gauge
 
 MESSAGES = [{"role": "user", "content": "loops"}]
 
@@ -88,7 +89,9 @@ def test_a_terminal_that_is_closed_ends_it_as_softly(ending: Server) -> None:
     asked = {"model": BASE, "prompt": "one", "n": 100, "max_tokens": 60, "ignore_eos": True}
     with ThreadPoolExecutor(1) as pool:
         accepted = pool.submit(httpx.post, f"{ending.url}/v1/completions", json=asked, timeout=120)
-        time.sleep(0.3)
+        with ending.http as http:
+            while not gauge(http, "vllm:num_requests_running"):
+                time.sleep(0.02)
         ending.process.send_signal(signal.SIGHUP)
         assert ending.process.wait(END) == 0
         assert len(accepted.result().json()["choices"]) == 100
