@@ -9,8 +9,6 @@ from __future__ import annotations
 
 import time
 from concurrent.futures import Future, ThreadPoolExecutor
-from functools import cached_property
-from threading import Lock
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -45,40 +43,43 @@ def limits() -> Any:
 
 
 class Grammars:
-    """Of a model: `vocabulary` logits, the ends `eos`, and its `tokenizer`."""
+    """Of a model: `vocabulary` logits, the ends `eos`, and its `tokenizer`.
+
+    Its tokens are made bytes at once, and not for the first grammar: of 262,144 tokens that takes
+    seconds, in which the interpreter's lock is held and no client of any model is answered.
+    """
 
     def __init__(self, tokenizer: Any, vocabulary: int, eos: frozenset[int]) -> None:
-        self._tokenizer, self._eos = tokenizer, eos
-        self._vocabulary = vocabulary
-        self._lock = Lock()
         self._threads = ThreadPoolExecutor(1, thread_name_prefix="grammar")
-
-    @cached_property
-    def _words(self) -> Any:
-        """The tokens as bytes. Takes a second for many."""
-        from llguidance import LLTokenizer
-
-        count = max(self._vocabulary, self._tokenizer.get_vocab_size())
+        self._words: Any = None
+        self._refusal: str | None = None
         try:
-            return LLTokenizer(self._tokenizer.to_str(), n_vocab=count, eos_token=sorted(self._eos))
+            self._words = _as_bytes(tokenizer, vocabulary, eos)
         except (KeyboardInterrupt, SystemExit):
             raise
         except BaseException as error:  # a panic of the library too
-            raise EngineError(
-                "this model's tokenizer does not say which bytes its tokens are",
-                found=str(error)[:200],
-                remedy="ask without a schema or grammar",
-            ) from None
+            self._refusal = str(error)[:200]
 
     def compile(self, grammar: str) -> Grammar:
         """`grammar` as llguidance writes it. Raises `EngineError` for one that it refuses."""
         from llguidance import LLMatcher
 
-        with self._lock:
-            words = self._words
-        matcher = LLMatcher(words, grammar, log_level=0, limits=limits())
+        if self._refusal is not None:
+            raise EngineError(
+                "this model's tokenizer does not say which bytes its tokens are",
+                found=self._refusal,
+                remedy="ask without a schema or grammar",
+            )
+        matcher = LLMatcher(self._words, grammar, log_level=0, limits=limits())
         _check(matcher)
         return Grammar(matcher, self._threads)
+
+
+def _as_bytes(tokenizer: Any, vocabulary: int, eos: frozenset[int]) -> Any:
+    from llguidance import LLTokenizer
+
+    count = max(vocabulary, tokenizer.get_vocab_size())
+    return LLTokenizer(tokenizer.to_str(), n_vocab=count, eos_token=sorted(eos))
 
 
 class Grammar:

@@ -130,20 +130,25 @@ class OnnxFolder:
         # Some files say how to fill or cut texts, which is for whoever makes a batch of them.
         tokenizer.no_padding()
         tokenizer.no_truncation()
+        # Where a text that looks like a special token is a text: tokenizer.json does not say so.
+        tokenizer.encode_special_tokens = self._configured.get("split_special_tokens") is True
         if any(read_json(each).get("do_lower_case") for each in self.folder.glob(PIPELINES)):
             own = [] if tokenizer.normalizer is None else [tokenizer.normalizer]
             tokenizer.normalizer = Sequence([Lowercase(), *own])
         return tokenizer
 
     @cached_property
+    def _configured(self) -> Any:
+        path = self.folder / "tokenizer_config.json"
+        return read_json(path) if path.exists() else {}
+
+    @cached_property
     def special_tokens(self) -> dict[str, str]:
         """The texts of the tokens that the tokenizer's files name, such as `eos_token`: as
         transformers reads them, by its configuration where that tells the tokens themselves too,
         else by the map beside it first."""
-        named = []
-        for name in ("special_tokens_map.json", "tokenizer_config.json"):
-            path = self.folder / name
-            named.append(read_json(path) if path.exists() else {})
+        path = self.folder / "special_tokens_map.json"
+        named = [read_json(path) if path.exists() else {}, self._configured]
         found: dict[str, str] = {}
         for said in named if "added_tokens_decoder" in named[1] else reversed(named):
             for name, given in said.items():

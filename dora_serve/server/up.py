@@ -66,6 +66,7 @@ def up(
     from .app import make_app
     from .connections import serve
     from .guard import is_loopback
+    from .log import Beside
     from .registry import Registry
     from .state import State
 
@@ -91,7 +92,8 @@ def up(
         return 0
     if api_key is None and not is_loopback(host):
         print("Whoever reaches this port may ask: --api-key sets a key.", file=sys.stderr)
-    logging.basicConfig(format="%(message)s", stream=sys.stderr, level=logging.INFO)
+    beside = Beside(sys.stderr.fileno())
+    logging.basicConfig(format="%(message)s", handlers=[beside], level=logging.INFO)
     state = State(root, registry, options)
     app = make_app(state, host, api_key)
     return 0 if serve(app, host, port) else 1

@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import json
+import time
 from typing import Any
 
 import numpy as np
 import pytest
+from llguidance import LLMatcher
+from tokenizers import AddedToken, Tokenizer
+from tokenizers.models import WordLevel
 
 from dora_serve.onnxruntime import grammar
 from dora_serve.onnxruntime.grammar import Grammars
@@ -49,6 +53,25 @@ def test_completions_share_the_time_of_their_grammar(
     monkeypatch.setattr(grammar, "_AT_ONCE", 0.05)
     with pytest.raises(EngineError, match="takes too"):
         follow(known, AMBIGUOUS, 500)
+
+
+def test_the_first_grammar_of_a_large_vocabulary_holds_up_nobody() -> None:
+    """The tokens of Gemma took seconds, in which no client was answered."""
+    known = bytes_tokenizer()
+    known.add_tokens([AddedToken(f"{number:05}") for number in range(3_000)])
+    begin = time.thread_time()
+    grammars = Grammars(known, known.get_vocab_size(), frozenset({1}))
+    made = time.thread_time()
+    grammars.compile(LLMatcher.grammar_from_regex("[a-z]+"))
+    assert time.thread_time() - made < (made - begin) / 2
+
+
+def test_a_tokenizer_without_bytes_refuses_every_grammar() -> None:
+    words = Tokenizer(WordLevel({"a": 0, "b": 1}, unk_token="a"))
+    grammars = Grammars(words, 2, frozenset({1}))
+    for _ in range(2):
+        with pytest.raises(EngineError, match="which bytes its tokens are"):
+            grammars.compile(LLMatcher.grammar_from_regex("[a-z]+"))
 
 
 def test_time_that_is_not_used_comes_back(known: Grammars, monkeypatch: pytest.MonkeyPatch) -> None:

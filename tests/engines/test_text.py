@@ -7,7 +7,16 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
+from tokenizers import (
+    Regex,
+    Tokenizer,
+    decoders,
+    models,
+    normalizers,
+    pre_tokenizers,
+    trainers,
+)
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from dora_serve.onnxruntime.generation import Detokenizer
 from dora_serve.onnxruntime.sampling import Sampling, draw
@@ -42,6 +51,23 @@ def test_no_filling_and_no_cutting(tmp_path: Path) -> None:
     tokenizer.enable_truncation(2)
     tokenizer.save(str(tmp_path / "tokenizer.json"))
     assert OnnxFolder(tmp_path).tokenizer.encode("count nine eight").ids == [1, 2, 3]
+
+
+def test_special_tokens_that_are_texts(tmp_path: Path) -> None:
+    """Of `split_special_tokens` tokenizer.json says nothing, and transformers heeds it."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(special_tokens=["</s>"], initial_alphabet=alphabet)
+    tokenizer.train_from_iterator([], trainer)
+    for split in (False, True):
+        fast = PreTrainedTokenizerFast(
+            tokenizer_object=tokenizer, eos_token="</s>", split_special_tokens=split
+        )
+        fast.save_pretrained(tmp_path)
+        right = AutoTokenizer.from_pretrained(tmp_path)("a</s>b")["input_ids"]
+        assert len(right) == (6 if split else 3)
+        assert OnnxFolder(tmp_path).encode("a</s>b") == right
 
 
 @pytest.mark.parametrize(

@@ -111,9 +111,11 @@ def started(
     key: str | None = None,
     options: ServerOptions | None = None,
     forked: bool = True,
+    errors: int | None = None,
 ) -> Iterator[Server]:
     """A server of `root`; `folder` is for its log, and its cache unless the environment has one.
-    `forked`: the process that prepares for it is forked, and not one below it."""
+    `forked`: the process that prepares for it is forked, and not one below it. `errors`: the file
+    that its standard error is, None for its log."""
     options = options or ServerOptions(threads=2)
     port = free_port()
     log = folder / f"log-{port}"
@@ -126,7 +128,7 @@ def started(
         process = subprocess.Popen(
             [sys.executable, "-c", _START, arguments],
             stdout=stream,
-            stderr=stream,
+            stderr=stream if errors is None else errors,
             env={"DORA_SERVE_CACHE": str(folder / "cache"), **os.environ},
         )
     server = Server(f"http://127.0.0.1:{port}", root, process, log, key)

@@ -218,3 +218,15 @@ def test_an_object_of_too_many_names_is_one_error(name: str) -> None:
     with pytest.raises(ValueError, match="names") as caught:
         read("ChatCompletionRequest", body)
     assert caught.value.error_count() == 1  # type: ignore[attr-defined]
+
+
+def test_marks_for_other_caches_change_nothing() -> None:
+    """Clients that also speak to Anthropic put them on parts and tools."""
+    mark = {"cache_control": {"type": "ephemeral"}}
+    part, tool = {"type": "text", "text": "one"}, {"function": {"name": "f"}}
+    bodies = [
+        {"messages": [{"role": "user", "content": [{**part, **more}]}], "tools": [{**tool, **more}]}
+        for more in ({}, mark)
+    ]
+    plain, marked = (read("ChatCompletionRequest", {"model": BASE, **body}) for body in bodies)
+    assert plain == marked

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import signal
 import socket
@@ -29,11 +30,17 @@ MESSAGES = [{"role": "user", "content": "loops"}]
 
 
 @pytest.fixture
-def ending(place: Path, tmp_path: Path) -> Iterator[Server]:
-    """A server to end, whose template loops when told so."""
+def alone(place: Path, tmp_path: Path) -> Path:
+    """A folder of one model, whose template loops when told so."""
     shutil.copytree(place / "models" / BASE, tmp_path / BASE)
     (tmp_path / BASE / "chat_template.jinja").write_text(TEMPLATE)
-    with started(tmp_path, place, None, ServerOptions(threads=1)) as running:
+    return tmp_path
+
+
+@pytest.fixture
+def ending(place: Path, alone: Path) -> Iterator[Server]:
+    """A server to end."""
+    with started(alone, place, None, ServerOptions(threads=1)) as running:
         yield running
 
 
@@ -95,6 +102,32 @@ def test_a_terminal_that_is_closed_ends_it_as_softly(ending: Server) -> None:
         ending.process.send_signal(signal.SIGHUP)
         assert ending.process.wait(END) == 0
         assert len(accepted.result().json()["choices"]) == 100
+
+
+def test_a_log_that_nobody_reads_holds_up_nobody(place: Path, alone: Path) -> None:
+    """As of a program that starts the server with pipes and never looks into them."""
+    reads, writes = os.pipe()
+    options = ServerOptions(threads=1)
+    with started(alone, place, None, options, errors=writes) as running:
+        os.close(writes)
+        with running.http as http:
+            for _ in range(900):  # lines of 110 bytes, into 64 KiB
+                assert http.get("/health", timeout=10).status_code == 200
+        running.process.send_signal(signal.SIGTERM)
+        assert running.process.wait(20) == 0
+    os.close(reads)
+
+
+def test_a_log_whose_reader_has_ended_is_no_failure(place: Path, alone: Path) -> None:
+    reads, writes = os.pipe()
+    options = ServerOptions(threads=1)
+    with started(alone, place, None, options, errors=writes) as running:
+        os.close(writes)
+        os.close(reads)
+        with running.http as http:
+            assert http.get("/health").status_code == 200
+        running.process.send_signal(signal.SIGTERM)
+        assert running.process.wait(20) == 0
 
 
 @pytest.mark.parametrize(

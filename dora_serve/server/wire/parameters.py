@@ -50,6 +50,7 @@ Object = Annotated[dict[str, Any], AfterValidator(bounded)]
 # need: no answer depends on it, but where a request declares it.
 NO_EFFECT = frozenset(
     {
+        "cache_control",  # of a part or a tool, as clients mark them for Anthropic
         "cache_salt",
         "include_obfuscation",
         "include_reasoning",
