@@ -8,7 +8,10 @@ import shlex
 from collections import defaultdict
 from collections.abc import Iterator, Mapping
 
+import click
+
 from converters.errors import some, visible
+from converters.options import ReadOptions
 
 VERBS = frozenset(
     "adapter batch check diff export extract inspect lint merge onnx sign verify".split()
@@ -69,4 +72,15 @@ def json_text(value: object, indent: int | None = None) -> str:
 
 def _word(match: re.Match[str]) -> str:
     name = match[1]
-    return f"dora-export {name}" if name in VERBS else "--" + name.replace("_", "-")
+    if name in VERBS:
+        return f"dora-export {name}"
+    flag = "--" + name.replace("_", "-")
+    return f"{flag} (of dora-export adapter)" if _is_of_another_command(name) else flag
+
+
+def _is_of_another_command(name: str) -> bool:
+    """Whether `name` says how a run is read, and the command that runs takes no such word."""
+    context = click.get_current_context(silent=True)
+    if context is None or name not in ReadOptions.__dataclass_fields__:
+        return False
+    return name not in {each.name for each in context.command.get_params(context)}

@@ -18,6 +18,7 @@ from converters.errors import OutputError
 
 from .desired import Desired
 
+_PASSING = (429, 502, 503, 504)  # what a proxy says, or a server that is busy
 _TIMEOUT = 120.0  # loading an adapter waits for the step that the server is in
 _REFUSAL = "refused.json"
 _RENAME = "rename the run's folder"
@@ -118,9 +119,14 @@ class Server:
 
 @contextmanager
 def _answering() -> Iterator[None]:
-    """What is no answer of a vLLM, such as one that ends in the middle, as `OSError`."""
+    """What is no answer of a vLLM, such as one that ends in the middle or a proxy's own, as
+    `OSError`."""
     try:
         yield
+    except HTTPError as error:
+        if error.code in _PASSING:
+            raise OSError(f"{error.code} {error.reason}") from error
+        raise
     except (HTTPException, ValueError, LookupError, TypeError, AttributeError) as error:
         raise OSError(f"no answer of a vLLM: {type(error).__name__}: {error}") from error
 

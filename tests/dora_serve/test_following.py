@@ -8,7 +8,7 @@ import subprocess
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from http.server import BaseHTTPRequestHandler
 from pathlib import Path
 from typing import Any
@@ -20,8 +20,8 @@ from safetensors.torch import load_file, save, save_file
 from dora_serve.commands import dora_serve as main
 from dora_serve.folder import inventory
 from dora_serve.vllm import desired as module
-from dora_serve.vllm.desired import SETTLE, Following
-from dora_serve.vllm.watch import Server
+from dora_serve.vllm.desired import SETTLE, Desired, Following
+from dora_serve.vllm.watch import Server, reconcile
 
 from .following import answering
 
@@ -172,17 +172,17 @@ def test_two_other_bases_come_when_the_first_is_gone(root: Path) -> None:
 
 @contextmanager
 def serving(
-    body: bytes, length: int | None = None, asked: list[str] | None = None
+    body: bytes, length: int | None = None, asked: list[str] | None = None, posts: int = 200
 ) -> Iterator[str]:
-    """A server that answers all with `body`, and says that it has `length` bytes. `asked`: is told
-    what came."""
+    """A server that answers all with `body`, and says that it has `length` bytes; `posts` with that
+    status. `asked`: is told what came."""
 
     class Answer(BaseHTTPRequestHandler):
         def do_GET(self) -> None:
             if asked is not None:
                 asked.append(f"{self.command} {self.path}")
             self.rfile.read(int(self.headers.get("Content-Length") or 0))
-            self.send_response(200)
+            self.send_response(posts if self.command == "POST" else 200)
             self.send_header("Content-Length", str(len(body) if length is None else length))
             self.end_headers()
             self.wfile.write(body)
@@ -301,3 +301,16 @@ def test_where_times_are_whole_seconds_the_last_change_is_seen(root: Path, tmp_p
         assert following.at_rest().adapters["run"] == first
     finally:
         subprocess.run(["umount", "-l", str(place)], check=True)
+
+
+@pytest.mark.parametrize(("status", "passes"), [(400, False), (429, True), (503, True)])
+def test_what_a_proxy_says_in_passing_is_no_refusal(
+    status: int, passes: bool, tmp_path: Path
+) -> None:
+    """The run was left out until it changed or the server began anew."""
+    wanted = Desired({"run": tmp_path / "run"})
+    with serving(b'{"data": []}', posts=status) as url:
+        server = Server(url)
+        with pytest.raises(OSError, match=str(status)) if passes else nullcontext():
+            assert [c.done for c in reconcile(server, wanted, tmp_path / "ours")] == ["failed"]
+    assert bool(server.failed) is not passes

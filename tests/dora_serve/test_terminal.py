@@ -22,10 +22,12 @@ from dora_serve.rankmap.picture import save_png
 from dora_serve.server.prepare.offer import DECODES, Graph, Offer, OfferedModel
 from dora_serve.server.up import table
 from dora_serve.wording import in_flags, json_text, quoted
+from tests.conftest import DATA
 
 EVIL = "\x1b]0;PWN\x07\x1b[2J\x9b31m\u202eEVIL\r"
 SHOWN = r"\x1b]0;PWN\x07\x1b[2J\x9b31m\u202eEVIL\r"
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
+REFERENCE = DATA / "reference"
 
 
 def obeyed(text: str) -> set[str]:
@@ -283,3 +285,18 @@ def test_a_plans_files_are_whole_and_replace_nothing(
             refused = CliRunner().invoke(dora_serve, words)
             assert refused.exit_code == 1 and "lie inside one" in refused.output
             assert not fresh.exists()
+
+
+def test_a_remedy_names_no_flag_that_the_command_lacks(tmp_path: Path) -> None:
+    """Of a run without its log folder."""
+    run = next(REFERENCE.glob("runs/Checkpoint/Tiny_Llama/*/*/*"))
+    shutil.copytree(run, tmp_path / "runs" / "one")
+    base = str(REFERENCE / "bases/llama")
+    said = CliRunner().invoke(
+        dora_export, ["batch", f"{tmp_path}/runs", f"{tmp_path}/out", "--base", base, "--dry-run"]
+    )
+    assert "--lora-alpha (of dora-export adapter)" in said.output
+    said = CliRunner().invoke(
+        dora_export, ["adapter", f"{tmp_path}/runs/one", f"{tmp_path}/out", "--base", base]
+    )
+    assert "--lora-alpha" in said.output and "(of dora-export" not in said.output
