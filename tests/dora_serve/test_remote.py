@@ -153,7 +153,8 @@ def test_a_run_that_changes_while_it_is_fetched_is_refused(s3: S3Server, tmp_pat
     thread.start()
     said = bad("inspect", "s3://models/lora")
     thread.join()
-    assert "changed while they were fetched" in said
+    # The one where it was read before it changed, the other where its length was known alone.
+    assert "changed while they were fetched" in said or "did not arrive whole" in said
     assert not list((tmp_path / "cache").glob("remote-*"))
 
 

@@ -202,7 +202,7 @@ FOLLOWED: dict[str, Attack] = {
         lambda: {
             "model": EMBEDS,
             "text_1": "a",
-            "text_2": ["good " * 3000] * 250,
+            "text_2": ["good " * 3000] * 100,
             "truncate_prompt_tokens": 10,
         },
         200,
