@@ -46,7 +46,7 @@ def files_of(artifact: Path, run: Run, base: BaseModel) -> tuple[list[str], list
     own = run.path if (run.path / "tokenizer_config.json").is_file() else None
     fault, differs = _tokenizer(artifact, own or base.path, run.path)
     whose = "base's" if own is None else "run's"
-    faults = [] if fault is None else [fault.format(whose=whose)]
+    faults = [] if fault is None else [fault.replace("{whose}", whose)]
     if known:
         return faults, list(_uncertified(artifact, known))
     told = [f"the {some(differs)} are not the {whose}, and no prompt shows it"] if differs else []

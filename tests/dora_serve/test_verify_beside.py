@@ -15,6 +15,7 @@ from safetensors.torch import load_file, save_file
 
 from converters.run import Run
 from dora_serve import merge, read_run, verify
+from dora_serve.proof import beside
 from tests.conftest import MODELS, tiny_llama
 from tests.converters.families import save_adapter
 
@@ -127,6 +128,14 @@ def test_words_that_no_text_has_keep_their_numbers(run: Run, merged: Path, tmp_p
     exchanged_words(tmp_path / "out")
     found = verify(run, tmp_path / "out", BASE)
     assert not found.passed and "number" in " ".join(found.failures)
+
+
+def test_a_fault_that_is_told_with_braces(
+    run: Run, merged: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(beside, "_tokenizer", lambda *_: ("not the {whose}: {0} {x}", []))
+    found = verify(run, merged, BASE)
+    assert "not the base's: {0} {x}" in found.failures
 
 
 @pytest.mark.parametrize(
