@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from contextlib import contextmanager
+from functools import cache
 from multiprocessing import get_context
 from pathlib import Path
 from urllib.error import URLError
@@ -76,6 +77,7 @@ def server(words: Sequence[object], url: str, log: Path, **env: str) -> Iterator
             stderr=subprocess.STDOUT,
             env={**os.environ, **env},
             start_new_session=True,
+            preexec_fn=_give_way,
         )
     try:
         wait_until(lambda: ready(url) or process.poll() is not None)
@@ -87,6 +89,14 @@ def server(words: Sequence[object], url: str, log: Path, **env: str) -> Iterator
         process.wait(timeout=90)
 
 
+def _give_way() -> None:
+    """vLLM's processes wait for one another in loops of `sched_yield`, beside which Linux 6.18
+    leaves others without a processor for minutes: `import torch` took 58 s for 2."""
+    if hasattr(os, "SCHED_IDLE"):
+        os.sched_setscheduler(0, os.SCHED_IDLE, os.sched_param(0))
+
+
+@cache  # each opens the system's certificates anew, which takes 0.1 s
 def client(url: str) -> openai.OpenAI:
     return openai.OpenAI(base_url=f"{url}/v1", api_key=KEY, max_retries=0, timeout=60)
 
