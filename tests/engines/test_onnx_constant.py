@@ -113,6 +113,7 @@ def test_what_is_written_of_such_a_graph(tmp_path: Path) -> None:
     assert found["max_abs"] < 1e-4 < 1e-2 < found["control"]
 
 
+@pytest.mark.further
 def test_a_layer_that_one_graph_of_several_lost_has_a_branch_in_none(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
