@@ -17,6 +17,7 @@ from typing import Any
 import onnx_ir as ir
 
 from ...errors import OutputError
+from ...files.interpreters import environment
 from ...files.json_files import read_json
 from ...files.onnx_files import BATCHED, GENAI, MODEL
 from ...model.architecture import known_model
@@ -104,7 +105,9 @@ def _build(model: Path, built: Path, precision: str, adaptable: bool) -> bool:
         command += ["--extra_options", "hf_token=false"]
         if adaptable:
             command.append("fuse_qkv=false")
-        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        done = subprocess.run(
+            command, capture_output=True, text=True, check=False, env=environment()
+        )
     said = done.stderr.rpartition("Traceback (most recent call last)")[2].strip()
     if done.returncode and (done.returncode not in _REFUSES or _PASSING.search(said)):
         raise OutputError(
