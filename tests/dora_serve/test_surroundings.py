@@ -42,9 +42,10 @@ def test_nothing_of_the_current_folder_is_run(place: str, tmp_path: Path) -> Non
     for module in ("dora_serve", "multiprocessing", "onnxruntime_genai"):
         (tmp_path / f"{module}.py").write_text("open('was run', 'w')\nraise SystemExit\n")
     (tmp_path / "empty").mkdir()
-    code = f"from pathlib import Path\n{STARTS[place]}"
+    # As an installed command, and unlike with -P, which is handed on to what is started.
+    code = f"import sys\nsys.path.remove('')\nfrom pathlib import Path\n{STARTS[place]}"
     done = subprocess.run(
-        [sys.executable, "-P", "-c", code], cwd=tmp_path, capture_output=True, timeout=120
+        [sys.executable, "-c", code], cwd=tmp_path, capture_output=True, timeout=120
     )
     assert not (tmp_path / "was run").exists()
     assert done.returncode == 0, done.stderr
@@ -54,7 +55,7 @@ def test_nothing_of_the_current_folder_is_run(place: str, tmp_path: Path) -> Non
 def test_closed_streams(closed: str, llama_lora: Path, tmp_path: Path) -> None:
     """As a service manager may leave them: what is opened next takes no number of theirs."""
     page = tmp_path / "page.html"
-    words = [sys.executable, "-c", RUN, "inspect", str(llama_lora), "--html", str(page)]
+    words = [sys.executable, "-P", "-c", RUN, "inspect", str(llama_lora), "--html", str(page)]
     code = subprocess.run(["sh", "-c", f'exec "$@" {closed}', "sh", *words], timeout=60).returncode
     assert code == 0
     assert page.read_text().rstrip().endswith("</html>")
