@@ -13,6 +13,7 @@ from multiprocessing.connection import Connection, wait
 from multiprocessing.context import ForkServerContext
 
 from converters.files.cores import bind, cores
+from converters.files.interpreters import installed_alone
 
 from .job import PULSE, Job, Record, Results
 
@@ -72,7 +73,8 @@ class _Worker:
         self.share = share
         self.pipe, theirs = context.Pipe()
         self.process = context.Process(target=_serve, args=(theirs, share), daemon=True)
-        self.process.start()
+        with installed_alone():  # the server that forks is started with the first
+            self.process.start()
         theirs.close()
 
     def take(self, job: Job) -> bool:

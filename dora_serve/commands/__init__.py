@@ -9,6 +9,7 @@ import sys
 from collections.abc import Iterator
 from importlib import import_module
 from importlib.metadata import version
+from pathlib import Path
 from traceback import extract_tb
 from typing import Any, NoReturn
 
@@ -68,6 +69,8 @@ class _LazyGroup(click.Group):
             return super().parse_args(ctx, args)
 
     def main(self, *args: Any, **kwargs: Any) -> Any:
+        _have_streams()
+        _have_folder()
         _write_all()
         try:
             return super().main(*args, **kwargs)
@@ -153,6 +156,30 @@ def dora_export() -> None:
 @click.version_option(version("dora-serve"), prog_name="dora-serve")
 def dora_serve() -> None:
     """Serve training runs and adapters."""
+
+
+def _have_streams() -> None:
+    """Open what a shell or another program has closed of standard input, output and error. Else
+    the next file that is opened takes its number, and a library that tells something on standard
+    error writes it into that file."""
+    for number, name in enumerate(("stdin", "stdout", "stderr")):
+        try:
+            os.fstat(number)
+        except OSError:
+            opened = os.open(os.devnull, os.O_RDWR)  # the lowest number that is free: this one
+            os.set_inheritable(opened, True)
+            mode = "r" if name == "stdin" else "w"
+            setattr(sys, name, os.fdopen(opened, mode, encoding="utf-8"))
+
+
+def _have_folder() -> None:
+    """End where the current folder is gone: every path from it leads nowhere, and torch's own
+    libraries end the process with a word about themselves."""
+    try:
+        Path.cwd()
+    except FileNotFoundError:
+        click.secho("error: the current folder is gone: change to another", fg="red", err=True)
+        sys.exit(1)
 
 
 def _write_all() -> None:

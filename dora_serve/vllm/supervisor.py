@@ -18,6 +18,7 @@ from urllib.parse import urlsplit
 from urllib.request import ProxyHandler, build_opener
 
 from converters.errors import DoraExportError
+from converters.files.interpreters import environment
 
 _POLL = 0.5
 _GRACE = 60.0  # between asking a server to end and killing it
@@ -90,7 +91,7 @@ class Supervisor:
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=subprocess.STDOUT,
-                env={**os.environ, **self.environment},
+                env={**environment(), **self.environment},
                 start_new_session=True,  # a group of its own, which Ctrl-C does not reach
                 preexec_fn=_end_with_parent,
             )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import resource
+import shutil
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -13,6 +14,8 @@ import pytest
 from converters.errors import OutputError
 from converters.files.onnx_files import MODEL
 from converters.targets.onnx import adapters, decoder
+from dora_serve import write_onnx
+from dora_serve.folder.templates import chat_templates
 from tests.conftest import MODELS
 
 BASE = MODELS / "tiny-llama-base"
@@ -74,6 +77,17 @@ def test_the_builder_itself_without_room_for_its_file(
     monkeypatch.undo()
     assert decoder._build(BASE, tmp_path / "built", "fp32", False)
     assert (tmp_path / "built" / MODEL).exists()
+
+
+def test_a_base_with_several_chat_templates(tmp_path: Path) -> None:
+    """The builder writes a folder of them, where there is one already."""
+    base = shutil.copytree(BASE, tmp_path / "base")
+    tools = base / "additional_chat_templates" / "tool_use.jinja"
+    tools.parent.mkdir()
+    tools.write_text("tools")
+    (base / "chat_template.jinja").write_text("none")
+    write_onnx(base, tmp_path / "graph", precision="fp32")
+    assert chat_templates(tmp_path / "graph") == {"default": "none", "tool_use": "tools"}
 
 
 @pytest.mark.parametrize("count", [10, 100_000])  # within its buffer, and beyond

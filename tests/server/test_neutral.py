@@ -63,7 +63,7 @@ def known(kind: str) -> set[str]:
 def dump(kind: str, body: dict[str, Any]) -> dict[str, Any]:
     """What is read; of what depends on another, null is the default."""
     found: dict[str, Any] = read(kind, body).model_dump()
-    if found.get("tools", 0) is None and found["tool_choice"] == "none":
+    if found.get("tools", 0) is None and found.get("tool_choice") == "none":
         found["tool_choice"] = None  # without tools they are the same
     if found.get("add_special_tokens", 0) is None:
         found["add_special_tokens"] = PARAMETERS[kind]["add_special_tokens"]

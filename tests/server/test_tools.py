@@ -133,6 +133,9 @@ def test_the_template_sees_tools_and_calls(client: openai.OpenAI) -> None:
     more: Any = {"extra_body": {"return_token_ids": True}, "max_tokens": 1}
     answer = ask(client, messages=turns, tools=TOOLS, tool_choice="none", **more)
     ids = answer.model_extra["prompt_token_ids"]
+    counted: Any = {"model": MODEL, "messages": turns, "tools": TOOLS}
+    tokens: Any = client.post("/../tokenize", body=counted, cast_to=object)
+    assert tokens["tokens"] == ids
     body = {"model": MODEL, "tokens": ids}
     told: Any = client.post("/../detokenize", body=body, cast_to=object)
     assert told["prompt"] == '<s>weather now user uassistant now {"a": 1}tool noon'

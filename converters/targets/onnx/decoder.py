@@ -8,6 +8,7 @@ had no room, there is an error: the same model shall not have another graph the 
 from __future__ import annotations
 
 import re
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -17,6 +18,7 @@ from typing import Any
 import onnx_ir as ir
 
 from ...errors import OutputError
+from ...files.interpreters import environment
 from ...files.json_files import read_json
 from ...files.onnx_files import BATCHED, GENAI, MODEL
 from ...model.architecture import known_model
@@ -55,9 +57,11 @@ def build_decoder(model: Path, out: Path, writer: GraphWriter, *, adaptable: boo
         if named and _builds(model) and _build(model, Path(built), writer.precision, adaptable):
             _finish(Path(built, MODEL), writer, adaptable)
             write_companions(out, model)
-            for file in Path(built).iterdir():
-                if not file.name.startswith(MODEL):
-                    file.replace(out / file.name)
+            for path in Path(built).iterdir():
+                if path.is_dir():  # further chat templates, of which the source may have a folder
+                    shutil.copytree(path, out / path.name, dirs_exist_ok=True)
+                elif not path.name.startswith(MODEL):
+                    path.replace(out / path.name)
             return
     build_causal(model, out, writer, adaptable=adaptable)
 
@@ -104,7 +108,9 @@ def _build(model: Path, built: Path, precision: str, adaptable: bool) -> bool:
         command += ["--extra_options", "hf_token=false"]
         if adaptable:
             command.append("fuse_qkv=false")
-        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        done = subprocess.run(
+            command, capture_output=True, text=True, check=False, env=environment()
+        )
     said = done.stderr.rpartition("Traceback (most recent call last)")[2].strip()
     if done.returncode and (done.returncode not in _REFUSES or _PASSING.search(said)):
         raise OutputError(

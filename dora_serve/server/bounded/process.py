@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import json
-import os
 import sys
 from contextlib import suppress
 from typing import Any
+
+from converters.files.interpreters import environment
 
 from ..turns import Turns
 from ..wire.errors import ApiError
@@ -49,7 +50,7 @@ class Process:
         command = [sys.executable, "-m", f"{__package__}.work", *self._arguments]
         try:
             self._process = process = await asyncio.create_subprocess_exec(
-                *command, stdin=pipe, stdout=pipe, stderr=nothing, env=os.environ | _ENVIRONMENT
+                *command, stdin=pipe, stdout=pipe, stderr=nothing, env=environment() | _ENVIRONMENT
             )
             async with asyncio.timeout(_START):
                 await _read(process)

@@ -11,6 +11,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from converters.errors import RunError
+from converters.files.interpreters import current_folder, environment
 
 from ...progress import is_said
 from .offer import Addition, Failure, Offer, OfferedModel
@@ -29,14 +30,20 @@ def add_model(wanted: Addition) -> OfferedModel:
 
 def _call(request: str) -> str:
     command = [sys.executable, "-m", "dora_serve.server.prepare.make"]
-    environment = {"MALLOC_ARENA_MAX": "1", **os.environ}
+    surroundings = environment(MALLOC_ARENA_MAX="1")
     if is_said("quiet"):
-        environment["TQDM_DISABLE"] = "1"
+        surroundings["TQDM_DISABLE"] = "1"
     pipe = subprocess.PIPE
     # A group of its own, which Ctrl-C does not reach: all of it ends with this one, whatever ends
     # that, since its standard input ends then.
     with subprocess.Popen(
-        command, stdin=pipe, stdout=pipe, text=True, env=environment, process_group=0
+        command,
+        stdin=pipe,
+        stdout=pipe,
+        text=True,
+        env=surroundings,
+        cwd=current_folder(),
+        process_group=0,
     ) as process:
         try:
             assert process.stdin is not None and process.stdout is not None

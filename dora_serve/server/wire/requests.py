@@ -84,10 +84,14 @@ class _Conversation(Parameters):
     continue_final_message: bool = False
     add_special_tokens: bool | None = None
     chat_template_kwargs: Object | None = None
+    tools: Tools | None = None
 
     def template_values(self) -> dict[str, Any]:
         """What the chat template may name beside the messages."""
-        return dict(self.chat_template_kwargs or {})
+        values: dict[str, Any] = dict(self.chat_template_kwargs or {})
+        if self.tools:
+            values["tools"] = [tool.model_dump(exclude_none=True) for tool in self.tools]
+        return values
 
     @model_validator(mode="before")
     @classmethod
@@ -111,7 +115,6 @@ class ChatRequest(Generate, _Conversation):
     add_special_tokens: bool | None = False
     documents: Annotated[list[_Document], Field(max_length=256, fail_fast=True)] | None = None
     reasoning_effort: Annotated[str, Field(max_length=20)] | None = None
-    tools: Tools | None = None
     tool_choice: Choice | None = None
     parallel_tool_calls: bool = True
     max_tokens: Count | None = None
@@ -142,8 +145,6 @@ class ChatRequest(Generate, _Conversation):
 
     def template_values(self) -> dict[str, Any]:
         values = super().template_values()
-        if self.tools:
-            values["tools"] = [tool.model_dump(exclude_none=True) for tool in self.tools]
         if self.documents:
             values["documents"] = self.documents
         if self.reasoning_effort is not None:
@@ -270,6 +271,8 @@ class TokenizeRequest(_Conversation):
     def _check(self) -> TokenizeRequest:
         if (self.prompt is None) == (self.messages is None):
             raise ValueError("give prompt or messages")
+        if self.tools and self.messages is None:
+            raise refusal("tools", "they are for messages")
         return self
 
 

@@ -1,0 +1,85 @@
+"""Where and how a command is started has no power over it: its folder, its streams."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+# Each starts an interpreter of its own.
+STARTS = {
+    "prepare": """
+from dora_serve.server.prepare.child import make_offer
+make_offer(Path("empty"), None, True)
+""",
+    "bounded": """
+import asyncio
+from dora_serve.server.bounded.process import Process
+async def ask():
+    process = Process()
+    await process.start()
+    await process.close()
+asyncio.run(ask())
+""",
+    "builder": """
+from converters.targets.onnx.decoder import _build
+_build(Path("empty"), Path("built"), "fp32", False)
+""",
+    "batch": """
+import multiprocessing
+from dora_serve.batch.local import _Worker
+_Worker(multiprocessing.get_context("forkserver"), [0]).stop()
+""",
+}
+RUN = "from dora_serve.commands import run_export; run_export()"
+
+
+@pytest.mark.parametrize("place", STARTS)
+def test_nothing_of_the_current_folder_is_run(place: str, tmp_path: Path) -> None:
+    """Where models of others lie, `python -m` and `-c` would take their modules for ours."""
+    for module in ("dora_serve", "multiprocessing", "onnxruntime_genai"):
+        (tmp_path / f"{module}.py").write_text("open('was run', 'w')\nraise SystemExit\n")
+    (tmp_path / "empty").mkdir()
+    # As an installed command, and unlike with -P, which is handed on to what is started.
+    code = f"import sys\nsys.path.remove('')\nfrom pathlib import Path\n{STARTS[place]}"
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=tmp_path, capture_output=True, timeout=120
+    )
+    assert not (tmp_path / "was run").exists()
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize("closed", ["<&-", ">&-", "2>&-", "<&- >&- 2>&-"])
+def test_closed_streams(closed: str, llama_lora: Path, tmp_path: Path) -> None:
+    """As a service manager may leave them: what is opened next takes no number of theirs."""
+    page = tmp_path / "page.html"
+    words = [sys.executable, "-P", "-c", RUN, "inspect", str(llama_lora), "--html", str(page)]
+    code = subprocess.run(["sh", "-c", f'exec "$@" {closed}', "sh", *words], timeout=60).returncode
+    assert code == 0
+    assert page.read_text().rstrip().endswith("</html>")
+
+
+def test_a_current_folder_that_is_gone(llama_lora: Path, tmp_path: Path) -> None:
+    """An error says so; a server that began there takes further adapters all the same."""
+    gone = tmp_path / "gone"
+    command = f"from shutil import rmtree; rmtree({str(gone)!r}); {RUN}"
+    later = f"""
+from pathlib import Path
+from shutil import rmtree
+from dora_serve.server.prepare.child import make_offer
+rmtree({str(gone)!r})
+print(make_offer(Path({str(llama_lora.parent)!r}), None, True).problems)
+"""
+    for code, words, expected in ((command, ["inspect", str(llama_lora)], 1), (later, [], 0)):
+        gone.mkdir()
+        done = subprocess.run(
+            [sys.executable, "-P", "-c", code, *words],
+            cwd=gone,
+            capture_output=True,
+            text=True,
+            timeout=120,
+        )
+        assert done.returncode == expected, done.stderr
+    assert "Traceback" not in done.stderr
