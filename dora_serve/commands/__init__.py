@@ -68,6 +68,7 @@ class _LazyGroup(click.Group):
             return super().parse_args(ctx, args)
 
     def main(self, *args: Any, **kwargs: Any) -> Any:
+        _open_all()
         _write_all()
         try:
             return super().main(*args, **kwargs)
@@ -153,6 +154,16 @@ def dora_export() -> None:
 @click.version_option(version("dora-serve"), prog_name="dora-serve")
 def dora_serve() -> None:
     """Serve training runs and adapters."""
+
+
+def _open_all() -> None:
+    """Put nothing behind a standard stream that the caller closed (`>&-`). Python has None for it,
+    and the next file that is opened would get its number, with all that libraries print."""
+    for name in ("stdin", "stdout", "stderr"):
+        if getattr(sys, name) is None:
+            nowhere = os.open(os.devnull, os.O_RDWR)  # the lowest number that is free
+            os.set_inheritable(nowhere, True)
+            setattr(sys, name, os.fdopen(nowhere, "r" if name == "stdin" else "w"))
 
 
 def _write_all() -> None:
