@@ -13,11 +13,21 @@ _REMEDY = "set DORA_SERVE_CACHE to a folder of your own"
 
 
 def cache_folder() -> Path:
-    """`$DORA_SERVE_CACHE`, else `dora-serve` in the user's cache folder. It may not be there."""
+    """`$DORA_SERVE_CACHE`, else `dora-serve` in the user's cache folder. It may not be there.
+
+    Raises `OutputError` where the user has none, as a number without a name in a container.
+    """
     own = os.environ.get("DORA_SERVE_CACHE")
     if own:
         return Path(own)
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "dora-serve"
+    try:
+        return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "dora-serve"
+    except RuntimeError:
+        raise OutputError(
+            "the cache has no place: HOME is not set, and the system knows no home of this user",
+            found=f"user {os.geteuid()}",
+            remedy=_REMEDY,
+        ) from None
 
 
 def private_cache() -> Path:

@@ -11,6 +11,7 @@ from typing import Any
 
 import click
 
+from converters.errors import OutputError
 from converters.files.cache import cache_folder
 from converters.files.cores import cores
 from converters.files.memory import memory
@@ -33,7 +34,7 @@ def command(as_json: bool) -> None:
         "cores": len(cores()),
         "memory": common.size(memory()),
         "processor": _features(),
-        "cache": str(cache_folder()),
+        "cache": _cache(),
         "packages": {name: found for name, (found, _) in packages.items() if found},
         "missing": {name: extras for name, (found, extras) in packages.items() if not found},
     }
@@ -46,6 +47,13 @@ def command(as_json: bool) -> None:
         elif isinstance(value, list):
             value = " ".join(value)
         click.echo(f"{name:<12}{value or 'none'}")
+
+
+def _cache() -> str:
+    try:
+        return str(cache_folder())
+    except OutputError as error:
+        return error.message
 
 
 def _packages() -> dict[str, tuple[str | None, str]]:

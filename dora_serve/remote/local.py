@@ -192,7 +192,10 @@ def _is_copy(path: Path) -> bool:
     """Whether `path` is in a copy of what is at a URL, or one that is to be uploaded."""
     from converters.files.cache import cache_folder
 
-    real, cache = path.resolve(), cache_folder().resolve()
+    try:
+        real, cache = path.resolve(), cache_folder().resolve()
+    except OutputError:  # no cache, no copy
+        return False
     return any(
         above.parent == cache and above.name.removeprefix(".").startswith(_COPIES)
         for above in real.parents

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import stat
@@ -9,10 +10,13 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import pytest
+from click.testing import CliRunner
 
 from converters.errors import OutputError
 from converters.files.cache import cache_folder, private_cache
+from dora_serve.commands import dora_serve
 from dora_serve.folder.cache import cached
+from dora_serve.remote.local import needs_local
 from tests.dora_serve.damage import flip, settle
 
 
@@ -175,3 +179,15 @@ def test_where_the_cache_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
         with pytest.raises(OutputError, match="cannot be written") as caught:
             private_cache()
         assert caught.value.file == place
+
+
+def test_a_user_without_a_home(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A number in a container, whose environment has no HOME."""
+    for name in ("DORA_SERVE_CACHE", "XDG_CACHE_HOME", "HOME"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(os, "getuid", lambda: 54321)
+    with pytest.raises(OutputError, match="the cache has no place"):
+        cached("key", Path.mkdir)
+    needs_local(Path(), "sign")  # needs no cache
+    told = CliRunner().invoke(dora_serve, ["env", "--json"])
+    assert "no place" in json.loads(told.output)["cache"]

@@ -84,3 +84,15 @@ def test_nobody_reads(program: str) -> None:
         told = process.stderr.read()
     assert process.returncode == 1
     assert told == b""
+
+
+@pytest.mark.parametrize("closed", ["<&-", ">&-", "2>&-", "<&- >&- 2>&-"])
+@pytest.mark.parametrize("program", [EXPORT, SERVE])
+def test_streams_that_are_closed(program: str, closed: str) -> None:
+    """They are no error, and no file that is opened later gets their numbers."""
+    later = "import atexit, os; atexit.register(lambda: os._exit(os.dup(os.open('/', 0)) < 3)); "
+    for code in (program, later + program.replace("run_export", "dora_export")):
+        line = f'exec "$0" -c "$1" --version {closed}'
+        done = subprocess.run(["sh", "-c", line, sys.executable, code], capture_output=True)
+        assert done.returncode == 0
+        assert b"Traceback" not in done.stderr
