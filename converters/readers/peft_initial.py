@@ -10,11 +10,13 @@ initialisations of the kind draw random numbers, or look at data that is not the
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 
 import torch
 
-from ..errors import RunError
+from ..errors import RunError, TensorFileError
+from ..files.json_files import read_json
 from ..files.tensors import load_finite
 from ..model.match import Classes, classes
 from ..model.tying import groups
@@ -29,6 +31,10 @@ BASE_CHANGING = ("pissa", "olora", "corda", "loftq", "lora_ga")
 _CONVERT = (
     "save it with PEFT's path_initial_model_for_weight_conversion, which makes a plain LoRA adapter"
 )
+# What LLaMA-Factory puts below a run that it converts: the adapter as it began, and as it ended,
+# both noted as if they had begun plainly, and the plain one that was made of them.
+_UNCONVERTED = ("pissa_init", "pissa_backup")
+_CONVERTED = "pissa_converted"
 
 
 class Initial:
@@ -41,6 +47,9 @@ class Initial:
         name = str(said).lower()
         self._path, self._said, self._stored = path, said, run.replaced.keys()
         self._known: Classes | None = None
+        if said is True and (began := _began(path.resolve())) is not None:
+            self._said = began
+            raise self._refusal("is not told by this copy of it")
         if not name.startswith(BASE_CHANGING):
             return
         if said != "pissa" and name != "olora":
@@ -83,11 +92,24 @@ class Initial:
         return RankOneSum(*(torch.cat(pair, dim=axis) for *pair, axis in parts))
 
     def _refusal(self, why: str, tensor: str | None = None) -> RunError:
+        own = self._path.resolve().parent
+        converted = own.with_name(_CONVERTED) if own.name in _UNCONVERTED else own / _CONVERTED
+        plain = (converted / self._path.name).is_file()
         return RunError(
             "the adapter's initialisation changed the base weights, so it is not an update of the "
             f"original base; what it changed {why}",
             file=self._path,
             tensor=tensor,
             found=f"init_lora_weights: {self._said}",
-            remedy=_CONVERT,
+            remedy=f"give {_CONVERTED}, the plain LoRA adapter made of it" if plain else _CONVERT,
         )
+
+
+def _began(path: Path) -> str | None:
+    """How the run above began, where the folder of `path` is a copy of it that does not say so."""
+    if path.parent.name not in _UNCONVERTED:
+        return None
+    with suppress(TensorFileError):  # others' files: this one is read without it
+        said = read_json(path.parent.parent / path.name).get("init_lora_weights")
+        return str(said) if str(said).lower().startswith("pissa") else None
+    return None

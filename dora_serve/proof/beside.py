@@ -6,7 +6,6 @@ from __future__ import annotations
 import filecmp
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
 
 from converters.certificate import FILE as CERTIFICATE
 from converters.certificate import artifact_files
@@ -17,6 +16,7 @@ from converters.model.quantized import quantization
 from converters.readers.run_folder import CONFIG_FILE
 from converters.run import Run
 from converters.targets.merged.companions import QUANTIZERS
+from converters.targets.merged.settings import unlike
 
 from .check import changed_files, records_of
 from .prompts import SENTENCES, TOKENIZERS
@@ -28,11 +28,6 @@ _ADDED = 256  # the most added tokens that are asked
 _WEIGHTS = {".safetensors", ".bin", ".pt", ".pth", ".gguf"}
 _SILENT = {".md", ".png", ".jpg", ".svg", ".html"}  # of what lies there, what no engine reads
 _LEGAL = ("LICENSE", "NOTICE", "README")
-# What a merge rightly has otherwise than its base, or what the prompts show.
-_OWN = {
-    *("architectures", "dtype", "torch_dtype", "_name_or_path", "tie_word_embeddings"),
-    *("vocab_size", "use_cache", "quantization_config", "id2label", "label2id", "num_labels"),
-}
 
 
 def files_of(artifact: Path, run: Run, base: BaseModel) -> tuple[list[str], list[str]]:
@@ -107,7 +102,7 @@ def _settings(artifact: Path, base: BaseModel) -> list[str]:
     ]
     if configs[0].model_type != configs[1].model_type:  # of the text model alone
         configs = [config.get_text_config() for config in configs]
-    if names := _unlike(*(config.to_dict() for config in configs)):
+    if names := unlike(*(config.to_dict() for config in configs)):
         told.append(f"config.json: {some(names)} not the base's, and no prompt shows it")
     folders = (artifact, base.path)
     if any((folder / _GENERATION).is_file() for folder in folders):
@@ -117,25 +112,9 @@ def _settings(artifact: Path, base: BaseModel) -> list[str]:
             else GenerationConfig.from_model_config(config)
             for folder, config in zip(folders, configs, strict=True)
         ]
-        if names := _unlike(*(each.to_dict() for each in said)):
+        if names := unlike(*(each.to_dict() for each in said)):
             told.append(f"{_GENERATION}: {some(names)} not the base's, and no prompt shows it")
     return told
-
-
-def _unlike(one: Mapping[str, Any], other: Mapping[str, Any]) -> list[str]:
-    flat = [dict(_values(each)) for each in (one, other)]
-    names = dict.fromkeys([*flat[1], *flat[0]])
-    return [name for name in names if flat[0].get(name) != flat[1].get(name)]
-
-
-def _values(settings: Mapping[str, Any], above: str = "") -> Iterator[tuple[str, Any]]:
-    for key, value in settings.items():
-        if key in _OWN or "version" in key or key == "_from_model_config":
-            continue
-        if isinstance(value, Mapping):
-            yield from _values(value, f"{above}{key}.")
-        else:
-            yield f"{above}{key}", value
 
 
 @offline()

@@ -13,6 +13,8 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 
 from converters.errors import BaseError, RunError, TargetError
+from converters.model.base import open_base
+from converters.targets.merged.plan import plan_merge
 from dora_serve import ReadOptions, merge, read_run, verify, write_adapter
 from tests.conftest import randomize
 from tests.converters.families import DECODER, ENCODER
@@ -285,6 +287,39 @@ def test_a_start_that_loading_does_not_repeat_for_this_weight_alone(
     with pytest.raises(RunError, match="changed the base weights") as error:
         read_run(tmp_path / "run", ReadOptions(base=base))
     assert "path_initial_model_for_weight_conversion" in str(error.value.remedy)
+
+
+@pytest.mark.parametrize("copy", ["pissa_init", "pissa_backup"])
+def test_a_copy_that_does_not_say_how_it_began(copy: str, tmp_path: Path) -> None:
+    """LLaMA-Factory's `pissa_convert` saves these below the run, as if they had begun plainly."""
+    base = saved(HEAD, "LlamaConfig", DECODER, tmp_path / "base")
+    own = {"target_modules": ["q_proj"], "init_lora_weights": "pissa_niter_4"}
+    trained(HEAD, base, tmp_path / "run", **own)
+    for name in (copy, "pissa_converted"):
+        trained(HEAD, base, tmp_path / "run" / name, target_modules=["q_proj"])
+    options = ReadOptions(base=base)
+    for refused in (tmp_path / "run" / copy, tmp_path / "run"):
+        with pytest.raises(RunError, match="changed the base weights") as error:
+            read_run(refused, options)
+        assert "pissa_converted" in str(error.value.remedy)
+    assert read_run(tmp_path / "run" / "pissa_converted", options).updates
+
+
+@pytest.mark.parametrize("factor", [None, 4.0])
+def test_settings_that_were_changed_for_training_are_told(
+    factor: float | None, tmp_path: Path
+) -> None:
+    """axolotl saves the live model's configuration beside the adapter."""
+    base = saved(HEAD, "LlamaConfig", DECODER, tmp_path / "base")
+    trained(HEAD, base, tmp_path / "run", target_modules=["q_proj"])
+    config = transformers.AutoConfig.from_pretrained(base)
+    config.eos_token_id, config.dtype = 5, "bfloat16"
+    if factor is not None:
+        config.rope_parameters = {**config.rope_parameters, "rope_type": "linear", "factor": factor}
+    config.save_pretrained(tmp_path / "run")
+    run = read_run(tmp_path / "run", ReadOptions(base=base))
+    told = plan_merge(run, open_base(base), None).warnings
+    assert ["rope_parameters" in text for text in told] == ([] if factor is None else [True])
 
 
 def test_an_adapter_that_takes_its_start_from_the_base_needs_it(tmp_path: Path) -> None:

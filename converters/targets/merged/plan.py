@@ -41,6 +41,7 @@ from ..target import Plan
 from .companions import Companions, companions
 from .ends import other_end
 from .requantized import FLOAT8, SCALES, Blocks, Scales, blocks_of, stored_parts
+from .settings import other_settings
 
 if TYPE_CHECKING:
     from .folder import MergeReport
@@ -257,12 +258,13 @@ def plan_merge(
     written = {name: tuple(tensors) for name, tensors in shards.items()}
     there = {tensor.name for tensors in written.values() for tensor in tensors}
     begun = check_whole(layout.names, there, base) if expected is None else ()
+    told = other_settings(run, given)
     plan = MergePlan(
         target="merged",
         run=run,
         base=given,
         nbytes=sum(tensor.nbytes for tensors in written.values() for tensor in tensors),
-        warnings=(*run.warnings, *beside.left, *other_end(run, given), *begun),
+        warnings=(*run.warnings, *beside.left, *other_end(run, given), *told, *begun),
         shards=written,
         config=_config(run, base, architecture, dtype, embedding, packed=requantize),
         dtype=dtype,
