@@ -55,8 +55,8 @@ def test_closed_streams(llama_lora: Path, tmp_path: Path) -> None:
     """As a service manager may leave them; each of them alone is in test_untold.py."""
     page = tmp_path / "page.html"
     words = [sys.executable, "-P", "-c", RUN, "inspect", str(llama_lora), "--html", str(page)]
-    code = subprocess.run(["sh", "-c", 'exec "$@" <&- >&- 2>&-', "sh", *words], timeout=60).returncode
-    assert code == 0
+    closed = ["sh", "-c", 'exec "$@" <&- >&- 2>&-', "sh", *words]
+    assert subprocess.run(closed, timeout=60).returncode == 0
     assert page.read_text().rstrip().endswith("</html>")
 
 
