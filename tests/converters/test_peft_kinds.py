@@ -293,8 +293,9 @@ def test_a_start_that_loading_does_not_repeat_for_this_weight_alone(
 def test_a_copy_that_does_not_say_how_it_began(copy: str, tmp_path: Path) -> None:
     """LLaMA-Factory's `pissa_convert` saves these below the run, as if they had begun plainly."""
     base = saved(HEAD, "LlamaConfig", DECODER, tmp_path / "base")
-    own = {"target_modules": ["q_proj"], "init_lora_weights": "pissa_niter_4"}
-    trained(HEAD, base, tmp_path / "run", **own)
+    trained(
+        HEAD, base, tmp_path / "run", target_modules=["q_proj"], init_lora_weights="pissa_niter_4"
+    )
     for name in (copy, "pissa_converted"):
         trained(HEAD, base, tmp_path / "run" / name, target_modules=["q_proj"])
     options = ReadOptions(base=base)
