@@ -40,7 +40,7 @@ ROUTES = {
     "/v1/models/{name}": 20,
     "/dora/models": 2,
     "/classify": 60,
-    "/tokenize": 30,
+    "/tokenize": 60,
     "/detokenize": 30,
     "/health": 2,
     "/ready": 2,

@@ -271,8 +271,6 @@ class TokenizeRequest(_Conversation):
     def _check(self) -> TokenizeRequest:
         if (self.prompt is None) == (self.messages is None):
             raise ValueError("give prompt or messages")
-        if self.tools and self.messages is None:
-            raise refusal("tools", "they are for messages")
         return self
 
 
