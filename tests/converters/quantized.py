@@ -170,6 +170,7 @@ def live_logits(base: Path, run: Path, dequantize: bool = True) -> torch.Tensor:
     model = transformers.AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
     if dequantize and getattr(model, "is_quantized", False):
         model.dequantize(torch.float32)
+        model.float()  # what was not quantized, which transformers 5.24 leaves as it lies
     return logits(PeftModel.from_pretrained(model, run).eval())
 
 

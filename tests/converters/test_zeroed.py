@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 import transformers
+from packaging.version import Version
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 
@@ -44,10 +45,13 @@ CLASSES: dict[str, tuple[str, dict[str, Any], str, int]] = {
         0,
     ),
 }
+if Version(transformers.__version__) >= Version("5.20"):  # which leaves the row as it lies
+    del CLASSES["Kosmos2ForConditionalGeneration"]
 HEADS = {
     "Kosmos2ForConditionalGeneration": "text_model.lm_head",
     "FunnelForMaskedLM": "lm_head",
 }
+HEADS = {name: head for name, head in HEADS.items() if name in CLASSES}
 
 
 def run_of(name: str, base: Path, out: Path, trained: bool, **said: Any) -> Path:
