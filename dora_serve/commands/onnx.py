@@ -152,9 +152,9 @@ def _by_name(texts: tuple[str, ...], base: str | None, options: dict[str, Any]) 
 
 
 def _named(text: str, base: str | None, options: dict[str, Any]) -> tuple[str, Run]:
-    """`NAME=RUN`, or RUN under the name of its folder."""
+    """`NAME=RUN`, or RUN under the name of its folder, or of its repository at the hub."""
     match = None if Path(text).exists() else _NAMED.fullmatch(text)
     path = Path(match[2] if match else text)
     run = common.load_run(path, base, **options)
     folder = run.path.parent if run.path.name == "checkpoint" else run.path
-    return match[1] if match else own_name(folder), run
+    return match[1] if match else own_name(folder).rpartition("/")[2], run

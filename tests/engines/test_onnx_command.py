@@ -77,6 +77,12 @@ def test_adapters_of_one_name_are_two(tmp_path: Path) -> None:
         done = export(tmp_path / "out", "--base", BASE, *words, "--dry-run")
         assert done.exit_code == 2
         assert "two adapters would be called" in done.output and "NAME=RUN" in done.output
+    at_hub = tmp_path / "models--me--mine/snapshots/0123"
+    at_hub.parent.mkdir(parents=True)
+    runs[0].rename(at_hub)  # `me/mine`, and no adapter's name has a slash
+    done = export(tmp_path / "out", "--base", BASE, "--adapter", at_hub, "--dry-run", "--json")
+    assert json.loads(done.stdout)["adapters"].keys() == {"mine"}
+    at_hub.rename(runs[0])
     apart = [f"--adapter={run.parent.name}={run}" for run in runs]
     done = export(tmp_path / "out", "--base", BASE, *apart, "--dry-run", "--json")
     assert json.loads(done.stdout)["adapters"].keys() == {"one", "two"}
