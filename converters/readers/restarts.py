@@ -27,7 +27,7 @@ def refuse_restarted(folder: Path) -> None:
     if found.name == _COPY or any(any(found.glob(each)) for each in _WEIGHTS):
         raise RunError(
             "the factors were merged into the base and begun anew while they trained (ReLoRA), so "
-            "they are an update of weights that the base does not have",
+            "they may be an update of weights that the base does not have",
             file=folder,
             found=f"{found.name}/ beside them, as axolotl leaves it",
             remedy="give the model that axolotl merged when it ended",
