@@ -15,7 +15,7 @@ from pathlib import Path
 
 import torch
 
-from ..errors import RunError, TensorFileError
+from ..errors import MissingError, RunError, TensorFileError
 from ..files.json_files import read_json
 from ..files.tensors import load_finite
 from ..model.match import Classes, classes
@@ -132,7 +132,7 @@ def _began(path: Path) -> str | None:
     elif folder.name == _SWIFT_BEGAN:
         beside = sorted(folder.parent.glob(f"checkpoint-*/{path.name}"))
     for each in beside:
-        with suppress(TensorFileError):  # others' files: this one is read without it
+        with suppress(MissingError, TensorFileError):  # others' files: it is read without them
             said = read_json(each).get("init_lora_weights")
             if str(said).lower().startswith(BASE_CHANGING):
                 return str(said)

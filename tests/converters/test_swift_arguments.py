@@ -59,6 +59,7 @@ def test_new_tokens_are_told(adapter: Path, tmp_path: Path) -> None:
 
 def test_arguments_of_others_are_no_matter(adapter: Path, tmp_path: Path) -> None:
     run = shutil.copytree(adapter, tmp_path / "run")
+    assert not plan_merge(read_run(run), open_base(BASE), None).warnings  # without any
     for text in ("[1]", "{", json.dumps({"rope_scaling": YARN}), '{"tuner_type": 1, "a": "b"}'):
         (run / "args.json").write_text(text)
         assert not plan_merge(read_run(run), open_base(BASE), None).warnings

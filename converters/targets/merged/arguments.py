@@ -6,7 +6,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from contextlib import suppress
 
-from ...errors import TensorFileError, some
+from ...errors import MissingError, TensorFileError, some
 from ...files.json_files import read_json
 from ...model.base import BaseModel
 from ...run import Run
@@ -21,7 +21,7 @@ def other_arguments(run: Run, base: BaseModel) -> Iterator[str]:
     """A warning for tokens and for rotary embeddings that the run was trained with, and that the
     base, whose tokenizer and configuration go along, does not have."""
     said: Mapping[str, object] = {}
-    with suppress(TensorFileError):  # others' files: the run is read without them
+    with suppress(MissingError, TensorFileError):  # others' file: the run is read without it
         said = read_json(run.path / _ARGUMENTS)
     if not any(name in said for name in _TUNERS):
         return
