@@ -15,6 +15,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from converters.errors import MissingError
 from dora_serve.server.options import ServerOptions
 from dora_serve.server.prepare.make import add, make_offer
 from dora_serve.server.prepare.offer import Addition, Graph
@@ -110,3 +111,6 @@ def test_a_base_that_is_away_keeps_no_run_of_others(
         graphs=[away, *offer.graphs],
     )
     assert add(wanted).base == BASE
+    gone = [each.model_copy(update={"folder": "gone"}) for each in offer.graphs]
+    with pytest.raises(MissingError, match="the cache was emptied"):
+        add(wanted.model_copy(update={"graphs": gone, "name": "other"}))

@@ -18,7 +18,7 @@ from threading import Thread
 from typing import Any
 
 from converters.certificate import FILE, tool, write_certificate
-from converters.errors import BaseError, DoraExportError, TargetError, apart
+from converters.errors import BaseError, DoraExportError, MissingError, TargetError, apart
 from converters.files.json_files import read_json
 from converters.files.onnx_files import FOLDER, SUFFIX, digest, graphs_in, read_adapter_file
 from converters.files.output import output_folder
@@ -290,6 +290,8 @@ def _plan(base: BaseModel, adapters: Mapping[str, Run]) -> None:
 
 
 def _write(run: Run, base: BaseModel, graph: Path, target: Path) -> None:
+    if not graph.is_dir():
+        raise MissingError("the cache was emptied meanwhile", remedy="start the server anew")
     with output_folder(target) as folder:
         copy = folder / "graph"  # of its own, since the output folder is locked
         copy.mkdir()
