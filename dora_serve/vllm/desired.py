@@ -120,6 +120,8 @@ class Following:
 
     def changed(self, names: Iterable[str]) -> list[str]:
         """The names of runs that came, changed or went, and are now at rest."""
+        with self._finding:
+            self._arrive()
         found = []
         for name in names:
             path = self._paths.get(name)
@@ -247,7 +249,7 @@ class Following:
             raise MissingError(
                 "no such folder", file=self._place, remedy="give the folder to serve"
             )
-        self._arrive(self._place.resolve())
+        self._arrive()
         kinds = dict(things_below(self.root, readers()))
         runs = [path for path, kind in kinds.items() if kind == "run"]
         if self._server is None:
@@ -259,26 +261,24 @@ class Following:
         there = {*runs, *known}
         asked = {name: path for name, path in self._paths.items() if path in there}
         self._paths = {**asked, **self._names.of(self.root, runs, own, self._reserved)}
-        seen = list(self._seen.items())
-        self._seen = {path: each for path, each in seen if path in there}
+        self._seen = {path: e for path, e in list(self._seen.items()) if path in there}
         return self._paths
 
-    def _arrive(self, root: Path) -> None:
-        """Follow `root`, where the link leads by now: the run at a place below it is what became
+    def _arrive(self) -> None:
+        """Follow the folder where the link leads by now: the run at a place below it is what became
         of the one that was at that place before."""
-        before, self.root = self.root, root
-        if root == before:
+        before, root = self.root, real(self._place)
+        if root == before or not root.is_dir():
             return
+        self.root = root
 
         def now(path: Path) -> Path:
             return root / path.relative_to(before) if path.is_relative_to(before) else path
 
         self._paths = {name: now(path) for name, path in self._paths.items()}
         self._seen = {now(path): seen for path, seen in list(self._seen.items())}
-        self._known = {
-            now(path): replace(known, base=known.base and now(known.base))
-            for path, known in list(self._known.items())
-        }
+        known = list(self._known.items())
+        self._known = {now(p): replace(k, base=k.base and now(k.base)) for p, k in known}
         self._base = None if self._base is None else now(self._base)
 
     def _open(self, paths: Iterable[Path]) -> None:

@@ -18,6 +18,7 @@ from click.testing import CliRunner
 from safetensors.torch import load_file, save, save_file
 
 from converters.errors import MissingError
+from converters.model.base import open_base
 from dora_serve.commands import dora_serve as main
 from dora_serve.folder import inventory
 from dora_serve.vllm import desired as module
@@ -344,3 +345,26 @@ def test_a_link_that_leads_elsewhere_is_followed(root: Path, llama_lora: Path) -
     link.unlink()
     with pytest.raises(MissingError):
         following.look()
+
+
+def test_a_link_is_followed_of_what_is_served_already(root: Path) -> None:
+    """Of which vLLM's resolver is asked no more."""
+    second = shutil.copytree(root, root.with_name("second"))
+    link = root.with_name("current")
+    link.symlink_to(root)
+    following = Following(link, server=open_base(root / "base"))
+    assert following.find("run")
+    for _ in range(2):
+        following.changed(["run"])
+        time.sleep(SETTLE)
+    first = following.renew("run")
+    assert first is not None and first.adapter is not None
+    weights = second / "run" / "adapter_model.safetensors"
+    save_file({n: -t for n, t in load_file(weights).items()}, weights, {"format": "pt"})
+    link.unlink()
+    link.symlink_to(second)
+    assert following.changed(["run"]) == []
+    time.sleep(SETTLE)
+    assert following.changed(["run"]) == ["run"]
+    then = following.renew("run")
+    assert then is not None and then.adapter not in (None, first.adapter)
