@@ -14,6 +14,9 @@ from ..errors import DoraExportError, MissingError, TensorFileError
 
 State = tuple[int, int, int, int]
 
+# https://github.com/git-lfs/git-lfs/blob/main/docs/spec.md: what a clone without Git LFS leaves
+_POINTER, _LARGEST_POINTER = b"version https://git-lfs.github.com/spec/v1\n", 1024
+
 
 def state_of(found: os.stat_result) -> State:
     """What tells whether a file is still the same: device, inode, size, time of change."""
@@ -63,7 +66,8 @@ def check_there(path: Path) -> None:
 
 def check_file(path: Path) -> int:
     """The size of the file `path`. Raises `MissingError` where there is none, `TensorFileError` for
-    what is no file: reading a pipe or device might never end."""
+    what is no file, since reading a pipe or device might never end, and for a pointer of Git LFS,
+    which is small, ends well, and is not what its name says."""
     try:
         found = path.stat()
     except FileNotFoundError:
@@ -72,7 +76,19 @@ def check_file(path: Path) -> int:
         raise TensorFileError(f"cannot be read: {error.strerror}", file=path) from None
     if not stat.S_ISREG(found.st_mode):
         raise TensorFileError("cannot be read: not a file", file=path)
+    if 0 < found.st_size <= _LARGEST_POINTER and _is_pointer(path):
+        raise TensorFileError(
+            "a Git LFS pointer, not the file itself",
+            file=path,
+            remedy="fetch it: git lfs pull, in its repository, where Git LFS is installed",
+        )
     return found.st_size
+
+
+def _is_pointer(path: Path) -> bool:
+    with suppress(OSError), path.open("rb") as stream:  # who reads it tells why it cannot be
+        return stream.read(len(_POINTER)) == _POINTER
+    return False
 
 
 def mounts() -> list[Path]:

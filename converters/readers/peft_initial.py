@@ -15,7 +15,7 @@ from pathlib import Path
 
 import torch
 
-from ..errors import RunError, TensorFileError
+from ..errors import MissingError, RunError, TensorFileError
 from ..files.json_files import read_json
 from ..files.tensors import load_finite
 from ..model.match import Classes, classes
@@ -27,7 +27,9 @@ from .module import AdaptedModule
 from .peft_common import need_base
 
 # Initialisations that change the base weights: the adapter is right on the changed base only.
-BASE_CHANGING = ("pissa", "olora", "corda", "loftq", "lora_ga")
+# ms-swift has LoRA-GA from its authors' package, by a name of its own.
+BASE_CHANGING = ("pissa", "olora", "corda", "loftq", "lora_ga", "lora-ga")
+_PLAIN = {"gaussian", "eva", "orthogonal", "mica", "true", "false"}  # those that do not, in PEFT
 _CONVERT = (
     "save it with PEFT's path_initial_model_for_weight_conversion, which makes a plain LoRA adapter"
 )
@@ -35,6 +37,8 @@ _CONVERT = (
 # both noted as if they had begun plainly, and the plain one that was made of them.
 _UNCONVERTED = ("pissa_init", "pissa_backup")
 _CONVERTED = "pissa_converted"
+# What ms-swift puts beside its checkpoints, noted so too, and the plain one below each of them.
+_SWIFT_BEGAN, _SWIFT_CONVERTED = "initial_model", "converted/default"
 
 
 class Initial:
@@ -51,6 +55,16 @@ class Initial:
             self._said = began
             raise self._refusal("is not told by this copy of it")
         if not name.startswith(BASE_CHANGING):
+            if isinstance(said, str) and name not in _PLAIN:
+                raise RunError(
+                    "an initialisation that PEFT does not know, and that may have changed the base "
+                    "weights",
+                    file=path,
+                    found=f"init_lora_weights: {said}",
+                    expected=f"one that changes nothing: {', '.join(sorted(_PLAIN))}",
+                    remedy="where it changed nothing, write true; else give the adapter that its "
+                    "trainer converted",
+                )
             return
         if said != "pissa" and name != "olora":
             raise self._refusal("is not repeated when the adapter is loaded")
@@ -93,23 +107,33 @@ class Initial:
 
     def _refusal(self, why: str, tensor: str | None = None) -> RunError:
         own = self._path.resolve().parent
-        converted = own.with_name(_CONVERTED) if own.name in _UNCONVERTED else own / _CONVERTED
-        plain = (converted / self._path.name).is_file()
+        own = own.parent if own.name in _UNCONVERTED else own
+        converted = (
+            name
+            for name in (_CONVERTED, _SWIFT_CONVERTED)
+            if (own / name / self._path.name).is_file()
+        )
+        plain = next(converted, None)
         return RunError(
             "the adapter's initialisation changed the base weights, so it is not an update of the "
             f"original base; what it changed {why}",
             file=self._path,
             tensor=tensor,
             found=f"init_lora_weights: {self._said}",
-            remedy=f"give {_CONVERTED}, the plain LoRA adapter made of it" if plain else _CONVERT,
+            remedy=f"give {plain}, the plain LoRA adapter made of it" if plain else _CONVERT,
         )
 
 
 def _began(path: Path) -> str | None:
-    """How the run above began, where the folder of `path` is a copy of it that does not say so."""
-    if path.parent.name not in _UNCONVERTED:
-        return None
-    with suppress(TensorFileError):  # others' files: this one is read without it
-        said = read_json(path.parent.parent / path.name).get("init_lora_weights")
-        return str(said) if str(said).lower().startswith("pissa") else None
+    """How the run beside began, where the folder of `path` is a copy of it that does not say so."""
+    folder, beside = path.parent, list[Path]()
+    if folder.name in _UNCONVERTED:
+        beside = [folder.parent / path.name]
+    elif folder.name == _SWIFT_BEGAN:
+        beside = sorted(folder.parent.glob(f"checkpoint-*/{path.name}"))
+    for each in beside:
+        with suppress(MissingError, TensorFileError):  # others' files: it is read without them
+            said = read_json(each).get("init_lora_weights")
+            if str(said).lower().startswith(BASE_CHANGING):
+                return str(said)
     return None

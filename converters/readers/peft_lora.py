@@ -29,6 +29,7 @@ from .module import AdaptedModule, adapted, grouped
 from .peft_common import ATTENTION_OUT, Scaling, is_variant, of_training_alone, refuse_variant
 from .peft_initial import Initial
 from .peft_parameters import TOKENS, parameter_updates, parameters, token_rows
+from .restarts import refuse_restarted
 from .run_folder import CONFIG_FILE, WEIGHT_FILES, RunFolder
 
 _BIAS, _EMBEDDING = ".lora_B.bias", ".lora_embedding_A"
@@ -53,6 +54,7 @@ class PeftLoraReader:
     def read(self, folder: RunFolder, options: ReadOptions) -> Run:
         config, config_path = folder.adapter_config, folder.path / CONFIG_FILE
         refuse_variant(config, config_path)
+        refuse_restarted(folder.path)
         files = AdapterFiles(folder)
         files.tensors = {n: t for n, t in files.tensors.items() if not of_training_alone(config, n)}
         pairs, others = grouped(files.tensors, _LORA)

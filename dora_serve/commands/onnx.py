@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
+from click.core import ParameterSource
 
 from converters.errors import visible
 from converters.options import ReadOptions
@@ -73,12 +74,13 @@ def command(
     from dora_serve.api import find_base, write_onnx
     from dora_serve.remote.local import needs_local
 
-    if len(paths) != (1 if adapter_runs else 2):
+    if len(paths) != (1 if adapter_runs or add else 2):
         raise click.UsageError("give RUN and OUT, or OUT with --adapter RUN")
     out = paths[-1]
     if add:
+        _add_alone(adapter_runs)
         needs_local(out, "--add")
-    adapters = dict(_named(text, base, options) for text in adapter_runs)
+    adapters = _by_name(adapter_runs, base, options)
     run = None if adapters else common.load_run(paths[0], base, **options)
     model = find_base(run or next(iter(adapters.values())), base)
     if add:
@@ -123,10 +125,36 @@ def command(
         )
 
 
+def _add_alone(adapter_runs: tuple[str, ...]) -> None:
+    """`--add` puts adapters beside a graph that is there: it needs some, and what only a graph that
+    is made anew can heed would be ignored."""
+    if not adapter_runs:
+        raise click.UsageError("--add needs --adapter RUN")
+    context = click.get_current_context()
+    for name in ("precision", "calibrate"):
+        if context.get_parameter_source(name) is not ParameterSource.DEFAULT:
+            raise click.UsageError(f"--{name} is for a new graph: --add leaves it as it is")
+
+
+def _by_name(texts: tuple[str, ...], base: str | None, options: dict[str, Any]) -> dict[str, Run]:
+    """The runs by their names, of which none may be another's: trainers call many folders alike."""
+    adapters: dict[str, Run] = {}
+    for text in texts:
+        name, run = _named(text, base, options)
+        if name in adapters:
+            first = adapters[name].path
+            raise click.UsageError(
+                f"two adapters would be called {visible(name)}: {visible(first)} and "
+                f"{visible(run.path)}; name them with --adapter NAME=RUN"
+            )
+        adapters[name] = run
+    return adapters
+
+
 def _named(text: str, base: str | None, options: dict[str, Any]) -> tuple[str, Run]:
-    """`NAME=RUN`, or RUN under the name of its folder."""
+    """`NAME=RUN`, or RUN under the name of its folder, or of its repository at the hub."""
     match = None if Path(text).exists() else _NAMED.fullmatch(text)
     path = Path(match[2] if match else text)
     run = common.load_run(path, base, **options)
     folder = run.path.parent if run.path.name == "checkpoint" else run.path
-    return match[1] if match else own_name(folder), run
+    return match[1] if match else own_name(folder).rpartition("/")[2], run

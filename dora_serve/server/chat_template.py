@@ -21,7 +21,7 @@ from pydantic_core import from_json
 
 from dora_serve.onnxruntime.session import OnnxFolder
 
-from ..folder.templates import DEFAULT, WITH_TOOLS, chat_templates, read_template
+from ..folder.templates import DEFAULT, WITH_TOOLS, chat_templates
 from .wire.errors import ApiError
 
 _END = "CONTINUE_FINAL_MESSAGE_TAG "  # behind a message that is continued
@@ -43,11 +43,11 @@ class _Generation(Extension):
 
 
 class ChatTemplate:
-    """Of the model in `folder`, or the one in `file`. A template may neither call what it likes nor
-    change anything."""
+    """Of the model in `folder`, or the one that is `given`. A template may neither call what it
+    likes nor change anything."""
 
-    def __init__(self, folder: Path, file: Path | None = None) -> None:
-        self._folder, self._file = folder, file
+    def __init__(self, folder: Path, given: str | None = None) -> None:
+        self._folder, self._given = folder, given
         self._compiled: dict[str, Template] = {}
 
     @cached_property
@@ -56,9 +56,13 @@ class ChatTemplate:
 
     @cached_property
     def _texts(self) -> dict[str, str]:
-        if self._file is None:
+        if self._given is None:
             return chat_templates(self._folder)
-        return {DEFAULT: text} if (text := read_template(self._file)) else {}
+        return {DEFAULT: self._given} if self._given else {}
+
+    def said(self) -> str:
+        """All that the folder says of it, which is read once."""
+        return json.dumps([self._special_tokens, self._texts])
 
     @property
     def text(self) -> str | None:

@@ -17,7 +17,7 @@ from dora_serve.onnxruntime.seq2seq_queue import Seq2SeqQueue
 from dora_serve.onnxruntime.transcriber import Transcriber, hears
 from dora_serve.onnxruntime.transcriber_queue import TranscriberQueue
 
-from ..folder.templates import has_template
+from ..folder.templates import has_template, read_template
 from .options import ServerOptions
 from .prepare.offer import DECODES, TRANSLATES, Graph, Offer, OfferedModel
 from .tokenizing import Texts
@@ -45,7 +45,8 @@ class Served:
 
 class Registry:
     """Opens every graph of `offer`; adapters are loaded when a request names them. `problems`: what
-    of the offer cannot be served, since its graph cannot be opened."""
+    of the offer cannot be served, since its graph cannot be opened; `template`: the chat template
+    of all decoders in place of their own."""
 
     def __init__(self, offer: Offer, options: ServerOptions) -> None:
         self.problems = dict(offer.problems)
@@ -60,7 +61,9 @@ class Registry:
                 ends = self._defaults[graph.folder].ends
                 self._engines[graph.folder] = _open(graph, options, ends)
         self.graphs = {g.folder: g for g in offer.graphs if g.folder in self._engines}
-        self.texts = {folder: Texts(folder, options.chat_template) for folder in self.graphs}
+        file = options.chat_template
+        self.template = None if file is None else read_template(Path(file))  # once: it may change
+        self.texts = {folder: Texts(folder, self.template) for folder in self.graphs}
         self._chats = {
             folder
             for folder, graph in self.graphs.items()

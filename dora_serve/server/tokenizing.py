@@ -27,11 +27,11 @@ class Question(NamedTuple):
 
 
 class Texts:
-    """The tokenizer and the chat template of `folder`, or the template in the file `template`. Its
+    """The tokenizer and the chat template of `folder`, or the one that is `template`. Its
     methods raise `ApiError` for a text that is too long, and for whatever else the files refuse."""
 
     def __init__(self, folder: str, template: str | None = None) -> None:
-        self.process = Process(folder, template)
+        self.process = Process(folder, template=template)
 
     async def encode(
         self,

@@ -59,7 +59,7 @@ def up(
 
     require("serve", "onnx")  # before another process and a thread import them
     options = options or ServerOptions()
-    root = root.resolve()
+    root = root.absolute()  # of a link what it leads to by then, not now
     Thread(target=_import).start()
     with _terminable():
         offer = make_offer(root, base, dry_run, options.precision)

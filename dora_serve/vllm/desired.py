@@ -14,7 +14,7 @@ import os
 import time
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from hashlib import sha256
 from pathlib import Path
 from threading import Lock
@@ -66,7 +66,7 @@ class _Known:
 
     state: State
     elsewhere: Mapping[Path, State]
-    base: BaseModel | None
+    base: Path | None
     wanted: Wanted
 
 
@@ -89,10 +89,10 @@ class Following:
         check: Callable[[Member], object] = lambda _member: None,
         keep: bool = False,
     ) -> None:
-        self.root = root.resolve()
+        self._place, self.root = root.absolute(), root.resolve()
         self._given, self._server = given, server
         self._reserved, self._check, self._keep = set(reserved), check, keep
-        self._names = _Names(self.root)
+        self._names = _Names(self._place)
         self._paths: dict[str, Path] = {}  # of the names that were asked for
         self._seen: dict[Path, tuple[State, float]] = {}  # and since when
         self._known: dict[Path, _Known] = {}
@@ -120,6 +120,8 @@ class Following:
 
     def changed(self, names: Iterable[str]) -> list[str]:
         """The names of runs that came, changed or went, and are now at rest."""
+        with self._finding:
+            self._arrive()
         found = []
         for name in names:
             path = self._paths.get(name)
@@ -146,7 +148,7 @@ class Following:
         base = None
         try:
             member = self._read(name, path)
-            base = member.base
+            base = member.base.path
             elsewhere = {
                 file: state_below(file) for file in member.state if not file.is_relative_to(path)
             }
@@ -197,7 +199,7 @@ class Following:
             if time.monotonic() > end:
                 break
         known = {n: self._known[p] for n, p in self._paths.items() if p in self._known}
-        bases = {k.base.path: own_name(k.base.path) for k in known.values() if k.base is not None}
+        bases = {k.base: own_name(k.base) for k in known.values() if k.base is not None}
         if self._base is None and len(bases) > 1:
             raise RunError(
                 "one server has one base",
@@ -209,10 +211,8 @@ class Following:
             (self._base,) = bases
         wanted = {
             name: each.wanted
-            if each.base is None or each.base.path == self._base
-            else Wanted(
-                None, f"the run is of another base than the rest: {own_name(each.base.path)}"
-            )
+            if each.base in (None, self._base)
+            else Wanted(None, f"the run is of another base than the rest: {own_name(each.base)}")
             for name, each in known.items()
         }
         return Desired(
@@ -245,21 +245,41 @@ class Following:
 
     def _walk(self) -> dict[str, Path]:
         """Name → folder of all runs. What went is remembered until it was seen to be gone twice."""
-        if not self.root.is_dir():
-            raise MissingError("no such folder", file=self.root, remedy="give the folder to serve")
+        if not self._place.is_dir():
+            raise MissingError(
+                "no such folder", file=self._place, remedy="give the folder to serve"
+            )
+        self._arrive()
         kinds = dict(things_below(self.root, readers()))
         runs = [path for path, kind in kinds.items() if kind == "run"]
         if self._server is None:
             self._open([path for path, kind in kinds.items() if kind == "model"])
-        known = list(self._known)  # which another thread may add to
+        # Another thread may add to it, also what lay where the link led before.
+        known = [path for path in list(self._known) if path.is_relative_to(self.root)]
         runs = [*runs, *(path for path in known if path not in kinds)]
         own = names_below(self.root, list({**kinds, **dict.fromkeys(runs)}))
         there = {*runs, *known}
         asked = {name: path for name, path in self._paths.items() if path in there}
-        self._paths = {**asked, **self._names.of(runs, own, self._reserved)}
-        seen = list(self._seen.items())
-        self._seen = {path: each for path, each in seen if path in there}
+        self._paths = {**asked, **self._names.of(self.root, runs, own, self._reserved)}
+        self._seen = {path: e for path, e in list(self._seen.items()) if path in there}
         return self._paths
+
+    def _arrive(self) -> None:
+        """Follow the folder where the link leads by now: the run at a place below it is what became
+        of the one that was at that place before."""
+        before, root = self.root, real(self._place)
+        if root == before or not root.is_dir():
+            return
+        self.root = root
+
+        def now(path: Path) -> Path:
+            return root / path.relative_to(before) if path.is_relative_to(before) else path
+
+        self._paths = {name: now(path) for name, path in self._paths.items()}
+        self._seen = {now(path): seen for path, seen in list(self._seen.items())}
+        known = list(self._known.items())
+        self._known = {now(p): replace(k, base=k.base and now(k.base)) for p, k in known}
+        self._base = None if self._base is None else now(self._base)
 
     def _open(self, paths: Iterable[Path]) -> None:
         """Open the bases at `paths`, anew where they changed."""
@@ -311,14 +331,14 @@ class _Names:
     while it is there, whatever comes to be called so too, and whoever follows the folder."""
 
     def __init__(self, root: Path) -> None:
-        self._root, self._file = root, links(root) / "names.json"
+        self._called, self._file = root.name, links(root) / "names.json"
         self._kept: dict[str, str] = {}
 
     def of(
-        self, runs: Iterable[Path], own: Mapping[Path, str], reserved: Collection[str]
+        self, root: Path, runs: Iterable[Path], own: Mapping[Path, str], reserved: Collection[str]
     ) -> dict[str, Path]:
-        """Name → run. `own`: what each is called by itself."""
-        below = {path: path.relative_to(self._root).as_posix() for path in runs}
+        """Name → run, of those below `root`. `own`: what each is called by itself."""
+        below = {path: path.relative_to(root).as_posix() for path in runs}
         with self._locked():
             with suppress(OSError, ValueError, AttributeError):
                 self._kept = dict(json.loads(self._file.read_bytes()).items())
@@ -326,7 +346,7 @@ class _Names:
             others = {
                 place: name
                 for place, name in self._kept.items()
-                if place not in below.values() and there(self._root / place)
+                if place not in below.values() and there(root / place)
             }
             named = {
                 name: path
@@ -336,7 +356,7 @@ class _Names:
             placed, taken = set(named.values()), {*named, *reserved, *others.values()}
             for path, place in below.items():
                 if path not in placed:
-                    names = (own[path], place, f"{self._root.name}/{place}", path.as_posix())
+                    names = (own[path], place, f"{self._called}/{place}", path.as_posix())
                     name = next(name for name in names if name not in taken)
                     taken.add(name)
                     named[name] = path
@@ -364,8 +384,10 @@ class _Names:
 
 def links(root: Path) -> Path:
     """Where the adapters of `root` are linked to: what a server loaded from there is ours to
-    unload, also after a restart, and nothing else is."""
-    return cache_folder().resolve() / "watched" / sha256(bytes(root.resolve())).hexdigest()[:16]
+    unload, also after a restart, and nothing else is. Of a link: whatever it leads to by then."""
+    own = root.absolute()
+    place = own.parent.resolve() / own.name if own.is_symlink() else own.resolve()
+    return cache_folder().resolve() / "watched" / sha256(bytes(place)).hexdigest()[:16]
 
 
 def _told(error: Exception) -> str:

@@ -89,7 +89,7 @@ def up(
     if api_key is not None:
         environment["VLLM_API_KEY"] = api_key
     if live:
-        environment |= live_environment(first.pool, str(root.resolve()), keep=keep)
+        environment |= live_environment(first.pool, str(root.absolute()), keep=keep)
     if dry_run:
         click.echo(shell(first.words))
         return

@@ -3,6 +3,7 @@ model of the same folder, which the base alone does not equal."""
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -304,6 +305,43 @@ def test_a_copy_that_does_not_say_how_it_began(copy: str, tmp_path: Path) -> Non
             read_run(refused, options)
         assert "pissa_converted" in str(error.value.remedy)
     assert read_run(tmp_path / "run" / "pissa_converted", options).updates
+
+
+@pytest.mark.parametrize("began", ["lora-ga", "pissa_niter_4"])
+def test_what_ms_swift_leaves_of_a_start_that_changed_the_base(began: str, tmp_path: Path) -> None:
+    """LoRA-GA by the name that PEFT does not have, and the copy of the begin beside."""
+    base = saved(HEAD, "LlamaConfig", DECODER, tmp_path / "base")
+    run, first = tmp_path / "out/checkpoint-9", tmp_path / "out/initial_model"
+    for folder in (run, first, run / "converted/default"):
+        trained(HEAD, base, folder, target_modules=["q_proj"])
+    assert read_run(first).updates  # somebody else's, as far as anybody can tell
+    renote(run, began)
+    for refused in (run, first):
+        with pytest.raises(RunError, match="changed the base weights") as error:
+            read_run(refused, ReadOptions(base=base))
+        assert error.value.found == f"init_lora_weights: {began}"
+    with pytest.raises(RunError) as error:
+        read_run(run, ReadOptions(base=base))
+    assert "converted/default" in str(error.value.remedy)
+    assert read_run(run / "converted/default").updates
+
+
+def renote(run: Path, began: object) -> None:
+    path = run / "adapter_config.json"
+    config = json.loads(path.read_text())
+    path.write_text(json.dumps({**config, "init_lora_weights": began}))
+
+
+def test_a_start_that_peft_does_not_know(tmp_path: Path) -> None:
+    """Forks of PEFT have some that change the base (MiLoRA, LoRA-Null)."""
+    base = saved(HEAD, "LlamaConfig", DECODER, tmp_path / "base")
+    trained(HEAD, base, tmp_path / "run", target_modules=["q_proj"])
+    for known in (False, None, "gaussian", "eva", "orthogonal", "mica"):
+        renote(tmp_path / "run", known)
+        assert read_run(tmp_path / "run").updates
+    renote(tmp_path / "run", "milora")
+    with pytest.raises(RunError, match="PEFT does not know"):
+        read_run(tmp_path / "run")
 
 
 @pytest.mark.parametrize("factor", [None, 4.0])

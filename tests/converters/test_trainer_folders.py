@@ -233,6 +233,24 @@ def test_a_whole_model_with_its_factors(llama_base: Path, tmp_path: Path) -> Non
     prove(read_run(run), llama_base, INPUTS, told, control, tmp_path, ("peft",))
 
 
+def test_factors_that_began_anew_in_training(trained: Path, tmp_path: Path) -> None:
+    """ReLoRA's checkpoints as axolotl leaves them: merged into the base that the configuration
+    names, they computed something else than was trained, in silence."""
+    plain = checkpoint(trained, tmp_path / "out/checkpoint-2")
+    at_restart = checkpoint(trained, tmp_path / "out/checkpoint-8")
+    copy = shutil.copytree(trained, at_restart / "adapter")
+    between = checkpoint(trained, tmp_path / "out/checkpoint-10")
+    put(between / "relora", "model.safetensors", config="{}")
+    for folder in (at_restart, copy, between):
+        with pytest.raises(RunError, match="ReLoRA"):
+            read_run(folder)
+    put(plain / "relora")  # empty: of somebody else
+    another = checkpoint(trained, tmp_path / "mine")
+    shutil.copytree(trained, another / "adapter")  # a second adapter, as PEFT saves one
+    for folder in (plain, another, another / "adapter"):
+        read_run(folder)
+
+
 def test_what_zero_3_leaves(trained: Path) -> None:
     tensors = load_file(trained / ADAPTER[0])
     name = next(name for name in tensors if "lora_A" in name)

@@ -222,8 +222,8 @@ def test_names_that_are_the_servers(root: Path, llama_lora: Path) -> None:
 
 def test_a_name_that_the_server_takes_later(root: Path) -> None:
     names = {root / "run": "run"}
-    assert module._Names(root).of(names, names, ()) == {"run": root / "run"}
-    assert module._Names(root).of(names, names, {"run"}) == {"root/run": root / "run"}
+    assert module._Names(root).of(root, names, names, ()) == {"run": root / "run"}
+    assert module._Names(root).of(root, names, names, {"run"}) == {"root/run": root / "run"}
 
 
 @pytest.mark.parametrize(

@@ -17,6 +17,8 @@ import pytest
 from click.testing import CliRunner
 from safetensors.torch import load_file, save, save_file
 
+from converters.errors import MissingError
+from converters.model.base import open_base
 from dora_serve.commands import dora_serve as main
 from dora_serve.folder import inventory
 from dora_serve.vllm import desired as module
@@ -143,9 +145,9 @@ def test_a_name_that_another_gave_to_what_is_not_found_yet(root: Path, llama_lor
     one, other = Following(root), Following(root)
     one.at_rest()
     shutil.copytree(llama_lora, root / "a" / "new")
-    found = one._names.of([root / "run"], {root / "run": "run"}, ())  # looked before it came
+    found = one._names.of(root, [root / "run"], {root / "run": "run"}, ())  # looked before it came
     other.at_rest()
-    one._names.of(found.values(), {root / "run": "run"}, ())
+    one._names.of(root, found.values(), {root / "run": "run"}, ())
     shutil.copytree(llama_lora, root / "b" / "new")
     assert set(Following(root).at_rest().adapters) == {"run", "new", "b/new"}
 
@@ -314,3 +316,55 @@ def test_what_a_proxy_says_in_passing_is_no_refusal(
         with pytest.raises(OSError, match=str(status)) if passes else nullcontext():
             assert [c.done for c in reconcile(server, wanted, tmp_path / "ours")] == ["failed"]
     assert bool(server.failed) is not passes
+
+
+def test_a_link_that_leads_elsewhere_is_followed(root: Path, llama_lora: Path) -> None:
+    """As git-sync and releases exchange a folder: nothing new was seen, then all was gone."""
+    second = root.with_name("second")
+    shutil.copytree(root, second)
+    weights = second / "run" / "adapter_model.safetensors"
+    save_file({n: -t for n, t in load_file(weights).items()}, weights, {"format": "pt"})
+    shutil.copytree(llama_lora, second / "new")
+    shutil.copytree(llama_lora, root / "old")
+    link = root.with_name("current")
+    link.symlink_to(root)
+    following, ours = Following(link), module.links(link)
+    first = following.at_rest().adapters
+    assert set(first) == {"run", "old"}
+    link.with_name("next").symlink_to(second)
+    link.with_name("next").replace(link)
+    assert following.look().adapters == first, "until it is at rest"
+    found = following.at_rest()
+    assert set(found.adapters) == {"run", "new"}
+    assert not found.problems
+    assert found.adapters["run"] != first["run"]
+    assert found.adapters == Following(second).at_rest().adapters
+    assert module.links(link) == ours, "what was loaded is still known as ours"
+    shutil.rmtree(root)
+    assert following.at_rest().adapters == found.adapters
+    link.unlink()
+    with pytest.raises(MissingError):
+        following.look()
+
+
+def test_a_link_is_followed_of_what_is_served_already(root: Path) -> None:
+    """Of which vLLM's resolver is asked no more."""
+    second = shutil.copytree(root, root.with_name("second"))
+    link = root.with_name("current")
+    link.symlink_to(root)
+    following = Following(link, server=open_base(root / "base"))
+    assert following.find("run")
+    for _ in range(2):
+        following.changed(["run"])
+        time.sleep(SETTLE)
+    first = following.renew("run")
+    assert first is not None and first.adapter is not None
+    weights = second / "run" / "adapter_model.safetensors"
+    save_file({n: -t for n, t in load_file(weights).items()}, weights, {"format": "pt"})
+    link.unlink()
+    link.symlink_to(second)
+    assert following.changed(["run"]) == []
+    time.sleep(SETTLE)
+    assert following.changed(["run"]) == ["run"]
+    then = following.renew("run")
+    assert then is not None and then.adapter not in (None, first.adapter)

@@ -66,6 +66,42 @@ def test_what_cannot_be_meant_is_a_usage_error(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
+def test_adapters_of_one_name_are_two(tmp_path: Path) -> None:
+    """Trainers call the folders of all runs alike (`checkpoint-500`): none is left out."""
+    runs = [tmp_path / name / "checkpoint-500" for name in ("one", "two")]
+    for source, run in zip((DOWN, SECOND), runs, strict=True):
+        run.parent.mkdir()
+        CliRunner().invoke(dora_export, ["adapter", str(source), str(run)])
+    named = [f"--adapter={run}" for run in runs], [f"--adapter=same={run}" for run in runs]
+    for words in (*named, ["--add", *named[1], "--force"]):
+        done = export(tmp_path / "out", "--base", BASE, *words, "--dry-run")
+        assert done.exit_code == 2
+        assert "two adapters would be called" in done.output and "NAME=RUN" in done.output
+    at_hub = tmp_path / "models--me--mine/snapshots/0123"
+    at_hub.parent.mkdir(parents=True)
+    runs[0].rename(at_hub)  # `me/mine`, and no adapter's name has a slash
+    done = export(tmp_path / "out", "--base", BASE, "--adapter", at_hub, "--dry-run", "--json")
+    assert json.loads(done.stdout)["adapters"].keys() == {"mine"}
+    at_hub.rename(runs[0])
+    apart = [f"--adapter={run.parent.name}={run}" for run in runs]
+    done = export(tmp_path / "out", "--base", BASE, *apart, "--dry-run", "--json")
+    assert json.loads(done.stdout)["adapters"].keys() == {"one", "two"}
+
+
+def test_add_ignores_nothing(tmp_path: Path) -> None:
+    """`--add RUN OUT` did nothing and was a success; a precision was not heeded."""
+    more = ["--add", tmp_path, "--base", BASE, "--adapter", SECOND]
+    for words in (
+        ["--add", DOWN, tmp_path, "--base", BASE],
+        ["--add", tmp_path, "--base", BASE],
+        [*more, "--precision", "int8"],
+        [*more, "--calibrate", __file__],
+    ):
+        done = export(*words)
+        assert done.exit_code == 2, done.output
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_dry_run_checks_and_writes_nothing(tmp_path: Path) -> None:
     out = tmp_path / "out"
     planned = export(out, "--base", BASE, "--adapter", f"down={DOWN}", "--dry-run", "--json")

@@ -80,7 +80,7 @@ def test_flags_against_them(said: Server, place: Path, tmp_path: Path) -> None:
         assert ends == {2: ("stop", None), 20: ("length", None), 30: ("stop", 30)}
         answer = http.post("/v1/chat/completions", json={**chat, **values}).json()
         text = "<s>count : nine ten"
-        assert ChatTemplate(root / BASE, template).render(
+        assert ChatTemplate(root / BASE, OTHER).render(
             chat["messages"], True, {"tail": " ten"}  # type: ignore[arg-type]
         ) == text  # fmt: skip
         same = http.post(

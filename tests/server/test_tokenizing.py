@@ -27,9 +27,9 @@ LOOPS = "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% en
 ASKED = [{"role": "user", "content": "good"}]
 
 
-def run(folder: Path, work: Callable[[Texts], Awaitable[Any]]) -> Any:
+def run(folder: Path, work: Callable[[Texts], Awaitable[Any]], template: str | None = None) -> Any:
     async def main() -> Any:
-        texts = Texts(str(folder))
+        texts = Texts(str(folder), template)
         try:
             return await work(texts)
         finally:
@@ -167,3 +167,42 @@ def test_pairs_are_the_tokenizers_and_what_all_have_is_told_once(firsts: list[st
     assert run(folder, work) == [(each.ids, each.type_ids) for each in whole]
     assert [given["before"] for given in told] == [firsts]
     assert whole[0].ids != truth.encode(TEXT).ids
+
+
+def test_what_is_read_anew_may_not_have_changed(tmp_path: Path) -> None:
+    """A process that ended is followed by another, at a moment that any client chooses: the next
+    texts were read with whatever tokenizer and template lay there by then."""
+    folder = shutil.copytree(MODELS / "tiny-llama-base", tmp_path / "model")
+    config = folder / "tokenizer_config.json"
+    before = config.read_text()
+
+    async def work(texts: Texts) -> list[list[int]]:
+        found = [(await texts.encode(["nine"], 9, "prompt"))[0][0]]
+        for text in (before, before.replace("<unk>", "<s>"), before):
+            await texts.process.close()
+            config.write_text(text)
+            try:
+                found.append((await texts.encode(["nine"], 9, "prompt"))[0][0])
+            except ApiError as error:
+                assert error.status == 503
+                assert "are others since the server began" in str(error)
+                found.append([])
+        return found
+
+    first, again, changed, last = run(folder, work)
+    assert first == again == last
+    assert not changed
+
+
+def test_a_template_that_is_given_is_read_once() -> None:
+    async def work(texts: Texts) -> list[list[int]]:
+        found = []
+        for _ in range(2):
+            found.append(await texts.chat(ASKED, False, 9))
+            await texts.process.close()
+        found.append((await texts.encode(["nine"], 9, "prompt", False))[0][0])
+        return found
+
+    folder = MODELS / "tiny-llama-base"
+    first, again, truth = run(folder, work, "{{ 'nine' }}")
+    assert first == again == truth

@@ -15,6 +15,7 @@ from pathlib import Path, PurePosixPath
 
 from ...certificate import FILE
 from ...errors import BaseError, TensorFileError
+from ...files.handles import check_file
 from ...files.hashes import file_hash
 from ...files.json_files import parse_json, read_json
 from ...model.base import BaseModel
@@ -69,7 +70,8 @@ def companions(
 
     A tokenizer that was saved with the run takes the place of the base's, and so does a pipeline.
     A pipeline stays behind where they are for another task than embeddings. Raises `BaseError`
-    for a model with code of its own, and for links out of a folder.
+    for a model with code of its own, and for links out of a folder, and `TensorFileError` for a
+    pointer of Git LFS.
     """
     _refuse_code(source)
     files, left = {}, []
@@ -110,11 +112,12 @@ def companions(
     for path in files.values():
         folder = saved if saved is not None and path.is_relative_to(saved) else source
         _check_inside(path, folder)
-        if path.stat().st_size > _LONGEST:
+        size = check_file(path)
+        if size > _LONGEST:
             raise BaseError(
                 "too large for a file that goes along with a model",
                 file=path,
-                found=f"{path.stat().st_size} bytes",
+                found=f"{size} bytes",
                 expected=f"at most {_LONGEST}",
             )
     return Companions(files, tuple(left))

@@ -23,7 +23,7 @@ def other_end(run: Run, base: BaseModel) -> Iterator[str]:
     writes = run.task is None or run.task.endswith("-lm")
     if end is None or end == _end(base.path) or not writes:
         return
-    token = _number(run.path, end)
+    token = number_of(run.path, end)
     said = _read(base.path / _GENERATION).get("eos_token_id", base.config.get("eos_token_id"))
     ends = said if isinstance(said, list) else [said]
     if token is not None and said is not None and token not in ends:
@@ -49,7 +49,7 @@ def _end(folder: Path) -> str | None:
     return said if isinstance(said, str) else None
 
 
-def _number(folder: Path, word: str) -> int | None:
+def number_of(folder: Path, word: str) -> int | None:
     """The number of `word`, where the tokenizer's files tell it as transformers writes them."""
     added = _read(folder / _CONFIG).get("added_tokens_decoder")
     found = dict(added) if isinstance(added, dict) else {}

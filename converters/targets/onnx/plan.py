@@ -215,7 +215,12 @@ def _check_adapters(adapters: Mapping[str, Run], base: BaseModel, task: str | No
     """Raise an error for an adapter that is of another base, or that a graph cannot carry."""
     for name, run in adapters.items():
         if not _NAME.fullmatch(name):
-            raise TargetError("not a name for an adapter", found=name, expected="letters, - _ .")
+            raise TargetError(
+                "not a name for an adapter",
+                found=name,
+                expected="letters, digits, - _ .",
+                remedy="give it another: NAME=RUN on the command line",
+            )
         check_frozen(run, base)
         architecture, _ = target_architecture(run, base)
         whole = changed(run, base).keys() - _own_heads(run, base, architecture, task)

@@ -23,10 +23,13 @@ _ENVIRONMENT = {"TOKENIZERS_PARALLELISM": "false", "MALLOC_ARENA_MAX": "1"}
 
 class Process:
     """Does the calls of `work.Work` with these arguments, one after the other. A call that
-    takes more than it may ends the process, and the next call has another."""
+    takes more than it may ends the process, and the next call has another, for which what the first
+    has read of the model's folder may not have changed. `template`: the text of the chat template
+    in place of the model's own."""
 
-    def __init__(self, *arguments: str | None) -> None:
-        self._arguments = [each for each in arguments if each is not None]
+    def __init__(self, *folder: str, template: str | None = None) -> None:
+        self._folder, self._template = folder, template
+        self._read: str | None = None
         self._process: asyncio.subprocess.Process | None = None
         self._turns = Turns(_WAITING)
 
@@ -47,13 +50,23 @@ class Process:
 
     async def _begin(self) -> asyncio.subprocess.Process:
         pipe, nothing = asyncio.subprocess.PIPE, asyncio.subprocess.DEVNULL
-        command = [sys.executable, "-m", f"{__package__}.work", *self._arguments]
+        command = [sys.executable, "-m", f"{__package__}.work", *self._folder]
         try:
             self._process = process = await asyncio.create_subprocess_exec(
                 *command, stdin=pipe, stdout=pipe, stderr=nothing, env=environment() | _ENVIRONMENT
             )
             async with asyncio.timeout(_START):
-                await _read(process)
+                told, _ = await _read(process)
+                if self._template is not None:
+                    assert process.stdin is not None
+                    frame = write_frame({"call": "template"}, self._template.encode())
+                    process.stdin.write(frame)
+                    await process.stdin.drain()
+                    await _read(process)
+            if self._read not in (None, told):
+                message = "the files that read its texts are others since the server began"
+                raise ApiError(f"{message}: start it anew", 503, "model", "model_unavailable")
+            self._read = told
         except BaseException as error:
             await self.close()
             if not isinstance(error, _ENDED):

@@ -1,5 +1,5 @@
 """The process itself, asked by `process.py`:
-`python -m dora_serve.server.bounded.work FOLDER [TEMPLATE]`.
+`python -m dora_serve.server.bounded.work FOLDER`.
 
 It runs what the makers of FOLDER wrote: a chat template is a program, and so are a tokenizer's
 patterns. Without FOLDER it reads bodies, and grammars. The kernel bounds every call's memory and
@@ -18,6 +18,7 @@ import sys
 from array import array
 from collections.abc import Callable, Sequence
 from functools import cached_property
+from hashlib import sha256
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -25,6 +26,7 @@ from pydantic import BaseModel, ValidationError
 from pydantic_core import from_json
 
 from converters.errors import DoraExportError
+from converters.files.handles import check_file
 from dora_serve.onnxruntime.session import OnnxFolder
 
 from ..chat_template import ChatTemplate
@@ -81,18 +83,31 @@ def check(blob: bytes, kind: str) -> tuple[Any, bytes]:
 class Work:
     """The calls for a model, by name: each returns something that JSON can tell, and bytes."""
 
-    def __init__(self, folder: Path, template: Path | None = None) -> None:
+    def __init__(self, folder: Path) -> None:
         self._folder = OnnxFolder(folder)
-        self._template = ChatTemplate(folder, template)
+        self._template = ChatTemplate(folder)
 
     @cached_property
     def _tokenizer(self) -> Any:
         return self._folder.tokenizer
 
-    def ready(self) -> None:
-        """Have the folder's files read. One that cannot be is an error of the calls that need it"""
+    def ready(self) -> str:
+        """Have the folder's files read: a digest of what they say. One that cannot be is an error
+        of the calls that need it"""
+        read = sha256()
         with contextlib.suppress(Exception):
             self._tokenizer.encode("")
+            for name in ("tokenizer.json", "tokenizer_config.json"):
+                if check_file(file := self._folder.folder / name):
+                    read.update(file.read_bytes())
+        with contextlib.suppress(Exception):
+            read.update(self._template.said().encode())
+        return read.hexdigest()
+
+    def template(self, blob: bytes) -> tuple[Any, bytes]:
+        """Take the chat template that `blob` is in place of the folder's own."""
+        self._template = ChatTemplate(self._folder.folder, blob.decode())
+        return None, b""
 
     def encode(
         self,
@@ -236,10 +251,9 @@ def _answer(work: Work | None, asked: dict[str, Any], blob: bytes) -> bytes:
 def serve(source: BinaryIO, target: BinaryIO, *model: str) -> None:
     """Answer what `source` asks until it ends. `model`: as `Work` takes it, or nothing."""
     work = Work(*map(Path, model)) if model else None
-    if work is not None:
-        work.ready()
+    read = None if work is None else work.ready()
     _bound_memory()
-    target.write(write_frame(None))
+    target.write(write_frame(read))
     target.flush()
     while head := source.read(_SIZES.size):
         told, blob = sizes(head)

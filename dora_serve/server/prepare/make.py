@@ -18,7 +18,7 @@ from threading import Thread
 from typing import Any
 
 from converters.certificate import FILE, tool, write_certificate
-from converters.errors import BaseError, DoraExportError, TargetError, apart
+from converters.errors import BaseError, DoraExportError, MissingError, TargetError, apart
 from converters.files.json_files import read_json
 from converters.files.onnx_files import FOLDER, SUFFIX, digest, graphs_in, read_adapter_file
 from converters.files.output import output_folder
@@ -106,12 +106,22 @@ def add(wanted: offer.Addition) -> offer.OfferedModel:
 
     Raises `DoraExportError` when it cannot be read or belongs to none of the graphs.
     """
-    bases = {graph.path: open_base(graph.path) for graph in wanted.graphs if graph.path}
-    given = next((bases[graph.path] for graph in wanted.graphs if graph.path and graph.given), None)
+    bases: dict[str, BaseModel] = {}
+    unread: dict[str, str] = {}  # of which another run is not to suffer
+    for path, name in {graph.path: graph.base for graph in wanted.graphs if graph.path}.items():
+        with apart(unread, name):
+            bases[path] = open_base(path)
+    given = next((open_base(g.path) for g in wanted.graphs if g.path and g.given), None)
     with without_unused():
-        member = read_member(wanted.name, Path(wanted.path), list(bases.values()), given)
+        try:
+            member = read_member(wanted.name, Path(wanted.path), list(bases.values()), given)
+        except BaseError as error:
+            if unread:
+                error.found = f"{error.found}; not read: {', '.join(unread)}"
+            raise
     for graph in wanted.graphs:
         if graph.path == str(member.base.path) and member.run.task in (None, graph.task):
+            _check_served(member.base, graph)
             return _member(member, graph, False, print)
     raise TargetError(
         "no graph that is served takes this run",
@@ -119,6 +129,17 @@ def add(wanted: offer.Addition) -> offer.OfferedModel:
         expected=", ".join(f"{graph.task} of {graph.base}" for graph in wanted.graphs),
         remedy="start the server anew with the run in its folder",
     )
+
+
+def _check_served(base: BaseModel, graph: offer.Graph) -> None:
+    """Raise `BaseError` where `base` is no longer what `graph` was made of: a run of the one that
+    lies there now would be computed as another model, with other tokens perhaps."""
+    if graph.state is not None and key_of(_state(base)) != graph.state:
+        raise BaseError(
+            "the base is no longer the one that is served",
+            file=base.path,
+            remedy="start the server anew",
+        )
 
 
 def _graph_for(
@@ -161,11 +182,11 @@ def _graph(
     head = [target_architecture(first, base)[0], first.num_labels] if first else []
     asked = [task] if task == offer.DECODES else [task, *head, bool(members)]
     asked.append(precision)
-    folder = Path(f"{base.path} {task}")
+    folder, state = Path(f"{base.path} {task}"), None
     if dry:
         _plan(base, {} if first is None else {_NAME: first})
     else:
-        key = _base_key(base, asked)
+        key, state = _base_key(base, asked), key_of(_state(base))
 
         def make(target: Path) -> None:
             say(f"{name}: making its ONNX graph in {precision}, once …")
@@ -181,13 +202,19 @@ def _graph(
                 )
 
         folder = cached(key, make)
-    return offer.Graph(folder=str(folder), task=task, base=name, path=str(base.path), given=given)
+    return offer.Graph(
+        folder=str(folder), task=task, base=name, path=str(base.path), given=given, state=state
+    )
 
 
 def _base_key(base: BaseModel, asked: Sequence[object]) -> str:
-    """A name for the graph of a base: of its tensors, of the files beside them, and of what is
-    asked for."""
-    return key_of([tool(), base.identity, companions(base.path).hashes(), asked])
+    """A name for the graph of a base: of what it is, and of what is asked for."""
+    return key_of([tool(), *_state(base), asked])
+
+
+def _state(base: BaseModel) -> tuple[object, ...]:
+    """What a base is: its tensors and configuration, and the files beside them."""
+    return base.identity, companions(base.path).hashes()
 
 
 def _base(name: str, base: BaseModel, graph: offer.Graph) -> offer.OfferedModel:
@@ -263,6 +290,8 @@ def _plan(base: BaseModel, adapters: Mapping[str, Run]) -> None:
 
 
 def _write(run: Run, base: BaseModel, graph: Path, target: Path) -> None:
+    if not graph.is_dir():
+        raise MissingError("the cache was emptied meanwhile", remedy="start the server anew")
     with output_folder(target) as folder:
         copy = folder / "graph"  # of its own, since the output folder is locked
         copy.mkdir()

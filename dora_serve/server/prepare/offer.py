@@ -29,13 +29,15 @@ class Module(_Fixed):
 
 class Graph(_Fixed):
     """An ONNX folder and the base it was made from. `path`: the base's folder, None for an ONNX
-    folder that was found as such. `given`: the user gave this base for all runs."""
+    folder that was found as such. `given`: the user gave this base for all runs. `state`: what that
+    base was, None where no graph was made of it."""
 
     folder: str
     task: str
     base: str
     path: str | None
     given: bool = False
+    state: str | None = None
 
 
 class OfferedModel(_Fixed):

@@ -67,12 +67,12 @@ def _below(root: Path, given: str) -> Path:
     """The folder that `given` names, from `root` on or in full; raises `ApiError` for one that is
     not there, and says the same for one that is elsewhere."""
     try:
-        path = (root / given).resolve()
-        inside = path.is_relative_to(root) and path.is_dir()
+        top, path = root.resolve(), (root / given).resolve()
+        inside = path.is_relative_to(top) and path.is_dir()
     except (OSError, ValueError, RuntimeError):  # a name no file can have, a link to itself
         inside = False
     if not inside:
         raise ApiError(
             "There is no such folder below the one that is served.", 404, "lora_path", "not_found"
         )
-    return path
+    return root / path.relative_to(top)

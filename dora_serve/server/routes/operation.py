@@ -107,7 +107,6 @@ def tokenizer_info(request: Request, model: str | None = None) -> dict[str, Any]
     from ..chat_template import ChatTemplate
 
     models = state_of(request).models
-    template = state_of(request).options.chat_template
     folders = {served.model.folder for served in models}
     if model is not None:
         folders = {models.find(model).model.folder}
@@ -116,7 +115,7 @@ def tokenizer_info(request: Request, model: str | None = None) -> dict[str, Any]
     folder = Path(folders.pop())
     path = folder / "tokenizer_config.json"
     said: dict[str, Any] = read_json(path) if path.exists() else {}
-    text = ChatTemplate(folder, Path(template) if template else None).text
+    text = ChatTemplate(folder, models.template).text
     chat = {} if text is None else {"chat_template": text}
     return {"tokenizer_class": "PreTrainedTokenizerFast", **said, **chat}
 
