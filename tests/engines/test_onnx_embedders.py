@@ -87,6 +87,9 @@ def make(name: str, tmp_path: Path) -> tuple[Path, Path, Any, tuple[torch.Tensor
     model = cls(getattr(transformers, f"{kind}Config")(**sizes))
     if bare:
         model = cls(model.config, add_pooling_layer=False)
+    with torch.no_grad():  # as far from zero as what is trained, whose effect else is small
+        for tensor in model.parameters():
+            tensor.add_(torch.randn(tensor.shape) * 0.1)
     base = tmp_path / "base"
     model.save_pretrained(base)
     dense = pipeline(base, pooling)
