@@ -67,7 +67,7 @@ class _Decoder(torch.nn.Module):
         query: torch.Tensor,
         key: torch.Tensor,
         value: torch.Tensor,
-        _mask: object,
+        attention_mask: object,  # noqa: ARG002 - some classes give it by name
         scaling: float | None = None,
         softcap: float | None = None,
         **_: object,

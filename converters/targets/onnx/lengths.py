@@ -57,7 +57,7 @@ def windows_of(model: Any, ids: torch.Tensor) -> dict[int, int | None]:
     tokens = torch.tensor(sorted({0, context // 3, context // 2, context - 1}))
     windows: dict[int, int | None] = {}
 
-    def seen(*, mask_function: Callable[..., torch.Tensor], **_: object) -> torch.Tensor:
+    def mask_of(*, mask_function: Callable[..., torch.Tensor], **_: object) -> torch.Tensor:
         none = torch.zeros(1, 1, 1, 1, dtype=torch.int64)
         return mask_function(none, none, tokens.view(1, 1, -1, 1), torch.arange(context))
 
@@ -66,17 +66,18 @@ def windows_of(model: Any, ids: torch.Tensor) -> dict[int, int | None]:
         query: torch.Tensor,
         _key: torch.Tensor,
         value: torch.Tensor,
-        mask: torch.Tensor | None,
+        attention_mask: torch.Tensor | None,
         sliding_window: int | None = None,
         **_: object,
     ) -> tuple[torch.Tensor, None]:
-        windows[layer.layer_idx] = sliding_window if mask is None else _window(mask, tokens)
+        seen = attention_mask
+        windows[layer.layer_idx] = sliding_window if seen is None else _window(seen, tokens)
         rows, heads, length = query.shape[:3]
         return query.new_zeros(rows, length, heads, value.shape[-1]), None
 
     before = model.config._attn_implementation
     AttentionInterface.register(_NAME, attend)
-    AttentionMaskInterface.register(_NAME, seen)
+    AttentionMaskInterface.register(_NAME, mask_of)
     model.set_attn_implementation(_NAME)
     with torch.inference_mode():
         model(input_ids=ids, use_cache=False)

@@ -19,7 +19,14 @@ from ...files.onnx_files import BATCHED, DECODER, ENCODER, FOLDER, MODEL, PRECIS
 from ...files.tensors import nbytes, numel, read_json
 from ...model.architecture import check_size, known_model
 from ...model.base import BaseModel
-from ...model.match import changed, check_frozen, kernels_of, resolved, target_architecture
+from ...model.match import (
+    changed,
+    check_frozen,
+    check_names,
+    kernels_of,
+    resolved,
+    target_architecture,
+)
 from ...model.tasks import architecture_of, task_of
 from ...progress import Progress
 from ...run import Run
@@ -240,7 +247,7 @@ def _check_adapters(adapters: Mapping[str, Run], base: BaseModel, task: str | No
                     tensor=module,
                     remedy=MERGED,
                 )
-            base.is_transposed(module, run.shapes[module])
+        check_names(run, base)
 
 
 def _own_heads(run: Run, base: BaseModel, architecture: str | None, task: str | None) -> set[str]:
