@@ -69,9 +69,13 @@ class Memory:
             place = private_cache() / "hashes"
             place.mkdir(exist_ok=True)
             descriptor, new = tempfile.mkstemp(dir=place)
-            with os.fdopen(descriptor, "w", encoding="utf-8") as stream:
-                json.dump(answer, stream)
-            Path(new).replace(place / self._key)
+            try:
+                with os.fdopen(descriptor, "w", encoding="utf-8") as stream:
+                    json.dump(answer, stream)
+                Path(new).replace(place / self._key)
+            except OSError:  # a full disk has room for names without end
+                Path(new).unlink()
+                raise
 
 
 def file_hash(path: Path) -> str:

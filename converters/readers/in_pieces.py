@@ -30,6 +30,12 @@ _TRAINERS = {  # what they leave that no reader opens, and how it becomes what o
         "put them together: python -m deepspeed.utils.zero_to_fp32 FOLDER OUT, where FOLDER holds "
         f"the file `latest`{_THEN}",
     ),
+    "model_world_size_*_rank_*.pt": (
+        "a checkpoint in pieces of verl, one for each process",
+        "put them together: python -m verl.model_merger merge --backend fsdp --local_dir FOLDER "
+        "--target_dir OUT; of LoRA's training give OUT/lora_adapter then, with the `lora_alpha` "
+        "of FOLDER/lora_train_meta.json",
+    ),
     "latest_checkpointed_iteration.txt": (
         "a checkpoint in pieces of Megatron",
         "make a Hugging Face folder of it with the converter of what trained it (Megatron Bridge, "

@@ -202,6 +202,14 @@ class Scaling:
                 found=default,
                 remedy="pass `lora_alpha`" if key == "lora_alpha" else "set it as training had it",
             )
+        if not default and key == "lora_alpha":  # as verl's merger writes it, who does not know it
+            raise RunError(
+                "lora_alpha is 0, by which nothing that was trained counts",
+                file=self._path,
+                found=default,
+                remedy="pass `lora_alpha` as training had it (of verl's it is in the checkpoint's "
+                "lora_train_meta.json)",
+            )
         return default
 
     def rank(self, module: str) -> float:

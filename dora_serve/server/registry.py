@@ -12,6 +12,7 @@ from dora_serve.onnxruntime.continuous import ContinuousDecoder
 from dora_serve.onnxruntime.decoder_graph import DecoderGraph
 from dora_serve.onnxruntime.encoder import STATES, Encoder
 from dora_serve.onnxruntime.encoder_queue import EncoderQueue
+from dora_serve.onnxruntime.mapped import part_from_files
 from dora_serve.onnxruntime.seq2seq import Seq2Seq
 from dora_serve.onnxruntime.seq2seq_queue import Seq2SeqQueue
 from dora_serve.onnxruntime.transcriber import Transcriber, hears
@@ -59,7 +60,10 @@ class Registry:
             with apart(self.problems, *(m.name for m in offer.models if m.folder == graph.folder)):
                 self._defaults[graph.folder] = _defaults(graph, options)
                 ends = self._defaults[graph.folder].ends
-                self._engines[graph.folder] = _open(graph, options, ends)
+                engine = _open(graph, options, ends)
+                if graph.path is None:  # a folder of the user's, who may write into it
+                    part_from_files(Path(graph.folder))
+                self._engines[graph.folder] = engine
         self.graphs = {g.folder: g for g in offer.graphs if g.folder in self._engines}
         file = options.chat_template
         self.template = None if file is None else read_template(Path(file))  # once: it may change

@@ -16,6 +16,7 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import (
+    AutoModelForSequenceClassification,
     AutoTokenizer,
     BertConfig,
     BertForSequenceClassification,
@@ -314,3 +315,28 @@ def test_another_end_of_texts_is_told(end: str, ends: Any, told: bool, tmp_path:
     own = AutoTokenizer.from_pretrained(tmp_path / "out").eos_token_id
     known = json.loads((tmp_path / "out/generation_config.json").read_text())["eos_token_id"]
     assert told == (own not in (known if isinstance(known, list) else [known]))
+
+
+@pytest.mark.parametrize(("pad", "told"), [("<mine>", True), (None, False)])
+def test_another_token_that_fills_up_is_told(pad: str | None, told: bool, tmp_path: Path) -> None:
+    """A reward model's score is read before the first pad, by the configuration of the base."""
+    base, run = MODELS / "tiny-llama-base", tmp_path / "run"
+    model = AutoModelForSequenceClassification.from_pretrained(base, num_labels=1)
+    tokenizer = AutoTokenizer.from_pretrained(base)
+    if pad:
+        tokenizer.add_special_tokens({"pad_token": pad})
+        model.resize_token_embeddings(len(tokenizer))
+        model.config.pad_token_id = tokenizer.pad_token_id
+    peft = get_peft_model(model, LoraConfig(r=2, target_modules=["q_proj"], task_type="SEQ_CLS"))
+    randomize(peft)
+    peft.save_pretrained(run)
+    tokenizer.save_pretrained(run)
+    report = merge(run, tmp_path / "out", base=base)
+    assert told == any("pad_token_id" in said for said in report.warnings)
+    merged = AutoModelForSequenceClassification.from_pretrained(tmp_path / "out").eval()
+    rows = tokenizer(["a dog", "the cat sat on the red mat"], padding=True, return_tensors="pt")
+    with torch.no_grad():
+        truth, ours = (each(**rows).logits for each in (peft.eval(), merged))
+        assert told == (not torch.allclose(truth, ours, atol=1e-4))
+        merged.config.pad_token_id = tokenizer.pad_token_id  # as the warning says
+        assert torch.allclose(truth, merged(**rows).logits, atol=1e-4)

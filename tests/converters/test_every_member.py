@@ -150,6 +150,7 @@ def test_a_value_head_in_the_place_of_a_model_is_told(name: str, tmp_path: Path)
         ("zero_to_fp32.py", "pieces of DeepSpeed"),
         ("global_step9/mp_rank_00_model_states.pt", "pieces of DeepSpeed"),
         ("zero_pp_rank_0_mp_rank_00_model_states.pt", "pieces of DeepSpeed"),
+        ("actor/model_world_size_8_rank_3.pt", "pieces of verl"),
         ("latest_checkpointed_iteration.txt", "pieces of Megatron"),
         ("adapters.npz", "early mlx-lm"),
     ],

@@ -338,3 +338,18 @@ def test_what_the_configuration_promises_is_in_the_file(
         assert all(name in str(error.value) for name in lost)
     else:
         assert read_run(tmp_path, options).warnings == ()
+
+
+def test_an_alpha_that_a_converter_did_not_know(llama_base: Path, tmp_path: Path) -> None:
+    """verl's merger writes 0, so that the result would be the base."""
+    adapter = make(llama_base, tmp_path / "lora", target_modules=["q_proj"])
+    merge(read_run(adapter), tmp_path / "truth", base=llama_base)
+    config = adapter / "adapter_config.json"
+    config.write_text(json.dumps({**json.loads(config.read_text()), "lora_alpha": 0}))
+    with pytest.raises(DoraExportError, match="lora_alpha is 0") as error:
+        merge(read_run(adapter), tmp_path / "no", base=llama_base)
+    assert "pass `lora_alpha`" in str(error.value)
+    merge(read_run(adapter, options=ReadOptions(lora_alpha=6)), tmp_path / "out", base=llama_base)
+    names = (tmp_path / "out", tmp_path / "truth")
+    ours, theirs = (load_file(folder / "model.safetensors") for folder in names)
+    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)

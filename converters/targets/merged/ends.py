@@ -1,5 +1,5 @@
-"""Which token ends an answer: by the tokenizer that was saved with a run, and by the base's
-configuration, which goes along with a merged model."""
+"""Which token ends an answer, and which fills up a row: by the tokenizer that was saved with a run,
+and by the base's configuration, which goes along with a merged model."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ _GENERATION = "generation_config.json"
 def other_end(run: Run, base: BaseModel) -> Iterator[str]:
     """A warning where the run's tokenizer ends texts with a token with which the base's
     configuration ends none: Trainer adds it to the live model's, which no adapter holds."""
-    end = _end(run.path)
+    end = _named(run.path, "eos_token")
     writes = run.task is None or run.task.endswith("-lm")
-    if end is None or end == _end(base.path) or not writes:
+    if end is None or end == _named(base.path, "eos_token") or not writes:
         return
     token = number_of(run.path, end)
     said = _read(base.path / _GENERATION).get("eos_token_id", base.config.get("eos_token_id"))
@@ -36,15 +36,32 @@ def other_end(run: Run, base: BaseModel) -> Iterator[str]:
         )
 
 
+def other_pad(run: Run, base: BaseModel) -> Iterator[str]:
+    """A warning where the run's tokenizer fills rows up with another token than that behind which
+    the base's configuration looks for a text's last: a classifier made of a decoder, such as a
+    reward model, gives its score there. No adapter holds what the live model's was."""
+    pad = _named(run.path, "pad_token")
+    if pad is None or run.task != "sequence-classification":
+        return
+    token, known = number_of(run.path, pad), base.config.get("pad_token_id")
+    if token is not None and token != known:
+        yield (
+            f"the run's tokenizer fills rows up with {pad} ({token}), and the base's "
+            f"configuration, which goes along, with {known}: a classifier that looks for a text's "
+            f"last token by it, as those made of decoders do, computes otherwise in batches; where "
+            f"the run was trained with it, put {token} into pad_token_id of the merged config.json"
+        )
+
+
 def _read(file: Path) -> dict[str, object]:
     with suppress(TensorFileError):  # others' files: who loads the tokenizer tells it
         return read_json(file) if file.is_file() else {}
     return {}
 
 
-def _end(folder: Path) -> str | None:
-    """The end of texts by the tokenizer in `folder`."""
-    said = _read(folder / _CONFIG).get("eos_token")
+def _named(folder: Path, role: str) -> str | None:
+    """The token of that role, such as `eos_token`, by the tokenizer in `folder`."""
+    said = _read(folder / _CONFIG).get(role)
     said = said.get("content") if isinstance(said, dict) else said
     return said if isinstance(said, str) else None
 

@@ -40,7 +40,7 @@ from ...run import Run
 from ..target import Plan
 from .arguments import other_arguments
 from .companions import Companions, companions
-from .ends import other_end
+from .ends import other_end, other_pad
 from .requantized import FLOAT8, SCALES, Blocks, Scales, blocks_of, stored_parts
 from .settings import other_settings
 
@@ -259,7 +259,7 @@ def plan_merge(
     written = {name: tuple(tensors) for name, tensors in shards.items()}
     there = {tensor.name for tensors in written.values() for tensor in tensors}
     begun = check_whole(layout.names, there, base) if expected is None else ()
-    told = (*other_settings(run, given), *other_arguments(run, given))
+    told = (*other_settings(run, given), *other_arguments(run, given), *other_pad(run, given))
     plan = MergePlan(
         target="merged",
         run=run,
