@@ -32,9 +32,9 @@ _TRAINERS = {  # what they leave that no reader opens, and how it becomes what o
     ),
     "model_world_size_*_rank_*.pt": (
         "a checkpoint in pieces of verl, one for each process",
-        "put them together: python -m verl.model_merger merge --backend fsdp --local_dir FOLDER "
-        "--target_dir OUT; of LoRA's training give OUT/lora_adapter then, with the `lora_alpha` "
-        "of FOLDER/lora_train_meta.json",
+        "put them together with verl's own merger (`python -m verl.model_merger merge`, of the "
+        "folder); of LoRA's training give the `lora_adapter` that it makes then, with the "
+        "`lora_alpha` of lora_train_meta.json",
     ),
     "latest_checkpointed_iteration.txt": (
         "a checkpoint in pieces of Megatron",
