@@ -12,7 +12,7 @@ import math
 import shutil
 import tempfile
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -265,13 +265,23 @@ def _check_shape(tensor: LazyTensor, data: torch.Tensor, parameter: torch.Tensor
 def _check_patterns(config: Mapping[str, object], names: list[str], path: Path) -> None:
     """Raise `RunError` for regular expressions that PEFT would not come back from."""
     patterns = Patterns()
-    try:
-        for key in ("target_modules", "exclude_modules"):
-            if isinstance(config.get(key), str):
-                for name in names:
-                    patterns.whole(str(config[key]), name)
-    except PatternError as error:
-        raise RunError(str(error), file=path, found=config[key]) from None
+    asked: list[tuple[Callable[[str, str], object], str]] = [
+        (patterns.whole, said)
+        for key in ("target_modules", "exclude_modules")
+        if isinstance(said := config.get(key), str)
+    ]
+    for key in ("rank_pattern", "alpha_pattern"):
+        if isinstance(said := config.get(key), Mapping):
+            asked += ((patterns.suffix, str(pattern)) for pattern in said)
+    said = config.get("layers_pattern") or []
+    for pattern in [said] if isinstance(said, str) else said if isinstance(said, list) else []:
+        asked.append((patterns.number, rf".*\.{pattern}"))
+    for matches, pattern in asked:
+        try:
+            for name in names:
+                matches(pattern, name)
+        except PatternError as error:
+            raise RunError(str(error), file=path, found=pattern) from None
 
 
 def _load(model: Any, folder: Path, file: Path) -> dict[str, Any]:

@@ -137,6 +137,13 @@ CONFIGS = [
     ("tuner with a bomb as target", configure(peft_type="LOHA",
         target_modules=r"(.|..|...)+[!?]", base_model_name_or_path=None),
         "takes longer"),
+    *((f"tuner with a bomb in {key}", configure(peft_type="LOHA", base_model_name_or_path=None,
+        **{"rank_pattern": {}, key: said}), "takes longer")
+        for key, said in (("rank_pattern", {r"(.|..|...)+[!?]": 4}),
+            ("alpha_pattern", {r"(.|..|...)+[!?]": 4}),
+            ("layers_pattern", [r"(.|..|...)+[!?]"]))),
+    ("tuner with a pattern that is none", configure(peft_type="LOHA", rank_pattern={},
+        base_model_name_or_path=None, alpha_pattern={"q_proj(": 4}), "not a regular expression"),
     ("tuner with a rank of a trillion", configure(peft_type="LOHA", r=HUGE, rank_dropout=0.0),
         "PEFT cannot|unknown|missing"),
 ]  # fmt: skip
