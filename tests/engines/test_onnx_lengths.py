@@ -21,6 +21,7 @@ from dora_serve import api, read_run
 from dora_serve.onnxruntime.decoder import Decoder
 from dora_serve.onnxruntime.sampling import Sampling
 from tests.conftest import MODELS, made_once
+from tests.converters.families import DECODER
 from tests.engines.decoders import BOUND, Case, greedy
 from tests.engines.test_continuous import Answer, file, running
 from tests.engines.test_onnx_families import lora
@@ -216,3 +217,12 @@ def test_a_graph_that_lacks_outputs_is_refused(tmp_path: Path) -> None:
     with pytest.raises(DoraExportError, match="torch cannot export") as error:
         api.write_onnx(tmp_path / "base", tmp_path / "onnx", adapters={})
     assert "of 3 outputs" in str(error.value)
+
+
+def test_a_class_that_gives_the_mask_by_name() -> None:
+    """Trinity's (AFMoE) ended in a traceback."""
+    sizes = {"layer_types": ["sliding_attention", "full_attention"], "sliding_window": 6}
+    experts = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16}
+    config = transformers.AfmoeConfig(**DECODER, **sizes, **experts, head_dim=8)
+    model = transformers.AfmoeForCausalLM(config).eval()
+    assert windows_of(model, torch.tensor([[5, 6, 7]])) == {0: 6, 1: None}
