@@ -157,6 +157,16 @@ def test_the_tanh_form_of_gelu_behind_a_bias(tmp_path: Path) -> None:
     assert verify(run, tmp_path / "onnx", base).max_abs < 1e-4
 
 
+def test_positions_that_the_builder_does_not_stretch(tmp_path: Path) -> None:
+    """Of Llama's kinds of rotary embedding onnxruntime-genai's builder heeds one alone."""
+    rope = {"rope_type": "linear", "rope_theta": 1e4, "factor": 4.0}
+    cls = tiny("llama", tmp_path, rope_parameters=rope, **ONE_LAYER)
+    run = lora(cls, tmp_path, "one", target_modules=ATTENTION)
+    base = open_base(tmp_path / "base")
+    write_onnx(base, tmp_path / "onnx", run=run)
+    assert verify(run, tmp_path / "onnx", base).max_abs < 1e-4
+
+
 def test_a_configuration_without_the_length_of_its_context(tmp_path: Path) -> None:
     model = transformers.BloomForCausalLM(
         transformers.BloomConfig(vocab_size=84, hidden_size=64, n_layer=1, n_head=4)

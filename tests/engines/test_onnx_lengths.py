@@ -107,11 +107,13 @@ KINDS = {
     ),
     "llama3": Kind("LlamaConfig", rope("llama3", factor=8.0, **LLAMA3), rope("default")),
     "linear": Kind("Qwen2Config", rope("linear", factor=4.0), rope("default")),
+    "llama, linear": Kind("LlamaConfig", rope("linear", factor=4.0), rope("default")),
     "dynamic": Kind("Qwen2Config", rope("dynamic", factor=4.0), rope("linear", factor=4.0)),
     "smollm3": Kind("SmolLM3Config", {"no_rope_layers": [1, 0]}, {"no_rope_layers": [1, 1]}),
 }
 PLAIN = ("mistral", "phi3-longrope")  # of the others the plain run has no time for
-EVERYWHERE = ("yarn", "llama3", "linear", "dynamic", "smollm3")  # what is dropped tells at once
+# What is dropped tells at once.
+EVERYWHERE = ("yarn", "llama3", "linear", "llama, linear", "dynamic", "smollm3")
 
 
 def logits(model: Any, row: list[int]) -> torch.Tensor:

@@ -32,7 +32,7 @@ from .surgery import take
 
 # What the builder makes and the tests cover. It rounds a factor of Gemma's to two decimals.
 _BUILT = {f"{family}ForCausalLM" for family in "Granite Llama Mistral Phi3 Qwen2 Qwen3".split()}
-# Kinds of rotary embedding that it computes as transformers does, and what they are made from.
+# Kinds of rotary embedding that it can compute as transformers does, and what they are made from.
 _ROPE = {
     "default": {"rope_theta"},
     "linear": {"rope_theta", "factor"},
@@ -54,8 +54,9 @@ def build_decoder(model: Path, out: Path, writer: GraphWriter, *, adaptable: boo
     # The builder wants a tokenizer.
     named = any((model / name).exists() for name in TOKENIZERS)
     with tempfile.TemporaryDirectory(dir=out) as built:
-        if named and _builds(model) and _build(model, Path(built), writer.precision, adaptable):
-            _finish(Path(built, MODEL), writer, adaptable)
+        done = named and _builds(model) and _build(model, Path(built), writer.precision, adaptable)
+        if done and _rotates(graph := ir.load(Path(built, MODEL)), model):
+            _finish(graph, read_json(Path(built, GENAI)), writer, adaptable)
             write_companions(out, model)
             for path in Path(built).iterdir():
                 if path.is_dir():  # further chat templates, of which the source may have a folder
@@ -90,8 +91,6 @@ def _builds(model: Path) -> bool:
         return False
     rope = dict(config.rope_parameters)
     kind = rope.pop("rope_type", "default")
-    if kind == "llama3" and "LlamaForCausalLM" not in config.architectures:
-        return False
     return rope.keys() <= _ROPE.get(kind, set())
 
 
@@ -121,7 +120,30 @@ def _build(model: Path, built: Path, precision: str, adaptable: bool) -> bool:
     return done.returncode == 0 and (built / MODEL).exists()
 
 
-def _finish(file: Path, writer: GraphWriter, adaptable: bool) -> None:
+def _rotates(graph: ir.Model, model: Path) -> bool:
+    """Whether the rotary embedding of a built graph is that of the model's class: the builder knows
+    fewer kinds of it than transformers, and for some of its families leaves out the others."""
+    import torch
+    from transformers import AutoConfig
+
+    config: Any = AutoConfig.from_pretrained(model)
+    whole = known_model(config.architectures[0], read_json(model / "config.json"))
+    names = dict(whole.named_modules())
+    rotary = type(next(m for name, m in names.items() if name.endswith("rotary_emb")))(config)
+    tables = [graph.graph.initializers[f"{name}_cache"].const_value for name in ("cos", "sin")]
+    found = [table.numpy() for table in tables if table]
+    rows, half = found[0].shape
+    # A power of two apart: low frequencies tell late, and high ones differ late by rounding alone.
+    at = torch.tensor(sorted({min(1 << i, rows - 1) for i in range(rows.bit_length())}))
+    truth = rotary(torch.zeros(1), at[None])
+    bound = 1e-3 + 1e-6 * at[:, None] * rotary.inv_freq[:half]
+    return all(
+        bool(((torch.from_numpy(table[at]).float() - told[0, :, :half]).abs() <= bound).all())
+        for table, told in zip(found, truth, strict=True)
+    )
+
+
+def _finish(built: ir.Model, settings: Any, writer: GraphWriter, adaptable: bool) -> None:
     """Write the builder's graph with what it lacks: a choice of logits, and branches.
 
     The shapes of values between nodes are left out: the builder calls the length of a float16
@@ -129,13 +151,11 @@ def _finish(file: Path, writer: GraphWriter, adaptable: bool) -> None:
     `genai_config.json` tells, which the builder only names. Beside its version the builder writes
     the commit of the repository that its own folder happens to lie in.
     """
-    built = ir.load(file)
     built.producer_version = str(built.producer_version).partition("+")[0]
     for node in built.graph:
         for value in node.outputs:
             if not value.is_graph_output():
                 value.shape = value.type = None
-    settings: Any = read_json(file.with_name(GENAI))
     size = settings["model"]["decoder"]["head_size"]
     for value in built.graph.inputs:
         if str(value.name).startswith("past_key_values."):
