@@ -15,7 +15,7 @@ import torch
 from .errors import RunError, TargetError
 from .files.tensors import load_finite, refuse_quantized
 from .model.base import BaseModel
-from .model.match import located
+from .model.match import weight_in_memory
 from .run import Run
 from .updates.rank_one import cut, rank_for, tail
 from .updates.update import Update
@@ -121,11 +121,11 @@ def base_weight(run: Run, module: str, base: BaseModel | None) -> torch.Tensor:
         )
     shape = run.shapes[module]
     tensor = base.weight(module)
-    found = located(run, base, module) if tensor is None or base.lends(module) else None
-    if found is None:
-        transposed = base.is_transposed(module, shape, module in run.embeddings)
-    else:
-        tensor, transposed = found
+    if tensor is None or base.lends(module):
+        found = weight_in_memory(run, base, module)
+        if found is not None:
+            return found
+    transposed = base.is_transposed(module, shape, module in run.embeddings)
     assert tensor is not None
     refuse_quantized(tensor)
     weight = load_finite(tensor)
