@@ -53,6 +53,14 @@ class FitReport:
             f"by at most {percent(self.errors[worst])} in one module ({worst})"
         )
 
+    def renamed(self, modules: Mapping[str, str]) -> FitReport:
+        """The same with other names of modules; those that have none keep their own."""
+        return replace(
+            self,
+            ranks={modules.get(m, m): rank for m, rank in self.ranks.items()},
+            errors={modules.get(m, m): error for m, error in self.errors.items()},
+        )
+
     def lines(self) -> list[str]:
         """What is left of every module, and the error of each and of all."""
         width = max(len(module) for module in self.ranks)
