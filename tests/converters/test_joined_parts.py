@@ -20,7 +20,7 @@ from safetensors.torch import load_file
 from transformers import GteConfig, GteForSequenceClassification
 
 from converters.readers import ReadOptions
-from dora_serve import merge, read_run
+from dora_serve import extract, merge, read_run
 from dora_serve.api import export
 from dora_serve.proof.verify import logits, verification_batch
 from tests.converters.families import ENCODER
@@ -67,3 +67,23 @@ def test_parts_of_a_joined_layer(tmp_path: Path, config: PeftConfig) -> None:
     plain = GteForSequenceClassification.from_pretrained(base)
     fitted = PeftModel.from_pretrained(plain, str(tmp_path / "fitted")).eval()
     assert float((logits(fitted, inputs) - truth).abs().max()) <= BOUND
+
+
+def test_a_tuned_model_of_joined_layers(tmp_path: Path) -> None:
+    """A changed part was no tensor of its own in memory."""
+    base, tuned = tmp_path / "base", tmp_path / "tuned"
+    torch.manual_seed(0)
+    model = GteForSequenceClassification(GteConfig(**ENCODER)).eval()
+    model.save_pretrained(base)
+    with torch.no_grad():
+        for name, tensor in model.named_parameters():
+            if any(part in name for part in ("0.self_attn.q_proj", "1.mlp.up_proj")):
+                tensor.add_(torch.randn(tensor.shape) * 0.2)
+    model.save_pretrained(tuned)
+    extract(tuned, tmp_path / "out", base=base, max_rank=48)
+    plain = GteForSequenceClassification.from_pretrained(base)
+    again = PeftModel.from_pretrained(plain, str(tmp_path / "out")).eval()
+    kinds = {key.rsplit(".lora_", 1)[0].rsplit(".", 1)[-1] for key in again.state_dict()}
+    assert {"q_proj", "up_proj"} <= kinds and not {"k_proj", "v_proj", "gate_proj"} & kinds
+    inputs = verification_batch(again)
+    assert float((logits(again, inputs) - logits(model, inputs)).abs().max()) <= BOUND
