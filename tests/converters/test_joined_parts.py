@@ -64,7 +64,8 @@ def test_parts_of_a_joined_layer(tmp_path: Path, config: PeftConfig) -> None:
     assert not any(told[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys"))
     assert float((logits(merged.eval(), inputs) - truth).abs().max()) <= BOUND
     export(run, tmp_path / "fitted", "peft", base=base, max_rank=48)
-    plain = GteForSequenceClassification.from_pretrained(base)
+    plain = GteForSequenceClassification.from_pretrained(base).eval()
+    assert float((logits(plain, inputs) - truth).abs().max()) > 100 * BOUND
     fitted = PeftModel.from_pretrained(plain, str(tmp_path / "fitted")).eval()
     assert float((logits(fitted, inputs) - truth).abs().max()) <= BOUND
 
