@@ -1,7 +1,7 @@
 """The update between two models of one architecture, as a run.
 
 Names are those of the tuned model in memory, whatever they are on disk. Not read: changed tensors
-that loading joins to one in memory (experts), or takes apart.
+that loading joins to one in memory (experts), or takes apart to others than linear layers.
 """
 
 from __future__ import annotations
@@ -59,10 +59,14 @@ def difference(tuned: BaseModel, base: BaseModel) -> Run:
     unread = dict(tuned.tensors)
     for name in model.state_dict():
         tensor, tied = now.find(name)
+        before, _ = then.find(name)
+        if tensor is None and name.rpartition(".")[0] in linear:
+            tensor, tied, before = now.part(name), False, before or then.part(name)
+            for joined in now.layout.members(name):
+                unread.pop(joined, None)
         if tensor is None:
             continue
         unread.pop(tensor.name, None)
-        before, _ = then.find(name)
         if before is not None and is_copy_of(tensor, before):
             continue
         module = name.removesuffix(".weight")
@@ -130,6 +134,11 @@ class _Stored:
         source = self.layout.find(self.one.get(name, ""))
         source = source or (self.model.embedding if name == HEAD else None)
         return (None if source is None else tensors[source]), True
+
+    def part(self, name: str) -> LazyTensor | None:
+        """The tensor `name`, which loading takes out of one that joins several; None where it is
+        made otherwise."""
+        return self.layout.tensor(name) if len(self.layout.members(name)) == 1 else None
 
 
 def _linear_layers(model: Any, task: str | None) -> dict[str, bool]:

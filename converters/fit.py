@@ -15,7 +15,7 @@ import torch
 from .errors import RunError, TargetError
 from .files.tensors import load_finite, refuse_quantized
 from .model.base import BaseModel
-from .model.match import located
+from .model.match import weight_in_memory
 from .run import Run
 from .updates.rank_one import cut, rank_for, tail
 from .updates.update import Update
@@ -51,6 +51,14 @@ class FitReport:
         return (
             f"approximated: the update differs from the run's by {percent(self.error)} in all, "
             f"by at most {percent(self.errors[worst])} in one module ({worst})"
+        )
+
+    def renamed(self, modules: Mapping[str, str]) -> FitReport:
+        """The same with other names of modules; those that have none keep their own."""
+        return replace(
+            self,
+            ranks={modules.get(m, m): rank for m, rank in self.ranks.items()},
+            errors={modules.get(m, m): error for m, error in self.errors.items()},
         )
 
     def lines(self) -> list[str]:
@@ -121,11 +129,11 @@ def base_weight(run: Run, module: str, base: BaseModel | None) -> torch.Tensor:
         )
     shape = run.shapes[module]
     tensor = base.weight(module)
-    found = located(run, base, module) if tensor is None or base.lends(module) else None
-    if found is None:
-        transposed = base.is_transposed(module, shape, module in run.embeddings)
-    else:
-        tensor, transposed = found
+    if tensor is None or base.lends(module):
+        found = weight_in_memory(run, base, module)
+        if found is not None:
+            return found
+    transposed = base.is_transposed(module, shape, module in run.embeddings)
     assert tensor is not None
     refuse_quantized(tensor)
     weight = load_finite(tensor)

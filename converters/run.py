@@ -200,6 +200,7 @@ class Run:
             tied=frozenset(modules.get(m, m) for m in self.tied),
             apart=frozenset(tensors.get(name, name) for name in self.apart),
             kernels={modules.get(m, m): kernel for m, kernel in self.kernels.items()},
+            fit=None if self.fit is None else self.fit.renamed(modules),
         )
 
     def rank(self, module: str) -> int | None:

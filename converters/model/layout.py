@@ -17,15 +17,14 @@ from typing import Any
 import torch
 
 from ..errors import BaseError
-from ..files.tensors import rows_and_columns
+from ..files.tensors import LazyTensor, load_finite, refuse_quantized, rows_and_columns
 from ..run import LazyUpdates, Run
-from ..updates.rank_one import RankOneSum
-from ..updates.stacked import Stacked
 from ..updates.update import Update, convolution_matrix
 from .base import BaseModel
 from .names import Names
 from .names import split_slice as split_slice
-from .rejoined import rejoined
+from .rejoined import Rejoined, rejoined
+from .spread import Taken, spread
 
 # The parameters of fused experts, and all in the order in which their module registers them: PEFT's
 # wrappers nest by it, the first innermost.
@@ -143,7 +142,7 @@ class Layout:
         for disk, rows in taken.items():
             name = disk.removesuffix(".weight")
             shapes[name] = rows_and_columns(self._base.tensors[disk].shape)
-            loaders[name], origin[name] = _cut(run, shapes[name], rows), rows[0][0]
+            loaders[name], origin[name] = spread(run, shapes[name], rows), rows[0][0]
         return replace(
             run,
             updates=LazyUpdates(loaders, shapes),
@@ -203,6 +202,32 @@ class Layout:
             owner = self.names.model.get_submodule(parameter.rpartition(".")[0])
             transposed = bool(getattr(owner, "is_transposed", False))
         return Place(parameter, start, rows, columns, transposed)
+
+    def tensor(self, parameter: str) -> LazyTensor | None:
+        """A parameter as loading makes it of what is on disk; None where it makes it of nothing."""
+        disk, group = self.find(parameter), self._groups.get(parameter)
+        if disk is not None or group is None:
+            return None if disk is None else self._base.tensors[disk]
+        members = {name: self._base.tensors[name] for name, _ in group.members}
+        for tensor in members.values():
+            refuse_quantized(tensor)
+
+        def parts() -> dict[str, torch.Tensor]:
+            return self._converted(group, {name: t.load() for name, t in members.items()})
+
+        first = next(iter(members.values()))
+        return Rejoined(parameter, first.path, first.dtype, self.names.state[parameter], parts)
+
+    def weight(self, name: str, shape: tuple[int, int]) -> torch.Tensor | None:
+        """The float32 weight `[out, in]`, of that shape, of a module or a block, as `tensor`."""
+        place = self.place(name, shape)
+        tensor = None if place is None else self.tensor(place.parameter)
+        if place is None or tensor is None:
+            return None
+        refuse_quantized(tensor)
+        value = load_finite(tensor).reshape(-1, place.columns)
+        rows = value[place.start : place.start + place.rows]
+        return rows.T.contiguous() if place.transposed else rows.contiguous()
 
     def _older(self, name: str) -> Place | None:
         """The place of a module of the form on disk, such as `experts.3.gate_proj`."""
@@ -364,30 +389,3 @@ class Layout:
 
 def _loader(run: Run, module: str) -> Callable[[], Update]:
     return lambda: run.take(module)
-
-
-Taken = tuple[str, torch.Tensor, torch.Tensor, bool]
-
-
-def _cut(run: Run, shape: tuple[int, int], taken: list[Taken]) -> Callable[[], Update]:
-    """The update of a tensor from `(module, its rows of the tensor, rows of the module's update,
-    whether that is transposed)`."""
-
-    def rows(module: str, index: torch.Tensor, flip: bool) -> RankOneSum:
-        update = run.updates[module].components()
-        if update is None:
-            raise BaseError(
-                "this update cannot be spread over the tensors on disk: it is not low-rank",
-                file=run.path,
-                tensor=module,
-            )
-        update = update.transposed() if flip else update
-        return RankOneSum(update.a, update.c, update.b[index])
-
-    def load() -> Update:
-        module, own, index, flip = taken[0]
-        if len(taken) == 1 and len(own) == shape[0]:
-            return rows(module, index, flip)
-        return Stacked(shape, tuple((own, rows(m, i, f)) for m, own, i, f in taken))
-
-    return load

@@ -6,6 +6,8 @@ from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, replace
 
+import torch
+
 from ..errors import BaseError, TargetError
 from ..files.handles import reading
 from ..files.hashes import Memory
@@ -49,13 +51,11 @@ def is_transposed(
     return transposed
 
 
-def located(run: Run, base: BaseModel, module: str) -> tuple[LazyTensor, bool] | None:
-    """The weight of a module that has another name on disk than in the class the run is for, and
-    whether it is stored as `[in, out]`; None where it is no tensor of its own there."""
+def weight_in_memory(run: Run, base: BaseModel, module: str) -> torch.Tensor | None:
+    """The float32 weight `[out, in]` of a module that the base has under another name than the
+    class the run is for, or as parts of other tensors; None where it is no tensor of its own."""
     layout = classes(run.task, run.num_labels, base).whole
-    place = layout.place(module, run.shapes[module])
-    disk = None if place is None else layout.find(place.parameter)
-    return None if place is None or disk is None else (base.tensors[disk], place.transposed)
+    return layout.weight(module, run.shapes[module])
 
 
 def kernels_of(run: Run, base: BaseModel | None) -> dict[str, tuple[int, ...]]:

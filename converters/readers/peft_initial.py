@@ -17,7 +17,6 @@ import torch
 
 from ..errors import MissingError, RunError, TensorFileError
 from ..files.json_files import read_json
-from ..files.tensors import load_finite
 from ..model.match import Classes, classes
 from ..model.tying import groups
 from ..options import ReadOptions
@@ -88,11 +87,12 @@ class Initial:
         name, own = module.name, module.sum(scale)
         if self._known is None or f"{name}.weight" in self._stored:
             return own  # PEFT stores what is left of an embedding's or a head's weight
-        disk = self._known.whole.find(f"{self._known.module(name) or name}.weight")
-        if disk is None:
+        known = self._known.module(name) or name
+        weight = self._known.whole.weight(known, own.shape)
+        if weight is None:
             raise self._refusal("takes a weight that the base does not hold by itself", name)
-        stored = load_finite(self._base.tensors[disk]).double()
-        lying = self._base.is_transposed(disk.removesuffix(".weight"), own.shape)
+        lying = self._base.is_conv1d(known)
+        stored = (weight.T if lying else weight).double()
         if self._said == "pissa":
             u, s, vh = torch.linalg.svd(stored.T if lying else stored, full_matrices=False)
             u, s, vh = (part.float() for part in (u[:, : own.rank], s[: own.rank], vh[: own.rank]))

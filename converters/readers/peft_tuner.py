@@ -214,8 +214,10 @@ def _base_name(name: str) -> str:
 
 def _find(name: str, base: BaseModel, layout: Layout) -> LazyTensor | None:
     """The base's tensor of that name in memory; for a head that it lacks, the embedding."""
-    disk = layout.find(name) or (base.embedding if name == HEAD else None)
-    return None if disk is None else base.tensors[disk]
+    tensor = layout.tensor(name)
+    if tensor is None and name == HEAD and base.embedding is not None:
+        return base.tensors[base.embedding]
+    return tensor
 
 
 def _needed(

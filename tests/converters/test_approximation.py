@@ -7,6 +7,7 @@ live models.
 
 from __future__ import annotations
 
+import json
 import math
 from pathlib import Path
 
@@ -16,8 +17,13 @@ from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file
 from transformers import LlamaForCausalLM
 
+from converters.fit import percent
 from dora_serve import DoraExportError, ReadOptions, Run, merge, read_run, write_adapter
+from dora_serve.api import export
 from tests.conftest import DATA, randomize
+from tests.converters import naming
+from tests.converters.families import save_base
+from tests.converters.made import low_rank, make_run
 from tests.converters.test_peft_tuners import LLAMA, llama
 
 ENERGY = 0.9
@@ -76,3 +82,33 @@ def test_weight_decomposed_dora_of_peft(llama_base: Path, tmp_path: Path) -> Non
     randomize(model)
     model.save_pretrained(tmp_path / "lora")
     reaches_its_bound(read_run(tmp_path / "lora"), llama_base, tmp_path)
+
+
+@pytest.mark.parametrize("form", ["transformers 4", "AutoModel", "body twice"])
+def test_a_fit_of_a_run_under_other_names(tmp_path: Path, form: str) -> None:
+    """The table of errors is of the names that the adapter has; it ended in a KeyError."""
+    naming.make(tmp_path, naming.FAMILIES["qwen2"])
+    run = naming.renamed(tmp_path / "lora", tmp_path / "run", naming.OTHERS[form])
+    out = tmp_path / "out"
+    export(run, out, "peft", base=tmp_path / "base", max_rank=2)
+    card = (out / "README.md").read_text()
+    said = json.loads((out / "dora_export.json").read_text())["fit"]
+    assert said["errors"].keys() == said["ranks"].keys()
+    assert all(f"| `{m}` | 4 | 2 | {percent(e)} |" in card for m, e in said["errors"].items())
+
+
+def test_a_fit_of_experts_that_are_apart(tmp_path: Path) -> None:
+    """Several modules of the run become one block: no error of any of them is the block's."""
+    base, experts = tmp_path / "base", "model.layers.0.block_sparse_moe.experts"
+    save_base("mixtral", base)
+    shapes = {"w1": (48, 32), "w2": (32, 48), "w3": (48, 32)}
+    updates = {
+        f"{experts}.{number}.{kind}": low_rank(*shape, rank=3)
+        for kind, shape in shapes.items()
+        for number in range(4)
+    }
+    run = make_run(tmp_path / "run", updates, task="causal-lm")
+    export(run, tmp_path / "out", "peft", base=base, max_rank=2)
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert "in all (Frobenius norm)" in card
+    assert card.count("| `model.layers.0.mlp.experts.") == 8

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from ...fit import percent
+from ...fit import FitReport, percent
 
 if TYPE_CHECKING:
     from .adapter import AdapterPlan
@@ -23,7 +23,7 @@ def model_card(plan: AdapterPlan, library: str = "peft", usage: str = _PEFT_USAG
     started = sum(start or 0 for start, _ in ranks.values())
     rows = "\n".join(
         f"| `{module}` | {start or ''} | {rank} |"
-        + ("" if fit is None else f" {percent(fit.errors[module])} |")
+        + ("" if fit is None else f" {_error(fit, module)} |")
         for module, (start, rank) in ranks.items()
     )
     columns, rule = "| module | start rank | rank |", "|---|---:|---:|"
@@ -57,3 +57,8 @@ Every scale is folded into the weights.
 {rule}
 {rows}
 """
+
+
+def _error(fit: FitReport, module: str) -> str:
+    """Nothing for a block of experts, which several modules of the run were joined to."""
+    return percent(fit.errors[module]) if module in fit.errors else ""

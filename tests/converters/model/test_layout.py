@@ -21,7 +21,7 @@ from tests.conftest import Dense
 from tests.converters import naming
 from tests.converters.families import DECODER, save_base
 from tests.converters.families import EXPERTS as FUSED
-from tests.converters.made import lazy, low_rank, make_run
+from tests.converters.made import delta_of, lazy, low_rank, make_run
 from tests.converters.naming import QWEN3_VISION, ROPE, TEXT, TOKENS
 
 WEIGHTS = "model.safetensors"
@@ -221,10 +221,22 @@ def test_an_update_that_is_no_sum_of_a_tensor_with_another_name(tmp_path: Path) 
     run = make_run(tmp_path / "run", {name.format("o"): Dense(change)}, task="causal-lm")
     merge(run, tmp_path / "out", base=base)
     assert_deployed(base, tmp_path / "out", {f"{name.format('o')}.weight": change})
-    part = make_run(tmp_path / "run", {name.format("q"): Dense(change)}, task="causal-lm")
+    key = low_rank(32, 32)
+    updates: dict[str, Update] = {name.format("q"): Dense(change), name.format("k"): key}
+    part = make_run(tmp_path / "run", updates, task="causal-lm")
+    merge(part, tmp_path / "parts", base=base)
+    deltas = {"q": change, "k": torch.from_numpy(delta_of(key))}
+    deployed = {f"{name.format(kind)}.weight": delta for kind, delta in deltas.items()}
+    assert_deployed(base, tmp_path / "parts", deployed)
+
+
+def test_an_update_that_is_no_sum_of_several_tensors(tmp_path: Path) -> None:
+    base, name = tmp_path / "base", f"{EXPERTS.format(0)}.gate_up_proj[1]"
+    save_base("mixtral", base)
+    run = make_run(tmp_path / "run", {name: Dense(torch.randn(96, 32))}, task="causal-lm")
     with pytest.raises(BaseError, match="cannot be spread") as caught:
-        merge(part, tmp_path / "no", base=base)
-    assert (caught.value.file, caught.value.tensor) == (run.path, name.format("q"))
+        merge(run, tmp_path / "no", base=base)
+    assert (caught.value.file, caught.value.tensor) == (run.path, name)
 
 
 @pytest.mark.parametrize("turned", [True, False])
