@@ -155,10 +155,18 @@ def test_a_base_that_is_not_in_the_folder(
     (cached / "refs").mkdir()
     (cached / "refs" / "main").write_text("abc")
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path))  # of the process that prepares
     (config,) = written(root / "runs", *VLLM_ON_RAY, "--base", "org/tiny")
     (llm,) = config["applications"][0]["args"]["llm_configs"]
     assert llm["model_loading_config"]["model_id"] == "org/tiny"
     assert llm["lora_config"]["dynamic_lora_loading_path"] == f"{STORE}/org--tiny"
+    (seen,) = written(root / "runs", *EMBEDDED_ON_RAY, "--base", "org/tiny")
+    assert seen["applications"][0]["args"]["base"] == "org/tiny"
+    # A pod has no hub's cache, and asks no hub.
+    for words in ((*KUBERNETES,), (*KUBERNETES, "--engine", "onnxruntime")):
+        unseen = deploy(root / "runs", *words, "--base", "org/tiny")
+        assert unseen.exit_code == 1, words
+        assert "does not lie in the folder that the servers see" in unseen.stderr
 
 
 def linked(source: Path, target: Path) -> None:
