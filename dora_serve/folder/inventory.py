@@ -22,6 +22,7 @@ from .templates import unused_template
 
 _MARKS = (CONFIG_FILE, *WEIGHT_FILES, "config.json", MODEL, ENCODER)
 _ODD = "odd: "
+_OF_THE_DISK = "lost+found"  # which root alone may read, at the top of many a disk
 _WEIGHTS = ("*.safetensors", "pytorch_model*.bin", "*.safetensors.index.json")
 
 
@@ -165,7 +166,8 @@ def things_below(root: Path, known: Sequence[Reader]) -> Iterator[tuple[Path, st
     """Folders that hold something, with what: "run", "model", "onnx", or what is odd about it.
     Links are not followed out of `root`, and nothing is looked for inside what was found."""
     top = root.resolve()
-    for folder, below, files in os.walk(root):
+    unread: list[OSError] = []
+    for folder, below, files in os.walk(root, onerror=unread.append):
         path = Path(folder)
         kind = _kind(path, files, known) or _odd(path, [*files, *below])
         if kind is not None:
@@ -177,6 +179,14 @@ def things_below(root: Path, known: Sequence[Reader]) -> Iterator[tuple[Path, st
             for name in below
             if not name.startswith(".") and real(path / name).is_relative_to(top)
         )
+    for path in (Path(error.filename) for error in unread if not _is_gone(error)):
+        if path.name != _OF_THE_DISK:
+            yield path, "run"  # it may hold one, and reading it says what is wrong with it
+
+
+def _is_gone(error: OSError) -> bool:
+    """Whether the folder is no longer there since it was listed."""
+    return isinstance(error, FileNotFoundError | NotADirectoryError)
 
 
 def _odd(path: Path, names: Sequence[str]) -> str | None:
