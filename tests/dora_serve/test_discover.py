@@ -223,3 +223,23 @@ def test_what_many_want_is_made_once(tmp_path: Path, monkeypatch: pytest.MonkeyP
     with ThreadPoolExecutor(8) as pool:
         assert set(pool.map(want, range(8))) == {tmp_path / "key"}
     assert made == [tmp_path / "key"]
+
+
+def test_a_link_out_of_the_folder_is_told(
+    llama_base: Path, llama_lora: Path, tmp_path: Path
+) -> None:
+    """Where it leads to a run, a base, or a folder of such. It is not followed."""
+    root, elsewhere = tmp_path / "models", tmp_path / "elsewhere"
+    shutil.copytree(llama_lora, root / "run")
+    shutil.copytree(llama_lora, elsewhere / "runs" / "one")
+    shutil.copytree(llama_base, elsewhere / "base")
+    (elsewhere / "data" / "train").mkdir(parents=True)
+    for name in ("runs", "base", "data"):
+        (root / name).symlink_to(elsewhere / name)
+    (root / "again").symlink_to(root / "run")
+    (root / "nowhere").symlink_to("nothing")
+    found = discover(root, llama_base)
+    assert set(found.members) == {"run"}
+    assert found.problems.keys() == {"runs", "base"}
+    for why in found.problems.values():
+        assert why.startswith("a link out of the folder")
