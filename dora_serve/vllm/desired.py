@@ -19,7 +19,7 @@ from hashlib import sha256
 from pathlib import Path
 from threading import Lock
 
-from converters.errors import DoraExportError, MissingError, OutputError, RunError, TargetError
+from converters.errors import DoraExportError, MissingError, OutputError, RunError
 from converters.files.cache import cache_folder, private_cache
 from converters.files.handles import real, there
 from converters.model.base import BaseModel, open_base
@@ -28,6 +28,7 @@ from converters.readers import readers
 from ..folder.inventory import Member, read_member, things_below
 from ..folder.names import names_below, own_name
 from .convert import vllm_adapter
+from .server_base import ServerBase
 from .states import State, blind, state_below
 
 SETTLE = 0.25  # seconds between two looks at what just came or changed
@@ -90,7 +91,7 @@ class Following:
         keep: bool = False,
     ) -> None:
         self._place, self.root = root.absolute(), root.resolve()
-        self._given, self._server = given, server
+        self._given, self._server = given, None if server is None else ServerBase(server)
         self._reserved, self._check, self._keep = set(reserved), check, keep
         self._names = _Names(self._place)
         self._paths: dict[str, Path] = {}  # of the names that were asked for
@@ -155,6 +156,8 @@ class Following:
             wanted = Wanted(vllm_adapter(member), warnings=member.run.warnings)
         except Exception as error:  # of one run, which nobody else's is to suffer from
             wanted = Wanted(None, _told(error))
+            if self._server is not None:  # it is tried again where the base changes
+                elsewhere = self._server.elsewhere()
         old = self._known.get(path)
         if self._now(path) != state:  # changed meanwhile: another look will tell
             return UNREAD if old is None else old.wanted
@@ -314,14 +317,10 @@ class Following:
         except UnicodeEncodeError:
             raise RunError("its name is no text, which no request can give", file=path) from None
         here = [base for _, base in self._bases.values()]
-        bases = here if self._server is None else [self._server]
+        bases = here if self._server is None else [self._server.base]
         member = read_member(name, path, bases, self._given)
-        if self._server is not None and member.base.path != self._server.path:
-            raise TargetError(
-                f"the run {name} is of another base than the server's",
-                found=member.run.base,
-                expected=own_name(self._server.path),
-            )
+        if self._server is not None:
+            self._server.check(member)
         self._check(member)
         return member
 
