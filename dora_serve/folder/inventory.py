@@ -89,9 +89,7 @@ def discover(root: Path, base: str | Path | None = None) -> Found:
     paths = dict(things_below(root, readers()))
     names = names_below(root, list(paths))
     problems = {names[path]: why for path in paths if (why := not_a_name(names[path]))}
-    problems |= {
-        names[path]: kind.removeprefix(_ODD) for path, kind in paths.items() if _ODD in kind
-    }
+    problems |= {names[path]: why for path, kind in paths.items() if (why := what_is_odd(kind))}
     paths = {path: kind for path, kind in paths.items() if names[path] not in problems}
     bases: dict[str, BaseModel] = {}
     for path in (path for path, kind in paths.items() if kind == "model"):
@@ -207,6 +205,11 @@ def _leads_out(link: Path) -> RunError:
 def _is_gone(error: OSError) -> bool:
     """Whether the folder is no longer there since it was listed."""
     return isinstance(error, FileNotFoundError | NotADirectoryError)
+
+
+def what_is_odd(kind: str) -> str | None:
+    """Of what `things_below` tells of a folder: what is odd about it, if anything."""
+    return kind.removeprefix(_ODD) if kind.startswith(_ODD) else None
 
 
 def _odd(path: Path, names: Sequence[str]) -> str | None:

@@ -17,6 +17,7 @@ from converters.model.base import open_base
 from dora_serve import read_run
 from dora_serve.folder.cache import cached, content_key, member_key
 from dora_serve.folder.inventory import discover, read_member
+from dora_serve.vllm.desired import Following
 from tests.conftest import MODELS, tiny_llama
 from tests.dora_serve.following import find_run
 
@@ -241,5 +242,8 @@ def test_a_link_out_of_the_folder_is_told(
     found = discover(root, llama_base)
     assert set(found.members) == {"run"}
     assert found.problems.keys() == {"runs", "base"}
+    followed = Following(root, given=open_base(llama_base)).at_rest()
+    assert set(followed.adapters) == {"run"}
+    assert followed.problems == found.problems
     for why in found.problems.values():
         assert why.startswith("a link out of the folder")
