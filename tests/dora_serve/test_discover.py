@@ -229,21 +229,25 @@ def test_what_many_want_is_made_once(tmp_path: Path, monkeypatch: pytest.MonkeyP
 def test_a_link_out_of_the_folder_is_told(
     llama_base: Path, llama_lora: Path, tmp_path: Path
 ) -> None:
-    """Where it leads to a run, a base, or a folder of such. It is not followed."""
+    """Where it leads to a run, a base, or a folder of such. It is not followed, and renames nothing
+    that lies in the folder."""
     root, elsewhere = tmp_path / "models", tmp_path / "elsewhere"
-    shutil.copytree(llama_lora, root / "run")
-    shutil.copytree(llama_lora, elsewhere / "runs" / "one")
+    for name in ("run", "runs/two"):
+        shutil.copytree(llama_lora, root / name)
+        shutil.copytree(llama_lora, elsewhere / name)
     shutil.copytree(llama_base, elsewhere / "base")
     (elsewhere / "data" / "train").mkdir(parents=True)
-    for name in ("runs", "base", "data"):
+    for name in ("base", "data"):
         (root / name).symlink_to(elsewhere / name)
+    (root / "two").symlink_to(elsewhere / "run")
+    (root / "linked").symlink_to(elsewhere / "runs")
     (root / "again").symlink_to(root / "run")
     (root / "nowhere").symlink_to("nothing")
     found = discover(root, llama_base)
-    assert set(found.members) == {"run"}
-    assert found.problems.keys() == {"runs", "base"}
+    assert set(found.members) == {"run", "two"}
+    assert found.problems.keys() == {"linked", "base", str(root / "two")}
     followed = Following(root, given=open_base(llama_base)).at_rest()
-    assert set(followed.adapters) == {"run"}
+    assert set(followed.adapters) == {"run", "two"}
     assert followed.problems == found.problems
     for why in found.problems.values():
         assert why.startswith("a link out of the folder")
