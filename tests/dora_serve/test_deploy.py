@@ -7,7 +7,7 @@ import os
 import re
 import resource
 import shutil
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,7 @@ from transformers import LlamaForCausalLM, LlamaForSequenceClassification
 
 from dora_serve.commands import dora_serve
 from dora_serve.onnxruntime.limits import Limits
+from dora_serve.server.prepare import child, make
 from tests.conftest import MODELS, randomize
 
 BASE = "tiny-llama-base"
@@ -155,7 +156,8 @@ def test_a_base_that_is_not_in_the_folder(
     (cached / "refs").mkdir()
     (cached / "refs" / "main").write_text("abc")
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
-    monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path))  # of the process that prepares
+    here = partial(make.make_offer, say=print, precision="fp32")  # where the cache is this one
+    monkeypatch.setattr(child, "make_offer", here)
     (config,) = written(root / "runs", *VLLM_ON_RAY, "--base", "org/tiny")
     (llm,) = config["applications"][0]["args"]["llm_configs"]
     assert llm["model_loading_config"]["model_id"] == "org/tiny"
