@@ -166,6 +166,9 @@ def _embedded(cluster: Cluster, base: str | None) -> str | None:
     common.left_out(offer.problems, offer.warnings)
     if not offer.models:
         raise MissingError("nothing here can be served", file=cluster.root)
+    for graph in offer.graphs:  # of a hub id the servers have no copy but what they see
+        if graph.path is not None:
+            cluster.there(Path(graph.path))
     return cluster.there(Path(base)) if base is not None and Path(base).exists() else base
 
 

@@ -56,7 +56,8 @@ def command(
 
     from converters.errors import MissingError, OutputError
     from converters.model.base import open_base
-    from dora_serve.vllm.desired import SETTLE, Following, links
+    from dora_serve.vllm.desired import SETTLE, Following
+    from dora_serve.vllm.kept_names import links
     from dora_serve.vllm.watch import Server, reconcile
 
     # The cores are the servers': two threads that wait for each other beside theirs at every small

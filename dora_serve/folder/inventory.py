@@ -6,6 +6,7 @@ import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
+from itertools import islice
 from pathlib import Path
 
 from converters.errors import DoraExportError, MissingError, RunError, TensorFileError, apart
@@ -22,6 +23,8 @@ from .templates import unused_template
 
 _MARKS = (CONFIG_FILE, *WEIGHT_FILES, "config.json", MODEL, ENCODER)
 _ODD = "odd: "
+_BELOW_A_LINK = 100  # folders that are looked into
+_OF_THE_DISK = "lost+found"  # which root alone may read, at the top of many a disk
 _WEIGHTS = ("*.safetensors", "pytorch_model*.bin", "*.safetensors.index.json")
 
 
@@ -86,9 +89,7 @@ def discover(root: Path, base: str | Path | None = None) -> Found:
     paths = dict(things_below(root, readers()))
     names = names_below(root, list(paths))
     problems = {names[path]: why for path in paths if (why := not_a_name(names[path]))}
-    problems |= {
-        names[path]: kind.removeprefix(_ODD) for path, kind in paths.items() if _ODD in kind
-    }
+    problems |= {names[path]: why for path, kind in paths.items() if (why := what_is_odd(kind))}
     paths = {path: kind for path, kind in paths.items() if names[path] not in problems}
     bases: dict[str, BaseModel] = {}
     for path in (path for path, kind in paths.items() if kind == "model"):
@@ -163,20 +164,52 @@ def _read_beside(path: Path, bases: Sequence[BaseModel]) -> Run | None:
 
 def things_below(root: Path, known: Sequence[Reader]) -> Iterator[tuple[Path, str]]:
     """Folders that hold something, with what: "run", "model", "onnx", or what is odd about it.
-    Links are not followed out of `root`, and nothing is looked for inside what was found."""
+    Links are not followed, which is odd where one leads out of `root` to such a folder; and nothing
+    is looked for inside what was found."""
     top = root.resolve()
-    for folder, below, files in os.walk(root):
+    unread: list[OSError] = []
+    for folder, below, files in os.walk(root, onerror=unread.append):
         path = Path(folder)
         kind = _kind(path, files, known) or _odd(path, [*files, *below])
         if kind is not None:
             yield path, kind
             if path != root or not kind.startswith(_ODD):  # what is odd of all says nothing of each
                 below.clear()
-        below[:] = sorted(
-            name
-            for name in below
-            if not name.startswith(".") and real(path / name).is_relative_to(top)
-        )
+        seen = sorted(name for name in below if not name.startswith("."))
+        below[:] = [name for name in seen if real(path / name).is_relative_to(top)]
+        for link in (path / name for name in seen if name not in below):
+            if _holds_something(link, known):
+                yield link, f"{_ODD}{_leads_out(link)}"
+    for path in (Path(error.filename) for error in unread if not _is_gone(error)):
+        if path.name != _OF_THE_DISK:
+            yield path, "run"  # it may hold one, and reading it says what is wrong with it
+
+
+def _holds_something(link: Path, known: Sequence[Reader]) -> bool:
+    """Whether what is looked for lies where a link leads, or in a folder there."""
+    with suppress(OSError):
+        inside = islice((each for each in link.iterdir() if each.is_dir()), _BELOW_A_LINK)
+        return any(_kind(each, os.listdir(each), known) for each in (link, *inside))
+    return True
+
+
+def _leads_out(link: Path) -> RunError:
+    return RunError(
+        "a link out of the folder, which is not followed",
+        file=link,
+        found=real(link),
+        remedy="put the folder itself here, or mount it here",
+    )
+
+
+def _is_gone(error: OSError) -> bool:
+    """Whether the folder is no longer there since it was listed."""
+    return isinstance(error, FileNotFoundError | NotADirectoryError)
+
+
+def what_is_odd(kind: str) -> str | None:
+    """Of what `things_below` tells of a folder: what is odd about it, if anything."""
+    return kind.removeprefix(_ODD) if kind.startswith(_ODD) else None
 
 
 def _odd(path: Path, names: Sequence[str]) -> str | None:

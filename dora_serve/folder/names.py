@@ -45,11 +45,19 @@ def not_a_name(name: str) -> str | None:
 
 
 def names_below(root: Path, paths: Sequence[Path]) -> dict[Path, str]:
-    """The name of every one of `paths`, which lie in `root` or are it."""
-    below = {path: path.relative_to(root).as_posix() for path in paths}
-    own = {path: own_name(path) for path in paths}
+    """The name of every one of `paths`, which lie in `root` or are it, or are links out of it: what
+    is said of such a link is said of its path."""
+    top = real(root)
+    here = [path for path in paths if real(path).is_relative_to(top)]
+    below = {path: path.relative_to(root).as_posix() for path in here}
+    own = {path: own_name(path) for path in here}
     known = Counter([*own.values(), *(b for path, b in below.items() if b != own[path])])
-    return {path: own[path] if known[own[path]] == 1 else below[path] for path in paths}
+    names = {path: own[path] if known[own[path]] == 1 else below[path] for path in here}
+    taken = set(names.values())
+    for link in (path for path in paths if path not in names):
+        place = link.relative_to(root).as_posix()
+        names[link] = place if place not in taken else link.as_posix()
+    return names
 
 
 def name_elsewhere(path: Path, taken: Collection[str]) -> str:

@@ -8,26 +8,23 @@ cache alone (`vllm_adapter`): nothing that happens in the folder reaches a serve
 
 from __future__ import annotations
 
-import fcntl
-import json
-import os
 import time
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager, suppress
+from collections.abc import Callable, Collection, Iterable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
-from hashlib import sha256
 from pathlib import Path
 from threading import Lock
 
-from converters.errors import DoraExportError, MissingError, OutputError, RunError, TargetError
-from converters.files.cache import cache_folder, private_cache
-from converters.files.handles import real, there
+from converters.errors import DoraExportError, MissingError, RunError
+from converters.files.handles import real
 from converters.model.base import BaseModel, open_base
 from converters.readers import readers
 
-from ..folder.inventory import Member, read_member, things_below
+from ..folder.inventory import Member, read_member, things_below, what_is_odd
 from ..folder.names import names_below, own_name
 from .convert import vllm_adapter
+from .kept_names import KeptNames
+from .server_base import ServerBase
 from .states import State, blind, state_below
 
 SETTLE = 0.25  # seconds between two looks at what just came or changed
@@ -90,10 +87,11 @@ class Following:
         keep: bool = False,
     ) -> None:
         self._place, self.root = root.absolute(), root.resolve()
-        self._given, self._server = given, server
+        self._given, self._server = given, None if server is None else ServerBase(server)
         self._reserved, self._check, self._keep = set(reserved), check, keep
-        self._names = _Names(self._place)
+        self._names = KeptNames(self._place)
         self._paths: dict[str, Path] = {}  # of the names that were asked for
+        self._odd: Mapping[str, str] = {}  # what cannot be read as anything, with the reason
         self._seen: dict[Path, tuple[State, float]] = {}  # and since when
         self._known: dict[Path, _Known] = {}
         self._bases: dict[Path, tuple[State, BaseModel]] = {}
@@ -155,6 +153,8 @@ class Following:
             wanted = Wanted(vllm_adapter(member), warnings=member.run.warnings)
         except Exception as error:  # of one run, which nobody else's is to suffer from
             wanted = Wanted(None, _told(error))
+            if self._server is not None:  # it is tried again where the base changes
+                elsewhere = self._server.elsewhere()
         old = self._known.get(path)
         if self._now(path) != state:  # changed meanwhile: another look will tell
             return UNREAD if old is None else old.wanted
@@ -217,7 +217,7 @@ class Following:
         }
         return Desired(
             {name: w.adapter for name, w in wanted.items() if w.adapter is not None},
-            {name: w.problem for name, w in wanted.items() if w.problem},
+            {**self._odd, **{name: w.problem for name, w in wanted.items() if w.problem}},
             {name: "; ".join(w.warnings) for name, w in wanted.items() if w.warnings},
             {
                 name
@@ -261,6 +261,8 @@ class Following:
         there = {*runs, *known}
         asked = {name: path for name, path in self._paths.items() if path in there}
         self._paths = {**asked, **self._names.of(self.root, runs, own, self._reserved)}
+        odd = {own[path]: what_is_odd(kind) for path, kind in kinds.items()}
+        self._odd = {n: why for n, why in odd.items() if why and n not in self._paths}
         self._seen = {path: e for path, e in list(self._seen.items()) if path in there}
         return self._paths
 
@@ -314,80 +316,12 @@ class Following:
         except UnicodeEncodeError:
             raise RunError("its name is no text, which no request can give", file=path) from None
         here = [base for _, base in self._bases.values()]
-        bases = here if self._server is None else [self._server]
+        bases = here if self._server is None else [self._server.base]
         member = read_member(name, path, bases, self._given)
-        if self._server is not None and member.base.path != self._server.path:
-            raise TargetError(
-                f"the run {name} is of another base than the server's",
-                found=member.run.base,
-                expected=own_name(self._server.path),
-            )
+        if self._server is not None:
+            self._server.check(member)
         self._check(member)
         return member
-
-
-class _Names:
-    """Which run has which name, kept beside the cache: a run that was served by a name keeps it
-    while it is there, whatever comes to be called so too, and whoever follows the folder."""
-
-    def __init__(self, root: Path) -> None:
-        self._called, self._file = root.name, links(root) / "names.json"
-        self._kept: dict[str, str] = {}
-
-    def of(
-        self, root: Path, runs: Iterable[Path], own: Mapping[Path, str], reserved: Collection[str]
-    ) -> dict[str, Path]:
-        """Name → run, of those below `root`. `own`: what each is called by itself."""
-        below = {path: path.relative_to(root).as_posix() for path in runs}
-        with self._locked():
-            with suppress(OSError, ValueError, AttributeError):
-                self._kept = dict(json.loads(self._file.read_bytes()).items())
-            # What another has found already, and we have not.
-            others = {
-                place: name
-                for place, name in self._kept.items()
-                if place not in below.values() and there(root / place)
-            }
-            named = {
-                name: path
-                for path, place in below.items()
-                if (name := self._kept.get(place, "")) and name not in reserved
-            }
-            placed, taken = set(named.values()), {*named, *reserved, *others.values()}
-            for path, place in below.items():
-                if path not in placed:
-                    names = (own[path], place, f"{self._called}/{place}", path.as_posix())
-                    name = next(name for name in names if name not in taken)
-                    taken.add(name)
-                    named[name] = path
-            kept = {**others, **{below[path]: name for name, path in named.items()}}
-            if kept != self._kept:
-                self._kept = kept
-                with suppress(OSError):  # then they are kept as long as this process
-                    new = self._file.with_suffix(f".{os.getpid()}")
-                    new.write_text(json.dumps(kept), encoding="utf-8")
-                    new.replace(self._file)
-        return named
-
-    @contextmanager
-    def _locked(self) -> Iterator[None]:
-        """Keep others from naming, where the cache can be used."""
-        with ExitStack() as stack:
-            with suppress(OutputError, OSError):
-                private_cache()
-                self._file.parent.mkdir(parents=True, exist_ok=True)
-                lock = os.open(self._file.parent, os.O_RDONLY)
-                stack.callback(os.close, lock)
-                fcntl.flock(lock, fcntl.LOCK_EX)
-            yield
-
-
-def links(root: Path) -> Path:
-    """Where the adapters of `root` are linked to: what a server loaded from there is ours to
-    unload, also after a restart, and nothing else is. Of a link: whatever it leads to by then."""
-    own = root.absolute()
-    place = own.parent.resolve() / own.name if own.is_symlink() else own.resolve()
-    return cache_folder().resolve() / "watched" / sha256(bytes(place)).hexdigest()[:16]
 
 
 def _told(error: Exception) -> str:

@@ -7,7 +7,7 @@ import os
 import re
 import resource
 import shutil
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,7 @@ from transformers import LlamaForCausalLM, LlamaForSequenceClassification
 
 from dora_serve.commands import dora_serve
 from dora_serve.onnxruntime.limits import Limits
+from dora_serve.server.prepare import child, make
 from tests.conftest import MODELS, randomize
 
 BASE = "tiny-llama-base"
@@ -155,10 +156,19 @@ def test_a_base_that_is_not_in_the_folder(
     (cached / "refs").mkdir()
     (cached / "refs" / "main").write_text("abc")
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    here = partial(make.make_offer, say=print, precision="fp32")  # where the cache is this one
+    monkeypatch.setattr(child, "make_offer", here)
     (config,) = written(root / "runs", *VLLM_ON_RAY, "--base", "org/tiny")
     (llm,) = config["applications"][0]["args"]["llm_configs"]
     assert llm["model_loading_config"]["model_id"] == "org/tiny"
     assert llm["lora_config"]["dynamic_lora_loading_path"] == f"{STORE}/org--tiny"
+    (seen,) = written(root / "runs", *EMBEDDED_ON_RAY, "--base", "org/tiny")
+    assert seen["applications"][0]["args"]["base"] == "org/tiny"
+    # A pod has no hub's cache, and asks no hub.
+    for words in ((*KUBERNETES,), (*KUBERNETES, "--engine", "onnxruntime")):
+        unseen = deploy(root / "runs", *words, "--base", "org/tiny")
+        assert unseen.exit_code == 1, words
+        assert "does not lie in the folder that the servers see" in unseen.stderr
 
 
 def linked(source: Path, target: Path) -> None:

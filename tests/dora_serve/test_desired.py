@@ -24,7 +24,8 @@ from dora_serve.folder.inventory import Member
 from dora_serve.vllm import desired as module
 from dora_serve.vllm import watch
 from dora_serve.vllm.convert import vllm_adapter
-from dora_serve.vllm.desired import SETTLE, UNREAD, Desired, Following, links
+from dora_serve.vllm.desired import SETTLE, UNREAD, Desired, Following
+from dora_serve.vllm.kept_names import KeptNames, links
 from dora_serve.vllm.watch import Server, reconcile, refusal_at
 from tests.conftest import MODELS
 from tests.dora_serve.following import desired
@@ -222,8 +223,8 @@ def test_names_that_are_the_servers(root: Path, llama_lora: Path) -> None:
 
 def test_a_name_that_the_server_takes_later(root: Path) -> None:
     names = {root / "run": "run"}
-    assert module._Names(root).of(root, names, names, ()) == {"run": root / "run"}
-    assert module._Names(root).of(root, names, names, {"run"}) == {"root/run": root / "run"}
+    assert KeptNames(root).of(root, names, names, ()) == {"run": root / "run"}
+    assert KeptNames(root).of(root, names, names, {"run"}) == {"root/run": root / "run"}
 
 
 @pytest.mark.parametrize(

@@ -17,6 +17,7 @@ from converters.model.base import open_base
 from dora_serve import read_run
 from dora_serve.folder.cache import cached, content_key, member_key
 from dora_serve.folder.inventory import discover, read_member
+from dora_serve.vllm.desired import Following
 from tests.conftest import MODELS, tiny_llama
 from tests.dora_serve.following import find_run
 
@@ -223,3 +224,30 @@ def test_what_many_want_is_made_once(tmp_path: Path, monkeypatch: pytest.MonkeyP
     with ThreadPoolExecutor(8) as pool:
         assert set(pool.map(want, range(8))) == {tmp_path / "key"}
     assert made == [tmp_path / "key"]
+
+
+def test_a_link_out_of_the_folder_is_told(
+    llama_base: Path, llama_lora: Path, tmp_path: Path
+) -> None:
+    """Where it leads to a run, a base, or a folder of such. It is not followed, and renames nothing
+    that lies in the folder."""
+    root, elsewhere = tmp_path / "models", tmp_path / "elsewhere"
+    for name in ("run", "runs/two"):
+        shutil.copytree(llama_lora, root / name)
+        shutil.copytree(llama_lora, elsewhere / name)
+    shutil.copytree(llama_base, elsewhere / "base")
+    (elsewhere / "data" / "train").mkdir(parents=True)
+    for name in ("base", "data"):
+        (root / name).symlink_to(elsewhere / name)
+    (root / "two").symlink_to(elsewhere / "run")
+    (root / "linked").symlink_to(elsewhere / "runs")
+    (root / "again").symlink_to(root / "run")
+    (root / "nowhere").symlink_to("nothing")
+    found = discover(root, llama_base)
+    assert set(found.members) == {"run", "two"}
+    assert found.problems.keys() == {"linked", "base", str(root / "two")}
+    followed = Following(root, given=open_base(llama_base)).at_rest()
+    assert set(followed.adapters) == {"run", "two"}
+    assert followed.problems == found.problems
+    for why in found.problems.values():
+        assert why.startswith("a link out of the folder")

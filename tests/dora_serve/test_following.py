@@ -23,6 +23,7 @@ from dora_serve.commands import dora_serve as main
 from dora_serve.folder import inventory
 from dora_serve.vllm import desired as module
 from dora_serve.vllm.desired import SETTLE, Desired, Following
+from dora_serve.vllm.kept_names import links
 from dora_serve.vllm.watch import Server, reconcile
 
 from .following import answering
@@ -259,7 +260,7 @@ def test_a_cache_that_is_emptied_is_filled_again(root: Path, tmp_path: Path) -> 
 def test_a_cache_that_takes_no_link_is_no_server_that_does_not_answer(
     root: Path, tmp_path: Path
 ) -> None:
-    place = module.links(root.resolve())
+    place = links(root.resolve())
     Following(root).at_rest()
     (place / "names.json").unlink()
     place.rmdir()
@@ -328,7 +329,7 @@ def test_a_link_that_leads_elsewhere_is_followed(root: Path, llama_lora: Path) -
     shutil.copytree(llama_lora, root / "old")
     link = root.with_name("current")
     link.symlink_to(root)
-    following, ours = Following(link), module.links(link)
+    following, ours = Following(link), links(link)
     first = following.at_rest().adapters
     assert set(first) == {"run", "old"}
     link.with_name("next").symlink_to(second)
@@ -339,7 +340,7 @@ def test_a_link_that_leads_elsewhere_is_followed(root: Path, llama_lora: Path) -
     assert not found.problems
     assert found.adapters["run"] != first["run"]
     assert found.adapters == Following(second).at_rest().adapters
-    assert module.links(link) == ours, "what was loaded is still known as ours"
+    assert links(link) == ours, "what was loaded is still known as ours"
     shutil.rmtree(root)
     assert following.at_rest().adapters == found.adapters
     link.unlink()

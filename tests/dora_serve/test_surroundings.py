@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 
+from dora_serve.server.prepare.child import make_offer
+
 # Each starts an interpreter of its own.
 STARTS = {
     "prepare": """
@@ -82,3 +84,16 @@ print(make_offer(Path({str(llama_lora.parent)!r}), None, True).problems)
         )
         assert done.returncode == expected, done.stderr
     assert "Traceback" not in done.stderr
+
+
+def test_a_locale_without_a_names_signs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is a matter of that folder alone."""
+    folder = tmp_path / "模型"
+    folder.mkdir()
+    for name in ("config.json", "model.safetensors"):
+        (folder / name).touch()
+    monkeypatch.setenv("LC_ALL", "C")
+    for name in ("PYTHONUTF8", "PYTHONCOERCECLOCALE"):  # else Python takes UTF-8 all the same
+        monkeypatch.setenv(name, "0")
+    (why,) = make_offer(tmp_path, None, True).problems.values()
+    assert "signs that cannot be shown" in why

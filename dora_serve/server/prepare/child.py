@@ -40,7 +40,7 @@ def _call(request: str) -> str:
         command,
         stdin=pipe,
         stdout=pipe,
-        text=True,
+        encoding="utf-8",  # whatever the locale says
         env=surroundings,
         cwd=current_folder(),
         process_group=0,

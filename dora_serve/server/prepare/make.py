@@ -316,9 +316,9 @@ def _modules(run: Run, ranks: Mapping[str, int]) -> Iterable[tuple[str, dict[str
 
 def main() -> None:
     """Answer the request on standard input, one line, on standard output, both JSON."""
-    answer = os.fdopen(os.dup(1), "w")
+    answer = os.fdopen(os.dup(1), "w", encoding="utf-8")
     os.dup2(2, 1)  # what a library prints is no answer
-    request = json.loads(sys.stdin.readline())
+    request = json.loads(sys.stdin.buffer.readline())
     Thread(target=_end_with_server, daemon=True).start()
     show(progress_bar)
     quiet()
