@@ -51,6 +51,23 @@ def test_a_layer_that_the_exporter_has_computed_carries_no_adapter(tmp_path: Pat
         assert sorted(path.stem for path in (out / "adapters").iterdir()) == ["value_proj"]
 
 
+def test_layers_whose_rows_do_not_come_first_carry_no_adapter(tmp_path: Path) -> None:
+    """A branch tells the adapters of a batch by its first axis, which is FSMT's tokens'."""
+    sizes = {"src_vocab_size": 80, "tgt_vocab_size": 80, "langs": ["en", "de"], "d_model": 32}
+    for side in ("encoder", "decoder"):
+        sizes |= {f"{side}_layers": 1, f"{side}_attention_heads": 4, f"{side}_ffn_dim": 48}
+    torch.manual_seed(0)
+    cls: Any = transformers.FSMTForConditionalGeneration
+    cls(transformers.FSMTConfig(max_position_embeddings=64, **sizes)).save_pretrained(
+        tmp_path / "base"
+    )
+    save_adapter(cls, tmp_path / "base", tmp_path / "run", target_modules=["q_proj", "v_proj"])
+    run, base = read_run(tmp_path / "run"), open_base(tmp_path / "base")
+    with pytest.raises(DoraExportError, match="no place for this module's update"):
+        write_onnx(base, tmp_path / "onnx", adapters={"run": run})
+    assert not (tmp_path / "onnx").exists()
+
+
 @pytest.mark.parametrize(
     ("family", "sizes", "target"),
     [

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import ast
 from collections import Counter
-from functools import partial
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -23,17 +23,14 @@ def linear_sites(model: ir.Model, loaded: Any, part: Part) -> tuple[list[Site], 
     of the layers that are left out.
 
     These compute more often than there are nodes of them: where all that goes into a layer is
-    constant the exporter has computed it, and no branch could stand there.
+    constant the exporter has computed it, and no branch could stand there. Or what goes in does not
+    begin with the rows of the batch (FSMT has the tokens first), by which a branch tells adapters.
     """
     linear = {n: each for n, each in loaded.named_modules() if isinstance(each, torch.nn.Linear)}
     layers = {name: (each.in_features, each.out_features) for name, each in linear.items()}
-    called: Counter[str] = Counter()
     inputs = part.example(2)  # which the model may compute too
-    hooks = [each.register_forward_hook(partial(_count, called, n)) for n, each in linear.items()]
-    with torch.inference_mode():
-        part.module(**inputs)
-    for hook in hooks:
-        hook.remove()
+    called = _given(part.module, inputs, linear)
+    others = _given(part.module, {name: _other_last(each) for name, each in inputs.items()}, linear)
     sites = []
     for node in model.graph:
         scopes = ast.literal_eval(node.metadata_props.get(_SCOPES, "[]"))
@@ -41,12 +38,48 @@ def linear_sites(model: ir.Model, loaded: Any, part: Part) -> tuple[list[Site], 
         if node.op_type in ("MatMul", "Gemm") and len(modules) > 1 and modules[-2] in layers:
             sites.append(Site(str(node.name), modules[-2], *layers[modules[-2]]))
     found = Counter(site.name for site in sites)
-    lost = {name for name, times in called.items() if found[name] < times}
+    lost = {
+        name
+        for name, given in called.items()
+        if found[name] < len(given) or not all(map(_first_row_alike, given, others[name]))
+    }
     return [site for site in sites if site.name not in lost], lost
 
 
-def _count(called: Counter[str], name: str, *_: object) -> None:
-    called[name] += 1
+def _given(
+    module: Any, inputs: Mapping[str, Any], layers: Mapping[str, torch.nn.Module]
+) -> dict[str, list[torch.Tensor]]:
+    """What each of `layers` is given, call by call, where `module` is given `inputs`."""
+    found: dict[str, list[torch.Tensor]] = {}
+    hooks = [
+        layer.register_forward_pre_hook(
+            lambda _, given, more, name=name: found.setdefault(name, []).append(
+                (*given, *more.values())[0].clone()
+            ),
+            with_kwargs=True,
+        )
+        for name, layer in layers.items()
+    ]
+    with torch.inference_mode():
+        module(**inputs)
+    for hook in hooks:
+        hook.remove()
+    return found
+
+
+def _other_last(given: Any) -> Any:
+    """The same tensor, or tensors, with another last row."""
+    if isinstance(given, list):
+        return [_other_last(each) for each in given]
+    return torch.cat([given[:-1], given[-1:].flip(tuple(range(1, given.ndim)))])
+
+
+def _first_row_alike(one: torch.Tensor, other: torch.Tensor) -> bool:
+    """Whether the first of two rows is the same in both, where rows come first."""
+    half = one.numel() // 2
+    return one.shape == other.shape and torch.allclose(
+        one.flatten()[:half], other.flatten()[:half], atol=1e-4, equal_nan=True
+    )
 
 
 def three_axes(model: ir.Model, sites: list[Site], loaded: Any) -> None:
