@@ -148,19 +148,6 @@ def test_a_path_that_was_asked_for_is_known_whoever_asks_next(root: Path) -> Non
     assert following.settled("sub/run") is UNREAD
 
 
-def test_what_only_looks_like_a_run_has_a_reason(root: Path, tmp_path: Path) -> None:
-    """Which whoever asks may read: where a link leads is nobody's to know."""
-    (root / "odd" / "adapter_config.json").mkdir(parents=True)
-    shutil.copytree(root / "run", tmp_path / "outside")
-    (root / "link").symlink_to(tmp_path / "outside")
-    following = Following(root)
-    assert not any(following.find(name) for name in ("odd", "link", "nothing"))
-    assert following.odd("odd") == "cannot be read: adapter_config.json is no file"
-    assert following.odd("link") == "a link out of the folder, which is not followed"
-    assert following.odd("nothing") is None
-    assert following.odd("run") is None
-
-
 def test_a_run_in_whose_place_a_model_lies(root: Path) -> None:
     following = Following(root)
     assert "run" in at_rest(following).adapters
