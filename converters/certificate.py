@@ -13,6 +13,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from .errors import DoraExportError, RunError, TensorFileError
+from .files.handles import paths_below
 from .files.hashes import HASHING
 from .files.json_files import read_json
 from .model.base import BaseModel
@@ -105,8 +106,9 @@ def file_record(path: Path, pieces: bool = False) -> dict[str, object]:
 
 
 def artifact_files(folder: Path) -> dict[str, Path]:
-    """The files of an artifact by their paths in it: no certificate, no signature, none hidden."""
-    names = {path.relative_to(folder): path for path in sorted(folder.rglob("*"))}
+    """The files of an artifact by their paths in it: no certificate, no signature, none hidden.
+    Raises `TensorFileError` where a folder cannot be listed, in which there may be some."""
+    names = {path.relative_to(folder): path for path in paths_below(folder)}
     return {
         name.as_posix(): path
         for name, path in names.items()

@@ -14,6 +14,8 @@ from ..errors import DoraExportError, MissingError, TensorFileError
 
 State = tuple[int, int, int, int]
 
+OF_THE_DISK = "lost+found"  # which root alone may read, at the top of many a disk
+
 # https://github.com/git-lfs/git-lfs/blob/main/docs/spec.md: what a clone without Git LFS leaves
 _POINTER, _LARGEST_POINTER = b"version https://git-lfs.github.com/spec/v1\n", 1024
 
@@ -111,6 +113,23 @@ def reading(path: Path, kind: type[DoraExportError]) -> Iterator[None]:
         raise
     except OSError as error:
         raise kind(f"cannot be read: {error.strerror}", file=error.filename or path) from None
+
+
+def paths_below(folder: Path) -> list[Path]:
+    """What lies below `folder`, in order of names; links are not followed. Raises `TensorFileError`
+    where a folder cannot be listed or entered, of which `Path.rglob` says nothing, so that its
+    files would count as none; but for that which a file system keeps at its top for itself."""
+    found: list[Path] = []
+    unread: list[OSError] = []
+    with reading(folder, TensorFileError):
+        for place, below, files in os.walk(folder, onerror=unread.append):
+            found += (Path(place, name) for name in (*below, *files))
+        for error in unread:
+            if Path(error.filename) != folder / OF_THE_DISK:
+                raise error
+        for path in found:
+            path.lstat()
+    return sorted(found)
 
 
 @contextmanager

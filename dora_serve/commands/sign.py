@@ -30,11 +30,12 @@ def command(artifact: Path, private_key: Path, force: bool, as_json: bool) -> No
     `dora-export check ARTIFACT --public-key FILE` verifies it, and so does `python -m model_signing
     verify key ARTIFACT --signature ARTIFACT/model.sig --public_key FILE`.
     """
+    from converters.files.handles import paths_below
     from dora_serve.proof.signing import sign
     from dora_serve.remote.local import needs_local
 
     needs_local(artifact, "sign")
-    nbytes = sum(file.stat().st_size for file in artifact.rglob("*") if file.is_file())
+    nbytes = sum(file.stat().st_size for file in paths_below(artifact) if file.is_file())
     with timed("sign", "signing", nbytes):
         signature = sign(artifact, private_key, force)
     if as_json:

@@ -27,7 +27,6 @@ _ONLY = {  # parameters that one engine alone has
         "keep": "--keep",
     },
 }
-_WHERE = {"--host", "--port", "--uds"}  # vLLM listens
 
 
 @click.command("up")
@@ -162,13 +161,9 @@ def _check(engine: str, more: Sequence[str]) -> None:
                 raise click.UsageError(f"{option} is for --engine {other}, not for {engine}")
     if more and engine != "vllm":
         raise click.UsageError("arguments after -- are for --engine vllm")
-    for word in more:
-        option = word.split("=")[0].replace("_", "-")
-        if option in _WHERE:
-            raise click.UsageError(
-                f"{option} after --: where vLLM listens is said by --host and --port before it"
-            )
-        if option.startswith("--ssl-"):
-            raise click.UsageError(
-                f"{option}: vLLM is watched over HTTP here; have a proxy before it speak HTTPS"
-            )
+    if more:
+        from dora_serve.vllm.command import why_not
+
+        for word in more:
+            if why := why_not(word):
+                raise click.UsageError(why)

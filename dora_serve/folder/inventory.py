@@ -10,7 +10,7 @@ from itertools import islice
 from pathlib import Path
 
 from converters.errors import DoraExportError, MissingError, RunError, TensorFileError, apart
-from converters.files.handles import State, reading, real, state_at
+from converters.files.handles import OF_THE_DISK, State, reading, real, state_at
 from converters.files.onnx_files import ENCODER, MODEL, is_onnx_folder
 from converters.model.base import BaseModel, open_base
 from converters.readers import Reader, ReadOptions, is_run, read_run, readers
@@ -24,7 +24,6 @@ from .templates import unused_template
 _MARKS = (CONFIG_FILE, *WEIGHT_FILES, "config.json", MODEL, ENCODER)
 _ODD = "odd: "
 _BELOW_A_LINK = 100  # folders that are looked into
-_OF_THE_DISK = "lost+found"  # which root alone may read, at the top of many a disk
 _WEIGHTS = ("*.safetensors", "pytorch_model*.bin", "*.safetensors.index.json")
 
 
@@ -181,7 +180,7 @@ def things_below(root: Path, known: Sequence[Reader]) -> Iterator[tuple[Path, st
             if _holds_something(link, known):
                 yield link, f"{_ODD}{_leads_out(link)}"
     for path in (Path(error.filename) for error in unread if not _is_gone(error)):
-        if path.name != _OF_THE_DISK:
+        if path.name != OF_THE_DISK:
             yield path, "run"  # it may hold one, and reading it says what is wrong with it
 
 

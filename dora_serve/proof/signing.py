@@ -19,6 +19,7 @@ from typing import Any
 
 from converters.certificate import SIGNATURE
 from converters.errors import DoraExportError, MissingError, OutputError
+from converters.files.handles import paths_below
 from converters.files.output import addition
 
 from ..wording import quoted
@@ -35,7 +36,8 @@ def sign(artifact: str | Path, private_key: str | Path, force: bool = False) -> 
     """Sign every byte of `artifact`; the path of the signature, which appears whole or not at all.
 
     Raises `SignatureError` when the artifact is not what its certificate says, or holds links, or
-    the key is unfit; `OutputError` when it is signed already, unless `force`.
+    the key is unfit; `OutputError` when it is signed already, unless `force`; `TensorFileError`
+    where a folder cannot be listed.
     """
     import model_signing as library
 
@@ -85,7 +87,8 @@ def verify_signature(artifact: str | Path, public_key: str | Path) -> list[str]:
     `artifact` as it is now. `sign` leaves nothing out; model_signing does what belongs to git.
 
     Raises `MissingError` where there is no signature, `SignatureError` where it is of another key
-    or damaged, or a file was changed, added or removed.
+    or damaged, or a file was changed, added or removed, `TensorFileError` where a folder cannot be
+    listed: the library takes it for an empty one.
     """
     import model_signing as library
 
@@ -138,7 +141,7 @@ def verify_signature(artifact: str | Path, public_key: str | Path) -> list[str]:
         ) from error
     present = {
         name.as_posix()
-        for each in folder.rglob("*")
+        for each in paths_below(folder)
         if (each.is_symlink() or not each.is_dir()) and (name := each.relative_to(folder))
     }
     return sorted(present - {SIGNATURE, *(files.digests or ())})

@@ -14,6 +14,16 @@ from converters.errors import MissingError
 from ..wording import quoted
 from .fleet import POOLED, Pool
 
+_LISTENS = "where vLLM listens is said by --host and --port before it"
+_SAID_BEFORE = {  # options that are told of the server, or planned with, as they were before `--`
+    "--host": _LISTENS,
+    "--port": _LISTENS,
+    "--uds": _LISTENS,
+    "--model": "the base is said by the folder and by --base before it",
+    "--lora-modules": "it would take the place of the folder's adapters: put its own there",
+    "--api-key": "the key is said by --api-key or $DORA_SERVE_API_KEY before it",
+}
+
 _WIDTH = 76  # columns of a line, with the blank and backslash behind it below those of a terminal
 
 Options = dict[str, str | int | bool | list[str]]
@@ -111,6 +121,41 @@ def yaml_file(options: Options) -> str:
 
     text: str = yaml.safe_dump(dict(options), sort_keys=False)
     return text
+
+
+def why_not(word: str) -> str | None:
+    """Why `word` may not be among what the user adds: what is told of the server, and how it is
+    watched, would not be so."""
+    option = _option(word)
+    if option is None:
+        return None
+    if option.startswith("--ssl-"):
+        return f"{option}: vLLM is watched over HTTP here; have a proxy before it speak HTTPS"
+    known = next((name for name in _SAID_BEFORE if name.startswith(option)), None)
+    return None if known is None else f"{known} after --: {_SAID_BEFORE[known]}"
+
+
+def values_of(name: str, more: Sequence[str]) -> list[str]:
+    """The values that the user's words give the option `name`, the last of which counts."""
+    found: list[str] = []
+    taking = False
+    for word in more:
+        option = _option(word)
+        if option is not None and name.startswith(option):
+            taking = "=" not in word
+            found = [] if taking else [word.partition("=")[2]]
+        elif word.startswith("-"):
+            taking = False
+        elif taking:
+            found.append(word)
+    return found
+
+
+def _option(word: str) -> str | None:
+    """The long option of a word, which vLLM also takes with low lines, and cut short."""
+    if not word.startswith("--") or word == "--":
+        return None
+    return word.partition("=")[0].replace("_", "-")
 
 
 def find_vllm(given: str | None) -> list[str]:

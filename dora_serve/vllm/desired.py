@@ -112,6 +112,11 @@ class Following:
                 self._paths[name] = below[name]
             return True
 
+    def odd(self, name: str) -> str | None:
+        """Why what `find` found no run in is none, where it looks like one; its places unsaid."""
+        why = self._odd.get(name)
+        return None if why is None else why.partition("\n")[0]
+
     def all(self) -> list[str]:
         """The names of all runs there are, and of those that went and are not yet let go."""
         return list(self._walk())

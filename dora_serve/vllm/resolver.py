@@ -97,8 +97,11 @@ class RunResolver(LoRAResolver):  # type: ignore[misc]
         """What is wanted of the run, which is waited for while somebody writes it. No thread waits:
         with a few such runs none would be left for the requests for others."""
         following, end = self._following, time.monotonic() + PATIENCE
-        if following is None or not await asyncio.to_thread(self._find, following, name):
+        if following is None:
             return None
+        if not await asyncio.to_thread(self._find, following, name):
+            why = following.odd(name)
+            return None if why is None else Wanted(None, why)
         while time.monotonic() < end:
             if await asyncio.to_thread(following.changed, [name]):
                 await self._convert(following, name)

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import click
 
-from converters.errors import DoraExportError, MissingError, RunError, visible
+from converters.errors import DoraExportError, MissingError, RunError, TargetError, visible
 from converters.files.cache import private_cache
 
 from ..commands.common import left_out
@@ -17,9 +17,9 @@ from ..folder.inventory import discover
 from ..folder.templates import has_template
 from ..progress import progress_bar, say
 from ..wording import curl
-from .command import command_line, find_vllm, has_gpu, serve_options, shell
+from .command import command_line, find_vllm, has_gpu, serve_options, shell, values_of
 from .convert import vllm_adapter, vllm_adapter_path
-from .fleet import CLASSIFIES, POOLED, Fleet, Pool, plan_fleet
+from .fleet import CLASSIFIES, POOLED, Fleet, Pool, plan_fleet, with_whole_layers
 from .plugin import live_environment
 from .supervisor import Supervisor
 
@@ -32,7 +32,7 @@ class _Start:
     """One start of vLLM: what it serves, and its command."""
 
     pool: Pool
-    adapters: Mapping[str, Path]
+    names: Sequence[str]
     words: Sequence[str]
 
 
@@ -79,10 +79,13 @@ def up(
                     say(visible(f"adapter {name}"))
                 advance(1)
         left_out(problems, found.warnings)
+        if adapters:
+            _check_slots(pool, more)
         options = serve_options(pool, adapters, has_gpu())
         if live:
             options["enable-lora"] = True
-        return _Start(pool, adapters, command_line(options, program, [*where, *more]))
+        names = [*(values_of("--served-model-name", more) or [pool.name]), *adapters]
+        return _Start(pool, names, command_line(options, program, [*where, *more]))
 
     first = start()
     environment = dict(_QUIET)
@@ -96,10 +99,25 @@ def up(
     url = f"http://{f'[{host}]' if ':' in host else host}:{port}"
     log = private_cache() / "logs" / f"vllm-{port}.log"
     click.echo(f"log     {log}", err=True)
-    report = _Report(url, first.pool, list(first.adapters), api_key is not None)
-    Supervisor(
-        first.words, environment, f"{url}/health", log, report, again=lambda: start().words
-    ).run()
+    report = _Report(url, first.pool, first.names, api_key is not None)
+
+    def again() -> Sequence[str]:
+        fresh = start()
+        report.pool, report.names = fresh.pool, fresh.names
+        return fresh.words
+
+    Supervisor(first.words, environment, f"{url}/health", log, report, again=again).run()
+
+
+def _check_slots(pool: Pool, more: Sequence[str]) -> None:
+    """Refuse fewer slots than the adapters need: vLLM silently leaves out what has none."""
+    named = values_of("--lora-target-modules", more)
+    if named and (without := set(pool.target_modules) - with_whole_layers(named)):
+        raise TargetError(
+            "adapters here adapt modules without slots (--lora-target-modules after --)",
+            found=", ".join(sorted(without)),
+            remedy="leave the option out, or name these too",
+        )
 
 
 def _several(root: Path, fleet: Fleet) -> DoraExportError:
@@ -136,9 +154,9 @@ def _example(pool: Pool) -> tuple[str, dict[str, object]]:
 class _Report:
     """Tells what happens to the server: a line that counts in a terminal, else a line an event."""
 
-    def __init__(self, url: str, pool: Pool, adapters: Sequence[str], key: bool) -> None:
-        self._url, self._pool, self._key = url, pool, key
-        self._names = [pool.name, *adapters]
+    def __init__(self, url: str, pool: Pool, names: Sequence[str], key: bool) -> None:
+        self._url, self._key = url, key
+        self.pool, self.names = pool, names  # of the latest start
         self._counting = False
 
     def __call__(self, event: str, seconds: float) -> None:
@@ -152,10 +170,10 @@ class _Report:
             self._counting = False
         if event == "ready":
             click.echo(f"ready after {seconds:.0f} s")
-            for name in self._names:
+            for name in self.names:
                 click.echo(f"  {visible(name)}")
-            path, example = _example(self._pool)
-            click.echo(curl(self._url + path, {"model": self._names[-1], **example}, self._key))
+            path, example = _example(self.pool)
+            click.echo(curl(self._url + path, {"model": self.names[-1], **example}, self._key))
             sys.stdout.flush()
         elif event == "crashed":
             click.secho(f"vLLM ended; again in {seconds:.0f} s", fg="red", err=True)

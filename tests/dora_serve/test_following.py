@@ -369,3 +369,18 @@ def test_a_link_is_followed_of_what_is_served_already(root: Path) -> None:
     assert following.changed(["run"]) == ["run"]
     then = following.renew("run")
     assert then is not None and then.adapter not in (None, first.adapter)
+
+
+def test_what_only_looks_like_a_run_has_a_reason(llama_lora: Path, tmp_path: Path) -> None:
+    """Which whoever asks may read: where a link leads is nobody's to know."""
+    root = tmp_path / "root"
+    shutil.copytree(llama_lora, root / "run")
+    (root / "odd" / "adapter_config.json").mkdir(parents=True)
+    shutil.copytree(llama_lora, tmp_path / "outside")
+    (root / "link").symlink_to(tmp_path / "outside")
+    following = Following(root)
+    assert not any(following.find(name) for name in ("odd", "link", "nothing"))
+    assert following.odd("odd") == "cannot be read: adapter_config.json is no file"
+    assert following.odd("link") == "a link out of the folder, which is not followed"
+    assert following.odd("nothing") is None
+    assert following.odd("run") is None

@@ -231,6 +231,11 @@ def test_up_dry_run_prints_what_it_would_start(tmp_path: Path) -> None:
         (["--engine", "vllm", "--", "--port", "9000"], "--port after --"),
         (["--engine", "vllm", "--", "--port=9000"], "--port after --"),
         (["--engine", "vllm", "--", "--host", "0.0.0.0"], "--host after --"),
+        (["--engine", "vllm", "--", "--hos", "0.0.0.0"], "--host after --"),
+        (["--engine", "vllm", "--", "--lora-modules", "a=b"], "--lora-modules after --"),
+        (["--engine", "vllm", "--", "--lora_mod=a=b"], "--lora-modules after --"),
+        (["--engine", "vllm", "--", "--model", "other"], "--model after --"),
+        (["--engine", "vllm", "--", "--api-key", "key"], "--api-key after --"),
         (["--engine", "vllm", "--", "--ssl_certfile=cert"], "--ssl-certfile: vLLM is watched"),
         (["--engine", "vllm", "--", "--ssl-keyfile", "key"], "--ssl-keyfile: vLLM is watched"),
     ],
@@ -239,6 +244,19 @@ def test_up_refuses_what_its_engine_would_not_heed(words: list[str], says: str) 
     done = CliRunner().invoke(dora_serve, ["up", str(MODELS), "--dry-run", *words])
     assert done.exit_code == 2
     assert says in " ".join(done.stderr.split())
+
+
+def test_up_refuses_fewer_slots_than_its_adapters_need(
+    fleet_folder: Path, llama_base: Path
+) -> None:
+    """vLLM would serve them without what has no slot, and say nothing."""
+    words = ["up", str(fleet_folder), "--base", str(llama_base), "--engine", "vllm", "--dry-run"]
+    words.append("--")
+    done = CliRunner().invoke(dora_serve, [*words, "--lora-target-modules", "q_proj", "up_proj"])
+    assert done.exit_code == 1
+    assert "found: down_proj\n" in done.stderr
+    named = ["--lora_target_mod", "q_proj", "v_proj", "down_proj"]
+    assert CliRunner().invoke(dora_serve, [*words, *named]).exit_code == 0
 
 
 NAMES = ["plain", "模型", "naïve e\u0301", "a $x$ b", "𝒳" * 3]

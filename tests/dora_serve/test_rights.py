@@ -9,8 +9,13 @@ from pathlib import Path
 
 import pytest
 
+from converters.certificate import SIGNATURE, write_certificate
+from converters.errors import TensorFileError
 from dora_serve.folder.inventory import discover
+from dora_serve.proof.check import check
+from dora_serve.proof.signing import sign, verify_signature
 from dora_serve.vllm.desired import Following
+from tests.dora_serve.test_sign import openssl, run
 
 _VERSION = 0x20080522  # of the three words of 32 bits that capabilities are told in, twice
 _PAST_RIGHTS = 0b110  # CAP_DAC_OVERRIDE, CAP_DAC_READ_SEARCH
@@ -69,3 +74,45 @@ def test_a_run_whose_rights_come_and_go_is_followed(root: Path) -> None:
     found = following.at_rest()
     assert set(found.adapters) == {"run", "other"}
     assert "cannot be read" in found.problems["one"]
+
+
+@pytest.fixture
+def signed(tmp_path: Path) -> Iterator[Path]:
+    """An artifact with a folder below it, signed by the key `ours`, which lies beside it."""
+    ours, artifact = tmp_path / "ours", tmp_path / "artifact"
+    openssl("ecparam", "-name", "prime256v1", "-genkey", "-noout", "-out", ours)
+    openssl("ec", "-in", ours, "-pubout", "-out", tmp_path / "ours.pub")
+    (artifact / "below").mkdir(parents=True)
+    (artifact / "config.json").write_text("{}")
+    write_certificate(artifact, {"target": "merged"})
+    sign(artifact, ours)
+    (artifact / "below" / "more.json").write_text("{}")
+    yield artifact
+    (artifact / "below").chmod(0o700)
+
+
+@pytest.mark.parametrize("rights", [0, 0o100, 0o400])
+def test_what_cannot_be_listed_is_neither_signed_nor_verified(signed: Path, rights: int) -> None:
+    """Its files would count as none, and whoever may read the folder would have them."""
+    (signed / "below").chmod(rights)
+    done = run("check", signed, "--public-key", signed.parent / "ours.pub")
+    assert done.exit_code not in (0, None)
+    with pytest.raises(ValueError, match="cannot be read"):
+        verify_signature(signed, signed.parent / "ours.pub")
+    with pytest.raises(TensorFileError, match="cannot be read: Permission denied"):
+        check(signed)
+    with pytest.raises(TensorFileError, match="cannot be read: Permission denied"):
+        sign(signed, signed.parent / "ours", force=True)
+    (signed / SIGNATURE).unlink()
+    done = run("sign", signed, "--private-key", signed.parent / "ours")
+    assert "cannot be read: Permission denied" in done.stderr
+    assert not (signed / SIGNATURE).exists()
+
+
+def test_what_a_disk_keeps_for_itself_is_passed_over(signed: Path) -> None:
+    (signed / "below" / "more.json").unlink()
+    (signed / "below").rename(signed / "lost+found")
+    (signed / "lost+found").chmod(0)
+    assert check(signed).passed
+    assert verify_signature(signed, signed.parent / "ours.pub") == []
+    (signed / "lost+found").rename(signed / "below")

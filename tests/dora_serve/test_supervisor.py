@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -13,6 +14,8 @@ from pathlib import Path
 from urllib.request import urlopen
 
 import pytest
+
+from tests.processes import commands
 
 # Serves 200 on any path after a child of its own has started; refuses to start when told so.
 SERVER = """
@@ -191,3 +194,35 @@ def test_a_supervisor_that_is_killed_takes_the_server_along(supervised: Supervis
 
     until(lambda: not answers(supervised.port))
     os.kill(supervised.child(), signal.SIGKILL)  # of a server that does not end its own children
+
+
+def test_what_a_later_start_serves_is_told(
+    llama_base: Path, llama_lora: Path, tmp_path: Path
+) -> None:
+    """And the base by the name that the user gave it."""
+    root, folder = tmp_path / "models", tmp_path / "server"
+    folder.mkdir()
+    shutil.copytree(llama_base, root / "base")
+    server, asked = folder / "vllm", Supervised(folder, start=False)
+    server.write_text(
+        f"#!{sys.executable}\nimport sys\n"
+        f"sys.argv = ['', {str(asked.port)!r}, {str(folder)!r}]\n{SERVER}"
+    )
+    server.chmod(0o755)
+    words = ["up", root, "--engine", "vllm", "--vllm", server, "--port", asked.port]
+    words += ["--", "--served-model-name", "first", "second"]
+    told = folder / "told"
+    with told.open("w") as out:
+        command = [str(commands() / "dora-serve"), *map(str, words)]
+        process = subprocess.Popen(command, stdout=out, stderr=out)
+    try:
+        until(lambda: "curl" in told.read_text())
+        assert "  first\n  second\n" in told.read_text()
+        shutil.copytree(llama_lora, root / "later")
+        before = len(told.read_text())
+        asked.ask("/exit")
+        until(lambda: "curl" in told.read_text()[before:])
+        assert "  first\n  second\n  later\n" in told.read_text()[before:]
+    finally:
+        process.terminate()
+        process.wait(timeout=30)

@@ -15,7 +15,7 @@ from pathlib import Path, PurePosixPath
 
 from ...certificate import FILE
 from ...errors import BaseError, TensorFileError
-from ...files.handles import check_file
+from ...files.handles import check_file, paths_below
 from ...files.hashes import file_hash
 from ...files.json_files import parse_json, read_json
 from ...model.base import BaseModel
@@ -165,7 +165,7 @@ def _below(folder: Path, name: str) -> dict[str, Path]:
     if not below.is_dir():
         return {}
     _check_inside(below, folder)
-    found = [path for path in sorted(below.rglob("*")) if path.is_file()]
+    found = [path for path in paths_below(below) if path.is_file()]
     code = next((path for path in found if path.suffix == ".py"), None)
     if code is not None:
         raise _own_code(code, code.name)

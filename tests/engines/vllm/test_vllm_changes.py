@@ -191,3 +191,14 @@ def test_sigterm_during_the_start_ends_it(folder: Path, tmp_path: Path) -> None:
     process.terminate()
     assert process.wait(timeout=60) == 0
     assert "ready after" not in log.read_text()
+
+
+def test_a_folder_that_only_looks_like_a_run_is_refused_with_the_reason(
+    folder: Path, url: str
+) -> None:
+    odd = folder / "odd" / "adapter_config.json"
+    odd.mkdir(parents=True)
+    try:
+        assert "is no file" in refused(url, "odd", openai.BadRequestError)
+    finally:
+        shutil.rmtree(odd.parent)

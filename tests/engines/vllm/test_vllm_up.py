@@ -73,7 +73,7 @@ def test_where_each_task_is_asked_first(
     base: str, task: str | None, path: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     pool = Pool(base, open_base(MODELS / base), task, {})
-    _Report("http://x", pool, [], key=False)("ready", 1.0)
+    _Report("http://x", pool, [pool.name], key=False)("ready", 1.0)
     assert f"curl http://x{path} -H" in capsys.readouterr().out
 
 
@@ -83,7 +83,7 @@ def test_a_model_that_chats_is_chatted_with(
     shutil.copytree(MODELS / BASE, tmp_path / "chat")
     (tmp_path / "chat" / "chat_template.jinja").write_text("{{ messages[0].content }}")
     pool = Pool("chat", open_base(tmp_path / "chat"), None, {})
-    _Report("http://x", pool, [], key=False)("ready", 1.0)
+    _Report("http://x", pool, [pool.name], key=False)("ready", 1.0)
     assert "curl http://x/v1/chat/completions -H" in capsys.readouterr().out
 
 
