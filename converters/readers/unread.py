@@ -4,6 +4,7 @@ configuration."""
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from pathlib import Path
 
 from ..errors import RunError
 from .run_folder import CONFIG_FILE, RunFolder
@@ -59,7 +60,33 @@ def not_read(folder: RunFolder) -> list[str]:
         for name in sorted(path.name for path in folder.path.iterdir() if path.is_file())
         if name.endswith(_TENSORS) and name not in _VALUE_HEADS and not name.startswith(_OTHERS)
     ]
-    return [*heads, *others, *_unknown(folder.adapter_config or {})]
+    return [*heads, *others, *_others_below(folder), *_unknown(folder.adapter_config or {})]
+
+
+def _others_below(folder: RunFolder) -> Iterator[str]:
+    """A warning that names the adapters in folders below: of a model with several, PEFT saves the
+    one called default into the folder itself, and each other one below it. A trainer's checkpoints,
+    and links, are earlier states of the same."""
+    below = [
+        each.path.name
+        for each in map(folder.below, _folders(folder.path))
+        if each.has(CONFIG_FILE) and each.adapter_files
+    ]
+    if below:
+        yield (
+            f"{', '.join(below)} below the adapter: another adapter each, which is left out; to "
+            f"take one, give its folder as the run, such as {folder.path / below[0]}"
+        )
+
+
+def _folders(path: Path) -> list[str]:
+    return sorted(
+        each.name
+        for each in path.iterdir()
+        if each.is_dir()
+        and not each.is_symlink()
+        and not each.name.startswith(("checkpoint-", "."))
+    )
 
 
 def _unknown(config: Mapping[str, object]) -> Iterator[str]:

@@ -281,3 +281,24 @@ def test_an_adapter_in_shards(llama_base: Path, tmp_path: Path) -> None:
     shards[1].unlink()
     with pytest.raises(MissingError, match="shards of the adapter"):
         read_run(tmp_path / "run")
+
+
+def test_other_adapters_below_one_are_told(llama_base: Path, tmp_path: Path) -> None:
+    """As PEFT saves a model of several: the default one, which it loads again, and below it the
+    others, which it does not."""
+    model = get_peft_model(LlamaForCausalLM.from_pretrained(llama_base), LoraConfig(r=2))
+    model.add_adapter("other", LoraConfig(r=3, target_modules=["q_proj"]))
+    model.add_adapter("third", LoraConfig(r=1, target_modules=["q_proj"]))
+    randomize(model)
+    model.save_pretrained(tmp_path / "run")
+    assert {file.name for file in (tmp_path / "run").iterdir() if file.is_dir()} == {
+        "other",
+        "third",
+    }
+    checkpoint(tmp_path / "run", tmp_path / "run" / "checkpoint-100")
+    (tmp_path / "run" / "last").symlink_to("checkpoint-100")
+    (warning,) = read_run(tmp_path / "run").warnings
+    assert "other, third below the adapter" in warning
+    assert str(tmp_path / "run" / "other") in warning
+    assert read_run(tmp_path / "run" / "other").warnings == ()
+    assert read_run(tmp_path / "run" / "checkpoint-100").warnings == ()
