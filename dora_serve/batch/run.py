@@ -19,6 +19,7 @@ class Summary:
     done: int
     skipped: int
     failed: Mapping[str, str]
+    warnings: Mapping[str, str]
     pending: int
     seconds: float
 
@@ -56,5 +57,6 @@ def run_batch(batch: Batch, engine: Engine, advance: Callable[[int], None]) -> S
     ended = {name: status.records[name] for job in batch.jobs if (name := job.name) not in left}
     ended |= {name: status.records[name] for name in batch.problems}
     failed = {n: printable(r.error or "") for n, r in ended.items() if r.state == "failed"}
+    warnings = {n: printable("; ".join(r.warnings)) for n, r in ended.items() if r.warnings}
     seconds = round(time.monotonic() - began, 3)
-    return Summary(len(ended) - len(failed), skipped, failed, len(left), seconds)
+    return Summary(len(ended) - len(failed), skipped, failed, warnings, len(left), seconds)

@@ -92,6 +92,7 @@ def command(
         paths = {"output": str(out), "status": str(out / FILE)}
         common.print_json({**paths, **asdict(summary)})
     else:
+        common.left_out({}, summary.warnings)
         _show_failed(summary.failed)
         click.echo(
             f"{visible(out)}: {summary.done} done ({summary.skipped} of them before), "

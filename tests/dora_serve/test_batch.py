@@ -262,10 +262,12 @@ def test_a_folder_of_runs_and_bases(llama_lora: Path, llama_base: Path, tmp_path
     runs = copies(llama_lora, root / "team", 4)
     shutil.copytree(llama_base, root / "base")
     (runs[2] / WEIGHTS).write_bytes(b"no tensors")
+    shutil.copytree(runs[0], runs[3] / "other")
     out = tmp_path / "out"
     done = export("batch", root, out, "--to", "merged", "--workers", "1")
     assert done.returncode == 1
     assert "failed: run-002" in done.stderr
+    assert "warning: run-003: other below the adapter" in done.stderr
     assert "3 done" in done.stdout
     assert states(out) == {"done": ["run-000", "run-001", "run-003"], "failed": ["run-002"]}
     assert (out / "run-001" / "model.safetensors").is_file()
