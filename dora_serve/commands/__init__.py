@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import codecs
 import contextlib
 import io
+import json
 import os
 import sys
 from collections.abc import Iterator
@@ -72,6 +74,7 @@ class _LazyGroup(click.Group):
         _have_streams()
         _have_folder()
         _write_all()
+        _escape()
         try:
             return super().main(*args, **kwargs)
         except OSError as error:
@@ -192,6 +195,18 @@ def _write_all() -> None:
             whole = io.BufferedWriter(io.FileIO(raw.fileno(), "wb", closefd=False))
             text = io.TextIOWrapper(whole, stream.encoding, stream.errors, line_buffering=True)
             setattr(sys, name, text)
+
+
+def _escape() -> None:
+    """Let standard output show signs that its encoding lacks as JSON escapes them."""
+    codecs.register_error("escape", _escaped)
+    if isinstance(sys.stdout, io.TextIOWrapper) and sys.stdout.errors == "strict":
+        sys.stdout.reconfigure(errors="escape")
+
+
+def _escaped(error: UnicodeError) -> tuple[str, int]:
+    assert isinstance(error, UnicodeEncodeError)
+    return json.dumps(error.object[error.start : error.end])[1:-1], error.end
 
 
 def _dropped() -> bool:

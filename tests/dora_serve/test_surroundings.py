@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import json
+import os
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
+from dora_serve.server.prepare import child
 from dora_serve.server.prepare.child import make_offer
+from tests.dora_serve.test_commands import EXPORT
 
 # Each starts an interpreter of its own.
 STARTS = {
@@ -92,8 +96,25 @@ def test_a_locale_without_a_names_signs(tmp_path: Path, monkeypatch: pytest.Monk
     folder.mkdir()
     for name in ("config.json", "model.safetensors"):
         (folder / name).touch()
+    monkeypatch.setattr(child, "sys", sys)  # a process that begins in that locale
     monkeypatch.setenv("LC_ALL", "C")
     for name in ("PYTHONUTF8", "PYTHONCOERCECLOCALE"):  # else Python takes UTF-8 all the same
         monkeypatch.setenv(name, "0")
     (why,) = make_offer(tmp_path, None, True).problems.values()
     assert "signs that cannot be shown" in why
+
+
+def test_an_output_that_lacks_a_names_signs(llama_lora: Path, tmp_path: Path) -> None:
+    """Neither people nor programs are told less."""
+    out = tmp_path / "é模🌍"
+    environment = os.environ | {"PYTHONIOENCODING": "latin-1"}
+    for words in ([], ["--json", "--force"]):
+        done = subprocess.run(
+            [EXPORT, "adapter", llama_lora, out, *words],
+            env=environment,
+            capture_output=True,
+            encoding="latin-1",
+            check=True,
+        )
+        assert r"é\u6a21\ud83c\udf0d" in done.stdout
+    assert str(out) in json.loads(done.stdout).values()
