@@ -7,7 +7,6 @@ import multiprocessing
 import os
 import shutil
 import subprocess
-import threading
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +17,6 @@ from click.testing import CliRunner
 from converters.errors import OutputError
 from converters.files.cores import cores
 from dora_serve.batch import Job, ManifestError, plan_batch
-from dora_serve.batch.cluster import _one_core
 from dora_serve.batch.local import on_processes
 from dora_serve.batch.status import locked
 from dora_serve.commands import dora_export
@@ -221,34 +219,6 @@ def test_few_runs_have_all_cores(llama_lora: Path, tmp_path: Path) -> None:
     assert sorted(os.sched_getaffinity(worker.pid)) == cores()
     results.close()
     assert not multiprocessing.active_children()
-
-
-def test_a_task_of_ray_has_one_core_of_its_own() -> None:
-    before = os.sched_getaffinity(0)
-    chosen: list[set[int]] = []
-    together = threading.Barrier(len(before), timeout=60)
-
-    def task() -> None:
-        with _one_core():
-            inside: set[int] = set()
-
-            def started() -> None:
-                inside.update(os.sched_getaffinity(0))
-
-            thread = threading.Thread(target=started)  # as a merge starts its own
-            thread.start()
-            thread.join()
-            together.wait()
-            chosen.append(inside)
-        assert os.sched_getaffinity(0) == before
-
-    tasks = [threading.Thread(target=task) for _ in before]
-    for thread in tasks:
-        thread.start()
-    for thread in tasks:
-        thread.join()
-    assert sorted(map(sorted, chosen)) == [[core] for core in sorted(before)]
-    assert os.sched_getaffinity(0) == before
 
 
 def test_what_was_damaged_is_made_anew_and_what_was_added_stays(

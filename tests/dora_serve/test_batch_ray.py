@@ -6,6 +6,7 @@ import contextlib
 import json
 import os
 import subprocess
+import threading
 from collections.abc import Iterator
 from importlib.util import find_spec
 from pathlib import Path
@@ -14,6 +15,7 @@ from typing import Any
 import psutil
 import pytest
 
+from dora_serve.batch.cluster import _one_core
 from tests.dora_serve.test_batch import (
     copies,
     delta,
@@ -129,3 +131,32 @@ def test_no_cluster_is_an_error(
     assert done.returncode == 1
     assert "no Ray cluster" in done.stderr
     assert "Traceback" not in done.stderr
+
+
+def test_a_task_of_ray_has_one_core_of_its_own() -> None:
+    """Not beside a cluster, whose tasks have them."""
+    before = os.sched_getaffinity(0)
+    chosen: list[set[int]] = []
+    together = threading.Barrier(len(before), timeout=60)
+
+    def task() -> None:
+        with _one_core():
+            inside: set[int] = set()
+
+            def started() -> None:
+                inside.update(os.sched_getaffinity(0))
+
+            thread = threading.Thread(target=started)  # as a merge starts its own
+            thread.start()
+            thread.join()
+            together.wait()
+            chosen.append(inside)
+        assert os.sched_getaffinity(0) == before
+
+    tasks = [threading.Thread(target=task) for _ in before]
+    for thread in tasks:
+        thread.start()
+    for thread in tasks:
+        thread.join()
+    assert sorted(map(sorted, chosen)) == [[core] for core in sorted(before)]
+    assert os.sched_getaffinity(0) == before
