@@ -9,7 +9,7 @@ from pathlib import Path
 from ..errors import OutputError
 
 _OWN = {"hashes", "locks", "receipts"}
-_REMEDY = "set DORA_SERVE_CACHE to a folder of your own"
+ELSEWHERE = "set DORA_SERVE_CACHE to a folder of your own"
 
 
 def cache_folder() -> Path:
@@ -26,7 +26,7 @@ def cache_folder() -> Path:
         raise OutputError(
             "the cache has no place: HOME is not set, and the system knows no home of this user",
             found=f"user {os.geteuid()}",
-            remedy=_REMEDY,
+            remedy=ELSEWHERE,
         ) from None
 
 
@@ -51,7 +51,7 @@ def private_cache() -> Path:
                         "the cache is open to others and holds what is not of a cache",
                         file=folder,
                         found=", ".join(sorted(inside)[:5]),
-                        remedy=_REMEDY,
+                        remedy=ELSEWHERE,
                     )
                 os.fchmod(descriptor, 0o700)
         finally:
@@ -64,10 +64,10 @@ def private_cache() -> Path:
                 "the cache is a link, which is not followed",
                 file=folder,
                 found=folder.readlink(),
-                remedy=_REMEDY,
+                remedy=ELSEWHERE,
             ) from None
         raise OutputError(
-            f"the cache cannot be written: {error.strerror}", file=folder, remedy=_REMEDY
+            f"the cache cannot be written: {error.strerror}", file=folder, remedy=ELSEWHERE
         ) from None
     if found.st_uid != os.geteuid():
         raise OutputError(
@@ -75,6 +75,6 @@ def private_cache() -> Path:
             file=folder,
             found=f"user {found.st_uid}",
             expected=f"user {os.geteuid()}",
-            remedy=_REMEDY,
+            remedy=ELSEWHERE,
         )
     return folder

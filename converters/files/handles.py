@@ -12,7 +12,7 @@ from pathlib import Path
 
 from ..errors import DoraExportError, MissingError, TensorFileError
 
-State = tuple[int, int, int, int]
+State = tuple[int, ...]
 
 OF_THE_DISK = "lost+found"  # which root alone may read, at the top of many a disk
 
@@ -21,8 +21,9 @@ _POINTER, _LARGEST_POINTER = b"version https://git-lfs.github.com/spec/v1\n", 10
 
 
 def state_of(found: os.stat_result) -> State:
-    """What tells whether a file is still the same: device, inode, size, time of change."""
-    return found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns
+    """What tells whether a file is still the same: device, inode, size, both times of change. Who
+    writes over a file may give it any `st_mtime`, as `cp -p` and archives do, and no `st_ctime`."""
+    return found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns, found.st_ctime_ns
 
 
 def state_at(path: Path) -> State | None:

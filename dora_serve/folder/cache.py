@@ -17,7 +17,7 @@ from blake3 import blake3
 
 from converters.certificate import tool
 from converters.errors import DoraExportError, OutputError, RunError
-from converters.files.cache import cache_folder, private_cache
+from converters.files.cache import ELSEWHERE, cache_folder, private_cache
 from converters.files.handles import reading
 from converters.files.hashes import file_hash
 from converters.model.base import BaseModel
@@ -86,7 +86,7 @@ def _receipt(target: Path) -> Path:
 def _write_receipt(target: Path, content: dict[str, str] | None) -> None:
     receipt = _receipt(target)
     new = receipt.with_suffix(".new")
-    with reading(receipt, OutputError):
+    with _writing(receipt):
         receipt.parent.mkdir(exist_ok=True)
         new.write_text(json.dumps(content), encoding="utf-8")
         new.replace(receipt)
@@ -121,7 +121,7 @@ def _clear(target: Path) -> None:
     """Make room for `target`: what was made there is removed, what somebody else put there moved
     aside."""
     receipt = _receipt(target)
-    with reading(target, OutputError):
+    with _writing(target):
         if os.path.lexists(target):
             if receipt.exists() and target.is_dir() and not target.is_symlink():
                 shutil.rmtree(target)
@@ -135,9 +135,21 @@ def _clear(target: Path) -> None:
 
 
 @contextmanager
+def _writing(place: Path) -> Iterator[None]:
+    """Turn what the system says into an error that names the cache: what was to be made is not to
+    blame."""
+    try:
+        yield
+    except OSError as error:
+        raise OutputError(
+            f"the cache cannot be written: {error.strerror}", file=place, remedy=ELSEWHERE
+        ) from None
+
+
+@contextmanager
 def _lock(name: str) -> Iterator[None]:
     folder = cache_folder() / "locks"
-    with reading(folder, OutputError):
+    with _writing(folder):
         folder.mkdir(exist_ok=True)
         descriptor = os.open(folder / name, os.O_CREAT | os.O_RDWR | os.O_NOFOLLOW, 0o600)
     try:

@@ -181,6 +181,18 @@ def test_where_the_cache_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
         assert caught.value.file == place
 
 
+@pytest.mark.parametrize("blocked", ["locks", "receipts"])
+def test_a_cache_that_holds_things_and_takes_no_more(own_cache: Path, blocked: str) -> None:
+    """As one in an image, mounted to be read: what cannot be written is said to be the cache."""
+    cached("there", Path.mkdir)
+    shutil.rmtree(own_cache / blocked)
+    (own_cache / blocked).touch()  # nobody may make anything in it
+    with pytest.raises(OutputError, match="the cache cannot be written") as caught:
+        cached("new", Path.mkdir)
+    assert caught.value.remedy is not None
+    assert "DORA_SERVE_CACHE" in caught.value.remedy
+
+
 def test_a_user_without_a_home(monkeypatch: pytest.MonkeyPatch) -> None:
     """A number in a container, whose environment has no HOME."""
     for name in ("DORA_SERVE_CACHE", "XDG_CACHE_HOME", "HOME"):

@@ -251,7 +251,12 @@ def test_adapters_come_and_go(client: openai.OpenAI, server: Server) -> None:
         assert http.post("/v1/load_lora_adapter", json=inplace).status_code == 200
         assert complete(client, "again", "count : nine").choices[0].text.startswith(" eight")
         (server.root / "loop").symlink_to("loop")
-        for name in ("x/../run", "a//b", "a/"):  # other ways to write names
+        for name in ("base:7b @sql, v2", "-", "ü" * 255):  # as folders are called, and served
+            body = {"lora_name": name, "lora_path": path}
+            assert http.post("/v1/load_lora_adapter", json=body).status_code == 200
+            assert complete(client, name, "count : nine").choices[0].text.startswith(" eleven")
+            http.post("/v1/unload_lora_adapter", json={"lora_name": name}).raise_for_status()
+        for name in ("x/../run", "a//b", "a/", "", " a", "a\n"):  # other ways to write names
             body = {"lora_name": name, "lora_path": path}
             assert http.post("/v1/load_lora_adapter", json=body).status_code == 400
         for bad, status in (

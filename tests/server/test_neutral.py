@@ -10,7 +10,7 @@ from typing import Any
 import openai
 import pytest
 
-from dora_serve.server.bounded.work import BODIES, read_body
+from dora_serve.server.bounded.work import BODIES, fault, read_body
 from dora_serve.server.wire import requests
 from dora_serve.server.wire.parameters import NO_EFFECT, NOT_SERVED, is_neutral
 from tests.server.conftest import BASE, DOWN, EMBEDS, SENTIMENT, Server
@@ -230,3 +230,29 @@ def test_marks_for_other_caches_change_nothing() -> None:
     ]
     plain, marked = (read("ChatCompletionRequest", {"model": BASE, **body}) for body in bodies)
     assert plain == marked
+
+
+@pytest.mark.parametrize(
+    ("kind", "body", "place", "says"),
+    [
+        ("CompletionRequest", {"prompt": [-1]}, ["prompt", "0"], "greater than or equal to 0"),
+        ("CompletionRequest", {"prompt": ["a", 1]}, ["prompt", "1"], "valid string"),
+        ("CompletionRequest", {"prompt": [1, "a"]}, ["prompt", "1"], "valid integer"),
+        ("CompletionRequest", {"prompt": 5}, ["prompt"], "valid string"),
+        ("CompletionRequest", {"prompt": ["a"] * 2049}, ["prompt"], "at most 2048 items"),
+        ("CompletionRequest", {"prompt": [[1], [2**40]]}, ["prompt", "1", "0"], "less than"),
+        ("CompletionRequest", {"prompt": "a", "stop": ["a"] * 17}, ["stop"], "at most 16 items"),
+        ("EmbeddingCompletionRequest", {"input": ["a"] * 2049}, ["input"], "at most 2048 items"),
+        ("ClassificationCompletionRequest", {"input": []}, ["input"], "at least 1 item"),
+        ("ChatCompletionRequest", {"messages": ASKED, "tool_choice": "x"}, ["tool_choice"], "auto"),
+        ("ChatCompletionRequest", {"messages": [{}, {"role": 1}]}, ["messages", "0", "role"], ""),
+    ],
+)
+def test_of_several_forms_the_one_that_was_meant_is_told(
+    kind: str, body: dict[str, Any], place: list[str], says: str
+) -> None:
+    with pytest.raises(ValueError, match="validation error") as caught:
+        read(kind, {"model": BASE, **body})
+    told = fault(caught.value)
+    assert told["loc"] == ["body", *place]
+    assert says in told["msg"]

@@ -164,6 +164,33 @@ def test_greedy_and_streamed_are_the_same(structured: Server) -> None:
 
 
 @pytest.mark.parametrize(
+    ("path", "asked"),
+    [
+        ("/v1/completions", {"prompt": "say", "max_tokens": 99}),
+        ("/v1/chat/completions", {"messages": [{"role": "user", "content": "say"}]}),
+        ("/v1/responses", {"input": "say"}),
+    ],
+)
+def test_a_streamed_line_is_one_for_whoever_splits_text(
+    structured: Server, path: str, asked: dict[str, Any]
+) -> None:
+    """httpx's `iter_lines` ends a line where Unicode does, within an answer too."""
+    says = "a\x85b\u2028c\u2029水"
+    follows = {"structured_outputs": {"choice": [says]}, "seed": 1, "stream": True}
+    body = {"model": MODEL, **asked, **follows}
+    with structured.http as http, http.stream("POST", path, json=body) as answer:
+        lines = [line.removeprefix("data: ") for line in answer.iter_lines()]
+    events = [json.loads(line) for line in lines if line.startswith("{")]
+    told = ""
+    for event in events:
+        (piece,) = event.get("choices", [event])
+        delta = piece.get("delta", "")
+        told += delta if isinstance(delta, str) else delta.get("content", "")
+        told += piece["text"] if path == "/v1/completions" else ""
+    assert told == says
+
+
+@pytest.mark.parametrize(
     ("given", "says"),
     [
         ({"structured_outputs": {"regex": "("}}, "unclosed group"),

@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import re
 import resource
 import signal
 import struct
@@ -38,6 +39,7 @@ MEMORY = 192 << 20  # bytes, beyond what the process has when it is ready
 LONGEST = 1 << 20  # characters of a text
 
 BODIES = {**vars(requests), **vars(responses)}
+_FORM = re.compile(r"str|constrained-\w+|(list|literal|function-\w+)\[.*")
 _SIZES = struct.Struct("<II")  # bytes of the JSON, and of what follows it
 
 
@@ -62,13 +64,33 @@ def fault(error: ValueError) -> dict[str, Any]:
     """What is wrong first, as FastAPI's errors say it, of an error that `read_body` raised."""
     if not isinstance(error, ValidationError):
         return {"type": "json_invalid", "loc": ["body"], "msg": "the body is not JSON"}
-    first = error.errors(include_url=False, include_context=False, include_input=False)[0]
-    place = [str(part)[:100] for part in first["loc"][:8]]
+    first = _telling(error.errors(include_url=False, include_context=False, include_input=False))
+    place = first["loc"]
+    place = (*place[:1], *place[1 + _is_form(place[1:2]) :])
     return {
         "type": first["type"],
-        "loc": ["body", *place],
+        "loc": ["body", *(str(part)[:100] for part in place[:8])],
         "msg": first["msg"].removeprefix("Value error, ")[:300],
     }
+
+
+def _telling(errors: Sequence[Any]) -> Any:
+    """The first of `errors`; where its parameter takes several forms, as `prompt` does, that of the
+    form that was meant: it fails by more than its kind, or further on than the others."""
+    place = errors[0]["loc"]
+    if not _is_form(place[1:2]):
+        return errors[0]
+
+    def meant(one: Any) -> tuple[bool, int]:
+        counted = [part for part in one["loc"] if isinstance(part, int)]
+        return not one["type"].endswith(("_type", "_parsing")), max(counted, default=-1)
+
+    return max((each for each in errors if each["loc"][0] == place[0]), key=meant)
+
+
+def _is_form(parts: Sequence[object]) -> bool:
+    """Whether that, of an error's place, is pydantic's word for a form and no name of the API's."""
+    return bool(parts) and _FORM.fullmatch(str(parts[0])) is not None
 
 
 def check(blob: bytes, kind: str) -> tuple[Any, bytes]:

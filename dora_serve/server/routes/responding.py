@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import json
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
 
@@ -12,7 +11,7 @@ from fastapi.responses import Response
 
 from ..state import note, state_of
 from ..wire import replies
-from ..wire.pieces import Choice, Json
+from ..wire.pieces import Choice, Json, as_event
 from ..wire.replies import Output, Reply
 from ..wire.responses import ResponsesRequest
 from ..wire.sending import EventStream, while_there, whole
@@ -71,9 +70,9 @@ async def _events(
 
     def sent(event: Json) -> bytes:
         nonlocal number
-        said = json.dumps({**event, "sequence_number": number}, ensure_ascii=False)
+        said = as_event({**event, "sequence_number": number}, event["type"])
         number += 1
-        return f"event: {event['type']}\ndata: {said}\n\n".encode()
+        return said
 
     async with aclosing(asking.news()) as news:
         yield sent({"type": "response.created", "response": head})

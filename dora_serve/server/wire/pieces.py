@@ -16,6 +16,8 @@ Json = dict[str, Any]
 Decode = Callable[[int], str]
 
 _LEAST = -9999.0  # JSON has no infinity
+# What httpx and Python's own `splitlines` take for an end of a line beside those that JSON escapes
+_BREAKS = {ord(sign): f"\\u{ord(sign):04x}" for sign in "\x85\u2028\u2029"}
 
 
 def usage(prompt: int, completion: int, cached: int | None = None) -> Json:
@@ -36,8 +38,11 @@ def envelope(prefix: str, kind: str, model: str, given: str | None = None) -> Js
     return {"id": number, "object": kind, "created": int(time.time()), "model": model}
 
 
-def as_event(content: Json) -> bytes:
-    return b"data: " + json.dumps(content, ensure_ascii=False).encode() + b"\n\n"
+def as_event(content: Json, name: str | None = None) -> bytes:
+    """A server-sent event, called `name` where it has one."""
+    said = json.dumps(content, ensure_ascii=False).translate(_BREAKS)
+    head = "" if name is None else f"event: {name}\n"
+    return f"{head}data: {said}\n\n".encode()
 
 
 DONE = b"data: [DONE]\n\n"

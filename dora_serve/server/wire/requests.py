@@ -282,9 +282,10 @@ class DetokenizeRequest(Parameters):
 
 
 class LoadRequest(Parameters):
-    """`POST /v1/load_lora_adapter`. `lora_path`: a run or adapter below the served folder."""
+    """`POST /v1/load_lora_adapter`. `lora_path`: a run or adapter below the served folder;
+    `lora_name`: any name that one there can have, which may be its path."""
 
-    lora_name: Annotated[str, Field(pattern=r"^[\w][\w./=-]*$", max_length=200)]
+    lora_name: Annotated[str, Field(max_length=4000)]
     lora_path: Annotated[str, Field(min_length=1, max_length=4000)]
     load_inplace: bool = False
 

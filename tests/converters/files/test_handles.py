@@ -42,13 +42,17 @@ def test_the_state_of_a_file(tmp_path: Path) -> None:
     path = tmp_path / "x"
     path.write_bytes(b"12345")
     found = path.stat()
-    assert state_at(path) == (found.st_dev, found.st_ino, 5, found.st_mtime_ns)
+    times = found.st_mtime_ns, found.st_ctime_ns
+    assert state_at(path) == (found.st_dev, found.st_ino, 5, *times)
     assert state_of(found) == state_at(path)
     assert state_at(tmp_path / "none") is None
     assert there(path) and there(tmp_path)
     assert not there(tmp_path / "none") and not there(Path("x" * 5000))
     assert state_at(Path("x" * 5000)) is None
     assert check_file(path) == 5
+    path.write_bytes(b"54321")
+    os.utime(path, ns=(found.st_atime_ns, found.st_mtime_ns))  # as `cp -p` over it
+    assert state_at(path) != state_of(found)
 
 
 def test_what_is_no_file(tmp_path: Path) -> None:
