@@ -12,6 +12,7 @@ import shutil
 import signal
 import stat
 import subprocess
+import sys
 import tempfile
 import threading
 from collections.abc import Iterable, Iterator
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
     import torch
 
 _NAMED = 5  # of what lies in the way
+_LATER = 0.05  # seconds
 _AT_FDCWD, _RENAME_EXCHANGE = -100, 2  # <fcntl.h>, <linux/fs.h>
 _DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS)
 _FILE_ERRORS = (errno.EACCES, errno.EPERM, errno.ENOENT)
@@ -362,11 +364,23 @@ def _terminate_as_exit() -> Iterator[None]:
         yield
         return
 
-    def stop(signum: int, _frame: FrameType | None) -> None:
-        raise SystemExit(128 + signum)
+    raised: list[SystemExit] = []
 
+    def stop(signum: int, _frame: FrameType | None) -> None:
+        raised.append(SystemExit(128 + signum))
+        raise raised[-1]
+
+    def dropped(lost: sys.UnraisableHookArgs) -> None:
+        # What is raised while a weak reference or an object ends goes no further: come back later.
+        if lost.exc_value in raised:
+            threading.Timer(_LATER, os.kill, (os.getpid(), signal.SIGTERM)).start()
+        else:
+            hook(lost)
+
+    hook, sys.unraisablehook = sys.unraisablehook, dropped
     previous = signal.signal(signal.SIGTERM, stop)
     try:
         yield
     finally:
         signal.signal(signal.SIGTERM, previous)
+        sys.unraisablehook = hook

@@ -32,6 +32,8 @@ def refuse_filling(path: Path) -> None:
         found = next((n for piece in _pieces(path) for n in _FILLS if piece.find(n) >= 0), None)
         for stream in _pickles(path) if found is None else ():
             _refuse_growing(stream)
+    except PermissionError as error:
+        raise TensorFileError(f"cannot be read: {error.strerror}", file=path) from None
     except (
         OSError,
         ValueError,

@@ -289,7 +289,7 @@ def open_torch(path: Path) -> dict[str, LazyTensor]:
     for key in ("state_dict", "model"):
         if isinstance(saved, dict) and isinstance(saved.get(key), dict):
             saved = saved[key]
-    if not isinstance(saved, dict) or not saved:
+    if not isinstance(saved, dict):
         kind = type(saved).__name__
         raise TensorFileError("not a state dict", file=path, found=kind, expected="named tensors")
     for name, value in saved.items():

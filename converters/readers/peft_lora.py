@@ -28,6 +28,7 @@ from .lora_reader import AdapterFiles
 from .module import AdaptedModule, adapted, grouped
 from .peft_common import ATTENTION_OUT, Scaling, is_variant, of_training_alone, refuse_variant
 from .peft_initial import Initial
+from .peft_laid import turned
 from .peft_parameters import TOKENS, parameter_updates, parameters, token_rows
 from .restarts import refuse_restarted
 from .run_folder import CONFIG_FILE, WEIGHT_FILES, RunFolder
@@ -73,12 +74,16 @@ class PeftLoraReader:
         start_rank: dict[str, int] = {}
         kernels: dict[str, tuple[int, ...]] = {}
         named = parameters(config, pairs, config_path)
+        experts = {parameter: pairs[name].shape for name, parameter in named.items()}
+        other_way = turned(config, experts, run, config_path, options) if experts else frozenset()
         for name, module in pairs.items():
             rank, shape = module.pair(), module.shape
             if name not in embeddings:
                 initial.check(module, name in named)
             if name in named:
-                rank, loaders = parameter_updates(named[name], module, rank, scaling)
+                other = named[name] in other_way
+                rank, loaders = parameter_updates(named[name], module, rank, scaling, other)
+                shape = shape[::-1] if other else shape
             else:
                 own_name, times = _attention(name, pairs)
                 scale = times * scaling.of(name.removesuffix(ATTENTION_OUT), rank)

@@ -69,12 +69,12 @@ def _applies(target: str, module: str) -> bool:
 
 
 def parameter_updates(
-    parameter: str, pair: AdaptedModule, rows: int, scaling: Scaling
+    parameter: str, pair: AdaptedModule, rows: int, scaling: Scaling, other_way: bool
 ) -> tuple[int, dict[str, Callable[[], Update]]]:
     """The rank, and name → update, per expert where `parameter` has several.
 
     `lora_A [E·r, in]` is `[E, r, in]`, `lora_B [out, r·E]` is `[out, r, E]`:
-    ΔW[e] = s·B[:, :, e]·A[e].
+    ΔW[e] = s·B[:, :, e]·A[e], turned over where the pair lies the other way round.
     """
     rank = int(scaling.rank(parameter))
     if rank <= 0 or rows % rank:
@@ -87,8 +87,12 @@ def parameter_updates(
         )
     experts = rows // rank
     whole = LazyUpdates({parameter: partial(pair.sum, scaling.of(parameter, rank))})
+
+    def laid(update: RankOneSum) -> RankOneSum:
+        return update.transposed() if other_way else update
+
     if experts == 1:
-        return rank, {parameter: partial(whole.__getitem__, parameter)}
+        return rank, {parameter: lambda: laid(pair.sum(scaling.of(parameter, rank)))}
 
     def load(expert: int) -> Update:
         every = whole[parameter].components()
@@ -96,7 +100,7 @@ def parameter_updates(
         rows = slice(expert * rank, (expert + 1) * rank)
         # Tensors of its own: one expert that stays in memory would keep all of them.
         a, b = every.a[rows].clone(), every.b[:, expert::experts].contiguous()
-        return RankOneSum(a, every.c[rows].clone(), b)
+        return laid(RankOneSum(a, every.c[rows].clone(), b))
 
     return rank, {f"{parameter}[{expert}]": partial(load, expert) for expert in range(experts)}
 

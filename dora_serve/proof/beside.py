@@ -10,9 +10,11 @@ from pathlib import Path
 from converters.certificate import FILE as CERTIFICATE
 from converters.certificate import artifact_files
 from converters.errors import some
+from converters.files.tensors import same_values
 from converters.model.architecture import offline
-from converters.model.base import BaseModel, open_base
+from converters.model.base import HEAD, BaseModel, open_base
 from converters.model.quantized import quantization
+from converters.model.tying import tied
 from converters.readers.run_folder import CONFIG_FILE
 from converters.run import Run
 from converters.targets.merged.companions import QUANTIZERS
@@ -76,7 +78,8 @@ def _is_read(name: str) -> bool:
 
 
 def _weights(artifact: Path) -> Iterator[str]:
-    """Weights beside those that were read, and quantizations that these do not have."""
+    """Weights beside those that were read, and what the configuration says of these that they are
+    not: quantized, or tied."""
     model = open_base(artifact)
     read = {tensor.path for tensor in model.tensors.values()}
     files = [path for path in sorted(artifact.iterdir()) if path.is_file()]
@@ -89,6 +92,20 @@ def _weights(artifact: Path) -> Iterator[str]:
             f"{some(said or ['config.json'])}: names a quantization that the weights do not have, "
             "which an engine may apply to them"
         )
+    if _has_head_left_out(model):
+        yield (
+            "config.json: says that the head is the embedding (tie_word_embeddings), and the "
+            "weights have one of its own, which an engine may leave out"
+        )
+
+
+def _has_head_left_out(model: BaseModel) -> bool:
+    """Whether the configuration ties the head to an embedding of other values: transformers 5
+    unties such, others take the embedding."""
+    head, embedding = model.find(HEAD), model.embedding
+    if not head or not embedding or HEAD not in tied(model.config):
+        return False
+    return not same_values(model.tensors[head], model.tensors[embedding])
 
 
 @offline()

@@ -20,6 +20,7 @@ from converters.files.tensors import LazyTensor, rows_and_columns
 from converters.model.base import BaseModel
 from converters.model.layout import Layout, Place
 from converters.model.match import class_trained, resolved, target_architecture
+from converters.readers.peft_laid import laid_otherwise
 from converters.run import Run
 from converters.targets.merged.requantized import Blocks
 from converters.targets.opening import Loaded, attach, load
@@ -302,13 +303,15 @@ class LiveModel:
 
 
 def _is_peft(run: Run) -> bool:
-    """Whether the folder of `run` is all of it, and PEFT's: not fitted, not in parts, and with a
-    scale that the folder says."""
+    """Whether the folder of `run` is all of it, and PEFT's: not fitted, not in parts, with a scale
+    that the folder says, and of a version that laid its factors as today's."""
     file = run.path / _CONFIG
     ours = run.fit is not None or not run.method.startswith("peft_") or " + " in run.method
     if ours or not file.is_file() or find_spec("peft") is None:
         return False
     config = read_json(file)
+    if laid_otherwise(config):
+        return False
     # What PEFT imports by the name that a configuration gives is never imported here.
     return (config.get("peft_type") != "LORA" or "lora_alpha" in config) and not config.get(
         "megatron_config"

@@ -96,7 +96,15 @@ def trl(adapter: Path, out: Path) -> Path:
     return trainer(adapter, put(out, *names, "zero_to_fp32.py", completions="{}"))
 
 
-@pytest.mark.parametrize("make", [trainer, llama_factory, axolotl, unsloth, ms_swift, trl])
+def autotrain(adapter: Path, out: Path) -> Path:
+    """Its callback, and many scripts', put a model of no tensors in the place of a large one."""
+    torch.save({}, put(out, training_params="{}") / "pytorch_model.bin")
+    return checkpoint(adapter, out)
+
+
+@pytest.mark.parametrize(
+    "make", [trainer, llama_factory, axolotl, unsloth, ms_swift, trl, autotrain]
+)
 def test_folders_that_are_runs(
     make: Callable[[Path, Path], Path], trained: Path, tmp_path: Path
 ) -> None:

@@ -8,9 +8,11 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import torch
 
 from converters.certificate import SIGNATURE, write_certificate
 from converters.errors import TensorFileError
+from dora_serve import read_run
 from dora_serve.folder.inventory import discover
 from dora_serve.proof.check import check
 from dora_serve.proof.signing import sign, verify_signature
@@ -61,6 +63,16 @@ def test_a_folder_that_may_not_be_read_is_told(root: Path, rights: int) -> None:
     assert found.problems.keys() == {"other", "runs"}
     for why in found.problems.values():
         assert why.startswith("cannot be read: Permission denied")
+
+
+def test_a_torch_file_that_may_not_be_read_is_not_called_damaged(root: Path) -> None:
+    """To copy it again, as its message asked, brings the same."""
+    torch.save({"a": torch.ones(2)}, root / "run" / "adapter_model.bin")
+    (root / "run" / "adapter_model.safetensors").unlink()
+    (root / "run" / "adapter_model.bin").chmod(0)
+    with pytest.raises(TensorFileError, match="cannot be read: Permission denied") as caught:
+        read_run(root / "run")
+    assert caught.value.remedy is None
 
 
 def test_a_run_whose_rights_come_and_go_is_followed(root: Path) -> None:

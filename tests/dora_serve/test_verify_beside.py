@@ -116,6 +116,20 @@ def test_a_merge_that_transformers_saved_is_told_nothing_of(
     assert not broken.passed and "generation_config.json" in " ".join(broken.failures)
 
 
+def test_a_head_that_other_engines_leave_out_is_told(tmp_path: Path) -> None:
+    """A configuration that ties it, as another tool's merge of a trained head leaves it: of what
+    has its own values transformers 5 heeds that no more, and vLLM does."""
+    tiny_llama().save_pretrained(tmp_path / "base")
+    save_adapter(transformers.LlamaForCausalLM, tmp_path / "base", tmp_path / "run")
+    run = read_run(tmp_path / "run")
+    merge(run, tmp_path / "out", base=tmp_path / "base")
+    (tmp_path / "out/dora_export.json").unlink()
+    assert not verify(run, tmp_path / "out", tmp_path / "base").warnings
+    said("config.json", tie_word_embeddings=True)(tmp_path / "out")
+    found = verify(run, tmp_path / "out", tmp_path / "base")
+    assert found.passed and "have one of its own" in " ".join(found.warnings)
+
+
 def test_a_note_beside_it_is_no_change(run: Run, merged: Path, tmp_path: Path) -> None:
     shutil.copytree(merged, tmp_path / "out")
     for name in ("README.md", "LICENSE", ".gitattributes"):

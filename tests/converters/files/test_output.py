@@ -10,6 +10,8 @@ import stat
 import subprocess
 import sys
 import threading
+import time
+import weakref
 from pathlib import Path
 
 import pytest
@@ -129,6 +131,24 @@ def test_sigterm_unwinds_and_the_handler_comes_back(tmp_path: Path) -> None:
     assert caught.value.code == 143
     assert signal.getsignal(signal.SIGTERM) is before
     assert listing(tmp_path) == {}
+
+
+def test_sigterm_that_python_drops_comes_back(tmp_path: Path) -> None:
+    """What arises in the callback of a weak reference, as while torch exports a graph, is printed
+    and dropped: the command went on to its end."""
+
+    class Traced: ...
+
+    def forget(_reference: object) -> None:
+        signal.raise_signal(signal.SIGTERM)
+
+    hook, traced = sys.unraisablehook, Traced()
+    kept = weakref.ref(traced, forget)
+    with pytest.raises(SystemExit) as caught, output_folder(tmp_path / "out"):
+        del traced
+        time.sleep(5)
+    assert kept() is None and caught.value.code == 143
+    assert sys.unraisablehook is hook and listing(tmp_path) == {}
 
 
 def test_outputs_from_another_thread(tmp_path: Path) -> None:
