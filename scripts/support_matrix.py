@@ -51,7 +51,7 @@ TIES_HEAD = """# Tied weights
 
 What becomes of a run that trained one side of a tensor that the model's class has under several
 names: the side whole (`modules_to_save`), by LoRA, or in single rows (`trainable_token_indices`).
-●: the merged model, and but for single rows the adapter, computes what PEFT's live model computes;
+●: the merged model and the adapter compute what PEFT's live model computes;
 whoever keeps the old value is then a tensor of its own, and the configuration says so. Else the
 reason for which it is refused. Every cell is a case of `{test}`.
 

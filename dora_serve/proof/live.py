@@ -235,7 +235,7 @@ class LiveModel:
             layer = self._layer(name)
             plain = isinstance(layer, torch.nn.Linear) or _is_conv1d(layer) or _looks_up(layer)
             if plain and components is not None and name not in run.tied:
-                hook = _branch(components, name in run.embeddings)
+                hook = _branch(components, _looks_up(layer))
                 self._undo.append(layer.register_forward_hook(hook).remove)
             else:
                 deployed.append(name)

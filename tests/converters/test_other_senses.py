@@ -201,10 +201,13 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
 }
 
 
+MERGED = "rows of a class that names no ties"  # of a weight with more rows than words
+
+
 def cases() -> Iterator[Any]:
-    for case, (name, config) in CASES.items():
+    for case, (name, _) in CASES.items():
         family = getattr(transformers, name).config_class.model_type
-        targets = ("merged",) if "trainable_token_indices" in config else ("merged", "peft")
+        targets = ("merged",) if case == MERGED else ("merged", "peft")
         proves = pytest.mark.supports(method="peft_lora", family=family, targets=targets)
         yield pytest.param(case, id=case, marks=[proves])
 
@@ -220,7 +223,7 @@ def test_what_is_written_equals_pefts_live_model(tmp_path: Path, case: str) -> N
     found = verify(run, tmp_path / "merged", folder)
     assert found.passed and found.truth == "peft", found
     assert not verify(run, folder, folder, earlier=found).passed
-    if "trainable_token_indices" not in config:
+    if case != MERGED:
         write_adapter(run, tmp_path / "adapter", base=folder)
         again = PeftModel.from_pretrained(load(name, folder), str(tmp_path / "adapter")).eval()
         assert apart(live, again) < 1e-4

@@ -368,16 +368,6 @@ def test_an_adapter_that_takes_its_start_from_the_base_needs_it(tmp_path: Path) 
         read_run(tmp_path / "run")
 
 
-def test_trained_rows_of_both_sides_have_one_remedy(tmp_path: Path) -> None:
-    base = saved(HEAD, "LlamaConfig", TIED, tmp_path / "base")
-    trained(HEAD, base, tmp_path / "run", target_modules=["q_proj"], trainable_token_indices=[3])
-    run = read_run(tmp_path / "run", ReadOptions(base=base))
-    for most in (None, 4):
-        with pytest.raises(TargetError) as error:
-            write_adapter(run, tmp_path / "out", base=base, max_rank=most)
-        assert error.value.remedy == "merge it (`merge`)"
-
-
 @pytest.mark.parametrize("rows", [60, 83])
 def test_a_head_of_other_rows_than_the_base(tmp_path: Path, rows: int) -> None:
     """PEFT refuses it, and so do both ways."""

@@ -53,6 +53,7 @@ from .experts import (
 )
 from .names import CONFIG, WEIGHTS
 from .padding import absent_modules
+from .rows import rows_as_components
 from .whole import completed, module_names, whole_modules, with_heads
 
 _NO_MODULE = (".bias", ".in_proj_weight")  # parameters that no pair of an adapter is for
@@ -187,6 +188,7 @@ def plan_adapter(
         architecture = layout.names.architecture
         own, _ = as_loaded(run, base, architecture, layout.find)
         run, own = untied(run, own, architecture, layout.find, together=False)
+        run = rows_as_components(run, own, layout)
         transposed = transposed_modules(run, own, layout, profile)
         check_frozen(run, own)
     whole = changed(run, own, None if layout is None else layout.find)

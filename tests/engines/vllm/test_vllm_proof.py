@@ -115,6 +115,15 @@ def test_sample_runs(tmp_path: Path, sample: Path) -> None:
     in_vllm(read_run(sample), MODELS / "tiny-llama-base", tmp_path / "adapter")
 
 
+@pytest.mark.parametrize("tied", [False, True])
+def test_trained_rows_of_the_embedding(tmp_path: Path, tied: bool) -> None:
+    save_base("llama", tmp_path / "base", tied, **GROUPED)
+    more: dict[str, Any] = {"target_modules": ["q_proj"], "trainable_token_indices": [5, 9, 30]}
+    save_adapter(transformers.LlamaForCausalLM, tmp_path / "base", tmp_path / "lora", **more)
+    run = read_run(tmp_path / "lora", ReadOptions(base=tmp_path / "base"))
+    in_vllm(run, tmp_path / "base", tmp_path / "adapter")
+
+
 def test_reference_runs_trained_their_head_and_are_merged(tmp_path: Path) -> None:
     entries = json.loads((REFERENCE / "index.json").read_text())
     (entry,) = (entry for entry in entries if entry["name"] == "llama-32")
