@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import re
 import resource
 import shutil
@@ -136,13 +135,13 @@ def test_an_output_that_cannot_be_written(root: Path, tmp_path: Path) -> None:
 
 
 def test_names_that_ray_would_take_for_others(root: Path, tmp_path: Path) -> None:
-    linked(root / BASE, tmp_path / "colon" / "llama:7b")
+    shutil.copytree(root / BASE, tmp_path / "colon" / "llama:7b")
     colon = deploy(tmp_path / "colon", *VLLM_ON_RAY)
     assert colon.exit_code == 1
     assert "llama:7b" in colon.stderr
-    linked(root / BASE, tmp_path / "same" / BASE)
+    shutil.copytree(root / BASE, tmp_path / "same" / BASE)
     for name in ("a/x", "b/x", "a--x"):
-        linked(root / "runs/count", tmp_path / "same" / name)
+        shutil.copytree(root / "runs/count", tmp_path / "same" / name)
     same = deploy(tmp_path / "same", *VLLM_ON_RAY)
     assert same.exit_code == 1
     assert "a--x" in same.stderr
@@ -152,7 +151,7 @@ def test_a_base_that_is_not_in_the_folder(
     root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     cached = tmp_path / "models--org--tiny"
-    linked(root / BASE, cached / "snapshots" / "abc")
+    shutil.copytree(root / BASE, cached / "snapshots" / "abc")
     (cached / "refs").mkdir()
     (cached / "refs" / "main").write_text("abc")
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
@@ -169,10 +168,6 @@ def test_a_base_that_is_not_in_the_folder(
         unseen = deploy(root / "runs", *words, "--base", "org/tiny")
         assert unseen.exit_code == 1, words
         assert "does not lie in the folder that the servers see" in unseen.stderr
-
-
-def linked(source: Path, target: Path) -> None:
-    shutil.copytree(source, target, copy_function=os.link)
 
 
 @pytest.mark.parametrize("words", [VLLM_ON_RAY, EMBEDDED_ON_RAY])
@@ -271,7 +266,7 @@ def test_names_that_kubernetes_would_take_for_others(root: Path, tmp_path: Path)
     long = "llama-" * 12
     names = [f"{long}one", f"{long}two", "Llama.3", "llama-3", "1e5", "$(PATH)", "模型"]
     for name in names:
-        linked(root / BASE, tmp_path / name)
+        shutil.copytree(root / BASE, tmp_path / name)
     (tmp_path / "no-place").symlink_to("x" * 300)
     done = deploy(tmp_path, *KUBERNETES)
     assert done.exit_code == 0, done.output
