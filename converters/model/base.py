@@ -330,8 +330,12 @@ def _refuse_named(folder: Path, config: Mapping[str, object]) -> None:
 
 def _open_shards(folder: Path) -> dict[Path, LazyTensors]:
     for single, index in zip(SINGLE_FILES, INDEX_FILES, strict=True):
-        if (folder / single).exists():
-            return {folder / single: open_file(folder / single)}
+        if (file := folder / single).exists():
+            if tensors := open_file(file):
+                return {file: tensors}
+            raise BaseError(
+                "the base's file holds no tensor", file=file, remedy="download the base again"
+            )
         if (folder / index).exists():
             return _open_indexed(folder / index)
     raise MissingError(

@@ -194,3 +194,13 @@ def test_a_base_with_an_adapter_beside_it_is_refused(
     with pytest.raises(DoraExportError, match="an adapter lies beside the base"):
         merge(llama_lora, tmp_path / "out", base=base)
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("name", [FILE, "pytorch_model.bin"])
+def test_a_base_of_no_tensors(name: str, llama_base: Path, tmp_path: Path) -> None:
+    base = tmp_path / "base"
+    shutil.copytree(llama_base, base)
+    (base / FILE).unlink()
+    save_file({}, base / name) if name == FILE else torch.save({}, base / name)
+    with pytest.raises(DoraExportError, match="holds no tensor"):
+        open_base(base)
