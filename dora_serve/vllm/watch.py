@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -194,9 +195,12 @@ def _write_refusal(ours: Path, reason: str) -> Path:
 def _link(ours: Path, adapter: Path) -> Path:
     link = ours / adapter.name
     with _writing(link):
-        if not link.is_symlink():
+        if not link.is_symlink() or link.readlink() != adapter:  # as where the cache was moved
             ours.mkdir(parents=True, exist_ok=True)
-            link.symlink_to(adapter)
+            new = link.with_name(f"{link.name}.{os.getpid()}")
+            new.unlink(missing_ok=True)
+            new.symlink_to(adapter)
+            new.replace(link)
     return link
 
 
