@@ -22,7 +22,6 @@ from converters.model.base import open_base
 from dora_serve.commands import dora_serve as main
 from dora_serve.folder import inventory
 from dora_serve.vllm import desired as module
-from dora_serve.vllm import watch
 from dora_serve.vllm.desired import SETTLE, Desired, Following
 from dora_serve.vllm.kept_names import links
 from dora_serve.vllm.watch import Server, reconcile
@@ -272,13 +271,6 @@ def test_a_cache_that_takes_no_link_is_no_server_that_does_not_answer(
     assert "the cache cannot be written" in done.output
     assert "does not answer" not in done.output
     assert place.is_relative_to(tmp_path)
-
-
-def test_links_in_a_cache_that_was_moved_lead_on(tmp_path: Path) -> None:
-    for cache in ("old", "new"):
-        link = watch._link(tmp_path / "links", tmp_path / cache / "key")
-        assert link.readlink() == tmp_path / cache / "key"
-    assert [path.name for path in (tmp_path / "links").iterdir()] == ["key"]
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="mounting needs root")
