@@ -122,7 +122,10 @@ class Following:
         return list(self._walk())
 
     def changed(self, names: Iterable[str]) -> list[str]:
-        """The names of runs that came, changed or went, and are now at rest."""
+        """The names of runs that came, changed or went, and are now at rest; none where the whole
+        folder is away, as a disk may be."""
+        if not self._place.is_dir():
+            return []
         with self._finding:
             self._arrive()
         found = []

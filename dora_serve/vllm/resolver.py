@@ -21,6 +21,7 @@ from vllm.lora.resolver import LoRAResolver
 
 from converters.errors import DoraExportError, MissingError, TargetError
 from converters.files.cache import cache_folder
+from converters.files.handles import real
 from converters.model.base import open_base
 
 from ..folder.inventory import Member
@@ -155,7 +156,9 @@ class RunResolver(LoRAResolver):  # type: ignore[misc]
                 logger.warning("run %s is no longer served: %s", name, reason)
             return
         path = str(wanted.adapter)
-        if path in (self._table.paths().get(name), self._failed.get(name)):
+        # `watch` has its own links to the same places: each would load after the other for ever.
+        served = self._table.paths().get(name, "")
+        if path == self._failed.get(name) or real(Path(served)) == real(wanted.adapter):
             return
         failure = await self._table.put(name, path)
         self._failed.pop(name, None)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,13 +13,14 @@ from converters.errors import DoraExportError, MissingError, RunError, TargetErr
 from converters.files.cache import private_cache
 
 from ..commands.common import left_out
-from ..folder.inventory import discover
+from ..folder.inventory import Found, discover
 from ..folder.templates import has_template
 from ..progress import progress_bar, say
 from ..wording import curl
 from .command import command_line, find_vllm, has_gpu, serve_options, shell, values_of
 from .convert import vllm_adapter, vllm_adapter_path
 from .fleet import CLASSIFIES, POOLED, Fleet, Pool, plan_fleet, with_whole_layers
+from .kept_names import KeptNames
 from .plugin import live_environment
 from .supervisor import Supervisor
 
@@ -69,14 +70,16 @@ def up(
         (pool,) = fleet.pools
         adapters, problems = {}, dict(fleet.problems)
         place = vllm_adapter_path if dry_run else vllm_adapter
+        bases = values_of("--served-model-name", more) or [pool.name]
+        called = _kept(root, found, pool, bases) if live and not dry_run else {}
         with progress_bar(len(pool.ranks), "adapters", "adapter") as advance:
             for name in pool.ranks:
                 try:
-                    adapters[name] = place(found.members[name])
+                    adapters[called.get(name, name)] = place(found.members[name])
                 except DoraExportError as error:
                     problems[name] = str(error)
                 else:
-                    say(visible(f"adapter {name}"))
+                    say(visible(f"adapter {called.get(name, name)}"))
                 advance(1)
         left_out(problems, found.warnings)
         if adapters:
@@ -84,8 +87,8 @@ def up(
         options = serve_options(pool, adapters, has_gpu())
         if live:
             options["enable-lora"] = True
-        names = [*(values_of("--served-model-name", more) or [pool.name]), *adapters]
-        return _Start(pool, names, command_line(options, program, [*where, *more]))
+        words = command_line(options, program, [*where, *more])
+        return _Start(pool, [*bases, *adapters], words)
 
     first = start()
     environment = dict(_QUIET)
@@ -107,6 +110,14 @@ def up(
         return fresh.words
 
     Supervisor(first.words, environment, f"{url}/health", log, report, again=again).run()
+
+
+def _kept(root: Path, found: Found, pool: Pool, bases: Sequence[str]) -> Mapping[str, str]:
+    """Name of the plan → name by which whoever follows `root` knows the run: where a namesake went,
+    the plan gives its name to the one that is left, and a server would answer with another run."""
+    runs = {found.members[name].path: name for name in pool.ranks}
+    kept = KeptNames(root.absolute()).of(root, runs, runs, bases)
+    return {runs[path]: name for name, path in kept.items()}
 
 
 def _check_slots(pool: Pool, more: Sequence[str]) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -15,6 +16,7 @@ from urllib.error import HTTPError
 from urllib.request import Request, urlopen
 
 from converters.errors import OutputError
+from converters.files.handles import real
 
 from .desired import Desired
 
@@ -39,7 +41,8 @@ class Server:
     """A vLLM server started with `VLLM_ALLOW_RUNTIME_LORA_UPDATING=1`.
 
     `refused`: name → the reason that it was told. `failed`: name → the folder that it does not
-    load. `bases`: what it calls its base. All are of its present start.
+    load. `bases`: what it calls its base. `ours`: the names that were loaded from here. All are of
+    its present start.
     """
 
     def __init__(self, url: str, api_key: str | None = None) -> None:
@@ -47,6 +50,7 @@ class Server:
         self.refused: dict[str, str] = {}
         self.failed: dict[str, Path] = {}
         self.bases: set[str] = set()
+        self.ours: set[str] = set()
         self._had: set[str] = set()
         self._has_plugin: bool | None = None
         self._headers = {"Content-Type": "application/json"}
@@ -105,7 +109,8 @@ class Server:
         return self._has_plugin
 
     def _forget(self) -> None:
-        self.refused, self.failed, self._had, self._has_plugin = {}, {}, set(), None
+        self.refused, self.failed, self.ours = {}, {}, set()
+        self._had, self._has_plugin = set(), None
 
     def _post(self, verb: str, name: str, **more: object) -> None:
         body = {"lora_name": name, **more}
@@ -149,15 +154,22 @@ def reconcile(
             server.failed[name] = path
             yield Change(server.url, name, "failed", f"its base is called so: {_RENAME}")
             continue
-        if name not in loaded:
+        there = loaded.get(name)
+        if name in server.ours and there is not None and there.parent != ours:
+            # Who else keeps the name would take it back: two runs would answer by turns.
+            if real(there) != real(adapter):
+                yield Change(server.url, name, "failed", f"another has taken the name: {_RENAME}")
+            continue
+        if there is None:
             change = _try(server, name, "loaded", partial(server.load, name, path))
         else:
             change = _try(server, name, "reloaded", partial(server.switch, name, path, ours))
         if change.done == "failed":
             server.failed[name] = path
-            if name not in loaded or not keep:
+            if there is None or not keep:
                 _refuse(server, name, change.error, ours)
         else:
+            server.ours.add(name)
             server.failed.pop(name, None)
             server.refused.pop(name, None)
         yield change
@@ -194,9 +206,12 @@ def _write_refusal(ours: Path, reason: str) -> Path:
 def _link(ours: Path, adapter: Path) -> Path:
     link = ours / adapter.name
     with _writing(link):
-        if not link.is_symlink():
+        if not link.is_symlink() or link.readlink() != adapter:  # as where the cache was moved
             ours.mkdir(parents=True, exist_ok=True)
-            link.symlink_to(adapter)
+            new = link.with_name(f"{link.name}.{os.getpid()}")
+            new.unlink(missing_ok=True)
+            new.symlink_to(adapter)
+            new.replace(link)
     return link
 
 

@@ -247,6 +247,16 @@ def test_a_run_that_cannot_be_served_and_is_called_so_is_not_refused(root: Path)
     assert set(asked) == {"GET /v1/models"}
 
 
+def test_of_a_folder_that_is_away_nothing_is_gone(root: Path) -> None:
+    following = Following(root)
+    adapter = following.at_rest().adapters["run"]
+    root.rename(root.with_name("away"))
+    for _ in range(2):
+        assert following.changed(["run"]) == []
+        time.sleep(SETTLE)
+    assert following.current("run") == module.Wanted(adapter)
+
+
 def test_a_cache_that_is_emptied_is_filled_again(root: Path, tmp_path: Path) -> None:
     """vLLM reads the files again whenever it needs room, and a server that is started anew does."""
     following = Following(root)

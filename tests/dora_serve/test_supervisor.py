@@ -15,6 +15,7 @@ from urllib.request import urlopen
 
 import pytest
 
+from dora_serve.vllm.desired import Following
 from tests.processes import commands
 
 # Serves 200 on any path after a child of its own has started; refuses to start when told so.
@@ -199,7 +200,7 @@ def test_a_supervisor_that_is_killed_takes_the_server_along(supervised: Supervis
 def test_what_a_later_start_serves_is_told(
     llama_base: Path, llama_lora: Path, tmp_path: Path
 ) -> None:
-    """And the base by the name that the user gave it."""
+    """And the base by the name that the user gave it, and no run by one that another had."""
     root, folder = tmp_path / "models", tmp_path / "server"
     folder.mkdir()
     shutil.copytree(llama_base, root / "base")
@@ -210,7 +211,7 @@ def test_what_a_later_start_serves_is_told(
     )
     server.chmod(0o755)
     words = ["up", root, "--engine", "vllm", "--vllm", server, "--port", asked.port]
-    words += ["--", "--served-model-name", "first", "second"]
+    words += ["--live", "--", "--served-model-name", "first", "second"]
     told = folder / "told"
     with told.open("w") as out:
         command = [str(commands() / "dora-serve"), *map(str, words)]
@@ -223,6 +224,13 @@ def test_what_a_later_start_serves_is_told(
         asked.ask("/exit")
         until(lambda: "curl" in told.read_text()[before:])
         assert "  first\n  second\n  later\n" in told.read_text()[before:]
+        shutil.copytree(llama_lora, root / "below" / "later")
+        assert "below/later" in Following(root).all()
+        shutil.rmtree(root / "later")
+        before = len(told.read_text())
+        asked.ask("/exit")
+        until(lambda: "curl" in told.read_text()[before:])
+        assert "  first\n  second\n  below/later\n" in told.read_text()[before:]
     finally:
         process.terminate()
         process.wait(timeout=30)

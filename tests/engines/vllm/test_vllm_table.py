@@ -101,6 +101,10 @@ def test_a_run_that_did_not_load_at_the_start_is_followed(
         assert table.refusal("run") is None
         assert loaded == [models.lora_requests["run"].lora_path]
         assert cache in Path(loaded[0]).parents
+        (cache / "link").symlink_to(loaded[0])  # as `watch` loads it, which follows the folder too
+        await table.put("run", str(cache / "link"))
+        await asyncio.sleep(0.3)
+        assert len(loaded) == 2
 
     asyncio.run(asyncio.wait_for(story(), 120))
 
