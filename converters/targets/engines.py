@@ -171,6 +171,13 @@ _PEFT_FEATURES = frozenset(
     "alora_invocation_tokens use_bdlora velora_config monteclora_config kasa_config".split()
 )
 
+# Engine → model types of which it drops a head that is not the embedding (`conversion/gemma.py`,
+# `vllm/model_executor/models/{commandr,cohere2_moe}.py`).
+HEADLESS = {
+    "llama.cpp": frozenset({"gemma", "gemma2"}),
+    "vLLM": frozenset({"cohere", "cohere2", "cohere2_moe"}),
+}
+
 PROFILES = {
     profile.name: profile
     for profile in (
