@@ -232,7 +232,7 @@ def _head(adapter: Adapter) -> str:
 def kinds(adapter: Adapter) -> Iterator[Finding]:
     family = None if adapter.base is None else adapter.base.config.get("model_type")
     for engine in adapter.engines:
-        for module in adapter.pairs:
+        for module in (*adapter.pairs, *adapter.embeddings):
             if not engine.adapts(module, family):
                 yield Finding(
                     "family", "error", (engine.name,), module,

@@ -4,7 +4,8 @@ Sources, by engine: huggingface/peft `src/peft/tuners/lora/`; vllm-project/vllm
 `vllm/lora/{peft_helper,model_manager,lora_weights}.py`, `vllm/config/lora.py`; sgl-project/sglang
 `python/sglang/srt/lora/{lora.py,lora_config.py,lora_manager.py,mem_pool.py}`; predibase/lorax
 `server/lorax_server/adapters/lora.py`, `server/lorax_server/models/flash_*.py`;
-ggml-org/llama.cpp `src/llama-adapter.{h,cpp}`, `convert_lora_to_gguf.py`.
+ggml-org/llama.cpp `src/llama-adapter.{h,cpp}`, `src/models/`, `convert_lora_to_gguf.py`,
+`conversion/`.
 """
 
 from __future__ import annotations
@@ -128,10 +129,54 @@ _PEFT_UNADAPTED = dict.fromkeys(
     ("falcon_h1", "falcon_mamba", "mamba", "mamba2", "nemotron_h"),
     frozenset({"out_proj", "conv1d"}),
 )
+# llama.cpp of llama-cpp-python 0.3.36: types none of whose classes `conversion/` knows.
+_LLAMA_CPP_WITHOUT = (
+    "albert bart bert-generation big_bird bigbird_pegasus biogpt blenderbot blenderbot-small blt "
+    "canine codegen convbert cpmant ctrl cwm data2vec-text deberta deberta-v2 diffllama doge "
+    "electra ernie esm flaubert flex_olmo fnet fsmt funnel gpt_neo gpt_neox_japanese gptj helium "
+    "ibert jetmoe led longcat_flash longformer longt5 luke m2m_100 marian mbart megatron-bert "
+    "mobilebert modernbert-decoder mpnet mra mvp nanochat nllb-moe nystromformer olmo_hybrid "
+    "openai-gpt opt pegasus pegasus_x perceiver persimmon plbart prophetnet recurrent_gemma "
+    "reformer rembert roberta-prelayernorm roc_bert roformer squeezebert switch_transformers "
+    "t5gemma vaultgemma xglm xlm xlm-roberta-xl xlnet xlstm xmod yoso zamba zamba2"
+).split()
+# Weights that a graph in `src/models/` multiplies or looks up without `build_lora_mm`: an adapter
+# on one is loaded, and left out without a word, or refused by its shape.
+_LATENT = frozenset("q_a_proj q_b_proj kv_a_proj_with_mqa kv_b_proj".split())
+_INDEXED = frozenset({"q_proj", "lm_head", "wq_b", "wk", "weights_proj"})
+_PLACES = frozenset({"position_embeddings", "token_type_embeddings"})
+_LLAMA_CPP_UNADAPTED = {
+    **dict.fromkeys(_LLAMA_CPP_WITHOUT, frozenset({ALL})),
+    **dict.fromkeys(
+        ("deepseek_v2", "deepseek_v3", "glm4_moe_lite", "youtu"), _LATENT | {"q_proj", "lm_head"}
+    ),
+    **dict.fromkeys(("deepseek_v32", "glm_moe_dsa", "hy_v4"), _LATENT | _INDEXED),
+    "kimi_linear": _LATENT
+    | set("q_proj k_proj v_proj o_proj f_a_proj f_b_proj b_proj g_a_proj g_b_proj lm_head".split()),
+    "minicpm3": _LATENT,
+    **dict.fromkeys(("gpt2", "gpt_bigcode"), frozenset({"wpe"})),
+    **dict.fromkeys(
+        ("bert", "camembert", "distilbert", "nomic_bert", "roberta", "xlm-roberta"), _PLACES
+    ),
+    **dict.fromkeys(
+        ("gemma3n", "gemma3n_text", "gemma4", "gemma4_text"),
+        frozenset({"embed_tokens_per_layer", "per_layer_model_projection", "modality_router"}),
+    ),
+    "nemotron_h": frozenset({"fc1_latent_proj", "fc2_latent_proj"}),
+    # No tensor of the head: the embedding's takes its place.
+    **dict.fromkeys(("gemma", "gemma2"), frozenset({"embed_tokens", "lm_head"})),
+}
 _PEFT_FEATURES = frozenset(
     "use_dora lora_bias target_parameters trainable_token_indices layer_replication "
     "alora_invocation_tokens use_bdlora velora_config monteclora_config kasa_config".split()
 )
+
+# Engine → model types of which it drops a head that is not the embedding (`conversion/gemma.py`,
+# `vllm/model_executor/models/{commandr,cohere2_moe}.py`).
+HEADLESS = {
+    "llama.cpp": frozenset({"gemma", "gemma2"}),
+    "vLLM": frozenset({"cohere", "cohere2", "cohere2_moe"}),
+}
 
 PROFILES = {
     profile.name: profile
@@ -196,6 +241,7 @@ PROFILES = {
             biases=False,
             embeddings=None,
             conv1d=False,
+            unadapted=_LLAMA_CPP_UNADAPTED,
             reading=Reading(stored_rank=True),
         ),
     )

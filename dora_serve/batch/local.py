@@ -7,11 +7,13 @@ import multiprocessing
 import os
 import signal
 import threading
+import time
 from collections import deque
 from collections.abc import Sequence
 from multiprocessing.connection import Connection, wait
-from multiprocessing.context import ForkServerContext
+from multiprocessing.context import ForkServerContext, ForkServerProcess
 
+from converters.errors import OutputError
 from converters.files.cores import bind, cores
 from converters.files.interpreters import installed_alone
 
@@ -72,9 +74,7 @@ class _Worker:
     def __init__(self, context: ForkServerContext, share: list[int]) -> None:
         self.share = share
         self.pipe, theirs = context.Pipe()
-        self.process = context.Process(target=_serve, args=(theirs, share), daemon=True)
-        with installed_alone():  # the server that forks is started with the first
-            self.process.start()
+        self.process = _started(context, theirs, share)
         theirs.close()
 
     def take(self, job: Job) -> bool:
@@ -93,6 +93,28 @@ class _Worker:
             self.process.kill()
             self.process.join()
         return self.share
+
+
+def _started(context: ForkServerContext, pipe: Connection, share: list[int]) -> ForkServerProcess:
+    """A worker's process. The server that forks them is started with the first; it may be killed
+    while it is asked, as a worker may be while it converts, and is started once more."""
+    for last in (False, True):
+        process = context.Process(target=_serve, args=(pipe, share), daemon=True)
+        try:
+            with installed_alone():
+                process.start()
+        except (EOFError, OSError) as error:
+            if last:
+                raise OutputError(
+                    "no worker process can be started",
+                    found=str(error) or "what starts them was killed",
+                    remedy="look whether memory ran out (dmesg), and run again with fewer "
+                    "`workers`",
+                ) from None
+            time.sleep(PULSE)  # until the system knows that it ended
+        else:
+            return process
+    raise AssertionError
 
 
 def _serve(pipe: Connection, share: list[int]) -> None:

@@ -63,6 +63,26 @@ def test_what_ended_is_in_the_status_though_the_next_run_takes_long(
     assert (again.done, again.skipped) == (15, len(done))
 
 
+@pytest.mark.further
+def test_what_starts_workers_is_killed(llama_lora: Path, tmp_path: Path) -> None:
+    """While it imports what workers need, which takes it a second and more."""
+    out = tmp_path / "out"
+    command = [str(EXPORT), "batch", str(lines(tmp_path / "m", {"run": str(llama_lora)})), str(out)]
+    with subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    ) as process:
+
+        def starters() -> list[psutil.Process]:
+            below = psutil.Process(process.pid).children()
+            return [each for each in below if any("forkserver" in w for w in each.cmdline())]
+
+        wait_for(lambda: bool(starters()))
+        for each in starters():
+            each.kill()
+        assert "1 done" in process.communicate(timeout=120)[0]
+    assert process.returncode == 0
+
+
 def test_no_worker_writes_on_when_the_command_was_killed(llama_lora: Path, tmp_path: Path) -> None:
     base = tmp_path / "base"
     tiny_llama(vocab_size=400_000).save_pretrained(base)  # some time to write

@@ -41,6 +41,7 @@ from ..target import Plan
 from .arguments import other_arguments
 from .companions import Companions, companions
 from .ends import other_end, other_pad
+from .heads import left_out
 from .requantized import FLOAT8, SCALES, Blocks, Scales, blocks_of, stored_parts
 from .settings import other_settings
 
@@ -260,6 +261,7 @@ def plan_merge(
     there = {tensor.name for tensors in written.values() for tensor in tensors}
     begun = check_whole(layout.names, there, base) if expected is None else ()
     told = (*other_settings(run, given), *other_arguments(run, given), *other_pad(run, given))
+    told += tuple(left_out(given, base))
     plan = MergePlan(
         target="merged",
         run=run,
