@@ -272,7 +272,7 @@ class Pretended(Server):
         reason = refusal_at(path)
         known = (verb == "load" and (reason is None or self.plugin)) or name in self.table
         if not (known or (self.plugin and verb == "unload")) or name == self.refuses:
-            raise HTTPError(self.url, 400, "no", {}, None)  # type: ignore[arg-type]
+            raise HTTPError(self.url, 400, "no", {}, io.BytesIO())  # type: ignore[arg-type]
         if verb == "unload" or reason is not None:
             self.table.pop(name, None)
         else:
