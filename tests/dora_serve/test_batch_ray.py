@@ -105,6 +105,7 @@ def test_a_lost_node_loses_no_run(
     assert json.loads(again.stdout)["skipped"] == len(found["done"])
 
 
+@pytest.mark.further  # the plain run loses a node
 def test_a_lost_cluster_leaves_the_rest_pending(
     cluster: Any, llama_lora: Path, llama_base: Path, tmp_path: Path
 ) -> None:

@@ -76,7 +76,7 @@ def run(*words: object) -> Any:
     return CliRunner().invoke(dora_export, [str(word) for word in words])
 
 
-@pytest.mark.parametrize("name", ["ours", "p521"])
+@pytest.mark.parametrize("name", ["ours", pytest.param("p521", marks=pytest.mark.further)])
 def test_the_tool_verifies_what_we_sign(name: str, merged: Path, keys: Path) -> None:
     assert sign(merged, keys / name) == merged / SIGNATURE
     assert model_signing("verify", merged, "--public_key", keys / f"{name}.pub") == 0

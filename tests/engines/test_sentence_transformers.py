@@ -156,7 +156,7 @@ def test_texts_in_lower_case(tmp_path: Path) -> None:
     assert far(Encoder(tmp_path / "onnx").embed(TEXTS), truth) <= BOUND
 
 
-@pytest.mark.parametrize("width", [12, 32])
+@pytest.mark.parametrize("width", [pytest.param(12, marks=pytest.mark.further), 32])
 def test_dense_layers_beside_what_they_read(width: int, tmp_path: Path) -> None:
     make("bert", tmp_path)
     dense = Dense(32, width, use_residual=True)

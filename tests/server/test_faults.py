@@ -60,7 +60,7 @@ def connection(server: Server, body: dict[str, Any]) -> socket.socket:
     return bare
 
 
-@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize("stream", [pytest.param(False, marks=pytest.mark.further), True])
 def test_clients_that_leave_free_their_rows(narrow: Server, stream: bool) -> None:
     with narrow.http as http:
         wait_idle(http)

@@ -32,7 +32,7 @@ PIECES = [{"choices": [{"index": 0, "delta": d, "finish_reason": why}]} for d, w
 CALLS = "".join(f"data: {json.dumps(each)}\n\n" for each in PIECES) + "data: [DONE]\n\n"
 
 
-OTHERS = ((360, "light"), (800, "dark"), (1600, "light"))  # the other scheme at each width
+OTHERS = ((360, "light"), (800, "light"), (800, "dark"), (1600, "dark"))
 
 
 @pytest.fixture(scope="module")
@@ -230,7 +230,9 @@ def test_errors_are_the_servers_own_words(browser: Browser, server: Server) -> N
         assert all(each.startswith("Failed to load resource") for each in seen.troubles)
 
 
-@pytest.mark.parametrize("name", [BASE, DOWN, SENTIMENT, EMBEDS])
+@pytest.mark.parametrize(
+    "name", [pytest.param(BASE, marks=pytest.mark.further), DOWN, SENTIMENT, EMBEDS]
+)
 def test_snippets_run_as_they_are(browser: Browser, server: Server, name: str) -> None:
     allowed = ["clipboard-read", "clipboard-write"]
     with quiet(browser, server.url, permissions=allowed) as page:
@@ -322,7 +324,7 @@ def test_the_focus_stays_where_it_is(page: Page, server: Server) -> None:
 @pytest.mark.parametrize(
     ("width", "scheme"),
     [
-        *((360, "dark"), (800, "light"), (1600, "dark")),
+        *((360, "dark"), (1600, "light")),
         *(pytest.param(*each, marks=pytest.mark.further) for each in OTHERS),
     ],
 )

@@ -144,6 +144,7 @@ def test_a_second_signal_ends_it_at_once(ending: Server, number: signal.Signals)
     held[0].close()
 
 
+@pytest.mark.further  # the plain run ends it while it prepares
 def test_what_is_converted_ends_with_the_server(
     place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
