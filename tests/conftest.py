@@ -92,14 +92,20 @@ def pytest_collection() -> Iterator[None]:
 
 
 def _spare_what_nobody_reads() -> None:
-    """transformers writes out each configuration that it makes, for a log that is off, and PEFT
-    compiles the same model card anew for each adapter: a fifth of what a test of a tiny model
-    takes."""
+    """transformers writes out each configuration that it makes, for a log that is off, torch the
+    stack at each seed, for devices that are not there, and PEFT compiles the same model card anew
+    for each adapter: a quarter of what a test of a tiny model takes."""
     if "transformers" in sys.modules:
         import transformers
 
         for kind in (transformers.PretrainedConfig, transformers.GenerationConfig):
             kind.__repr__ = object.__repr__
+    if "torch" in sys.modules:
+        import torch
+
+        for device in (torch.cuda, torch.xpu, torch.mtia):
+            if not device.is_available():
+                vars(device)["manual_seed_all"] = lambda _seed: None
     if "jinja2" in sys.modules:
         from jinja2 import Template
 
