@@ -257,7 +257,7 @@ class Pretended(Server):
 
     def __init__(self, plugin: bool, refuses: str = "") -> None:
         super().__init__("http://nowhere")
-        self.plugin, self.refuses = plugin, refuses
+        self.plugin, self.refuses = plugin, refuses or None  # a name, or a path
         self.table: dict[str, str] = {}
         self.posts: list[tuple[str, str, bool]] = []
 
@@ -271,8 +271,8 @@ class Pretended(Server):
         self.posts.append((verb, name, inplace))
         reason = refusal_at(path)
         known = (verb == "load" and (reason is None or self.plugin)) or name in self.table
-        if not (known or (self.plugin and verb == "unload")) or name == self.refuses:
-            raise HTTPError(self.url, 400, "no", {}, None)  # type: ignore[arg-type]
+        if not (known or (self.plugin and verb == "unload")) or self.refuses in (name, path):
+            raise HTTPError(self.url, 400, "no", {}, io.BytesIO())  # type: ignore[arg-type]
         if verb == "unload" or reason is not None:
             self.table.pop(name, None)
         else:
@@ -335,6 +335,23 @@ def test_a_refusal_is_told_once(root: Path, tmp_path: Path) -> None:
         assert [name for _, name, _ in server.posts] == posts
     assert reconciled(server, root, Desired({"run": tmp_path})) == {"run": "loaded"}
     assert "run" not in server.refused
+
+
+@pytest.mark.parametrize("keep", [False, True])
+def test_a_server_without_our_plugin_does_not_take_what_a_run_became(
+    root: Path, tmp_path: Path, keep: bool
+) -> None:
+    """What it had was unloaded by then."""
+    before, after = tmp_path / "before", tmp_path / "after"
+    server = Pretended(False, refuses=str(links(root) / "after"))
+    assert reconciled(server, root, Desired({"run": before}), keep) == {"run": "loaded"}
+    assert reconciled(server, root, Desired({"run": after}), keep) == {"run": "failed"}
+    kept = {"run": str(links(root) / "before")} if keep else {}
+    assert server.table == kept
+    assert reconciled(server, root, Desired({"run": after}), keep) == {}
+    assert server.table == kept
+    assert reconciled(server, root, Desired({})) == ({"run": "unloaded"} if keep else {})
+    assert not server.table
 
 
 @pytest.mark.parametrize("keep", [False, True])

@@ -30,6 +30,15 @@ def test_of_two_folders_runs_of_one_name_the_later_is_served(tmp_path: Path) -> 
     assert reconciled(first, tmp_path / "one", mine) == {"run": "loaded"}
 
 
+def test_what_was_refused_and_is_anothers_by_now_is_left(tmp_path: Path) -> None:
+    """The run that was refused here goes."""
+    server = Pretended(True)
+    reconciled(server, tmp_path, Desired({}, {"run": "damaged"}))
+    server.table["run"] = "/theirs"
+    assert reconciled(server, tmp_path, Desired({})) == {}
+    assert server.table == {"run": "/theirs"} and not server.refused
+
+
 def test_the_same_adapter_is_no_other_one(tmp_path: Path) -> None:
     """As `up --live` has loaded it, which follows the folder too."""
     server, wanted = Pretended(True), Desired({"run": tmp_path / "a"})
