@@ -11,6 +11,7 @@ from functools import partial
 from hashlib import sha256
 from http.client import HTTPException
 from pathlib import Path
+from threading import get_ident
 from typing import Any
 from urllib.error import HTTPError
 from urllib.request import Request, urlopen
@@ -210,8 +211,11 @@ def refusal_at(path: str) -> str | None:
 def _write_refusal(ours: Path, reason: str) -> Path:
     folder = ours / "refused" / sha256(reason.encode()).hexdigest()[:16]
     with _writing(folder):
-        folder.mkdir(parents=True, exist_ok=True)
-        (folder / _REFUSAL).write_text(json.dumps({"reason": reason}), encoding="utf-8")
+        if refusal_at(str(folder)) != reason:  # a server may be reading what another was told
+            folder.mkdir(parents=True, exist_ok=True)
+            new = folder / f"{_own()}.json"
+            new.write_text(json.dumps({"reason": reason}), encoding="utf-8")
+            new.replace(folder / _REFUSAL)
     return folder
 
 
@@ -220,11 +224,16 @@ def _link(ours: Path, adapter: Path) -> Path:
     with _writing(link):
         if not link.is_symlink() or link.readlink() != adapter:  # as where the cache was moved
             ours.mkdir(parents=True, exist_ok=True)
-            new = link.with_name(f"{link.name}.{os.getpid()}")
+            new = link.with_name(f"{link.name}.{_own()}")
             new.unlink(missing_ok=True)
             new.symlink_to(adapter)
             new.replace(link)
     return link
+
+
+def _own() -> str:
+    """What nobody else who writes into the cache is called."""
+    return f"{os.getpid()}-{get_ident()}"
 
 
 @contextmanager

@@ -338,23 +338,6 @@ def test_a_refusal_is_told_once(root: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("keep", [False, True])
-def test_a_server_without_our_plugin_does_not_take_what_a_run_became(
-    root: Path, tmp_path: Path, keep: bool
-) -> None:
-    """What it had was unloaded by then."""
-    before, after = tmp_path / "before", tmp_path / "after"
-    server = Pretended(False, refuses=str(links(root) / "after"))
-    assert reconciled(server, root, Desired({"run": before}), keep) == {"run": "loaded"}
-    assert reconciled(server, root, Desired({"run": after}), keep) == {"run": "failed"}
-    kept = {"run": str(links(root) / "before")} if keep else {}
-    assert server.table == kept
-    assert reconciled(server, root, Desired({"run": after}), keep) == {}
-    assert server.table == kept
-    assert reconciled(server, root, Desired({})) == ({"run": "unloaded"} if keep else {})
-    assert not server.table
-
-
-@pytest.mark.parametrize("keep", [False, True])
 def test_what_a_run_became_is_not_taken(root: Path, tmp_path: Path, keep: bool) -> None:
     server = Pretended(True)
     before, after = tmp_path / "before", tmp_path / "after"
