@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from threading import Event, Thread
 
@@ -50,19 +50,23 @@ class Replica:
         self._idle.wait(seconds)
 
     def _equal(self, wanted: Desired) -> None:
-        wrong = []
+        self.failed = True  # also where this ends by an error that nobody thought of
+        try:
+            wrong = list(self._wrong(wanted))
+            self._told.tell(wrong)
+            self.failed = bool(wrong)
+        finally:
+            self._idle.set()
+
+    def _wrong(self, wanted: Desired) -> Iterator[str]:
         try:
             for change in reconcile(self._server, wanted, self._ours, keep=self._keep):
                 line = f"{change.server} {change.done} {change.name} {change.error}".strip()
                 if change.done == "failed":
-                    wrong.append(line)
+                    yield line
                 else:
                     click.echo(visible(line))
         except OutputError as error:
-            wrong.append(str(error))
+            yield str(error)
         except OSError as error:
-            wrong.append(f"{self._server.url} does not answer: {error}")
-        finally:
-            self.failed = bool(wrong)
-            self._told.tell(wrong)
-            self._idle.set()
+            yield f"{self._server.url} does not answer: {error}"
