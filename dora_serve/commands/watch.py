@@ -7,8 +7,6 @@ from pathlib import Path
 
 import click
 
-from converters.errors import visible
-
 from ..wording import in_flags
 from . import common
 
@@ -54,11 +52,12 @@ def command(
     import torch
     import transformers.modeling_utils  # noqa: F401
 
-    from converters.errors import MissingError, OutputError
+    from converters.errors import MissingError
     from converters.model.base import open_base
     from dora_serve.vllm.desired import SETTLE, Following
     from dora_serve.vllm.kept_names import links
-    from dora_serve.vllm.watch import Server, reconcile
+    from dora_serve.vllm.replicas import Replica, Told
+    from dora_serve.vllm.watch import Server
 
     # The cores are the servers': two threads that wait for each other beside theirs at every small
     # step take a minute for a tiny adapter.
@@ -66,17 +65,17 @@ def command(
     given = None if base is None else open_base(base)
     following = Following(folder, given=given, keep=keep)
     wanted = following.at_rest() if once else following.look()
-    servers = [Server(url, api_key) for url in urls]
-    told: set[str] = set()
-    pause = SETTLE
+    ours = links(folder)
+    replicas = [Replica(Server(url, api_key), ours, keep=keep) for url in urls]
+    told, pause = Told(), SETTLE
     while True:
         time.sleep(pause)
         lines = []
-        failed = False
+        away = False
         try:
             wanted = following.look()
         except MissingError as error:  # a disk that is away: all stays as it is
-            failed = True
+            away = True
             lines.append(str(error))
         lines += [
             f"left out: {name}: {in_flags(text).splitlines()[0]}"
@@ -85,25 +84,13 @@ def command(
         lines += [f"warning: {name}: {text}" for name, text in wanted.warnings.items()]
         if once:
             lines += [f"left out: {name}: the run is being written" for name in wanted.moving]
-        for server in servers:
-            try:
-                for change in reconcile(server, wanted, links(folder), keep=keep):
-                    failed |= change.done == "failed"
-                    line = f"{change.server} {change.done} {change.name} {change.error}".strip()
-                    if change.done == "failed":
-                        lines.append(line)
-                    else:
-                        click.echo(visible(line))
-            except OutputError as error:
-                failed = True
-                lines.append(str(error))
-            except OSError as error:
-                failed = True
-                lines.append(f"{server.url} does not answer: {error}")
-        for line in lines:
-            if line not in told:
-                click.secho(visible(line), fg="yellow", err=True)
-        told = set(lines)
+        told.tell(lines)
+        for replica in replicas:
+            replica.follow(wanted)
+        end = time.monotonic() + interval
+        for replica in replicas:
+            replica.wait(None if once else max(end - time.monotonic(), 0))
         if once:
+            failed = away or any(replica.failed for replica in replicas)
             raise SystemExit(int(failed or following.moving))
         pause = SETTLE if following.moving else interval

@@ -5,12 +5,13 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
 from hashlib import sha256
 from http.client import HTTPException
 from pathlib import Path
+from threading import get_ident
 from typing import Any
 from urllib.error import HTTPError
 from urllib.request import Request, urlopen
@@ -75,14 +76,21 @@ class Server:
     def load(self, name: str, path: Path) -> None:
         self._post("load", name, lora_path=str(path))
 
-    def switch(self, name: str, path: Path, folder: Path) -> None:
+    def switch(self, name: str, path: Path, folder: Path, back: Path | None = None) -> None:
         """Serve `name`, which is loaded, from `path`. A server without our plugin does not know the
-        name for a moment: its own reload in place would mix old and new weights."""
+        name for a moment: its own reload in place would mix old and new weights. `back`: what it
+        is given again where it does not take `path`."""
         if self._knows_refusals(folder):
             self._post("load", name, lora_path=str(path), load_inplace=True)
-        else:
-            self.unload(name)
+            return
+        self.unload(name)
+        try:
             self.load(name, path)
+        except HTTPError:
+            if back is not None:
+                with suppress(HTTPError):
+                    self.load(name, back)
+            raise
 
     def refuse(self, name: str, reason: str, folder: Path) -> None:
         """Have requests for `name` answered with the reason; without our plugin, as unknown."""
@@ -163,7 +171,8 @@ def reconcile(
         if there is None:
             change = _try(server, name, "loaded", partial(server.load, name, path))
         else:
-            change = _try(server, name, "reloaded", partial(server.switch, name, path, ours))
+            switch = partial(server.switch, name, path, ours, there if keep else None)
+            change = _try(server, name, "reloaded", switch)
         if change.done == "failed":
             server.failed[name] = path
             if there is None or not keep:
@@ -179,8 +188,12 @@ def reconcile(
             change = _refuse(server, name, reason, ours)
             if name in loaded:
                 yield change
-    gone = {name for name, path in loaded.items() if path.parent == ours} | server.refused.keys()
+    theirs = {name for name, path in loaded.items() if path.parent != ours}
+    gone = loaded.keys() - theirs | server.refused.keys()
     for name in gone - wanted.adapters.keys() - wanted.problems.keys() - set(wanted.moving):
+        if name in theirs:  # refused from here once, and loaded by somebody since
+            del server.refused[name]
+            continue
         change = _try(server, name, "unloaded", partial(server.unload, name))
         if server.refused.pop(name, None) is None:
             yield change
@@ -198,8 +211,11 @@ def refusal_at(path: str) -> str | None:
 def _write_refusal(ours: Path, reason: str) -> Path:
     folder = ours / "refused" / sha256(reason.encode()).hexdigest()[:16]
     with _writing(folder):
-        folder.mkdir(parents=True, exist_ok=True)
-        (folder / _REFUSAL).write_text(json.dumps({"reason": reason}), encoding="utf-8")
+        if refusal_at(str(folder)) != reason:  # a server may be reading what another was told
+            folder.mkdir(parents=True, exist_ok=True)
+            new = folder / f"{_own()}.json"
+            new.write_text(json.dumps({"reason": reason}), encoding="utf-8")
+            new.replace(folder / _REFUSAL)
     return folder
 
 
@@ -208,11 +224,16 @@ def _link(ours: Path, adapter: Path) -> Path:
     with _writing(link):
         if not link.is_symlink() or link.readlink() != adapter:  # as where the cache was moved
             ours.mkdir(parents=True, exist_ok=True)
-            new = link.with_name(f"{link.name}.{os.getpid()}")
+            new = link.with_name(f"{link.name}.{_own()}")
             new.unlink(missing_ok=True)
             new.symlink_to(adapter)
             new.replace(link)
     return link
+
+
+def _own() -> str:
+    """What nobody else who writes into the cache is called."""
+    return f"{os.getpid()}-{get_ident()}"
 
 
 @contextmanager

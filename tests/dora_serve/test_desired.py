@@ -257,7 +257,7 @@ class Pretended(Server):
 
     def __init__(self, plugin: bool, refuses: str = "") -> None:
         super().__init__("http://nowhere")
-        self.plugin, self.refuses = plugin, refuses
+        self.plugin, self.refuses = plugin, refuses or None  # a name, or a path
         self.table: dict[str, str] = {}
         self.posts: list[tuple[str, str, bool]] = []
 
@@ -271,7 +271,7 @@ class Pretended(Server):
         self.posts.append((verb, name, inplace))
         reason = refusal_at(path)
         known = (verb == "load" and (reason is None or self.plugin)) or name in self.table
-        if not (known or (self.plugin and verb == "unload")) or name == self.refuses:
+        if not (known or (self.plugin and verb == "unload")) or self.refuses in (name, path):
             raise HTTPError(self.url, 400, "no", {}, io.BytesIO())  # type: ignore[arg-type]
         if verb == "unload" or reason is not None:
             self.table.pop(name, None)
