@@ -133,7 +133,10 @@ class RunFolder:
 
     @cached_property
     def checkpoint(self) -> BaseModel | None:
-        """The model folder as transformers saves it, None where this is none."""
+        """The model folder as transformers saves it, None where this is none, and where an adapter
+        lies there too: that is the run then, and the model often what it was merged into."""
+        if self.adapter_config and self.adapter_files:
+            return None
         whole = self.has("config.json") and self.first(*SINGLE_FILES, *INDEX_FILES) is not None
         return open_base(self.path) if whole else None
 

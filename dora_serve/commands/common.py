@@ -76,7 +76,7 @@ class Source(click.ParamType[Any]):
     ) -> object:
         if not value:
             self.fail("it is empty", param, ctx)
-        before, equals, url = str(value).rpartition("=")
+        before, equals, url = str(value).partition("=")  # a URL may have more
         if is_url(value):
             return Remote(str(value), make=str)
         if equals and is_url(url):

@@ -32,7 +32,8 @@ _TOP1 = {"int8": 0.9, "int4": 0.9}
 
 def open_folder(folder: Path, _base: BaseModel, run: Run) -> Model:
     """An ONNX folder: merged, or with `run` as one of its adapters, which is found by its files'
-    hashes and tried alone and beside the others in a batch."""
+    hashes and its options, and tried alone and beside the others in a batch, under every name that
+    it has there."""
     if not (folder / CERTIFICATE).exists():
         raise MissingError(
             "this ONNX folder has no certificate, so what it should compute is not known",
@@ -41,22 +42,23 @@ def open_folder(folder: Path, _base: BaseModel, run: Run) -> Model:
         )
     certificate = read_json(folder / CERTIFICATE)
     precision = str(certificate.get("precision"))
-    name, others = _adapter(run, folder, certificate)
+    names, others = _names(run, folder, certificate)
     model = open_onnx(folder)
 
     def read(batches: Sequence[Inputs]) -> Reading:
-        model.adapters = name
-        alone = [logits(model, inputs) for inputs in batches]
-        mixed = [_mixed(model, inputs, name, others) for inputs in batches if others]
-        found = [*alone, *mixed]
-        parts = [found[i : i + len(alone)] for i in range(0, len(found), len(alone))]
+        found = []
+        for name in names:
+            model.adapters = name
+            found += [logits(model, inputs) for inputs in batches]
+            found += [_mixed(model, inputs, name, others) for inputs in batches if others]
+        parts = [found[i : i + len(batches)] for i in range(0, len(found), len(batches))]
 
         def measure(live: Any) -> list[torch.Tensor]:
             return [logits(live, inputs) for inputs in batches] * len(parts)
 
         def top1(_live: Any, truth: Sequence[torch.Tensor]) -> Callable[[float], float]:
             return lambda within: min(
-                equal_choices(part, truth[: len(alone)], within) for part in parts
+                equal_choices(part, truth[: len(batches)], within) for part in parts
             )
 
         return Reading(found, measure, top1)
@@ -64,23 +66,26 @@ def open_folder(folder: Path, _base: BaseModel, run: Run) -> Model:
     return Model(read, precision, share=_SHARES.get(precision, 0.0), top1=_TOP1.get(precision, 1.0))
 
 
-def _adapter(
+def _names(
     run: Run, path: Path, certificate: Mapping[str, Any]
-) -> tuple[str | None, list[str | None]]:
-    """The name of the run among the folder's adapters, and those it may lie beside in a batch."""
+) -> tuple[Sequence[str | None], list[str | None]]:
+    """The names of the run among the folder's adapters, and what it may lie beside in a batch."""
     adapters = certificate.get("adapters")
     if not isinstance(adapters, dict):
-        return None, []
+        return [None], []
     wanted = {sha256(file) for file in run.files}
-    for name, proof in adapters.items():
-        if {file["sha256"] for file in proof["run"]["files"]} == wanted:
-            return name, [None, *(other for other in adapters if other != name)]
-    raise RunError(
-        "the run is not among the folder's adapters",
-        file=path,
-        found=", ".join(adapters),
-        remedy="add it (`onnx` with `add`)",
-    )
+    made = {name: proof["run"] for name, proof in adapters.items()}
+    names = [n for n, one in made.items() if {file["sha256"] for file in one["files"]} == wanted]
+    # One file may be several adapters, as DyLoRA's, whose rank is chosen when it is read.
+    names = [n for n in names if made[n].get("options") == dict(run.options)] or names
+    if not names:
+        raise RunError(
+            "the run is not among the folder's adapters",
+            file=path,
+            found=", ".join(adapters),
+            remedy="add it (`onnx` with `add`)",
+        )
+    return names, [None, *(other for other in adapters if other not in names)]
 
 
 def _mixed(model: Any, inputs: Inputs, name: str | None, others: list[str | None]) -> torch.Tensor:

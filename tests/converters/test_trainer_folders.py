@@ -11,13 +11,13 @@ from typing import Any
 import pytest
 import torch
 from click.testing import CliRunner
-from peft import LoraConfig, get_peft_model
+from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 from torch.distributed.checkpoint.state_dict_saver import save as save_shards
 from transformers import LlamaForCausalLM
 
-from converters.errors import MissingError, RunError
+from converters.errors import BaseError, MissingError, RunError
 from dora_serve import merge, read_run
 from dora_serve.commands import dora_export
 from tests.conftest import randomize, tiny_llama
@@ -289,6 +289,22 @@ def test_an_adapter_in_shards(llama_base: Path, tmp_path: Path) -> None:
     shards[1].unlink()
     with pytest.raises(MissingError, match="shards of the adapter"):
         read_run(tmp_path / "run")
+
+
+def test_an_adapter_beside_what_it_was_merged_into(
+    trained: Path, llama_base: Path, tmp_path: Path
+) -> None:
+    """Saved into one folder by many scripts. It was refused, as an adapter beside the base's
+    weights, though the base lies elsewhere and PEFT takes the adapter."""
+    live: Any = PeftModel.from_pretrained(LlamaForCausalLM.from_pretrained(llama_base), trained)
+    truth = logits(live, INPUTS)
+    with live.disable_adapter():
+        control = logits(live, INPUTS)
+    live.merge_and_unload().save_pretrained(trained)
+    run = read_run(trained)
+    prove(run, llama_base, INPUTS, truth, control, tmp_path, ("peft",))
+    with pytest.raises(BaseError, match="beside the base's weights"):
+        merge(run, tmp_path / "twice", base=trained)
 
 
 def test_other_adapters_below_one_are_told(llama_base: Path, tmp_path: Path) -> None:

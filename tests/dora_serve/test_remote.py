@@ -167,6 +167,17 @@ def test_onnx_takes_named_runs_at_urls(s3: S3Server) -> None:
     assert s3.keys("out") == []
 
 
+def test_a_named_url_may_have_the_sign_behind_a_name(
+    llama_base: Path, llama_lora: Path, tmp_path: Path
+) -> None:
+    """Folders are called `Lora_Rank=8`: all before the last sign was taken for the name."""
+    (tmp_path / "rank=3").mkdir()
+    (tmp_path / "rank=3" / "lora").symlink_to(llama_lora)
+    named = f"one=file://{tmp_path}/rank=3/lora"
+    words = ("onnx", "--base", llama_base, tmp_path / "out", "--adapter", named)
+    assert list(json.loads(good(*words, "--dry-run", "--json"))["adapters"]) == ["one"]
+
+
 @pytest.mark.parametrize("key", ["lora/../../up", "lora/a/../b", "lora//x", "lora/a\tb"])
 def test_names_that_lead_out_are_refused(s3: S3Server, key: str, tmp_path: Path) -> None:
     s3.client().put_object(Bucket="models", Key=key, Body=b"out")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,8 +15,9 @@ from transformers import LlamaForCausalLM
 
 from converters.readers import ReadOptions
 from converters.run import Run
-from dora_serve import merge, read_run, verify, write_adapter
+from dora_serve import merge, read_run, verify, write_adapter, write_onnx
 from tests.converters.families import FAMILIES, MOE, PARAMETERS, further, save_adapter, save_base
+from tests.converters.test_other_ranks import dylora_run
 
 Change = Callable[[str, torch.Tensor], torch.Tensor]
 
@@ -134,3 +136,15 @@ def test_a_tuner_that_peft_computes(config: Any, llama_base: Path, tmp_path: Pat
     merge(run, tmp_path / "out", base=llama_base)
     assert verify(run, tmp_path / "out", llama_base).passed
     assert not verify(run, llama_base, llama_base).passed
+
+
+def test_one_file_that_is_several_adapters_of_a_graph(tmp_path: Path) -> None:
+    """The first of its names alone was asked, whichever rank was meant, and no second one."""
+    base, folder, out = tmp_path / "base", tmp_path / "run", tmp_path / "out"
+    model = save_base("llama", base, num_hidden_layers=1).from_pretrained(base)
+    dylora_run(model, folder, ("q_proj", "up_proj"))
+    two, four = (read_run(folder, ReadOptions(rank=rank)) for rank in (2, 4))
+    write_onnx(base, out, adapters={"two": two, "four": four, "again": four})
+    assert verify(two, out, base).passed and verify(four, out, base).passed
+    shutil.copy(out / "adapters" / "two.onnx_adapter", out / "adapters" / "again.onnx_adapter")
+    assert verify(two, out, base).passed and not verify(four, out, base).passed
