@@ -20,6 +20,8 @@ from .quantized import Blocks, Fit, blocks_of, quantize
 from .step import step_times
 
 _DATA_FROM, _ALIGNED = 1024, 64  # bytes; smaller tensors stay inside the graph
+_TRUTHS = set("And Equal Greater GreaterOrEqual IsInf IsNaN Less LessOrEqual Not Or Xor".split())
+_WHOLE = (ir.DataType.INT32, ir.DataType.INT64)
 _INSIDE = 900_000_000  # bytes of weights that a graph, which ends at 2 GB, may hold itself
 
 
@@ -153,9 +155,9 @@ def shrunk(file: Path, precision: str) -> Any:
     bring stays float32.
 
     fp16: caches too, other inputs and outputs stay float32, and so do angles, which grow with the
-    position. int8: weights in 7 bits per output channel (products of two 8-bit numbers overflow
-    where the processor has no VNNI), activations in 8, of a range that `own_range` makes every
-    token's own.
+    position, and the buckets of distances, which rounding would exchange. int8: weights in 7 bits
+    per output channel (products of two 8-bit numbers overflow where the processor has no VNNI),
+    activations in 8, of a range that `own_range` makes every token's own.
     """
     import onnx
 
@@ -173,7 +175,7 @@ def shrunk(file: Path, precision: str) -> Any:
             return convert_float_to_float16(
                 str(file),
                 keep_io_types=[n for n in io if not n.startswith(("past_key_values.", "present."))],
-                node_block_list=_angles(graph),
+                node_block_list=_positions(graph),
                 op_block_list=[*DEFAULT_OP_BLOCK_LIST, "Cos", "Sin"],
             )
         given = set(graph.inputs)
@@ -191,9 +193,10 @@ def shrunk(file: Path, precision: str) -> Any:
         return onnx.load(Path(folder, file.name))
 
 
-def _angles(graph: ir.Graph) -> list[str]:
-    """The nodes that make what cosines and sines are taken of."""
-    makers = {node for node in graph if node.op_type in ("Cos", "Sin")}
+def _positions(graph: ir.Graph) -> list[str]:
+    """The nodes that make what cosines and sines are taken of, and what becomes whole numbers, as
+    the buckets of distances do."""
+    makers = {node for node in graph if node.op_type in ("Cos", "Sin") or _is_cut(node)}
     waiting = list(makers)
     while waiting:
         for value in waiting.pop().inputs:
@@ -202,3 +205,12 @@ def _angles(graph: ir.Graph) -> list[str]:
                 makers.add(maker)
                 waiting.append(maker)
     return [str(node.name) for node in makers]
+
+
+def _is_cut(node: ir.Node) -> bool:
+    """Whether `node` makes whole numbers of others, and not of what is true."""
+    if node.op_type != "Cast" or node.attributes["to"].as_int() not in _WHOLE:
+        return False
+    (value,) = node.inputs
+    maker = None if value is None else value.producer()
+    return maker is not None and maker.op_type not in _TRUTHS
