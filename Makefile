@@ -15,9 +15,9 @@ EXTRAS := $(patsubst %,--extra %,gguf onnx peft plot remote serve sign)
 OUT := demo-out
 PART := tests/converters/test_samples.py tests/converters/test_reference_runs.py tests/engines/test_onnx_command.py
 REAL := real-out
-# A worker of the suite needs up to 3 GB, and waits for other processes and the disk nearly half of
-# its time: four keep two cores at work.
-WORKERS ?= 4
+# A worker of the suite needs up to 3 GB, and waits for other processes a third of its time: three
+# keep two cores at work, and four take longer.
+WORKERS ?= 3
 SPREAD := --no-loadscope-reorder -n
 
 .PHONY: setup demo test test-all setup-vllm test-vllm setup-clients test-clients test-lowest test-newest test-python lint docs release extras bench matrix matrix-check faults fuzz mutants audit peft-matrix real real-short
