@@ -336,6 +336,8 @@ def _ragged(tensor: LazyTensor) -> bool:
 
 
 def _refused(engine: str, folder: Path, error: Exception) -> ArtifactError:
+    if isinstance(error, DoraExportError):
+        return ArtifactError(**{"file": folder, **vars(error)})
     return ArtifactError(
         f"{engine} does not load it",
         file=folder,

@@ -60,7 +60,8 @@ def command(
         if result.truth:
             _print_numbers(result, loaded, model)
         for reason in result.failures:
-            click.echo(f"fault               {visible(reason)}")
+            told = (f"\n{'':20}").join(visible(line) for line in reason.split("\n"))
+            click.echo(f"fault               {told}")
         verdict = "PASSED" if result.passed else "FAILED"
         click.secho(verdict, fg="green" if result.passed else "red", bold=True)
     common.warn((*loaded.warnings, *result.warnings))

@@ -125,6 +125,15 @@ def test_what_is_damaged_has_failed(artifacts: Path, tmp_path: Path, damage: str
     assert told["failures"] and reason in " ".join(told["failures"])
 
 
+def test_a_reason_is_told_in_lines(artifacts: Path, tmp_path: Path) -> None:
+    shutil.copytree(artifacts / "merged", tmp_path / "merged")
+    cut("model.safetensors")(tmp_path / "merged")
+    words = [str(SAMPLE), str(tmp_path / "merged"), "--base", str(BASE)]
+    told = CliRunner().invoke(command, words).stdout
+    assert f"\n{'':22}file: {tmp_path / 'merged' / 'model.safetensors'}\n" in told
+    assert "\\n" not in told
+
+
 def test_the_same_artifacts_undamaged_pass(artifacts: Path, tmp_path: Path) -> None:
     for artifact in ("merged", "adapter", "onnx"):
         words = [str(SAMPLE), str(artifacts / artifact), "--base", str(BASE)]
