@@ -126,12 +126,19 @@ def test_what_is_not_loaded_is_an_error_of_the_artifact(
     base, run = open_base(llama_base), read_run(llama_lora)
     folder = Path(shutil.copytree(llama_base, tmp_path / "out"))
     (folder / WEIGHTS).write_bytes(b"nonsense")
+    with pytest.raises(ArtifactError, match="header length is beyond the end") as caught:
+        open_transformers(folder, base, run)
+    assert caught.value.file == folder / WEIGHTS
+    shutil.copy(llama_base / WEIGHTS, folder)
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "hidden_act": "nonsense"}))
     with pytest.raises(ArtifactError, match="transformers does not load") as caught:
         open_transformers(folder, base, run)
     assert caught.value.file == folder
-    assert ": " in str(caught.value.found)
+    assert "nonsense" in str(caught.value.found)
     adapter = Path(shutil.copytree(llama_lora, tmp_path / "adapter"))
-    (adapter / "adapter_config.json").write_text('{"peft_type": "LORA"}')
+    config = json.loads((adapter / "adapter_config.json").read_text())
+    (adapter / "adapter_config.json").write_text(json.dumps({**config, "bias": "nonsense"}))
     with pytest.raises(ArtifactError, match="PEFT does not load") as caught:
         open_peft(adapter, base, run)
     assert caught.value.file == adapter
