@@ -6,11 +6,19 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 SCRIPT = Path(__file__).parent.parent / "scripts/faults.py"
 
 
-def test_nothing_is_lost() -> None:
-    done = subprocess.run([sys.executable, SCRIPT, "--short"], capture_output=True, text=True)
+# `merge` meets every kind of fault, the others the few that are their own.
+@pytest.mark.parametrize(
+    "command",
+    ["merge", *(pytest.param(n, marks=pytest.mark.further) for n in ("adapter", "cache"))],
+)
+def test_nothing_is_lost(command: str) -> None:
+    words = [sys.executable, SCRIPT, "--short", "--only", command]
+    done = subprocess.run(words, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
-    assert "| merge |" in done.stdout
+    assert f"| {command} |" in done.stdout
     assert done.stdout.rstrip().endswith(" 0 lost")

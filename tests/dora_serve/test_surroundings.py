@@ -106,17 +106,19 @@ def test_a_locale_without_a_names_signs(tmp_path: Path, monkeypatch: pytest.Monk
     assert "signs that cannot be shown" in why
 
 
-def test_an_output_that_lacks_a_names_signs(llama_lora: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("words", [[], pytest.param(["--json"], marks=pytest.mark.further)])
+def test_an_output_that_lacks_a_names_signs(
+    words: list[str], llama_lora: Path, tmp_path: Path
+) -> None:
     """Neither people nor programs are told less."""
     out = tmp_path / "é模🌍"
-    environment = os.environ | {"PYTHONIOENCODING": "latin-1"}
-    for words in ([], ["--json", "--force"]):
-        done = subprocess.run(
-            [EXPORT, "adapter", llama_lora, out, *words],
-            env=environment,
-            capture_output=True,
-            encoding="latin-1",
-            check=True,
-        )
-        assert r"é\u6a21\ud83c\udf0d" in done.stdout
-    assert str(out) in json.loads(done.stdout).values()
+    done = subprocess.run(
+        [EXPORT, "adapter", llama_lora, out, *words],
+        env=os.environ | {"PYTHONIOENCODING": "latin-1"},
+        capture_output=True,
+        encoding="latin-1",
+        check=True,
+    )
+    assert r"é\u6a21\ud83c\udf0d" in done.stdout
+    if words:
+        assert str(out) in json.loads(done.stdout).values()

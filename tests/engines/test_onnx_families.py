@@ -234,7 +234,11 @@ def gpt2(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Run]:
 
 @pytest.mark.parametrize(
     ("precision", "bound"),
-    [("fp16", 0.005), pytest.param("int8", 0.05, marks=pytest.mark.further), ("int4", 0.5)],
+    [
+        pytest.param("fp16", 0.005, marks=pytest.mark.further),
+        pytest.param("int8", 0.05, marks=pytest.mark.further),
+        ("int4", 0.5),
+    ],
 )
 def test_precisions(gpt2: tuple[Path, Run], tmp_path: Path, precision: str, bound: float) -> None:
     """The error is within a share of the update's effect; steps agree with a run of all tokens."""

@@ -15,6 +15,7 @@ import torch
 from onnx_ir.passes import common
 
 from ...errors import TargetError
+from .decomposition import onnx_program
 
 OPSET = 20
 TOLERANCE = 1e-4  # of a float32 graph to the torch module, on outputs of size 1
@@ -42,9 +43,8 @@ class Part:
         inputs = self.example(2)
         try:
             with quiet(), torch.inference_mode():
-                program = torch.onnx.export(
+                program = onnx_program(
                     self.module,
-                    (),
                     kwargs=inputs,
                     input_names=list(self.names or inputs),
                     output_names=list(self.outputs),

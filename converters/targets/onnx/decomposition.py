@@ -1,0 +1,87 @@
+"""Nearly half of what torch's ONNX exporter takes is a second trace of the graph, which decomposes
+what has no translation and what changes its input. Where there is neither, the graph stays as the
+first trace made it."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch.export import ExportedProgram
+
+_ATEN = torch.ops.aten
+# What the second trace makes of the few operators without a translation that most models have.
+_OTHERWISE = {
+    _ATEN.__and__.Tensor: _ATEN.bitwise_and.Tensor,
+    _ATEN.__or__.Tensor: _ATEN.bitwise_or.Tensor,
+}
+_CASTS = {
+    _ATEN.detach_.default,
+    _ATEN.to.device,
+    _ATEN.to.dtype,
+    _ATEN.to.dtype_layout,
+    _ATEN.to.other,
+}
+_ASSERTIONS = ("aten._assert_", "aten.sym_constrain_range_for_size")  # the exporter removes them
+
+
+def onnx_program(module: torch.nn.Module, **options: Any) -> torch.onnx.ONNXProgram | None:
+    """What `torch.onnx.export` returns for `options`, in about half of the time where its second
+    trace would change nothing. Raises what it raises."""
+    with _decomposing_where_needed() as left:
+        try:
+            return torch.onnx.export(module, (), **options)
+        except Exception:
+            if not left:
+                raise
+    return torch.onnx.export(module, (), **options)
+
+
+@contextlib.contextmanager
+def _decomposing_where_needed() -> Iterator[list[ExportedProgram]]:
+    """While this lasts, a program in which nothing is to be decomposed is returned as it is, and is
+    in the list."""
+    left: list[ExportedProgram] = []
+    decompose: Any = ExportedProgram.run_decompositions
+
+    def run(program: ExportedProgram, decomp_table: Any = None, **more: Any) -> Any:
+        nodes = list(program.graph.nodes)
+        if decomp_table is None or not all(_is_translated(node, decomp_table) for node in nodes):
+            return decompose(program, decomp_table, **more)
+        for node in nodes:
+            _simplify(node)
+        left.append(program)
+        return program
+
+    ExportedProgram.run_decompositions = run  # type: ignore[method-assign]
+    try:
+        yield left
+    finally:
+        ExportedProgram.run_decompositions = decompose  # type: ignore[method-assign]
+
+
+def _is_translated(node: torch.fx.Node, decompositions: Any) -> bool:
+    """Whether the exporter may take the node as `_simplify` leaves it."""
+    if node.op != "call_function":
+        return node.op in ("placeholder", "output")  # and no part that is a graph of its own
+    operator: Any = node.target
+    if not isinstance(operator, torch._ops.OpOverload):
+        return not isinstance(operator, torch._ops.HigherOrderOperator)  # one of sizes
+    if operator in _OTHERWISE or operator in _CASTS or str(operator).startswith(_ASSERTIONS):
+        return True
+    return operator not in decompositions and not operator._schema.is_mutable
+
+
+def _simplify(node: torch.fx.Node) -> None:
+    if node.target in _OTHERWISE:
+        node.target = _OTHERWISE[node.target]
+    elif node.target in _CASTS:
+        given, dtype = node.args[0], node.meta["val"].dtype
+        assert isinstance(given, torch.fx.Node)
+        if given.meta["val"].dtype == dtype:
+            node.replace_all_uses_with(given)
+            node.graph.erase_node(node)
+        else:
+            node.target, node.args, node.kwargs = _ATEN._to_copy.default, (given,), {"dtype": dtype}
