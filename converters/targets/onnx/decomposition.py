@@ -16,6 +16,8 @@ _ATEN = torch.ops.aten
 _OTHERWISE = {
     _ATEN.__and__.Tensor: _ATEN.bitwise_and.Tensor,
     _ATEN.__or__.Tensor: _ATEN.bitwise_or.Tensor,
+    _ATEN.max.other: _ATEN.maximum.default,
+    _ATEN.min.other: _ATEN.minimum.default,
 }
 _CASTS = {
     _ATEN.detach_.default,
