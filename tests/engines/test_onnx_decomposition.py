@@ -29,7 +29,7 @@ def plain(x: torch.Tensor) -> torch.Tensor:
     scale = torch.tensor(2.0)
     whole = x.to(torch.int64).to("cpu", torch.float64).to(x)
     chosen = torch.where((positive & large) | ~positive, x * scale, whole)
-    return torch.min(torch.max(chosen, x), x.to(device="cpu") + 1)
+    return torch.min(torch.max(chosen, x), x.to(device="cpu") + 1).to(x)
 
 
 def in_place(x: torch.Tensor) -> torch.Tensor:

@@ -49,7 +49,7 @@ def _decomposing_where_needed() -> Iterator[list[ExportedProgram]]:
     decompose: Any = ExportedProgram.run_decompositions
 
     def run(program: ExportedProgram, decomp_table: Any = None, **more: Any) -> Any:
-        nodes = list(program.graph.nodes)
+        nodes = program.graph.nodes
         if decomp_table is None or not all(_is_translated(node, decomp_table) for node in nodes):
             return decompose(program, decomp_table, **more)
         for node in nodes:
@@ -82,8 +82,6 @@ def _simplify(node: torch.fx.Node) -> None:
     elif node.target in _CASTS:
         given, dtype = node.args[0], node.meta["val"].dtype
         assert isinstance(given, torch.fx.Node)
-        if given.meta["val"].dtype == dtype:
-            node.replace_all_uses_with(given)
-            node.graph.erase_node(node)
-        else:
-            node.target, node.args, node.kwargs = _ATEN._to_copy.default, (given,), {"dtype": dtype}
+        same = given.meta["val"].dtype == dtype
+        node.target = _ATEN.clone.default if same else _ATEN._to_copy.default
+        node.args, node.kwargs = (given,), {} if same else {"dtype": dtype}
