@@ -10,6 +10,8 @@ from functools import cached_property
 from pathlib import Path
 from typing import Literal
 
+import torch
+
 from ..errors import BaseError, MissingError, RunError, TargetError
 from ..files.handles import check_there
 from ..files.tensors import LazyTensor, LazyTensors, open_file, read_json
@@ -149,6 +151,12 @@ class Adapter:
             own = plain.replace("language_model.model.", "model.language_model.", 1)
             return self.classes.module(plain) or self.classes.module(own)
         return plain if self.base is None or self.base.weight(plain) is not None else None
+
+    def is_embedding(self, module: str) -> bool:
+        """Whether the base's class has an embedding of this name; False where nobody knows."""
+        model = None if self.classes is None else self.classes.whole.names.model
+        layers = {} if model is None else dict(model.named_modules())
+        return isinstance(layers.get(module), torch.nn.Embedding)
 
     @cached_property
     def loaded(self) -> Mapping[str, str]:

@@ -90,6 +90,13 @@ def unknown_modules(adapter: Adapter) -> Iterator[Finding]:
                 "use the base it was trained on, or rename the module",
             )  # fmt: skip
             continue
+        if module in adapter.pairs and adapter.is_embedding(meant):
+            yield Finding(
+                "embedding", "error", adapter.all, module,
+                "an embedding with the factors of a linear layer: PEFT leaves this part out",
+                f"{module}.lora_A.weight", f"{module}.lora_embedding_A", AGAIN,
+            )  # fmt: skip
+            continue
         deaf = adapter.where(partial(_misses, adapter, module, meant))
         if deaf:
             yield Finding(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TypedDict
@@ -84,6 +85,23 @@ def refuse_unread(replaced: Iterable[str], file: Path, word: str = "lora_") -> N
                 expected="adapters on linear layers only, under the names PEFT saves",
                 remedy="where an adapter's name is in the tensors' names: `lint` with `fix`",
             )
+
+
+# Tinker's names of the head and of all experts' layers at once.
+_TINKER = re.compile(r"(?:.+\.)?(?:unembed_tokens|experts\.w[123])\.lora_[AB]\.weight")
+
+
+def refuse_tinker(tensors: Iterable[str], file: Path) -> None:
+    """Raise `RunError` for an adapter that its trainer's own converter has not made PEFT's yet."""
+    for name in filter(_TINKER.fullmatch, tensors):
+        raise RunError(
+            "an adapter as Tinker stores it, under names of its own",
+            file=file,
+            tensor=name,
+            expected="the names of transformers and PEFT",
+            remedy="convert it: tinker_cookbook.weights.build_lora_adapter(base_model=…, "
+            "adapter_path=…, output_path=…); or merge it with build_hf_model there",
+        )
 
 
 # Behind the layer's name, where PEFT keeps the second pair of torch's MultiheadAttention.

@@ -26,7 +26,14 @@ from ..updates.rank_one import RankOneSum
 from ..updates.update import Update
 from .lora_reader import AdapterFiles
 from .module import AdaptedModule, adapted, grouped
-from .peft_common import ATTENTION_OUT, Scaling, is_variant, of_training_alone, refuse_variant
+from .peft_common import (
+    ATTENTION_OUT,
+    Scaling,
+    is_variant,
+    of_training_alone,
+    refuse_tinker,
+    refuse_variant,
+)
 from .peft_initial import Initial
 from .peft_laid import turned
 from .peft_parameters import TOKENS, parameter_updates, parameters, token_rows
@@ -57,6 +64,7 @@ class PeftLoraReader:
         refuse_variant(config, config_path)
         refuse_restarted(folder.path)
         files = AdapterFiles(folder)
+        refuse_tinker(files.tensors, config_path)
         files.tensors = {n: t for n, t in files.tensors.items() if not of_training_alone(config, n)}
         pairs, others = grouped(files.tensors, _LORA)
         tokens, biases, embeddings = (

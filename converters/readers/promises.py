@@ -21,6 +21,7 @@ from ..model.tasks import HEADS, architecture_of, task_of_peft
 from ..model.tying import aliases, tied_in_peft
 from ..options import ReadOptions
 from ..run import Run
+from .embedding_pairs import refuse_plain_pairs
 from .experts import partial_experts
 from .module import with_factors
 from .named import Named
@@ -45,6 +46,7 @@ def checked(run: Run, folder: RunFolder, options: ReadOptions, named: bool = Tru
     promises = _Promises(run, config, path, options)
     promises.head()
     promises.tokens()
+    refuse_plain_pairs(run, folder.adapter, promises._file, promises._base)
     warnings = (
         *unread,
         *promises.modules(),

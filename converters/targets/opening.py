@@ -23,7 +23,7 @@ from ..model.match import as_trained, classes
 from ..model.names import Names
 from ..model.quantized import Dequantized, method, quantization
 from ..model.tasks import architecture_of, auto_class, task_of
-from ..model.tying import embedding_in
+from ..model.tying import aliases, embedding_in
 from ..readers import ReadOptions, read_run
 from ..readers.run_folder import CONFIG_FILE
 from ..run import Run
@@ -76,7 +76,12 @@ def open_transformers(folder: Path, _base: BaseModel, _run: Run) -> Model:
     if model.rounded is None:
         return model
     owners = _owners(packed, known)
-    return replace(model, own=_dtypes(packed, owners), stored=_stored(packed, owners))
+    own = _dtypes(packed, owners)
+    for side, source in aliases(loaded.model).items():  # of which one alone is stored
+        for name, stored in ((side, source), (source, side)):
+            if stored in own:
+                own.setdefault(name, own[stored])
+    return replace(model, own=own, stored=_stored(packed, owners))
 
 
 def open_peft(folder: Path, base: BaseModel, run: Run) -> Model:

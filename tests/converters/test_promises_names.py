@@ -16,6 +16,7 @@ from converters.targets.opening import attach
 from dora_serve import ReadOptions, merge, read_run, write_adapter
 from dora_serve.proof.verify import logits, verification_batch
 from tests.conftest import tiny_llama
+from tests.converters.naming import errors
 from tests.converters.test_promises import FILE, drop, edit, loaded, run_of
 
 # adapted, what the configuration says instead, tensors that are taken out, what is said
@@ -208,3 +209,28 @@ def test_a_head_of_other_rows_than_the_embedding_is_refused(
     with pytest.raises(BaseError, match="another shape") as error:
         merge(run, tmp_path / "merged", base=llama_base)
     assert error.value.tensor == "lm_head.weight" and error.value.remedy
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_an_embedding_with_the_factors_of_a_linear_layer(tmp_path: Path, tied: bool) -> None:
+    """As Tinker's converter writes the head that is tied to it: PEFT leaves them out."""
+    base = tmp_path / "base"
+    tiny_llama(tie_word_embeddings=tied).save_pretrained(base)
+    run = run_of(base, tmp_path / "run", target_modules=["q_proj", "embed_tokens"])
+    tensors = load_file(run / FILE)
+    stem = "base_model.model.model.embed_tokens."
+    a, b = (tensors.pop(f"{stem}lora_embedding_{letter}") for letter in "AB")
+    pair = {f"{stem}lora_A.weight": b.T.contiguous(), f"{stem}lora_B.weight": a.T.contiguous()}
+    save_file(tensors | pair, run / FILE, metadata={"format": "pt"})
+    with pytest.raises(RunError, match="PEFT leaves out"):
+        read_run(run, ReadOptions(base=base))
+    assert "embedding" in errors(run, base, "vllm") and errors(run, base, "peft")
+
+
+@pytest.mark.parametrize("name", ["model.unembed_tokens", "model.layers.0.mlp.experts.w1"])
+def test_an_adapter_under_tinkers_names(tmp_path: Path, llama_base: Path, name: str) -> None:
+    run = run_of(llama_base, tmp_path / "run")
+    pair = {f"base_model.model.{name}.lora_{x}.weight": torch.ones(2, 4, 4) for x in "AB"}
+    save_file(load_file(run / FILE) | pair, run / FILE, metadata={"format": "pt"})
+    with pytest.raises(RunError, match="build_lora_adapter"):
+        read_run(run, ReadOptions(base=llama_base))

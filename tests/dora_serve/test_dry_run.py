@@ -141,6 +141,15 @@ def test_a_tensor_trained_whole(target: str, llama_base: Path, tmp_path: Path) -
     assert "lm_head" in agree(tmp_path, target, [run, tmp_path / "out", "--base", llama_base])
 
 
+def test_a_bias_that_a_branch_of_a_graph_has_no_place_for(tmp_path: Path) -> None:
+    """Of a base that has one: the plan refuses what the graph, once built, would not take."""
+    base = tmp_path / "base"
+    tiny_llama(attention_bias=True).save_pretrained(base)
+    run = run_of(base, tmp_path / "run", lora_bias=True)
+    words = ["onnx", tmp_path / "out", "--base", base, "--adapter", run, "--dry-run"]
+    assert "cannot carry" in bad(*words)
+
+
 def test_a_dtype_that_a_quantized_base_has_no_place_for(
     llama_lora: Path, llama_base: Path, tmp_path: Path
 ) -> None:

@@ -231,7 +231,8 @@ def _check_adapters(adapters: Mapping[str, Run], base: BaseModel, task: str | No
         check_frozen(run, base)
         architecture, _ = target_architecture(run, base)
         whole = changed(run, base).keys() - _own_heads(run, base, architecture, task)
-        refuse(run, [*sorted(whole), *sorted(run.embeddings), *kernels_of(run, base)])
+        biases = [name for name in run.updates if name.endswith(".bias")]
+        refuse(run, [*sorted(whole), *sorted(run.embeddings), *biases, *kernels_of(run, base)])
         for module, rank in run.strip().ranks.items():
             if rank is None:
                 raise TargetError(

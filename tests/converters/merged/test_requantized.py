@@ -178,6 +178,17 @@ def test_experts_that_are_fused_in_memory(tmp_path: Path) -> None:
     assert found.passed, found
 
 
+def test_trained_rows_of_a_tied_embedding(tmp_path: Path) -> None:
+    """PEFT holds the head's weight apart, of which the file says nothing: it is the embedding's."""
+    plain = plain_base(tmp_path / "plain", tie_word_embeddings=True)
+    run = adapter(plain, tmp_path / "run", trainable_token_indices=[3, 5])
+    base = packed_base(plain, tmp_path / "base", pack(plain, ROWS, COLUMNS), SAID)
+    out = merge(run, tmp_path / "out", base=base, requantize=True).path
+    assert "lm_head.weight" not in load_file(out / WEIGHTS)
+    found = verified(run, out, base)
+    assert found.passed, found
+
+
 def test_conv1d_is_not_quantized_again(tmp_path: Path) -> None:
     """Its floats lie the other way round than what is packed."""
     config = transformers.GPT2Config(n_embd=64, n_layer=1, n_head=4, vocab_size=80, n_positions=32)
