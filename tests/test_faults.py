@@ -17,8 +17,8 @@ SCRIPT = Path(__file__).parent.parent / "scripts/faults.py"
     ["merge", *(pytest.param(n, marks=pytest.mark.further) for n in ("adapter", "cache"))],
 )
 def test_nothing_is_lost(command: str) -> None:
-    words = [sys.executable, SCRIPT, "--short", "--only", command]
-    done = subprocess.run(words, capture_output=True, text=True)
+    words = ["--short", "--only", command]
+    done = subprocess.run([sys.executable, SCRIPT, *words], capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
     assert f"| {command} |" in done.stdout
     assert done.stdout.rstrip().endswith(" 0 lost")

@@ -212,7 +212,7 @@ def test_adapters_of_the_reference_implementation(roberta: Built) -> None:
 
 
 @supports("dora", "roberta")
-@pytest.mark.further  # the plain run has it of a server
+@pytest.mark.further
 def test_question_answering_with_an_adapter(answers: Built) -> None:
     check_adapters(answers)
 
@@ -243,7 +243,7 @@ def test_token_classification_with_token_types(tags: Built) -> None:
 
 
 @supports("peft_lora", "bert")
-@pytest.mark.further  # the plain run has those of test_onnx_embedders.py
+@pytest.mark.further
 def test_embeddings(bert_base: Path, tmp_path: Path) -> None:
     path = tiny_lora(
         bert_base,
