@@ -237,10 +237,11 @@ def _head(adapter: Adapter) -> str:
 
 
 def kinds(adapter: Adapter) -> Iterator[Finding]:
-    family = None if adapter.base is None else adapter.base.config.get("model_type")
+    config = {} if adapter.base is None else adapter.base.config
+    family = config.get("model_type")
     for engine in adapter.engines:
         for module in (*adapter.pairs, *adapter.embeddings):
-            if not engine.adapts(module, family):
+            if not engine.adapts(module, family, architecture_of(config)):
                 yield Finding(
                     "family", "error", (engine.name,), module,
                     f"{engine.name} does not adapt this module of such a model", str(family),

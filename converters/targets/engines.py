@@ -39,9 +39,9 @@ class Profile:
     `experts_in`: model type → how its class there calls the experts of a layer, where that is
     another name than in memory: by the latter it finds nothing, and says nothing. `fused`: model
     types whose adapters on fused experts it reads as PEFT stores them, all parameters or none.
-    `kinds`: last names of the modules it can adapt, None for any. `unadapted`: model type → those
-    that it cannot adapt there, `ALL` for every one. `together`: kinds that it loads only all or
-    none. `uniform`: it stores every kind of module in every layer at one rank, so
+    `kinds`: last names of the modules it can adapt, None for any. `unadapted`: model type or
+    class → those that it cannot adapt there, `ALL` for every one. `together`: kinds that it loads
+    only all or none. `uniform`: it stores every kind of module in every layer at one rank, so
     that what the run lacks is written as zeros; `drops`: it leaves out a kind that one layer
     lacks. `prefix`: it knows a tensor only by PEFT's prefix. `conv1d`: it reads PEFT's adapters
     on Conv1D layers. `text_models`: it loads the text model of a multimodal base by itself, where
@@ -75,9 +75,10 @@ class Profile:
         """Whether it loads adapters on the embeddings of a base of this type."""
         return self.embeddings is None or str(model_type) in self.embeddings
 
-    def adapts(self, module: str, model_type: object) -> bool:
-        """Whether it adapts `module` of a base of this type, as far as the type is known."""
-        lacks = self.unadapted.get(str(model_type), _NOTHING)
+    def adapts(self, module: str, model_type: object, architecture: str = "") -> bool:
+        """Whether it adapts `module` of a base of this type and class, as far as they are known."""
+        named = (str(model_type), architecture)
+        lacks = _NOTHING.union(*(self.unadapted.get(name, _NOTHING) for name in named))
         return not lacks & {ALL, module.rsplit(".", 1)[-1]}
 
 
@@ -94,13 +95,16 @@ _LORAX_KINDS = _LLAMA_KINDS | set(
 # not fit for its Transformers backend (`is_backend_compatible`).
 # RoBERTa's have it, but load no head of two layers, and do not start with --lora-target-modules.
 _VLLM_WITHOUT = (
-    "albert bamba bart bert big_bird bigbird_pegasus biogpt blenderbot blenderbot-small bloom blt "
-    "codegen cohere2_moe cpmant dbrx deberta deberta-v2 deepseek_v4 distilbert electra falcon "
-    "falcon_mamba fsmt gemma3n gemma3n_text git gpt-sw3 gpt2 gpt_neo gpt_neox_japanese gptj "
-    "hrm_text kimi_linear led longt5 m2m_100 mamba mamba2 marian mbart megatron-bert "
-    "mimo_v2_flash modernbert mpt mt5 musicgen musicgen_melody mvp nllb-moe openai-gpt pegasus "
-    "plbart prophetnet reformer rembert roberta roformer rwkv speech_to_text stablelm "
-    "switch_transformers t5 trocr umt5 vit whisper xglm xlm xlm-roberta xlnet xlstm zamba zamba2"
+    "albert bamba bart bert big_bird bigbird_pegasus biogpt blenderbot blenderbot-small "
+    "bloom blt bros canine codegen cohere2_moe convbert cpmant dbrx deberta deberta-v2 "
+    "deepseek_v4 distilbert electra falcon falcon_mamba flaubert fnet fsmt funnel gemma3n "
+    "gemma3n_text git gpt-sw3 gpt2 gpt_neo gpt_neox_japanese gptj gte hrm_text ibert "
+    "kimi_linear layoutlm layoutlmv2 layoutlmv3 led lilt longformer longt5 luke m2m_100 "
+    "mamba mamba2 marian markuplm mbart megatron-bert mimo_v2_flash modernbert mpnet mpt mra "
+    "mt5 musicgen musicgen_melody mvp nllb-moe nomic_bert nystromformer openai-gpt "
+    "openai_privacy_filter pegasus perceiver plbart prophetnet reformer rembert roberta "
+    "roformer rwkv speech_to_text squeezebert stablelm switch_transformers t5 tapas trocr "
+    "umt5 vit whisper xglm xlm xlm-roberta xlnet xlstm yoso zamba zamba2"
 ).split()
 # Classes whose `embedding_modules` lack the head, those of the Transformers backend among them.
 _VLLM_WITHOUT_HEAD = (
@@ -115,6 +119,7 @@ _VLLM_WITHOUT_HEAD = (
 _VLLM_UNADAPTED = {
     **dict.fromkeys(_VLLM_WITHOUT, frozenset({ALL})),
     **dict.fromkeys(_VLLM_WITHOUT_HEAD, frozenset({"lm_head", "embed_out"})),
+    "Gemma3TextModel": frozenset({ALL}),  # Gemma's embedder; with a head the class has it
 }
 # Classes whose `embedding_modules` name the embedding.
 _VLLM_EMBEDDINGS = frozenset(

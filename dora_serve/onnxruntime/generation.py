@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -142,7 +142,7 @@ class Detokenizer:
         self, tokenizer: Any, prefix: Sequence[int] = (), sampling: Sampling | None = None
     ) -> None:
         sampling = sampling or Sampling()
-        self._decode = partial(tokenizer.decode, skip_special_tokens=sampling.skip_special_tokens)
+        self._decode = decoding(tokenizer, sampling.skip_special_tokens, sampling.marks)
         self._added: dict[int, Any] = {}  # whose texts are told without a space between
         if not (sampling.skip_special_tokens or sampling.spaces_between_special_tokens):
             self._added = tokenizer.get_added_tokens_decoder()
@@ -173,6 +173,25 @@ class Detokenizer:
             return ""
         self._before, self._told = self._told, len(self._tokens)
         return text[len(known) :]
+
+
+def decoding(
+    tokenizer: Any, skip_special_tokens: bool, marks: Sequence[str] = ()
+) -> Callable[[list[int]], str]:
+    """What makes text of tokens, with or without the special ones; but for `marks`, which are told
+    in either case."""
+    kept = {tokenizer.token_to_id(mark) for mark in marks if skip_special_tokens}
+    added = tokenizer.get_added_tokens_decoder() if kept - {None} else {}
+    special = {token for token, text in added.items() if text.special}
+    if not kept & special:
+        return partial(tokenizer.decode, skip_special_tokens=skip_special_tokens)
+    hidden = special - kept
+
+    def decode(tokens: list[int]) -> str:
+        told = [token for token in tokens if token not in hidden]
+        return str(tokenizer.decode(told, skip_special_tokens=False))
+
+    return decode
 
 
 class StoppedText:

@@ -34,6 +34,7 @@ class Sampling:
     `stop_token_ids`: tokens that end it too. `include_stop_str_in_output`: what ends it is part of
     the text. `allowed_token_ids`: no others are drawn; empty for all. `bad_words`: sequences of
     tokens that are not completed. `logit_bias`: tokens and what is added to their logits.
+    `marks`: special tokens that are told all the same, where others are skipped.
     `repetition_penalty` of what the prompt or the completion says, `presence_penalty` and
     `frequency_penalty` of what the completion says, as OpenAI defines them. `prompt_logprobs`: as
     `logprobs`, of the prompt's own tokens. `grammar`: what the completion has to follow.
@@ -52,6 +53,7 @@ class Sampling:
     stop_token_ids: tuple[int, ...] = ()
     include_stop_str_in_output: bool = False
     skip_special_tokens: bool = True
+    marks: tuple[str, ...] = ()
     spaces_between_special_tokens: bool = True
     allowed_token_ids: tuple[int, ...] = ()
     bad_words: tuple[tuple[int, ...], ...] = ()

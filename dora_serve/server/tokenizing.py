@@ -41,10 +41,12 @@ class Texts:
         special: bool = True,
         kept: int | None = None,
         side: str | None = None,
+        usual: str = "left",
     ) -> list[Row]:
         """The tokens of every text, or pair of texts, at most `longest`; token ids stay as they
         are. `kept`: at most so many of each, those at the end (`side` "right": at the begin). Of a
-        text, what the tokenizer puts around it is among them, but where a side is given."""
+        text, what the tokenizer puts around it is among them, but where a side is given. `usual`:
+        which side is cut where none is given."""
         texts: list[Any] = [given for given in inputs if not isinstance(given, list)]
         before: list[str] = []
         if texts and isinstance(texts[0], tuple):
@@ -62,9 +64,11 @@ class Texts:
                 param=param,
                 kept=kept,
                 side=side,
+                usual=usual,
             )
         rows = _rows(lengths, blob)
         found = [(i, [0] * len(i)) if isinstance(i, list) else next(rows) for i in inputs]
+        side = side or usual
         return [(cut(ids, kept, side), cut(types, kept, side)) for ids, types in found]
 
     async def question(self, question: str, context: str, longest: int) -> Question:

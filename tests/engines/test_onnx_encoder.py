@@ -212,7 +212,6 @@ def test_adapters_of_the_reference_implementation(roberta: Built) -> None:
 
 
 @supports("dora", "roberta")
-@pytest.mark.further
 def test_question_answering_with_an_adapter(answers: Built) -> None:
     check_adapters(answers)
 

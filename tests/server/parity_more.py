@@ -223,7 +223,7 @@ OF_CLASSIFIER: dict[str, Asked] = {
     "classes": pool(CLASSIFIER, "/classify", FILMS),
     "logits": pool(CLASSIFIER, "/classify", use_activation=False),
     "bare": pool(CLASSIFIER, "/classify", add_special_tokens=False),
-    "truncated": pool(CLASSIFIER, "/classify", "good bad film good", truncate_prompt_tokens=3),
+    "truncated": pool(CLASSIFIER, "/classify", "good bad film a dull", truncate_prompt_tokens=3),
     "of tokens": pool(CLASSIFIER, "/classify", [5, 6, 7]),
     "of several lists of tokens": pool(CLASSIFIER, "/classify", [[5, 6, 7], [8]]),
     "of no text": pool(CLASSIFIER, "/classify", []),

@@ -143,3 +143,26 @@ def test_what_is_refused(pooled: Server, path: str, body: Any, param: str | None
     assert answer.status_code == (400 if param else 200), answer.text
     if param:
         assert answer.json()["error"]["param"] == param
+
+
+def test_what_is_too_long_loses_its_end(pooled: Server) -> None:
+    """As transformers, sentence-transformers and vLLM cut what an encoder reads, with what belongs
+    around it; a prompt that is gone on with loses its begin."""
+    text, query = "good bad film a dull and bad film", "a film"
+    cut: Any = {"truncation": True, "max_length": 6, "return_tensors": "pt"}
+
+    def codes(name: str, *texts: str) -> Any:
+        return AutoTokenizer.from_pretrained(pooled.root / name)(*texts, **cut)
+
+    with torch.no_grad():
+        head = RobertaForSequenceClassification.from_pretrained(pooled.root / CROSS).eval()
+        score = torch.sigmoid(head(**codes(CROSS, query, text))[0]).item()
+        model = RobertaModel.from_pretrained(pooled.root / EMBEDS).eval()
+        vector = model(**codes(EMBEDS, text))[0][0].mean(dim=0)
+    most: Any = {"truncate_prompt_tokens": 6}
+    told = ask(pooled, "/score", model=CROSS, text_1=query, text_2=text, **most)
+    assert told["data"][0]["score"] == pytest.approx(score, abs=1e-5)
+    ids = codes(EMBEDS, text)["input_ids"][0].tolist()
+    for given in (text, [*ids, 9, 8, 7]):
+        (one,) = ask(pooled, "/v1/embeddings", model=EMBEDS, input=given, **most)["data"]
+        assert one["embedding"] == pytest.approx(vector.tolist(), abs=1e-5)

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import jsonschema
 import openai
 import pytest
+import torch
+from transformers import AutoTokenizer, LlamaForCausalLM
 
 from dora_serve.server.options import ServerOptions
 from dora_serve.server.wire.calls import WrittenCalls
@@ -181,6 +185,16 @@ def test_what_is_wrong(client: openai.OpenAI, given: Any, says: str) -> None:
 
 CALL = '<tool_call>\n{"name": "f", "arguments": {"a": 1}}\n</tool_call>'
 F = ("f", '{"a": 1}')
+ARGUMENTS: Any = {
+    "properties": {
+        "a": {"type": "integer"},
+        "t": {"type": "string"},
+        "b": {"type": "boolean"},
+        "o": {"anyOf": [{"type": "string"}, {"type": "null"}]},
+        "l": {"$ref": "#/$defs/list"},
+    },
+    "$defs": {"list": {"type": "array"}},
+}
 
 
 @pytest.mark.parametrize(
@@ -205,6 +219,32 @@ F = ("f", '{"a": 1}')
          [F, F]),
         ('[{"name": "f", "parameters": "x"}, 3]', '[{"name": "f", "parameters": "x"}, 3]', []),
         ("", "", []),
+        # With what sets two apart inside, or a line between.
+        ('{"name": "f", "parameters": {"a": "x; {y}"}};\n{"name": "f", "parameters": {"a": 1}}', "",
+         [("f", '{"a": "x; {y}"}'), F]),
+        ('{"name": "f", "parameters": {"a": 1}}\n{"name": "f", "parameters": {"a": 1}}', "",
+         [F, F]),
+        ('{"name": "f", "parameters": {"a": NaN}}', '{"name": "f", "parameters": {"a": NaN}}', []),
+        # Mistral's newest, and what it says before; the mark without a call.
+        ('[TOOL_CALLS]f[ARGS]{"a": 1}', "", [F]),
+        ('So:[TOOL_CALLS]f[CALL_ID]a1b2[ARGS]{"a": 1}[TOOL_CALLS]f{"a": 1}', "So:", [F, F]),
+        ('So: [TOOL_CALLS][{"name": "f", "arguments": {"a": 1}}]', "So: ", [F]),
+        ("[TOOL_CALLS] f is called", "[TOOL_CALLS] f is called", []),
+        # Phi 4 and Granite 3.
+        ('<|tool_call|>[{"name": "f", "arguments": {"a": 1}}]<|/tool_call|>', "", [F]),
+        ('<|tool_call|>[{"name": "f", "arguments": {"a": 1}}]', "", [F]),
+        # Qwen 3 Coder and 3.5, whose values are texts; Llama 3's own form.
+        ("<tool_call>\n<function=f>\n<parameter=a>\n1\n</parameter>\n</function>\n</tool_call>",
+         "", [F]),
+        ("Hm.<function=f>\n<parameter=a>1<parameter=t>\n 1\n2 \n</parameter></function>", "Hm.",
+         [("f", '{"a": 1, "t": " 1\\n2 "}')]),
+        ("<function=f><parameter=b>True</parameter><parameter=o>null</parameter></function>", "",
+         [("f", '{"b": true, "o": null}')]),
+        ('<function=f><parameter=l>["x"]</parameter><parameter=a>none</parameter></function>', "",
+         [("f", '{"l": ["x"], "a": "none"}')]),
+        ('<function=f>{"a": 1}</function>', "", [F]),
+        ("<tool_call><function=f></function></tool_call>", "", [("f", "{}")]),
+        ("<function=other></function>", "<function=other></function>", []),
     ],
 )  # fmt: skip
 @pytest.mark.parametrize("size", [1, 3, 1000])
@@ -212,10 +252,48 @@ def test_the_forms_of_calls(
     text: str, content: str, calls: list[tuple[str, str]], size: int
 ) -> None:
     """In pieces of any size."""
-    finder = WrittenCalls({"f"}.__contains__)
+    finder = WrittenCalls({"f": ARGUMENTS})
     told, found = "", []
     for begin in range(0, max(len(text), 1), size):
         more, new = finder.add(text[begin : begin + size], last=begin + size >= len(text))
         told += more
         found += [(call["function"]["name"], call["function"]["arguments"]) for call in new]
     assert (told, found) == (content, calls)
+
+
+def test_tags_that_are_special_tokens(tmp_path: Path) -> None:
+    """As fine-tunes add them, whose text other answers leave out; others stay left out."""
+    base = tmp_path / "models" / MODEL
+    save_bytes_model(base)
+    tokenizer = AutoTokenizer.from_pretrained(base)
+    call = '{"name": "now", "arguments": {}}'
+    tokenizer.add_tokens(["Well.", call])
+    special: Any = {"additional_special_tokens": ["<tool_call>", "</tool_call>", "<end>"]}
+    tokenizer.add_special_tokens(special)
+    tokenizer.save_pretrained(base)
+    said = f"gWell.<end><tool_call>{call}</tool_call>"
+    path = [*tokenizer(said, add_special_tokens=False)["input_ids"], tokenizer.eos_token_id]
+    model = LlamaForCausalLM.from_pretrained(base)
+    model.resize_token_embeddings(len(tokenizer))
+    states = torch.randn(len(tokenizer), 32, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():  # what comes next hangs on the last token alone
+        for tensor in model.parameters():
+            tensor.zero_()
+        model.model.norm.weight.fill_(1)
+        model.model.embed_tokens.weight.copy_(states)
+        model.lm_head.weight[path[1:]] = states[path[:-1]]
+    model.save_pretrained(base)
+    options = ServerOptions(threads=1)
+    with started(base.parent, tmp_path, None, options) as running, running.openai as client:
+        turns: Any = [{"role": "user", "content": "g"}]
+        told: Any = {"messages": turns, "tools": TOOLS, "temperature": 0}
+        (whole,) = ask(client, **told).choices
+        deltas = [piece.choices[0].delta for piece in ask(client, stream=True, **told)]
+        (bare,) = ask(client, **{**told, "tools": openai.omit}).choices
+    (found,) = whole.message.tool_calls
+    assert (whole.message.content, whole.finish_reason) == ("Well.", "tool_calls")
+    assert (found.function.name, found.function.arguments) == ("now", "{}")
+    assert re.fullmatch("[a-zA-Z0-9]{9}", found.id)  # what Mistral's templates take back
+    assert "".join(delta.content or "" for delta in deltas) == "Well."
+    assert [each.function.name for delta in deltas for each in delta.tool_calls or ()] == ["now"]
+    assert bare.message.content == f"Well.{call}"

@@ -33,7 +33,7 @@ from ...model.match import (
 )
 from ...model.names import PEFT_PREFIX
 from ...model.rows import check_rows
-from ...model.tasks import peft_type
+from ...model.tasks import architecture_of, peft_type
 from ...model.untying import untied
 from ...model.zeroed import as_loaded
 from ...progress import Progress
@@ -331,7 +331,8 @@ def _kinds(profile: Profile) -> str:
 
 def _check_family(run: Run, base: BaseModel, profile: Profile) -> None:
     family = base.config.get("model_type")
-    found = [name for name in run.updates if not profile.adapts(name, family)]
+    own = architecture_of(base.config)
+    found = [name for name in run.updates if not profile.adapts(name, family, own)]
     if found:
         raise TargetError(
             f"{profile.name} does not adapt these modules of a model of the type {family}",

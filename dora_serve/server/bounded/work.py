@@ -141,14 +141,16 @@ class Work:
         kept: int | None = None,
         side: str | None = None,
         before: Sequence[str] = (),
+        usual: str = "left",
     ) -> tuple[Any, bytes]:
         """How many tokens each text has, behind its own of `before` or the only one there, where
         there is any; the ids of all of them, and their types. At most `kept` of a text, with what
-        belongs around it, where no `side` is given that the caller cuts."""
+        belongs around it, where no `side` is given that the caller cuts: what the `usual` side has
+        too much is left out."""
         ids, types, lengths = array("I"), array("I"), []
         firsts = [*before] * len(texts) if len(before) == 1 else before
         for text in zip(firsts, texts, strict=True) if before else texts:
-            encoded = self._encoding(text, special, param, kept if side is None else None)
+            encoded = self._encoding(text, special, param, kept if side is None else None, usual)
             longest = max(longest, len(encoded.ids) if kept is not None else 0)
             lengths.append(_checked(len(encoded.ids), longest, param))
             ids.extend(encoded.ids)
@@ -199,7 +201,12 @@ class Work:
         return None, answers.Text(prompt=text).model_dump_json().encode()
 
     def _encoding(
-        self, text: str | Sequence[str], special: bool, param: str, kept: int | None = None
+        self,
+        text: str | Sequence[str],
+        special: bool,
+        param: str,
+        kept: int | None = None,
+        side: str = "left",
     ) -> Any:
         parts = (text,) if isinstance(text, str) else tuple(text)
         if (length := sum(map(len, parts))) > LONGEST:
@@ -210,7 +217,7 @@ class Work:
             )
         if kept is None:
             return self._tokenizer.encode(*parts, add_special_tokens=special)
-        self._tokenizer.enable_truncation(kept, direction="left")
+        self._tokenizer.enable_truncation(kept, direction=side)
         try:
             return self._tokenizer.encode(*parts, add_special_tokens=special)
         finally:

@@ -93,6 +93,7 @@ async def run(
         body.add_special_tokens,
         body.kept(engine.max_length),
         body.truncation_side,
+        "right",  # what transformers and vLLM cut of what an encoder reads
     )
     if check is not None:
         check([len(ids) for ids, _ in rows])

@@ -12,7 +12,7 @@ from heapq import nlargest
 from itertools import islice
 from operator import itemgetter
 
-from dora_serve.onnxruntime.generation import Logprobs
+from dora_serve.onnxruntime.generation import Logprobs, decoding
 from dora_serve.onnxruntime.limits import QueueFull
 from dora_serve.onnxruntime.request import Delta, Request, Tell
 from dora_serve.onnxruntime.sampling import Sampling
@@ -162,8 +162,8 @@ class Searching:
 
     def _delta(self, beam: _Beam) -> Delta:
         body, tokens = self._body, beam.tokens
-        decode = self._engine.tokenizer.decode
-        text = decode(list(tokens), skip_special_tokens=body.skip_special_tokens)
+        decode = decoding(self._engine.tokenizer, body.skip_special_tokens, body.marks)
+        text = decode(list(tokens))
         if beam.end is not None and body.include_stop_str_in_output:
             tokens = (*tokens, beam.end)
         reason = "length" if beam.end is None else "stop"

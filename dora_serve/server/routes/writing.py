@@ -95,13 +95,14 @@ class ChatWriter(Writer):
         super().__init__(body, decode)
         self._body = body
         self._shared = None if body.prompt_logprobs is None else prompt
-        self._names = frozenset(tool.function.name for tool in body.tools or ())
+        functions = [tool.function for tool in body.tools or ()]
+        self._tools = {each.name: each.schema_of_arguments for each in functions}
         self._calls: dict[int, Calls | None] = {}  # of every choice that was begun
 
     def __call__(self, index: int, grown: Choice | Delta) -> Json:
         body, begins = self._body, index not in self._calls
         if begins:
-            self._calls[index] = calls_of(body.calls, self._names)
+            self._calls[index] = calls_of(body.calls, self._tools)
         calls, reason = self._calls[index], grown.reason
         message: Json = {"role": "assistant"} if begins else {}
         if calls is None:

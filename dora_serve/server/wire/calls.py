@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
-import json
 import uuid
 from abc import ABC, abstractmethod
-from collections.abc import Callable
-from typing import Any
 
-from pydantic_core import from_json
-
+from . import forms
+from .forms import Json, Schemas
 from .tools import Choice, NamedTool
 
-_OPEN, _CLOSE = "<tool_call>", "</tool_call>"  # Hermes, Qwen
-_MISTRAL, _LLAMA = "[TOOL_CALLS]", "<|python_tag|>"
-Json = dict[str, Any]
+_LLAMA = "<|python_tag|>"
+# What Mistral's templates take alone: of letters and digits, and as long as this.
+_ID = 9
 
 
 class Calls(ABC):
@@ -31,7 +28,7 @@ class Calls(ABC):
         self.count += 1
         return {
             "index": self.count - 1,
-            "id": f"call_{uuid.uuid4().hex}",
+            "id": uuid.uuid4().hex[:_ID],
             "type": "function",
             "function": {"name": name, "arguments": arguments},
         }
@@ -52,12 +49,13 @@ class NamedCall(Calls):
 
 
 class WrittenCalls(Calls):
-    """Calls in the form of Hermes and Qwen (in tags), Mistral (behind a tag) or Llama 3 (all of the
-    text is JSON), and lists of calls, as `required` has them."""
+    """Calls in any of the forms that `forms.py` reads: in tags, behind a mark of Mistral's, or as
+    all of the text, which is JSON (Llama 3; lists of calls, as `required` has them). `tools`: the
+    schema of the arguments of each."""
 
-    def __init__(self, is_tool: Callable[[str], bool]) -> None:
+    def __init__(self, tools: Schemas) -> None:
         super().__init__()
-        self._is_tool = is_tool
+        self._tools = tools
         self._text = ""
         self._begun = False  # text that is no call was told
         self._blank: str | None = None  # behind a call, as long as nothing else is
@@ -67,51 +65,37 @@ class WrittenCalls(Calls):
         if not self._begun and not self.count and self._may_be_json():
             if not last:
                 return "", []
-            if calls := self._all():
-                return "", calls
-        return self._tagged(last)
+            if calls := forms.of_json(self._text.strip().removeprefix(_LLAMA), self._tools):
+                self._text = ""
+                return "", [self._call(*call) for call in calls]
+        return self._marked(last)
 
     def _may_be_json(self) -> bool:
         text = self._text.lstrip()
         marks = ("{", "[", _LLAMA)
         return not text or text.startswith(marks) or _LLAMA.startswith(text)
 
-    def _all(self) -> list[Json]:
-        """The calls that the text is, none where it is anything else."""
-        text = self._text.strip()
-        for mark in (_MISTRAL, _LLAMA):
-            text = text.removeprefix(mark)
-        found = []
-        for part in text.split(";") if text.startswith("{") and not _json(text) else [text]:
-            read = _json(part)
-            found += read if isinstance(read, list) else [read]
-        calls = [_named(each) for each in found]
-        if not calls or not all(call is not None and self._is_tool(call[0]) for call in calls):
-            return []
-        self._text = ""
-        return [self._call(*call) for call in calls if call is not None]
-
-    def _tagged(self, last: bool) -> tuple[str, list[Json]]:
+    def _marked(self, last: bool) -> tuple[str, list[Json]]:
         told, calls = "", []
         while True:
-            before, opened, behind = self._text.partition(_OPEN)
-            if not opened:
-                held = 0 if last else _begun(self._text)
+            begin = forms.BEGIN.search(self._text)
+            if begin is None:
+                held = 0 if last else forms.begun(self._text)
                 told += self._between(self._text[: len(self._text) - held])
                 self._text = self._text[len(self._text) - held :]
                 break
-            told += self._between(before)
-            inside, closed, rest = behind.partition(_CLOSE)
-            if not closed and not last:
-                self._text = opened + behind
+            told += self._between(self._text[: begin.start()])
+            self._text = self._text[begin.start() :]
+            whole, rest = forms.region(self._text, begin[0])
+            if rest is None and not last:
                 break
-            call = _named(_json(inside))
-            if call is None:
-                told += self._between(opened + inside + closed)
-            else:
+            found = forms.calls(whole, begin[0], self._tools)
+            if not found:
+                told += self._between(whole)
+            for call in found:
                 calls.append(self._call(*call))
                 self._blank = ""
-            self._text = rest
+            self._text = rest or ""
         self._begun = self._begun or bool(told.strip())
         return told, calls
 
@@ -126,32 +110,10 @@ class WrittenCalls(Calls):
         return told
 
 
-def _begun(text: str) -> int:
-    """How many characters at the end of `text` may be the begin of a tag."""
-    return next((n for n in range(len(_OPEN) - 1, 0, -1) if text.endswith(_OPEN[:n])), 0)
-
-
-def _json(text: str) -> Any:
-    try:
-        return from_json(text.strip())
-    except ValueError:
-        return None
-
-
-def _named(read: Any) -> tuple[str, str] | None:
-    """The tool that is called and its arguments as JSON, None where nothing is."""
-    if not isinstance(read, dict) or not isinstance(read.get("name"), str):
-        return None
-    arguments = read.get("arguments", read.get("parameters", {}))
-    if not isinstance(arguments, str):
-        arguments = json.dumps(arguments, ensure_ascii=False)
-    return read["name"], arguments
-
-
-def calls_of(choice: Choice | None, names: frozenset[str]) -> Calls | None:
+def calls_of(choice: Choice | None, tools: Schemas) -> Calls | None:
     """What finds the calls of an answer to a request with these tools; None where none are told."""
-    if not names or choice in (None, "none"):
+    if not tools or choice in (None, "none"):
         return None
     if isinstance(choice, NamedTool):
         return NamedCall(choice.function.name)
-    return WrittenCalls(names.__contains__)
+    return WrittenCalls(tools)

@@ -16,6 +16,7 @@ from pydantic import (
 )
 
 from .defaults import Count
+from .forms import MARKS
 from .messages import Message, Several
 from .parameters import Object, Parameters, at_most, refusal
 from .sampling import Generate, Token, Tokens, Top, Truncation
@@ -138,6 +139,10 @@ class ChatRequest(Generate, _Conversation):
     def calls(self) -> Choice:
         """Which tools are called: those that the model wants where nothing is said."""
         return self.tool_choice or ("auto" if self.tools else "none")
+
+    @property
+    def marks(self) -> tuple[str, ...]:
+        return MARKS if self.tools and self.calls == "auto" else ()
 
     def structure(self) -> Asked | None:
         schema = schema_of_calls(self.tools or [], self.calls, self.parallel_tool_calls)

@@ -56,7 +56,9 @@ class StreamOptions(Parameters):
 
 class Truncation(Parameters):
     """`truncate_prompt_tokens`: how many tokens of a prompt are kept, -1 for as many as there is
-    room for; of a text the last ones behind what the tokenizer puts before it."""
+    room for: of what is gone on with the last ones, of what an encoder reads the first ones, what
+    the tokenizer puts around a text among them. With a side tokens are cut off there as they
+    are."""
 
     truncate_prompt_tokens: Annotated[int, Field(ge=-1, le=2**31 - 1)] | None = None
     truncation_side: Literal["left", "right"] | None = None
@@ -119,6 +121,11 @@ class Generate(Truncation):
                 raise refusal(name, "not with use_beam_search")
         return self
 
+    @property
+    def marks(self) -> tuple[str, ...]:
+        """The special tokens that are read in the answer, whether or not others are told."""
+        return ()
+
     def structure(self) -> Asked | None:
         """What the answer has to follow. Raises `ValueError` for what nothing can."""
         return asked(self.response_format, self.structured_outputs)
@@ -152,6 +159,7 @@ class Generate(Truncation):
             stop_token_ids=tuple(self.stop_token_ids or ()),
             include_stop_str_in_output=self.include_stop_str_in_output,
             skip_special_tokens=self.skip_special_tokens,
+            marks=self.marks,
             spaces_between_special_tokens=self.spaces_between_special_tokens,
             allowed_token_ids=tuple(self.allowed_token_ids or ()),
             bad_words=bad_words,

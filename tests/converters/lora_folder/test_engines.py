@@ -91,6 +91,8 @@ def test_what_each_engine_reads() -> None:
         ("a.q_proj", "gpt2", False),
         ("a.q_proj", "xlm-roberta", False),
         ("a.q_proj", "albert", False),
+        ("a.q", "mpnet", False),
+        ("a.down_proj", "nomic_bert", False),
         ("lm_head", "qwen2", False),
         ("embed_out", "gpt_neox", False),
         ("a.q_proj", "qwen2", True),
@@ -102,6 +104,15 @@ def test_what_each_engine_reads() -> None:
 def test_which_classes_vllm_adapts(module: str, model_type: object, adapts: bool) -> None:
     assert PROFILES["vllm"].adapts(module, model_type) is adapts
     assert PROFILES["peft"].adapts(module, model_type) is True
+
+
+@pytest.mark.parametrize(
+    ("architecture", "adapts"), [("Gemma3TextModel", False), ("Gemma3ForCausalLM", True)]
+)
+def test_a_class_of_a_family_that_vllm_does_not_adapt(architecture: str, adapts: bool) -> None:
+    """Gemma's embedder has a class of its own there."""
+    assert PROFILES["vllm"].adapts("a.q_proj", "gemma3_text", architecture) is adapts
+    assert PROFILES["peft"].adapts("a.q_proj", "gemma3_text", architecture) is True
 
 
 @pytest.mark.parametrize("rank", [512, 513])

@@ -248,9 +248,31 @@ def families_as_their_classes_say() -> int:
     return seen
 
 
+def encoders_as_their_classes_say() -> int:
+    """How many families have a body that vLLM serves for vectors with adapters, of all that the
+    profile says so of; where it has no class, transformers' own has to be one that it takes."""
+    import transformers
+    from transformers.models.auto import modeling_auto as auto
+    from vllm.model_executor.models import ModelRegistry
+    from vllm.model_executor.models.interfaces import supports_lora
+
+    known, profile, seen = ModelRegistry.models, PROFILES["vllm"], 0
+    for family in auto.MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING_NAMES:
+        name = auto.MODEL_MAPPING_NAMES.get(family)
+        if not isinstance(name, str) or not profile.adapts("q_proj", family, name):
+            continue
+        if name in known:
+            assert supports_lora(known[name].load_model_cls()), name
+        elif auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(family) not in known:
+            assert getattr(transformers, name).is_backend_compatible(), name
+        seen += 1
+    return seen
+
+
 @pytest.mark.further
 def test_what_its_classes_adapt() -> None:
     assert apart(families_as_their_classes_say) > 60
+    assert apart(encoders_as_their_classes_say) > 20
 
 
 @supports("peft_adalora", "llama")

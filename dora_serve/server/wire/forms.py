@@ -1,0 +1,170 @@
+"""The forms in which models write calls of tools, as their chat templates show them."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping
+from typing import Any, NoReturn
+
+Json = dict[str, Any]
+Schemas = Mapping[str, Json]
+Call = tuple[str, str]  # the tool, and its arguments as JSON
+
+_MISTRAL, _FUNCTION, _PARAMETER = "[TOOL_CALLS]", "<function=", "<parameter="
+# What a call begins with → what it ends with; None where calls are all that follows.
+_ENDS = {
+    "<tool_call>": "</tool_call>",  # Hermes, Qwen
+    "<|tool_call|>": "<|/tool_call|>",  # Granite 3, which writes no end; Phi 4
+    _FUNCTION: "</function>",  # Qwen without the tag around it, Llama 3's own form
+    _MISTRAL: None,
+}
+# Which of them a tokenizer may have as special tokens, whose text is left out of other answers.
+MARKS = ("<tool_call>", "</tool_call>", "<|tool_call|>", "<|/tool_call|>", _MISTRAL, "[ARGS]",
+         "[CALL_ID]")  # fmt: skip
+BEGIN = re.compile("|".join(map(re.escape, _ENDS)))
+# Of Mistral's newest: the name, an id where there is one, and the arguments.
+_NAMED = re.compile(r"\s*([^\s\[\]{}]+)\s*(?:\[CALL_ID\][^\[{]*)?(?:\[ARGS\])?\s*(?={)")
+_APART = re.compile(r"[\s;]*")
+_KINDS: Mapping[str, type | tuple[type, ...]] = {
+    "null": type(None),
+    "boolean": bool,
+    "integer": int,
+    "number": (int, float),
+    "object": dict,
+    "array": list,
+    "string": str,
+}
+_DEEPEST = 8  # schemas in one another that are looked through
+
+
+def begun(text: str) -> int:
+    """How many characters at the end of `text` may be the begin of a call."""
+    longest = max(map(len, _ENDS))
+    ends = (text[-n:] for n in range(longest - 1, 0, -1))
+    return next((len(end) for end in ends if any(mark.startswith(end) for mark in _ENDS)), 0)
+
+
+def region(text: str, mark: str) -> tuple[str, str | None]:
+    """What of `text`, which begins with `mark`, may be calls, and what is behind it; None where it
+    may go on."""
+    end = _ENDS[mark]
+    if end is None:
+        return text, None
+    inside, closed, rest = text.partition(end)
+    return inside + closed, rest if closed else None
+
+
+def calls(text: str, mark: str, tools: Schemas) -> list[Call]:
+    """The calls that a region is; none where it is anything else."""
+    if mark == _MISTRAL:
+        return _mistral(text.removeprefix(mark))
+    if mark == _FUNCTION:
+        return _function(text, tools)
+    inside = text.removeprefix(mark).removesuffix(_ENDS[mark] or "").strip()
+    return _function(inside, tools) if inside.startswith(_FUNCTION) else of_json(inside)
+
+
+def of_json(text: str, tools: Schemas | None = None) -> list[Call]:
+    """The calls that all of `text` is: JSON, or several, line by line or behind semicolons. With
+    `tools` none where it calls another."""
+    found = []
+    for value in _values(text):
+        found += value if isinstance(value, list) else [value]
+    named = [_named(value) for value in found]
+    told = [call for call in named if call and (tools is None or call[0] in tools)]
+    return told if len(told) == len(named) else []
+
+
+def _mistral(text: str) -> list[Call]:
+    """Behind the mark: a list, or a name and its arguments, each behind a mark of its own."""
+    if listed := of_json(text.strip()):
+        return listed
+    found = []
+    for part in text.split(_MISTRAL):
+        name = _NAMED.match(part)
+        values = _values(part[name.end() :].strip()) if name else []
+        if name is None or len(values) != 1:
+            return []
+        found.append((name[1], _written(values[0])))
+    return found
+
+
+def _function(text: str, tools: Schemas) -> list[Call]:
+    """`<function=NAME>` around JSON, or around a tag for each parameter, whose values are texts
+    that become what the tool's schema says."""
+    name, _, body = text.removeprefix(_FUNCTION).strip().removesuffix("</function>").partition(">")
+    if name not in tools:
+        return []
+    values = _values(body.strip())
+    if len(values) == 1 and isinstance(values[0], dict):
+        return [(name, _written(values[0]))]
+    before, *parts = body.split(_PARAMETER)
+    if before.strip():
+        return []
+    known, arguments = tools[name].get("properties"), {}
+    for part in parts:
+        key, _, value = part.partition(">")
+        value = value.partition("</parameter>")[0].removeprefix("\n").removesuffix("\n")
+        schema = known.get(key) if isinstance(known, dict) else None
+        arguments[key] = _typed(value, _kinds(schema, tools[name]))
+    return [(name, _written(arguments))]
+
+
+def _kinds(schema: Any, root: Json, depth: int = 0) -> set[str]:
+    """The types that a schema names, also behind a reference to a definition of `root`."""
+    if not isinstance(schema, dict) or depth > _DEEPEST:
+        return set()
+    said = schema.get("type")
+    kinds = {kind for kind in (said if isinstance(said, list) else [said]) if isinstance(kind, str)}
+    if not kinds and isinstance(values := schema.get("enum", [schema.get("const")]), list):
+        kinds = {k for k, of in _KINDS.items() if any(isinstance(each, of) for each in values)}
+        kinds -= set() if "enum" in schema or "const" in schema else {"null"}
+    where, definitions = schema.get("$ref"), root.get("$defs")
+    others = [each for key in ("anyOf", "oneOf", "allOf") for each in schema.get(key) or ()]
+    if isinstance(where, str) and isinstance(definitions, dict):
+        others.append(definitions.get(where.removeprefix("#/$defs/")))
+    return kinds.union(*(_kinds(each, root, depth + 1) for each in others))
+
+
+def _typed(text: str, kinds: set[str]) -> Any:
+    """A text as a value of one of the `kinds`; as it is where it is none."""
+    if kinds <= {"string"}:
+        return text
+    said = text.strip()
+    values = _values(said.lower() if said.lower() in ("true", "false", "null") else said)
+    if len(values) != 1:
+        return text
+    fits = any(isinstance(values[0], _KINDS.get(kind, ())) for kind in kinds - {"string"})
+    return values[0] if fits else text
+
+
+def _values(text: str) -> list[Any]:
+    """The values of JSON that `text` is, apart by blanks or semicolons; none where it is more."""
+    found, at = [], 0
+    while at < len(text):
+        try:
+            value, at = _DECODER.raw_decode(text, at)
+        except (ValueError, RecursionError):
+            return []
+        found.append(value)
+        at = _APART.match(text, at).end()  # type: ignore[union-attr]
+    return found
+
+
+def _no_number(name: str) -> NoReturn:
+    raise ValueError(f"{name} is no JSON")
+
+
+_DECODER = json.JSONDecoder(parse_constant=_no_number)
+
+
+def _named(read: Any) -> Call | None:
+    """The tool that is called and its arguments, None where nothing is."""
+    if not isinstance(read, dict) or not isinstance(read.get("name"), str):
+        return None
+    return read["name"], _written(read.get("arguments", read.get("parameters", {})))
+
+
+def _written(arguments: Any) -> str:
+    return arguments if isinstance(arguments, str) else json.dumps(arguments, ensure_ascii=False)
