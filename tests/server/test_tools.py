@@ -225,7 +225,7 @@ ARGUMENTS: Any = {
         ('{"name": "f", "parameters": {"a": 1}}\n{"name": "f", "parameters": {"a": 1}}', "",
          [F, F]),
         ('{"name": "f", "parameters": {"a": NaN}}', '{"name": "f", "parameters": {"a": NaN}}', []),
-        ('{"name": "f", "parameters": {"a": 1e999}}', '{"name": "f", "parameters": {"a": 1e999}}', []),
+        ('{"name": "f", "arguments": [1e999]}', '{"name": "f", "arguments": [1e999]}', []),
         # Mistral's newest, and what it says before; the mark without a call.
         ('[TOOL_CALLS]f[ARGS]{"a": 1}', "", [F]),
         ('So:[TOOL_CALLS]f[CALL_ID]a1b2[ARGS]{"a": 1}[TOOL_CALLS]f{"a": 1}', "So:", [F, F]),
