@@ -24,7 +24,7 @@ from ..model.tasks import labels_of, task_of
 from ..run import LazyUpdates, Run
 from ..updates.update import Update
 from .module import AdaptedModule, Modules
-from .peft_common import origin, refuse_unread
+from .peft_common import check_saved, origin, refuse_unread
 from .run_folder import CONFIG_FILE, RunFolder
 
 # Constants that older versions of transformers saved; its present models do not know them.
@@ -111,6 +111,7 @@ class AdapterFiles(LoraFiles):
             if tensor.name not in own
         }
         refuse_unread(whole, file)
+        check_saved(self.config, modules, self.config_path)
         # An adapter on an embedding or head may carry its weight along: untouched, or resized.
         heads = {n: t for n, t in whole.items() if n.removesuffix(".weight") not in modules}
         return Run(

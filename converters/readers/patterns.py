@@ -34,6 +34,11 @@ class Patterns:
         `PatternError`."""
         return self._match(rf"(.*\.)?({pattern})$", module) is not None
 
+    def part(self, pattern: str, module: str) -> bool:
+        """Whether an entry of PEFT's `modules_to_save` means `module` or what it is in. Raises
+        `PatternError`."""
+        return self._match(rf"(^|.*\.){pattern}($|\..*)", module) is not None
+
     def whole(self, pattern: str, module: str) -> bool:
         """Whether PEFT's `target_modules`, where it is one string, means `module`. Raises
         `PatternError`."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Iterable, Mapping
+from itertools import product
 from pathlib import Path
 from typing import TypedDict
 
@@ -65,6 +66,17 @@ def modules_to_save(config: Mapping[str, object]) -> list[str]:
     """The entries of the configuration's `modules_to_save`."""
     saved = config.get("modules_to_save")
     return [str(name) for name in saved] if isinstance(saved, list) else []
+
+
+def check_saved(config: Mapping[str, object], modules: Iterable[str], path: Path) -> None:
+    """Raise `RunError` where PEFT, which takes these entries for regular expressions, would not
+    come back from one, asking it for `modules`."""
+    patterns = Patterns()
+    for entry, module in product(modules_to_save(config), modules):
+        try:
+            patterns.part(entry, module)
+        except PatternError as error:
+            raise RunError(str(error), file=path, found=entry) from None
 
 
 def is_below(name: str, entry: str) -> bool:

@@ -32,7 +32,7 @@ from ..run import Run
 from ..updates.peft_layer import LayerUpdate, MergedBias, merge_layer
 from ..updates.update import Update, convolution_matrix
 from .patterns import PatternError, Patterns
-from .peft_common import known_base, origin
+from .peft_common import check_saved, known_base, origin
 from .run_folder import CONFIG_FILE, WEIGHT_FILES, RunFolder
 
 _TUNERS = frozenset(
@@ -95,7 +95,9 @@ class PeftTunerReader:
         from_base = _is_from_base(kind, config)
         needed = _needed(tensors, base, layout) if from_base else {}
         _give_memory(model, whole, needed)
-        _check_patterns(config, [name for name, _ in model.named_modules()], config_path)
+        names = [name for name, _ in model.named_modules()]
+        _check_patterns(config, names, config_path)
+        check_saved(config, names, config_path)
         with _as_named(folder, file, tensors) as place:
             layers = _load(model, place, file)
         absent = [module for module in layers if f"{module}.weight" not in needed]

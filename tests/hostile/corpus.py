@@ -128,6 +128,9 @@ CONFIGS = [
     ("a pattern that is a bomb", configure(rank_pattern={r"(.|..|...)+[!?]": 4}), "takes longer"),
     ("a bomb behind a sound pattern", configure(alpha_pattern={"v_proj": 3, r"(.|..|...)+[!?]": 4}),
         "takes longer"),
+    ("a bomb as a module to save", configure(modules_to_save=[r"(.|..|...)+[!?]"]), "takes longer"),
+    ("a module to save that is no pattern", configure(modules_to_save=["score("]),
+        "not a regular expression"),
     ("a pattern of nested repeats", configure(
         rank_pattern={"((a{1,99}){1,99}){1,99}{9999999999}": 4}),
         "not a regular expression"),
@@ -141,9 +144,12 @@ CONFIGS = [
         **{"rank_pattern": {}, key: said}), "takes longer")
         for key, said in (("rank_pattern", {r"(.|..|...)+[!?]": 4}),
             ("alpha_pattern", {r"(.|..|...)+[!?]": 4}),
-            ("layers_pattern", [r"(.|..|...)+[!?]"]))),
+            ("layers_pattern", [r"(.|..|...)+[!?]"]),
+            ("modules_to_save", [r"(.|..|...)+[!?]"]))),
     ("tuner with a pattern that is none", configure(peft_type="LOHA", rank_pattern={},
         base_model_name_or_path=None, alpha_pattern={"q_proj(": 4}), "not a regular expression"),
+    ("tuner with a name that is no pattern", configure(peft_type="LOHA", rank_pattern={},
+        base_model_name_or_path=None, modules_to_save=["score("]), "not a regular expression"),
     ("tuner with a rank of a trillion", configure(peft_type="LOHA", r=HUGE, rank_dropout=0.0),
         "PEFT cannot|unknown|missing"),
 ]  # fmt: skip
