@@ -9,22 +9,26 @@ from pathlib import Path
 import torch
 
 from ..errors import DoraExportError, RunError
-from ..files.tensors import LazyTensors
 from ..model.base import BaseModel
 from ..model.match import class_trained
 from ..run import Run
+from .peft_parameters import parameters
+from .run_folder import RunFolder
 
 # Of no numbered layer; for others the class need not be built, which takes a moment.
 _OUTSIDE = re.compile(r"((?:(?!\.\d+\.).)+)\.lora_A\.weight")
 
 
-def refuse_plain_pairs(run: Run, tensors: LazyTensors, file: Path, base: BaseModel | None) -> None:
+def refuse_plain_pairs(run: Run, folder: RunFolder, file: Path, base: BaseModel | None) -> None:
     """Raise `RunError` where a module with `lora_A` is an embedding in the base's class.
 
-    PEFT calls an embedding's factors `lora_embedding_A`, and leaves these out. Tinker's converter
-    writes them for the head that is tied to the embedding, so that nothing tells what they are of.
+    PEFT calls an embedding's factors `lora_embedding_A`, and leaves these out, but where they are
+    of its weight as a parameter. Tinker's converter writes them for the head that is tied to the
+    embedding, so that nothing tells what they are of.
     """
-    modules = [match[1] for name in tensors if (match := _OUTSIDE.fullmatch(name))]
+    modules = [match[1] for name in folder.adapter if (match := _OUTSIDE.fullmatch(name))]
+    of_parameters = parameters(folder.adapter_config, modules, file)
+    modules = [module for module in modules if module not in of_parameters]
     if base is None or not modules:
         return
     wrong: list[str] = []

@@ -46,7 +46,7 @@ def checked(run: Run, folder: RunFolder, options: ReadOptions, named: bool = Tru
     promises = _Promises(run, config, path, options)
     promises.head()
     promises.tokens()
-    refuse_plain_pairs(run, folder.adapter, promises._file, promises._base)
+    refuse_plain_pairs(run, folder, promises._file, promises._base)
     warnings = (
         *unread,
         *promises.modules(),
