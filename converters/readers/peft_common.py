@@ -71,8 +71,9 @@ def modules_to_save(config: Mapping[str, object]) -> list[str]:
 def check_saved(config: Mapping[str, object], modules: Iterable[str], path: Path) -> None:
     """Raise `RunError` where PEFT, which takes these entries for regular expressions, would not
     come back from one, asking it for `modules`."""
-    patterns = Patterns()
-    for entry, module in product(modules_to_save(config), modules):
+    patterns, saved = Patterns(), config.get("modules_to_save")
+    entries = map(str, saved if isinstance(saved, str | list | dict) else ())  # a text's letters
+    for entry, module in product(entries, modules):
         try:
             patterns.part(entry, module)
         except PatternError as error:

@@ -129,8 +129,8 @@ CONFIGS = [
     ("a bomb behind a sound pattern", configure(alpha_pattern={"v_proj": 3, r"(.|..|...)+[!?]": 4}),
         "takes longer"),
     ("a bomb as a module to save", configure(modules_to_save=[r"(.|..|...)+[!?]"]), "takes longer"),
-    ("a module to save that is no pattern", configure(modules_to_save=["score("]),
-        "not a regular expression"),
+    *((f"a module to save that is no pattern: {said}", configure(modules_to_save=said),
+        "not a regular expression") for said in (["score("], "score(", {"score(": 1})),
     ("a pattern of nested repeats", configure(
         rank_pattern={"((a{1,99}){1,99}){1,99}{9999999999}": 4}),
         "not a regular expression"),
