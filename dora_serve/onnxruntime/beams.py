@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 
@@ -21,17 +21,19 @@ class Search:
     """How an encoder-decoder writes. `beams` 1 is greedy.
 
     `length_penalty`: a finished sequence's log-probability is divided by its length to this power.
-    `early_stopping`: stop as soon as there are `beams` finished sequences. `no_repeat_ngram`: no
-    sequence of that many tokens comes twice, 0 for no such rule. `ignore_eos`: go on to
+    `early_stopping`: stop as soon as there are `beams` finished sequences; "never": not before none
+    that goes on can become better. `no_repeat_ngram`: no sequence of that many tokens comes twice,
+    0 for no such rule; `no_read_ngram`: none comes that is in the prompt. `ignore_eos`: go on to
     `max_tokens`.
     """
 
     max_tokens: int = 128
     beams: int = 1
     length_penalty: float = 1.0
-    early_stopping: bool = False
+    early_stopping: bool | Literal["never"] = False
     min_tokens: int = 0
     no_repeat_ngram: int = 0
+    no_read_ngram: int = 0
     ignore_eos: bool = False
 
 
@@ -42,22 +44,38 @@ def allowed(
     eos: frozenset[int],
     forced: int | None,
     first: int,
+    read: Sequence[Sequence[int]],
 ) -> Array:
     """`scores [rows, vocab]` with -inf for what may not follow the tokens of `rows`, of which the
-    `first` ones were given."""
+    `first` ones were given; `read`: the prompt of each."""
     scores = scores.copy()
     if forced is not None:
         scores[:] = -np.inf
         scores[:, forced] = 0
         return scores
-    size = search.no_repeat_ngram
-    for row, said in zip(scores, rows, strict=True):
-        if len(said) - first < search.min_tokens:
-            row[list(eos)] = -np.inf
-        for i in range(len(said) - size + 1) if size else ():
-            if said[i : i + size - 1] == said[len(said) - size + 1 :]:
-                row[said[i + size - 1]] = -np.inf
+    for row, said, prompt in zip(scores, rows, read, strict=True):
+        row[forbidden(said, len(said) - first, prompt, search, eos)] = -np.inf
     return scores
+
+
+def forbidden(
+    said: Sequence[int], new: int, read: Sequence[int], search: Search, eos: frozenset[int]
+) -> list[int]:
+    """The tokens that `search` lets not follow `said`, whose last `new` ones answer `read`."""
+    return [
+        *(eos if new < search.min_tokens else ()),
+        *_completing(said, said, search.no_repeat_ngram),
+        *_completing(read, said, search.no_read_ngram),
+    ]
+
+
+def _completing(known: Sequence[int], said: Sequence[int], size: int) -> list[int]:
+    """What would make the end of `said` a sequence of `size` tokens that is in `known`."""
+    if not size or len(said) < size - 1:
+        return []
+    end = [*said[len(said) - size + 1 :]]
+    places = range(len(known) - size + 1)
+    return [known[i + size - 1] for i in places if [*known[i : i + size - 1]] == end]
 
 
 class Beams:
@@ -97,8 +115,11 @@ class Beams:
     def _cannot_improve(self, length: int) -> bool:
         if len(self._finished) < self._search.beams:
             return False
-        best = self._scores[0] / length**self._search.length_penalty
-        return self._search.early_stopping or bool(best <= self._finished[-1][0])
+        search = self._search
+        if search.early_stopping == "never" and search.length_penalty > 0:
+            length = search.max_tokens
+        best = self._scores[0] / length**search.length_penalty
+        return search.early_stopping is True or bool(best <= self._finished[-1][0])
 
     def best(self) -> list[int]:
         """The finished sequence of the highest score."""

@@ -29,7 +29,7 @@ class Generation:
     ended it, which is not among `tokens`, with its log-probabilities. `stop_reason`: the text or
     the token id that ended it, None for those of `eos` that are not `named`.
     `prompt_logprobs`: of every token of the prompt but the first, as far as it was read. `room`:
-    how many tokens the model's context leaves behind the prompt.
+    how many tokens the model's context leaves behind the prompt; `limit`: how many it may have.
     """
 
     def __init__(
@@ -50,7 +50,7 @@ class Generation:
         self.end: tuple[int, Logprobs | None] | None = None
         self.reason: str | None = None
         self.stop_reason: str | int | None = None
-        self._limit = min(sampling.max_tokens, room)
+        self.limit = min(sampling.max_tokens, room)
         self._eos = frozenset() if sampling.ignore_eos else eos
         self._unnamed = self._eos - named
         self._shaping = Shaping(sampling, self.prompt, eos)
@@ -107,8 +107,20 @@ class Generation:
             self.logprobs.append(told)
         if self._text.add(self._detokenizer.add(token), search=not early):
             self.reason, self.stop_reason = "stop", self._text.found
-        elif len(self.tokens) >= self._limit:
+        elif len(self.tokens) >= self.limit:
             self._end("length")
+
+    def found(self, tokens: Sequence[int], ends: frozenset[int], *, forced: bool) -> None:
+        """Have it end with `tokens`, which a search has found, the last one its end if in `ends`;
+        `forced`: that stands there since no more tokens may come."""
+        ended, included = tokens[-1] in ends, self.sampling.include_stop_str_in_output
+        self.tokens = [*tokens[:-1]] if ended else [*tokens]
+        for token in tokens if included else self.tokens:
+            self._text.add(self._detokenizer.add(token), search=False)
+        if ended:
+            self.end = tokens[-1], None
+            self.stop_reason = None if forced or tokens[-1] in self._unnamed else tokens[-1]
+        self._end("stop" if ended and not forced else "length")
 
     def _end(self, reason: str) -> None:
         stopped = self._text.add(self._detokenizer.rest(), search=True)

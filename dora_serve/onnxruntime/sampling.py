@@ -14,6 +14,7 @@ from .session import EngineError
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
+    from .beams import Search
     from .grammar import Grammar
 
     Logits = NDArray[np.float32]
@@ -37,7 +38,9 @@ class Sampling:
     `marks`: special tokens that are told all the same, where others are skipped.
     `repetition_penalty` of what the prompt or the completion says, `presence_penalty` and
     `frequency_penalty` of what the completion says, as OpenAI defines them. `prompt_logprobs`: as
-    `logprobs`, of the prompt's own tokens. `grammar`: what the completion has to follow.
+    `logprobs`, of the prompt's own tokens. `grammar`: what the completion has to follow. `search`:
+    what an encoder-decoder's configuration has its answers heed, and with more beams than one how
+    they are found in the place of drawing them.
     """
 
     max_tokens: int = 128
@@ -63,6 +66,7 @@ class Sampling:
     frequency_penalty: float = 0.0
     prompt_logprobs: int | None = None
     grammar: Grammar | None = None
+    search: Search | None = None
 
     @property
     def named_tokens(self) -> Iterable[int]:

@@ -8,7 +8,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -22,6 +22,7 @@ from .beams import Beams, Search, allowed
 from .decoder import Completion
 from .limits import check_rows
 from .sampling import check_finite, log_softmax
+from .search_config import read_search
 from .session import EngineError, Prompt, Session, padded
 
 if TYPE_CHECKING:
@@ -65,12 +66,16 @@ class EncoderDecoder(AdaptedFolder):
         found = self.config.get("forced_bos_token_id")
         return found if isinstance(found, int) else None
 
-    def never(self, first: bool) -> list[int]:
-        """The tokens that the configuration forbids, those of an answer's begin too where `first`;
-        as transformers heeds them, but for words of several tokens."""
-        words = [word for word in self.config.get("bad_words_ids") or [] if len(word) == 1]
+    def never(self, said: Sequence[int], first: bool) -> list[int]:
+        """The tokens that the configuration forbids behind the decoder's tokens `said`, those of an
+        answer's begin too where `first`; as transformers heeds them."""
         begin = self.config.get("begin_suppress_tokens") or [] if first else []
-        bad = [token for (token,) in words if token not in self.eos]
+        bad = [
+            end
+            for *word, end in self.config.get("bad_words_ids") or []
+            if (len(said) > len(word) and [*said[len(said) - len(word) :]] == word)
+            and (word or end not in self.eos)
+        ]
         return [*(self.config.get("suppress_tokens") or []), *bad, *begin]
 
     @property
@@ -87,14 +92,24 @@ class EncoderDecoder(AdaptedFolder):
         """What follows the tokens that every row of `batch` begins with. `prompts`: what it was
         asked, for the answer."""
         eos = frozenset() if search.ignore_eos else self.eos
-        find = self._greedy if search.beams == 1 else self._beams
+        steps = self.steps(batch, search, eos)
+        while (found := next(steps)) is None:
+            pass
         done = [Completion(row) for row in prompts]
-        for completion, tokens in zip(done, find(batch, search, eos), strict=True):
+        for completion, tokens in zip(done, found, strict=True):
             if tokens and tokens[-1] in eos:
                 completion.reason, tokens = "stop", tokens[:-1]
             completion.tokens = tokens
             completion.text = self._text(tokens)
         return done
+
+    def steps(
+        self, batch: Batch, search: Search, eos: frozenset[int]
+    ) -> Iterator[list[list[int]] | None]:
+        """Take a step each time: None, and in the end what was found for every row, a token of
+        `eos` at its end where one ended it."""
+        find = self._greedy if search.beams == 1 else self._beams
+        return find(batch, search, eos)
 
     def _text(self, tokens: Sequence[int]) -> str:
         return str(self.tokenizer.decode(tokens))
@@ -110,11 +125,14 @@ class EncoderDecoder(AdaptedFolder):
             forced = self.config.get("forced_eos_token_id")
         check_finite(logits)
         scores = log_softmax(logits)
-        scores[:, self.never(first=len(written[0]) == 0)] = -np.inf
         said = [[*first, *own] for first, own in zip(batch.first.tolist(), written, strict=True)]
-        return allowed(scores, said, search, self.eos, forced, batch.first.shape[1])
+        for row, tokens in zip(scores, said, strict=True):
+            row[self.never(tokens, first=len(written[0]) == 0)] = -np.inf
+        return allowed(scores, said, search, self.eos, forced, batch.first.shape[1], batch.read)
 
-    def _greedy(self, batch: Batch, search: Search, eos: frozenset[int]) -> list[list[int]]:
+    def _greedy(
+        self, batch: Batch, search: Search, eos: frozenset[int]
+    ) -> Iterator[list[list[int]] | None]:
         written: list[list[int]] = [[] for _ in range(batch.rows)]
         logits = batch.start()
         while True:
@@ -123,10 +141,14 @@ class EncoderDecoder(AdaptedFolder):
                 row.append(int(token))  # after its end a row goes on, and is cut below
             ended = all(eos & set(row) for row in written)
             if ended or len(written[0]) == search.max_tokens:
-                return [_until(row, eos) for row in written]
+                yield [_until(row, eos) for row in written]
+                return
+            yield None
             logits = batch.step(tokens)
 
-    def _beams(self, batch: Batch, search: Search, eos: frozenset[int]) -> list[list[int]]:
+    def _beams(
+        self, batch: Batch, search: Search, eos: frozenset[int]
+    ) -> Iterator[list[list[int]] | None]:
         width = search.beams
         rows = [Beams(search, eos) for _ in range(batch.rows)]
         logits = np.repeat(batch.start(), width, axis=0)
@@ -142,7 +164,9 @@ class EncoderDecoder(AdaptedFolder):
                 parents.extend(i * width + beam for beam in came_from)
                 tokens.extend(sequence[-1] for sequence in row.running)
             if all(row.done for row in rows):
-                return [row.best() for row in rows]
+                yield [row.best() for row in rows]
+                return
+            yield None
             batch.reorder(np.array(parents))
             logits = batch.step(np.array(tokens, np.int64))
 
@@ -156,7 +180,8 @@ class Batch:
     """Rows that are decoded together, with their caches.
 
     `given`: what the encoder takes, of every row; `mask` `[rows, source]`: what of it counts, None
-    where all does. `first` `[rows, n]`: the tokens that the decoder begins with.
+    where all does. `first` `[rows, n]`: the tokens that the decoder begins with. `read`: the tokens
+    of every row that the encoder takes, none of speech.
     """
 
     def __init__(
@@ -166,8 +191,10 @@ class Batch:
         first: NDArray[np.int64],
         mask: NDArray[np.int64] | None = None,
         adapters: Adapters = None,
+        read: Sequence[Sequence[int]] | None = None,
     ) -> None:
         self._model, self.first, self.rows = model, first, len(first)
+        self.read: list[Sequence[int]] = [*(read or [()] * self.rows)]
         self._adapters = model.adapter_set.feeds(model.adapter_set.per_row(adapters, self.rows))
         self._mask = {} if mask is None else {"encoder_attention_mask": mask}
         (self._states,) = model._encoder.run({**given, **self._adapters}).values()
@@ -207,6 +234,7 @@ class Batch:
     def widen(self, width: int) -> None:
         """Have every row `width` times, side by side."""
         self.first = np.repeat(self.first, width, axis=0)
+        self.read = [row for row in self.read for _ in range(width)]
         self._mask = {name: np.repeat(m, width, axis=0) for name, m in self._mask.items()}
         if ADAPTER_INDEX in self._adapters:
             index = np.repeat(self._adapters[ADAPTER_INDEX], width)
@@ -216,6 +244,7 @@ class Batch:
     def keep(self, rows: NDArray[np.int64]) -> None:
         """Go on with these rows alone."""
         self.first, self.rows = self.first[rows], len(rows)
+        self.read = [self.read[row] for row in rows]
         self._mask = {name: mask[rows] for name, mask in self._mask.items()}
         if ADAPTER_INDEX in self._adapters:
             index = self._adapters[ADAPTER_INDEX][rows]
@@ -257,12 +286,18 @@ class Seq2Seq(EncoderDecoder):
         adapters: Adapters = None,
     ) -> list[Completion]:
         """What the model writes for every prompt with its adapter (one name for all, or one per
-        prompt).
+        prompt), by default as `usual` has it.
 
         Raises `EngineError` for an unknown adapter, an empty prompt, or one that is too long.
         """
         rows = [self.encode(prompt) for prompt in prompts]
-        return self.search(self.batch(rows, adapters), search or Search(), rows)
+        return self.search(self.batch(rows, adapters), search or self.usual, rows)
+
+    @property
+    def usual(self) -> Search:
+        """As the generation configuration has a text written. Raises `EngineError` where it asks
+        for what is not done here."""
+        return read_search(self.config, self.folder, self.max_length)
 
     @property
     def max_length(self) -> int:
@@ -286,4 +321,4 @@ class Seq2Seq(EncoderDecoder):
         ids = padded(rows, self.config.get("pad_token_id") or 0)
         if first is None:
             first = np.full((len(rows), 1), self.start, np.int64)
-        return Batch(self, {"input_ids": ids, "attention_mask": mask}, first, mask, adapters)
+        return Batch(self, {"input_ids": ids, "attention_mask": mask}, first, mask, adapters, rows)

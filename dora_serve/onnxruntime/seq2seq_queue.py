@@ -8,12 +8,13 @@ one length. A row's tokens do not depend on its neighbours.
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
 
+from .beams import forbidden
 from .engine import Engine
 from .generation import Generation
 from .grammar import Grammars
@@ -22,6 +23,7 @@ from .request import Delta, Request, Tell
 from .seq2seq import Batch, Seq2Seq
 
 if TYPE_CHECKING:
+    from .beams import Search
     from .sampling import Logits, Sampling
 
 _log = logging.getLogger(__name__)
@@ -35,12 +37,30 @@ class _Row:
     written: Sequence[int]
     request: Request
 
+    @property
+    def search(self) -> Search | None:
+        """How its answer is looked for by beams; None where it is drawn."""
+        found = self.request.generation.sampling.search
+        return None if found is None or found.beams == 1 else found
+
+    @property
+    def width(self) -> int:
+        """How many rows of a batch it takes."""
+        return 1 if self.search is None else self.search.beams
+
+    def alike(self, other: _Row) -> bool:
+        """Whether both may be of one group, as far as it is about what is written."""
+        return len(self.written) == len(other.written) and self.search == other.search
+
 
 @dataclass(eq=False)
 class _Group:
+    """`steps`: those of a search by beams."""
+
     rows: list[_Row]
     batch: Batch
     begun: bool = False
+    steps: Iterator[list[list[int]] | None] | None = None
 
 
 class Seq2SeqQueue(Engine):
@@ -68,7 +88,7 @@ class Seq2SeqQueue(Engine):
 
     @property
     def running(self) -> int:
-        return sum(len(group.rows) for group in self._groups)
+        return sum(row.width for group in self._groups for row in group.rows)
 
     def begun(self, prompt: Sequence[int]) -> int:  # noqa: ARG002
         """How many tokens the decoder has before an answer."""
@@ -107,7 +127,7 @@ class Seq2SeqQueue(Engine):
             self._begin()
             for group in self._groups:
                 try:
-                    self._step(group)
+                    (self._step if group.steps is None else self._search)(group)
                 except Exception as error:  # whoever waits must be told, and the next be served
                     _log.exception("a step failed")
                     for row in group.rows:
@@ -142,24 +162,26 @@ class Seq2SeqQueue(Engine):
             for row in ready:
                 self._end(row, error)
         else:
-            self._groups.append(_Group(ready, batch))
+            search, steps = ready[0].search, None
+            if search is not None:
+                steps = self.model.steps(batch, search, self.eos)
+            self._groups.append(_Group(ready, batch, steps=steps))
 
     def _fitting(self) -> list[_Row]:
         """Those alike the one that waits longest: none is padded to more than twice its length,
         and what the decoder wrote before is as long."""
         left = self.limits.max_rows - self.running
+        begun = bool(self._groups)
         size = sum(map(self._bytes, (row for group in self._groups for row in group.rows)))
         found: list[_Row] = []
         for row in self._queue:
             lengths = [len(each.source) for each in (*found, row)]
-            size += self._bytes(row)
-            if len(found) == left or (size > self.limits.cache_bytes and (found or self._groups)):
+            size, left = size + self._bytes(row), left - row.width
+            if (left < 0 or size > self.limits.cache_bytes) and (found or begun):
                 break
             if found and takes_much(len(lengths), max(lengths), self.model.config):
                 break
-            if max(lengths) <= 2 * min(lengths) + 8 and (
-                not found or len(row.written) == len(found[0].written)
-            ):
+            if max(lengths) <= 2 * min(lengths) + 8 and (not found or row.alike(found[0])):
                 found.append(row)
         return found
 
@@ -167,7 +189,24 @@ class Seq2SeqQueue(Engine):
         """Of keys and values, once it has all its tokens."""
         most = min(row.request.generation.sampling.max_tokens, self.max_length)
         tokens = len(row.source) + len(row.written) + most
-        return tokens * self.model.token_bytes
+        return tokens * self.model.token_bytes * row.width
+
+    def _search(self, group: _Group) -> None:
+        assert group.steps is not None
+        if all(row.request.cancelled for row in group.rows):
+            found: list[list[int]] | None = [[] for _ in group.rows]
+        else:
+            found = next(group.steps)
+        if found is None:
+            return
+        forces = self.model.config.get("forced_eos_token_id") is not None
+        for row, tokens in zip(group.rows, found, strict=True):
+            done = row.request.generation
+            if not row.request.cancelled:
+                done.found(tokens, self.eos, forced=forces and len(tokens) == done.limit)
+                row.request.tell_news()
+            self._end(row)
+        group.rows = []
 
     def _step(self, group: _Group) -> None:
         if group.begun:
@@ -208,7 +247,11 @@ class Seq2SeqQueue(Engine):
             alone = np.full_like(logits, -np.inf)
             alone[model.forced] = 0
             return alone
-        if never := model.never(begins):
+        said, search = row.request.whole, sampling.search
+        never = model.never(said, begins)
+        if search is not None:
+            never += forbidden(said, len(said) - 1, row.source, search, self.eos)
+        if never:
             logits = logits.copy()
             logits[never] = -np.inf
         return logits

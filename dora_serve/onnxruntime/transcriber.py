@@ -22,6 +22,7 @@ from converters.files.json_files import read_json
 from .adapter_set import Adapters
 from .beams import Search
 from .decoder import Completion
+from .search_config import read_search
 from .seq2seq import Batch, EncoderDecoder
 from .session import EngineError
 from .spectrum import Spectrum, read_spectrum
@@ -34,9 +35,6 @@ if TYPE_CHECKING:
 FEATURES = "input_features"
 TASKS = ("transcribe", "translate")
 _TIME = re.compile(r"<\|\d+\.\d+\|>")
-_BEAMS = 64
-# What a configuration may ask of what is written that is not done here, beside its neutral forms.
-_NOT_DONE = {"return_timestamps": (None, False), "repetition_penalty": (None, 1)}
 
 
 def hears(folder: Path) -> bool:
@@ -99,38 +97,7 @@ class Transcriber(EncoderDecoder):
     def usual(self) -> Search:
         """How a text is written where nobody says it: as the configuration does. Raises
         `EngineError` where it asks for what is not done here."""
-        said = self.config.get
-        for name, neutral in _NOT_DONE.items():
-            if said(name) not in neutral:
-                raise EngineError(
-                    f"the generation configuration asks for what is not done here: {name}",
-                    file=self.folder,
-                    found=said(name),
-                    remedy=f"take {name} out of it, if the text without it is wanted",
-                )
-        positions, penalty = self.positions, said("length_penalty")
-        if not isinstance(penalty, int | float | None):
-            raise EngineError("no length_penalty", file=self.folder, found=penalty)
-        longest = self._count("max_new_tokens", 1, 1 << 31) or self._count("max_length", 1, 1 << 31)
-        return Search(
-            min(positions, longest or positions),
-            beams=self._count("num_beams", 1, _BEAMS) or 1,
-            length_penalty=1.0 if penalty is None else penalty,
-            early_stopping=said("early_stopping") is True,
-            min_tokens=self._count("min_new_tokens", 0, positions) or 0,
-            no_repeat_ngram=self._count("no_repeat_ngram_size", 0, positions) or 0,
-        )
-
-    def _count(self, name: str, least: int, most: int) -> int | None:
-        found = self.config.get(name)
-        if found is not None and not (isinstance(found, int) and least <= found <= most):
-            raise EngineError(
-                f"the configuration's {name} is none",
-                file=self.folder,
-                found=found,
-                expected=f"{least} to {most}",
-            )
-        return found
+        return read_search(self.config, self.folder, self.positions, heard=True)
 
     def logits(
         self, features: Array, targets: Sequence[Sequence[int]], adapters: Adapters = None

@@ -163,7 +163,8 @@ class Registry:
 def _defaults(graph: Graph, options: ServerOptions) -> Defaults:
     if graph.task not in (DECODES, TRANSLATES):
         return Defaults()
-    return read_defaults(Path(graph.folder), options.generation_config)
+    reads = graph.task == TRANSLATES and not hears(Path(graph.folder))
+    return read_defaults(Path(graph.folder), options.generation_config, reads=reads)
 
 
 def _open(graph: Graph, options: ServerOptions, ends: frozenset[int] | None) -> Engine:

@@ -21,6 +21,7 @@ from transformers import (
     BertConfig,
     BertForQuestionAnswering,
     BertForSequenceClassification,
+    GenerationConfig,
     T5Config,
     T5ForConditionalGeneration,
 )
@@ -38,6 +39,34 @@ SOURCES = [
     "one",
 ]
 NEW = 7
+# What generation configurations have an encoder-decoder do: as that of a BART for news, and others.
+SEARCHES: dict[str, dict[str, Any]] = {
+    "searches": {
+        "num_beams": 4,
+        "min_length": 6,
+        "max_length": 14,
+        "no_repeat_ngram_size": 2,
+        "length_penalty": 2.0,
+        "early_stopping": True,
+        "forced_eos_token_id": 2,
+    },
+    "converses": {
+        "num_beams": 3,
+        "min_new_tokens": 3,
+        "max_new_tokens": 12,
+        "no_repeat_ngram_size": 3,
+        "encoder_no_repeat_ngram_size": 2,
+        "length_penalty": 0.65,
+        "early_stopping": "never",
+    },
+    "repeats nothing": {
+        "max_new_tokens": 10,
+        "no_repeat_ngram_size": 1,
+        "encoder_no_repeat_ngram_size": 2,
+        "min_new_tokens": 9,
+        "repetition_penalty": 1.3,
+    },
+}
 # What two models that read two texts want of their tokenizer.
 PAIRS = {
     "typed": ["input_ids", "token_type_ids", "attention_mask"],
@@ -79,6 +108,15 @@ def tasks(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     said.begin_suppress_tokens = [*begins(model, words)]
     model.save_pretrained(root / "told")
     words.save_pretrained(root / "told")
+    for name, more in SEARCHES.items():
+        model.generation_config = GenerationConfig(
+            **more,
+            pad_token_id=words.pad_token_id,
+            eos_token_id=words.eos_token_id,
+            decoder_start_token_id=words.pad_token_id,
+        )
+        model.save_pretrained(root / name)
+        words.save_pretrained(root / name)
     reads = BertConfig(
         hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=24,
         vocab_size=len(words), max_position_embeddings=40,
@@ -141,6 +179,62 @@ def test_an_encoder_decoder_writes_what_transformers_writes(tasks: Server, name:
     assert len({str(tokens) for tokens in truth.values()}) > 1
     if name != "writes":
         assert written(tasks.root, "writes") != truth  # the control
+
+
+@pytest.mark.parametrize("name", SEARCHES)
+def test_what_is_left_open_is_what_generate_does(tasks: Server, name: str) -> None:
+    """Many at once, so that some wait and begin beside others; a stream has all in its end."""
+
+    def one(text: str) -> Any:
+        return ask(tasks, model=name, prompt=text, return_token_ids=True)
+
+    with ThreadPoolExecutor(8) as pool:
+        told = dict(zip(SOURCES * 6, pool.map(one, SOURCES * 6), strict=True))
+    truth = searched(tasks.root, name)
+    assert {text: answer["choices"][0]["token_ids"] for text, answer in told.items()} == truth
+    assert len({str(tokens) for tokens in truth.values()}) > 1
+    for text, answer in told.items():
+        with tasks.openai as client:
+            stream = client.completions.create(model=name, prompt=text, stream=True)
+            assert "".join(each.choices[0].text for each in stream) == answer["choices"][0]["text"]
+    if SEARCHES[name].get("num_beams"):
+        assert truth != searched(tasks.root, name, num_beams=1)  # the control
+
+
+@pytest.mark.parametrize("name", SEARCHES)
+def test_what_is_asked_for_greedily_keeps_the_rules(tasks: Server, name: str) -> None:
+    """But for an end that is forced, which only a search has."""
+    options: Any = {"temperature": 0, "max_tokens": NEW, "return_token_ids": True}
+    more = {"num_beams": 1, "max_new_tokens": NEW, "max_length": None}
+    truth = searched(tasks.root, name, **more, forced_eos_token_id=None)
+    for text in SOURCES:
+        (choice,) = ask(tasks, model=name, prompt=text, **options)["choices"]
+        assert choice["token_ids"] == truth[text]
+    free = {"no_repeat_ngram_size": 0, "encoder_no_repeat_ngram_size": 0, "min_length": 0}
+    assert truth != searched(tasks.root, name, **more, **free, min_new_tokens=None)  # the control
+
+
+def searched(root: Path, name: str, **more: Any) -> dict[str, list[int]]:
+    """What `generate` makes of every source, alone, with its end."""
+    words = AutoTokenizer.from_pretrained(root / name)
+    model: Any = AutoModelForSeq2SeqLM.from_pretrained(root / name)
+    found = {}
+    for text in SOURCES:
+        found[text] = model.generate(**words(text, return_tensors="pt"), **more)[0, 1:].tolist()
+    return found
+
+
+def test_why_an_answer_ended(tasks: Server) -> None:
+    """One that was cut off by a forced end was cut off."""
+    for limit, more in ((13, {}), (9, {"max_tokens": 9})):
+        options: Any = {"model": "searches", "prompt": SOURCES, "return_token_ids": True, **more}
+        choices = ask(tasks, **options)["choices"]
+        assert len(choices) == len(SOURCES)
+        for choice in choices:
+            cut = len(choice["token_ids"]) == limit
+            assert choice["finish_reason"] == ("length" if cut else "stop")
+            assert choice["token_ids"][-1] == 2
+            assert choice["stop_reason"] is None
 
 
 def test_the_longest_text_of_a_model_without_positions(tasks: Server) -> None:

@@ -45,8 +45,11 @@ async def completions(body: CompletionRequest, request: Request) -> Response:
         param = "echo" if body.echo else "prompt_logprobs"
         raise ApiError("this model's answers do not go on with the prompt", param=param)
     check_count(engine, len(body.prompts) * body.n)
-    prompts = await _prompts(body, served, engine)
-    most = min(body.max_tokens, served.defaults.longest or engine.max_length, engine.max_length)
+    wanted, own = body.max_tokens, served.defaults.max_new_tokens
+    if isinstance(engine, Seq2SeqQueue) and own and "max_tokens" not in body.model_fields_set:
+        wanted = min(own, engine.max_length)
+    prompts = await _prompts(body, served, engine, wanted)
+    most = min(wanted, served.defaults.longest or engine.max_length, engine.max_length)
     told, longest = body.told_of_prompt, max(map(len, prompts), default=0)
     check_logprobs(len(prompts) * body.n, most, body.logprobs)
     check_logprobs(len(prompts) * body.n, longest, told, "prompt")
@@ -65,8 +68,10 @@ async def completions(body: CompletionRequest, request: Request) -> Response:
     return await _answer(body, request, asking, head, write)
 
 
-async def _prompts(body: CompletionRequest, served: Served, engine: Engine) -> list[list[int]]:
-    kept = body.kept(_most(engine, body.max_tokens))
+async def _prompts(
+    body: CompletionRequest, served: Served, engine: Engine, wanted: int
+) -> list[list[int]]:
+    kept = body.kept(_most(engine, wanted))
     rows = await served.texts.encode(
         body.prompts,
         engine.max_length,
@@ -76,7 +81,7 @@ async def _prompts(body: CompletionRequest, served: Served, engine: Engine) -> l
         body.truncation_side,
     )
     for ids, _ in rows:
-        _check_length(engine, ids, body.max_tokens)
+        _check_length(engine, ids, wanted)
     return [ids for ids, _ in rows]
 
 

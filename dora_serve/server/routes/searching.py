@@ -6,7 +6,7 @@ import asyncio
 import math
 import time
 from collections.abc import AsyncGenerator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from heapq import nlargest
 from itertools import islice
@@ -150,7 +150,13 @@ class Searching:
         return [delta.logprobs[0] for delta in deltas]
 
     async def _submit(self, prompt: Sequence[int], beam: _Beam, tell: Tell) -> list[Request]:
-        one = Sampling(max_tokens=1, ignore_eos=True, logprobs=2 * self._body.n)
+        rules = self._served.defaults.search
+        one = Sampling(
+            max_tokens=1,
+            ignore_eos=True,
+            logprobs=2 * self._body.n,
+            search=rules and replace(rules, beams=1),
+        )
         adapter = self._served.model.adapter
         while True:
             try:

@@ -7,6 +7,7 @@ from typing import Annotated, Literal, TypeVar
 
 from pydantic import Field, model_validator
 
+from dora_serve.onnxruntime.beams import Search
 from dora_serve.onnxruntime.grammar import Grammar
 from dora_serve.onnxruntime.sampling import Sampling
 
@@ -43,6 +44,22 @@ _NOT_WITH_BEAMS = {
     "bad_words": [],
     "prompt_logprobs": None,
     "structured_outputs": None,
+}
+
+
+# What says how an answer is drawn or shaped, so that it is not looked for by beams, with what says
+# nothing of it.
+_DRAWN = {
+    **{name: neutral for name, neutral in _NOT_WITH_BEAMS.items() if name != "stream"},
+    "n": 1,
+    "temperature": None,
+    "top_p": 1,
+    "top_k": 0,
+    "min_p": 0,
+    "ignore_eos": False,
+    "use_beam_search": False,
+    "logprobs": None,
+    "response_format": None,
 }
 
 
@@ -130,6 +147,15 @@ class Generate(Truncation):
         """What the answer has to follow. Raises `ValueError` for what nothing can."""
         return asked(self.response_format, self.structured_outputs)
 
+    def _search(self, defaults: Defaults, max_tokens: int) -> Search | None:
+        """What of an encoder-decoder's search is left open."""
+        if defaults.search is None:
+            return None
+        search = replace(defaults.search, max_tokens=max_tokens)
+        if all(getattr(self, name, None) in (None, free) for name, free in _DRAWN.items()):
+            return search
+        return replace(search, beams=1, min_tokens=0 if self.min_tokens else search.min_tokens)
+
     def samplings(
         self,
         max_tokens: int,
@@ -169,6 +195,7 @@ class Generate(Truncation):
             frequency_penalty=_first(self.frequency_penalty, defaults.frequency_penalty, 0.0),
             prompt_logprobs=prompt_logprobs,
             grammar=grammar,
+            search=self._search(defaults, max_tokens),
         )
         if not seeded:
             return [one] * self.n
