@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from contextlib import suppress
 from pathlib import Path
 from typing import TypeGuard
 
@@ -10,6 +11,7 @@ from ..errors import TensorFileError
 from .handles import check_file
 
 _LARGEST = 100_000_000
+_SMALL = 1_000_000
 
 
 def read_json(path: Path) -> dict[str, object]:
@@ -30,6 +32,15 @@ def read_json(path: Path) -> dict[str, object]:
             "not a JSON object", file=path, found=type(value).__name__, expected="an object"
         )
     return value
+
+
+def read_objects(path: Path) -> list[dict[str, object]] | None:
+    """The list of JSON objects in the small file `path`; None where it is none."""
+    with suppress(ValueError, RecursionError):
+        value = parse_json(path.read_bytes()) if path.stat().st_size <= _SMALL else None
+        if isinstance(value, list) and all(isinstance(each, dict) for each in value):
+            return value
+    return None
 
 
 def parse_json(raw: bytes) -> object:

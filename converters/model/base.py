@@ -27,6 +27,7 @@ from ..files.tensors import (
 from ..updates.update import convolution_matrix
 from .architecture import check_counts
 from .quantized import METHODS, Dequantized, dequantized, dtype_before, method
+from .tasks import task_in
 
 SINGLE_FILES = ("model.safetensors", "pytorch_model.bin")
 INDEX_FILES = ("model.safetensors.index.json", "pytorch_model.bin.index.json")
@@ -63,6 +64,11 @@ class BaseModel:
     @cached_property
     def tensors(self) -> LazyTensors:
         return {name: tensor for shard in self.shards.values() for name, tensor in shard.items()}
+
+    @cached_property
+    def task(self) -> str | None:
+        """What it is for by itself."""
+        return task_in(self.path, self.config)
 
     @property
     def packed(self) -> bool:

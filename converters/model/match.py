@@ -162,7 +162,7 @@ def target_architecture(run: Run, base: BaseModel) -> tuple[str | None, list[str
 
 
 def _class_for(task: str | None, base: BaseModel) -> str | None:
-    own = architecture_of(base.config)
+    own, task = architecture_of(base.config), task or base.task
     if task is None or task == task_of(base.config):
         return own or None
     found = auto_class(base.config, task) if is_known(own, base.config) else None
@@ -230,7 +230,7 @@ def classes(task: str | None, num_labels: int | None, base: BaseModel) -> Classe
     none."""
     architecture = _class_for(task, base)
     whole, text = Layout(base, architecture, num_labels), None
-    task = task or task_of(base.config)
+    task = task or base.task
     if isinstance(base.config.get("text_config"), dict) and task is not None:
         with suppress(TargetError):
             name = class_for(base.config, usual_ending(task))

@@ -9,7 +9,11 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
+from ..files.json_files import read_objects
+
 if TYPE_CHECKING:  # a server has no torch
+    from pathlib import Path
+
     from ..files.tensors import LazyTensors
 
 # Task → PEFT's task type, and the endings of the classes for it. The first ending is the usual one.
@@ -70,6 +74,18 @@ def task_of(config: Mapping[str, object]) -> str | None:
     if ending is None or name.endswith("HeadsModel"):
         return _listed(name)
     return _ENDINGS[ending]
+
+
+def task_in(folder: Path, config: Mapping[str, object]) -> str | None:
+    """The task of the model in `folder`: that of its class, but embeddings where pooling of
+    sentence-transformers lies beside a decoder with its head, as with Qwen3-Embedding. So
+    sentence-transformers and vLLM take it."""
+    own, listed = task_of(config), folder / "modules.json"
+    if own != "causal-lm" or not listed.is_file():
+        return own
+    kinds = [str(module.get("type")) for module in read_objects(listed) or []]
+    pools = any(kind.rpartition(".")[2] == "Pooling" for kind in kinds)
+    return "feature-extraction" if pools else own
 
 
 def labels_of(tensors: LazyTensors) -> int | None:

@@ -212,9 +212,9 @@ def class_of(run: Run, base: BaseModel) -> tuple[Any, Any]:
     if run.num_labels is not None:
         config.num_labels = run.num_labels
     own = architecture_of(base.config)
-    name: str | None = own
-    if not own or run.task not in (None, task_of(base.config)):
-        name = auto_class({"model_type": config.model_type}, run.task or "feature-extraction")
+    name, task = own or None, run.task or base.task
+    if not own or task not in (None, task_of(base.config)):
+        name = auto_class({"model_type": config.model_type}, task or "feature-extraction")
     cls = getattr(transformers, name or "", None)
     if cls is None:  # of a task that the family's class is for by another name
         with suppress(TargetError):
@@ -224,7 +224,7 @@ def class_of(run: Run, base: BaseModel) -> tuple[Any, Any]:
         raise BaseError(
             "transformers has no class for this base and task",
             file=base.path,
-            found=f"{own or config.model_type}, {run.task or 'no task'}",
+            found=f"{own or config.model_type}, {task or 'no task'}",
         )
     return cls, config
 

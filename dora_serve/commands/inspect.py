@@ -125,7 +125,6 @@ def _modules(run: Run, ranks: Mapping[str, int]) -> dict[str, dict[str, float | 
 
 def _describe(run: Run, base: Any) -> dict[str, Any]:
     from converters.model.match import changed
-    from converters.model.tasks import task_of
 
     stripped = run.strip()
     ranks: dict[str, int] = {}
@@ -140,7 +139,7 @@ def _describe(run: Run, base: Any) -> dict[str, Any]:
         "path": str(run.path),
         "method": run.method,
         "finished": run.finished,
-        "task": run.task or (None if base is None else task_of(base.config)),
+        "task": run.task or (None if base is None else base.task),
         "num_labels": run.num_labels,
         "base": run.base,
         "components": {"start": sum(run.start_rank.values()), "kept": sum(values)},

@@ -5,13 +5,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 
-from converters.files.json_files import parse_json, read_json
+from converters.files.json_files import read_json, read_objects
 
 from .session import PIPELINES, EngineError
 
@@ -79,11 +78,8 @@ class Pipeline:
         self._steps: list[Step] = [POOLING["mean"]]
         if not (folder / _MODULES).is_file():
             return
-        listed = None
-        if (folder / _MODULES).stat().st_size <= _LARGEST:
-            with suppress(ValueError, RecursionError):
-                listed = parse_json((folder / _MODULES).read_bytes())
-        if not isinstance(listed, list) or not all(isinstance(each, dict) for each in listed):
+        listed = read_objects(folder / _MODULES)
+        if listed is None:
             raise self._error(_MODULES, "no list of modules")
         self._steps = []
         for number, module in enumerate(listed):

@@ -17,7 +17,6 @@ from converters.errors import DoraExportError
 from converters.fit import fit_run
 from converters.model.base import BaseModel
 from converters.model.match import stored_name
-from converters.model.tasks import task_of
 from converters.targets.engines import PROFILES
 from converters.targets.lora_folder.adapter import plan_adapter
 
@@ -224,7 +223,7 @@ def plan_fleet(found: Found, memory: int | None = None) -> Fleet:
     problems = dict(found.problems)
     groups: dict[tuple[str, str | None], list[Member]] = {}
     for member in found.members.values():
-        task = member.run.task or task_of(member.base.config)
+        task = member.run.task or member.base.task
         groups.setdefault((found.name_of(member.base), task), []).append(member)
     pools: list[Pool] = []
     for (base, task), members in sorted(groups.items(), key=lambda g: g[0][1] in POOLED):
@@ -247,7 +246,7 @@ def plan_fleet(found: Found, memory: int | None = None) -> Fleet:
             pools.append(_described(pool, [found.members[name] for name in ranks]))
     if not pools:
         bases = found.bases if found.given is None else {found.given: found.bases[found.given]}
-        pools = [Pool(n, b, task_of(b.config), {}, memory=memory) for n, b in bases.items()]
+        pools = [Pool(n, b, b.task, {}, memory=memory) for n, b in bases.items()]
     served = {pool.base.path for pool in pools}
     reason = "no adapter of this base is served: `base` chooses it"
     if found.given is not None:

@@ -18,8 +18,10 @@ from safetensors.torch import load_file, save_file
 from converters.lint import lint
 from converters.model.base import open_base
 from dora_serve import ReadOptions, merge, read_run, verify, write_adapter, write_onnx
+from dora_serve.folder.inventory import discover
 from dora_serve.onnxruntime.encoder import Encoder
 from dora_serve.onnxruntime.session import EngineError
+from dora_serve.vllm.fleet import plan_fleet
 from tests.conftest import randomize
 from tests.engines.encoders import BOUND
 
@@ -104,6 +106,48 @@ def test_folders_and_vectors_are_the_librarys(family: str, tmp_path: Path) -> No
         encoder.embed(["bread " * LIMIT])
     other = "mean" if FAMILIES[family][3]["pooling_mode"] != "mean" else "cls"
     assert far(encoder.embed(TEXTS, "tuned", pooling=other)[:, :12], truth) > 100 * BOUND
+
+
+@pytest.mark.parametrize("prefix", ["", "model."], ids=["plain", "prefixed"])
+def test_a_base_that_is_saved_with_its_head_is_an_embedder(prefix: str, tmp_path: Path) -> None:
+    """As Qwen3-Embedding, whose class has a head that is tied, and whose tensors have no prefix;
+    alone, with adapters that say their task or do not, merged, and for both engines."""
+    pipeline, run = make("qwen3", tmp_path)
+    base, silent = tmp_path / "base", tmp_path / "silent"
+    config = json.loads((base / "config.json").read_text())
+    config |= {"architectures": ["Qwen3ForCausalLM"], "tie_word_embeddings": True}
+    (base / "config.json").write_text(json.dumps(config))
+    tensors = load_file(base / "model.safetensors")
+    named = {f"{prefix}{name}": tensor for name, tensor in tensors.items()}
+    save_file(named, base / "model.safetensors", {"format": "pt"})
+    told = json.loads((run / "adapter_config.json").read_text())
+    shutil.copytree(run, silent)
+    (silent / "adapter_config.json").write_text(json.dumps({**told, "task_type": None}))
+    plain = pipeline.encode(TEXTS)
+    inner = pipeline[0].auto_model
+    pipeline[0].auto_model = PeftModel.from_pretrained(inner, str(run)).eval()
+    truth = pipeline.encode(TEXTS)
+
+    assert open_base(base).task == "feature-extraction"
+    write_onnx(base, tmp_path / "alone")
+    assert far(Encoder(tmp_path / "alone").embed(TEXTS), plain) <= BOUND
+    adapters = {"tuned": read_run(run), "silent": read_run(silent)}
+    write_onnx(base, tmp_path / "onnx", adapters=adapters)
+    encoder = Encoder(tmp_path / "onnx")
+    for name in adapters:
+        assert far(encoder.embed(TEXTS, name), truth) <= BOUND
+    assert far(encoder.embed(TEXTS), plain) <= BOUND
+    write_onnx(base, tmp_path / "silently", run=read_run(silent))
+    assert far(Encoder(tmp_path / "silently").embed(TEXTS), truth) <= BOUND
+    for name, path in (("run", run), ("silent", silent)):
+        merge(read_run(path), tmp_path / f"merged {name}", base=base)
+        opened = SentenceTransformer(str(tmp_path / f"merged {name}"), device="cpu")
+        assert far(opened.encode(TEXTS), truth) <= BOUND
+        assert verify(read_run(path), tmp_path / f"merged {name}", base).passed
+        assert open_base(tmp_path / f"merged {name}").task == "feature-extraction"
+    (pool,) = plan_fleet(discover(tmp_path, str(base))).pools
+    assert pool.task == "feature-extraction"
+    assert {"run", "silent"} <= pool.ranks.keys()
 
 
 @pytest.mark.parametrize("old", [False, True], ids=["today", "before 5"])

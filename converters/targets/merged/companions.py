@@ -17,9 +17,9 @@ from ...certificate import FILE
 from ...errors import BaseError, TensorFileError
 from ...files.handles import check_file, paths_below
 from ...files.hashes import file_hash
-from ...files.json_files import parse_json, read_json
+from ...files.json_files import read_json, read_objects
 from ...model.base import BaseModel
-from ...model.tasks import task_of
+from ...model.tasks import task_in
 from ...run import Run
 
 _COPIED = {".json", ".txt", ".model", ".jinja", ".tiktoken", ".spm", ".vocab", ".bpe"}
@@ -78,9 +78,8 @@ def companions(
     saved = run.path if run is not None else None
     tokenizer = saved is not None and (saved / "tokenizer_config.json").is_file()
     task = task if run is None else run.task
-    embeds = task in (None, "feature-extraction") or task == task_of(
-        read_json(source / "config.json") if base is None else base.config
-    )
+    config = read_json(source / "config.json") if base is None else base.config
+    embeds = task in (None, "feature-extraction", task_in(source, config))
     pipeline = saved if saved is not None and (saved / _MODULES).is_file() else source
     whole = _pipeline(pipeline) if (pipeline / _MODULES).is_file() else {}
     for path in sorted(source.iterdir()):
@@ -132,12 +131,8 @@ def _pipeline(folder: Path) -> dict[str, Path]:
     """The files of the pipeline in `folder`, those of its sub-folders too."""
     listed = folder / _MODULES
     _check_inside(listed, folder)
-    try:
-        small = listed.stat().st_size <= _LARGEST
-        modules = parse_json(listed.read_bytes()) if small else None
-    except (ValueError, RecursionError):
-        modules = None
-    if not isinstance(modules, list) or not all(isinstance(each, dict) for each in modules):
+    modules = read_objects(listed)
+    if modules is None:
         raise BaseError("not a list of modules", file=listed, expected="sentence-transformers' own")
     files = {path.name: path for path in folder.iterdir() if _of_pipeline(path.name)}
     for module in modules:

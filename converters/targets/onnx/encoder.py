@@ -17,7 +17,7 @@ import torch
 
 from ...errors import BaseError
 from ...files.onnx_files import BATCHED, LABELS, MODEL, OWN_HEADS
-from ...model.base import BaseModel
+from ...model.base import BaseModel, open_base
 from ...model.match import target_architecture
 from ...run import Run
 from .adapters import write_own_heads
@@ -53,7 +53,8 @@ class _Encoder(torch.nn.Module):
 def build_encoder(model: Path, out: Path, task: str, writer: GraphWriter) -> None:
     """Write the graph of the Hugging Face folder `model` into `out`, configuration and tokenizer
     beside it. Raises `TargetError` when the graph would not compute what the model computes."""
-    loaded = load_whole(model, _unread(task))
+    architecture, _ = target_architecture(Run(model, "none", {}, task=task), open_base(model))
+    loaded = load_whole(model, architecture, _unread(task))
     part = _part(loaded, task)
     writer.write(MODEL, fused(part.export()), part.check)
     put_inside(out / MODEL)

@@ -53,10 +53,10 @@ def load_model(
     return model.eval(), sorted(set(info["missing_keys"]) & known.keys())
 
 
-def load_whole(path: Path, unread: tuple[str, ...] = ()) -> Any:
-    """The model in float32, in its own class. Raises `BaseError` when it lacks tensors but those
-    that begin as `unread` says."""
-    model, missing = load_model(path, None, None)
+def load_whole(path: Path, architecture: str | None = None, unread: tuple[str, ...] = ()) -> Any:
+    """The model in float32, in its own class or in `architecture`. Raises `BaseError` when it lacks
+    tensors but those that begin as `unread` says."""
+    model, missing = load_model(path, architecture, None)
     missing = [name for name in missing if not name.startswith(unread)]
     if missing:
         raise BaseError("the model lacks tensors", file=path, found=", ".join(missing[:8]))

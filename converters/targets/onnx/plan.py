@@ -27,7 +27,7 @@ from ...model.match import (
     resolved,
     target_architecture,
 )
-from ...model.tasks import architecture_of, task_of
+from ...model.tasks import architecture_of
 from ...progress import Progress
 from ...run import Run
 from ..merged.plan import plan_merge
@@ -211,11 +211,11 @@ def plan_added(
 
 
 def _task(base: BaseModel, runs: list[Run]) -> str | None:
-    """The task of the runs, or the one that the base's own architecture is for."""
+    """The task of the runs, or the base's own."""
     tasks = {run.task for run in runs if run.task is not None}
     if len(tasks) > 1:
         raise TargetError("the runs are for different tasks", found=", ".join(sorted(tasks)))
-    return tasks.pop() if tasks else task_of(base.config)
+    return tasks.pop() if tasks else base.task
 
 
 def _check_adapters(adapters: Mapping[str, Run], base: BaseModel, task: str | None) -> None:

@@ -25,7 +25,6 @@ from converters.files.output import output_folder
 from converters.files.tensors import numel
 from converters.model.base import BaseModel, open_base
 from converters.model.match import target_architecture
-from converters.model.tasks import task_of
 from converters.progress import show
 from converters.run import Run
 from converters.targets.merged.companions import companions
@@ -64,7 +63,7 @@ def make_offer(
     problems = dict(found.problems)
     for name, model in found.bases.items():
         members = found.of(model)
-        own = task_of(model.config)
+        own = model.task
         narrow = chosen(model) if precision == AUTO else precision
         tasks = dict.fromkeys([*([own] if own else []), *(m.run.task or own for m in members)])
         if own is None:
