@@ -20,7 +20,7 @@ REAL := real-out
 WORKERS ?= 3
 SPREAD := --no-loadscope-reorder -n
 
-.PHONY: setup demo test test-all setup-vllm test-vllm setup-clients test-clients test-lowest test-newest test-python lint docs release extras bench matrix matrix-check faults fuzz mutants audit peft-matrix real real-short
+.PHONY: setup demo test test-all setup-vllm test-vllm setup-clients test-clients test-cluster test-lowest test-newest test-python lint docs release extras bench matrix matrix-check faults fuzz mutants audit peft-matrix real real-short
 
 setup: $(VENV)/.ready
 
@@ -35,7 +35,11 @@ demo: setup
 	$(BIN)/python scripts/demo.py $(OUT)
 
 test: setup
-	$(BIN)/python -m pytest $(SPREAD) $(WORKERS) --ignore tests/clients --ignore tests/test_secrets.py
+	$(BIN)/python -m pytest $(SPREAD) $(WORKERS) --ignore tests/clients --ignore tests/cluster --ignore tests/test_secrets.py
+
+# On a cluster of Ray, whose nodes are processes of this machine.
+test-cluster: setup
+	$(BIN)/python -m pytest tests/cluster
 
 # Every family of every kind, in vLLM too.
 test-all: setup setup-vllm real-short

@@ -41,15 +41,14 @@ _OWN = ("defaults", "hearing", "responses", "stopping", "tasks", "tools", "up")
 # What pytest-xdist gives to one worker: a file, or the files that share what is made once. Ray's
 # clusters do not run beside each other. The longest begin first, lest one of them ends alone.
 GROUPS = {
-    "tests/server/test_ray_serve.py": "ray",
-    "tests/dora_serve/test_batch_ray.py": "ray",
+    "tests/cluster/": "cluster",
     **{name: name for name in (f"tests/server/test_{n}.py" for n in _OWN)},
     "tests/server/": "server",
     **dict.fromkeys((f"tests/engines/vllm/test_vllm_{n}.py" for n in _ONE_VLLM), "vllm"),
 }
 LONGEST = (
     "server",
-    "ray",
+    "cluster",
     "vllm",
     "tests/engines/vllm/test_vllm_proof.py",
     "tests/engines/test_onnx_encoder.py",
