@@ -39,8 +39,9 @@ class Profile:
     `experts_in`: model type → how its class there calls the experts of a layer, where that is
     another name than in memory: by the latter it finds nothing, and says nothing. `fused`: model
     types whose adapters on fused experts it reads as PEFT stores them, all parameters or none.
-    `kinds`: last names of the modules it can adapt, None for any. `unadapted`: model type or
-    class → those that it cannot adapt there, `ALL` for every one. `together`: kinds that it loads
+    `kinds`: last names of the modules it can adapt, None for any. `unadapted`: model type → those
+    that it cannot adapt there, `ALL` for every one, and class → the same where that differs.
+    `together`: kinds that it loads
     only all or none. `uniform`: it stores every kind of module in every layer at one rank, so
     that what the run lacks is written as zeros; `drops`: it leaves out a kind that one layer
     lacks. `prefix`: it knows a tensor only by PEFT's prefix. `conv1d`: it reads PEFT's adapters
@@ -77,8 +78,8 @@ class Profile:
 
     def adapts(self, module: str, model_type: object, architecture: str = "") -> bool:
         """Whether it adapts `module` of a base of this type and class, as far as they are known."""
-        named = (str(model_type), architecture)
-        lacks = _NOTHING.union(*(self.unadapted.get(name, _NOTHING) for name in named))
+        of_type = self.unadapted.get(str(model_type), _NOTHING)
+        lacks = self.unadapted.get(architecture, of_type)
         return not lacks & {ALL, module.rsplit(".", 1)[-1]}
 
 
@@ -93,7 +94,7 @@ _LORAX_KINDS = _LLAMA_KINDS | set(
 )
 # vLLM 0.32, `vllm/model_executor/models/`: classes without `SupportsLoRA`, or not there at all and
 # not fit for its Transformers backend (`is_backend_compatible`).
-# RoBERTa's have it, but load no head of two layers, and do not start with --lora-target-modules.
+# RoBERTa's classifiers have it, but load no head of two layers.
 _VLLM_WITHOUT = (
     "albert bamba bart bert big_bird bigbird_pegasus biogpt blenderbot blenderbot-small "
     "bloom blt bros canine codegen cohere2_moe convbert cpmant dbrx deberta deberta-v2 "
@@ -120,6 +121,8 @@ _VLLM_UNADAPTED = {
     **dict.fromkeys(_VLLM_WITHOUT, frozenset({ALL})),
     **dict.fromkeys(_VLLM_WITHOUT_HEAD, frozenset({"lm_head", "embed_out"})),
     "Gemma3TextModel": frozenset({ALL}),  # Gemma's embedder; with a head the class has it
+    # Embedders, whose classes there have it where those with a head have it not.
+    **dict.fromkeys(("BertModel", "ModernBertModel", "RobertaModel", "XLMRobertaModel"), _NOTHING),
 }
 # Classes whose `embedding_modules` name the embedding.
 _VLLM_EMBEDDINGS = frozenset(

@@ -107,12 +107,22 @@ def test_which_classes_vllm_adapts(module: str, model_type: object, adapts: bool
 
 
 @pytest.mark.parametrize(
-    ("architecture", "adapts"), [("Gemma3TextModel", False), ("Gemma3ForCausalLM", True)]
+    ("family", "architecture", "adapts"),
+    [
+        ("gemma3_text", "Gemma3TextModel", False),
+        ("gemma3_text", "Gemma3ForCausalLM", True),
+        ("bert", "BertModel", True),
+        ("bert", "BertForSequenceClassification", False),
+        ("modernbert", "ModernBertModel", True),
+        ("roberta", "RobertaForSequenceClassification", False),
+        ("xlm-roberta", "XLMRobertaModel", True),
+    ],
 )
-def test_a_class_of_a_family_that_vllm_does_not_adapt(architecture: str, adapts: bool) -> None:
-    """Gemma's embedder has a class of its own there."""
-    assert PROFILES["vllm"].adapts("a.q_proj", "gemma3_text", architecture) is adapts
-    assert PROFILES["peft"].adapts("a.q_proj", "gemma3_text", architecture) is True
+def test_embedders_have_classes_of_their_own_in_vllm(
+    family: str, architecture: str, adapts: bool
+) -> None:
+    assert PROFILES["vllm"].adapts("a.q_proj", family, architecture) is adapts
+    assert PROFILES["peft"].adapts("a.q_proj", family, architecture) is True
 
 
 @pytest.mark.parametrize("rank", [512, 513])
