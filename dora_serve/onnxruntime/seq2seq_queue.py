@@ -21,6 +21,7 @@ from .grammar import Grammars
 from .limits import Limits, check_rows, takes_much
 from .request import Delta, Request, Tell
 from .seq2seq import Batch, Seq2Seq
+from .session import EngineError
 
 if TYPE_CHECKING:
     from .beams import Search
@@ -106,7 +107,8 @@ class Seq2SeqQueue(Engine):
         tells: Sequence[Tell],
         written: Sequence[int] = (),
     ) -> list[Request]:
-        """As `ContinuousDecoder.submit`; `prompt` is what the encoder reads."""
+        """As `ContinuousDecoder.submit`; `prompt` is what the encoder reads. Raises `EngineError`
+        too for beams whose keys and values alone are more than are kept."""
         check_rows([prompt], self.max_length, self.vocabulary)
         begin = [self.model.start, *written]
         check_rows([begin], self.max_length, self.vocabulary)
@@ -114,7 +116,15 @@ class Seq2SeqQueue(Engine):
         for sampling, tell in zip(samplings, tells, strict=True):
             room = self.max_length - len(written)
             done = Generation(begin, sampling, self.eos, self.tokenizer, room, self._named)
-            rows.append(_Row(prompt, written, Request(done, adapter, tell)))
+            row = _Row(prompt, written, Request(done, adapter, tell))
+            if row.width > 1 and self._bytes(row) > self.limits.cache_bytes:
+                raise EngineError(
+                    "the beams of this answer take more than the keys and values that are kept",
+                    found=f"{row.width} beams, {self._bytes(row)} bytes",
+                    expected=f"at most {self.limits.cache_bytes}",
+                    remedy="ask for fewer max_tokens, or with a temperature, which has no beams",
+                )
+            rows.append(row)
         self._accept(rows)
         return [row.request for row in rows]
 

@@ -27,6 +27,7 @@ from transformers import (
 )
 
 from dora_serve import write_onnx
+from dora_serve.onnxruntime.limits import Limits
 from dora_serve.server.options import ServerOptions
 from tests.conftest import MODELS, randomize
 from tests.server.conftest import BASE, Server, started
@@ -222,6 +223,16 @@ def searched(root: Path, name: str, **more: Any) -> dict[str, list[int]]:
     for text in SOURCES:
         found[text] = model.generate(**words(text, return_tensors="pt"), **more)[0, 1:].tolist()
     return found
+
+
+def test_beams_that_take_too_much_are_refused(tasks: Server, tmp_path: Path) -> None:
+    options = ServerOptions(threads=1, limits=Limits(cache_bytes=4 << 10))
+    body = {"model": "searches", "prompt": SOURCES[2]}
+    with started(tasks.root, tmp_path, None, options) as small, small.http as http:
+        refused = http.post("/v1/completions", json=body)
+        assert refused.status_code == 400
+        assert "beams" in refused.json()["error"]["message"]
+        assert http.post("/v1/completions", json={**body, "temperature": 0}).status_code == 200
 
 
 def test_why_an_answer_ended(tasks: Server) -> None:
