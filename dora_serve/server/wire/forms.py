@@ -113,7 +113,7 @@ def _function(text: str, tools: Schemas) -> list[Call]:
 
 
 def _kinds(schema: Any, root: Json, depth: int = 0) -> set[str]:
-    """The types that a schema names, also behind a reference to a definition of `root`."""
+    """The types that a schema names, also behind a reference to a part of `root`."""
     if not isinstance(schema, dict) or depth > _DEEPEST:
         return set()
     said = schema.get("type")
@@ -121,11 +121,20 @@ def _kinds(schema: Any, root: Json, depth: int = 0) -> set[str]:
     if not kinds and isinstance(values := schema.get("enum", [schema.get("const")]), list):
         kinds = {k for k, of in _KINDS.items() if any(isinstance(each, of) for each in values)}
         kinds -= set() if "enum" in schema or "const" in schema else {"null"}
-    where, definitions = schema.get("$ref"), root.get("$defs")
     others = [each for key in ("anyOf", "oneOf", "allOf") for each in schema.get(key) or ()]
-    if isinstance(where, str) and isinstance(definitions, dict):
-        others.append(definitions.get(where.removeprefix("#/$defs/")))
+    others.append(_part(root, schema.get("$ref")))
     return kinds.union(*(_kinds(each, root, depth + 1) for each in others))
+
+
+def _part(root: Json, where: Any) -> Any:
+    """The part of a schema to which it refers (`#`, `#/$defs/part`), None where there is none."""
+    if not isinstance(where, str) or not where.startswith("#"):
+        return None
+    part: Any = root
+    for name in where.split("/")[1:]:
+        name = name.replace("~1", "/").replace("~0", "~")
+        part = part.get(name) if isinstance(part, dict) else None
+    return part
 
 
 def _typed(text: str, kinds: set[str]) -> Any:
