@@ -121,8 +121,15 @@ def test_without_a_schema_it_says_anything(structured: Server) -> None:
         ({"grammar": 'root ::= "one" | "two" rest\nrest ::= " three"'}, "one|two three"),
         ({"json": '{"enum": [12, "b"]}'}, '12|"b"'),
         ({"json": {"const": {"a": 1}}, "disable_any_whitespace": True}, r'\{"a":1\}'),
+        # The texts of special tokens, of which one ends an answer.
+        ({"choice": ["a</s>b"]}, "a</s>b"),
+        ({"regex": r"<\/s>[xy]<s>"}, "</s>[xy]<s>"),
+        ({"grammar": 'root ::= "</s>" [xy] "<s>"'}, "</s>[xy]<s>"),
+        ({"json": {"properties": {"<s>": {"const": "ü</s>"}}, "required": ["<s>"], "type": "object",
+                   "additionalProperties": False}, "disable_any_whitespace": True},
+         '{"<s>":"ü</s>"}'),
     ],
-)
+)  # fmt: skip
 def test_structured_outputs(structured: Server, given: dict[str, Any], pattern: str) -> None:
     for seed in range(4):
         told = text(ask(structured, structured_outputs=given, seed=seed))
