@@ -43,6 +43,18 @@ def limits() -> Any:
     return LLParserLimits(**LIMITS)
 
 
+def unforced(grammar: str) -> str:
+    """The same grammar, whose tokens are all the model's choice. Otherwise llguidance chooses those
+    of a text that has to come: among them the special token that is written so, which it then takes
+    for no text or which ends the answer; and without end where such a text never ends, as that of
+    `/b+/ "b"`, whose first part takes every b there is."""
+    if grammar.startswith("{"):  # as it writes schemas and patterns
+        (one,) = json.loads(grammar)["grammars"]
+        schema = one.get("json_schema")
+        grammar = one["lark_grammar"] if schema is None else f"start: %json {json.dumps(schema)}"
+    return f'{grammar}\n%llguidance {{"no_forcing": true}}'  # of several the last counts
+
+
 class Grammars:
     """Of a model: `vocabulary` logits, the ends `eos`, and its `tokenizer`.
 
@@ -76,7 +88,7 @@ class Grammars:
             )
         bare = _bare(grammar)
         if any(mark in bare for mark in self._marks):
-            grammar = _unforced(grammar)
+            grammar = unforced(grammar)
         matcher = LLMatcher(self._words, grammar, log_level=0, limits=limits())
         _check(matcher)
         return Grammar(matcher, self._threads)
@@ -90,17 +102,6 @@ def _forms(text: str) -> tuple[str, str]:
 def _bare(text: str) -> str:
     """A text without what escapes its signs in a grammar."""
     return text.replace("\\", "")
-
-
-def _unforced(grammar: str) -> str:
-    """The same grammar, whose tokens are all the model's choice. Otherwise llguidance chooses those
-    of a text that has to come, among them the special token that is written so: one that it takes
-    for no text, or one that ends the answer."""
-    if grammar.startswith("{"):  # as it writes schemas and patterns
-        (one,) = json.loads(grammar)["grammars"]
-        schema = one.get("json_schema")
-        grammar = one["lark_grammar"] if schema is None else f"start: %json {json.dumps(schema)}"
-    return f'%llguidance {{"no_forcing": true}}\n{grammar}'
 
 
 def _as_bytes(tokenizer: Any, vocabulary: int, eos: frozenset[int]) -> Any:

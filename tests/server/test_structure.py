@@ -312,6 +312,11 @@ COSTLY: dict[str, Any] = {
     "ambiguous": {"grammar": 'start: s\ns: s s | "a" | s s s | ""'},
     "empty again and again": {"grammar": 'start: a*\na: b*\nb: c*\nc: "x"?'},
     "many words": {"choice": [f"{i:0120x}" for i in range(500)]},
+    "a text that has to come and never ends": {"grammar": 'start: ("x" | "y") /b+/ "b"'},
+    "the same, told to be chosen": {
+        "grammar": 'start: ("x" | "y") /b+/ "b"\n%llguidance {"no_forcing": false}'
+    },
+    "the same in the other form": {"grammar": 'root ::= ("x" | "y") b "b"\nb ::= "b"+'},
     "intersections": {"grammar": "start: X\nX: /(.*a.*){8}/ & /(.*b.*){8}/ & ~/(.*c.*){4}/"},
 }
 

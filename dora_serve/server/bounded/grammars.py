@@ -14,7 +14,7 @@ from typing import Any
 
 from pydantic_core import from_json
 
-from dora_serve.onnxruntime.grammar import limits
+from dora_serve.onnxruntime.grammar import limits, unforced
 
 from ..wire.errors import ApiError
 from ..wire.parameters import LONGEST
@@ -75,7 +75,7 @@ def _grammar(given: dict[str, Any]) -> str:
 
     try:
         if "json" in given:
-            return str(_json(given))
+            return _json(given)
         if given["regex"] is not None:
             return str(LLMatcher.grammar_from_regex(given["regex"]))
         if given["choice"] is not None:
@@ -83,13 +83,13 @@ def _grammar(given: dict[str, Any]) -> str:
             return str(LLMatcher.grammar_from_lark(f"start: {choices}"))
         text = given["grammar"]
         if gbnf.is_gbnf(text):
-            return str(grammar_from("gbnf", gbnf.plain(text)))
-        return str(LLMatcher.grammar_from_lark(text))
+            return unforced(str(grammar_from("gbnf", gbnf.plain(text))))
+        return unforced(str(LLMatcher.grammar_from_lark(text)))
     except (TypeError, ValueError, RecursionError) as error:  # half a surrogate pair is the first
         raise ApiError(f"the schema or grammar: {str(error)[:500]}", code="bad_grammar") from None
 
 
-def _json(given: dict[str, Any]) -> Any:
+def _json(given: dict[str, Any]) -> str:
     from llguidance import LLMatcher
 
     schema = given["json"]
@@ -106,7 +106,8 @@ def _json(given: dict[str, Any]) -> Any:
     options: Any = {"whitespace_flexible": given["flexible"]}
     if given["flexible"]:
         options["whitespace_pattern"] = given["pattern"] or _SPACE
-    return LLMatcher.grammar_from_json_schema(json.dumps(schema), overrides=options)
+    found = str(LLMatcher.grammar_from_json_schema(json.dumps(schema), overrides=options))
+    return unforced(found) if given["pattern"] else found
 
 
 def _is_deeper(value: Any, most: int) -> bool:
