@@ -81,9 +81,10 @@ def _named(folder: Path, role: str) -> str | None:
 def added_beyond(run: Run, base: BaseModel) -> list[str]:
     """The tokens that were added to the run's tokenizer and not, or by another number, to the
     base's, but for what fills rows up; none where the base's files do not tell."""
-    known, pad = _added(base.path), _named(run.path, "pad_token")
-    own = _added(run.path) if known else {}
-    return [word for word, number in own.items() if known.get(word) != number and word != pad]
+    own, pad = _added(run.path), _named(run.path, "pad_token")
+    known = _added(base.path) if own else {}
+    others = [word for word, number in own.items() if known.get(word) != number and word != pad]
+    return others if known else []
 
 
 def _added(folder: Path) -> dict[str, int]:
