@@ -157,7 +157,7 @@ def said(**given: Any) -> Any:
         ("root ::= [a&&b~~]+ [!--] [--/] [[^] [^^]", "a&~#.[x", "a&~#.[^"),
         (r"root ::= [\]\-.] [a-]", "]-", "]b"),
         ('root ::= start Item item\nstart ::= "a"\nItem ::= "b"\nitem ::= "c"', "abc", "abb"),
-        ('root ::= "start #" # "x"\n  | "Root"', "start #", "start "),
+        ('root ::= "start #" # "x"\r\n  | "Root"\r\n', "start #", "start "),
         ('?start: x\n!x: "a ::= b" | "c"', "a ::= b", "b"),
         ('x: "a"\n%import common.INT\nstart: INT x', "12a", "a"),
     ],

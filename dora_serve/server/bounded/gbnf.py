@@ -9,21 +9,22 @@ from __future__ import annotations
 
 import re
 
-_RULE = re.compile(r"(?m)^\s*[\w-]+\s*::=")
+_RULE = re.compile(r"[\w-]+\s*::=")
+_FIRST = re.compile(r"^[ \t]*" + _RULE.pattern, re.MULTILINE)
 _SIGN = r"\\(?:x[0-9a-fA-F]{2}|u[0-9a-fA-F]{4}|U[0-9a-fA-F]{8}|.)|[^\\]"
 _RANGE = re.compile(f"({_SIGN})(?:-({_SIGN}))?", re.DOTALL)
 _PARTS = re.compile(
     r'"(?P<text>(?:\\.|[^"\\])*)"'
     r"|\[(?P<not>\^?)(?P<set>(?:\\.|[^\]\\])*)\]"
     r"|(?P<name>[\w-]+)"
-    r"|#[^\n]*|\n(?!\s*[\w-]+\s*::=)",  # a comment; the end of a line that goes on
+    r"|#[^\n]*|(?P<end>\r?\n\s*)",  # a comment; the end of a line
     re.DOTALL,
 )
 
 
 def is_gbnf(grammar: str) -> bool:
     """Whether a rule of it is written as llama.cpp has them; else it is Lark's."""
-    return _RULE.search(grammar) is not None
+    return _FIRST.search(grammar) is not None
 
 
 def plain(grammar: str) -> str:
@@ -47,7 +48,9 @@ def plain(grammar: str) -> str:
             return '"' + "".join(_in_text(_sign(each)) for each in signs) + '"'
         if part["set"] is not None:
             return f"[{part['not']}{_RANGE.sub(_range, part['set'])}]"
-        return named(part["name"]) if part["name"] else " "
+        if part["name"] is not None:
+            return named(part["name"])
+        return "\n" if part["end"] and _RULE.match(grammar, part.end()) else " "
 
     return _PARTS.sub(written, grammar)
 
