@@ -256,6 +256,12 @@ ARGUMENTS: Any = {
          [F, F]),
         ('{"name": "f", "parameters": {"a": NaN}}', '{"name": "f", "parameters": {"a": NaN}}', []),
         ('{"name": "f", "arguments": [1e999]}', '{"name": "f", "arguments": [1e999]}', []),
+        # Half a surrogate pair, which JSON can say and an answer cannot.
+        (r'{"name": "f", "arguments": {"t": "\ud83dé"}}', "", [("f", r'{"t": "\ud83d\u00e9"}')]),
+        (r'[TOOL_CALLS]f{"t": "\ud83d"}', "", [("f", r'{"t": "\ud83d"}')]),
+        (r'{"name": "f", "arguments": "\udc00"}', r'{"name": "f", "arguments": "\udc00"}', []),
+        (r'<tool_call>{"name": "\ud800"}</tool_call>', r'<tool_call>{"name": "\ud800"}</tool_call>',
+         []),
         # Mistral's newest, and what it says before; the mark without a call.
         ('[TOOL_CALLS]f[ARGS]{"a": 1}', "", [F]),
         ('So:[TOOL_CALLS]f[CALL_ID]a1b2[ARGS]{"a": 1}[TOOL_CALLS]f{"a": 1}', "So:", [F, F]),

@@ -26,6 +26,7 @@ MARKS = ("<tool_call>", "</tool_call>", "<|tool_call|>", "<|/tool_call|>", _MIST
 BEGIN = re.compile("|".join(map(re.escape, _ENDS)))
 # Of Mistral's newest: the name, an id where there is one, and the arguments.
 _NAMED = re.compile(r"\s*([^\s\[\]{}]+)\s*(?:\[CALL_ID\][^\[{]*)?(?:\[ARGS\])?\s*(?={)")
+_HALF = re.compile("[\ud800-\udfff]")  # of a surrogate pair: JSON can say it, an answer cannot
 _APART = re.compile(r"[\s;]*")
 _KINDS: Mapping[str, type | tuple[type, ...]] = {
     "null": type(None),
@@ -178,8 +179,12 @@ def _named(read: Any) -> Call | None:
     """The tool that is called and its arguments, None where nothing is."""
     if not isinstance(read, dict) or not isinstance(read.get("name"), str):
         return None
-    return read["name"], _written(read.get("arguments", read.get("parameters", {})))
+    call = read["name"], _written(read.get("arguments", read.get("parameters", {})))
+    return None if any(map(_HALF.search, call)) else call
 
 
 def _written(arguments: Any) -> str:
-    return arguments if isinstance(arguments, str) else json.dumps(arguments, ensure_ascii=False)
+    if isinstance(arguments, str):
+        return arguments
+    text = json.dumps(arguments, ensure_ascii=False)
+    return json.dumps(arguments) if _HALF.search(text) else text
