@@ -19,7 +19,7 @@ from converters.run import Run
 
 from .names import name_elsewhere, names_below, not_a_name, own_name
 from .pairing import base_of, check_fits, is_named, naming, told
-from .templates import unused_template
+from .unused import unused
 
 _MARKS = (CONFIG_FILE, *WEIGHT_FILES, "config.json", MODEL, ENCODER)
 _ODD = "odd: "
@@ -140,8 +140,7 @@ def read_member(
         check_fits(run, base)
     if given is not None:
         run = told(run, given)
-    if (unused := unused_template(run, base)) is not None:
-        run = replace(run, warnings=(*run.warnings, unused))
+    run = replace(run, warnings=(*run.warnings, *unused(run, base)))
     # Files above the folder are only known now.
     state = {
         file: before.get(file) if file.is_relative_to(path) else state_at(file)

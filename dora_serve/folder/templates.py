@@ -3,15 +3,11 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from converters.errors import DoraExportError, TensorFileError
 from converters.files.handles import check_file, reading
 from converters.files.json_files import read_json
-
-if TYPE_CHECKING:
-    from converters.model.base import BaseModel
-    from converters.run import Run
 
 DEFAULT, WITH_TOOLS = "default", "tool_use"  # as transformers names those of a model
 _LONGEST = 1 << 20  # bytes
@@ -58,18 +54,3 @@ def read_template(file: Path) -> str:
         return file.read_text(encoding="utf-8")
     except (OSError, ValueError) as error:
         raise TensorFileError(f"no chat template: {error}", file=file) from None
-
-
-def unused_template(run: Run, base: BaseModel) -> str | None:
-    """What is to be said of a run with a template of its own where `base`'s is used: engines have
-    one for a base and all that is served with it, as vLLM has."""
-    try:
-        own = chat_templates(run.path)
-        if not own or own == chat_templates(base.path):
-            return None
-    except DoraExportError:
-        return None  # of the base it is told elsewhere, and of the run it is not used
-    return (
-        f"its own chat template is not used, that of {base.name} is: --chat-template gives "
-        "another, and merged it has its own"
-    )

@@ -7,6 +7,7 @@ whoever has a row in the same batch waits for its masks.
 
 from __future__ import annotations
 
+import json
 import time
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any
@@ -42,6 +43,18 @@ def limits() -> Any:
     return LLParserLimits(**LIMITS)
 
 
+def unforced(grammar: str) -> str:
+    """The same grammar, whose tokens are all the model's choice. Otherwise llguidance chooses those
+    of a text that has to come: among them the special token that is written so, which it then takes
+    for no text or which ends the answer; and without end where such a text never ends, as that of
+    `/b+/ "b"`, whose first part takes every b there is."""
+    if grammar.startswith("{"):  # as it writes schemas and patterns
+        (one,) = json.loads(grammar)["grammars"]
+        schema = one.get("json_schema")
+        grammar = one["lark_grammar"] if schema is None else f"start: %json {json.dumps(schema)}"
+    return f'{grammar}\n%llguidance {{"no_forcing": true}}'  # of several the last counts
+
+
 class Grammars:
     """Of a model: `vocabulary` logits, the ends `eos`, and its `tokenizer`.
 
@@ -51,6 +64,9 @@ class Grammars:
 
     def __init__(self, tokenizer: Any, vocabulary: int, eos: frozenset[int]) -> None:
         self._threads = ThreadPoolExecutor(1, thread_name_prefix="grammar")
+        added = tokenizer.get_added_tokens_decoder().values()
+        forms = (form for each in added if each.special for form in _forms(each.content))
+        self._marks = {_bare(form) for form in forms} - {""}
         self._words: Any = None
         self._refusal: str | None = None
         try:
@@ -70,9 +86,22 @@ class Grammars:
                 found=self._refusal,
                 remedy="ask without a schema or grammar",
             )
+        bare = _bare(grammar)
+        if any(mark in bare for mark in self._marks):
+            grammar = unforced(grammar)
         matcher = LLMatcher(self._words, grammar, log_level=0, limits=limits())
         _check(matcher)
         return Grammar(matcher, self._threads)
+
+
+def _forms(text: str) -> tuple[str, str]:
+    """A text as it is and as JSON writes it."""
+    return text, json.dumps(text)[1:-1]
+
+
+def _bare(text: str) -> str:
+    """A text without what escapes its signs in a grammar."""
+    return text.replace("\\", "")
 
 
 def _as_bytes(tokenizer: Any, vocabulary: int, eos: frozenset[int]) -> Any:

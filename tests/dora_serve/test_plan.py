@@ -18,7 +18,7 @@ import torch
 import yaml
 from click.testing import CliRunner
 from peft import LoraConfig, get_peft_model
-from transformers import LlamaForCausalLM
+from transformers import AutoTokenizer, LlamaForCausalLM
 
 from converters.model.base import open_base
 from dora_serve.commands import dora_serve
@@ -324,6 +324,25 @@ def test_a_template_that_is_not_used_is_told(form: str, llama_base: Path, llama_
     (folder / "own" / form).unlink()
     os.mkfifo(folder / "own" / form)  # which nobody writes
     assert "chat template" not in discover(folder / "own", base).warnings.get("own", "")
+
+
+def test_tokens_that_are_not_used_are_told(llama_base: Path, llama_lora: Path) -> None:
+    """What is served reads and ends texts by its base's tokenizer, merged it would by its own."""
+    folder = llama_lora.parent / "own-tokens"
+    shutil.copytree(llama_lora, folder / "own")
+    shutil.copytree(llama_base, folder / "base")
+    for place in ("own", "base"):
+        AutoTokenizer.from_pretrained(MODELS / "tiny-llama-base").save_pretrained(folder / place)
+
+    def said(**more: str) -> str:
+        words = AutoTokenizer.from_pretrained(folder / "base")
+        words.add_special_tokens(more)
+        words.save_pretrained(folder / "own")
+        return discover(folder / "own", folder / "base").warnings.get("own", "")
+
+    assert said() == said(pad_token="<pad>") == ""
+    assert "lacks <turn>" in said(bos_token="<turn>")
+    assert "ends texts with <end>" in said(eos_token="<end>")
 
 
 def test_the_command_does_not_depend_on_the_folder_it_is_run_in(

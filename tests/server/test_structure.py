@@ -13,10 +13,14 @@ from typing import Any
 import jsonschema
 import pytest
 import torch
+from llguidance import LLMatcher, LLTokenizer
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
+from dora_serve.server.bounded.grammars import read
 from dora_serve.server.options import ServerOptions
+from dora_serve.server.wire.errors import ApiError
+from dora_serve.server.wire.structure import StructuredOutputs, asked
 from tests.server.conftest import Server, started
 from tests.server.schemas import schema
 
@@ -117,12 +121,81 @@ def test_without_a_schema_it_says_anything(structured: Server) -> None:
         ({"grammar": 'root ::= "one" | "two" rest\nrest ::= " three"'}, "one|two three"),
         ({"json": '{"enum": [12, "b"]}'}, '12|"b"'),
         ({"json": {"const": {"a": 1}}, "disable_any_whitespace": True}, r'\{"a":1\}'),
+        # The texts of special tokens, of which one ends an answer.
+        ({"choice": ["a</s>b"]}, "a</s>b"),
+        ({"regex": r"<\/s>[xy]<s>"}, "</s>[xy]<s>"),
+        ({"grammar": 'root ::= "</s>" [xy] "<s>"'}, "</s>[xy]<s>"),
+        ({"json": {"properties": {"<s>": {"const": "ü</s>"}}, "required": ["<s>"], "type": "object",
+                   "additionalProperties": False}, "disable_any_whitespace": True},
+         '{"<s>":"ü</s>"}'),
     ],
-)
+)  # fmt: skip
 def test_structured_outputs(structured: Server, given: dict[str, Any], pattern: str) -> None:
     for seed in range(4):
         told = text(ask(structured, structured_outputs=given, seed=seed))
         assert re.fullmatch(pattern, told.strip() if "json" in given else told), told
+
+
+def follows(told: Any, text: str) -> bool:
+    """Whether a text follows what `asked` told."""
+    _, grammar = read(json.dumps(told).encode())
+    matcher = LLMatcher(LLTokenizer("byte"), grammar.decode(), log_level=0)
+    allowed = all(matcher.try_consume_tokens([byte]) for byte in text.encode())
+    return bool(allowed and matcher.is_accepting())
+
+
+def said(**given: Any) -> Any:
+    return asked(None, StructuredOutputs.model_validate(given))
+
+
+@pytest.mark.parametrize(
+    ("grammar", "right", "wrong"),
+    [
+        (r'root ::= "\u00fcab"', "üab", "\ufcab"),  # which zeros that are left out would make
+        (r'root ::= "\U0001F600" "\x41\n\"\\"', '😀A\n"\\', "😀A"),
+        (r"root ::= [\u0430-\u044f]+ [^\u00e0-\u00ff]", "жx", "xx"),
+        ("root ::= [a&&b~~]+ [!--] [--/] [[^] [^^]", "a&~#.[x", "a&~#.[^"),
+        (r"root ::= [\]\-.] [a-]", "]-", "]b"),
+        ('root ::= start Item item\nstart ::= "a"\nItem ::= "b"\nitem ::= "c"', "abc", "abb"),
+        ('root ::= "start #" # "x"\r\n  | "Root"\r\n', "start #", "start "),
+        ('?start: x\n!x: "a ::= b" | "c"', "a ::= b", "b"),
+        ('x: "a"\n%import common.INT\nstart: INT x', "12a", "a"),
+    ],
+)
+def test_grammars_of_both_forms(grammar: str, right: str, wrong: str) -> None:
+    told = said(grammar=grammar)
+    assert [follows(told, text) for text in (right, wrong)] == [True, False]
+
+
+_64 = {"type": "integer", "minimum": -(2**63), "maximum": 2**63 - 1}
+
+
+@pytest.mark.parametrize(
+    ("schema", "right"),
+    [
+        (_64, "-9007199254740993"),
+        ({**_64, "minimum": 0, "maximum": 2**64 - 1}, "9007199254740993"),
+        ({"enum": [2**62, True]}, str(2**62)),
+        ({"type": "object", "properties": {"const": {**_64, "default": 2**53 + 1}}}, '{"const":1}'),
+    ],
+)
+def test_large_numbers(schema: Any, right: str) -> None:
+    assert follows(said(json=schema), right)
+
+
+@pytest.mark.parametrize(
+    "schema",
+    [
+        {"const": 2**53 + 1},
+        {"items": {"enum": ["x", {"y": [-(2**63)]}]}},
+        {"const": 2**63},
+        {"const": 10**400},
+        {"type": "integer", "maximum": 2**53 + 3},
+    ],
+)
+def test_a_number_that_would_be_written_as_another(schema: Any) -> None:
+    with pytest.raises(ApiError, match="cannot be written exactly"):
+        follows(said(json=schema), "")
 
 
 def test_a_chat_whose_answer_is_an_object(structured: Server) -> None:
@@ -239,6 +312,11 @@ COSTLY: dict[str, Any] = {
     "ambiguous": {"grammar": 'start: s\ns: s s | "a" | s s s | ""'},
     "empty again and again": {"grammar": 'start: a*\na: b*\nb: c*\nc: "x"?'},
     "many words": {"choice": [f"{i:0120x}" for i in range(500)]},
+    "a text that has to come and never ends": {"grammar": 'start: ("x" | "y") /b+/ "b"'},
+    "the same, told to be chosen": {
+        "grammar": 'start: ("x" | "y") /b+/ "b"\n%llguidance {"no_forcing": false}'
+    },
+    "the same in the other form": {"grammar": 'root ::= ("x" | "y") b "b"\nb ::= "b"+'},
     "intersections": {"grammar": "start: X\nX: /(.*a.*){8}/ & /(.*b.*){8}/ & ~/(.*c.*){4}/"},
 }
 

@@ -16,8 +16,10 @@ from transformers import AutoTokenizer, LlamaForCausalLM
 
 from dora_serve.server.options import ServerOptions
 from dora_serve.server.wire.calls import WrittenCalls
+from dora_serve.server.wire.structure import asked_json
+from dora_serve.server.wire.tools import Tool, schema_of_calls
 from tests.server.conftest import started
-from tests.server.test_structure import MODEL, save_bytes_model
+from tests.server.test_structure import MODEL, follows, save_bytes_model
 
 PART = {"type": "object", "properties": {"unit": {"enum": ["C", "F"]}}, "required": ["unit"]}
 WEATHER: Any = {
@@ -71,6 +73,42 @@ def test_required(client: openai.OpenAI, seed: int) -> None:
     assert choice.message.content is None
     check(choice.message.tool_calls)
     assert len(choice.message.tool_calls) == 1
+
+
+def _one(a: Any, **more: Any) -> Any:
+    """An object with the one property `a`."""
+    shape = {"type": "object", "required": ["a"], "additionalProperties": False}
+    return {**shape, "properties": {"a": a}, **more}
+
+
+def _tools(*schemas: Any) -> list[Tool]:
+    return [
+        Tool.model_validate({"function": {"name": f"f{i}", "parameters": schema}})
+        for i, schema in enumerate(schemas)
+    ]
+
+
+@pytest.mark.parametrize(
+    ("schema", "right", "wrong"),
+    [
+        (_one({"type": "array", "items": {"$ref": "#"}}), {"a": [{"a": []}]}, {"a": [[]]}),
+        (_one({"$ref": "#/$defs/p"}, **{"$defs": {"p": {"const": 1}}}), {"a": 1}, {"a": 2}),
+        (_one({"$ref": "#/definitions/p"}, definitions={"p": {"const": 1}}), {"a": 1}, {"a": 3}),
+        (_one(_one({"const": 1}), required=[]), {"a": {"a": 1}}, {"a": 1}),
+        (_one({"anyOf": [{"const": 1}, _one({"$ref": "#/properties/a/anyOf/0"})]}),
+         {"a": {"a": 1}}, {"a": {"a": 2}}),
+        (_one({"$ref": "#/$defs/p"}, **{"$id": "http://x/y", "$defs": {"p": {"const": 1}}}),
+         {"a": 1}, {"a": 2}),
+        (_one({"const": {"$ref": "#"}}), {"a": {"$ref": "#"}}, {"a": {"$ref": "#/$defs/0"}}),
+    ],
+)  # fmt: skip
+def test_what_a_schema_says_of_its_own_parts(schema: Any, right: Any, wrong: Any) -> None:
+    """As zod, pydantic and others write it, beside a tool with a definition of the same name."""
+    other = _one({"$ref": "#/$defs/p"}, **{"$defs": {"p": {"const": 2}}})
+    told = asked_json(schema_of_calls(_tools(schema, other), "required", True))
+    calls = [[{"name": "f0", "parameters": each}] for each in (right, wrong)]
+    assert [follows(told, json.dumps(each)) for each in calls] == [True, False]
+    assert follows(told, '[{"name": "f1", "parameters": {"a": 2}}]')
 
 
 @pytest.mark.parametrize("name", SCHEMAS)
@@ -160,16 +198,6 @@ def test_the_template_sees_tools_and_calls(client: openai.OpenAI) -> None:
         ),
         (
             {
-                "tools": [
-                    {"function": {"name": n, "parameters": {"$defs": {"p": {"const": n}}}}}
-                    for n in "ab"
-                ],
-                "tool_choice": "required",
-            },
-            "two definitions",
-        ),
-        (
-            {
                 "tools": TOOLS,
                 "tool_choice": "required",
                 "extra_body": {"structured_outputs": {"choice": ["a"]}},
@@ -192,8 +220,10 @@ ARGUMENTS: Any = {
         "b": {"type": "boolean"},
         "o": {"anyOf": [{"type": "string"}, {"type": "null"}]},
         "l": {"$ref": "#/$defs/list"},
+        "m": {"$ref": "#/definitions/of~1lists"},
     },
     "$defs": {"list": {"type": "array"}},
+    "definitions": {"of/lists": {"type": "array"}},
 }
 
 
@@ -226,6 +256,12 @@ ARGUMENTS: Any = {
          [F, F]),
         ('{"name": "f", "parameters": {"a": NaN}}', '{"name": "f", "parameters": {"a": NaN}}', []),
         ('{"name": "f", "arguments": [1e999]}', '{"name": "f", "arguments": [1e999]}', []),
+        # Half a surrogate pair, which JSON can say and an answer cannot.
+        (r'{"name": "f", "arguments": {"t": "\ud83dé"}}', "", [("f", r'{"t": "\ud83d\u00e9"}')]),
+        (r'[TOOL_CALLS]f{"t": "\ud83d"}', "", [("f", r'{"t": "\ud83d"}')]),
+        (r'{"name": "f", "arguments": "\udc00"}', r'{"name": "f", "arguments": "\udc00"}', []),
+        (r'<tool_call>{"name": "\ud800"}</tool_call>', r'<tool_call>{"name": "\ud800"}</tool_call>',
+         []),
         # Mistral's newest, and what it says before; the mark without a call.
         ('[TOOL_CALLS]f[ARGS]{"a": 1}', "", [F]),
         ('So:[TOOL_CALLS]f[CALL_ID]a1b2[ARGS]{"a": 1}[TOOL_CALLS]f{"a": 1}', "So:", [F, F]),
@@ -243,6 +279,7 @@ ARGUMENTS: Any = {
          [("f", '{"b": true, "o": null}')]),
         ('<function=f><parameter=l>["x"]</parameter><parameter=a>none</parameter></function>', "",
          [("f", '{"l": ["x"], "a": "none"}')]),
+        ('<function=f><parameter=m>["x"]</parameter></function>', "", [("f", '{"m": ["x"]}')]),
         ('<function=f>{"a": 1}</function>', "", [F]),
         ("<tool_call><function=f></function></tool_call>", "", [("f", "{}")]),
         ("<function=other></function>", "<function=other></function>", []),

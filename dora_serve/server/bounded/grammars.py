@@ -14,17 +14,26 @@ from typing import Any
 
 from pydantic_core import from_json
 
-from dora_serve.onnxruntime.grammar import limits
+from dora_serve.onnxruntime.grammar import limits, unforced
 
 from ..wire.errors import ApiError
 from ..wire.parameters import LONGEST
+from ..wire.schemas import schemas
+from . import gbnf
 
 _SPACE = r"[\x20\x0A\x0D\x09]{1,64}"  # a weak model would write it without end
 _DEEPEST = 64  # objects and arrays in one another, as in vLLM
 _QUICK = 1.0  # seconds of the processor
 _STACK = 1 << 20  # bytes; threads have 2 or 8 MiB
-# Keywords of a schema whose values are schemas, by name or not.
-_BY_NAME = ("properties", "patternProperties", "$defs", "definitions", "dependentSchemas")
+# The limits of 64 bits, and the doubles within them.
+_LOWEST = {-(2**63): 1024 - 2**63}
+_HIGHEST = {2**63 - 1: 2**63 - 1024, 2**64 - 1: 2**63 - 1024}
+_BOUNDS = {
+    "minimum": _LOWEST,
+    "exclusiveMinimum": _LOWEST,
+    "maximum": _HIGHEST,
+    "exclusiveMaximum": _HIGHEST,
+}
 
 
 def read(blob: bytes) -> tuple[Any, bytes]:
@@ -66,18 +75,21 @@ def _grammar(given: dict[str, Any]) -> str:
 
     try:
         if "json" in given:
-            return str(_json(given))
+            return _json(given)
         if given["regex"] is not None:
             return str(LLMatcher.grammar_from_regex(given["regex"]))
         if given["choice"] is not None:
             choices = " | ".join(json.dumps(each) for each in given["choice"])
             return str(LLMatcher.grammar_from_lark(f"start: {choices}"))
-        return str(grammar_from("grammar", given["grammar"]))
+        text = given["grammar"]
+        if gbnf.is_gbnf(text):
+            return unforced(str(grammar_from("gbnf", gbnf.plain(text))))
+        return unforced(str(LLMatcher.grammar_from_lark(text)))
     except (TypeError, ValueError, RecursionError) as error:  # half a surrogate pair is the first
         raise ApiError(f"the schema or grammar: {str(error)[:500]}", code="bad_grammar") from None
 
 
-def _json(given: dict[str, Any]) -> Any:
+def _json(given: dict[str, Any]) -> str:
     from llguidance import LLMatcher
 
     schema = given["json"]
@@ -87,12 +99,15 @@ def _json(given: dict[str, Any]) -> Any:
         raise ValueError("a JSON schema is an object")
     if _is_deeper(schema, _DEEPEST):
         raise ValueError(f"more than {_DEEPEST} objects and arrays in one another")
-    if given["closed"]:
-        _close(schema)
+    for each in schemas(schema):
+        _have_doubles(each)
+        if given["closed"] and "properties" in each:  # names that it has, and no others
+            each.setdefault("additionalProperties", False)
     options: Any = {"whitespace_flexible": given["flexible"]}
     if given["flexible"]:
         options["whitespace_pattern"] = given["pattern"] or _SPACE
-    return LLMatcher.grammar_from_json_schema(json.dumps(schema), overrides=options)
+    found = str(LLMatcher.grammar_from_json_schema(json.dumps(schema), overrides=options))
+    return unforced(found) if given["pattern"] else found
 
 
 def _is_deeper(value: Any, most: int) -> bool:
@@ -105,17 +120,29 @@ def _is_deeper(value: Any, most: int) -> bool:
     return any(isinstance(each, dict | list) for each in level)
 
 
-def _close(schema: Any) -> None:
-    """Let no object have names that its schema does not have."""
-    if isinstance(schema, list):
-        for each in schema:
-            _close(each)
-    if not isinstance(schema, dict):
-        return
-    for name, value in schema.items():
-        inner = value.values() if name in _BY_NAME and isinstance(value, dict) else [value]
-        for each in inner:
-            if name not in ("enum", "const", "default", "examples"):
-                _close(each)
-    if "properties" in schema:
-        schema.setdefault("additionalProperties", False)
+def _have_doubles(schema: dict[str, Any]) -> None:
+    """Have a schema's numbers be such as llguidance, to which all are doubles, takes for the same.
+    Raises `ValueError` for others."""
+    for name, inner in _BOUNDS.items():
+        bound = schema.get(name)
+        if isinstance(bound, int):
+            schema[name] = bound = inner.get(bound, bound)
+            _check_double(name, bound, 2**1000)
+    for name in ("const", "enum"):
+        for value in _inner(schema.get(name)):
+            if isinstance(value, int):
+                _check_double(name, value, 2**63 - 1)
+
+
+def _check_double(name: str, value: int, most: int) -> None:
+    if abs(value) > most or float(value) != value:
+        raise ValueError(f"{name}: {str(value)[:100]} cannot be written exactly: use a text")
+
+
+def _inner(value: Any) -> list[Any]:
+    """All values in a value, itself among them."""
+    found = [value]
+    for each in found:
+        if isinstance(each, dict | list):
+            found += each.values() if isinstance(each, dict) else each
+    return found

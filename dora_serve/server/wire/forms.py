@@ -26,6 +26,7 @@ MARKS = ("<tool_call>", "</tool_call>", "<|tool_call|>", "<|/tool_call|>", _MIST
 BEGIN = re.compile("|".join(map(re.escape, _ENDS)))
 # Of Mistral's newest: the name, an id where there is one, and the arguments.
 _NAMED = re.compile(r"\s*([^\s\[\]{}]+)\s*(?:\[CALL_ID\][^\[{]*)?(?:\[ARGS\])?\s*(?={)")
+_HALF = re.compile("[\ud800-\udfff]")  # of a surrogate pair: JSON can say it, an answer cannot
 _APART = re.compile(r"[\s;]*")
 _KINDS: Mapping[str, type | tuple[type, ...]] = {
     "null": type(None),
@@ -113,7 +114,7 @@ def _function(text: str, tools: Schemas) -> list[Call]:
 
 
 def _kinds(schema: Any, root: Json, depth: int = 0) -> set[str]:
-    """The types that a schema names, also behind a reference to a definition of `root`."""
+    """The types that a schema names, also behind a reference to a part of `root`."""
     if not isinstance(schema, dict) or depth > _DEEPEST:
         return set()
     said = schema.get("type")
@@ -121,11 +122,20 @@ def _kinds(schema: Any, root: Json, depth: int = 0) -> set[str]:
     if not kinds and isinstance(values := schema.get("enum", [schema.get("const")]), list):
         kinds = {k for k, of in _KINDS.items() if any(isinstance(each, of) for each in values)}
         kinds -= set() if "enum" in schema or "const" in schema else {"null"}
-    where, definitions = schema.get("$ref"), root.get("$defs")
     others = [each for key in ("anyOf", "oneOf", "allOf") for each in schema.get(key) or ()]
-    if isinstance(where, str) and isinstance(definitions, dict):
-        others.append(definitions.get(where.removeprefix("#/$defs/")))
+    others.append(_part(root, schema.get("$ref")))
     return kinds.union(*(_kinds(each, root, depth + 1) for each in others))
+
+
+def _part(root: Json, where: Any) -> Any:
+    """The part of a schema to which it refers (`#`, `#/$defs/part`), None where there is none."""
+    if not isinstance(where, str) or not where.startswith("#"):
+        return None
+    part: Any = root
+    for name in where.split("/")[1:]:
+        name = name.replace("~1", "/").replace("~0", "~")
+        part = part.get(name) if isinstance(part, dict) else None
+    return part
 
 
 def _typed(text: str, kinds: set[str]) -> Any:
@@ -169,8 +179,12 @@ def _named(read: Any) -> Call | None:
     """The tool that is called and its arguments, None where nothing is."""
     if not isinstance(read, dict) or not isinstance(read.get("name"), str):
         return None
-    return read["name"], _written(read.get("arguments", read.get("parameters", {})))
+    call = read["name"], _written(read.get("arguments", read.get("parameters", {})))
+    return None if any(map(_HALF.search, call)) else call
 
 
 def _written(arguments: Any) -> str:
-    return arguments if isinstance(arguments, str) else json.dumps(arguments, ensure_ascii=False)
+    if isinstance(arguments, str):
+        return arguments
+    text = json.dumps(arguments, ensure_ascii=False)
+    return json.dumps(arguments) if _HALF.search(text) else text

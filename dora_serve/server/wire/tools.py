@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import json
 from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import AfterValidator, Field
 
 from .parameters import Object, Parameters, bounded
+from .schemas import schemas
 
 
 class Function(Parameters):
@@ -55,30 +57,35 @@ def wrong_choice(tools: list[Tool] | None, choice: Choice | None) -> str | None:
 
 def schema_of_calls(tools: list[Tool], choice: Choice | None, several: bool) -> Any:
     """The JSON schema of an answer that has to call: the arguments of a named tool, or a list of
-    calls; None where none has to. Raises `ValueError` where two tools define a name otherwise,
-    or definitions are no object."""
+    calls; None where none has to."""
     if isinstance(choice, NamedTool):
         named = (tool.function for tool in tools if tool.function.name == choice.function.name)
         return next(named).schema_of_arguments
     if choice != "required":
         return None
-    shared: dict[str, Any] = {}
-    kinds = []
-    for tool in tools:
-        schema = dict(tool.function.schema_of_arguments)
-        definitions = schema.pop("$defs", {})
-        if not isinstance(definitions, dict):
-            raise ValueError("tools: $defs is no object")
-        for name, value in definitions.items():
-            if shared.setdefault(name, value) != value:
-                raise ValueError(f"tools: two definitions of {name[:200]!r}")
-        kinds.append(
-            {
-                "type": "object",
-                "properties": {"name": {"const": tool.function.name}, "parameters": schema},
-                "required": ["name", "parameters"],
-                "additionalProperties": False,
-            }
-        )
+    kinds = [
+        {
+            "type": "object",
+            "properties": {
+                "name": {"const": tool.function.name},
+                "parameters": {"$ref": f"#/$defs/{number}"},
+            },
+            "required": ["name", "parameters"],
+            "additionalProperties": False,
+        }
+        for number, tool in enumerate(tools)
+    ]
+    inner = {str(i): _moved(each.function.schema_of_arguments, i) for i, each in enumerate(tools)}
     calls = {"type": "array", "minItems": 1, "items": {"anyOf": kinds}}
-    return {**calls, **({} if several else {"maxItems": 1}), "$defs": shared}
+    return {**calls, **({} if several else {"maxItems": 1}), "$defs": inner}
+
+
+def _moved(schema: dict[str, Any], number: int) -> Any:
+    """A schema as the definition `number` of another: what it says of its own parts (`#`,
+    `#/$defs/part`) leads there."""
+    moved = {key: value for key, value in json.loads(json.dumps(schema)).items() if key != "$id"}
+    for each in schemas(moved):
+        where = each.get("$ref")
+        if isinstance(where, str) and (where == "#" or where.startswith("#/")):
+            each["$ref"] = f"#/$defs/{number}{where[1:]}"
+    return moved
