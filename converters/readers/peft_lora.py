@@ -39,6 +39,7 @@ from .peft_laid import turned
 from .peft_parameters import TOKENS, parameter_updates, parameters, token_rows
 from .restarts import refuse_restarted
 from .run_folder import CONFIG_FILE, WEIGHT_FILES, RunFolder
+from .unsloth import by_expert, not_said
 
 _BIAS, _EMBEDDING = ".lora_B.bias", ".lora_embedding_A"
 _MAGNITUDES = (".lora_magnitude_vector", ".lora_magnitude_vector.weight")  # read by peft_dora
@@ -84,13 +85,16 @@ class PeftLoraReader:
         named = parameters(config, pairs, config_path)
         experts = {parameter: pairs[name].shape for name, parameter in named.items()}
         other_way = turned(config, experts, run, config_path, options) if experts else frozenset()
+        several = [name for name in experts if scaling.rank(name) > 1]
+        apart = by_expert(config, several, run, config_path, options)
         for name, module in pairs.items():
             rank, shape = module.pair(), module.shape
             if name not in embeddings:
                 initial.check(module, name in named)
             if name in named:
                 other = named[name] in other_way
-                rank, loaders = parameter_updates(named[name], module, rank, scaling, other)
+                lies = named[name] in apart
+                rank, loaders = parameter_updates(named[name], module, rank, scaling, other, lies)
                 shape = shape[::-1] if other else shape
             else:
                 own_name, times = _attention(name, pairs)
@@ -120,6 +124,7 @@ class PeftLoraReader:
             start_rank=start_rank,
             embeddings=frozenset(embeddings | tokens),
             kernels=kernels,
+            warnings=(*run.warnings, *not_said(apart, config)),
         )
         return replace(run, tied=_spreading(config, tokens, run, options))
 

@@ -69,12 +69,18 @@ def _applies(target: str, module: str) -> bool:
 
 
 def parameter_updates(
-    parameter: str, pair: AdaptedModule, rows: int, scaling: Scaling, other_way: bool
+    parameter: str,
+    pair: AdaptedModule,
+    rows: int,
+    scaling: Scaling,
+    other_way: bool,
+    by_expert: bool,
 ) -> tuple[int, dict[str, Callable[[], Update]]]:
     """The rank, and name → update, per expert where `parameter` has several.
 
     `lora_A [E·r, in]` is `[E, r, in]`, `lora_B [out, r·E]` is `[out, r, E]`:
-    ΔW[e] = s·B[:, :, e]·A[e], turned over where the pair lies the other way round.
+    ΔW[e] = s·B[:, :, e]·A[e], turned over where the pair lies the other way round; `by_expert`,
+    `lora_B` is `[out, E, r]`.
     """
     rank = int(scaling.rank(parameter))
     if rank <= 0 or rows % rank:
@@ -99,7 +105,8 @@ def parameter_updates(
         assert every is not None
         rows = slice(expert * rank, (expert + 1) * rank)
         # Tensors of its own: one expert that stays in memory would keep all of them.
-        a, b = every.a[rows].clone(), every.b[:, expert::experts].contiguous()
+        columns = rows if by_expert else slice(expert, None, experts)
+        a, b = every.a[rows].clone(), every.b[:, columns].clone()
         return laid(RankOneSum(a, every.c[rows].clone(), b))
 
     return rank, {f"{parameter}[{expert}]": partial(load, expert) for expert in range(experts)}
