@@ -20,6 +20,8 @@ import torch
 from ..errors import RunError
 from ..files.json_files import is_number
 from ..files.tensors import LazyTensor, LazyTensors, load_finite
+from ..model.base import BaseModel
+from ..model.match import classes
 from ..options import ReadOptions
 from ..run import LazyUpdates, Run
 from ..updates.magnitude import MagnitudeUpdate
@@ -32,6 +34,7 @@ from .run_folder import CONFIG_FILE, RunFolder
 WEIGHTS = "adapters.safetensors"
 _PART = re.compile(r"(.+)\.(lora_a|lora_b|m)")
 _EMBEDDINGS = ("embed_tokens", "wte", "tok_embeddings", "word_embeddings", "embeddings")
+_TEXT = "language_model."
 _EXPERTS = re.compile(r"(.+)\.switch_mlp\.(gate_proj|up_proj|down_proj)")
 # Families whose weights are multiplied when mlx-lm loads them, and whose norms have 1 added.
 _SCALED = ("falcon_h1",)
@@ -51,7 +54,9 @@ class MlxLmReader:
 
     def read(self, folder: RunFolder, options: ReadOptions) -> Run:
         config, path = folder.adapter_config, folder.path / CONFIG_FILE
-        kind, tensors = config.get("fine_tune_type", "lora"), folder.tensors(WEIGHTS)
+        kind = config.get("fine_tune_type", "lora")
+        base = known_base(options.base, str(config.get("model") or ""))
+        tensors = _as_in_class(folder.tensors(WEIGHTS), base)
         modules, whole = grouped(tensors, _PART)
         if kind not in ("lora", "dora", "full") or bool(modules) == (kind == "full"):
             raise RunError(
@@ -67,7 +72,7 @@ class MlxLmReader:
                 tensor=next(iter(whole)),
                 expected="lora_a, lora_b" + (", m" if kind == "dora" else ""),
             )
-        _refuse_other_numbers(folder.path / WEIGHTS, whole, config, options)
+        _refuse_other_numbers(folder.path / WEIGHTS, whole, base, options)
         scale = _scale(config, path, options.lora_alpha) if modules else 0.0
         updates: dict[str, Callable[[], Update]] = {}
         start_rank: dict[str, int] = {}
@@ -81,13 +86,13 @@ class MlxLmReader:
             shapes |= dict.fromkeys(found, shape)
             embeddings |= set(found) if embedding else set()
             start_rank |= dict.fromkeys(found, rank)
-        base = config.get("model")
+        model = config.get("model")
         return Run(
             path=folder.path,
             method=self.name,
             updates=LazyUpdates(updates, shapes),
             replaced=whole,
-            base=str(base) if base else None,
+            base=str(model) if model else None,
             task="causal-lm",
             start_rank=start_rank,
             embeddings=frozenset(embeddings),
@@ -96,13 +101,31 @@ class MlxLmReader:
         )
 
 
+def _as_in_class(tensors: LazyTensors, base: BaseModel | None) -> LazyTensors:
+    """The tensors by the names of the base's class. mlx-lm and mlx-vlm have the text model of
+    every multimodal family as `language_model`, and of some that are text alone."""
+    if base is None or not any(name.startswith(_TEXT) for name in tensors):
+        return tensors
+    state = classes("causal-lm", None, base).whole.names.state
+    places = (f"model.{_TEXT}", f"{_TEXT}model.", "model.")
+    place = next((p for p in places if any(name.startswith(p) for name in state)), None)
+    if place is None:
+        return tensors
+
+    def named(name: str) -> str:
+        if name.startswith(f"{_TEXT}model."):
+            return place + name.removeprefix(f"{_TEXT}model.")
+        plain = name.removeprefix(_TEXT)
+        return plain if plain.startswith("lm_head.") and "lm_head.weight" in state else name
+
+    return {named(name): tensor for name, tensor in tensors.items()}
+
+
 def _refuse_other_numbers(
-    file: Path, whole: LazyTensors, config: Mapping[str, object], options: ReadOptions
+    file: Path, whole: LazyTensors, base: BaseModel | None, options: ReadOptions
 ) -> None:
     """Raise `RunError` where the numbers in `file` are for weights as mlx-lm holds them, and the
     base has others: of another scale, or stacked, turned and renamed (`whole` tensors)."""
-    named = str(config.get("model") or "")
-    base = known_base(options.base, named)
     if base is None:
         if whole:
             need_base(options, "whole tensors of mlx-lm", file)

@@ -8,11 +8,13 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 from safetensors.torch import save_file
 
 from converters.errors import RunError
 from converters.readers import ReadOptions
 from dora_serve import merge, read_run
+from tests.converters.naming import FAMILIES as NESTED
 from tests.converters.other_trainers import drawn, make_base, proved, truth, weights_of
 
 SCALE = 2.5
@@ -155,6 +157,28 @@ def test_experts(family: str, block: str, layers: dict[str, str], tmp_path: Path
     run = read_run(write(tmp_path / "run", tensors))
     turned = {n: fused[n.replace("experts.0", "experts.1")] for n in fused if "experts.0" in n}
     proved(run, base, fused, tmp_path, (), wrong=turned)
+
+
+@pytest.mark.parametrize("saved", ["Qwen3_5ForConditionalGeneration", "Qwen3_5ForCausalLM"])
+def test_a_text_model_inside(saved: str, tmp_path: Path) -> None:
+    """mlx-lm nests it as `language_model`, where transformers has `model.language_model`, and for a
+    base of text alone too, where transformers nests nothing."""
+    base, sees = tmp_path / "base", saved.endswith("Generation")
+    config = NESTED["qwen3.5"].config()
+    config.text_config.tie_word_embeddings = config.tie_word_embeddings = False
+    getattr(transformers, saved)(config if sees else config.text_config).save_pretrained(base)
+    place = "model.language_model." if sees else "model."
+    modules = [f"{place}layers.1.self_attn.q_proj", f"{place}layers.0.mlp.down_proj", "lm_head"]
+    tensors, fused = pairs(base, *modules)
+    named = {
+        "language_model." + (f"model.{n.removeprefix(place)}" if n.startswith(place) else n): tensor
+        for n, tensor in tensors.items()
+    }
+    run = read_run(write(tmp_path / "run", named), ReadOptions(base=base))
+    assert sorted(run.updates) == sorted(modules)
+    merge(run, tmp_path / "merged", base=base)
+    found = weights_of(tmp_path / "merged")
+    assert all(torch.allclose(found[name], weight, atol=1e-6) for name, weight in fused.items())
 
 
 @pytest.mark.parametrize(("said", "factor"), [(6, 2.0), (3, 1.0)])
