@@ -54,10 +54,14 @@ def by_expert(
     need_base(options, "which way this version of unsloth laid lora_B of experts", file)
     assert options.base is not None
     known = classes(run.task, run.num_labels, open_base(options.base))
-    model = known.whole.names.model
+    names = known.whole.names
     named = {name: known.tensor(name) for name in own}
-    owners = {n: model.get_submodule(m.rpartition(".")[0]) for n, m in named.items() if m}
-    return frozenset(n for n, owner in owners.items() if _family(type(owner)) in _FAMILIES)
+    owners = {
+        name: names.model.get_submodule(found.rpartition(".")[0])
+        for name, found in named.items()
+        if found is not None and found in names.state
+    }
+    return frozenset(name for name, owner in owners.items() if _family(type(owner)) in _FAMILIES)
 
 
 def not_said(turned: Collection[str], config: Mapping[str, object]) -> Iterator[str]:
