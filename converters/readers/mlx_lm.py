@@ -21,12 +21,13 @@ from ..errors import RunError
 from ..files.json_files import is_number
 from ..files.tensors import LazyTensor, LazyTensors, load_finite
 from ..model.base import BaseModel
-from ..model.match import classes
+from ..model.match import Classes, classes
 from ..options import ReadOptions
 from ..run import LazyUpdates, Run
 from ..updates.magnitude import MagnitudeUpdate
 from ..updates.rank_one import RankOneSum
 from ..updates.update import Update
+from .mlx_experts import Block, as_held
 from .module import AdaptedModule, grouped
 from .peft_common import known_base, need_base
 from .run_folder import CONFIG_FILE, RunFolder
@@ -35,7 +36,8 @@ WEIGHTS = "adapters.safetensors"
 _PART = re.compile(r"(.+)\.(lora_a|lora_b|m)")
 _EMBEDDINGS = ("embed_tokens", "wte", "tok_embeddings", "word_embeddings", "embeddings")
 _TEXT = "language_model."
-_EXPERTS = re.compile(r"(.+)\.switch_mlp\.(gate_proj|up_proj|down_proj)")
+_OF_CLASS = re.compile(r"^language_model\.|\.switch_(mlp|glu)\.")  # names that the class tells
+_EXPERTS = re.compile(r"(.+)\.(?:switch_mlp|experts\.switch_glu)\.(gate_proj|up_proj|down_proj)")
 # Families whose weights are multiplied when mlx-lm loads them, and whose norms have 1 added.
 _SCALED = ("falcon_h1",)
 _SHIFTED = ("qwen3_next", "qwen3_5", "step3p5")
@@ -56,7 +58,10 @@ class MlxLmReader:
         config, path = folder.adapter_config, folder.path / CONFIG_FILE
         kind = config.get("fine_tune_type", "lora")
         base = known_base(options.base, str(config.get("model") or ""))
-        tensors = _as_in_class(folder.tensors(WEIGHTS), base)
+        stored = folder.tensors(WEIGHTS)
+        asked = any(map(_OF_CLASS.search, stored))
+        known = classes("causal-lm", None, base) if base is not None and asked else None
+        tensors = _as_in_class(stored, known)
         modules, whole = grouped(tensors, _PART)
         if kind not in ("lora", "dora", "full") or bool(modules) == (kind == "full"):
             raise RunError(
@@ -74,39 +79,39 @@ class MlxLmReader:
             )
         _refuse_other_numbers(folder.path / WEIGHTS, whole, base, options)
         scale = _scale(config, path, options.lora_alpha) if modules else 0.0
-        updates: dict[str, Callable[[], Update]] = {}
-        start_rank: dict[str, int] = {}
-        shapes: dict[str, tuple[int, int]] = {}
+        blocks: dict[str, Block] = {}
         embeddings: set[str] = set()
         for name, module in modules.items():
             embedding = name.endswith(_EMBEDDINGS)
             rank = _rank(module)
             shape, found = _updates(module, scale, embedding, kind == "dora")
-            updates |= found
-            shapes |= dict.fromkeys(found, shape)
+            blocks |= {own: Block(load, shape, rank) for own, load in found.items()}
             embeddings |= set(found) if embedding else set()
-            start_rank |= dict.fromkeys(found, rank)
+        blocks = as_held(blocks, known)
         model = config.get("model")
         return Run(
             path=folder.path,
             method=self.name,
-            updates=LazyUpdates(updates, shapes),
+            updates=LazyUpdates(
+                {name: block.load for name, block in blocks.items()},
+                {name: block.shape for name, block in blocks.items()},
+            ),
             replaced=whole,
             base=str(model) if model else None,
             task="causal-lm",
-            start_rank=start_rank,
+            start_rank={name: block.rank for name, block in blocks.items()},
             embeddings=frozenset(embeddings),
             tied=frozenset(embeddings),
             files=(folder.path / WEIGHTS, path),
         )
 
 
-def _as_in_class(tensors: LazyTensors, base: BaseModel | None) -> LazyTensors:
+def _as_in_class(tensors: LazyTensors, known: Classes | None) -> LazyTensors:
     """The tensors by the names of the base's class. mlx-lm and mlx-vlm have the text model of
     every multimodal family as `language_model`, and of some that are text alone."""
-    if base is None or not any(name.startswith(_TEXT) for name in tensors):
+    if known is None:
         return tensors
-    state = classes("causal-lm", None, base).whole.names.state
+    state = known.whole.names.state
     places = (f"model.{_TEXT}", f"{_TEXT}model.", "model.")
     place = next((p for p in places if any(name.startswith(p) for name in state)), None)
     if place is None:

@@ -14,6 +14,7 @@ from safetensors.torch import save_file
 from converters.errors import RunError
 from converters.readers import ReadOptions
 from dora_serve import merge, read_run
+from tests.converters.families import DECODER, EXPERTS
 from tests.converters.naming import FAMILIES as NESTED
 from tests.converters.other_trainers import drawn, make_base, proved, truth, weights_of
 
@@ -176,6 +177,54 @@ def test_a_text_model_inside(saved: str, tmp_path: Path) -> None:
     }
     run = read_run(write(tmp_path / "run", named), ReadOptions(base=base))
     assert sorted(run.updates) == sorted(modules)
+    merge(run, tmp_path / "merged", base=base)
+    found = weights_of(tmp_path / "merged")
+    assert all(torch.allclose(found[name], weight, atol=1e-6) for name, weight in fused.items())
+
+
+@pytest.mark.parametrize("halves", [("gate_proj", "up_proj"), ("up_proj",)])
+@pytest.mark.parametrize(
+    ("family", "inside", "stack"),
+    [
+        ("gemma4_text", "experts", "experts.switch_glu"),
+        ("qwen3_vl_moe", "mlp.experts", "mlp.switch_mlp"),
+    ],
+)
+def test_experts_that_loading_knows_as_one(
+    family: str, inside: str, stack: str, halves: tuple[str, ...], tmp_path: Path
+) -> None:
+    """Their files hold those of a layer as one parameter, the rows of gate_proj above up_proj's."""
+    base, sizes = tmp_path / "base", {**DECODER, **EXPERTS, "head_dim": 8}
+    if family == "gemma4_text":
+        config = transformers.Gemma4TextConfig(
+            **sizes,
+            enable_moe_block=True,
+            top_k_experts=2,
+            hidden_size_per_layer_input=0,
+            num_kv_shared_layers=0,
+        )
+        transformers.Gemma4ForCausalLM(config).save_pretrained(base)
+    else:
+        both = NESTED["qwen3-vl"].config().to_dict()
+        config = transformers.Qwen3VLMoeConfig(
+            text_config={**both["text_config"], **sizes, "model_type": "qwen3_vl_moe_text"},
+            vision_config={**both["vision_config"], "model_type": "qwen3_vl_moe"},
+        )
+        transformers.Qwen3VLMoeForConditionalGeneration(config).save_pretrained(base)
+    weights = weights_of(base)
+    gate_up = next(n for n in weights if n.endswith(f"layers.1.{inside}.gate_up_proj"))
+    fused = {name: weights[name].clone() for name in (gate_up, gate_up.replace("gate_up", "down"))}
+    place = "language_model.model." if "language_model" in gate_up else "model."
+    tensors: dict[str, torch.Tensor] = {}
+    for seed, layer in enumerate((*halves, "down_proj")):
+        weight = fused[gate_up if layer in halves else gate_up.replace("gate_up", "down")]
+        half = weight.shape[1] // 2
+        own = {"gate_proj": weight[:, :half], "up_proj": weight[:, half:]}.get(layer, weight)
+        a, b = drawn(4, 3, own.shape[2], seed=seed), drawn(4, own.shape[1], 3, seed=seed + 5)
+        module = f"{place}layers.1.{stack}.{layer}"
+        tensors |= {f"{module}.lora_a": a, f"{module}.lora_b": b}
+        own += SCALE * b.double() @ a.double()
+    run = read_run(write(tmp_path / "run", tensors), ReadOptions(base=base))
     merge(run, tmp_path / "merged", base=base)
     found = weights_of(tmp_path / "merged")
     assert all(torch.allclose(found[name], weight, atol=1e-6) for name, weight in fused.items())
