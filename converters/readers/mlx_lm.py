@@ -36,8 +36,12 @@ WEIGHTS = "adapters.safetensors"
 _PART = re.compile(r"(.+)\.(lora_a|lora_b|m)")
 _EMBEDDINGS = ("embed_tokens", "wte", "tok_embeddings", "word_embeddings", "embeddings")
 _TEXT = "language_model."
-_OF_CLASS = re.compile(r"^language_model\.|\.switch_(mlp|glu)\.")  # names that the class tells
-_EXPERTS = re.compile(r"(.+)\.(?:switch_mlp|experts\.switch_glu)\.(gate_proj|up_proj|down_proj)")
+_OF_CLASS = re.compile(
+    r"^language_model\.|\.(switch_(mlp|glu)|experts)\."
+)  # names that the class tells
+_EXPERTS = re.compile(
+    r"(.+)\.(?:switch_mlp|experts|experts\.switch_glu)\.(gate_proj|up_proj|down_proj)"
+)
 # Families whose weights are multiplied when mlx-lm loads them, and whose norms have 1 added.
 _SCALED = ("falcon_h1",)
 _SHIFTED = ("qwen3_next", "qwen3_5", "step3p5")
@@ -200,7 +204,7 @@ def _rank(module: AdaptedModule) -> int:
             "lora_a and lora_b do not fit each other",
             "lora_b",
             found=f"{list(a.shape)} and {list(b.shape)}",
-            expected="[in, r] and [r, out]; of experts (switch_mlp) [E, r, in] and [E, out, r]",
+            expected="[in, r] and [r, out]; of experts [E, r, in] and [E, out, r]",
         )
     return b.shape[2] if experts else b.shape[0]
 

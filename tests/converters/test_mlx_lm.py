@@ -230,6 +230,30 @@ def test_experts_that_loading_knows_as_one(
     assert all(torch.allclose(found[name], weight, atol=1e-6) for name, weight in fused.items())
 
 
+@pytest.mark.parametrize("width", [24, 32, 16])  # down_proj is a square at 32, gate_up_proj at 16
+def test_experts_whose_halves_come_in_turn(width: int, tmp_path: Path) -> None:
+    """gpt-oss has `[E, in, out]`, a column of gate_proj and one of up_proj in turn."""
+    base = tmp_path / "base"
+    config = transformers.GptOssConfig(
+        **{**DECODER, "intermediate_size": width, "head_dim": 8, "num_local_experts": 4}
+    )
+    transformers.GptOssForCausalLM(config).save_pretrained(base)
+    place = "model.layers.1.mlp.experts."
+    weights = {n: w for n, w in weights_of(base).items() if n.startswith(place)}
+    fused = {n: w.clone() for n, w in weights.items() if n.endswith("_proj")}
+    gate_up, down = fused[f"{place}gate_up_proj"], fused[f"{place}down_proj"]
+    own = {"gate_proj": gate_up[..., ::2], "up_proj": gate_up[..., 1::2], "down_proj": down}
+    tensors: dict[str, torch.Tensor] = {}
+    for seed, (layer, weight) in enumerate(own.items()):
+        a, b = drawn(4, 3, weight.shape[1], seed=seed), drawn(4, weight.shape[2], 3, seed=seed + 5)
+        tensors |= {f"{place}{layer}.lora_a": a, f"{place}{layer}.lora_b": b}
+        weight += SCALE * (b.double() @ a.double()).transpose(1, 2)
+    run = read_run(write(tmp_path / "run", tensors), ReadOptions(base=base))
+    merge(run, tmp_path / "merged", base=base)
+    found = weights_of(tmp_path / "merged")
+    assert all(torch.allclose(found[name], weight, atol=1e-6) for name, weight in fused.items())
+
+
 @pytest.mark.parametrize(("said", "factor"), [(6, 2.0), (3, 1.0)])
 def test_alpha_of_old_versions(said: int, factor: float, tmp_path: Path) -> None:
     """Up to June 2024 the scale was scale·alpha/rank; `fine_tune_type` is newer than that."""
