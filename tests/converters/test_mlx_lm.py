@@ -225,6 +225,7 @@ def test_experts_that_loading_knows_as_one(
         tensors |= {f"{module}.lora_a": a, f"{module}.lora_b": b}
         own += SCALE * b.double() @ a.double()
     run = read_run(write(tmp_path / "run", tensors), ReadOptions(base=base))
+    assert len(run.updates) == 8  # of four experts, two parameters
     merge(run, tmp_path / "merged", base=base)
     found = weights_of(tmp_path / "merged")
     assert all(torch.allclose(found[name], weight, atol=1e-6) for name, weight in fused.items())
@@ -249,6 +250,7 @@ def test_experts_whose_halves_come_in_turn(width: int, tmp_path: Path) -> None:
         tensors |= {f"{place}{layer}.lora_a": a, f"{place}{layer}.lora_b": b}
         weight += SCALE * (b.double() @ a.double()).transpose(1, 2)
     run = read_run(write(tmp_path / "run", tensors), ReadOptions(base=base))
+    assert len(run.updates) == 8  # of four experts, two parameters
     merge(run, tmp_path / "merged", base=base)
     found = weights_of(tmp_path / "merged")
     assert all(torch.allclose(found[name], weight, atol=1e-6) for name, weight in fused.items())
