@@ -40,6 +40,17 @@ def parameters(config: Mapping[str, object], stored: Iterable[str], file: Path) 
     if not isinstance(targets, list):
         raise RunError("target_parameters is not a list", file=file, found=targets)
     nested: dict[str, list[str]] = {}
+    stored = list(stored)
+    inner = next((name for name in stored if name.endswith(".experts.base_layer")), None)
+    if inner is not None and not targets:  # as prime-rl saves gpt-oss, in the form of vLLM
+        raise RunError(
+            "pairs for the parameters of experts, which the configuration does not name",
+            file=file,
+            tensor=inner,
+            found="no target_parameters",
+            remedy='add "target_parameters": ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"] '
+            'to adapter_config.json, and take "experts" out of target_modules',
+        )
     for name in stored:
         nested.setdefault(name.replace(".base_layer", ""), []).append(name)
     result = {}

@@ -307,6 +307,7 @@ def test_bad_adapters_on_parameters(tmp_path: Path) -> None:
         ({"r": 5}, "whole number of experts"),
         ({"r": 2}, "at the rank that"),
         ({"r": 6}, "at the rank that"),
+        ({"target_parameters": None}, "does not name"),
     ):
         save_adapter(cls, base, lora, target_modules=[], **PARAMETERS)
         edit_config(lora, **changes)
