@@ -20,6 +20,7 @@ from ..readers.peft_common import (
 )
 from ..readers.peft_initial import BASE_CHANGING
 from ..readers.promises import LostError
+from ..readers.unsloth import LAYOUT, began_otherwise, laid_by_expert
 from ..targets.lora_folder import CONFIG
 from .finding import MERGE, PEFTS_OWN, REPACK, Adapter, Finding
 
@@ -200,8 +201,9 @@ def initialisation(adapter: Adapter) -> Iterator[Finding]:
     name = str(adapter.config.get("init_lora_weights")).lower()
     if not name.startswith(BASE_CHANGING):
         return
+    again = name in _AGAIN and not began_otherwise(adapter.path)
     for severity, targets in adapter.graded(
-        lambda engine: engine.name not in PEFTS_OWN or name not in _AGAIN
+        lambda engine: engine.name not in PEFTS_OWN or not again
     ):
         yield Finding(
             "init", severity, targets, f"{CONFIG}: init_lora_weights",
@@ -210,6 +212,17 @@ def initialisation(adapter: Adapter) -> Iterator[Finding]:
             else "PEFT changes the base weights again, as in training, and from float32 only",
             name, "an adapter to the original base",
             "save it with PEFT's path_initial_model_for_weight_conversion",
+        )  # fmt: skip
+
+
+def packing(adapter: Adapter) -> Iterator[Finding]:
+    """Experts as unsloth of before 2026.9.6 trained them, whose configuration may not say so."""
+    if adapter.is_lora and laid_by_expert(adapter.config):
+        yield Finding(
+            LAYOUT, "error" if adapter.config.get(LAYOUT) else "warning", adapter.all,
+            f"{CONFIG}: {LAYOUT}", "PEFT and all engines take lora_B of experts for another one "
+            "than unsloth trained", str(adapter.config.get(LAYOUT)), "rank_major",
+            "write it anew (`adapter` with `base`), which lays it as PEFT reads it",
         )  # fmt: skip
 
 
@@ -263,6 +276,7 @@ CHECKS = (
     attention,
     experts,
     initialisation,
+    packing,
     orientation,
     promises,
 )

@@ -20,11 +20,14 @@ import torch
 from ..errors import RunError
 from ..files.json_files import is_number
 from ..files.tensors import LazyTensor, LazyTensors, load_finite
+from ..model.base import BaseModel
+from ..model.match import Classes, classes
 from ..options import ReadOptions
 from ..run import LazyUpdates, Run
 from ..updates.magnitude import MagnitudeUpdate
 from ..updates.rank_one import RankOneSum
 from ..updates.update import Update
+from .mlx_experts import Block, as_held
 from .module import AdaptedModule, grouped
 from .peft_common import known_base, need_base
 from .run_folder import CONFIG_FILE, RunFolder
@@ -32,7 +35,13 @@ from .run_folder import CONFIG_FILE, RunFolder
 WEIGHTS = "adapters.safetensors"
 _PART = re.compile(r"(.+)\.(lora_a|lora_b|m)")
 _EMBEDDINGS = ("embed_tokens", "wte", "tok_embeddings", "word_embeddings", "embeddings")
-_EXPERTS = re.compile(r"(.+)\.switch_mlp\.(gate_proj|up_proj|down_proj)")
+_TEXT = "language_model."
+_OF_CLASS = re.compile(
+    r"^language_model\.|\.(switch_(mlp|glu)|experts)\."
+)  # names that the class tells
+_EXPERTS = re.compile(
+    r"(.+)\.(?:switch_mlp|experts|experts\.switch_glu)\.(gate_proj|up_proj|down_proj)"
+)
 # Families whose weights are multiplied when mlx-lm loads them, and whose norms have 1 added.
 _SCALED = ("falcon_h1",)
 _SHIFTED = ("qwen3_next", "qwen3_5", "step3p5")
@@ -51,7 +60,12 @@ class MlxLmReader:
 
     def read(self, folder: RunFolder, options: ReadOptions) -> Run:
         config, path = folder.adapter_config, folder.path / CONFIG_FILE
-        kind, tensors = config.get("fine_tune_type", "lora"), folder.tensors(WEIGHTS)
+        kind = config.get("fine_tune_type", "lora")
+        base = known_base(options.base, str(config.get("model") or ""))
+        stored = folder.tensors(WEIGHTS)
+        asked = any(map(_OF_CLASS.search, stored))
+        known = classes("causal-lm", None, base) if base is not None and asked else None
+        tensors = _as_in_class(stored, known)
         modules, whole = grouped(tensors, _PART)
         if kind not in ("lora", "dora", "full") or bool(modules) == (kind == "full"):
             raise RunError(
@@ -67,42 +81,60 @@ class MlxLmReader:
                 tensor=next(iter(whole)),
                 expected="lora_a, lora_b" + (", m" if kind == "dora" else ""),
             )
-        _refuse_other_numbers(folder.path / WEIGHTS, whole, config, options)
+        _refuse_other_numbers(folder.path / WEIGHTS, whole, base, options)
         scale = _scale(config, path, options.lora_alpha) if modules else 0.0
-        updates: dict[str, Callable[[], Update]] = {}
-        start_rank: dict[str, int] = {}
-        shapes: dict[str, tuple[int, int]] = {}
+        blocks: dict[str, Block] = {}
         embeddings: set[str] = set()
         for name, module in modules.items():
             embedding = name.endswith(_EMBEDDINGS)
             rank = _rank(module)
             shape, found = _updates(module, scale, embedding, kind == "dora")
-            updates |= found
-            shapes |= dict.fromkeys(found, shape)
+            blocks |= {own: Block(load, shape, rank) for own, load in found.items()}
             embeddings |= set(found) if embedding else set()
-            start_rank |= dict.fromkeys(found, rank)
-        base = config.get("model")
+        blocks = as_held(blocks, known)
+        model = config.get("model")
         return Run(
             path=folder.path,
             method=self.name,
-            updates=LazyUpdates(updates, shapes),
+            updates=LazyUpdates(
+                {name: block.load for name, block in blocks.items()},
+                {name: block.shape for name, block in blocks.items()},
+            ),
             replaced=whole,
-            base=str(base) if base else None,
+            base=str(model) if model else None,
             task="causal-lm",
-            start_rank=start_rank,
+            start_rank={name: block.rank for name, block in blocks.items()},
             embeddings=frozenset(embeddings),
             tied=frozenset(embeddings),
             files=(folder.path / WEIGHTS, path),
         )
 
 
+def _as_in_class(tensors: LazyTensors, known: Classes | None) -> LazyTensors:
+    """The tensors by the names of the base's class. mlx-lm and mlx-vlm have the text model of
+    every multimodal family as `language_model`, and of some that are text alone."""
+    if known is None:
+        return tensors
+    state = known.whole.names.state
+    places = (f"model.{_TEXT}", f"{_TEXT}model.", "model.")
+    place = next((p for p in places if any(name.startswith(p) for name in state)), None)
+    if place is None:
+        return tensors
+
+    def named(name: str) -> str:
+        if name.startswith(f"{_TEXT}model."):
+            return place + name.removeprefix(f"{_TEXT}model.")
+        plain = name.removeprefix(_TEXT)
+        return plain if plain.startswith("lm_head.") and "lm_head.weight" in state else name
+
+    return {named(name): tensor for name, tensor in tensors.items()}
+
+
 def _refuse_other_numbers(
-    file: Path, whole: LazyTensors, config: Mapping[str, object], options: ReadOptions
+    file: Path, whole: LazyTensors, base: BaseModel | None, options: ReadOptions
 ) -> None:
     """Raise `RunError` where the numbers in `file` are for weights as mlx-lm holds them, and the
     base has others: of another scale, or stacked, turned and renamed (`whole` tensors)."""
-    named = str(config.get("model") or "")
-    base = known_base(options.base, named)
     if base is None:
         if whole:
             need_base(options, "whole tensors of mlx-lm", file)
@@ -172,7 +204,7 @@ def _rank(module: AdaptedModule) -> int:
             "lora_a and lora_b do not fit each other",
             "lora_b",
             found=f"{list(a.shape)} and {list(b.shape)}",
-            expected="[in, r] and [r, out]; of experts (switch_mlp) [E, r, in] and [E, out, r]",
+            expected="[in, r] and [r, out]; of experts [E, r, in] and [E, out, r]",
         )
     return b.shape[2] if experts else b.shape[0]
 

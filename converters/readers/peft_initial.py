@@ -18,12 +18,14 @@ import torch
 from ..errors import MissingError, RunError, TensorFileError
 from ..files.json_files import read_json
 from ..model.match import Classes, classes
+from ..model.quantized import method
 from ..model.tying import groups
 from ..options import ReadOptions
 from ..run import Run
 from ..updates.rank_one import RankOneSum
 from .module import AdaptedModule
-from .peft_common import need_base
+from .peft_common import IN_PEFT, need_base
+from .unsloth import began_otherwise
 
 # Initialisations that change the base weights: the adapter is right on the changed base only.
 # ms-swift has LoRA-GA from its authors' package, by a name of its own.
@@ -67,7 +69,25 @@ class Initial:
             return
         if said != "pissa" and name != "olora":
             raise self._refusal("is not repeated when the adapter is loaded")
+        if said == "pissa" and began_otherwise(path.parent):
+            raise RunError(
+                "unsloth began this adapter with a singular value decomposition of its own, which "
+                "PEFT and others do not repeat: they take something else out of the base's weights",
+                file=path,
+                found="init_lora_weights: pissa, and unsloth_lora_init.json beside it",
+                remedy="load it with unsloth and merge it there (save_pretrained_merged), then "
+                "deploy that, or `extract` an adapter of it; or train with "
+                "UNSLOTH_FAST_LORA_INIT=0",
+            )
         self._base = need_base(options, f"an adapter that began as {said}", path)
+        if method(self._base.config) == "bitsandbytes":
+            raise RunError(
+                "an adapter that began so on a quantized base: PEFT quantizes anew what is left of "
+                "the base's weights, and trains beside that",
+                file=path,
+                found=f"init_lora_weights: {said}, on a base of bitsandbytes",
+                remedy=IN_PEFT,
+            )
         self._known = classes(run.task, run.num_labels, self._base)
         tied = groups(self._base, self._known.whole.names.architecture, run.num_labels)
         self._shared = {name for group in tied for name in group}

@@ -9,7 +9,7 @@ where x = y: there other pairs of the same run do, or the version that saved the
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 from ..model.base import open_base
@@ -52,6 +52,16 @@ def turned(
         for name, (_, _, transposed) in lying.items()
         if name in shown or (name in square and (shown if seen else _swapped(version, transposed)))
     )
+
+
+def experts_of(parameters: Iterable[str], run: Run, options: ReadOptions) -> dict[str, int]:
+    """Of each of the parameters that the base has as a stack, how many experts are in it."""
+    if options.base is None:
+        return {}
+    known = classes(run.task, run.num_labels, open_base(options.base))
+    names = {parameter: known.tensor(parameter) for parameter in parameters}
+    shapes = {p: known.whole.names.state.get(name or "", ()) for p, name in names.items()}
+    return {parameter: shape[0] for parameter, shape in shapes.items() if len(shape) == 3}
 
 
 def laid_otherwise(config: Mapping[str, object]) -> bool:

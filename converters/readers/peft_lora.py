@@ -35,10 +35,11 @@ from .peft_common import (
     refuse_variant,
 )
 from .peft_initial import Initial
-from .peft_laid import turned
-from .peft_parameters import TOKENS, parameter_updates, parameters, token_rows
+from .peft_laid import experts_of, turned
+from .peft_parameters import TOKENS, Laid, parameter_updates, parameters, token_rows
 from .restarts import refuse_restarted
 from .run_folder import CONFIG_FILE, WEIGHT_FILES, RunFolder
+from .unsloth import by_expert, not_said
 
 _BIAS, _EMBEDDING = ".lora_B.bias", ".lora_embedding_A"
 _MAGNITUDES = (".lora_magnitude_vector", ".lora_magnitude_vector.weight")  # read by peft_dora
@@ -84,13 +85,17 @@ class PeftLoraReader:
         named = parameters(config, pairs, config_path)
         experts = {parameter: pairs[name].shape for name, parameter in named.items()}
         other_way = turned(config, experts, run, config_path, options) if experts else frozenset()
+        several = [name for name in experts if scaling.rank(name) > 1]
+        apart = by_expert(config, several, run, config_path, options)
+        counts = experts_of(experts, run, options)
         for name, module in pairs.items():
             rank, shape = module.pair(), module.shape
             if name not in embeddings:
                 initial.check(module, name in named)
             if name in named:
                 other = named[name] in other_way
-                rank, loaders = parameter_updates(named[name], module, rank, scaling, other)
+                laid = Laid(other, named[name] in apart, counts.get(named[name]))
+                rank, loaders = parameter_updates(named[name], module, rank, scaling, laid)
                 shape = shape[::-1] if other else shape
             else:
                 own_name, times = _attention(name, pairs)
@@ -120,6 +125,7 @@ class PeftLoraReader:
             start_rank=start_rank,
             embeddings=frozenset(embeddings | tokens),
             kernels=kernels,
+            warnings=(*run.warnings, *not_said(apart, config)),
         )
         return replace(run, tied=_spreading(config, tokens, run, options))
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping
 from functools import partial
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 
@@ -39,6 +40,17 @@ def parameters(config: Mapping[str, object], stored: Iterable[str], file: Path) 
     if not isinstance(targets, list):
         raise RunError("target_parameters is not a list", file=file, found=targets)
     nested: dict[str, list[str]] = {}
+    stored = list(stored)
+    inner = next((name for name in stored if name.endswith(".experts.base_layer")), None)
+    if inner is not None and not targets:  # as prime-rl saves gpt-oss, in the form of vLLM
+        raise RunError(
+            "pairs for the parameters of experts, which the configuration does not name",
+            file=file,
+            tensor=inner,
+            found="no target_parameters",
+            remedy='add "target_parameters": ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"] '
+            'to adapter_config.json, and take "experts" out of target_modules',
+        )
     for name in stored:
         nested.setdefault(name.replace(".base_layer", ""), []).append(name)
     result = {}
@@ -68,39 +80,56 @@ def _applies(target: str, module: str) -> bool:
     return f".{module}.{parameter}".endswith(f".{target}")
 
 
+class Laid(NamedTuple):
+    """How the pair of a parameter lies: the other way round than today's PEFT lays it, `lora_B`
+    `[out, E, r]`; and of how many experts the base holds it, None where nobody knows."""
+
+    other_way: bool
+    by_expert: bool
+    experts: int | None
+
+
 def parameter_updates(
-    parameter: str, pair: AdaptedModule, rows: int, scaling: Scaling, other_way: bool
+    parameter: str, pair: AdaptedModule, rows: int, scaling: Scaling, laid: Laid
 ) -> tuple[int, dict[str, Callable[[], Update]]]:
     """The rank, and name → update, per expert where `parameter` has several.
 
     `lora_A [E·r, in]` is `[E, r, in]`, `lora_B [out, r·E]` is `[out, r, E]`:
-    ΔW[e] = s·B[:, :, e]·A[e], turned over where the pair lies the other way round.
+    ΔW[e] = s·B[:, :, e]·A[e].
     """
     rank = int(scaling.rank(parameter))
-    if rank <= 0 or rows % rank:
+    even = rank > 0 and not rows % rank
+    if not even or (laid.experts is not None and rows != laid.experts * rank):
         raise RunError(
-            "lora_A does not hold a whole number of experts",
+            "lora_A does not hold a whole number of experts"
+            if not even
+            else "lora_A is not of all experts at the rank that the configuration says",
             file=pair.file,
             tensor=parameter,
             found=f"{rows} rows",
-            expected=f"a multiple of the rank {rank}",
+            expected=f"a multiple of the rank {rank}"
+            if laid.experts is None
+            else f"{laid.experts} experts at rank {rank}",
+            remedy="where each was trained at another rank N (moe_rank_scaling of NeMo AutoModel), "
+            'add "rank_pattern": {".*experts.*": N} to adapter_config.json',
         )
     experts = rows // rank
     whole = LazyUpdates({parameter: partial(pair.sum, scaling.of(parameter, rank))})
 
-    def laid(update: RankOneSum) -> RankOneSum:
-        return update.transposed() if other_way else update
+    def turned(update: RankOneSum) -> RankOneSum:
+        return update.transposed() if laid.other_way else update
 
     if experts == 1:
-        return rank, {parameter: lambda: laid(pair.sum(scaling.of(parameter, rank)))}
+        return rank, {parameter: lambda: turned(pair.sum(scaling.of(parameter, rank)))}
 
     def load(expert: int) -> Update:
         every = whole[parameter].components()
         assert every is not None
         rows = slice(expert * rank, (expert + 1) * rank)
         # Tensors of its own: one expert that stays in memory would keep all of them.
-        a, b = every.a[rows].clone(), every.b[:, expert::experts].contiguous()
-        return laid(RankOneSum(a, every.c[rows].clone(), b))
+        columns = rows if laid.by_expert else slice(expert, None, experts)
+        a, b = every.a[rows].clone(), every.b[:, columns].clone()
+        return turned(RankOneSum(a, every.c[rows].clone(), b))
 
     return rank, {f"{parameter}[{expert}]": partial(load, expert) for expert in range(experts)}
 

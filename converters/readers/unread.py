@@ -8,13 +8,14 @@ from pathlib import Path
 
 from ..errors import RunError
 from .run_folder import CONFIG_FILE, RunFolder
+from .unsloth import DETAIL
 
 # Switches that a reader reads, or that say nothing of the weights.
 _SWITCHES = frozenset(
     "inference_mode init_lora_weights fan_in_fan_out use_rslora use_dora use_mora lora_bias "
     "ensure_weight_tying dora_simple".split()
 )
-_SETTINGS = frozenset(("auto_mapping", "rank_pattern", "alpha_pattern"))
+_SETTINGS = frozenset(("auto_mapping", "rank_pattern", "alpha_pattern", DETAIL))
 # Beside the adapter's own file; PEFT loads none of them.
 _VALUE_HEADS = ("value_head.safetensors", "value_head.bin")
 # TRL's value model beside an adapter is saved as if it were the whole model.

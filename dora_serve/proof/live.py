@@ -21,6 +21,7 @@ from converters.model.base import BaseModel
 from converters.model.layout import Layout, Place
 from converters.model.match import class_trained, resolved, target_architecture
 from converters.readers.peft_laid import laid_otherwise
+from converters.readers.unsloth import laid_by_expert
 from converters.run import Run
 from converters.targets.merged.requantized import Blocks
 from converters.targets.opening import Loaded, attach, load
@@ -310,7 +311,7 @@ def _is_peft(run: Run) -> bool:
     if ours or not file.is_file() or find_spec("peft") is None:
         return False
     config = read_json(file)
-    if laid_otherwise(config):
+    if laid_otherwise(config) or laid_by_expert(config):
         return False
     # What PEFT imports by the name that a configuration gives is never imported here.
     return (config.get("peft_type") != "LORA" or "lora_alpha" in config) and not config.get(

@@ -152,12 +152,21 @@ def test_a_value_head_in_the_place_of_a_model_is_told(name: str, tmp_path: Path)
         ("zero_pp_rank_0_mp_rank_00_model_states.pt", "pieces of DeepSpeed"),
         ("actor/model_world_size_8_rank_3.pt", "pieces of verl"),
         ("latest_checkpointed_iteration.txt", "pieces of Megatron"),
+        ("iter_0000100/common.pt", "pieces of Megatron"),
+        ("weights/common.pt", "pieces of Megatron"),
+        ("iter_500.pth", "xtuner"),
+        ("work/epoch_2.pth", "xtuner"),
+        ("iter_500.pth/mp_rank_00_model_states.pt", "xtuner"),
+        ("tuned.nemo", "archive of NeMo"),
+        ("pytorch_lora_weights.safetensors", "diffusers"),
         ("adapters.npz", "early mlx-lm"),
     ],
 )
 def test_what_trainers_leave(name: str, message: str, tmp_path: Path) -> None:
     (tmp_path / name).parent.mkdir(exist_ok=True)
     (tmp_path / name).write_bytes(b"")
+    if name.endswith("common.pt"):
+        (tmp_path / name).with_name("__0_0.distcp").write_bytes(b"")
     with pytest.raises(RunError, match=message):
         read_run(tmp_path)
     (tmp_path / "adapter_config.json").write_text('{"peft_type": "LORA", "r": 2, "lora_alpha": 2}')

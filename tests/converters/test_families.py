@@ -305,7 +305,9 @@ def test_bad_adapters_on_parameters(tmp_path: Path) -> None:
         ({"target_parameters": ["experts.a", "experts.b"]}, "cannot be told"),
         ({"target_parameters": "mlp.experts.gate_up_proj"}, "not a list"),
         ({"r": 5}, "whole number of experts"),
-        ({"r": 2}, "an expert that the base does not have"),
+        ({"r": 2}, "at the rank that"),
+        ({"r": 6}, "at the rank that"),
+        ({"target_parameters": None}, "does not name"),
     ):
         save_adapter(cls, base, lora, target_modules=[], **PARAMETERS)
         edit_config(lora, **changes)

@@ -8,11 +8,14 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 from safetensors.torch import save_file
 
 from converters.errors import RunError
 from converters.readers import ReadOptions
 from dora_serve import merge, read_run
+from tests.converters.families import DECODER, EXPERTS
+from tests.converters.naming import FAMILIES as NESTED
 from tests.converters.other_trainers import drawn, make_base, proved, truth, weights_of
 
 SCALE = 2.5
@@ -155,6 +158,102 @@ def test_experts(family: str, block: str, layers: dict[str, str], tmp_path: Path
     run = read_run(write(tmp_path / "run", tensors))
     turned = {n: fused[n.replace("experts.0", "experts.1")] for n in fused if "experts.0" in n}
     proved(run, base, fused, tmp_path, (), wrong=turned)
+
+
+@pytest.mark.parametrize("saved", ["Qwen3_5ForConditionalGeneration", "Qwen3_5ForCausalLM"])
+def test_a_text_model_inside(saved: str, tmp_path: Path) -> None:
+    """mlx-lm nests it as `language_model`, where transformers has `model.language_model`, and for a
+    base of text alone too, where transformers nests nothing."""
+    base, sees = tmp_path / "base", saved.endswith("Generation")
+    config = NESTED["qwen3.5"].config()
+    config.text_config.tie_word_embeddings = config.tie_word_embeddings = False
+    getattr(transformers, saved)(config if sees else config.text_config).save_pretrained(base)
+    place = "model.language_model." if sees else "model."
+    modules = [f"{place}layers.1.self_attn.q_proj", f"{place}layers.0.mlp.down_proj", "lm_head"]
+    tensors, fused = pairs(base, *modules)
+    named = {
+        "language_model." + (f"model.{n.removeprefix(place)}" if n.startswith(place) else n): tensor
+        for n, tensor in tensors.items()
+    }
+    run = read_run(write(tmp_path / "run", named), ReadOptions(base=base))
+    assert sorted(run.updates) == sorted(modules)
+    merge(run, tmp_path / "merged", base=base)
+    found = weights_of(tmp_path / "merged")
+    assert all(torch.allclose(found[name], weight, atol=1e-6) for name, weight in fused.items())
+
+
+@pytest.mark.parametrize("halves", [("gate_proj", "up_proj"), ("up_proj",)])
+@pytest.mark.parametrize(
+    ("family", "inside", "stack"),
+    [
+        ("gemma4_text", "experts", "experts.switch_glu"),
+        ("qwen3_vl_moe", "mlp.experts", "mlp.switch_mlp"),
+    ],
+)
+def test_experts_that_loading_knows_as_one(
+    family: str, inside: str, stack: str, halves: tuple[str, ...], tmp_path: Path
+) -> None:
+    """Their files hold those of a layer as one parameter, the rows of gate_proj above up_proj's."""
+    base, sizes = tmp_path / "base", {**DECODER, **EXPERTS, "head_dim": 8}
+    if family == "gemma4_text":
+        config = transformers.Gemma4TextConfig(
+            **sizes,
+            enable_moe_block=True,
+            top_k_experts=2,
+            hidden_size_per_layer_input=0,
+            num_kv_shared_layers=0,
+        )
+        transformers.Gemma4ForCausalLM(config).save_pretrained(base)
+    else:
+        both = NESTED["qwen3-vl"].config().to_dict()
+        config = transformers.Qwen3VLMoeConfig(
+            text_config={**both["text_config"], **sizes, "model_type": "qwen3_vl_moe_text"},
+            vision_config={**both["vision_config"], "model_type": "qwen3_vl_moe"},
+        )
+        transformers.Qwen3VLMoeForConditionalGeneration(config).save_pretrained(base)
+    weights = weights_of(base)
+    gate_up = next(n for n in weights if n.endswith(f"layers.1.{inside}.gate_up_proj"))
+    fused = {name: weights[name].clone() for name in (gate_up, gate_up.replace("gate_up", "down"))}
+    place = "language_model.model." if "language_model" in gate_up else "model."
+    tensors: dict[str, torch.Tensor] = {}
+    for seed, layer in enumerate((*halves, "down_proj")):
+        weight = fused[gate_up if layer in halves else gate_up.replace("gate_up", "down")]
+        half = weight.shape[1] // 2
+        own = {"gate_proj": weight[:, :half], "up_proj": weight[:, half:]}.get(layer, weight)
+        a, b = drawn(4, 3, own.shape[2], seed=seed), drawn(4, own.shape[1], 3, seed=seed + 5)
+        module = f"{place}layers.1.{stack}.{layer}"
+        tensors |= {f"{module}.lora_a": a, f"{module}.lora_b": b}
+        own += SCALE * b.double() @ a.double()
+    run = read_run(write(tmp_path / "run", tensors), ReadOptions(base=base))
+    assert len(run.updates) == 8  # of four experts, two parameters
+    merge(run, tmp_path / "merged", base=base)
+    found = weights_of(tmp_path / "merged")
+    assert all(torch.allclose(found[name], weight, atol=1e-6) for name, weight in fused.items())
+
+
+@pytest.mark.parametrize("width", [24, 32, 16])  # down_proj is a square at 32, gate_up_proj at 16
+def test_experts_whose_halves_come_in_turn(width: int, tmp_path: Path) -> None:
+    """gpt-oss has `[E, in, out]`, a column of gate_proj and one of up_proj in turn."""
+    base = tmp_path / "base"
+    config = transformers.GptOssConfig(
+        **{**DECODER, "intermediate_size": width, "head_dim": 8, "num_local_experts": 4}
+    )
+    transformers.GptOssForCausalLM(config).save_pretrained(base)
+    place = "model.layers.1.mlp.experts."
+    weights = {n: w for n, w in weights_of(base).items() if n.startswith(place)}
+    fused = {n: w.clone() for n, w in weights.items() if n.endswith("_proj")}
+    gate_up, down = fused[f"{place}gate_up_proj"], fused[f"{place}down_proj"]
+    own = {"gate_proj": gate_up[..., ::2], "up_proj": gate_up[..., 1::2], "down_proj": down}
+    tensors: dict[str, torch.Tensor] = {}
+    for seed, (layer, weight) in enumerate(own.items()):
+        a, b = drawn(4, 3, weight.shape[1], seed=seed), drawn(4, weight.shape[2], 3, seed=seed + 5)
+        tensors |= {f"{place}{layer}.lora_a": a, f"{place}{layer}.lora_b": b}
+        weight += SCALE * (b.double() @ a.double()).transpose(1, 2)
+    run = read_run(write(tmp_path / "run", tensors), ReadOptions(base=base))
+    assert len(run.updates) == 8  # of four experts, two parameters
+    merge(run, tmp_path / "merged", base=base)
+    found = weights_of(tmp_path / "merged")
+    assert all(torch.allclose(found[name], weight, atol=1e-6) for name, weight in fused.items())
 
 
 @pytest.mark.parametrize(("said", "factor"), [(6, 2.0), (3, 1.0)])

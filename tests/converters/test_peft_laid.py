@@ -100,3 +100,21 @@ def test_without_the_base_a_square_of_older_peft_is_not_guessed(tmp_path: Path) 
     turn(lora, "0.18.1", turned=True)
     with pytest.raises(RunError, match="cannot be read without the base"):
         read_run(lora)
+
+
+def test_experts_at_another_rank_than_the_configuration_says(tmp_path: Path) -> None:
+    """NeMo AutoModel divides it by how many experts are asked at a time, and does not say so: the
+    rows are then half as many experts at the rank that it says."""
+    cls, config, values = QWEN
+    base, lora = tmp_path / "base", tmp_path / "lora"
+    model = cls(config(**{**DECODER, **EXPERTS, "head_dim": 8, "hidden_size": 32, **values}))
+    randomize(model, ("experts",))
+    model.save_pretrained(base)
+    pattern = {".*experts.*": 2}
+    options = {"r": 4, "target_parameters": BOTH, "rank_pattern": pattern}
+    save_adapter(cls, base, lora, target_modules=["q_proj"], **options)
+    assert read_run(lora, ReadOptions(base=base)).updates
+    file = lora / "adapter_config.json"
+    file.write_text(json.dumps({**read_json(file), "rank_pattern": {}}))
+    with pytest.raises(RunError, match="of all experts at the rank"):
+        read_run(lora, ReadOptions(base=base))

@@ -11,9 +11,10 @@ import torch
 import transformers
 from safetensors.torch import load_file, save_file
 
-from converters.errors import BaseError
+from converters.errors import BaseError, RunError
 from converters.model.base import open_base
-from dora_serve.api import merge, write_adapter
+from converters.readers import ReadOptions
+from dora_serve import merge, read_run, write_adapter
 from tests.converters.made import WEIGHTS
 from tests.converters.quantized import (
     adapter,
@@ -83,6 +84,17 @@ def test_the_layers_of_the_library(run: Path, tmp_path: Path) -> None:
     live = live_logits(base, run, dequantize=False)
     assert float((live - merged_logits(tmp_path / "out")).abs().max()) < 1e-2
     assert float((live - merged_logits(tmp_path / "plain")).abs().max()) > 1e-1
+
+
+def test_a_start_that_quantizes_the_rest_anew(run: Path, tmp_path: Path) -> None:
+    """PEFT takes OLoRA's start out of the dequantized weights and quantizes what is left: another
+    base than the one that the files hold."""
+    base = quantized(tmp_path / "plain", tmp_path / "base", "nf4")
+    config = json.loads((run / "adapter_config.json").read_text())
+    (run / "adapter_config.json").write_text(json.dumps({**config, "init_lora_weights": "olora"}))
+    assert read_run(run, ReadOptions(base=tmp_path / "plain")).updates
+    with pytest.raises(RunError, match="quantizes anew"):
+        read_run(run, ReadOptions(base=base))
 
 
 @pytest.mark.parametrize("kind", SCALES)
