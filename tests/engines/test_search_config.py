@@ -94,14 +94,14 @@ def test_what_may_not_follow_is_what_transformers_forbids(size: int) -> None:
 def test_words_of_several_tokens_are_forbidden_as_transformers_forbids_them() -> None:
     model = EncoderDecoder.__new__(EncoderDecoder)
     words = [[1, 2], [0, 3, 4], [4], [3]]
-    model.config = {"bad_words_ids": words, "eos_token_id": 3}
+    model.config = model.generation = {"bad_words_ids": words, "eos_token_id": 3}
     process = NoBadWordsLogitsProcessor(words, 3)
     generator = np.random.default_rng(0)
     several = 0
     for length in range(1, 60):
         said = generator.integers(VOCABULARY, size=length).tolist()
         scores = process(torch.tensor([said]), torch.zeros(1, VOCABULARY))[0]
-        own = {*model.never(said, first=False)}
+        own = {*model.never(said, length)}
         assert own == {*torch.isinf(scores).nonzero()[:, 0].tolist()}
         several += len(own) > 1
     assert several > 5
