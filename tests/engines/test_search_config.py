@@ -38,6 +38,11 @@ def test_lengths_count_the_token_that_an_answer_begins_behind() -> None:
     assert read_search({"min_length": 0}, FILE, 9) == Search(9)
 
 
+def test_what_is_said_of_draws_alone() -> None:
+    """Holds where nothing is drawn, since it then says nothing."""
+    assert read_search({"typical_p": 0.9, "epsilon_cutoff": 1e-4}, FILE, 9) == Search(9)
+
+
 @pytest.mark.parametrize(
     "said",
     [
@@ -54,6 +59,8 @@ def test_lengths_count_the_token_that_an_answer_begins_behind() -> None:
         {"num_beam_groups": 2},
         {"penalty_alpha": 0.6},
         {"exponential_decay_length_penalty": [4, 1.1]},
+        {"do_sample": True, "typical_p": 0.9},
+        {"do_sample": True, "eta_cutoff": 3e-4},
     ],
 )
 def test_what_cannot_be_heeded(said: dict[str, Any]) -> None:
