@@ -108,18 +108,29 @@ def test_folders_and_vectors_are_the_librarys(family: str, tmp_path: Path) -> No
     assert far(encoder.embed(TEXTS, "tuned", pooling=other)[:, :12], truth) > 100 * BOUND
 
 
-@pytest.mark.parametrize("prefix", ["", "model."], ids=["plain", "prefixed"])
-def test_a_base_that_is_saved_with_its_head_is_an_embedder(prefix: str, tmp_path: Path) -> None:
-    """As Qwen3-Embedding, whose class has a head that is tied, and whose tensors have no prefix;
-    alone, with adapters that say their task or do not, merged, and for both engines."""
-    pipeline, run = make("qwen3", tmp_path)
+@pytest.mark.parametrize(
+    ("family", "named", "prefix"),
+    [
+        ("qwen3", "Qwen3ForCausalLM", ""),
+        ("bert", "BertForMaskedLM", ""),
+        pytest.param("qwen3", "Qwen3ForCausalLM", "model.", marks=pytest.mark.further),
+        pytest.param("bert", "BertForMaskedLM", "bert.", marks=pytest.mark.further),
+    ],
+)
+def test_a_base_that_is_saved_with_its_head_is_an_embedder(
+    family: str, named: str, prefix: str, tmp_path: Path
+) -> None:
+    """As Qwen3-Embedding, whose class has a head that is tied, and whose tensors have no prefix, or
+    all-mpnet-base-v2, whose class fills in words; alone, with adapters that say their task or do
+    not, merged, and for both engines."""
+    pipeline, run = make(family, tmp_path)
     base, silent = tmp_path / "base", tmp_path / "silent"
     config = json.loads((base / "config.json").read_text())
-    config |= {"architectures": ["Qwen3ForCausalLM"], "tie_word_embeddings": True}
+    config |= {"architectures": [named], "tie_word_embeddings": True}
     (base / "config.json").write_text(json.dumps(config))
     tensors = load_file(base / "model.safetensors")
-    named = {f"{prefix}{name}": tensor for name, tensor in tensors.items()}
-    save_file(named, base / "model.safetensors", {"format": "pt"})
+    held = {f"{prefix}{name}": tensor for name, tensor in tensors.items()}
+    save_file(held, base / "model.safetensors", {"format": "pt"})
     told = json.loads((run / "adapter_config.json").read_text())
     shutil.copytree(run, silent)
     (silent / "adapter_config.json").write_text(json.dumps({**told, "task_type": None}))
@@ -147,7 +158,8 @@ def test_a_base_that_is_saved_with_its_head_is_an_embedder(prefix: str, tmp_path
         assert open_base(tmp_path / f"merged {name}").task == "feature-extraction"
     (pool,) = plan_fleet(discover(tmp_path, str(base))).pools
     assert pool.task == "feature-extraction"
-    assert {"run", "silent"} <= pool.ranks.keys()
+    if family == "qwen3":  # vLLM's class that fills in words is not adapted
+        assert {"run", "silent"} <= pool.ranks.keys()
 
 
 @pytest.mark.parametrize("old", [False, True], ids=["today", "before 5"])
