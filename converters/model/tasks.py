@@ -78,10 +78,10 @@ def task_of(config: Mapping[str, object]) -> str | None:
 
 def task_in(folder: Path, config: Mapping[str, object]) -> str | None:
     """The task of the model in `folder`: that of its class, but embeddings where pooling of
-    sentence-transformers lies beside a decoder with its head, as with Qwen3-Embedding. So
-    sentence-transformers and vLLM take it."""
+    sentence-transformers lies beside a class that writes or fills in words, as with Qwen3-Embedding
+    and all-mpnet-base-v2. So sentence-transformers and vLLM take it."""
     own, listed = task_of(config), folder / "modules.json"
-    if own != "causal-lm" or not listed.is_file():
+    if own not in ("causal-lm", None) or not listed.is_file():
         return own
     kinds = [str(module.get("type")) for module in read_objects(listed) or []]
     pools = any(kind.rpartition(".")[2] == "Pooling" for kind in kinds)

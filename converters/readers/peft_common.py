@@ -36,7 +36,8 @@ def origin(config: Mapping[str, object], replaced: LazyTensors) -> Origin:
     own = task_of({"architectures": [class_said(config)]}) or ""
     heads = tuple(f"{head}." for head in HEADS.get(own, ()))
     whole = [name for name in replaced if name.endswith(".weight")]
-    if task is None and heads and any(name.startswith(heads) for name in whole):
+    # A decoder's class says it even where its base is an embedder by itself (Qwen3-Embedding).
+    if task is None and (own == "causal-lm" or any(name.startswith(heads) for name in whole)):
         task = own
     base, revision = config.get("base_model_name_or_path"), config.get("revision")
     return {

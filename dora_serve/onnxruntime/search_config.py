@@ -22,11 +22,19 @@ _NOT_DONE: dict[str, tuple[Any, ...]] = {
     "stop_strings": (None, []),
     "exponential_decay_length_penalty": (None,),
     "watermarking_config": (None,),
+    "dola_layers": (None,),
 }
 # And where the likeliest text is looked for, not drawn.
 _NOT_SEARCHED: dict[str, tuple[Any, ...]] = {
     "repetition_penalty": (None, 1),
     "do_sample": (None, False),
+}
+# And where it is drawn.
+_NOT_DRAWN: dict[str, tuple[Any, ...]] = {
+    "typical_p": (None, 1),
+    "epsilon_cutoff": (None, 0),
+    "eta_cutoff": (None, 0),
+    "top_h": (None,),
 }
 
 
@@ -52,6 +60,7 @@ def read_search(config: Mapping[str, Any], file: Path, most: int, *, heard: bool
 
     beams = count("num_beams", 1, _BEAMS) or 1
     undone = _NOT_DONE | (_NOT_SEARCHED if beams > 1 or heard else {})
+    undone |= _NOT_DRAWN if config.get("do_sample") else {}
     undone |= {"encoder_no_repeat_ngram_size": (None, 0), "min_length": (None, 0)} if heard else {}
     for name, neutral in undone.items():
         if config.get(name) not in neutral:

@@ -43,7 +43,9 @@ class EncoderDecoder(AdaptedFolder):
         self._encoder, self._first, self._next = sessions
         config = read_json(self.folder / "config.json")
         own = self.folder / "generation_config.json"
-        self.config: dict[str, Any] = {**config, **(read_json(own) if own.exists() else {})}
+        # Of rules only this file speaks where there is one: a BART's class has a forced end anyway.
+        self.generation: dict[str, Any] = read_json(own) if own.exists() else config
+        self.config: dict[str, Any] = {**config, **self.generation}
         self.adapter_set = AdapterSet(sessions)
         self.adapter_set.add_all(self.folder)
 
@@ -63,20 +65,26 @@ class EncoderDecoder(AdaptedFolder):
     @property
     def forced(self) -> int | None:
         """What every answer begins with; None where the configuration does not say it."""
-        found = self.config.get("forced_bos_token_id")
+        found = self.generation.get("forced_bos_token_id")
         return found if isinstance(found, int) else None
 
-    def never(self, said: Sequence[int], first: bool) -> list[int]:
-        """The tokens that the configuration forbids behind the decoder's tokens `said`, those of an
-        answer's begin too where `first`; as transformers heeds them."""
-        begin = self.config.get("begin_suppress_tokens") or [] if first else []
+    @property
+    def forced_end(self) -> Any:
+        """What a search ends an answer with that gets no more tokens; None for nothing."""
+        return self.generation.get("forced_eos_token_id")
+
+    def never(self, said: Sequence[int], new: int) -> list[int]:
+        """The tokens that the configuration forbids behind the decoder's tokens `said`, whose last
+        `new` ones answer, as transformers heeds them: an answer begins behind what is forced."""
+        behind = int(self.forced is not None and len(said) - new == 1)
+        begin = self.generation.get("begin_suppress_tokens") or [] if new == behind else []
         bad = [
             end
-            for *word, end in self.config.get("bad_words_ids") or []
+            for *word, end in self.generation.get("bad_words_ids") or []
             if (len(said) > len(word) and [*said[len(said) - len(word) :]] == word)
             and (word or end not in self.eos)
         ]
-        return [*(self.config.get("suppress_tokens") or []), *bad, *begin]
+        return [*(self.generation.get("suppress_tokens") or []), *bad, *begin]
 
     @property
     def vocabulary(self) -> int:
@@ -122,12 +130,12 @@ class EncoderDecoder(AdaptedFolder):
         if len(written[0]) == 0:
             forced = self.forced
         elif len(written[0]) == search.max_tokens - 1 and not search.ignore_eos:
-            forced = self.config.get("forced_eos_token_id")
+            forced = self.forced_end
         check_finite(logits)
         scores = log_softmax(logits)
         said = [[*first, *own] for first, own in zip(batch.first.tolist(), written, strict=True)]
         for row, tokens in zip(scores, said, strict=True):
-            row[self.never(tokens, first=len(written[0]) == 0)] = -np.inf
+            row[self.never(tokens, len(written[0]))] = -np.inf
         return allowed(scores, said, search, self.eos, forced, batch.first.shape[1], batch.read)
 
     def _greedy(
@@ -297,7 +305,7 @@ class Seq2Seq(EncoderDecoder):
     def usual(self) -> Search:
         """As the generation configuration has a text written. Raises `EngineError` where it asks
         for what is not done here."""
-        return read_search(self.config, self.folder, self.max_length)
+        return read_search(self.generation, self.folder, self.max_length)
 
     @property
     def max_length(self) -> int:

@@ -209,7 +209,7 @@ class Seq2SeqQueue(Engine):
             found = next(group.steps)
         if found is None:
             return
-        forces = self.model.config.get("forced_eos_token_id") is not None
+        forces = self.model.forced_end is not None
         for row, tokens in zip(group.rows, found, strict=True):
             done = row.request.generation
             if not row.request.cancelled:
@@ -258,7 +258,7 @@ class Seq2SeqQueue(Engine):
             alone[model.forced] = 0
             return alone
         said, search = row.request.whole, sampling.search
-        never = model.never(said, begins)
+        never = model.never(said, len(said) - 1)
         if search is not None:
             never += forbidden(said, len(said) - 1, row.source, search, self.eos)
         if never:

@@ -97,7 +97,7 @@ class Transcriber(EncoderDecoder):
     def usual(self) -> Search:
         """How a text is written where nobody says it: as the configuration does. Raises
         `EngineError` where it asks for what is not done here."""
-        return read_search(self.config, self.folder, self.positions, heard=True)
+        return read_search(self.generation, self.folder, self.positions, heard=True)
 
     def logits(
         self, features: Array, targets: Sequence[Sequence[int]], adapters: Adapters = None

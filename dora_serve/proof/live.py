@@ -16,7 +16,7 @@ import torch
 
 from converters.errors import RunError
 from converters.files.json_files import read_json
-from converters.files.tensors import LazyTensor, rows_and_columns
+from converters.files.tensors import LazyTensor, is_copy_of, rows_and_columns
 from converters.model.base import BaseModel
 from converters.model.layout import Layout, Place
 from converters.model.match import class_trained, resolved, target_architecture
@@ -225,7 +225,7 @@ class LiveModel:
         run = resolved(run, base)
         self.loaded = load(run, base)
         self.model = self.loaded.model
-        _load_run_tensors(self.model, run)
+        _load_run_tensors(self.model, run, base)
         self._run = run
         architecture, _ = target_architecture(run, base)
         self._layout = Layout(base, architecture, run.num_labels)
@@ -347,13 +347,16 @@ def _replace(owner: torch.nn.Module, attribute: str, weight: torch.Tensor) -> Ca
     return lambda: setattr(owner, attribute, own)
 
 
-def _load_run_tensors(model: Any, run: Run) -> None:
-    """Put in the tensors the run brings: its heads, and a checkpoint's own frozen weights.
+def _load_run_tensors(model: Any, run: Run, base: BaseModel) -> None:
+    """Put in the tensors the run brings: its heads, and a checkpoint's own frozen weights but those
+    that are the base's, rounded.
 
     What an adapter brings is a tensor of its own from then on, whatever transformers tied it to: so
     PEFT trains it. A checkpoint was saved by a model that kept its ties.
     """
     brought = {**(run.embedded_base or {}), **run.replaced}
+    if run.embedded_base is not None:
+        brought = {n: t for n, t in brought.items() if not _is_rounded(t, base, base.find(n))}
     state = model.state_dict(keep_vars=True)
     for name, tensor in brought.items():
         if name not in state:
@@ -370,6 +373,13 @@ def _load_run_tensors(model: Any, run: Run) -> None:
         else:
             with torch.no_grad():
                 state[name].copy_(tensor.load())
+
+
+def _is_rounded(tensor: LazyTensor, base: BaseModel, own: str | None) -> bool:
+    """Whether `tensor` holds no more than the base's, which are deployed in its place."""
+    if own is None or tensor.dtype.itemsize >= base.tensors[own].dtype.itemsize:
+        return False
+    return is_copy_of(tensor, base.tensors[own])
 
 
 def _branch(

@@ -212,6 +212,20 @@ def test_a_template_of_the_run_goes_along_and_half_a_tokenizer_does_not(
     assert (tmp_path / "again" / "chat_template.jinja").read_text() == "base"
 
 
+def test_a_base_beside_the_current_folder_or_in_the_runs(
+    tmp_path: Path, decoder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """No file of these is a link out of its folder, though one folder seems to hold the other."""
+    run, link = tmp_path / "run", tmp_path / "run" / "linked"
+    merge(run, tmp_path / "merged", base=decoder)
+    monkeypatch.chdir(run)
+    link.symlink_to(decoder)
+    for number, base in enumerate((Path("..") / decoder.relative_to(tmp_path), link)):
+        out = tmp_path / str(number)
+        merge(Path(), out, base=base)
+        assert files(out) == files(tmp_path / "merged")
+
+
 def test_other_formats_of_the_base_and_stray_code_stay_behind(
     tmp_path: Path, decoder: Path
 ) -> None:

@@ -7,15 +7,18 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from peft import LoraConfig, get_peft_model
-from transformers import CONFIG_MAPPING, LlamaForCausalLM
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from transformers import CONFIG_MAPPING, LlamaForCausalLM, Qwen3Config, Qwen3ForCausalLM
 from transformers.models.auto import modeling_auto
 
 from converters.errors import BaseError
 from converters.model.architecture import class_for
 from converters.model.tasks import TASKS, peft_type, task_of, task_of_peft
-from dora_serve import merge, read_run
+from dora_serve import merge, read_run, write_adapter
+from dora_serve.proof.verify import logits
 from tests.conftest import randomize
+from tests.converters.families import DECODER, same
 
 LISTS = {
     "CAUSAL_LM": "causal-lm",
@@ -123,3 +126,30 @@ def test_a_head_that_the_task_has_not(
         merge(read_run(tmp_path / "run"), tmp_path / "out", base=llama_base)
     assert error.value.tensor == "lm_head.weight" and "task_type" in str(error.value.remedy)
     assert not (tmp_path / "out").exists()
+
+
+def test_the_class_of_a_run_that_names_no_task(tmp_path: Path) -> None:
+    """PEFT, told no task, notes the class: a decoder's run stays one, with its head, on a base that
+    is an embedder by itself (Qwen3-Embedding)."""
+    base, lora, merged = tmp_path / "base", tmp_path / "lora", tmp_path / "merged"
+    model = Qwen3ForCausalLM(Qwen3Config(**DECODER, head_dim=8, tie_word_embeddings=False))
+    randomize(model)
+    model.save_pretrained(base)
+    pooling = {"idx": 1, "name": "1", "path": "1_Pooling"}
+    pooling["type"] = "sentence_transformers.models.Pooling"
+    (base / "modules.json").write_text(json.dumps([pooling]))
+    (base / "1_Pooling").mkdir()
+    (base / "1_Pooling/config.json").write_text("{}")
+    adapted = get_peft_model(model, LoraConfig(r=2, target_modules=["q_proj", "lm_head"]))
+    randomize(adapted, ("lora_",))
+    adapted.save_pretrained(lora)
+    rows = torch.arange(3, 43).reshape(2, 20)
+    ids = {"input_ids": rows, "attention_mask": torch.ones_like(rows)}
+    run, truth = read_run(lora), logits(adapted.eval(), ids)
+    merge(run, merged, base=base)
+    assert not (merged / "modules.json").exists()
+    same(logits(Qwen3ForCausalLM.from_pretrained(merged).eval(), ids), truth)
+    write_adapter(run, tmp_path / "adapter", base=base)
+    plain = Qwen3ForCausalLM.from_pretrained(base)
+    live = PeftModel.from_pretrained(plain, str(tmp_path / "adapter")).eval()
+    same(logits(live, ids), truth)

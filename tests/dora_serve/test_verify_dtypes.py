@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -11,9 +13,11 @@ from safetensors.torch import load_file, save_file
 
 from converters.readers import ReadOptions
 from dora_serve import merge, read_run, verify, write_adapter
+from tests.conftest import DATA
 from tests.converters.families import DECODER
 from tests.converters.test_peft_kinds import FILE, saved, trained
 
+REFERENCE = DATA / "reference"
 NAME = "LlamaForCausalLM"
 F32, BF16, F16 = torch.float32, torch.bfloat16, torch.float16
 
@@ -102,3 +106,35 @@ def test_a_narrow_adapter_that_decides_otherwise_between_equals(tmp_path: Path) 
     file = tmp_path / "adapter" / FILE
     save_file({n: t * 1.1 for n, t in load_file(file).items()}, file, {"format": "pt"})
     assert not verify(run, tmp_path / "adapter", base=base).passed
+
+
+@pytest.mark.parametrize("dtype", [F16, BF16], ids=str)
+def test_a_checkpoint_whose_frozen_weights_are_the_bases_rounded(
+    tmp_path: Path, dtype: torch.dtype
+) -> None:
+    """The whole model was saved in `dtype`, on a base in float32: the base's numbers are deployed,
+    and the updates are of the factors as they were saved."""
+    entry = next(
+        e for e in json.loads((REFERENCE / "index.json").read_text()) if e["name"] == "roberta"
+    )
+    base, run = REFERENCE / entry["base"], tmp_path / "run/checkpoint"
+    shutil.copytree(REFERENCE / entry["checkpoint"], run)
+    tensors = {n: t.to(dtype) for n, t in load_file(run / "model.safetensors").items()}
+    save_file(tensors, run / "model.safetensors", {"format": "pt"})
+    read = read_run(run, ReadOptions(base=base, lora_alpha=8))
+    merge(read, tmp_path / "merged", base=base)
+    own, merged = load_file(base / "model.safetensors"), tmp_path / "merged"
+    held = load_file(merged / "model.safetensors")
+    for module in read.updates:
+        a, b, c = (
+            tensors[f"model.{module}.{part}"].double()
+            for part in ("lora_a_linear.weight", "lora_b_linear.weight", "lora_scaler")
+        )
+        weight = own[f"{module}.weight"].double() + 8 / 6 * (b * c) @ a
+        torch.testing.assert_close(held[f"{module}.weight"].double(), weight, atol=1e-6, rtol=1e-6)
+    assert verify(read, merged, base=base).passed
+    write_adapter(read, tmp_path / "adapter", base=base)
+    assert verify(read, tmp_path / "adapter", base=base).passed
+    name = "roberta.encoder.layer.0.attention.self.query.weight"
+    save_file({**held, name: held[name] * 1.1}, merged / "model.safetensors", {"format": "pt"})
+    assert not verify(read, merged, base=base).passed

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file
-from transformers import T5Config, T5ForConditionalGeneration
+from transformers import GenerationConfig, T5Config, T5ForConditionalGeneration
 
 from converters.errors import DoraExportError
 from converters.model.base import BaseModel, open_base
@@ -191,6 +192,30 @@ def test_search_is_that_of_transformers(
     found = [done.tokens for done in model.generate(ROWS, search)]
     ends = model.eos
     assert found == [[t for t in row if t not in ends] for row in wanted]
+
+
+def test_the_generation_configuration_alone_names_rules(bart: Built, tmp_path: Path) -> None:
+    """And not a BART's own one, which names a forced end in any case; what an answer may not begin
+    with does not follow what it is forced to begin with."""
+    base, run, out = bart
+    folder = shutil.copytree(out, tmp_path / "onnx")
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "forced_eos_token_id": 2}))
+    live = LiveModel(run, base).model
+    said: dict[str, Any] = {"num_beams": 2, "max_new_tokens": 6, "min_new_tokens": 6}
+    said |= {"eos_token_id": 2, "decoder_start_token_id": 2, "forced_bos_token_id": 9}
+
+    def both() -> tuple[list[list[int]], list[list[int]]]:
+        (folder / "generation_config.json").write_text(json.dumps(said))
+        live.generation_config = GenerationConfig(**said)
+        found = [done.tokens for done in Seq2Seq(folder).generate(ROWS)]
+        return found, [[t for t in row if t != 2] for row in generated(live, ROWS)]
+
+    found, truth = both()
+    assert found == truth and all(len(row) == 6 for row in truth)
+    said["begin_suppress_tokens"] = [row[1] for row in truth]
+    behind, truth = both()
+    assert behind == truth != found
 
 
 def test_the_run_is_proven_when_it_is_exported(bart: Built) -> None:

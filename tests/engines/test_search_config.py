@@ -38,6 +38,11 @@ def test_lengths_count_the_token_that_an_answer_begins_behind() -> None:
     assert read_search({"min_length": 0}, FILE, 9) == Search(9)
 
 
+def test_what_is_said_of_draws_alone() -> None:
+    """Holds where nothing is drawn, since it then says nothing."""
+    assert read_search({"typical_p": 0.9, "epsilon_cutoff": 1e-4}, FILE, 9) == Search(9)
+
+
 @pytest.mark.parametrize(
     "said",
     [
@@ -54,6 +59,8 @@ def test_lengths_count_the_token_that_an_answer_begins_behind() -> None:
         {"num_beam_groups": 2},
         {"penalty_alpha": 0.6},
         {"exponential_decay_length_penalty": [4, 1.1]},
+        {"do_sample": True, "typical_p": 0.9},
+        {"do_sample": True, "eta_cutoff": 3e-4},
     ],
 )
 def test_what_cannot_be_heeded(said: dict[str, Any]) -> None:
@@ -94,14 +101,14 @@ def test_what_may_not_follow_is_what_transformers_forbids(size: int) -> None:
 def test_words_of_several_tokens_are_forbidden_as_transformers_forbids_them() -> None:
     model = EncoderDecoder.__new__(EncoderDecoder)
     words = [[1, 2], [0, 3, 4], [4], [3]]
-    model.config = {"bad_words_ids": words, "eos_token_id": 3}
+    model.config = model.generation = {"bad_words_ids": words, "eos_token_id": 3}
     process = NoBadWordsLogitsProcessor(words, 3)
     generator = np.random.default_rng(0)
     several = 0
     for length in range(1, 60):
         said = generator.integers(VOCABULARY, size=length).tolist()
         scores = process(torch.tensor([said]), torch.zeros(1, VOCABULARY))[0]
-        own = {*model.never(said, first=False)}
+        own = {*model.never(said, length)}
         assert own == {*torch.isinf(scores).nonzero()[:, 0].tolist()}
         several += len(own) > 1
     assert several > 5

@@ -19,8 +19,10 @@ from converters.lint import lint
 from converters.model.base import open_base
 from dora_serve import ReadOptions, merge, read_run, verify, write_adapter, write_onnx
 from dora_serve.folder.inventory import discover
+from dora_serve.onnxruntime.decoder import Decoder
 from dora_serve.onnxruntime.encoder import Encoder
 from dora_serve.onnxruntime.session import EngineError
+from dora_serve.server.prepare.make import make_offer
 from dora_serve.vllm.fleet import plan_fleet
 from tests.conftest import randomize
 from tests.engines.encoders import BOUND
@@ -108,18 +110,29 @@ def test_folders_and_vectors_are_the_librarys(family: str, tmp_path: Path) -> No
     assert far(encoder.embed(TEXTS, "tuned", pooling=other)[:, :12], truth) > 100 * BOUND
 
 
-@pytest.mark.parametrize("prefix", ["", "model."], ids=["plain", "prefixed"])
-def test_a_base_that_is_saved_with_its_head_is_an_embedder(prefix: str, tmp_path: Path) -> None:
-    """As Qwen3-Embedding, whose class has a head that is tied, and whose tensors have no prefix;
-    alone, with adapters that say their task or do not, merged, and for both engines."""
-    pipeline, run = make("qwen3", tmp_path)
+@pytest.mark.parametrize(
+    ("family", "named", "prefix"),
+    [
+        ("qwen3", "Qwen3ForCausalLM", ""),
+        ("bert", "BertForMaskedLM", ""),
+        pytest.param("qwen3", "Qwen3ForCausalLM", "model.", marks=pytest.mark.further),
+        pytest.param("bert", "BertForMaskedLM", "bert.", marks=pytest.mark.further),
+    ],
+)
+def test_a_base_that_is_saved_with_its_head_is_an_embedder(
+    family: str, named: str, prefix: str, tmp_path: Path
+) -> None:
+    """As Qwen3-Embedding, whose class has a head that is tied, and whose tensors have no prefix, or
+    all-mpnet-base-v2, whose class fills in words; alone, with adapters that say their task or do
+    not, merged, and for both engines."""
+    pipeline, run = make(family, tmp_path)
     base, silent = tmp_path / "base", tmp_path / "silent"
     config = json.loads((base / "config.json").read_text())
-    config |= {"architectures": ["Qwen3ForCausalLM"], "tie_word_embeddings": True}
+    config |= {"architectures": [named], "tie_word_embeddings": True}
     (base / "config.json").write_text(json.dumps(config))
     tensors = load_file(base / "model.safetensors")
-    named = {f"{prefix}{name}": tensor for name, tensor in tensors.items()}
-    save_file(named, base / "model.safetensors", {"format": "pt"})
+    held = {f"{prefix}{name}": tensor for name, tensor in tensors.items()}
+    save_file(held, base / "model.safetensors", {"format": "pt"})
     told = json.loads((run / "adapter_config.json").read_text())
     shutil.copytree(run, silent)
     (silent / "adapter_config.json").write_text(json.dumps({**told, "task_type": None}))
@@ -147,7 +160,40 @@ def test_a_base_that_is_saved_with_its_head_is_an_embedder(prefix: str, tmp_path
         assert open_base(tmp_path / f"merged {name}").task == "feature-extraction"
     (pool,) = plan_fleet(discover(tmp_path, str(base))).pools
     assert pool.task == "feature-extraction"
-    assert {"run", "silent"} <= pool.ranks.keys()
+    if family == "qwen3":  # vLLM's class that fills in words is not adapted
+        assert {"run", "silent"} <= pool.ranks.keys()
+
+
+def test_a_decoders_run_on_an_embedders_base_is_served_beside_it(tmp_path: Path) -> None:
+    _, run = make("qwen3", tmp_path)
+    root = tmp_path / "served"
+    shutil.copytree(tmp_path / "base", root / "base")
+    config = json.loads((root / "base/config.json").read_text())
+    config |= {"architectures": ["Qwen3ForCausalLM"], "tie_word_embeddings": True}
+    (root / "base/config.json").write_text(json.dumps(config))
+    shutil.copytree(run, root / "embeds")
+    base = transformers.Qwen3ForCausalLM.from_pretrained(root / "base")
+    told = LoraConfig(r=2, target_modules=["q_proj"], task_type="CAUSAL_LM")
+    live: Any = get_peft_model(base, told)
+    randomize(live)
+    live.eval().save_pretrained(root / "decodes")
+    found = make_offer(root, str(root / "base"), False, print)
+    assert found.problems == {}
+    tasks = {model.name: model.task for model in found.models}
+    embeds, decodes = "feature-extraction", "causal-lm"
+    assert tasks == {"base": embeds, "embeds": embeds, "decodes": decodes}
+    (graph,) = [graph for graph in found.graphs if graph.task == decodes]
+    (model,) = [model for model in found.models if model.task == decodes]
+    assert model.adapter is not None
+    decoder = Decoder(graph.folder)
+    decoder.add_adapter("decodes", model.adapter)
+    for row in ([7, 9, 11, 6, 20, 8], [5, 6, 21], [*range(5, 21)]):
+        with torch.inference_mode():
+            truth = live(input_ids=torch.tensor([row])).logits[0, -1]
+            with live.disable_adapter():
+                plain = live(input_ids=torch.tensor([row])).logits[0, -1]
+        assert far(decoder.batch([row], "decodes").prefill()[0], truth) <= BOUND
+        assert far(truth, plain) > 100 * BOUND  # the control
 
 
 @pytest.mark.parametrize("old", [False, True], ids=["today", "before 5"])

@@ -100,6 +100,15 @@ def test_what_is_read(tmp_path: Path) -> None:
     assert read_defaults(tmp_path, str(several)).ends == frozenset((3, 4))
 
 
+def test_what_an_encoder_decoder_draws_from(tmp_path: Path) -> None:
+    """The fifty likeliest where its file says nothing, as transformers has it."""
+    for said, top_k in (({}, 50), ({"top_k": 0}, 0), ({"top_k": 7}, 7)):
+        folder = written(tmp_path / str(top_k), do_sample=True, **said)
+        assert read_defaults(folder, "auto", reads=True).top_k == top_k
+        assert read_defaults(folder, "auto").top_k == said.get("top_k")
+    assert read_defaults(written(tmp_path / "greedy"), "auto", reads=True).top_k is None
+
+
 @pytest.mark.parametrize("said", [{"temperature": -1}, {"top_p": "x"}, {"max_new_tokens": 0}])
 def test_what_cannot_be_heeded(tmp_path: Path, said: dict[str, Any]) -> None:
     (name,) = said

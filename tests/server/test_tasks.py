@@ -68,6 +68,7 @@ SEARCHES: dict[str, dict[str, Any]] = {
         "repetition_penalty": 1.3,
     },
 }
+OLDER = "an older one"  # whose config.json says it
 # What two models that read two texts want of their tokenizer.
 PAIRS = {
     "typed": ["input_ids", "token_type_ids", "attention_mask"],
@@ -118,6 +119,10 @@ def tasks(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
         )
         model.save_pretrained(root / name)
         words.save_pretrained(root / name)
+    older = shutil.copytree(root / "searches", root / OLDER)
+    named = json.loads((older / "config.json").read_text()) | SEARCHES["searches"]
+    (older / "config.json").write_text(json.dumps(named))
+    (older / "generation_config.json").unlink()
     reads = BertConfig(
         hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=24,
         vocab_size=len(words), max_position_embeddings=40,
@@ -182,7 +187,7 @@ def test_an_encoder_decoder_writes_what_transformers_writes(tasks: Server, name:
         assert written(tasks.root, "writes") != truth  # the control
 
 
-@pytest.mark.parametrize("name", SEARCHES)
+@pytest.mark.parametrize("name", [*SEARCHES, OLDER])
 def test_what_is_left_open_is_what_generate_does(tasks: Server, name: str) -> None:
     """Many at once, so that some wait and begin beside others; a stream has all in its end."""
 
@@ -198,7 +203,7 @@ def test_what_is_left_open_is_what_generate_does(tasks: Server, name: str) -> No
         with tasks.openai as client:
             stream = client.completions.create(model=name, prompt=text, stream=True)
             assert "".join(each.choices[0].text for each in stream) == answer["choices"][0]["text"]
-    if SEARCHES[name].get("num_beams"):
+    if SEARCHES.get(name, SEARCHES["searches"]).get("num_beams"):
         assert truth != searched(tasks.root, name, num_beams=1)  # the control
 
 

@@ -109,8 +109,7 @@ def companions(
     kept = {name.partition("/")[0] for name in (*files, *whole)}
     left += list(_left_behind(source, kept))
     for path in files.values():
-        folder = saved if saved is not None and path.is_relative_to(saved) else source
-        _check_inside(path, folder)
+        _check_inside(path, _folder_of(path, source, saved))
         size = check_file(path)
         if size > _LONGEST:
             raise BaseError(
@@ -196,6 +195,14 @@ def _own_code(file: Path, found: str) -> BaseError:
         remedy="where transformers has the same model, name a copy of the base without auto_map "
         "and code; else merge it with PEFT (merge_and_unload)",
     )
+
+
+def _folder_of(path: Path, source: Path, saved: Path | None) -> Path:
+    """The inner one of both folders that `path` lies in, by its name: for pathlib `../base` lies in
+    `.`, and a base may lie in the run's folder."""
+    folders = (source,) if saved is None else (source, saved)
+    holding = [folder for folder in folders if path.is_relative_to(folder)]
+    return max(holding, key=lambda folder: len(folder.parts), default=source)
 
 
 def _check_inside(path: Path, source: Path) -> None:

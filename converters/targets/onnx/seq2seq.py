@@ -132,7 +132,16 @@ def build_seq2seq(model: Path, out: Path, writer: GraphWriter, *, adaptable: boo
         writer.write(name, fused(graphs.pop(name)), part.check)
     write_both_steps(out)
     write_config(loaded, out, model)
+    write_rules(loaded, out)
     name_language(out)
+
+
+def write_rules(loaded: Any, out: Path) -> None:
+    """How the model writes, where no file of it says so: transformers then heeds what its
+    `config.json` says, as that of an older BART, and leaves it out of the one that it saves."""
+    path = out / "generation_config.json"
+    if not path.exists():
+        path.write_text(loaded.generation_config.to_json_string(), encoding="utf-8")
 
 
 def name_language(out: Path) -> None:

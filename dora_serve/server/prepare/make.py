@@ -177,7 +177,9 @@ def _graph(
 ) -> offer.Graph:
     if task not in SERVED:
         raise TargetError("this task is not served", found=task, expected=", ".join(SERVED))
-    first = members[0].run if members and task != offer.DECODES else None
+    # A decoder's graph is the same with every run, but for a base that is for another task itself.
+    plain = task == offer.DECODES == base.task
+    first = members[0].run if members and not plain else None
     head = [target_architecture(first, base)[0], first.num_labels] if first else []
     asked = [task] if task == offer.DECODES else [task, *head, bool(members)]
     asked.append(precision)

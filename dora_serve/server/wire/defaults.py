@@ -25,6 +25,7 @@ AUTO, NONE = "auto", "vllm"  # the model's own, or none
 _FILE = "generation_config.json"
 _OF_ANOTHER = ("longest", "ends")  # what another file than the model's own says
 _MOST = 1 << 31  # tokens
+_TOP_K = 50  # of what transformers draws, where nothing else is said
 
 
 class Defaults(BaseModel):
@@ -71,6 +72,8 @@ def read_defaults(folder: Path, said: str, *, reads: bool = False) -> Defaults:
         given["max_new_tokens"] = given["max_new_tokens"] or (longest and longest - 1)
         if not read.get("do_sample"):
             given["temperature"] = 0
+        elif given["top_k"] is None:
+            given["top_k"] = _TOP_K
     if said != AUTO:
         ends = read.get("eos_token_id", [])
         given |= {"longest": read.get("max_new_tokens")}

@@ -57,7 +57,7 @@ def wrong_choice(tools: list[Tool] | None, choice: Choice | None) -> str | None:
 
 def schema_of_calls(tools: list[Tool], choice: Choice | None, several: bool) -> Any:
     """The JSON schema of an answer that has to call: the arguments of a named tool, or a list of
-    calls; None where none has to."""
+    calls; None where none has to. Raises `ValueError` for definitions that are no object."""
     if isinstance(choice, NamedTool):
         named = (tool.function for tool in tools if tool.function.name == choice.function.name)
         return next(named).schema_of_arguments
@@ -84,6 +84,8 @@ def _moved(schema: dict[str, Any], number: int) -> Any:
     """A schema as the definition `number` of another: what it says of its own parts (`#`,
     `#/$defs/part`) leads there."""
     moved = {key: value for key, value in json.loads(json.dumps(schema)).items() if key != "$id"}
+    if not isinstance(moved.get("$defs", {}), dict):
+        raise ValueError("tools: $defs is no object")
     for each in schemas(moved):
         where = each.get("$ref")
         if isinstance(where, str) and (where == "#" or where.startswith("#/")):
