@@ -21,7 +21,6 @@ if TYPE_CHECKING:
     Step = Callable[[Array], Array]
 
 _MODULES = "modules.json"
-_LARGEST = 1_000_000
 
 
 def _weighted(states: Array) -> Array:

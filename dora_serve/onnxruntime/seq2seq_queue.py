@@ -186,13 +186,14 @@ class Seq2SeqQueue(Engine):
         found: list[_Row] = []
         for row in self._queue:
             lengths = [len(each.source) for each in (*found, row)]
-            size, left = size + self._bytes(row), left - row.width
-            if (left < 0 or size > self.limits.cache_bytes) and (found or begun):
+            larger, fewer = size + self._bytes(row), left - row.width
+            if (fewer < 0 or larger > self.limits.cache_bytes) and (found or begun):
                 break
             if found and takes_much(len(lengths), max(lengths), self.model.config):
                 break
             if max(lengths) <= 2 * min(lengths) + 8 and (not found or row.alike(found[0])):
                 found.append(row)
+                size, left = larger, fewer
         return found
 
     def _bytes(self, row: _Row) -> int:

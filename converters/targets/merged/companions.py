@@ -37,7 +37,6 @@ _TEMPLATES = "additional_chat_templates"
 QUANTIZERS = {"quantize_config.json", "quant_config.json", "hf_quant_config.json"}
 # A sentence-transformers pipeline: which modules there are, and what else it says of them.
 _MODULES = "modules.json"
-_LARGEST = 1_000_000
 _LONGEST = 1 << 30  # bytes of one file: its holes become bytes when it is copied
 _NO_CODE = "nothing of it is executed here, and it is not passed on"
 
