@@ -38,6 +38,25 @@ def in_place(x: torch.Tensor) -> torch.Tensor:
     return y.mul_(x)
 
 
+def added(x: torch.Tensor) -> torch.Tensor:
+    """As T5, to a sum that nobody else reads."""
+    near = (x * 3).to(torch.int64) + 1
+    near += torch.where(x > 0, 2, 5)
+    return near * x
+
+
+def added_to_what_is_read(x: torch.Tensor) -> torch.Tensor:
+    y = x + 1
+    z = y * 2
+    y += x
+    return y - z
+
+
+def promoted(x: torch.Tensor) -> torch.Tensor:
+    whole = x.to(torch.int64)
+    return whole * 0.5 + torch.exp(whole) * (whole > 0.5) + (whole.to(torch.int32) < whole + 1) * x
+
+
 def viewed(x: torch.Tensor) -> torch.Tensor:
     return x.movedim(0, 1).swapaxes(0, 1).ravel().view_as(x)
 
@@ -78,7 +97,13 @@ def check(compute: Any, expected: int, monkeypatch: pytest.MonkeyPatch) -> None:
         assert torch.allclose(torch.from_numpy(value), compute(x.clone()), atol=1e-6)
 
 
-@pytest.mark.parametrize(("compute", "times"), [(plain, 0), (in_place, 1), (viewed, 1)])
+@pytest.mark.parametrize(
+    ("compute", "times"),
+    [
+        pytest.param(plain, 0, marks=pytest.mark.further),
+        *((in_place, 1), (viewed, 1), (promoted, 0), (added, 0), (added_to_what_is_read, 1)),
+    ],
+)
 def test_it_is_what_the_exporter_makes(
     compute: Any, times: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -1,6 +1,7 @@
 """Nearly half of what torch's ONNX exporter takes is a second trace of the graph, which decomposes
 what has no translation and what changes its input. Where there is neither, the graph stays as the
-first trace made it."""
+first trace made it. A fifth is a third trace, which casts what an operator computes in another
+dtype: what that leaves as it was needs not be computed again."""
 
 from __future__ import annotations
 
@@ -10,6 +11,11 @@ from typing import Any
 
 import torch
 from torch.export import ExportedProgram
+from torch.fx import Interpreter
+from torch.onnx._internal.fx.passes.type_promotion import (
+    _TypePromotionInterpreter,
+    get_type_promotion_rule,
+)
 
 _ATEN = torch.ops.aten
 # What the second trace makes of the few operators without a translation that most models have.
@@ -19,6 +25,8 @@ _OTHERWISE = {
     _ATEN.max.other: _ATEN.maximum.default,
     _ATEN.min.other: _ATEN.minimum.default,
 }
+# In place, of a sum that nobody else reads: T5 makes its buckets so.
+_ADDED = _ATEN.add_.Tensor
 _CASTS = {
     _ATEN.detach_.default,
     _ATEN.to.device,
@@ -57,11 +65,25 @@ def _decomposing_where_needed() -> Iterator[list[ExportedProgram]]:
         left.append(program)
         return program
 
+    casting: Any = _TypePromotionInterpreter
+    promote = casting.run_node
     ExportedProgram.run_decompositions = run  # type: ignore[method-assign]
+    casting.run_node = _promote
     try:
         yield left
     finally:
         ExportedProgram.run_decompositions = decompose  # type: ignore[method-assign]
+        casting.run_node = promote
+
+
+def _promote(interpreter: _TypePromotionInterpreter, node: torch.fx.Node) -> Any:
+    """As torch's `run_node`, but for what a node computes: that its first trace has told, and its
+    dtype stays what it is."""
+    with interpreter._set_current_node(node):
+        if rule := get_type_promotion_rule(node, interpreter.type_promotion_table):
+            interpreter._maybe_promote_node(node, rule)
+    known = node.meta.get("val") if node.op == "call_function" else None
+    return Interpreter.run_node(interpreter, node) if known is None else known
 
 
 def _is_translated(node: torch.fx.Node, decompositions: Any) -> bool:
@@ -73,12 +95,26 @@ def _is_translated(node: torch.fx.Node, decompositions: Any) -> bool:
         return not isinstance(operator, torch._ops.HigherOrderOperator)  # one of sizes
     if operator in _OTHERWISE or operator in _CASTS or str(operator).startswith(_ASSERTIONS):
         return True
+    if operator is _ADDED:
+        return _is_alone(node)
     return operator not in decompositions and not operator._schema.is_mutable
+
+
+def _is_alone(node: torch.fx.Node) -> bool:
+    """Whether what `node` adds to is a sum of its dtype that no other node reads."""
+    given, other = node.args[:2]
+    if not isinstance(given, torch.fx.Node) or not isinstance(other, torch.fx.Node):
+        return False
+    values = given.meta["val"], other.meta["val"]
+    alone = given.target is _ATEN.add.Tensor and len(given.users) == 1
+    return alone and torch.result_type(*values) == values[0].dtype
 
 
 def _simplify(node: torch.fx.Node) -> None:
     if node.target in _OTHERWISE:
         node.target = _OTHERWISE[node.target]
+    elif node.target is _ADDED:
+        node.target = _ATEN.add.Tensor
     elif node.target in _CASTS:
         given, dtype = node.args[0], node.meta["val"].dtype
         assert isinstance(given, torch.fx.Node)
