@@ -92,7 +92,17 @@ PRELOAD = (
 ).split()
 SECONDS = 20.0  # of tests that a mutant is tried by at most; those that reach its line
 # Without what only serves a reader of failures, and without other packages' plugins.
-QUICK = ["-x", "--tb=line", "--assert=plain", "-p", "no:cacheprovider", "-p", "no:faulthandler"]
+QUICK = [
+    "-m",
+    "",
+    "-x",
+    "--tb=line",
+    "--assert=plain",
+    "-p",
+    "no:cacheprovider",
+    "-p",
+    "no:faulthandler",
+]
 # A file of terabytes of holes is more than a mutant may write.
 HOLES = f"--deselect={HERE}/test_pickles.py::test_what_lies_behind"
 MEMORY, DISK = 6 << 30, 1 << 30  # bytes that a mutant may take

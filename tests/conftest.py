@@ -6,7 +6,7 @@ import gc
 import os
 import signal
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import lru_cache
 from importlib.util import find_spec
@@ -17,6 +17,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch: tiny matrices, an
 os.environ.setdefault("HF_DEACTIVATE_ASYNC_LOAD", "1")  # a thread for each tiny tensor
 
 import pytest
+from _pytest.mark import ParameterSet
 from filelock import FileLock
 
 from tests.processes import SHARED, begin, fork_below, share_table
@@ -173,6 +174,17 @@ def tiny_llama(**changes: Any) -> LlamaForCausalLM:
         "pad_token_id": 0,
     }
     return LlamaForCausalLM(LlamaConfig(**{**values, **changes})).eval()
+
+
+def quick(cases: Iterable[Any], *names: str) -> list[Any]:
+    """Parameters, of which the plain run has those of these names and `-m ''` all."""
+    found = [each if isinstance(each, ParameterSet) else pytest.param(each) for each in cases]
+    told = [str(each.id if each.id is not None else each.values[0]) for each in found]
+    assert set(names) <= set(told)
+    return [
+        each if name in names else each._replace(marks=(*each.marks, pytest.mark.further))
+        for each, name in zip(found, told, strict=True)
+    ]
 
 
 def made_once(factory: pytest.TempPathFactory, name: str, make: Callable[[Path], object]) -> Path:

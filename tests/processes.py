@@ -95,20 +95,6 @@ class _Below:
         return str(self._python())
 
 
-def fork_below(python: Callable[[], Path] = lambda: commands() / "python") -> None:
-    """Let `python` run what our modules start from this process, which is then forked as well."""
-    for module in _STARTING:
-        import_module(module).__dict__["sys"] = _Below(python)
-
-
-def share_table() -> None:
-    """Let torch make its table of what it can export once, not for each graph: it is the same."""
-    registry = getattr(sys.modules.get(_TABLE), "ONNXRegistry", None)
-    if registry is not None and isinstance(vars(registry)["from_torchlib"].__func__, FunctionType):
-        made: Any = cache(vars(registry)["from_torchlib"].__func__)
-        registry.from_torchlib = classmethod(made)
-
-
 class _Forking:
     """What a batch sees as `multiprocessing`: its workers are forked from it."""
 
@@ -117,6 +103,22 @@ class _Forking:
     @staticmethod
     def get_context(_forkserver: str) -> object:
         return multiprocessing.get_context("fork")
+
+
+def fork_below(python: Callable[[], Path] = lambda: commands() / "python") -> None:
+    """Let `python` run what our modules start from this process, which is then forked as well, and
+    a batch's workers be forked from the batch."""
+    for module in _STARTING:
+        import_module(module).__dict__["sys"] = _Below(python)
+    import_module("dora_serve.batch.local").__dict__["multiprocessing"] = _Forking
+
+
+def share_table() -> None:
+    """Let torch make its table of what it can export once, not for each graph: it is the same."""
+    registry = getattr(sys.modules.get(_TABLE), "ONNXRegistry", None)
+    if registry is not None and isinstance(vars(registry)["from_torchlib"].__func__, FunctionType):
+        made: Any = cache(vars(registry)["from_torchlib"].__func__)
+        registry.from_torchlib = classmethod(made)
 
 
 def serve() -> None:
@@ -130,7 +132,6 @@ def serve() -> None:
     gc.freeze()  # what is imported is not looked through, and so not copied, in each process
     gc.enable()
     fork_below(lambda: Path(address).with_name("python"))
-    import_module("dora_serve.batch.local").__dict__["multiprocessing"] = _Forking
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # none of those who answer is waited for
     with socket.socket(socket.AF_UNIX) as listener:
         listener.bind(address)

@@ -12,7 +12,7 @@ from jsonschema import Draft202012Validator
 
 from converters.certificate import FILE
 from dora_serve import export, merge, write_adapter
-from tests.conftest import MODELS
+from tests.conftest import MODELS, quick
 
 SCHEMA = Path(__file__).parents[2] / "docs" / "reference" / "certificate.schema.json"
 RUN = next(MODELS.glob("runs/*/*/*/Count_Down/*/checkpoint")).parent
@@ -39,7 +39,13 @@ def faults(certificate: object) -> list[str]:
     ]
 
 
-@pytest.mark.parametrize("kind", [*ARTIFACTS, "merged_onnx", "adapters_onnx"])
+@pytest.mark.parametrize(
+    "kind",
+    quick(
+        [*ARTIFACTS, "merged_onnx", "adapters_onnx"],
+        *("merged", "fitted to a budget", "without a base", "vllm", "gguf", "adapters_onnx"),
+    ),
+)
 def test_certificates_follow_the_schema(
     kind: str, tmp_path: Path, request: pytest.FixtureRequest
 ) -> None:

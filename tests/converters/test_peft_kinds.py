@@ -17,7 +17,7 @@ from converters.errors import BaseError, RunError, TargetError
 from converters.model.base import open_base
 from converters.targets.merged.plan import plan_merge
 from dora_serve import ReadOptions, merge, read_run, verify, write_adapter
-from tests.conftest import randomize
+from tests.conftest import quick, randomize
 from tests.converters.families import DECODER, ENCODER
 from tests.converters.naming import logits
 from tests.converters.tied_families import FAMILIES
@@ -180,7 +180,14 @@ KINDS: dict[str, tuple[str, str, dict[str, Any], str, dict[str, Any]]] = {
 }
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(
+    "kind",
+    quick(
+        KINDS,
+        *("parameter, tied decoder", "all of a head but its tied weight"),
+        *("biases of a tied head", "principal components of a Conv1D", "a text model's body"),
+    ),
+)
 def test_what_is_written_equals_pefts_live_model(tmp_path: Path, kind: str) -> None:
     name, config, values, own, run = KINDS[kind]
     base = saved(own, config, values, tmp_path / "base")

@@ -85,7 +85,7 @@ def test_a_class_without_such_rows(tmp_path: Path) -> None:
     assert zeroed_rows(open_base(base), "LlamaForCausalLM", None) == {}
 
 
-@pytest.mark.parametrize("way", ["whole", "LoRA"])
+@pytest.mark.parametrize("way", [pytest.param("whole", marks=pytest.mark.further), "LoRA"])
 @pytest.mark.parametrize("name", HEADS)
 def test_a_head_tied_to_such_an_embedding(tmp_path: Path, name: str, way: str) -> None:
     """Untied, the head holds the row as the live model had it: zero, and its update."""

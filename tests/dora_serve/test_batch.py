@@ -207,6 +207,7 @@ def test_ctrl_c_leaves_a_status_that_the_next_goes_on_from(
     assert (again.done, again.skipped) == (12, len(before["done"]))
 
 
+@pytest.mark.further
 def test_a_worker_ends_quietly_when_its_record_is_not_read(
     llama_lora: Path, tmp_path: Path
 ) -> None:

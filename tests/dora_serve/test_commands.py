@@ -139,7 +139,9 @@ with output_folder(Path(sys.argv[1])) as folder:
 """
 
 
-@pytest.mark.parametrize("sent", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
+@pytest.mark.parametrize(
+    "sent", [signal.SIGINT, pytest.param(signal.SIGTERM, marks=pytest.mark.further), signal.SIGKILL]
+)
 def test_a_stopped_command_leaves_nothing(tmp_path: Path, sent: signal.Signals) -> None:
     target = tmp_path / "work" / "out"
     with subprocess.Popen(

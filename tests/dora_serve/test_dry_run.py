@@ -12,7 +12,7 @@ from peft import LoraConfig, get_peft_model
 from transformers import LlamaForCausalLM
 
 from converters.targets.target import targets
-from tests.conftest import randomize, tiny_llama
+from tests.conftest import quick, randomize, tiny_llama
 
 from .exporting import bad, good
 
@@ -164,7 +164,7 @@ def test_a_dtype_that_a_quantized_base_has_no_place_for(
     assert "quantized base" in agree(tmp_path, "merged", words)
 
 
-@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize("target", quick(TARGETS, *(n for n in TARGETS if n != "onnx")))
 def test_what_is_planned_is_written(
     target: str, llama_lora: Path, llama_base: Path, tmp_path: Path
 ) -> None:

@@ -87,6 +87,7 @@ def test_ctrl_c_is_one_line_and_130(tmp_path: Path) -> None:
     assert (process.returncode, out, said) == (130, "", "stopped by Ctrl-C\n")
 
 
+@pytest.mark.further
 def test_ctrl_c_while_graphs_are_made(tmp_path: Path) -> None:
     """As a terminal sends it: to the process that makes them too."""
     with socket.socket() as free:

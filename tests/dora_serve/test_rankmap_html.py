@@ -107,7 +107,7 @@ def test_arrows_go_from_cell_to_cell_over_holes(browser: Browser, tmp_path: Path
         assert focused(page) == "h.0.b"
 
 
-@pytest.mark.parametrize("scheme", ["light", "dark"])
+@pytest.mark.parametrize("scheme", [pytest.param("light", marks=pytest.mark.further), "dark"])
 def test_colours_tell_ranks_and_numbers_can_be_read(
     browser: Browser, tmp_path: Path, scheme: str
 ) -> None:

@@ -201,7 +201,10 @@ def test_a_copy_larger_than_the_disk_is_not_begun(run: Path) -> None:
 
 @pytest.mark.parametrize(
     "ended",
-    [signal.SIGTERM, signal.SIGKILL, pytest.param(signal.SIGHUP, marks=pytest.mark.further)],
+    [
+        signal.SIGKILL,
+        *(pytest.param(n, marks=pytest.mark.further) for n in (signal.SIGTERM, signal.SIGHUP)),
+    ],
 )
 def test_a_copy_goes_with_its_command(
     run: Path, cache: Path, llama_base: Path, tmp_path: Path, ended: signal.Signals

@@ -189,6 +189,7 @@ def test_unfit_public_keys(name: str, signed: Path, keys: Path) -> None:
     assert f"file: {keys / name}" in done.output
 
 
+@pytest.mark.further
 def test_a_key_with_a_passphrase_through_a_pipe(merged: Path, keys: Path) -> None:
     main = "from dora_serve.commands import dora_export; dora_export()"
     command = f'"$1" -c "{main}" sign "$2" --private-key <(openssl pkey -in "$3" -passin pass:x)'
@@ -294,6 +295,7 @@ assert "model_signing" in sys.modules
 """
 
 
+@pytest.mark.further
 def test_nothing_is_asked_of_the_network_and_nothing_kept(
     merged: Path, keys: Path, tmp_path: Path
 ) -> None:

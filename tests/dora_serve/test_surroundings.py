@@ -59,6 +59,7 @@ def test_nothing_of_the_current_folder_is_run(place: str, tmp_path: Path) -> Non
     assert done.returncode == 0, done.stderr
 
 
+@pytest.mark.further
 def test_closed_streams(llama_lora: Path, tmp_path: Path) -> None:
     """As a service manager may leave them; each of them alone is in test_untold.py."""
     page = tmp_path / "page.html"
@@ -68,6 +69,7 @@ def test_closed_streams(llama_lora: Path, tmp_path: Path) -> None:
     assert page.read_text().rstrip().endswith("</html>")
 
 
+@pytest.mark.further
 def test_a_current_folder_that_is_gone(llama_lora: Path, tmp_path: Path) -> None:
     """An error says so; a server that began there takes further adapters all the same."""
     gone = tmp_path / "gone"
@@ -107,6 +109,7 @@ def test_a_locale_without_a_names_signs(tmp_path: Path, monkeypatch: pytest.Monk
 
 
 @pytest.mark.parametrize("words", [[], pytest.param(["--json"], marks=pytest.mark.further)])
+@pytest.mark.further
 def test_an_output_that_lacks_a_names_signs(
     words: list[str], llama_lora: Path, tmp_path: Path
 ) -> None:

@@ -16,7 +16,8 @@ from transformers import LlamaForCausalLM
 from converters.readers import ReadOptions
 from converters.run import Run
 from dora_serve import merge, read_run, verify, write_adapter, write_onnx
-from tests.converters.families import FAMILIES, MOE, PARAMETERS, further, save_adapter, save_base
+from tests.conftest import quick
+from tests.converters.families import FAMILIES, MOE, PARAMETERS, save_adapter, save_base
 from tests.converters.test_other_ranks import dylora_run
 
 Change = Callable[[str, torch.Tensor], torch.Tensor]
@@ -38,7 +39,7 @@ def scaled(share: float, word: str = "lora_B") -> Change:
     return lambda name, tensor: tensor * share if word in name else tensor
 
 
-@pytest.mark.parametrize("family", [pytest.param(f, marks=further(f)) for f in FAMILIES])
+@pytest.mark.parametrize("family", quick(FAMILIES, "llama", "gpt2", "roberta", "t5", "mixtral"))
 def test_every_family(tmp_path: Path, family: str) -> None:
     base = tmp_path / "base"
     more = PARAMETERS if family in MOE else {}

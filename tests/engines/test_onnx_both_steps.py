@@ -58,7 +58,8 @@ def written(folder: Path, row: list[int], start: int) -> list[int]:
     return tokens[1:]
 
 
-@pytest.mark.parametrize("name", ["bart", pytest.param("t5", marks=pytest.mark.further)])
+@pytest.mark.further
+@pytest.mark.parametrize("name", ["bart", "t5"])
 def test_it_writes_what_transformers_writes(request: pytest.FixtureRequest, name: str) -> None:
     base, run, folder = request.getfixturevalue(name)
     live = LiveModel(run, base)
@@ -79,7 +80,6 @@ def of_one_layer(folder: Path) -> tuple[BaseModel, Run]:
     return open_base(folder / "base"), read_run(folder / "lora")
 
 
-@pytest.mark.further
 def test_the_base_of_many_adapters(tmp_path: Path) -> None:
     """Whoever gives no adapter has the base."""
     base, run = of_one_layer(tmp_path)

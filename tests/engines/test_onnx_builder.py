@@ -63,6 +63,7 @@ def test_a_reason_that_passes_makes_no_other_graph(
         build(tmp_path)
 
 
+@pytest.mark.further
 def test_the_builder_itself_without_room_for_its_file(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -51,6 +51,7 @@ def test_a_layer_that_the_exporter_has_computed_carries_no_adapter(tmp_path: Pat
         assert sorted(path.stem for path in (out / "adapters").iterdir()) == ["value_proj"]
 
 
+@pytest.mark.further
 def test_layers_whose_rows_do_not_come_first_carry_no_adapter(tmp_path: Path) -> None:
     """A branch tells the adapters of a batch by its first axis, which is FSMT's tokens'."""
     sizes = {"src_vocab_size": 80, "tgt_vocab_size": 80, "langs": ["en", "de"], "d_model": 32}

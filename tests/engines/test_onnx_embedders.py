@@ -218,6 +218,7 @@ def test_what_fills_rows_up_is_not_read(kind: str, more: dict[str, Any], tmp_pat
 
 
 @pytest.mark.parametrize("summary", ["mean", pytest.param("last", marks=pytest.mark.further)])
+@pytest.mark.further
 def test_heads_that_read_all_of_a_row_read_no_padding(summary: str, tmp_path: Path) -> None:
     """XLM's classes, where its configuration asks its head to read more than the first token."""
     sizes = {"emb_dim": 32, "n_layers": 1, "n_heads": 4, "vocab_size": 80}

@@ -226,12 +226,14 @@ def test_adapters_with_heads_of_different_size(distilbert: Built) -> None:
 
 
 @supports("peft_lora", "deberta-v2")
+@pytest.mark.further
 def test_rows_of_a_model_with_shared_positions_run_by_adapter(deberta: Built) -> None:
     assert not (deberta[2] / "batched.onnx").exists()
     check_adapters(deberta)
 
 
 @supports("peft_lora", "bert")
+@pytest.mark.further
 def test_token_classification_with_token_types(tags: Built) -> None:
     base, runs, out = tags
     types = [[0] * (len(row) // 2) + [1] * (len(row) - len(row) // 2) for row in ROWS]

@@ -101,7 +101,7 @@ def supported(names: Any) -> list[Any]:
         proves = pytest.mark.supports(method="peft_lora", family=name, targets=("onnx",))
         # llama's are those of test_onnx_decoder.py, Mixtral has Gemma 3's windows too, and what
         # embeddings are multiplied by, Gemma 3 has in test_continuous.py.
-        proved = name in ("llama", "gemma", "gemma3")
+        proved = name in ("llama", "gemma", "gemma3", "mixtral")
         return [proves, *([pytest.mark.further] if proved else further(name))]
 
     return [pytest.param(name, marks=marks(name)) for name in names]
@@ -148,6 +148,7 @@ def test_heads_of_other_sizes(size: int, tmp_path: Path) -> None:
         check(Case(tmp_path / "onnx", base.path, {"one": run}), 16)
 
 
+@pytest.mark.further
 def test_the_tanh_form_of_gelu_behind_a_bias(tmp_path: Path) -> None:
     """ONNX Runtime's fusion of both knows the exact form alone."""
     cls = tiny("starcoder2", tmp_path, **ONE_LAYER)
@@ -157,6 +158,7 @@ def test_the_tanh_form_of_gelu_behind_a_bias(tmp_path: Path) -> None:
     assert verify(run, tmp_path / "onnx", base).max_abs < 1e-4
 
 
+@pytest.mark.further
 def test_positions_that_the_builder_does_not_stretch(tmp_path: Path) -> None:
     """Of Llama's kinds of rotary embedding onnxruntime-genai's builder heeds one alone."""
     rope = {"rope_type": "linear", "rope_theta": 1e4, "factor": 4.0}
@@ -196,6 +198,7 @@ def test_a_model_that_transformers_itself_cannot_compute(tmp_path: Path) -> None
 @pytest.mark.parametrize(
     "layer", ["hidden_size", pytest.param("intermediate_size", marks=pytest.mark.further)]
 )
+@pytest.mark.further
 def test_layers_as_wide_as_the_vocabulary(layer: str, tmp_path: Path) -> None:
     """To onnxruntime-genai's builder each of them is a head."""
     cls = tiny("llama", tmp_path, **{"vocab_size": 128, layer: 128}, **ONE_LAYER)

@@ -79,6 +79,7 @@ def full(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return out
 
 
+@pytest.mark.further
 def test_a_merged_encoder(full: Path) -> None:
     assert verify(read_run(RUN), full, open_base(BASE)).passed
 

@@ -204,6 +204,7 @@ def test_attention_that_is_no_window_is_refused() -> None:
         windows_of(model, torch.tensor([[5, 6, 7]]))
 
 
+@pytest.mark.further
 def test_a_graph_that_lacks_outputs_is_refused(tmp_path: Path) -> None:
     """Of GPT-Neo torch's exporter writes the logits alone."""
     config = transformers.GPTNeoConfig(

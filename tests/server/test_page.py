@@ -13,6 +13,7 @@ import pytest
 from playwright.sync_api import Browser, Page, expect
 
 from tests.browser import chromium, quiet, screenshot, violations, watched
+from tests.conftest import quick
 from tests.server.conftest import BASE, DOWN, EMBEDS, SECOND, SENTIMENT, Server
 from tests.server.page import PROMPT, PYTHON, SHELL, answers, ask, choose, run_of, told
 
@@ -230,9 +231,7 @@ def test_errors_are_the_servers_own_words(browser: Browser, server: Server) -> N
         assert all(each.startswith("Failed to load resource") for each in seen.troubles)
 
 
-@pytest.mark.parametrize(
-    "name", [pytest.param(BASE, marks=pytest.mark.further), DOWN, SENTIMENT, EMBEDS]
-)
+@pytest.mark.parametrize("name", quick([BASE, DOWN, SENTIMENT, EMBEDS], DOWN))
 def test_snippets_run_as_they_are(browser: Browser, server: Server, name: str) -> None:
     allowed = ["clipboard-read", "clipboard-write"]
     with quiet(browser, server.url, permissions=allowed) as page:
@@ -324,7 +323,7 @@ def test_the_focus_stays_where_it_is(page: Page, server: Server) -> None:
 @pytest.mark.parametrize(
     ("width", "scheme"),
     [
-        *((360, "dark"), (1600, "light")),
+        (360, "dark"),
         *(pytest.param(*each, marks=pytest.mark.further) for each in OTHERS),
     ],
 )

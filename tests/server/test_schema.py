@@ -31,16 +31,16 @@ OWN = {"/classify": SENTIMENT, **dict.fromkeys(_EMBEDS, EMBEDS)}
 # Those of models that other tests serve: test_tasks.py and test_hearing.py.
 ELSEWHERE = {"/dora/answer", "/v1/audio/transcriptions", "/v1/audio/translations"}
 ROUTES = {
-    "/v1/completions": 60,
-    "/v1/chat/completions": 60,
-    "/v1/embeddings": 60,
+    "/v1/completions": 30,
+    "/v1/chat/completions": 30,
+    "/v1/embeddings": 30,
     "/v1/load_lora_adapter": 20,
     "/v1/unload_lora_adapter": 20,
     "/v1/models": 2,
     "/v1/models/{name}": 20,
     "/dora/models": 2,
-    "/classify": 60,
-    "/tokenize": 60,
+    "/classify": 30,
+    "/tokenize": 30,
     "/detokenize": 30,
     "/health": 2,
     "/ready": 2,
@@ -49,14 +49,14 @@ ROUTES = {
     "/version": 2,
     "/load": 2,
     "/tokenizer_info": 10,
-    "/score": 60,
+    "/score": 30,
     "/v1/score": 10,  # the same, by another name
-    "/rerank": 60,
+    "/rerank": 30,
     "/v1/rerank": 10,
     "/v2/rerank": 10,
-    "/invocations": 120,
-    "/v1/responses": 60,
-    "/pooling": 60,
+    "/invocations": 60,
+    "/v1/responses": 30,
+    "/pooling": 30,
 }
 
 

@@ -30,7 +30,7 @@ LINES = [
     "the cat sat on the mat",
     "ab12 水",
 ]
-ROUNDS = 64
+ROUNDS = 32
 
 
 def bytes_tokenizer() -> Tokenizer:

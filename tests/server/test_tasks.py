@@ -108,8 +108,10 @@ def tasks(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     said: Any = model.generation_config  # it never writes what it would begin with
     said.bad_words_ids = [[token] for token in begins(model, words) - {words.eos_token_id}]
     said.begin_suppress_tokens = [*begins(model, words)]
-    model.save_pretrained(root / "told")
-    words.save_pretrained(root / "told")
+    trained = place / "trained"
+    model.save_pretrained(trained / "told")
+    words.save_pretrained(trained / "told")
+    write_onnx(trained / "told", root / "told")
     for name, more in SEARCHES.items():
         model.generation_config = GenerationConfig(
             **more,
@@ -117,9 +119,11 @@ def tasks(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
             eos_token_id=words.eos_token_id,
             decoder_start_token_id=words.pad_token_id,
         )
-        model.save_pretrained(root / name)
-        words.save_pretrained(root / name)
-    older = shutil.copytree(root / "searches", root / OLDER)
+        model.save_pretrained(trained / name)
+        words.save_pretrained(trained / name)
+        shutil.copytree(root / "told", root / name)  # the graph is the same
+        shutil.copy(trained / name / "generation_config.json", root / name)
+    older = shutil.copytree(trained / "searches", root / OLDER)
     named = json.loads((older / "config.json").read_text()) | SEARCHES["searches"]
     (older / "config.json").write_text(json.dumps(named))
     (older / "generation_config.json").unlink()
@@ -153,11 +157,17 @@ def ask(server: Server, path: str = "/v1/completions", **body: Any) -> Any:
     return answer.json()
 
 
+def trained_in(root: Path, name: str) -> Path:
+    """Where the weights of a served model lie."""
+    folder = root.parent / "trained" / name
+    return folder if folder.exists() else root / name
+
+
 def written(root: Path, name: str, **more: Any) -> dict[str, list[int]]:
     """What transformers' model writes of every source."""
     words = AutoTokenizer.from_pretrained(root / "writes")
     base = "told" if name == "told" else "writes"
-    model: Any = AutoModelForSeq2SeqLM.from_pretrained(root / base)
+    model: Any = AutoModelForSeq2SeqLM.from_pretrained(trained_in(root, base))
     if name == "tuned":
         model = PeftModel.from_pretrained(model, root / "tuned")
     found = {}
@@ -223,7 +233,7 @@ def test_what_is_asked_for_greedily_keeps_the_rules(tasks: Server, name: str) ->
 def searched(root: Path, name: str, **more: Any) -> dict[str, list[int]]:
     """What `generate` makes of every source, alone, with its end."""
     words = AutoTokenizer.from_pretrained(root / name)
-    model: Any = AutoModelForSeq2SeqLM.from_pretrained(root / name)
+    model: Any = AutoModelForSeq2SeqLM.from_pretrained(trained_in(root, name))
     found = {}
     for text in SOURCES:
         found[text] = model.generate(**words(text, return_tensors="pt"), **more)[0, 1:].tolist()
@@ -233,7 +243,9 @@ def searched(root: Path, name: str, **more: Any) -> dict[str, list[int]]:
 def test_beams_that_take_too_much_are_refused(tasks: Server, tmp_path: Path) -> None:
     options = ServerOptions(threads=1, limits=Limits(cache_bytes=4 << 10))
     body = {"model": "searches", "prompt": SOURCES[2]}
-    with started(tasks.root, tmp_path, None, options) as small, small.http as http:
+    root = tmp_path / "models"
+    shutil.copytree(tasks.root / "searches", root / "searches")
+    with started(root, tmp_path, None, options) as small, small.http as http:
         refused = http.post("/v1/completions", json=body)
         assert refused.status_code == 400
         assert "beams" in refused.json()["error"]["message"]

@@ -210,7 +210,10 @@ def test_the_command_to_try_it_works_without_a_tokenizer(task: str, tmp_path: Pa
     assert json.loads(done.stdout)["usage"]["prompt_tokens"] == 3
 
 
-@pytest.mark.parametrize("given", [False, True], ids=["own", "given"])
+@pytest.mark.parametrize(
+    "given",
+    [pytest.param(False, marks=pytest.mark.further, id="own"), pytest.param(True, id="given")],
+)
 def test_a_model_that_chats_is_shown_with_a_chat(given: bool, tmp_path: Path) -> None:
     """The command that is printed is answered, and the dry run prints the same one."""
     models, template = tmp_path / "models", tmp_path / "chat.jinja"

@@ -24,12 +24,11 @@ from converters.targets.engines import ALL, PROFILES
 from dora_serve import merge, read_run, verify, write_adapter
 from dora_serve.proof.verify import Verification
 from dora_serve.vllm.engine import Vllm, VllmError
-from tests.conftest import DATA, MODELS, randomize
+from tests.conftest import DATA, MODELS, quick, randomize
 from tests.converters.families import (
     DECODER,
     MOE,
     PARAMETERS,
-    further,
     save_adapter,
     save_base,
 )
@@ -115,7 +114,7 @@ def test_sample_runs(tmp_path: Path, sample: Path) -> None:
     in_vllm(read_run(sample), MODELS / "tiny-llama-base", tmp_path / "adapter")
 
 
-@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("tied", [pytest.param(False, marks=pytest.mark.further), True])
 def test_trained_rows_of_the_embedding(tmp_path: Path, tied: bool) -> None:
     save_base("llama", tmp_path / "base", tied, **GROUPED)
     more: dict[str, Any] = {"target_modules": ["q_proj"], "trainable_token_indices": [5, 9, 30]}
@@ -152,14 +151,17 @@ def family_run(family: str, folder: Path) -> tuple[Run, Path]:
 
 @pytest.mark.parametrize(
     "family",
-    [pytest.param(f, marks=(supports("peft_lora", f), *further(f))) for f in ADAPTED],
+    quick(
+        [pytest.param(f, marks=supports("peft_lora", f)) for f in ADAPTED],
+        *("llama", "gemma3", "phi3"),
+    ),
 )
 def test_adapters_of_every_family(tmp_path: Path, family: str) -> None:
     run, base = family_run(family, tmp_path)
     in_vllm(run, base, tmp_path / "adapter")
 
 
-@pytest.mark.parametrize("family", [pytest.param(f, marks=further(f)) for f in MERGED])
+@pytest.mark.parametrize("family", quick(MERGED, "gpt2", "bert", "roberta", "mixtral"))
 def test_merged_models_of_every_family(tmp_path: Path, family: str) -> None:
     run, base = family_run(family, tmp_path)
     in_vllm(run, base, tmp_path / "merged", adapter=False)
@@ -284,12 +286,14 @@ def test_adalora_as_peft_pruned_it(tmp_path: Path, llama: Path) -> None:
     in_vllm(run, llama, tmp_path / "adapter")
 
 
+@pytest.mark.further
 @supports("dylora", "llama")
 def test_dylora(tmp_path: Path, llama: Path) -> None:
     dylora_run(fresh(llama), tmp_path / "run", ("q_proj", "up_proj"))
     in_vllm(read_run(tmp_path / "run", ReadOptions(rank=2)), llama, tmp_path / "adapter")
 
 
+@pytest.mark.further
 @supports("gated (ALoRA)", "llama")
 def test_gates(tmp_path: Path, llama: Path) -> None:
     layers = gate_layers(fresh(llama), ("q_proj", "down_proj"))
@@ -346,7 +350,7 @@ def test_a_head_that_vllm_does_not_adapt(tmp_path: Path, family: str) -> None:
     ("in_base", "labels", "saved"),
     [
         pytest.param(2, 5, True, id="more labels than the base"),
-        pytest.param(None, 3, True, id="a base without a head"),
+        pytest.param(None, 3, True, id="a base without a head", marks=pytest.mark.further),
         pytest.param(3, 3, False, id="LoRA on the head"),
     ],
 )
@@ -386,7 +390,9 @@ def swap_layers(folder: Path) -> None:
     save_file(tensors, path, {"format": "pt"})
 
 
-@pytest.mark.parametrize("damage", [double_alpha, swap_layers])
+@pytest.mark.parametrize(
+    "damage", [double_alpha, pytest.param(swap_layers, marks=pytest.mark.further)]
+)
 def test_a_damaged_adapter_fails(
     tmp_path: Path, llama: Path, damage: Callable[[Path], None]
 ) -> None:
