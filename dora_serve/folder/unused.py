@@ -9,6 +9,7 @@ from converters.errors import DoraExportError, some
 from converters.model.base import BaseModel
 from converters.run import Run
 from converters.targets.merged.ends import added_beyond, end_beyond
+from converters.targets.merged.types import dropped_types
 
 from .templates import chat_templates
 
@@ -17,6 +18,7 @@ def unused(run: Run, base: BaseModel) -> Iterator[str]:
     """What is to be said of a run with a template, tokens or an end of texts of its own where
     `base`'s are used: engines have one tokenizer for a base and all that is served with it, as vLLM
     has. Of the base it is told elsewhere what cannot be read, and of the run it is not used."""
+    yield from dropped_types(run, base)
     with suppress(DoraExportError):
         own = chat_templates(run.path)
         if own and own != chat_templates(base.path):

@@ -86,12 +86,17 @@ class Encoder(AdaptedFolder):
         self.adapter_set.add_all(self.folder)
 
     @cached_property
-    def max_length(self) -> int:
-        """How many tokens a row may have: those that the model has positions for, or less where its
-        tokenizer or its pipeline says so, as in vLLM; a million where nothing tells a bound."""
+    def positions(self) -> int:
+        """How many tokens a row can have; a million where nothing tells a bound."""
         longest = int(self.config.get("max_position_embeddings") or 1_000_000)
         after_padding = self.config.get("model_type") in _POSITIONS_AFTER_PADDING
-        said = [longest - (1 + self._padding if after_padding else 0)]
+        return longest - (1 + self._padding if after_padding else 0)
+
+    @cached_property
+    def max_length(self) -> int:
+        """How many tokens a text may have: as many as there are positions, or less where the
+        tokenizer or the pipeline says so, as in vLLM."""
+        said = [self.positions]
         for path in (self.folder / "tokenizer_config.json", *self.folder.glob(PIPELINES)):
             known = read_json(path) if path.exists() else {}
             values = (known.get(key) for key in ("model_max_length", "max_seq_length"))
@@ -126,7 +131,7 @@ class Encoder(AdaptedFolder):
         `types`: token type ids of the rows, zeros where the model takes some and none are given,
         or its tokenizer is not to give any.
         """
-        check_rows(rows, self.max_length)
+        check_rows(rows, self.positions)
         wanted = self.adapter_set.per_row(adapters, len(rows))
         if not types or not self._typed:
             types = [[0] * len(row) for row in rows]
@@ -182,6 +187,7 @@ class Encoder(AdaptedFolder):
         self, texts: Sequence[Text], adapters: Adapters
     ) -> tuple[list[Any], list[dict[str, Array]]]:
         encoded = [self.encoding(text) for text in texts]
+        check_rows([each.ids for each in encoded], self.max_length)
         types = [each.type_ids for each in encoded]
         return encoded, self.run([each.ids for each in encoded], adapters, types)
 

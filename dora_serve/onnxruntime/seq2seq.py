@@ -126,8 +126,8 @@ class EncoderDecoder(AdaptedFolder):
         self, batch: Batch, logits: Array, written: Sequence[Sequence[int]], search: Search
     ) -> Array:
         """Log-probabilities `[rows, vocab]`, what may not come next at -inf."""
-        forced = None
-        if len(written[0]) == 0:
+        forced, begun = None, batch.first.shape[1]
+        if len(written[0]) == 0 and begun == 1:  # who is told more than where to begin is not
             forced = self.forced
         elif len(written[0]) == search.max_tokens - 1 and not search.ignore_eos:
             forced = self.forced_end
@@ -136,7 +136,8 @@ class EncoderDecoder(AdaptedFolder):
         said = [[*first, *own] for first, own in zip(batch.first.tolist(), written, strict=True)]
         for row, tokens in zip(scores, said, strict=True):
             row[self.never(tokens, len(written[0]))] = -np.inf
-        return allowed(scores, said, search, self.eos, forced, batch.first.shape[1], batch.read)
+        scores = allowed(scores, said, search, self.eos, forced, begun, batch.read)
+        return log_softmax(scores) if self.generation.get("renormalize_logits") else scores
 
     def _greedy(
         self, batch: Batch, search: Search, eos: frozenset[int]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import random
 import shutil
 from collections.abc import Iterator
@@ -12,7 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from dora_serve import DoraExportError, read_run, write_onnx
+from dora_serve import DoraExportError, read_run, verify, write_onnx
 from dora_serve.onnxruntime import limits
 from dora_serve.onnxruntime.encoder import Encoder
 from dora_serve.onnxruntime.encoder_queue import EncoderQueue
@@ -136,3 +137,14 @@ def test_bounds(folder: Path) -> None:
         assert queue.submit([([5] * 32, [0] * 32)], None)[0].result(60)
         with pytest.raises(QueueFull):
             queue.submit([([5], [0])] * 4, None)
+
+
+def test_a_tokenizers_bound_is_of_texts_alone(folder: Path, tmp_path: Path) -> None:
+    """And the proof asks about every position that the model has."""
+    shutil.copytree(folder, tmp_path / "onnx")
+    said = tmp_path / "onnx/tokenizer_config.json"
+    said.write_text(json.dumps({**json.loads(said.read_text()), "model_max_length": 9}))
+    base = MODELS / "tiny-roberta-base"
+    assert verify(read_run(SENTIMENT), tmp_path / "onnx", base).passed
+    with pytest.raises(DoraExportError, match="too long"):
+        Encoder(tmp_path / "onnx").classify(["a film " * 9])

@@ -326,6 +326,8 @@ def test_what_an_older_configuration_begins_with(built: Built, tmp_path: Path, k
         {"num_beams": 3},
         {"num_beams": 4, "length_penalty": -2.0, "early_stopping": True},
         {"no_repeat_ngram_size": 2, "min_new_tokens": 7},
+        {"num_beams": 3, "no_repeat_ngram_size": 2, "renormalize_logits": True},
+        {"no_repeat_ngram_size": 1, "forced_bos_token_id": 20},  # before a second token alone
     ],
 )
 def test_the_search_that_the_configuration_says(

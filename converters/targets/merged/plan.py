@@ -44,6 +44,7 @@ from .ends import other_end, other_pad
 from .heads import left_out
 from .requantized import FLOAT8, SCALES, Blocks, Scales, blocks_of, stored_parts
 from .settings import other_settings
+from .types import dropped_types
 
 if TYPE_CHECKING:
     from .folder import MergeReport
@@ -261,7 +262,7 @@ def plan_merge(
     there = {tensor.name for tensors in written.values() for tensor in tensors}
     begun = check_whole(layout.names, there, base) if expected is None else ()
     told = (*other_settings(run, given), *other_arguments(run, given), *other_pad(run, given))
-    told += tuple(left_out(given, base))
+    told += (*left_out(given, base), *dropped_types(run, given))
     plan = MergePlan(
         target="merged",
         run=run,

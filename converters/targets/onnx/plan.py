@@ -31,6 +31,7 @@ from ...model.tasks import architecture_of
 from ...progress import Progress
 from ...run import Run
 from ..merged.plan import plan_merge
+from ..merged.types import dropped_types
 from ..target import Plan, Report
 from .report import MERGED, OnnxReport, adapter_certificates, refuse
 from .tasks import ENCODER_TASKS, SEQ2SEQ_TASK, heads_of
@@ -140,7 +141,7 @@ def plan_onnx(
             expected="a decoder in int4",
             remedy="leave out `calibrate`",
         )
-    said = [warning for each in runs for warning in each.warnings]
+    said = [told for each in runs for told in (*each.warnings, *dropped_types(each, base))]
     if merged is not None:
         said += plan_merge(merged, base, torch.float32).warnings
     carries = merged is None and (
