@@ -49,9 +49,10 @@ def difference(tuned: BaseModel, base: BaseModel) -> Run:
     num_labels = count if task in ("sequence-classification", "token-classification") else None
     model = known_model(architecture, tuned.config, num_labels)
     linear = _linear_layers(model, task)
-    one = aliases(model)
+    start = known_model(architecture, base.config, num_labels)  # which may tie otherwise
     now, then = (
-        _Stored(each, Layout(each, architecture, num_labels), one) for each in (tuned, base)
+        _Stored(each, Layout(each, architecture, num_labels), aliases(made))
+        for each, made in ((tuned, model), (base, start))
     )
 
     layers: dict[str, LazyTensor] = {}
@@ -107,12 +108,15 @@ def _architecture(tuned: BaseModel, base: BaseModel) -> tuple[str, str | None]:
     """The class of the tuned model and its task; None where it is the base's own class."""
     name, own = architecture_of(tuned.config), architecture_of(base.config)
     task = task_of(tuned.config)
-    if not name or (task is None and name != own):
+    # What fills in words has no task to name, and without one the base's pooling says embeddings.
+    pooled = base.task != task_of(base.config)
+    if not name or (task is None and (name != own or pooled)):
         raise TargetError(
             "no adapter can name the class of the tuned model",
             file=tuned.path / "config.json",
             found=name or "no architectures",
             expected=f"{own}, or a class for " + ", ".join(TASKS),
+            remedy="pass a copy of the base without modules.json" if pooled else None,
         )
     return name, task
 
@@ -132,7 +136,7 @@ class _Stored:
         if own is not None:
             return tensors[own], False
         source = self.layout.find(self.one.get(name, ""))
-        source = source or (self.model.embedding if name == HEAD else None)
+        source = source or (self.model.embedding if name == HEAD and name in self.one else None)
         return (None if source is None else tensors[source]), True
 
     def part(self, name: str) -> LazyTensor | None:

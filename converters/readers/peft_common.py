@@ -56,6 +56,24 @@ def class_said(config: Mapping[str, object]) -> str:
     return str(said.get("base_model_class") or "") if isinstance(said, Mapping) else ""
 
 
+def check_class(name: str, task: str | None, base: BaseModel | None, path: Path) -> None:
+    """Raise `RunError` where the run was trained in the class `name`, which is no task's here (it
+    fills in words), and its base is an embedder by its pooling: the class would be the embedder's,
+    whose names are others, and which has not the head."""
+    own = {"architectures": [name]}
+    if base is None or not name or task is not None or task_of(own) is not None:
+        return
+    if base.task != task_of(base.config):
+        raise RunError(
+            "the run was trained in a class that fills in words, and the base is an embedder by "
+            "its modules.json",
+            file=path,
+            found=name,
+            expected=f"a run for {base.task}",
+            remedy="pass a copy of the base without modules.json with `base`",
+        )
+
+
 def _copies(config: Mapping[str, object], replaced: LazyTensors) -> frozenset[str]:
     """The tensors of modules that PEFT copies (`_set_trainable`); it loads others into the model's
     own, and so into what is tied to them."""

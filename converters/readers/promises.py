@@ -26,7 +26,7 @@ from .experts import partial_experts
 from .module import with_factors
 from .named import Named
 from .patterns import PatternError
-from .peft_common import class_said, is_below, known_base, modules_to_save
+from .peft_common import check_class, class_said, is_below, known_base, modules_to_save
 from .run_folder import CONFIG_FILE, RunFolder
 from .unread import not_read
 
@@ -110,6 +110,7 @@ class _Promises:
     def head(self) -> None:
         """The class whose head was trained whole, where PEFT was told no task."""
         name, names, base = class_said(self._config), self._class_names, self._base
+        check_class(name, self._run.task, base, self._path)
         if base is None or names is None or name in ("", architecture_of(base.config)):
             return
         strange = [n for n in self._run.replaced if not any(_same(n, own) for own in names)]

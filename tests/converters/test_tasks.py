@@ -9,16 +9,24 @@ from typing import Any
 import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
-from transformers import CONFIG_MAPPING, LlamaForCausalLM, Qwen3Config, Qwen3ForCausalLM
+from transformers import (
+    CONFIG_MAPPING,
+    BertConfig,
+    BertForMaskedLM,
+    BertModel,
+    LlamaForCausalLM,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+)
 from transformers.models.auto import modeling_auto
 
-from converters.errors import BaseError
+from converters.errors import BaseError, RunError, TargetError
 from converters.model.architecture import class_for
 from converters.model.tasks import TASKS, peft_type, task_of, task_of_peft
-from dora_serve import merge, read_run, write_adapter
+from dora_serve import ReadOptions, extract, merge, read_run, write_adapter
 from dora_serve.proof.verify import logits
 from tests.conftest import randomize
-from tests.converters.families import DECODER, same
+from tests.converters.families import DECODER, ENCODER, same
 
 LISTS = {
     "CAUSAL_LM": "causal-lm",
@@ -28,6 +36,15 @@ LISTS = {
     "SEQ_TO_SEQ_CAUSAL_LM": "seq2seq-lm",
     "IMAGE_TEXT_TO_TEXT": "causal-lm",
 }
+
+
+def pooled(base: Path) -> None:
+    """Make an embedder of a model folder, as sentence-transformers does."""
+    pooling = {"idx": 1, "name": "1", "path": "1_Pooling"}
+    pooling["type"] = "sentence_transformers.models.Pooling"
+    (base / "modules.json").write_text(json.dumps([pooling]))
+    (base / "1_Pooling").mkdir()
+    (base / "1_Pooling/config.json").write_text("{}")
 
 
 def listed(name: str) -> dict[str, str]:
@@ -135,11 +152,7 @@ def test_the_class_of_a_run_that_names_no_task(tmp_path: Path) -> None:
     model = Qwen3ForCausalLM(Qwen3Config(**DECODER, head_dim=8, tie_word_embeddings=False))
     randomize(model)
     model.save_pretrained(base)
-    pooling = {"idx": 1, "name": "1", "path": "1_Pooling"}
-    pooling["type"] = "sentence_transformers.models.Pooling"
-    (base / "modules.json").write_text(json.dumps([pooling]))
-    (base / "1_Pooling").mkdir()
-    (base / "1_Pooling/config.json").write_text("{}")
+    pooled(base)
     adapted = get_peft_model(model, LoraConfig(r=2, target_modules=["q_proj", "lm_head"]))
     randomize(adapted, ("lora_",))
     adapted.save_pretrained(lora)
@@ -153,3 +166,46 @@ def test_the_class_of_a_run_that_names_no_task(tmp_path: Path) -> None:
     plain = Qwen3ForCausalLM.from_pretrained(base)
     live = PeftModel.from_pretrained(plain, str(tmp_path / "adapter")).eval()
     same(logits(live, ids), truth)
+
+
+def test_a_run_of_words_filled_in_on_an_embedders_base(tmp_path: Path) -> None:
+    """Taken for the embedder's, it would lose its head, and its adapter the names that PEFT finds.
+    Without the pooling the base is of the class that was trained."""
+    base, lora, plain = tmp_path / "base", tmp_path / "lora", tmp_path / "plain"
+    model = BertForMaskedLM(BertConfig(**ENCODER))
+    randomize(model)
+    model.save_pretrained(plain)
+    model.save_pretrained(base)
+    pooled(base)
+    adapted = get_peft_model(model, LoraConfig(r=2, target_modules=["query"]))
+    randomize(adapted, ("lora_",))
+    adapted.save_pretrained(lora)
+    with pytest.raises(RunError, match="fills in words") as error:
+        read_run(lora, ReadOptions(base=base))
+    assert "without modules.json" in str(error.value.remedy)
+    merge(read_run(lora, ReadOptions(base=plain)), tmp_path / "merged", base=plain)
+    rows = torch.arange(3, 43).reshape(2, 20)
+    ids = {"input_ids": rows, "attention_mask": torch.ones_like(rows)}
+    merged = BertForMaskedLM.from_pretrained(tmp_path / "merged").eval()
+    same(logits(merged, ids), logits(adapted.eval(), ids))
+    with pytest.raises(TargetError, match="no adapter can name") as refused:
+        extract(tmp_path / "merged", tmp_path / "out", base=base)
+    assert "without modules.json" in str(refused.value.remedy)
+
+
+def test_an_embedder_that_is_saved_with_a_head_and_without_its_pooler(tmp_path: Path) -> None:
+    """A run that names no task is the embedder's, whose pooling layer transformers makes anew."""
+    base, lora = tmp_path / "base", tmp_path / "lora"
+    filling = BertForMaskedLM(BertConfig(**ENCODER))
+    randomize(filling)
+    filling.save_pretrained(base)
+    pooled(base)
+    adapted = get_peft_model(
+        BertModel.from_pretrained(base), LoraConfig(r=2, target_modules=["query"])
+    )
+    randomize(adapted, ("lora_",))
+    adapted.save_pretrained(lora)
+    merge(read_run(lora, ReadOptions(base=base)), tmp_path / "merged", base=base)
+    rows = torch.arange(3, 43).reshape(2, 20)
+    merged = BertModel.from_pretrained(tmp_path / "merged").eval()
+    same(merged(rows).last_hidden_state, adapted.eval()(rows).last_hidden_state)

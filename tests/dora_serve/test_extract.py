@@ -126,6 +126,16 @@ def test_a_changed_embedding_that_the_head_is_tied_to(tmp_path: Path) -> None:
     check(tmp_path / "base", tmp_path / "m", tmp_path / "out")
 
 
+def test_a_head_that_the_base_lacks_is_carried_whole(tmp_path: Path) -> None:
+    """A base without a head, as embedders are saved, lends its embedding to one where it ties them,
+    and else has none that an update could be of."""
+    model = tiny_llama(tie_word_embeddings=False)
+    model.model.save_pretrained(tmp_path / "base")
+    tuned(model, ("q_proj",)).save_pretrained(tmp_path / "tuned")
+    extract(tmp_path / "tuned", tmp_path / "out", base=tmp_path / "base", energy=EXACT)
+    check(tmp_path / "base", tmp_path / "tuned", tmp_path / "out")
+
+
 @pytest.mark.parametrize(
     "family",
     ["gemma3", *(pytest.param(n, marks=pytest.mark.further) for n in ("llava", "qwen2-vl"))],

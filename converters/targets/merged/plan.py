@@ -327,7 +327,7 @@ def _from_run(run: Run, base: BaseModel, name: str) -> LazyTensor | None:
     nothing was trained with it."""
     if run.embedded_base and name in run.embedded_base:
         return run.embedded_base[name]
-    if ".pooler." in f".{name}" and run.task == "feature-extraction":
+    if ".pooler." in f".{name}" and (run.task or base.task) == "feature-extraction":
         return None
     raise BaseError(
         "neither the base nor the run has this tensor of the fine-tuned model",
