@@ -233,7 +233,6 @@ def test_rows_of_a_model_with_shared_positions_run_by_adapter(deberta: Built) ->
 
 
 @supports("peft_lora", "bert")
-@pytest.mark.further
 def test_token_classification_with_token_types(tags: Built) -> None:
     base, runs, out = tags
     types = [[0] * (len(row) // 2) + [1] * (len(row) - len(row) // 2) for row in ROWS]
@@ -246,14 +245,8 @@ def test_token_classification_with_token_types(tags: Built) -> None:
 @supports("peft_lora", "bert")
 @pytest.mark.further
 def test_embeddings(bert_base: Path, tmp_path: Path) -> None:
-    path = tiny_lora(
-        bert_base,
-        "BertModel",
-        tmp_path / "lora",
-        None,
-        target_modules=["query", "value"],
-        task_type="FEATURE_EXTRACTION",
-    )
+    more = {"target_modules": ["query", "value"], "task_type": "FEATURE_EXTRACTION"}
+    path = tiny_lora(bert_base, "BertModel", tmp_path / "lora", None, **more)
     run, base = read_run(path), open_base(bert_base)
     write_onnx(base, tmp_path / "onnx", run=run)
     found = Encoder(tmp_path / "onnx").run(ROWS)

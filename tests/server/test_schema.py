@@ -32,7 +32,7 @@ OWN = {"/classify": SENTIMENT, **dict.fromkeys(_EMBEDS, EMBEDS)}
 ELSEWHERE = {"/dora/answer", "/v1/audio/transcriptions", "/v1/audio/translations"}
 ROUTES = {
     "/v1/completions": 30,
-    "/v1/chat/completions": 30,
+    "/v1/chat/completions": 60,
     "/v1/embeddings": 30,
     "/v1/load_lora_adapter": 20,
     "/v1/unload_lora_adapter": 20,
@@ -54,7 +54,7 @@ ROUTES = {
     "/rerank": 30,
     "/v1/rerank": 10,
     "/v2/rerank": 10,
-    "/invocations": 60,
+    "/invocations": 120,
     "/v1/responses": 30,
     "/pooling": 30,
 }

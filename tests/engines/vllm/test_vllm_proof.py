@@ -63,6 +63,7 @@ HEADS_OF_32: dict[str, dict[str, Any]] = {
     "qwen3-moe": {**GROUPED, "moe_intermediate_size": 32},
 }
 ADAPTED = ("llama", "qwen2", "qwen3", "mistral", "gemma", "gemma2", "gemma3", "phi3", "opt")
+PLAIN = ("llama", "gemma3", "phi3")  # of those that are adapted
 MERGED = ("phi3", "gemma2", "gpt2", "bert", "roberta", *sorted(MOE))
 
 
@@ -150,11 +151,7 @@ def family_run(family: str, folder: Path) -> tuple[Run, Path]:
 
 
 @pytest.mark.parametrize(
-    "family",
-    quick(
-        [pytest.param(f, marks=supports("peft_lora", f)) for f in ADAPTED],
-        *("llama", "gemma3", "phi3"),
-    ),
+    "family", quick([pytest.param(f, marks=supports("peft_lora", f)) for f in ADAPTED], *PLAIN)
 )
 def test_adapters_of_every_family(tmp_path: Path, family: str) -> None:
     run, base = family_run(family, tmp_path)
@@ -390,9 +387,7 @@ def swap_layers(folder: Path) -> None:
     save_file(tensors, path, {"format": "pt"})
 
 
-@pytest.mark.parametrize(
-    "damage", [double_alpha, pytest.param(swap_layers, marks=pytest.mark.further)]
-)
+@pytest.mark.parametrize("damage", [double_alpha, swap_layers])
 def test_a_damaged_adapter_fails(
     tmp_path: Path, llama: Path, damage: Callable[[Path], None]
 ) -> None:
