@@ -202,3 +202,6 @@ class _NoTokenizer:
 
     def token_to_id(self, _: str) -> None:
         return None
+
+    def get_added_tokens_decoder(self) -> dict[int, object]:
+        return {}
