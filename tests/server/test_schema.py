@@ -73,12 +73,13 @@ def test_all_routes_are_described(server: Server) -> None:
 
 @pytest.mark.parametrize("mode", [GenerationMode.POSITIVE, GenerationMode.NEGATIVE])
 @pytest.mark.parametrize("path", ROUTES)
-def test_no_server_error(server: Server, path: str, mode: GenerationMode) -> None:
+@pytest.mark.parametrize("times", [1, pytest.param(3, marks=pytest.mark.further)])
+def test_no_server_error(server: Server, path: str, mode: GenerationMode, times: int) -> None:
     operation = operations(server.url)[path]
     if mode is GenerationMode.NEGATIVE and not operation.body:
         pytest.skip("it takes nothing that could be wrong")
     names = [*NAMES, *[OWN[path]] * 4] if path in OWN else NAMES
-    statuses = statuses_of(server, path, mode, names, ROUTES[path])
+    statuses = statuses_of(server, path, mode, names, times * ROUTES[path])
     if mode is GenerationMode.POSITIVE and "adapter" not in path and "{" not in path:
         assert 200 in statuses  # it got as far as an answer
 
