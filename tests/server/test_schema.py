@@ -31,16 +31,16 @@ OWN = {"/classify": SENTIMENT, **dict.fromkeys(_EMBEDS, EMBEDS)}
 # Those of models that other tests serve: test_tasks.py and test_hearing.py.
 ELSEWHERE = {"/dora/answer", "/v1/audio/transcriptions", "/v1/audio/translations"}
 ROUTES = {
-    "/v1/completions": 30,
+    "/v1/completions": 60,
     "/v1/chat/completions": 60,
-    "/v1/embeddings": 30,
+    "/v1/embeddings": 60,
     "/v1/load_lora_adapter": 20,
     "/v1/unload_lora_adapter": 20,
     "/v1/models": 2,
     "/v1/models/{name}": 20,
     "/dora/models": 2,
-    "/classify": 30,
-    "/tokenize": 30,
+    "/classify": 60,
+    "/tokenize": 60,
     "/detokenize": 30,
     "/health": 2,
     "/ready": 2,
@@ -49,14 +49,14 @@ ROUTES = {
     "/version": 2,
     "/load": 2,
     "/tokenizer_info": 10,
-    "/score": 30,
+    "/score": 60,
     "/v1/score": 10,  # the same, by another name
-    "/rerank": 30,
+    "/rerank": 60,
     "/v1/rerank": 10,
     "/v2/rerank": 10,
     "/invocations": 120,
-    "/v1/responses": 30,
-    "/pooling": 30,
+    "/v1/responses": 60,
+    "/pooling": 60,
 }
 
 
@@ -79,7 +79,9 @@ def test_no_server_error(server: Server, path: str, mode: GenerationMode, times:
     if mode is GenerationMode.NEGATIVE and not operation.body:
         pytest.skip("it takes nothing that could be wrong")
     names = [*NAMES, *[OWN[path]] * 4] if path in OWN else NAMES
-    statuses = statuses_of(server, path, mode, names, times * ROUTES[path])
+    # Of many that the description allows few are answered; what it does not allow is refused early.
+    asked = ROUTES[path] if mode is GenerationMode.POSITIVE else -(-ROUTES[path] // 2)
+    statuses = statuses_of(server, path, mode, names, times * asked)
     if mode is GenerationMode.POSITIVE and "adapter" not in path and "{" not in path:
         assert 200 in statuses  # it got as far as an answer
 

@@ -195,7 +195,7 @@ def test_a_damaged_cache_is_made_anew_and_never_served(
     assert {path: path.read_bytes() for path in whole} == whole
 
 
-@pytest.mark.parametrize("task", ["decodes", "embeds"])
+@pytest.mark.parametrize("task", ["decodes", pytest.param("embeds", marks=pytest.mark.further)])
 def test_the_command_to_try_it_works_without_a_tokenizer(task: str, tmp_path: Path) -> None:
     models = tmp_path / "models"
     if task == "decodes":
