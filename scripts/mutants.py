@@ -91,18 +91,9 @@ PRELOAD = (
     "transformers.models.llama.modeling_llama transformers.models.roberta.modeling_roberta"
 ).split()
 SECONDS = 20.0  # of tests that a mutant is tried by at most; those that reach its line
-# Without what only serves a reader of failures, and without other packages' plugins.
-QUICK = [
-    "-m",
-    "",
-    "-x",
-    "--tb=line",
-    "--assert=plain",
-    "-p",
-    "no:cacheprovider",
-    "-p",
-    "no:faulthandler",
-]
+# All tests, without what only serves a reader of failures, and without other packages' plugins.
+QUICK = ["-m", "", "-x", "--tb=line", "--assert=plain"]
+QUICK += ["-p", "no:cacheprovider", "-p", "no:faulthandler"]
 # A file of terabytes of holes is more than a mutant may write.
 HOLES = f"--deselect={HERE}/test_pickles.py::test_what_lies_behind"
 MEMORY, DISK = 6 << 30, 1 << 30  # bytes that a mutant may take

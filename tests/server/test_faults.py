@@ -272,9 +272,9 @@ def test_memory_is_flat(server: Server) -> None:
         def ask(body: dict[str, Any]) -> None:
             assert http.post("/v1/completions", json=body).status_code == 200
 
-        list(pool.map(ask, bodies * 10))
-        before = server.rss()
         list(pool.map(ask, bodies * 20))
+        before = server.rss()
+        list(pool.map(ask, bodies * 40))
         assert server.rss() - before < 8 << 20
 
 

@@ -30,7 +30,6 @@ LINES = [
     "the cat sat on the mat",
     "ab12 水",
 ]
-ROUNDS = 32
 
 
 def bytes_tokenizer() -> Tokenizer:
@@ -89,7 +88,8 @@ def text(answer: Any) -> str:
     return str(choice["text"])
 
 
-def test_random_schemas_beside_one_another(structured: Server) -> None:
+@pytest.mark.parametrize("rounds", [32, pytest.param(128, marks=pytest.mark.further)])
+def test_random_schemas_beside_one_another(structured: Server, rounds: int) -> None:
     """Many at once, each row with its own."""
 
     def one(seed: int) -> Any:
@@ -97,8 +97,8 @@ def test_random_schemas_beside_one_another(structured: Server) -> None:
         return json.loads(text(ask(structured, response_format=given, seed=seed)))
 
     with ThreadPoolExecutor(12) as pool:
-        told = list(pool.map(one, range(ROUNDS)))
-    checks = [jsonschema.Draft202012Validator(schema(seed)) for seed in range(ROUNDS)]
+        told = list(pool.map(one, range(rounds)))
+    checks = [jsonschema.Draft202012Validator(schema(seed)) for seed in range(rounds)]
     for check, answer in zip(checks, told, strict=True):
         check.validate(answer)
     # The control: an answer to one schema is none to most others.
