@@ -54,10 +54,11 @@ def ready(base: Path, out: Path, rank: int) -> Path:
 
 
 def is_refused(url: str, name: str, kind: type[openai.APIStatusError]) -> bool:
+    """Whether it is by now: a request that vLLM reads while the name goes is told 404 alone."""
     try:
         ask(url, name, PROMPT)
-    except kind:
-        return True
+    except (kind, openai.NotFoundError) as error:
+        return isinstance(error, kind)
     return False
 
 

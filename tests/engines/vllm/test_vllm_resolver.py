@@ -171,14 +171,17 @@ def test_watch_makes_the_server_follow_a_folder(
     words = [DORA_SERVE, "watch", wanted, "--server", url, "--base", folder / BASE]
     env = {"DORA_SERVE_CACHE": str(cache), "DORA_SERVE_API_KEY": KEY, "PATH": "/usr/bin:/bin"}
     kept = names(url)
-    log = tmp_path / "log"
-    with log.open("w") as stderr:
+    log, told = tmp_path / "log", tmp_path / "told"
+
+    def done() -> list[str]:
+        return [line.split()[1] for line in told.read_text().splitlines() if "watched" in line]
+
+    with log.open("w") as stderr, told.open("w") as stdout:
         watching = subprocess.Popen(
             [*map(str, words), "--interval", "0.3", "--keep"],
             env=env,
-            stdout=subprocess.PIPE,
+            stdout=stdout,
             stderr=stderr,
-            text=True,
         )
     try:
         with traffic(url, BASE, BASE) as answers:
@@ -193,13 +196,12 @@ def test_watch_makes_the_server_follow_a_folder(
             assert ask(url, "watched", PROMPT) == new
             shutil.rmtree(wanted / "watched")
             wait_until(lambda: "watched" not in names(url))
+            wait_until(lambda: done() == ["loaded", "reloaded", "unloaded"])
     finally:
         watching.terminate()
+        watching.wait()
     assert {tuple(tokens) for _, tokens in answers} == {tuple(base_said(url))}
     assert kept == names(url), "what others loaded stays"
-    told = watching.communicate()[0].splitlines()
-    done = [line.split()[1] for line in told if "watched" in line]
-    assert done == ["loaded", "reloaded", "unloaded"]
 
 
 def test_watch_once_says_what_failed(folder: Path, url: str, tmp_path: Path, cache: Path) -> None:
