@@ -47,7 +47,9 @@ UNKNOWN = {  # the forms that mean nothing in a family's own class
 TORCHVISION = """
 import sys, types
 from unittest.mock import MagicMock
-for name in ("transforms", "transforms.v2", "transforms.v2.functional", "io"):
+__version__ = "0.28.0"
+parts = "transforms", "transforms.functional", "transforms.v2", "transforms.v2.functional", "io"
+for name in parts:
     module = sys.modules[f"torchvision.{name}"] = types.ModuleType(f"torchvision.{name}")
     module.__path__, module.__getattr__ = [], lambda name: MagicMock()
 """
