@@ -5,14 +5,16 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
-from pathlib import Path
+from pathlib import Path, PurePath
 
 from ..certificate import FILE as CERTIFICATE
 from ..errors import DoraExportError, RunError
+from ..files.json_files import read_json
 from ..model.base import SINGLE_FILES
 from .in_pieces import in_pieces
 from .run_folder import CONFIG_FILE, WEIGHT_FILES, RunFolder
 
+_STATE = "trainer_state.json"  # of transformers' Trainer, in each of its checkpoints
 _NUMBER = re.compile(r"\d+")
 
 
@@ -29,13 +31,15 @@ def no_run(folder: RunFolder, looked_for: Mapping[str, str], below: Sequence[Pat
         )
     if below:
         names = sorted((str(each.relative_to(path)) for each in below), key=_by_number)
+        best = _best(path / names[-1], below)
+        one = f"{path / names[-1]} for example" if best is None else f"{best}, the best to {_STATE}"
         some = names if len(names) < 7 else [*names[:3], "…", *names[-3:]]
         return RunError(
             "a folder of runs, not a run",
             file=path,
             found=", ".join(some),
             expected="one of them",
-            remedy=f"give {path / names[-1]} for example; `batch` takes all of them",
+            remedy=f"give {one}; `batch` takes all of them",
         )
     if (pieces := in_pieces(path)) is not None:
         return pieces
@@ -80,6 +84,14 @@ def _stored(folder: RunFolder) -> Iterable[str]:
     with suppress(DoraExportError):
         return folder.tensors(file) if file is not None else ()
     return ()
+
+
+def _best(last: Path, runs: Sequence[Path]) -> Path | None:
+    """The one beside the `last` checkpoint that training measured as the best, where it did."""
+    with suppress(DoraExportError):
+        name = PurePath(str(read_json(last / _STATE).get("best_model_checkpoint"))).name
+        return next((each for each in runs if each == last.parent / name), None)
+    return None
 
 
 def _by_number(name: str) -> tuple[list[int], str]:

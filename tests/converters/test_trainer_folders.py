@@ -122,6 +122,14 @@ def several(trained: Path, out: Path) -> tuple[Path, str, str]:
     return out, "checkpoint-90, checkpoint-200, checkpoint-1000", "checkpoint-1000"
 
 
+def measured(trained: Path, out: Path) -> tuple[Path, str, str]:
+    """With `metric_for_best_model`, trained in a folder that was moved since."""
+    found = several(trained, out)
+    state = {"best_model_checkpoint": "/elsewhere/out/checkpoint-200", "global_step": 1000}
+    put(out / "checkpoint-1000", trainer_state=json.dumps(state))
+    return *found[:2], "checkpoint-200"
+
+
 def named(trained: Path, out: Path) -> tuple[Path, str, str]:
     """As PEFT saves a model with adapters of names of their own."""
     for name in ("math", "code"):
@@ -138,7 +146,7 @@ def versions(trained: Path, out: Path) -> tuple[Path, str, str]:
     return out, ", ".join(found), found[-1]
 
 
-@pytest.mark.parametrize("make", [several, named, versions])
+@pytest.mark.parametrize("make", [several, measured, named, versions])
 def test_folders_of_runs(
     make: Callable[[Path, Path], tuple[Path, str, str]],
     trained: Path,
