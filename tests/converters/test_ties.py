@@ -8,7 +8,6 @@ are parted.
 
 from __future__ import annotations
 
-from copy import deepcopy
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -28,8 +27,7 @@ from tests.converters.tied_families import ENCODER, FAMILIES, Family
 
 def base(family: Family, folder: Path) -> None:
     torch.manual_seed(0)
-    config = getattr(transformers, family.config)(**deepcopy(family.values))
-    model = getattr(transformers, family.model)(config)
+    model = getattr(transformers, family.model)(family.configuration())
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.copy_(torch.randn_like(parameter) * 0.1 + (parameter.dim() < 2))

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from copy import deepcopy
 from dataclasses import dataclass, field
 from typing import Any
+
+import transformers
 
 from tests.converters import families
 from tests.converters.naming import QWEN3_VISION, TOKENS
@@ -125,6 +128,10 @@ class Family:
     biased: bool = False
     inputs: tuple[str, ...] = ("input_ids",)
     default: bool = field(default=False, kw_only=True)
+
+    def configuration(self) -> Any:
+        """A new one; some classes take what they know out of the values they are given."""
+        return getattr(transformers, self.config)(**deepcopy(self.values))
 
 
 PAIR = ("input_ids", "decoder_input_ids")

@@ -41,7 +41,7 @@ def llama(tie: bool) -> dict[str, Any]:
 )  # fmt: skip
 def test_groups_are_what_has_one_address(tmp_path: Path, name: str) -> None:
     family = FAMILIES[name]
-    config = getattr(transformers, family.config)(**family.values)
+    config = family.configuration()
     model = getattr(transformers, family.model)(config)
     places = defaultdict(set)
     for key, tensor in model.state_dict().items():
@@ -150,8 +150,8 @@ def test_which_single_rows_reach_the_other_side(
 def test_sides_that_a_class_always_ties_cannot_part(tmp_path: Path) -> None:
     family = FAMILIES["switch"]
     torch.manual_seed(0)
-    model = getattr(transformers, family.model)
-    model(getattr(transformers, family.config)(**family.values)).save_pretrained(tmp_path / "base")
+    model = getattr(transformers, family.model)(family.configuration())
+    model.save_pretrained(tmp_path / "base")
     whole = lazy(tmp_path / "run", {"lm_head.weight": torch.randn(80, 32)})
     run = make_run(tmp_path / "run", {}, replaced=whole, apart=frozenset(whole))
     with pytest.raises(TargetError, match="one side of a tensor that is") as caught:
