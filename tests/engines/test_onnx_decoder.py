@@ -247,11 +247,9 @@ def test_adding_an_adapter_to_a_folder(tmp_path: Path) -> None:
     for name in ("mine", "down"):  # which no certificate names, and which was changed since
         file = tmp_path / "out" / "adapters" / f"{name}.onnx_adapter"
         file.write_text("somebody's work")
-        for dry in (False, True):
-            with pytest.raises(OutputError, match="not written here, or was changed"):
-                add_adapters(
-                    tmp_path / "out", {name: sample("down")}, base, force=True, dry_run=dry
-                )
+        one, dry = {name: sample("down")}, name == "mine"
+        with pytest.raises(OutputError, match="not written here, or was changed"):
+            add_adapters(tmp_path / "out", one, base, force=True, dry_run=dry)
         assert file.read_text() == "somebody's work"
     assert not list((tmp_path / "out").glob(".adding*"))
 
