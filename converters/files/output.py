@@ -240,6 +240,17 @@ def scratch(target: Path) -> Iterator[Path]:
 
 
 @contextlib.contextmanager
+def temporary() -> Iterator[Path]:
+    """A folder in the system's temporary one that disappears as `scratch` does."""
+    with (
+        tempfile.TemporaryDirectory() as name,
+        _terminate_as_exit(),
+        _janitor(Path(name)),
+    ):
+        yield Path(name)
+
+
+@contextlib.contextmanager
 def _write_errors(target: Path) -> Iterator[None]:
     try:
         yield

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import math
 import shutil
-import tempfile
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -21,7 +20,7 @@ from typing import Any
 import torch
 
 from ..errors import BaseError, RunError
-from ..files.output import save_tensors
+from ..files.output import save_tensors, temporary
 from ..files.tensors import LazyTensor, LazyTensors, load_finite
 from ..model.base import HEAD, BaseModel
 from ..model.layout import Layout
@@ -203,8 +202,7 @@ def _as_named(folder: RunFolder, file: Path, tensors: LazyTensors) -> Iterator[P
     if keys.keys() == folder.tensors(file).keys():
         yield folder.path
         return
-    with tempfile.TemporaryDirectory() as name:
-        place = Path(name)
+    with temporary() as place:
         shutil.copyfile(folder.path / CONFIG_FILE, place / CONFIG_FILE)
         save_tensors({key: tensor.load() for key, tensor in keys.items()}, place / WEIGHT_FILES[0])
         yield place

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from converters.certificate import FILE as CERTIFICATE
-from converters.certificate import certificate, read_records, strangers
+from converters.certificate import certificate
 from converters.errors import DoraExportError, RunError
 from converters.files.handles import state_at
 from converters.files.json_files import read_json
@@ -51,8 +51,6 @@ def convert(job: Job) -> Record | None:
         key = content_key(run, base, target=name, **said)
         if key == job.done and _is_made_of(run, base, name, job.output):
             return None
-        if job.ours and job.output.is_dir():
-            _remove_changed(job.output)
         warnings = export(run, job.output, name, base=base, force=True).warnings
         for path in run.files:
             if path in before and state_at(path) != before[path]:
@@ -75,15 +73,6 @@ def convert(job: Job) -> Record | None:
         warnings,
         f"{socket.gethostname()}:{os.getpid()}",
     )
-
-
-def _remove_changed(output: Path) -> None:
-    """Remove the files of an output of ours that are not as they were made, since they are made
-    anew. Raises `DoraExportError` where it has no certificate that tells."""
-    if others := strangers(output):
-        proof = output / CERTIFICATE
-        for name in {*others} & read_records(read_json(proof), proof).keys():
-            (output / name).unlink()
 
 
 def _is_made_of(run: Run, base: BaseModel | None, target: str, folder: Path) -> bool:

@@ -10,6 +10,9 @@ import pytest
 import torch
 
 from converters.errors import BaseError, DoraExportError, TargetError
+from converters.files.output import save_tensors
+from converters.files.tensors import open_safetensors
+from converters.model.base import open_base
 from converters.run import Run
 from converters.targets.onnx.adapters import write_adapter_file
 from converters.updates.rank_one import RankOneSum, cut
@@ -79,6 +82,22 @@ def test_a_factor_beyond_the_dtype_is_refused(dtype: str, llama_base: Path, tmp_
         assert not (tmp_path / "out").exists()
     else:
         write_adapter(run, tmp_path / "out", base=llama_base, dtype=dtype)
+
+
+def test_a_whole_tensor_beyond_the_dtype_is_refused(llama_base: Path, tmp_path: Path) -> None:
+    path = tmp_path / "run" / "whole.safetensors"
+    path.parent.mkdir()
+    norm = torch.ones(open_base(llama_base).tensors["model.norm.weight"].shape)
+    norm[0] = 1e5
+    save_tensors({"model.norm.weight": norm}, path)
+    run = Run(
+        path.parent, "test", {Q: huge(1.0)}, replaced=open_safetensors(path), task="causal-lm"
+    )
+    with pytest.raises(TargetError, match="beyond the range of the adapter's dtype") as caught:
+        write_adapter(run, tmp_path / "out", base=llama_base, dtype="float16")
+    assert (caught.value.file, caught.value.tensor) == (path, "model.norm.weight")
+    assert [path.name for path in tmp_path.iterdir()] == ["run"]
+    write_adapter(run, tmp_path / "out", base=llama_base, dtype="bfloat16")
 
 
 def test_what_a_cut_leaves_is_checked() -> None:

@@ -86,8 +86,8 @@ def here(jobs: Sequence[Job]) -> Results:
         yield job, convert(job)
 
 
-def batch(source: Path, out: Path, base: str | None = None) -> Summary:
-    return run_batch(plan_batch(source, out, base=base), here, lambda _count: None)
+def batch(source: Path, out: Path, base: str | None = None, force: bool = False) -> Summary:
+    return run_batch(plan_batch(source, out, base=base, force=force), here, lambda _count: None)
 
 
 def workers_of(pid: int) -> list[psutil.Process]:
@@ -155,7 +155,7 @@ def test_many_runs_all_end_converted_or_reported(
     shutil.copy(runs[0] / WEIGHTS, runs[3])
     shutil.copy(runs[0] / WEIGHTS, runs[8])
     shutil.rmtree(out / "run-011")
-    (out / "run-012" / WEIGHTS).write_bytes(b"damaged")
+    (out / "run-012" / WEIGHTS).unlink()
     again = export("batch", manifest, out, "--workers", "2", "--json")
     assert again.returncode == 1
     summary = json.loads(again.stdout)

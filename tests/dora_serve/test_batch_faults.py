@@ -242,16 +242,21 @@ def test_few_runs_have_all_cores(llama_lora: Path, tmp_path: Path) -> None:
     assert not multiprocessing.active_children()
 
 
-def test_what_was_damaged_is_made_anew_and_what_was_added_stays(
+def test_what_was_changed_or_added_stays_and_what_is_gone_is_made_anew(
     llama_lora: Path, tmp_path: Path
 ) -> None:
     manifest, out = lines(tmp_path / "m", {"run": str(llama_lora), "name": "run"}), tmp_path / "out"
     assert batch(manifest, out).done == 1
     whole = (out / "run" / WEIGHTS).read_bytes()
-    (out / "run" / WEIGHTS).write_bytes(b"damaged")
-    again = batch(manifest, out)
-    assert (again.done, again.skipped) == (1, 0)
-    assert (out / "run" / WEIGHTS).read_bytes() == whole
+    for name in ("README.md", WEIGHTS):  # a card that somebody wrote, or damage: nobody can tell
+        (out / "run" / name).write_bytes(b"mine")
+        for force in (False, True):
+            assert f"found: {name}" in batch(manifest, out, force=force).failed["run"]
+            assert (out / "run" / name).read_bytes() == b"mine"
+        (out / "run" / name).unlink()
+        again = batch(manifest, out)
+        assert (again.done, again.skipped) == (1, 0)
+        assert (out / "run" / WEIGHTS).read_bytes() == whole
     notes = out / "run" / "notes.txt"
     notes.write_text("mine")
     assert "found: notes.txt" in batch(manifest, out).failed["run"]

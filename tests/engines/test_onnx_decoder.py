@@ -16,6 +16,7 @@ import pytest
 import torch
 
 import dora_serve
+from converters.errors import OutputError
 from converters.files.onnx_files import read_adapter_file
 from converters.model.base import open_base
 from converters.targets.onnx import add_adapters, write_onnx
@@ -243,6 +244,13 @@ def test_adding_an_adapter_to_a_folder(tmp_path: Path) -> None:
     add_adapters(tmp_path / "out", {"down": sample("second")}, base, force=True)
     proof = json.loads((tmp_path / "out" / "dora_export.json").read_text())
     assert proof["accuracy"] == {}, "figures of a run that is gone"
+    for name in ("mine", "down"):  # which no certificate names, and which was changed since
+        file = tmp_path / "out" / "adapters" / f"{name}.onnx_adapter"
+        file.write_text("somebody's work")
+        one, dry = {name: sample("down")}, name == "mine"
+        with pytest.raises(OutputError, match="not written here, or was changed"):
+            add_adapters(tmp_path / "out", one, base, force=True, dry_run=dry)
+        assert file.read_text() == "somebody's work"
     assert not list((tmp_path / "out").glob(".adding*"))
 
 

@@ -19,7 +19,7 @@ import torch
 from ...certificate import write_json
 from ...errors import TargetError, some
 from ...files.output import save_tensors
-from ...files.tensors import LazyTensor, load_finite, numel
+from ...files.tensors import LazyTensor, numel
 from ...model.base import BaseModel
 from ...model.called import check_called
 from ...model.layout import Layout, split_slice
@@ -54,7 +54,7 @@ from .experts import (
 from .names import CONFIG, WEIGHTS
 from .padding import absent_modules
 from .rows import rows_as_components
-from .whole import completed, module_names, whole_modules, with_heads
+from .whole import completed, module_names, narrowed, whole_modules, with_heads
 
 _NO_MODULE = (".bias", ".in_proj_weight")  # parameters that no pair of an adapter is for
 _LOSS = 0.05  # above this share of an update lost to rounding the user is warned
@@ -156,9 +156,7 @@ class AdapterPlan(Plan):
             inside = isinstance(saved, list) and any(f"{name}.".startswith(f"{m}.") for m in saved)
             adapted = self.stored.get(module, (0,))[0] > 0 and not inside
             key = f"{module}.base_layer.{kind}" if adapted else name
-            real = tensor.dtype.is_floating_point
-            stored = load_finite(tensor).to(self.dtype) if real else tensor.load()
-            tensors[PEFT_PREFIX + key] = stored
+            tensors[PEFT_PREFIX + key] = narrowed(tensor, self.dtype)
         save_tensors(tensors, folder / WEIGHTS)
         write_json(folder / CONFIG, self.config)
         (folder / "README.md").write_text(model_card(self))

@@ -1,11 +1,14 @@
-"""How tensors trained whole are named in a LoRA adapter's configuration."""
+"""How tensors trained whole are named in a LoRA adapter's configuration, and stored in its file."""
 
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping
 from typing import TypeVar
 
-from ...files.tensors import LazyTensor
+import torch
+
+from ...errors import TargetError
+from ...files.tensors import LazyTensor, load_finite
 from ...model.base import BaseModel
 from ...model.layout import Layout
 from ...model.tasks import HEADS
@@ -47,6 +50,25 @@ def whole_modules(
             modules[module] = None
     # One inside of another goes with it: PEFT wraps what an entry names once.
     return [m for m in modules if not any(f".{other}." in f".{m}" for other in modules)], biases
+
+
+def narrowed(tensor: LazyTensor, dtype: torch.dtype) -> torch.Tensor:
+    """The data as an adapter of `dtype` has it: whole numbers as they are. Raises `TargetError` for
+    values beyond that dtype, which would be infinite in the file."""
+    if not tensor.dtype.is_floating_point:
+        return tensor.load()
+    data = load_finite(tensor)
+    narrow = data.to(dtype)
+    if not bool(narrow.isfinite().all()):
+        raise TargetError(
+            "a tensor that was trained whole is beyond the range of the adapter's dtype",
+            file=tensor.path,
+            tensor=tensor.name,
+            found=f"values up to {float(data.abs().max()):.3g}",
+            expected=f"within {dtype}",
+            remedy="use `dtype` float32",
+        )
+    return narrow
 
 
 def module_names(layout: Layout | None) -> list[str]:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from ...certificate import FILE, file_record, write_json
+from ...certificate import FILE, file_record, read_records, unlike, write_json
+from ...errors import OutputError
 from ...files.json_files import read_json
 from ...files.onnx_files import FOLDER, SUFFIX, graphs_in
 from ...files.output import addition
@@ -24,9 +26,11 @@ def add_adapters(
     """See `converters.targets.onnx.add_adapters`."""
     if dry_run:
         stripped = plan_added(folder, adapters, base, force=force)
+        _check_own(folder, adapters)
         return {n: {m: run.rank(m) or 0 for m in run.updates} for n, run in stripped.items()}
     with addition(folder) as temporary:
         stripped = plan_added(folder, adapters, base, force=force)
+        _check_own(folder, adapters)
         proof: dict[str, Any] = read_json(folder / FILE)
         for file in graphs_in(folder):
             shutil.copyfile(file, temporary / file.name)
@@ -42,3 +46,19 @@ def add_adapters(
         for file in (*added, Path(FILE)):
             (temporary / file).replace(folder / file)
     return ranks
+
+
+def _check_own(folder: Path, names: Iterable[str]) -> None:
+    """Raise `OutputError` where the file of an adapter would take the place of one that we did not
+    write, or that was changed since."""
+    files = [Path(FOLDER, f"{name}{SUFFIX}") for name in names]
+    for file in (each for each in files if os.path.lexists(folder / each)):
+        place = folder / file
+        known = read_records(read_json(folder / FILE), folder / FILE).get(file.as_posix())
+        if known is None or place.is_symlink() or not place.is_file() or unlike(place, known):
+            raise OutputError(
+                "the adapter's file was not written here, or was changed since",
+                file=place,
+                expected="none, or one as the certificate says",
+                remedy="choose another name, or move away what is there",
+            )

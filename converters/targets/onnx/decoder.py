@@ -100,7 +100,7 @@ def _build(model: Path, built: Path, precision: str, adaptable: bool) -> bool:
 
     Raises `OutputError` when it broke off for a reason that the model is not.
     """
-    with tempfile.TemporaryDirectory() as cache:
+    with tempfile.TemporaryDirectory(dir=built.parent) as cache:
         command = [sys.executable, "-m", "onnxruntime_genai.models.builder"]
         command += ["-m", model.name, "-i", str(model), "-o", str(built), "-c", cache]
         command += ["-p", "fp16" if precision == "fp16" else "fp32", "-e", "cpu"]

@@ -135,6 +135,32 @@ def test_a_killed_group_of_processes_leaves_nothing(tmp_path: Path) -> None:
     assert listing(tmp_path) == {}
 
 
+@pytest.mark.parametrize("sent", [signal.SIGTERM, signal.SIGHUP, signal.SIGKILL])
+def test_a_temporary_folder_goes_with_its_process(sent: int, tmp_path: Path) -> None:
+    code = """
+import os
+from converters.files.output import temporary
+with temporary() as folder:
+    (folder / "half").write_text("x")
+    print(folder, flush=True)
+    os.read(0, 1)
+"""
+    with subprocess.Popen(
+        [sys.executable, "-c", code],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        env={**os.environ, "TMPDIR": str(tmp_path)},
+    ) as process:
+        assert process.stdout is not None
+        folder = Path(process.stdout.readline().decode().strip())
+        assert listing(folder) == {"half": b"x"}
+        process.send_signal(sent)
+    deadline = time.monotonic() + 30
+    while folder.exists() and time.monotonic() < deadline:
+        time.sleep(0.02)
+    assert listing(tmp_path) == {}
+
+
 def test_an_interrupted_command_with_resume_leaves_its_folder(tmp_path: Path) -> None:
     target = tmp_path / "out"
     for error in (SystemExit, KeyboardInterrupt):
