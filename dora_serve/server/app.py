@@ -49,6 +49,7 @@ def make_app(state: State, host: str, api_key: str | None) -> FastAPI:
     app = FastAPI(
         title="dora-serve",
         lifespan=life,
+        openapi_url=None,  # `operation` tells it, beside the event loop
         docs_url=None,
         redoc_url=None,
         responses={"4XX": {"model": errors.ErrorAnswer}},

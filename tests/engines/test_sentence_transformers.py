@@ -37,7 +37,7 @@ TEXTS = ["The harbour was quiet", "a lamp lit by snow", "bread", "walk by the ri
 LIMIT = 20  # tokens of a text
 # Family → configuration, what is adapted, pooling, and what of the library comes behind it.
 FAMILIES: dict[str, tuple[str, dict[str, Any], list[str], dict[str, Any]]] = {
-    "bert": ("Bert", {}, ["query", "value"], {"pooling_mode": "mean"}),
+    "bert": ("Bert", {}, ["query", "value", "pooler.dense"], {"pooling_mode": "mean"}),
     "modernbert": (
         "ModernBert",
         {"num_hidden_layers": 2, "global_attn_every_n_layers": 2, "local_attention": 8},
@@ -74,6 +74,9 @@ def make(family: str, folder: Path) -> tuple[SentenceTransformer, Path]:
         getattr(transformers, f"{kind}Model").from_pretrained(folder / "base"), told
     )
     randomize(adapted)
+    for name, factor in adapted.named_parameters():
+        if "pooler" in name and "lora_B" in name:  # all-linear has it, and no loss reaches it
+            torch.nn.init.zeros_(factor)
     adapted.save_pretrained(folder / "run")
     return SentenceTransformer(str(folder / "base"), device="cpu"), folder / "run"
 

@@ -1,13 +1,23 @@
-"""The page's files: sent as what they are, and unable to load or run anything of others."""
+"""The page's files: sent as what they are, and unable to load or run anything of others; and what
+describes the API."""
 
 from __future__ import annotations
 
+import asyncio
 import mimetypes
+from pathlib import Path
+from typing import Any
 
+import pytest
 from fastapi import FastAPI
 from starlette.testclient import TestClient
 
+from dora_serve.server.app import make_app
+from dora_serve.server.options import ServerOptions
+from dora_serve.server.prepare.offer import Offer
+from dora_serve.server.registry import Registry
 from dora_serve.server.routes.front import front
+from dora_serve.server.state import State
 
 
 def test_every_file_of_the_page() -> None:
@@ -28,3 +38,21 @@ def test_every_file_of_the_page() -> None:
         assert answer.headers["Referrer-Policy"] == "no-referrer"
         assert answer.headers["Cache-Control"] == "no-cache"
     assert client.get("/index.html").status_code == 404
+
+
+def test_the_api_is_described_beside_the_event_loop(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The first time that takes a second or two, in which others are answered."""
+    options = ServerOptions()
+    offer = Offer(graphs=[], models=[], problems={})
+    app = make_app(State(Path(), Registry(offer, options), options), "127.0.0.1", None)
+    describe = app.openapi
+
+    def beside() -> dict[str, Any]:
+        with pytest.raises(RuntimeError, match="no running event loop"):
+            asyncio.get_running_loop()
+        return describe()
+
+    monkeypatch.setattr(app, "openapi", beside)
+    with TestClient(app, "http://127.0.0.1") as http:
+        described = http.get("/openapi.json").json()
+    assert "/v1/completions" in described["paths"] and "/openapi.json" not in described["paths"]

@@ -3,9 +3,13 @@ live model."""
 
 from __future__ import annotations
 
+import asyncio
 import base64
+import json
+import threading
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -19,6 +23,9 @@ from transformers import (
 )
 
 from dora_serve.server.options import ServerOptions
+from dora_serve.server.routes import encoding, invoking
+from dora_serve.server.wire import answers, pieces
+from dora_serve.server.wire.requests import ClassifyRequest, EmbeddingRequest
 from tests.server.conftest import Server, started
 from tests.server.parity_models import save_encoder
 
@@ -166,3 +173,45 @@ def test_what_is_too_long_loses_its_end(pooled: Server) -> None:
     for given in (text, [*ids, 9, 8, 7]):
         (one,) = ask(pooled, "/v1/embeddings", model=EMBEDS, input=given, **most)["data"]
         assert one["embedding"] == pytest.approx(vector.tolist(), abs=1e-5)
+
+
+@pytest.mark.parametrize("path", ["/v1/embeddings", "/classify", "/invocations"])
+def test_many_numbers_are_told_beside_the_event_loop(
+    path: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A million of them, as 256 vectors of 4,096 numbers are, would keep all clients waiting."""
+    told: list[int] = []
+
+    class Row(np.ndarray):
+        def tolist(self) -> Any:
+            told.append(threading.get_ident())
+            return super().tolist()
+
+    async def run(*_: Any) -> Any:
+        usage = answers.Usage(**pieces.usage(3, 0))
+        head = {"id": "x", "created": 1, "model": "m"}
+        return head, [np.array([0.5, 1e-7], np.float32).view(Row)] * 2, usage
+
+    encoder = SimpleNamespace(
+        vector=None,
+        pipeline=SimpleNamespace(normalized=False),
+        classification=lambda _: SimpleNamespace(label="good"),
+        probabilities=lambda row: row,
+    )
+    served = SimpleNamespace(model=SimpleNamespace(task="feature-extraction"))
+    models = SimpleNamespace(
+        encoder=lambda *_: (served, SimpleNamespace(encoder=encoder)), find=lambda _: served
+    )
+    monkeypatch.setattr(encoding, "run", run)
+    state = SimpleNamespace(models=models)
+    request: Any = SimpleNamespace(app=SimpleNamespace(state=SimpleNamespace(server=state)))
+    vectors, classes = EmbeddingRequest(model="m", input="a"), ClassifyRequest(model="m", input="a")
+    asked: dict[str, Any] = {
+        "/v1/embeddings": lambda: encoding.embeddings(vectors, request),
+        "/classify": lambda: encoding.classify(classes, request),
+        "/invocations": lambda: invoking._answer(vectors, request),
+    }
+    answer = asyncio.run(asked[path]())
+    row = json.loads(answer.body)["data"][1]
+    assert row.get("embedding", row.get("probs")) == pytest.approx([0.5, 1e-7])
+    assert told and threading.get_ident() not in told

@@ -16,6 +16,7 @@ from transformers import AutoTokenizer, LlamaForCausalLM
 
 from dora_serve.server.options import ServerOptions
 from dora_serve.server.wire.calls import WrittenCalls
+from dora_serve.server.wire.responses import ResponsesRequest
 from dora_serve.server.wire.structure import asked_json
 from dora_serve.server.wire.tools import Tool, schema_of_calls
 from tests.server.conftest import started
@@ -181,6 +182,18 @@ def test_the_template_sees_tools_and_calls(client: openai.OpenAI) -> None:
     body = {"model": MODEL, "tokens": ids}
     told: Any = client.post("/../detokenize", body=body, cast_to=object)
     assert told["prompt"] == '<s>weather now user uassistant now {"a": 1}tool noon'
+
+
+@pytest.mark.parametrize("said", [{"description": ""}, {"description": "d"}, {}])
+def test_a_tool_is_described_as_it_was_said(said: dict[str, str]) -> None:
+    """Frameworks tell of a function without words that it has none, and templates print that."""
+    function = {"name": "now", **said, "parameters": NOTHING}
+    tool = Tool.model_validate({"type": "function", "function": function})
+    assert tool.model_dump(exclude_none=True)["function"] == function
+    asked = ResponsesRequest.model_validate(
+        {"model": "m", "input": "i", "tools": [{"type": "function", **function}]}
+    )
+    assert asked.tools and asked.tools[0].model_dump(exclude_none=True).items() >= said.items()
 
 
 @pytest.mark.parametrize(

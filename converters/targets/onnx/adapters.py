@@ -154,9 +154,9 @@ def write_adapter_file(
         update = run.updates[module].components()
         assert update is not None
         ranks[module] = update.rank
-        own = _sites_of(module, update.shape, sites)
-        if not update.rank:
+        if not update.rank:  # as of a pooling layer, which no loss reached: it needs no place
             continue
+        own = _sites_of(module, update.shape, sites)
         a, b = update.balanced()
         for site, row in own:
             name_a, name_b, _ = names(site.name)

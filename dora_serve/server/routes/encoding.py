@@ -9,6 +9,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from fastapi import APIRouter, Request
+from fastapi.responses import Response
 
 from dora_serve.onnxruntime.encoder_queue import EncoderQueue
 from dora_serve.onnxruntime.pipeline import normalized
@@ -19,42 +20,51 @@ from ..tokenizing import Row
 from ..wire import answers, pieces
 from ..wire.errors import ApiError
 from ..wire.requests import ClassifyRequest, EmbeddingRequest, Texts
-from ..wire.sending import while_there
+from ..wire.sending import beside, while_there
 from .reading import JsonRoute
 
 router = APIRouter(route_class=JsonRoute)
 
 
-@router.post("/classify")
-async def classify(body: ClassifyRequest, request: Request) -> answers.Classification:
+@router.post("/classify", response_model=answers.Classification)
+async def classify(body: ClassifyRequest, request: Request) -> Response:
     """The class of a text, or of each of several."""
     served, engine = state_of(request).models.encoder(body.model, "sequence-classification")
     head, outputs, used = await run(request, served, engine, body, "classify", logits)
-    labels = []
-    for i, row in enumerate(outputs):
+
+    def label(index: int, row: Any) -> answers.Label:
         found, told = engine.encoder.classification(row), row
         if body.use_activation is not False:
             told = engine.encoder.probabilities(row)
-        labels.append(
-            answers.Label(index=i, label=found.label, probs=told.tolist(), num_classes=len(told))
+        return answers.Label(
+            index=index, label=found.label, probs=told.tolist(), num_classes=len(told)
         )
-    return answers.Classification(**head, data=labels, usage=used)
+
+    def answer() -> answers.Classification:
+        data = [label(i, row) for i, row in enumerate(outputs)]
+        return answers.Classification(**head, data=data, usage=used)
+
+    return await beside(answer)
 
 
-@router.post("/v1/embeddings")
-async def embeddings(body: EmbeddingRequest, request: Request) -> answers.Embeddings:
+@router.post("/v1/embeddings", response_model=answers.Embeddings)
+async def embeddings(body: EmbeddingRequest, request: Request) -> Response:
     """A vector per text, as the model's pipeline makes it; without one the mean of its tokens' last
     hidden states."""
     models = state_of(request).models
     served, engine = models.encoder(body.model, "feature-extraction")
     head, outputs, used = await run(request, served, engine, body, "embd", engine.encoder.vector)
-    vectors = []
-    for i, vector in enumerate(outputs):
+
+    def told(vector: Any) -> Any:
         vector = shortened(vector, body, engine.encoder.pipeline.normalized)
-        packed = base64.b64encode(vector.astype("<f4").tobytes()).decode()
-        told = packed if body.encoding_format == "base64" else vector.tolist()
-        vectors.append(answers.Embedding(index=i, embedding=told))
-    return answers.Embeddings(**head, data=vectors, usage=used)
+        packed = body.encoding_format == "base64"
+        return base64.b64encode(vector.astype("<f4")).decode() if packed else vector.tolist()
+
+    def answer() -> answers.Embeddings:
+        data = [answers.Embedding(index=i, embedding=told(v)) for i, v in enumerate(outputs)]
+        return answers.Embeddings(**head, data=data, usage=used)
+
+    return await beside(answer)
 
 
 def shortened(vector: Any, body: EmbeddingRequest, ends: bool) -> Any:

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from fastapi import APIRouter, Request
-from fastapi.responses import PlainTextResponse, Response
+from fastapi.responses import JSONResponse, PlainTextResponse, Response
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 
 from converters.files.json_files import read_json
@@ -133,3 +133,10 @@ def metrics(request: Request) -> Response:
     """For Prometheus."""
     text = generate_latest(state_of(request).metrics.registry)
     return Response(text, headers={"Content-Type": CONTENT_TYPE_LATEST})
+
+
+@router.get("/openapi.json", include_in_schema=False)
+def openapi(request: Request) -> Response:
+    """All of it. To write it takes a second or two, once, which FastAPI's own has all others
+    wait."""
+    return JSONResponse(request.app.openapi())

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import base64
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -18,6 +17,7 @@ from ..state import state_of
 from ..wire import answers
 from ..wire.errors import ApiError
 from ..wire.requests import PoolingRequest
+from ..wire.sending import beside
 from .encoding import run, shortened
 from .reading import JsonRoute
 
@@ -52,13 +52,12 @@ async def pooling(body: PoolingRequest, request: Request) -> Response:
     head, outputs, used = await run(request, served, engine, body, "pool", finish, check=check)
     _check(used.prompt_tokens, sum(each.size for each in outputs))
 
-    def answer() -> Response:
+    def answer() -> answers.Pooling:
         told = [_told(engine.encoder, values, task, body) for values in outputs]
         data = [answers.Pooled(index=i, data=each) for i, each in enumerate(told)]
-        whole = answers.Pooling(**head, data=data, usage=used)
-        return Response(whole.model_dump_json(), media_type="application/json")
+        return answers.Pooling(**head, data=data, usage=used)
 
-    return await asyncio.to_thread(answer)
+    return await beside(answer)
 
 
 def _check(tokens: int, numbers: int) -> None:

@@ -14,7 +14,7 @@ from .schemas import schemas
 class Function(Parameters):
     """`parameters`: a JSON schema of an object, without one no parameters."""
 
-    kept_empty: ClassVar = frozenset({"parameters"})
+    kept_empty: ClassVar = frozenset({"parameters", "description"})
     name: Annotated[str, Field(min_length=1, max_length=200)]
     description: str | None = None
     parameters: Object | None = None
