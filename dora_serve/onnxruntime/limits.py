@@ -10,7 +10,9 @@ from converters.files.memory import memory
 from .session import EngineError
 
 _SCORES = 1 << 23  # numbers, of each token with each other in a layer; there are copies of them
+_STATES = 1 << 23  # numbers, of all tokens between the two layers of a block; copies as well
 _HEADS = ("num_attention_heads", "encoder_attention_heads", "num_heads", "n_heads")
+_WIDTHS = ("intermediate_size", "encoder_ffn_dim", "d_ff", "hidden_dim")
 
 
 class QueueFull(EngineError):
@@ -33,9 +35,13 @@ class Limits:
 
 def takes_much(rows: int, longest: int, config: Mapping[str, object]) -> bool:
     """Whether so many rows of such a length take much memory at once in an encoder of `config`:
-    it grows with the square of their length."""
-    heads = next((n for name in _HEADS if isinstance(n := config.get(name), int)), 16)
-    return rows * heads * longest**2 > _SCORES
+    it grows with the square of their length, and with the width of its layers."""
+
+    def said(names: Sequence[str], else_: int) -> int:
+        return next((n for name in names if isinstance(n := config.get(name), int)), else_)
+
+    scores = rows * said(_HEADS, 16) * longest**2
+    return scores > _SCORES or rows * said(_WIDTHS, 4096) * longest > _STATES
 
 
 def check_rows(rows: Sequence[Sequence[int]], longest: int, vocabulary: int | None = None) -> None:

@@ -15,12 +15,9 @@ DECODER = {**families.DECODER, "num_hidden_layers": 1, "head_dim": 8}
 ENCODER = {**families.ENCODER, "num_hidden_layers": 1}
 TRANSLATOR = {
     "d_model": 32,
-    "encoder_layers": 1,
-    "decoder_layers": 1,
-    "encoder_attention_heads": 4,
-    "decoder_attention_heads": 4,
-    "encoder_ffn_dim": 48,
-    "decoder_ffn_dim": 48,
+    **{f"{part}_layers": 1 for part in ("encoder", "decoder")},
+    **{f"{part}_attention_heads": 4 for part in ("encoder", "decoder")},
+    **{f"{part}_ffn_dim": 48 for part in ("encoder", "decoder")},
     "vocab_size": 80,
     "max_position_embeddings": 40,
     "pad_token_id": 0,

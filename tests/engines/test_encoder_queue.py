@@ -111,22 +111,35 @@ def test_an_answer_that_cannot_be_made_ends_no_worker(folder: Path) -> None:
         assert queue.running == 0
 
 
-def test_long_rows_are_few_at_once(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("bound", "said", "each"),
+    [("_SCORES", "num_attention_heads", 30**2), ("_STATES", "intermediate_size", 30)],
+)
+def test_long_rows_are_few_at_once(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, bound: str, said: str, each: int
+) -> None:
     with running(folder) as queue:
-        heads, run, sizes = queue.encoder.config["num_attention_heads"], queue.encoder.run, []
-        monkeypatch.setattr(limits, "_SCORES", 3 * heads * 30**2)
+        run, sizes = queue.encoder.run, []
+        monkeypatch.setattr(limits, bound, 3 * queue.encoder.config[said] * each)
 
         def counted(rows: Any, *more: Any) -> Any:
             sizes.append(len(rows))
             return run(rows, *more)
 
         monkeypatch.setattr(queue.encoder, "run", counted)
-        for each in queue.submit([([5] * 30, [0] * 30)] * 10, None):
-            assert each.result(60)
+        for answer in queue.submit([([5] * 30, [0] * 30)] * 10, None):
+            assert answer.result(60)
     assert max(sizes) == 3
     assert sum(sizes) == 10
-    assert not limits.takes_much(1, 30, {"num_heads": heads})
+
+
+def test_what_takes_much(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert not limits.takes_much(16, 128, {"num_heads": 16, "d_ff": 4096})
+    assert limits.takes_much(16, 128, {"num_heads": 16, "intermediate_size": 16_384})
+    monkeypatch.setattr(limits, "_SCORES", 3 * 4 * 30**2)
+    assert not limits.takes_much(1, 30, {"num_heads": 4})
     assert limits.takes_much(1, 30, {})  # sixteen, where nothing is said
+    assert limits.takes_much(1, 8192, {"num_heads": 0})  # layers of 4,096
 
 
 def test_bounds(folder: Path) -> None:
