@@ -175,7 +175,7 @@ def strangers(folder: Path) -> list[str]:
         name.as_posix()
         for path in sorted(folder.rglob("*"))
         if (name := path.relative_to(folder)).as_posix() != FILE
-        and not (name.as_posix() == SIGNATURE and _is_signature(path))
+        and not (name.as_posix() == SIGNATURE and is_signature(path))
         and not (path.is_dir() and not path.is_symlink() and os.access(path, os.R_OK | os.X_OK))
         and not (
             (known := records.get(name.as_posix())) is not None
@@ -186,7 +186,7 @@ def strangers(folder: Path) -> list[str]:
     ]
 
 
-def _is_signature(path: Path) -> bool:
+def is_signature(path: Path) -> bool:
     """Whether it signs a certificate, as `sign` and model_signing write it, and not whose it is."""
     try:
         bundle: Any = read_json(path)

@@ -17,7 +17,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from converters.certificate import SIGNATURE
+from converters.certificate import SIGNATURE, is_signature
 from converters.errors import DoraExportError, MissingError, OutputError
 from converters.files.handles import paths_below
 from converters.files.output import addition
@@ -36,8 +36,8 @@ def sign(artifact: str | Path, private_key: str | Path, force: bool = False) -> 
     """Sign every byte of `artifact`; the path of the signature, which appears whole or not at all.
 
     Raises `SignatureError` when the artifact is not what its certificate says, or holds links, or
-    the key is unfit; `OutputError` when it is signed already, unless `force`; `TensorFileError`
-    where a folder cannot be listed.
+    the key is unfit; `OutputError` when it is signed already, unless `force`, or something else has
+    the signature's name; `TensorFileError` where a folder cannot be listed.
     """
     import model_signing as library
 
@@ -45,6 +45,13 @@ def sign(artifact: str | Path, private_key: str | Path, force: bool = False) -> 
     target = folder / SIGNATURE
     with _key_errors(private_key, "private"):
         signer = library.signing.Config().use_elliptic_key_signer(private_key=Path(private_key))
+    if os.path.lexists(target) and not is_signature(target):
+        raise OutputError(
+            f"{SIGNATURE} is in the place of the signature and is none of an artifact: it stays",
+            file=target,
+            expected="what dora-export sign or model_signing writes, or nothing",
+            remedy="move it away",
+        )
     if target.exists() and not force:
         raise OutputError(
             "the artifact is signed already",

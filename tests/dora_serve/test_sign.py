@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -219,6 +220,25 @@ def test_a_signature_is_replaced_with_force_only(signed: Path, keys: Path) -> No
     done = run("sign", signed, "--private-key", keys / "other", "--force", "--json")
     assert json.loads(done.output) == {"signature": str(signed / SIGNATURE)}
     verify_signature(signed, keys / "other.pub")
+
+
+def test_what_is_no_signature_stays(merged: Path, keys: Path) -> None:
+    place, notes = merged / "model.sig", merged.parent / "notes.txt"
+    notes.write_text("mine")
+    for put in (
+        lambda: place.write_text("somebody's notes"),
+        lambda: place.symlink_to(notes),
+        lambda: place.symlink_to("nowhere"),
+        place.mkdir,
+    ):
+        put()
+        for force in ((), ("--force",)):
+            done = run("sign", merged, "--private-key", keys / "ours", *force)
+            assert done.exit_code == 1
+            assert "it stays" in done.output
+        assert os.path.lexists(place)
+        place.rmdir() if place.is_dir() else place.unlink()
+    assert notes.read_text() == "mine"
 
 
 def test_a_signature_is_never_half_there(signed: Path, keys: Path) -> None:
