@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import mmap
 import platform
 import re
@@ -46,11 +47,23 @@ def huge(memory: mmap.mmap) -> int:
     return 1024 * int(found[1])
 
 
+def unless_refused(memory: mmap.mmap) -> None:
+    """Skip where the system itself has no huge pages for `memory`, as when what is free lies in
+    small pieces."""
+    begin = np.frombuffer(memory, np.uint8).ctypes.data
+    madvise = ctypes.CDLL(None).madvise
+    for page in range(-(-begin // PAGE) * PAGE, (begin + SIZE) // PAGE * PAGE, PAGE):
+        if madvise(ctypes.c_void_p(page), ctypes.c_size_t(PAGE), 25):  # MADV_COLLAPSE
+            pytest.skip("the system has no huge pages free")
+
+
 def test_memory_in_use_is_gathered_and_stays_what_it_was() -> None:
     whole, half = mapped(SIZE, mmap.MADV_DONTDUMP), mapped(SIZE // 2, mmap.MADV_DONTFORK)
     assert huge(whole) == 0
     gather().join()
-    assert huge(whole) >= SIZE - 2 * PAGE
+    if huge(whole) < SIZE - 2 * PAGE:
+        unless_refused(whole)
+        pytest.fail("what the system gathers was not")
     assert huge(half) == 0, "it would take more memory"
     assert whole[:] == BYTES[:SIZE]
     assert half[: SIZE // 2] == BYTES[: SIZE // 2]
@@ -79,7 +92,9 @@ def test_a_large_sessions_weights_are_gathered(tmp_path: Path) -> None:
     for thread in threading.enumerate():
         if thread.name == "huge-pages":
             thread.join()
-    assert in_huge_pages() - before >= weights.nbytes // 2
+    if in_huge_pages() - before < weights.nbytes // 2:
+        unless_refused(mapped(SIZE, mmap.MADV_DONTDUMP))
+        pytest.fail("what the system gathers was not")
     x = np.ones((1, len(weights)), np.float32)
     assert np.allclose(session.run({"x": x})["y"], x @ weights, atol=1e-2)
 
