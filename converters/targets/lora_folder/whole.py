@@ -59,7 +59,7 @@ def narrowed(tensor: LazyTensor, dtype: torch.dtype) -> torch.Tensor:
         return tensor.load()
     data = load_finite(tensor)
     narrow = data.to(dtype)
-    if not bool(narrow.isfinite().all()):
+    if narrow is not data and not bool(narrow.isfinite().all()):
         raise TargetError(
             "a tensor that was trained whole is beyond the range of the adapter's dtype",
             file=tensor.path,
