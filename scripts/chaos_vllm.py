@@ -199,10 +199,13 @@ def _ready(url: str) -> bool:
 
 
 def _free_port() -> int:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port: int = free.getsockname()[1]
-        return port
+    """Below those that the system gives out, of which another process may have been given one in
+    the minute until vLLM opens it."""
+    for port in Random().sample(range(20_000, 32_000), 100):
+        with suppress(OSError), socket.socket() as free:
+            free.bind(("127.0.0.1", port))
+            return port
+    raise SystemExit("no port is free")
 
 
 def main() -> int:

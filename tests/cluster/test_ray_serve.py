@@ -24,7 +24,8 @@ from click.testing import CliRunner
 
 from dora_serve.commands import dora_serve
 from tests.conftest import MODELS
-from tests.server.conftest import BASE, DOWN, SECOND, Server, free_port, started
+from tests.ports import free_port
+from tests.server.conftest import BASE, DOWN, SECOND, Server, started
 
 pytestmark = pytest.mark.skipif(find_spec("ray") is None, reason="Ray is not installed")
 

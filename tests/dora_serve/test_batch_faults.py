@@ -84,6 +84,7 @@ def test_what_starts_workers_is_killed(llama_lora: Path, tmp_path: Path) -> None
     assert process.returncode == 0
 
 
+@pytest.mark.further
 def test_no_worker_writes_on_when_the_command_was_killed(llama_lora: Path, tmp_path: Path) -> None:
     base = tmp_path / "base"
     tiny_llama(vocab_size=400_000).save_pretrained(base)  # some time to write

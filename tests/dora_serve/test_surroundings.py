@@ -43,7 +43,11 @@ RUN = "from dora_serve.commands import run_export; run_export()"
 
 
 @pytest.mark.parametrize(
-    "place", [pytest.param(n, marks=pytest.mark.further) if n == "builder" else n for n in STARTS]
+    "place",
+    [
+        pytest.param(n, marks=pytest.mark.further) if n in ("batch", "builder") else n
+        for n in STARTS
+    ],
 )
 def test_nothing_of_the_current_folder_is_run(place: str, tmp_path: Path) -> None:
     """Where models of others lie, `python -m` and `-c` would take their modules for ours."""

@@ -117,7 +117,7 @@ def test_tokens_under_any_interleaving(llama: Case, seed: int) -> None:
     assert engine.running == engine.waiting == 0
 
 
-@pytest.mark.parametrize("name", ["gemma3", "qwen3"])
+@pytest.mark.parametrize("name", [pytest.param("gemma3", marks=pytest.mark.further), "qwen3"])
 def test_windows_and_other_graphs(name: str, tmp_path_factory: pytest.TempPathFactory) -> None:
     case = adapted(name, tmp_path_factory)
     with running(case, max_rows=4, piece=5) as engine:

@@ -80,6 +80,7 @@ def of_one_layer(folder: Path) -> tuple[BaseModel, Run]:
     return open_base(folder / "base"), read_run(folder / "lora")
 
 
+@pytest.mark.further
 def test_the_base_of_many_adapters(tmp_path: Path) -> None:
     """Whoever gives no adapter has the base."""
     base, run = of_one_layer(tmp_path)

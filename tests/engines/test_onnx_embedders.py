@@ -147,7 +147,7 @@ def test_adapters_that_classify_leave_the_pipeline_behind(tmp_path: Path) -> Non
                 pytest.mark.supports(
                     method="peft_lora", family=f"{name} (embedder)", targets=("merged", "onnx")
                 ),
-                *([] if name == "qwen3" else [pytest.mark.further]),
+                pytest.mark.further,
             ],
         )
         for name in FAMILIES

@@ -6,7 +6,6 @@ import json
 import os
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -25,6 +24,7 @@ from transformers import AutoTokenizer, RobertaConfig, RobertaModel
 from dora_serve.onnxruntime.limits import Limits
 from dora_serve.server.options import ServerOptions
 from tests.conftest import MODELS
+from tests.ports import free_port
 from tests.processes import commands
 
 DOWN, SECOND = "Tiny_Llama--Count_Down--1", "Tiny_Llama--Every_Second--1"
@@ -84,12 +84,6 @@ class Server:
         """Bytes of memory it has."""
         pages = Path(f"/proc/{self.process.pid}/statm").read_text().split()[1]
         return int(pages) * os.sysconf("SC_PAGE_SIZE")
-
-
-def free_port() -> int:
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        return int(listener.getsockname()[1])
 
 
 def save_adapter(folder: Path) -> None:

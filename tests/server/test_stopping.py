@@ -92,6 +92,7 @@ def test_stopped_while_its_processes_begin(ending: Server, number: signal.Signal
     assert "Application shutdown complete" in log and "Traceback" not in log
 
 
+@pytest.mark.further
 def test_a_terminal_that_is_closed_ends_it_as_softly(ending: Server) -> None:
     asked = {"model": BASE, "prompt": "one", "n": 100, "max_tokens": 60, "ignore_eos": True}
     with ThreadPoolExecutor(1) as pool:

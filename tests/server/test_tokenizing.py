@@ -69,6 +69,7 @@ def test_what_is_too_long_is_refused(text: str) -> None:
     assert caught.value.param == "prompt"
 
 
+@pytest.mark.further
 def test_a_template_without_end_ends_its_process_alone(tmp_path: Path) -> None:
     """It is the kernel that ends it, so that it ends too when the server is gone."""
     base = Path(shutil.copytree(MODELS / "tiny-llama-base", tmp_path / "base"))

@@ -21,11 +21,11 @@ from tests.engines.vllm.servers import (
     KEY,
     SMALL,
     TOLD,
-    free_port,
     live_tokens,
     runs,
     server,
 )
+from tests.ports import free_port
 
 
 @pytest.fixture(scope="session")

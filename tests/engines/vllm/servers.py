@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -42,13 +41,6 @@ def apart(count: Callable[[], int]) -> int:
     were imported, it starts no engine any more."""
     with ProcessPoolExecutor(1, get_context("spawn")) as process:
         return process.submit(count).result()
-
-
-def free_port() -> int:
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        port: int = s.getsockname()[1]
-        return port
 
 
 def ready(url: str) -> bool:

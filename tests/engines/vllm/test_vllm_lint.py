@@ -24,8 +24,8 @@ from tests.converters.lint_cases import Plant, unsaid
 from tests.converters.naming import FAMILIES, OTHERS, WRAPPED, load, make, renamed, stranger
 from tests.converters.test_lint_truth import spoilt, train
 from tests.converters.test_naming import AS_IT_LIES
-from tests.engines.vllm.servers import free_port
 from tests.engines.vllm.test_vllm_names import BOUND, Engine
+from tests.ports import free_port
 
 pytestmark = pytest.mark.skipif(find_spec("vllm") is None, reason="needs vLLM")
 

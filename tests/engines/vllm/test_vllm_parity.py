@@ -17,7 +17,8 @@ from urllib.request import Request, urlopen
 import pytest
 
 from dora_serve.vllm.command import find_vllm
-from tests.engines.vllm.servers import SMALL, free_port, server
+from tests.engines.vllm.servers import SMALL, server
+from tests.ports import free_port
 from tests.server import parity, parity_models, parity_more
 
 pytestmark = pytest.mark.skipif(find_spec("vllm") is None, reason="needs vLLM")
