@@ -23,6 +23,8 @@ from converters.files.interpreters import environment
 _POLL = 0.5
 _GRACE = 60.0  # between asking a server to end and killing it
 _GRACE_AT_START = 5.0  # of one that answers nobody yet
+_TIDYING = 5.0  # between killing a server's processes and those that tidy up after them
+_TIDIES = b"multiprocessing.resource_tracker"  # in the command of one of these
 _STEADY = 60.0  # a crash after so long counts as the first one
 _FAILURES = 5  # starts in a row that did not become ready
 _LONGEST = 60.0  # between two starts
@@ -160,14 +162,36 @@ class Supervisor:
 
 
 def _end(process: subprocess.Popen[bytes], signals: _Signals, grace: float) -> None:
-    """End the server and all that it started; kill what does not end within `grace` seconds."""
+    """End the server and all that it started; kill what does not end within `grace` seconds.
+
+    vLLM's shared memory, hundreds of megabytes at each start, is removed by a process of Python's
+    that waits for all others to end.
+    """
     if process.poll() is None:
         _signal_group(process, signal.SIGTERM)
         began = time.monotonic()
         while process.poll() is None and len(signals) < 2 and time.monotonic() - began < grace:
             time.sleep(0.1)
+    began = time.monotonic()
+    while (left := _group(process.pid)) and time.monotonic() - began < _TIDYING:
+        for pid, command in left.items():
+            if _TIDIES not in command:
+                with suppress(ProcessLookupError):
+                    os.kill(pid, signal.SIGKILL)
+        time.sleep(0.02)
     _signal_group(process, signal.SIGKILL)
     process.wait()
+
+
+def _group(number: int) -> dict[int, bytes]:
+    """Process → its command, of those of a group that run; none where there is no `/proc`."""
+    found = {}
+    for folder in Path("/proc").glob("[0-9]*"):
+        with suppress(OSError):  # it has ended meanwhile
+            state, _, group = (folder / "stat").read_text().rsplit(")", 1)[1].split()[:3]
+            if state != "Z" and int(group) == number:
+                found[int(folder.name)] = (folder / "cmdline").read_bytes()
+    return found
 
 
 def _signal_group(process: subprocess.Popen[bytes], number: int) -> None:

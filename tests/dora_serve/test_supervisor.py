@@ -26,7 +26,12 @@ if (folder / "refuse").exists():
     sys.exit("Error: told to refuse")
 with (folder / "starts").open("a") as starts:
     starts.write("x")
-child = subprocess.Popen(["sleep", "600"])
+from multiprocessing.resource_tracker import getfd
+from multiprocessing.shared_memory import SharedMemory
+shared = SharedMemory(create=True, size=8)
+with (folder / "shared").open("a") as names:
+    print(shared.name, file=names)
+child = subprocess.Popen(["sleep", "600"], pass_fds=[getfd()])  # as a process of multiprocessing
 (folder / "child").write_text(str(child.pid))
 class Ok(http.server.BaseHTTPRequestHandler):
     answer = 200
@@ -89,6 +94,12 @@ class Supervised:
     def child(self) -> int:
         return int((self.folder / "child").read_text())
 
+    def shared(self) -> list[str]:
+        """What is left of the shared memory of all starts."""
+        names = (self.folder / "shared").read_text().split()
+        assert names
+        return [name for name in names if Path("/dev/shm", name).exists()]
+
 
 @pytest.fixture
 def supervised(tmp_path: Path) -> Supervised:
@@ -131,6 +142,7 @@ def test_a_crash_is_mended_and_ctrl_c_ends_all(supervised: Supervised) -> None:
     assert not alive(second)
     assert supervised.events()[-1] == "stopping"
     assert (supervised.folder / "starts").read_text() == "xx"
+    assert not supervised.shared()
 
 
 @pytest.mark.parametrize("path", ["/broken", "/deaf"])
@@ -142,6 +154,7 @@ def test_what_neither_ends_nor_serves_is_started_again(supervised: Supervised, p
     assert (supervised.folder / "starts").read_text() == "xx"
     supervised.process.terminate()
     assert supervised.process.wait(timeout=30) == 0
+    assert not supervised.shared()
 
 
 def test_a_first_start_that_fails_is_an_error_with_the_servers_words(tmp_path: Path) -> None:
