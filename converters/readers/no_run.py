@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
-from pathlib import Path, PurePath
+from pathlib import Path, PureWindowsPath
 
 from ..certificate import FILE as CERTIFICATE
 from ..errors import DoraExportError, RunError
@@ -89,7 +89,8 @@ def _stored(folder: RunFolder) -> Iterable[str]:
 def _best(last: Path, runs: Sequence[Path]) -> Path | None:
     """The one beside the `last` checkpoint that training measured as the best, where it did."""
     with suppress(DoraExportError):
-        name = PurePath(str(read_json(last / _STATE).get("best_model_checkpoint"))).name
+        said = str(read_json(last / _STATE).get("best_model_checkpoint"))
+        name = PureWindowsPath(said).name  # which takes separators of either kind
         return next((each for each in runs if each == last.parent / name), None)
     return None
 

@@ -130,6 +130,14 @@ def measured(trained: Path, out: Path) -> tuple[Path, str, str]:
     return *found[:2], "checkpoint-200"
 
 
+def elsewhere(trained: Path, out: Path) -> tuple[Path, str, str]:
+    """Trained on Windows."""
+    found = several(trained, out)
+    state = json.dumps({"best_model_checkpoint": r"D:\runs\out\checkpoint-90"})
+    put(out / "checkpoint-1000", trainer_state=state)
+    return *found[:2], "checkpoint-90"
+
+
 def named(trained: Path, out: Path) -> tuple[Path, str, str]:
     """As PEFT saves a model with adapters of names of their own."""
     for name in ("math", "code"):
@@ -146,7 +154,7 @@ def versions(trained: Path, out: Path) -> tuple[Path, str, str]:
     return out, ", ".join(found), found[-1]
 
 
-@pytest.mark.parametrize("make", [several, measured, named, versions])
+@pytest.mark.parametrize("make", [several, measured, elsewhere, named, versions])
 def test_folders_of_runs(
     make: Callable[[Path, Path], tuple[Path, str, str]],
     trained: Path,

@@ -14,13 +14,16 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
+from types import SimpleNamespace
 
 import httpx
 import psutil
 import pytest
 
+from converters.errors import RunError
 from dora_serve.server.connections import END
 from dora_serve.server.options import ServerOptions
+from dora_serve.server.prepare import child
 from dora_serve.server.prepare.child import make_offer
 from tests.server.attacks import TEMPLATE, head
 from tests.server.conftest import BASE, Server, save_adapter, started
@@ -208,6 +211,23 @@ def test_it_is_ended_while_it_prepares(tmp_path: Path, place: Path, number: sign
     _, left = psutil.wait_procs(found, 2)
     assert [each for each in left if each.status() != psutil.STATUS_ZOMBIE] == []
     assert not list((tmp_path / "cache").glob(".*"))
+
+
+@pytest.mark.parametrize("handling", [signal.SIG_DFL, signal.SIG_IGN])
+def test_what_prepares_is_ended_from_outside(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, handling: signal.Handlers
+) -> None:
+    """Where SIGCHLD is ignored, nobody is told how a process ended."""
+    python = tmp_path / "python"
+    python.write_text("#!/bin/sh\nread request\nkill -9 $$\n")
+    python.chmod(0o755)
+    monkeypatch.setattr(child, "sys", SimpleNamespace(executable=str(python)))
+    before = signal.signal(signal.SIGCHLD, handling)
+    try:
+        with pytest.raises(RunError, match="preparing what is to be served broke off"):
+            make_offer(tmp_path, None, True)
+    finally:
+        signal.signal(signal.SIGCHLD, before)
 
 
 def _all_below(process: psutil.Process) -> list[psutil.Process]:

@@ -56,8 +56,9 @@ def _call(request: str) -> str:
             with suppress(ProcessLookupError):
                 os.killpg(process.pid, signal.SIGKILL)
             raise
-    if process.returncode:
-        raise RunError("preparing what is to be served broke off", found=process.returncode)
+    if process.returncode or not answer:  # without its code, where SIGCHLD is ignored
+        found = process.returncode or "no answer"
+        raise RunError("preparing what is to be served broke off", found=found)
     reply = json.loads(answer)
     if "error" in reply:
         raise RunError(Failure(**reply).error)
