@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import codecs
 import contextlib
 import io
@@ -231,6 +232,7 @@ def run_export() -> NoReturn:
         dora_export()
     except SystemExit as done:
         code = done.code
+    atexit._run_exitfuncs()  # others tidy up there, as multiprocessing its temporary folder
     with contextlib.suppress(BrokenPipeError):  # as in `dora-export inspect RUN | head -1`
         sys.stdout.flush()
         sys.stderr.flush()

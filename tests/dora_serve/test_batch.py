@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import getpass
 import json
 import multiprocessing
 import os
@@ -189,8 +190,14 @@ def test_ctrl_c_leaves_a_status_that_the_next_goes_on_from(
     manifest = write_manifest(tmp_path / "all.jsonl", runs, llama_base)
     out = tmp_path / "out"
     command = [str(EXPORT), "batch", str(manifest), str(out), "--workers", "2"]
+    temporary = tmp_path / "temporary"
+    temporary.mkdir()
     with subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True
+        command,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        env={**os.environ, "TMPDIR": str(temporary)},
+        start_new_session=True,
     ) as process:
         wait_for(lambda: outputs(out) >= 3)
         os.killpg(process.pid, signal.SIGINT)  # as a terminal does
@@ -202,6 +209,8 @@ def test_ctrl_c_leaves_a_status_that_the_next_goes_on_from(
     assert len(before["done"]) + len(before["pending"]) == 12
     assert all((out / name / "dora_export.json").is_file() for name in before["done"])
     wait_for(lambda: not litter(out))
+    left = {path.name for path in temporary.iterdir()}
+    assert left <= {f"torchinductor_{getpass.getuser()}"}, left
 
     again = batch(manifest, out)
     assert (again.done, again.skipped) == (12, len(before["done"]))
