@@ -76,6 +76,17 @@ def apart(problems: dict[str, str], *names: str) -> Iterator[None]:
         problems |= dict.fromkeys(names, f"{type(error).__name__}: {str(error)[:300]}")
 
 
+@contextmanager
+def panics() -> Iterator[None]:
+    """Within, a panic of a library in Rust, which is no `Exception`, is a `RuntimeError`."""
+    try:
+        yield
+    except BaseException as error:
+        if type(error).__name__ == "PanicException":
+            raise RuntimeError(str(error)) from error
+        raise
+
+
 class RunError(DoraExportError, ValueError):
     """The run (or adapter) cannot be read as what it claims to be."""
 

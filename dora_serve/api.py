@@ -17,7 +17,7 @@ from converters.files.handles import there
 from converters.fit import prepare
 from converters.model.base import BaseModel, open_base
 from converters.options import FitOptions, ReadOptions, chosen, names
-from converters.readers import is_run, read_run
+from converters.readers import folder_of, is_run, read_run
 from converters.run import Run
 from converters.targets.publish import Artifact, Bar, publish
 from converters.targets.target import target_named
@@ -228,7 +228,7 @@ def diff(
 def _side(side: Run | str | Path, base: BaseModel | None) -> Run:
     if isinstance(side, Run):
         return side
-    path = Path(side)
+    path = folder_of(side)
     if (path.is_dir() and is_run(path)) or not (path / "config.json").is_file():
         return read_run(side, ReadOptions(base=None if base is None else base.path)).strip()
     if base is None:

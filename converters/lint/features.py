@@ -139,6 +139,22 @@ def _saved(adapter: Adapter, name: str) -> str:
     return next((entry for entry in saved if is_below(name, entry)), "")
 
 
+def quantized(adapter: Adapter) -> Iterator[Finding]:
+    """Of a layer that was trained whole PEFT puts a copy beside the base's own. That of a quantized
+    one has packed numbers, and loading it is an error."""
+    targets, base = adapter.where(lambda engine: engine.name in PEFTS_OWN), adapter.base
+    if not targets or base is None:
+        return
+    for name in adapter.others:
+        if _saved(adapter, name) and base.is_quantized(name):
+            yield Finding(
+                "quantized", "error", targets, name,
+                "PEFT loads no weight of its own for a layer that the base quantizes",
+                "a layer that was trained whole", "one that the base holds as floats",
+                f"load it beside the dequantized base, or {MERGE}",
+            )  # fmt: skip
+
+
 def embeddings(adapter: Adapter) -> Iterator[Finding]:
     family = None if adapter.base is None else adapter.base.config.get("model_type")
     targets = adapter.where(lambda engine: not engine.embeds(family))
@@ -272,6 +288,7 @@ CHECKS = (
     kind,
     features,
     whole_tensors,
+    quantized,
     embeddings,
     attention,
     experts,

@@ -108,6 +108,11 @@ class BaseModel:
             name = self.embedding
         return None if name is None else self.tensors[name]
 
+    def is_quantized(self, name: str) -> bool:
+        """Whether the files hold tensor `name` as packed numbers, which are read as floats."""
+        found = self.find(name)
+        return found is not None and isinstance(self.tensors[found], Dequantized)
+
     def lends(self, module: str) -> bool:
         """Whether `weight` gives the embedding for `module`: a head that is tied to it, or lies
         under a name that its class knows."""

@@ -39,11 +39,7 @@ def read_stored(path: str | Path, options: ReadOptions | None = None) -> Run:
 
 
 def _read(path: str | Path, options: ReadOptions | None, *, named: bool) -> Run:
-    if not str(path):
-        raise MissingError("the run's path is empty")
-    folder = Path(path)
-    if not there(folder) and _HUB_ID.fullmatch(str(path)):
-        folder = _cached_run(str(path))
+    folder = folder_of(path)
     options = options or ReadOptions()
     if options.lora_alpha is not None and not is_number(options.lora_alpha):
         raise RunError("lora_alpha is not a finite number", found=options.lora_alpha)
@@ -63,6 +59,16 @@ def _read(path: str | Path, options: ReadOptions | None, *, named: bool) -> Run:
     # Files that lie elsewhere, or deeper, are only known now.
     states = {file: before[file] if file in before else state_at(file) for file in run.files}
     return replace(run, states=states)
+
+
+def folder_of(path: str | Path) -> Path:
+    """`path` itself, or the folder in the local hub cache of the id that it is."""
+    if not str(path):
+        raise MissingError("the run's path is empty")
+    folder = Path(path)
+    if there(folder) or not _HUB_ID.fullmatch(str(path)):
+        return folder
+    return _cached_run(str(path))
 
 
 def _cached_run(name: str) -> Path:

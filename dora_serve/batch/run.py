@@ -7,6 +7,8 @@ from collections.abc import Callable, Mapping
 from contextlib import closing
 from dataclasses import dataclass
 
+from converters.errors import visible
+
 from .job import Engine, Record
 from .plan import Batch
 from .status import Status, locked, printable
@@ -57,6 +59,6 @@ def run_batch(batch: Batch, engine: Engine, advance: Callable[[int], None]) -> S
     ended = {name: status.records[name] for job in batch.jobs if (name := job.name) not in left}
     ended |= {name: status.records[name] for name in batch.problems}
     failed = {n: printable(r.error or "") for n, r in ended.items() if r.state == "failed"}
-    warnings = {n: printable("; ".join(r.warnings)) for n, r in ended.items() if r.warnings}
+    warnings = {n: visible("; ".join(r.warnings)) for n, r in ended.items() if r.warnings}
     seconds = round(time.monotonic() - began, 3)
     return Summary(len(ended) - len(failed), skipped, failed, warnings, len(left), seconds)

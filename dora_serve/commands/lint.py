@@ -25,7 +25,7 @@ _SHOWN = 5
 
 
 @click.command("lint")
-@click.argument("adapter", type=common.INPUT)
+@click.argument("adapter", type=common.SOURCE)
 @common.base_option
 @click.option(
     "--target",
@@ -39,7 +39,7 @@ _SHOWN = 5
 @common.json_option
 @common.reports_errors
 def command(
-    adapter: Path,
+    adapter: str,
     base: str | None,
     targets: tuple[str, ...],
     out: Path | None,
@@ -54,17 +54,19 @@ def command(
     from converters.errors import DoraExportError
     from converters.lint import heal, lint
     from converters.model.base import open_base
+    from converters.readers import folder_of
 
     if out is not None and len(targets) > 1:
         raise click.UsageError("--fix writes for one --target")
     targets = targets or (TARGETS if out is None else ("peft",))
     model = None if base is None else open_base(base)
-    findings = lint(adapter, model, targets)
+    folder = folder_of(adapter)
+    findings = lint(folder, model, targets)
     left: list[Finding] | None = None
     why = None
     if out is not None:
         try:
-            heal(adapter, out, targets[0], model, force)
+            heal(folder, out, targets[0], model, force)
             left = lint(out, model, targets) if targets[0] != "gguf" else []
         except DoraExportError as error:
             why, left = in_flags(error), findings
@@ -86,7 +88,7 @@ def _verdict(findings: Sequence[Finding], target: str) -> str:
 
 
 def _json(
-    adapter: Path,
+    adapter: str,
     targets: Sequence[str],
     findings: Sequence[Finding],
     out: Path | None,
@@ -94,7 +96,7 @@ def _json(
     why: str | None,
 ) -> dict[str, object]:
     result: dict[str, object] = {
-        "adapter": str(adapter),
+        "adapter": adapter,
         "engines": {target: _verdict(findings, target) for target in targets},
         "findings": [asdict(finding) for finding in findings],
     }
@@ -108,7 +110,7 @@ def _json(
     return result
 
 
-def _print(adapter: Path, targets: Sequence[str], findings: Sequence[Finding]) -> None:
+def _print(adapter: str, targets: Sequence[str], findings: Sequence[Finding]) -> None:
     click.echo(visible(adapter))
     common_to_all = [finding for finding in findings if set(targets) <= set(finding.targets)]
     if len(targets) > 1 and common_to_all:

@@ -9,7 +9,14 @@ from dataclasses import dataclass, field, replace
 from itertools import islice
 from pathlib import Path
 
-from converters.errors import DoraExportError, MissingError, RunError, TensorFileError, apart
+from converters.errors import (
+    DoraExportError,
+    MissingError,
+    RunError,
+    TensorFileError,
+    apart,
+    visible,
+)
 from converters.files.handles import OF_THE_DISK, State, reading, real, state_at
 from converters.files.onnx_files import ENCODER, MODEL, is_onnx_folder
 from converters.model.base import BaseModel, open_base
@@ -56,9 +63,11 @@ class Found:
 
     @property
     def warnings(self) -> dict[str, str]:
-        """What to know of members that can be served."""
+        """What to know of members that can be served, a line each, whatever a run is called in."""
         return {
-            name: "; ".join(m.run.warnings) for name, m in self.members.items() if m.run.warnings
+            name: visible("; ".join(member.run.warnings))
+            for name, member in self.members.items()
+            if member.run.warnings
         }
 
     def files(self) -> Iterator[Path]:

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from converters.certificate import FILE as CERTIFICATE
 from converters.certificate import artifact_files
-from converters.errors import some
+from converters.errors import panics, some
 from converters.files.tensors import same_values
 from converters.model.architecture import offline
 from converters.model.base import HEAD, BaseModel, open_base
@@ -145,11 +145,12 @@ def _tokenizer(artifact: Path, source: Path, run: Path) -> tuple[str | None, lis
     found, words = [], list(SENTENCES)
     for folder in (source, artifact):
         try:
-            tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
-            if folder is source:
-                words += [str(t) for t in tokenizer.added_tokens_decoder.values()][:_ADDED]
-            rows = [list(tokenizer(text)["input_ids"]) for text in words]
-            found.append((tokenizer, rows, tokenizer.get_vocab()))
+            with panics():
+                tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+                if folder is source:
+                    words += [str(t) for t in tokenizer.added_tokens_decoder.values()][:_ADDED]
+                rows = [list(tokenizer(text)["input_ids"]) for text in words]
+                found.append((tokenizer, rows, tokenizer.get_vocab()))
         except Exception as error:
             if folder is source and _has_tokenizer(source):
                 return None, []  # the run and the base have one that does not load either

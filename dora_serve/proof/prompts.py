@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from converters.errors import panics
 from converters.files.tensors import LazyTensor, numel
 from converters.model.architecture import offline
 from converters.model.base import BaseModel
@@ -180,27 +181,31 @@ def _ended(inputs: Inputs, end: int, vocab: int) -> Inputs:
     return {**inputs, "input_ids": ids.scatter(1, last, end)}
 
 
-@offline()
 def _texts(base: BaseModel, vocab: int) -> tuple[list[list[int]], list[str]]:
     """The sentences in the base's tokens, or such of its own words where it does not know them, and
     what they are; none where it has no tokenizer."""
-    from transformers import AutoTokenizer
-
     if not any((base.path / name).is_file() for name in TOKENIZERS):
         return [], []
     try:
-        tokenizer = AutoTokenizer.from_pretrained(base.path, trust_remote_code=False)
-        rows = [list(tokenizer(sentence)["input_ids"]) for sentence in SENTENCES]
-        rows = [row for row in rows if _is_text(row, tokenizer.unk_token_id, vocab)]
-        if len(rows) > 1:
-            return rows, [f"{len(rows)} texts"]
-        own = sorted(set(tokenizer.get_vocab().values()) - set(tokenizer.all_special_ids))
-        seed = torch.Generator().manual_seed(0)
-        picked = torch.randint(len(own), (len(SENTENCES), LENGTH), generator=seed).tolist()
-        words = [tokenizer.decode([own[i] for i in row]) for row in picked]
-        rows = [list(tokenizer(text)["input_ids"]) for text in words]
+        with offline(), panics():
+            return _tokenized(base, vocab)
     except Exception:  # of whatever kind: ids need no tokenizer
         return [], []
+
+
+def _tokenized(base: BaseModel, vocab: int) -> tuple[list[list[int]], list[str]]:
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(base.path, trust_remote_code=False)
+    rows = [list(tokenizer(sentence)["input_ids"]) for sentence in SENTENCES]
+    rows = [row for row in rows if _is_text(row, tokenizer.unk_token_id, vocab)]
+    if len(rows) > 1:
+        return rows, [f"{len(rows)} texts"]
+    own = sorted(set(tokenizer.get_vocab().values()) - set(tokenizer.all_special_ids))
+    seed = torch.Generator().manual_seed(0)
+    picked = torch.randint(len(own), (len(SENTENCES), LENGTH), generator=seed).tolist()
+    words = [tokenizer.decode([own[i] for i in row]) for row in picked]
+    rows = [list(tokenizer(text)["input_ids"]) for text in words]
     rows = [row for row in rows if _is_text(row, tokenizer.unk_token_id, vocab)]
     return rows, [f"{len(rows)} texts of its tokenizer's words"] if rows else []
 

@@ -15,7 +15,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from threading import Lock
 
-from converters.errors import DoraExportError, MissingError, RunError
+from converters.errors import DoraExportError, MissingError, RunError, visible
 from converters.files.handles import real
 from converters.model.base import BaseModel, open_base
 from converters.readers import readers
@@ -226,7 +226,7 @@ class Following:
         return Desired(
             {name: w.adapter for name, w in wanted.items() if w.adapter is not None},
             {**self._odd, **{name: w.problem for name, w in wanted.items() if w.problem}},
-            {name: "; ".join(w.warnings) for name, w in wanted.items() if w.warnings},
+            {name: visible("; ".join(w.warnings)) for name, w in wanted.items() if w.warnings},
             {
                 name
                 for name, path in self._paths.items()

@@ -19,7 +19,7 @@ from vllm.logger import init_logger
 from vllm.lora.request import LoRARequest
 from vllm.lora.resolver import LoRAResolver
 
-from converters.errors import DoraExportError, MissingError, TargetError
+from converters.errors import DoraExportError, MissingError, TargetError, visible
 from converters.files.cache import cache_folder
 from converters.files.handles import real
 from converters.model.base import open_base
@@ -86,7 +86,7 @@ class RunResolver(LoRAResolver):  # type: ignore[misc]
         if wanted is None:
             return None
         for warning in wanted.warnings:
-            logger.warning("run %s: %s", lora_name, warning)
+            logger.warning("run %s: %s", lora_name, visible(warning))
         if wanted.adapter is None:
             logger.warning("run %s cannot be served: %s", lora_name, wanted.problem)
             raise VLLMValidationError(wanted.problem, parameter="model")

@@ -48,6 +48,22 @@ def test_a_run_and_what_was_made_of_it_are_the_same(tmp_path: Path) -> None:
         assert found.whole == {}
 
 
+def test_ids_of_the_hub_are_taken_from_the_local_cache(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of a model too, and by `lint`: what was looked for was a run alone, or a folder."""
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    for name in ("merged", "adapter"):
+        (tmp_path / f"models--a--{name}" / "refs").mkdir(parents=True)
+        (tmp_path / f"models--a--{name}" / "refs" / "main").write_text("c0ffee")
+    merge(COUNT, tmp_path / "models--a--merged" / "snapshots" / "c0ffee", base=BASE)
+    write_adapter(COUNT, tmp_path / "models--a--adapter" / "snapshots" / "c0ffee", base=BASE)
+    assert export("diff", "a/adapter", "a/merged", "--base", BASE)["total"]["relative"] < 1e-6
+    assert export("lint", "a/adapter", "--target", "peft")["adapter"] == "a/adapter"
+    said = CliRunner().invoke(dora_export, ["lint", "a/gone"])
+    assert said.exit_code == 1 and "neither a folder nor in the local hub cache" in said.output
+
+
 def test_another_run_is_far_away(tmp_path: Path) -> None:
     total = export("diff", COUNT, SECOND)["total"]
     assert total["relative"] > 1

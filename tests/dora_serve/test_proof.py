@@ -17,9 +17,10 @@ from click.testing import CliRunner
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 
+from converters.errors import BaseError
 from converters.model.base import open_base
 from converters.readers import ReadOptions
-from dora_serve import merge, read_run, verify, write_adapter
+from dora_serve import merge, read_run, verify, write_adapter, write_onnx
 from dora_serve.commands.verify import command
 from dora_serve.proof import prompts
 from dora_serve.proof.verify import NOISE, TOLERANCE, Verification
@@ -254,6 +255,25 @@ def test_text_where_there_is_a_tokenizer(tmp_path: Path) -> None:
     if vocab > len(ids):
         assert found.asked[0] == "2 texts"
         assert found.batches[0]["input_ids"][0, 0] == ids["T"]
+
+
+def test_a_tokenizer_that_panics_is_an_error(tmp_path: Path) -> None:
+    """A panic of the library in Rust, of a pattern that never ends, is no `Exception`."""
+    sample = MODELS / "runs/Checkpoint/Tiny_Llama/Lora_Rank=8/Count_Down/Tiny_Llama--Count_Down--1"
+    good, base, text = MODELS / "tiny-llama-base", tmp_path / "base", tmp_path / "text"
+    merge(sample, tmp_path / "merged", base=good)
+    shutil.copytree(good, base)
+    pattern = {"Regex": "([a-z ]+[a-z ]+)+[0-9]"}
+    split = {"type": "Split", "pattern": pattern, "behavior": "Isolated", "invert": False}
+    for folder in (base, tmp_path / "merged"):
+        file = folder / "tokenizer.json"
+        file.write_text(json.dumps({**json.loads(file.read_text()), "pre_tokenizer": split}))
+    run = read_run(sample)
+    assert prompts.prompts_of(run, open_base(base)).asked[0] == "4 x 16 random ids"
+    assert "its tokenizer does not load" in verify(run, tmp_path / "merged", good).failures[0]
+    text.write_text("x" * 60_000)
+    with pytest.raises(BaseError, match="no tokenizer that reads the text"):
+        write_onnx(base, tmp_path / "out", precision="int4", calibrate=text)
 
 
 def test_what_does_not_load_has_failed(large: Path, tmp_path: Path) -> None:

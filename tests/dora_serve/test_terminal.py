@@ -96,6 +96,23 @@ def test_no_command_passes_on_what_a_terminal_obeys(
     assert change == "task" or r"\u202e" in said or r"\\u202e" in said
 
 
+def test_a_warning_is_one_line(llama_lora: Path, llama_base: Path, tmp_path: Path) -> None:
+    """What a run calls its base, or a setting, begins no line of its own in what is said of it."""
+    shutil.copytree(llama_lora, tmp_path / "all" / "run")
+    forged = {"base_model_name_or_path": "x\nerror: forged", "y\nerror: forged": {}}
+    configured(**forged)(tmp_path / "all" / "run")
+    words = [str(tmp_path / "all"), "--base", str(llama_base)]
+    done = [
+        CliRunner().invoke(dora_serve, ["plan", *words]),
+        CliRunner().invoke(dora_serve, ["up", *words, "--dry-run"]),
+        CliRunner().invoke(dora_serve, ["up", *words, "--engine", "vllm", "--dry-run"]),
+        CliRunner().invoke(dora_export, ["batch", *words, str(tmp_path / "out")]),
+    ]
+    for each in done:
+        assert r"x\nerror: forged" in each.output, each.output
+        assert not re.search("^error: forged", each.output, re.MULTILINE), each.output
+
+
 def test_a_folder_whose_name_moves_the_cursor(
     llama_lora: Path, llama_base: Path, tmp_path: Path
 ) -> None:

@@ -147,7 +147,7 @@ def test_bases_that_read_no_text(content: str | None, text: Path, tmp_path: Path
     (few / "tokenizer.json").unlink()
     if content is not None:
         (few / "tokenizer.json").write_text(content)
-    with pytest.raises(DoraExportError, match="no tokenizer that loads"):
+    with pytest.raises(DoraExportError, match="no tokenizer that reads"):
         write_onnx(few, tmp_path / "out", precision="int4", calibrate=text)
     assert not (tmp_path / "out").exists()
 

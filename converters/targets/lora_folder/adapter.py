@@ -54,7 +54,7 @@ from .experts import (
 from .names import CONFIG, WEIGHTS
 from .padding import absent_modules
 from .rows import rows_as_components
-from .whole import completed, module_names, narrowed, whole_modules, with_heads
+from .whole import completed, module_names, narrowed, quantized, whole_modules, with_heads
 
 _NO_MODULE = (".bias", ".in_proj_weight")  # parameters that no pair of an adapter is for
 _LOSS = 0.05  # above this share of an update lost to rounding the user is warned
@@ -223,6 +223,8 @@ def plan_adapter(
         "bias": "all" if biases else "none",
         "fan_in_fan_out": bool(transposed & alive.keys()),
     }
+    told = quantized(base, whole, modules)
+    told += [] if any(rank for _, rank in ranks.values()) else [NO_UPDATE]
     elements = sum(numel(tensor) for tensor in whole.values())
     elements += sum(rank * (out + inn) for rank, out, inn in stored.values())
     return AdapterPlan(
@@ -230,7 +232,7 @@ def plan_adapter(
         run=run,
         base=base,
         nbytes=elements * dtype.itemsize,
-        warnings=(*run.warnings, *(() if any(r for _, r in ranks.values()) else (NO_UPDATE,))),
+        warnings=(*run.warnings, *told),
         config=config,
         parameters=kept,
         ranks=ranks,

@@ -7,7 +7,7 @@ from typing import TypeVar
 
 import torch
 
-from ...errors import TargetError
+from ...errors import TargetError, some
 from ...files.tensors import LazyTensor, load_finite
 from ...model.base import BaseModel
 from ...model.layout import Layout
@@ -130,6 +130,21 @@ def completed(
             if disk is not None:
                 result.setdefault(name, base.tensors[disk])
     return result
+
+
+def quantized(
+    base: BaseModel | None, whole: Collection[str], modules: Collection[str]
+) -> list[str]:
+    """What is to be told where the base quantizes one of `modules`: PEFT puts a copy of it beside
+    the base's own, which has packed numbers and takes no weight."""
+    names = [n for n in sorted(whole) if any(f"{n}.".startswith(f"{m}.") for m in modules)]
+    found = [] if base is None else [name for name in names if base.is_quantized(name)]
+    if not found:
+        return []
+    return [
+        f"trained whole, and quantized in the base: {some(found)}; PEFT does not load it beside "
+        "that base, but beside the dequantized one: deploy the merged model (`merge`)"
+    ]
 
 
 def _inside(module: str, named: Mapping[str, _T]) -> dict[str, _T]:

@@ -36,11 +36,10 @@ def add_adapters(
             shutil.copyfile(file, temporary / file.name)
         ranks = write_adapters(temporary, stripped, base)
         proof["adapters"] |= adapter_certificates(adapters, base, ranks)
-        for name in adapters:  # what was measured was measured on the run of that name before
-            proof.get("accuracy", {}).pop(name, None)
+        if isinstance(measured := proof.get("accuracy"), dict):  # on the run of that name before
+            proof["accuracy"] = {n: each for n, each in measured.items() if n not in adapters}
         added = [Path(FOLDER, f"{name}{SUFFIX}") for name in adapters]
-        records = {file.as_posix(): file_record(temporary / file) for file in added}
-        proof["files"] = {**proof.get("files", {}), **records}
+        proof["files"] |= {file.as_posix(): file_record(temporary / file) for file in added}
         write_json(temporary / FILE, proof)
         (folder / FOLDER).mkdir(exist_ok=True)
         for file in (*added, Path(FILE)):
@@ -50,11 +49,20 @@ def add_adapters(
 
 def _check_own(folder: Path, names: Iterable[str]) -> None:
     """Raise `OutputError` where the file of an adapter would take the place of one that we did not
-    write, or that was changed since."""
+    write, or that was changed since, or would lie elsewhere, `TensorFileError` where the
+    certificate lists no files."""
+    records = read_records(read_json(folder / FILE), folder / FILE)
+    if (folder / FOLDER).is_symlink():
+        raise OutputError(
+            "the adapters' folder is a link, and what is added would lie elsewhere",
+            file=folder / FOLDER,
+            expected="a folder, as it was written",
+            remedy="put the folder itself in the link's place",
+        )
     files = [Path(FOLDER, f"{name}{SUFFIX}") for name in names]
     for file in (each for each in files if os.path.lexists(folder / each)):
         place = folder / file
-        known = read_records(read_json(folder / FILE), folder / FILE).get(file.as_posix())
+        known = records.get(file.as_posix())
         if known is None or place.is_symlink() or not place.is_file() or unlike(place, known):
             raise OutputError(
                 "the adapter's file was not written here, or was changed since",

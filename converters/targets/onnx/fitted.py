@@ -12,7 +12,7 @@ import onnx_ir as ir
 import torch
 from numpy.typing import NDArray
 
-from ...errors import BaseError, RunError
+from ...errors import BaseError, RunError, panics
 from ...model.architecture import known_model, offline
 from ...model.base import BaseModel
 from ...model.tasks import architecture_of
@@ -45,12 +45,12 @@ def rows_of(text: Path, base: BaseModel) -> NDArray[np.int64]:
             expected="a text file in UTF-8",
         ) from None
     try:
-        with offline():
+        with offline(), panics():
             tokenizer = AutoTokenizer.from_pretrained(base.path, trust_remote_code=False)
             ids = tokenizer(words, verbose=False).input_ids
     except Exception as error:  # of whatever kind
         raise BaseError(
-            "the base has no tokenizer that loads, by which a text could be calibrated with",
+            "the base has no tokenizer that reads the text, by which it could be calibrated with",
             file=base.path,
             found=f"{type(error).__name__}: {error}"[:300],
             remedy="leave out `calibrate`, or copy the tokenizer's files into the base",

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from ...errors import BaseError, TargetError
+from ...errors import BaseError, TargetError, panics
 from ...model.architecture import offline
 from ..merged.companions import companions
 
@@ -81,7 +81,8 @@ def write_companions(out: Path, source: Path, task: str | None = None) -> None:
     if not any((source / name).is_file() for name in TOKENIZERS):
         return
     try:
-        tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
+        with panics():
+            tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
     except Exception:  # of whatever kind: whoever reads a text tells it, and ids need none
         return
     own = getattr(tokenizer, "backend_tokenizer", None)

@@ -4,19 +4,23 @@ transformers loads of them with it."""
 from __future__ import annotations
 
 import json
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import transformers
+from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 
 from converters.errors import BaseError
+from converters.lint import lint
 from converters.model.base import open_base
 from converters.readers import ReadOptions, read_run
-from dora_serve.api import merge
+from dora_serve.api import merge, write_adapter
 from dora_serve.proof.verify import verify
+from tests.conftest import randomize
 from tests.converters.made import WEIGHTS
 from tests.converters.quantized import (
     adapter,
@@ -111,6 +115,26 @@ def test_what_was_trained(kind: str, run: Path, tmp_path: Path) -> None:
     base = quantized(tmp_path / "plain", tmp_path / "base", kind)
     assert open_base(base).fault is None
     prove(run, base, tmp_path / "out", loaded(base), "transformers (compressed-tensors)")
+
+
+def test_a_whole_layer_beside_a_quantized_one_is_told(tmp_path: Path) -> None:
+    """PEFT puts a copy of the base's layer there, whose packed numbers no adapter has."""
+    plain = plain_base(tmp_path / "plain")
+    base = quantized(plain, tmp_path / "base", "int8, rows")
+    for module, wrong in (("down_proj", True), ("lm_head", False)):
+        model = transformers.AutoModelForCausalLM.from_pretrained(plain)
+        config = LoraConfig(r=2, target_modules=["q_proj"], modules_to_save=[module])
+        peft = get_peft_model(model, config)
+        randomize(peft, ("lora_", "modules_to_save"))
+        run, out = tmp_path / f"{module}-run", tmp_path / module
+        peft.save_pretrained(run)
+        warnings = write_adapter(run, out, base=base).warnings
+        assert any("quantized in the base" in told for told in warnings) == wrong
+        errors = [f.check for f in lint(out, open_base(base), ["peft"]) if f.severity == "error"]
+        assert errors == (["quantized"] * 2 if wrong else [])
+        model = transformers.AutoModelForCausalLM.from_pretrained(base)
+        with pytest.raises(KeyError, match="weight_scale") if wrong else nullcontext():
+            PeftModel.from_pretrained(model, out)
 
 
 @pytest.mark.parametrize(
