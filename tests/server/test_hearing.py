@@ -197,6 +197,7 @@ def test_a_length_without_large_factors(count: int) -> None:
         (wave_of(7, 8, b"1234"), "kind 7"),
         (wave_of(1, 16, b"1234", channels=0), "0 channels"),
         (wave_of(1, 16, b"1234", rate=0), "0 samples a second"),
+        (wav(np.zeros(4)).replace(b"\2\0\x10\0data", b"\x04\0\x18\0data"), "4 bytes for 1 numbers"),
         (wav(np.zeros(4))[:-5], ""),
     ],
 )
@@ -217,12 +218,15 @@ def test_forms() -> None:
         with pytest.raises(ApiError, match="no end, or 64 parts"):
             read_form("multipart/form-data; boundary=x", head % b"a" + b"1" + more)
     for long in (b";" * 10**6, b"\r\na: b" * 10**5):  # which takes an hour, or all the memory
-        with pytest.raises(ApiError, match="more than 4096 bytes"):
+        with pytest.raises(ApiError, match="more than 2048 bytes"):
             read_form("multipart/form-data; boundary=x", head[:-4] + long + b"\r\n\r\n\r\n--x--")
     mixed = "*0=x; %s*=utf-8''y"  # which the standard library puts in no order
     part = f"--x\r\nContent-Disposition: form-data; name{mixed % 'name'}\r\n\r\n\r\n--x--"
     assert read_form("multipart/form-data; boundary=x", part.encode()) == {}
     others = ("application/json", "multipart/form-data", "multipart/mixed; boundary=x")
+    dear = f"multipart/form-data; boundary=x{';' * 5000}"
+    with pytest.raises(ApiError, match="more than 2048 bytes"):
+        read_form(dear, body)
     for kind in (*others, f"multipart/form-data; boundary{mixed % 'boundary'}"):
         with pytest.raises(ApiError, match="multipart/form-data"):
             read_form(kind, body)

@@ -60,7 +60,8 @@ async def translations(request: Request) -> Response:
 
 async def _heard(request: Request, task: str) -> Response:
     state = state_of(request)
-    form = read_form(request.headers.get("content-type", ""), await request.body())
+    kind, sent = request.headers.get("content-type", ""), await request.body()
+    form = await asyncio.to_thread(read_form, kind, sent)
     file = form.pop("file", None)
     if file is None:
         raise ApiError("the form has no file", param="file")
