@@ -13,6 +13,7 @@ from .session import EngineError
 _SCORES = 1 << 23  # numbers, of each token with each other in a layer; there are copies of them
 _STATES = 1 << 23  # numbers, of all tokens between the two layers of a block; copies as well
 _SCORE_BYTES = 12  # that were taken for each, with its copies: 9 to 11
+_ALWAYS = 1024  # tokens that a row may have in any case: with 16 heads they take 200 MB
 _HEADS = ("num_attention_heads", "encoder_attention_heads", "num_heads", "n_heads")
 _WIDTHS = ("intermediate_size", "encoder_ffn_dim", "d_ff", "hidden_dim")
 
@@ -48,7 +49,8 @@ def takes_much(rows: int, longest: int, config: Mapping[str, object]) -> bool:
 
 def longest_row(room: int, config: Mapping[str, object]) -> int:
     """How many tokens a row of an encoder of `config` may have whose scores take `room` bytes."""
-    return isqrt(room // (_SCORE_BYTES * max(1, _said(config, _HEADS, 16))))
+    heads = max(1, _said(config, _HEADS, 16))
+    return max(_ALWAYS, isqrt(room // (_SCORE_BYTES * heads)))
 
 
 def _said(config: Mapping[str, object], names: Sequence[str], else_: int) -> int:
