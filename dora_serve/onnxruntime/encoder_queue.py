@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from .engine import Engine
-from .limits import Limits, check_rows, takes_much
+from .limits import Limits, check_rows, longest_row, takes_much
 
 if TYPE_CHECKING:
     from .encoder import Encoder
@@ -40,7 +40,9 @@ class EncoderQueue(Engine):
 
     def __init__(self, encoder: Encoder, limits: Limits | None = None, workers: int = 1) -> None:
         super().__init__(encoder, limits, workers)
-        self.encoder, self.max_length = encoder, encoder.max_length
+        self.encoder = encoder
+        longest = longest_row(self.limits.row_bytes, encoder.config)
+        self.max_length = min(encoder.max_length, longest)
         self._running = 0
         self._start()
 

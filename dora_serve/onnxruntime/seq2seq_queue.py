@@ -18,7 +18,7 @@ from .beams import forbidden
 from .engine import Engine
 from .generation import Generation
 from .grammar import Grammars
-from .limits import Limits, check_rows, takes_much
+from .limits import Limits, check_rows, longest_row, takes_much
 from .request import Delta, Request, Tell
 from .seq2seq import Batch, Seq2Seq
 from .session import EngineError
@@ -77,7 +77,8 @@ class Seq2SeqQueue(Engine):
     ) -> None:
         super().__init__(model, limits, workers=1)
         self.model, self.vocabulary = model, model.vocabulary
-        self.max_length = min(longest or model.max_length, model.max_length)
+        room = longest_row(self.limits.row_bytes, model.config)
+        self.max_length = min(longest or model.max_length, model.max_length, room)
         self.end = model.end
         own = frozenset(() if self.end is None else (self.end,))
         said = model.eos if ends is None else ends

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 @dataclass(eq=False)
 class _Job:
-    wave: Array
+    wave: Callable[[], Array]
     adapter: str | None
     language: str | None
     task: str
@@ -41,14 +41,16 @@ class TranscriberQueue(Engine):
 
     def submit(
         self,
-        wave: Array,
+        wave: Callable[[], Array],
         adapter: str | None,
         language: str | None = None,
         task: str = "transcribe",
         search: Search | None = None,
         prompt: Sequence[int] = (),
     ) -> Future[Completion]:
-        """What `Transcriber.transcribe` makes of `wave`. Raises `QueueFull` when too many wait."""
+        """What `Transcriber.transcribe` makes of `wave`, which is called in its turn: what waits
+        need not hold its samples, of which a short request may tell many. Raises `QueueFull` when
+        too many wait."""
         job = _Job(wave, adapter, language, task, search, prompt)
         self._accept([job])
         return job.future
@@ -70,7 +72,7 @@ class TranscriberQueue(Engine):
             self.pool.acquire(job.adapter)  # nobody else has one
             try:
                 (done,) = self.model.transcribe(
-                    [job.wave], job.language, job.task, job.search, job.adapter, job.prompt
+                    [job.wave()], job.language, job.task, job.search, job.adapter, job.prompt
                 )
             finally:
                 self.pool.release(job.adapter)

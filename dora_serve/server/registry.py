@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -12,6 +12,7 @@ from dora_serve.onnxruntime.continuous import ContinuousDecoder
 from dora_serve.onnxruntime.decoder_graph import DecoderGraph
 from dora_serve.onnxruntime.encoder import STATES, Encoder
 from dora_serve.onnxruntime.encoder_queue import EncoderQueue
+from dora_serve.onnxruntime.limits import Limits
 from dora_serve.onnxruntime.mapped import part_from_files
 from dora_serve.onnxruntime.seq2seq import Seq2Seq
 from dora_serve.onnxruntime.seq2seq_queue import Seq2SeqQueue
@@ -53,9 +54,7 @@ class Registry:
         self.problems = dict(offer.problems)
         self._engines: dict[str, Engine] = {}
         self._defaults: dict[str, Defaults] = {}
-        decoders = sum(graph.task == DECODES for graph in offer.graphs)
-        share = options.limits.prefix_bytes // max(1, decoders)
-        options = replace(options, limits=replace(options.limits, prefix_bytes=share))
+        options = replace(options, limits=_shared(options.limits, offer.graphs))
         for graph in offer.graphs:
             with apart(self.problems, *(m.name for m in offer.models if m.folder == graph.folder)):
                 self._defaults[graph.folder] = _defaults(graph, options)
@@ -158,6 +157,16 @@ class Registry:
         """Finish what was submitted, then end the engines."""
         for engine in self._engines.values():
             engine.close()
+
+
+def _shared(limits: Limits, graphs: Sequence[Graph]) -> Limits:
+    """The bounds of each engine, where all together have what `limits` say of memory."""
+    decoders = sum(graph.task == DECODES for graph in graphs)
+    return replace(
+        limits,
+        prefix_bytes=limits.prefix_bytes // max(1, decoders),
+        row_bytes=limits.row_bytes // max(1, len(graphs) - decoders),
+    )
 
 
 def _defaults(graph: Graph, options: ServerOptions) -> Defaults:

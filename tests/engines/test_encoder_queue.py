@@ -152,6 +152,18 @@ def test_bounds(folder: Path) -> None:
             queue.submit([([5], [0])] * 4, None)
 
 
+def test_one_row_takes_what_there_is_for_it(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of a model with thousands of positions a single text would take gigabytes."""
+    assert limits.longest_row(3 << 30, {"num_heads": 16}) == 4096
+    assert limits.longest_row(1000, {}) == 1024  # which are taken in any case
+    monkeypatch.setattr(limits, "_ALWAYS", 2)
+    with running(folder, row_bytes=12 * 4 * 20**2) as queue:  # it has four heads
+        assert queue.max_length == 20
+        assert queue.submit([([5] * 20, [0] * 20)], None)[0].result(60)
+        with pytest.raises(DoraExportError, match="too long"):
+            queue.submit([([5] * 21, [0] * 21)], None)
+
+
 def test_a_tokenizers_bound_is_of_texts_alone(folder: Path, tmp_path: Path) -> None:
     """And the proof asks about every position that the model has."""
     shutil.copytree(folder, tmp_path / "onnx")

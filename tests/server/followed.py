@@ -148,6 +148,11 @@ FOLLOWED: dict[str, Attack] = {
         )
     },
     "a tool that doubles": chats(tools=[_tool(_doubled(300))], tool_choice="required"),
+    "types that lead to one another": chats(
+        200,
+        tools=[_tool({"properties": {"a": {"anyOf": [{"$ref": "#/properties/a"}] * 1000}}})],
+        structured_outputs={"choice": ["<function=f><parameter=a>1</parameter></function>"]},
+    ),
     "definitions that are a list": chats(tools=[_tool({"$defs": [[]]})], tool_choice="required"),
     "half a surrogate pair as a schema": follows(json="\ud800"),
     "tools to choose from": chats(

@@ -46,6 +46,10 @@ FORMED: dict[str, Attack] = {
         lambda: _PART + b"".join(b"; a*%d*=b" % i for i in range(300_000)) + b"\r\n\r\n\r\n--x--"
     ),
     "parts": forms(lambda: (_PART + b"\r\n\r\n\r\n") * 70_000 + b"--x--"),
+    "quotes in every part": forms(
+        lambda: (_PART + b'; "' + b";" * 3900 + b"\r\n\r\n\r\n") * 63 + b"--x--",
+        _KIND + ';"' + ";" * 14_000,
+    ),
     "a part without end": forms(lambda: _PART + b"\r\n\r\n" + b"--" * 2_000_000),
     "parameters of a form": forms(
         lambda: _PART + b"\r\n\r\n\r\n--x--", _KIND.replace("; ", ";" * 15_000)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import struct
+import threading
 import wave
 from collections.abc import Iterator
 from pathlib import Path
@@ -18,7 +19,11 @@ from schemathesis import GenerationMode
 from tokenizers import Tokenizer
 from transformers import WhisperFeatureExtractor, WhisperForConditionalGeneration
 
+from converters.model.base import open_base
+from converters.targets.onnx import write_onnx
+from dora_serve.onnxruntime import Transcriber
 from dora_serve.onnxruntime.spectrum import read_spectrum
+from dora_serve.onnxruntime.transcriber_queue import TranscriberQueue
 from dora_serve.server.options import ServerOptions
 from dora_serve.server.wire.errors import ApiError
 from dora_serve.server.wire.sounds import _quick, read_form, read_sound
@@ -197,6 +202,7 @@ def test_a_length_without_large_factors(count: int) -> None:
         (wave_of(7, 8, b"1234"), "kind 7"),
         (wave_of(1, 16, b"1234", channels=0), "0 channels"),
         (wave_of(1, 16, b"1234", rate=0), "0 samples a second"),
+        (wav(np.zeros(4)).replace(b"\2\0\x10\0data", b"\x04\0\x18\0data"), "4 bytes for 1 numbers"),
         (wav(np.zeros(4))[:-5], ""),
     ],
 )
@@ -217,15 +223,43 @@ def test_forms() -> None:
         with pytest.raises(ApiError, match="no end, or 64 parts"):
             read_form("multipart/form-data; boundary=x", head % b"a" + b"1" + more)
     for long in (b";" * 10**6, b"\r\na: b" * 10**5):  # which takes an hour, or all the memory
-        with pytest.raises(ApiError, match="more than 4096 bytes"):
+        with pytest.raises(ApiError, match="more than 2048 bytes"):
             read_form("multipart/form-data; boundary=x", head[:-4] + long + b"\r\n\r\n\r\n--x--")
     mixed = "*0=x; %s*=utf-8''y"  # which the standard library puts in no order
     part = f"--x\r\nContent-Disposition: form-data; name{mixed % 'name'}\r\n\r\n\r\n--x--"
     assert read_form("multipart/form-data; boundary=x", part.encode()) == {}
     others = ("application/json", "multipart/form-data", "multipart/mixed; boundary=x")
+    dear = f"multipart/form-data; boundary=x{';' * 5000}"
+    with pytest.raises(ApiError, match="more than 2048 bytes"):
+        read_form(dear, body)
     for kind in (*others, f"multipart/form-data; boundary{mixed % 'boundary'}"):
         with pytest.raises(ApiError, match="multipart/form-data"):
             read_form(kind, body)
+
+
+def test_a_sound_is_read_in_its_turn(hearing: Server, tmp_path: Path) -> None:
+    """Of 300 bytes that tell 30 s each, hundreds that wait would hold hundreds of MB."""
+    write_onnx(open_base(hearing.root / "base"), tmp_path / "onnx")
+    begun, goes_on, read = threading.Event(), threading.Event(), []
+
+    def first() -> Any:
+        begun.set()
+        assert goes_on.wait(60)
+        return waves()[0]
+
+    def second() -> Any:
+        read.append(2)
+        return waves()[1]
+
+    model = Transcriber(tmp_path / "onnx", threads=1)
+    queue = TranscriberQueue(model)
+    asked = [queue.submit(sound, None, "de") for sound in (first, second)]
+    assert begun.wait(60)
+    assert not read
+    goes_on.set()
+    told = [each.result(60).tokens for each in asked]
+    queue.close()
+    assert told == [each.tokens for each in model.transcribe(waves()[:2], "de")]
 
 
 def test_what_is_refused(hearing: Server) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -234,6 +235,11 @@ ARGUMENTS: Any = {
         "o": {"anyOf": [{"type": "string"}, {"type": "null"}]},
         "l": {"$ref": "#/$defs/list"},
         "m": {"$ref": "#/definitions/of~1lists"},
+        "n": {
+            "anyOf": 5,
+            "oneOf": [3, {"const": None}],
+            "allOf": [{"$ref": "#/properties/n"}] * 40,
+        },
     },
     "$defs": {"list": {"type": "array"}},
     "definitions": {"of/lists": {"type": "array"}},
@@ -293,6 +299,7 @@ ARGUMENTS: Any = {
         ('<function=f><parameter=l>["x"]</parameter><parameter=a>none</parameter></function>', "",
          [("f", '{"l": ["x"], "a": "none"}')]),
         ('<function=f><parameter=m>["x"]</parameter></function>', "", [("f", '{"m": ["x"]}')]),
+        ("<function=f><parameter=n>null</parameter></function>", "", [("f", '{"n": null}')]),
         ('<function=f>{"a": 1}</function>', "", [F]),
         ("<tool_call><function=f></function></tool_call>", "", [("f", "{}")]),
         ("<function=other></function>", "<function=other></function>", []),
@@ -310,6 +317,15 @@ def test_the_forms_of_calls(
         told += more
         found += [(call["function"]["name"], call["function"]["arguments"]) for call in new]
     assert (told, found) == (content, calls)
+
+
+@pytest.mark.parametrize("name", ["f", "f[CALL_ID]a"])
+def test_blanks_behind_a_name(name: str) -> None:
+    """Of which each was tried for the end of the name: a minute."""
+    begin = time.monotonic()
+    told = WrittenCalls({"f": ARGUMENTS}).add(f"[TOOL_CALLS]{name}{' ' * 100_000}", last=True)
+    assert time.monotonic() - begin < 5
+    assert not told[1]
 
 
 def test_tags_that_are_special_tokens(tmp_path: Path) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import time
 from dataclasses import replace
+from functools import partial
 from math import ceil
 from typing import Any
 
@@ -60,7 +61,8 @@ async def translations(request: Request) -> Response:
 
 async def _heard(request: Request, task: str) -> Response:
     state = state_of(request)
-    form = read_form(request.headers.get("content-type", ""), await request.body())
+    kind, sent = request.headers.get("content-type", ""), await request.body()
+    form = await asyncio.to_thread(read_form, kind, sent)
     file = form.pop("file", None)
     if file is None:
         raise ApiError("the form has no file", param="file")
@@ -73,7 +75,8 @@ async def _heard(request: Request, task: str) -> Response:
     await made(request, body.model)
     served, engine = state.models.transcriber(body.model)
     spectrum = engine.model.spectrum
-    wave = await asyncio.to_thread(read_sound, file, spectrum.rate, spectrum.longest)
+    wave = partial(read_sound, file, spectrum.rate, spectrum.longest)
+    samples = len(await asyncio.to_thread(wave))
     # With a blank before it, as Whisper was trained: a text goes on with what came before.
     said = [f" {body.prompt.strip()}"] if body.prompt else []
     rows = await served.texts.encode(said, 224, "prompt", False)
@@ -85,7 +88,7 @@ async def _heard(request: Request, task: str) -> Response:
     asked = engine.submit(wave, served.model.adapter, body.language, task, search, prompt)
     served.requests += 1
     state.metrics.asked(served.model, [])
-    note(request, model=served.model.name, samples=len(wave))
+    note(request, model=served.model.name, samples=samples)
     try:
         async with asyncio.timeout(state.options.timeout):
             done = await while_there(request, asyncio.wrap_future(asked))
@@ -96,5 +99,5 @@ async def _heard(request: Request, task: str) -> Response:
     text = done.text.strip()
     if body.response_format == "text":
         return PlainTextResponse(text)
-    used = answers.Heard(seconds=ceil(len(wave) / spectrum.rate))
+    used = answers.Heard(seconds=ceil(samples / spectrum.rate))
     return JSONResponse(answers.Transcription(text=text, usage=used).model_dump())

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections import deque
 from collections.abc import Mapping
 from math import isfinite
 from typing import Any, NoReturn
@@ -25,7 +26,8 @@ MARKS = ("<tool_call>", "</tool_call>", "<|tool_call|>", "<|/tool_call|>", _MIST
          "[CALL_ID]")  # fmt: skip
 BEGIN = re.compile("|".join(map(re.escape, _ENDS)))
 # Of Mistral's newest: the name, an id where there is one, and the arguments.
-_NAMED = re.compile(r"\s*([^\s\[\]{}]+)\s*(?:\[CALL_ID\][^\[{]*)?(?:\[ARGS\])?\s*(?={)")
+# Nothing is tried in a second way: of blanks that go on and on that would take their square.
+_NAMED = re.compile(r"\s*+([^\s\[\]{}]++)\s*+(?:\[CALL_ID\][^\[{]*+)?+(?:\[ARGS\])?+\s*+(?={)")
 _HALF = re.compile("[\ud800-\udfff]")  # of a surrogate pair: JSON can say it, an answer cannot
 _APART = re.compile(r"[\s;]*")
 _KINDS: Mapping[str, type | tuple[type, ...]] = {
@@ -37,7 +39,7 @@ _KINDS: Mapping[str, type | tuple[type, ...]] = {
     "array": list,
     "string": str,
 }
-_DEEPEST = 8  # schemas in one another that are looked through
+_SCHEMAS = 64  # that are looked through for the types of one parameter
 
 
 def begun(text: str) -> int:
@@ -113,18 +115,34 @@ def _function(text: str, tools: Schemas) -> list[Call]:
     return [(name, _written(arguments))]
 
 
-def _kinds(schema: Any, root: Json, depth: int = 0) -> set[str]:
-    """The types that a schema names, also behind a reference to a part of `root`."""
-    if not isinstance(schema, dict) or depth > _DEEPEST:
-        return set()
+def _kinds(schema: Any, root: Json) -> set[str]:
+    """The types that a schema and those in it name, also behind references to parts of `root`. Each
+    is looked at once, and not too many: they may lead to one another in any number of ways."""
+    kinds: set[str] = set()
+    seen: set[int] = set()
+    waiting = deque([schema])
+    while waiting and len(seen) < _SCHEMAS:
+        each = waiting.popleft()
+        if not isinstance(each, dict) or id(each) in seen:
+            continue
+        seen.add(id(each))
+        kinds |= _own_kinds(each)
+        waiting.append(_part(root, each.get("$ref")))
+        for key in ("anyOf", "oneOf", "allOf"):
+            others = each.get(key)
+            waiting += others if isinstance(others, list) else []
+    return kinds
+
+
+def _own_kinds(schema: Json) -> set[str]:
+    """The types that it names, or its values have."""
     said = schema.get("type")
     kinds = {kind for kind in (said if isinstance(said, list) else [said]) if isinstance(kind, str)}
-    if not kinds and isinstance(values := schema.get("enum", [schema.get("const")]), list):
-        kinds = {k for k, of in _KINDS.items() if any(isinstance(each, of) for each in values)}
-        kinds -= set() if "enum" in schema or "const" in schema else {"null"}
-    others = [each for key in ("anyOf", "oneOf", "allOf") for each in schema.get(key) or ()]
-    others.append(_part(root, schema.get("$ref")))
-    return kinds.union(*(_kinds(each, root, depth + 1) for each in others))
+    values = schema.get("enum", [schema["const"]] if "const" in schema else [])
+    if kinds or not isinstance(values, list):
+        return kinds
+    types = {type(value) for value in values}
+    return {kind for kind, of in _KINDS.items() if any(issubclass(each, of) for each in types)}
 
 
 def _part(root: Json, where: Any) -> Any:

@@ -16,14 +16,17 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
 _PARTS = 64
-_HEAD = 4 << 10  # bytes before a part: to read its parameters takes their square
+_HEAD = 2 << 10  # bytes before a part, or of a form: to read parameters takes their square
 _HIGHEST = 384_000  # samples of a second
 _WHOLE, _FLOATS, _EXTENSIBLE = 1, 3, 0xFFFE  # kinds of numbers; the last names one further on
 _WIDTHS = {1: ("u1", 128.0, 128.0), 2: ("<i2", 0.0, 2.0**15), 4: ("<i4", 0.0, 2.0**31)}
 
 
 def read_form(kind: str, body: bytes) -> dict[str, bytes]:
-    """The parts of a `multipart/form-data` body by their names. Raises `ApiError` for another."""
+    """The parts of a `multipart/form-data` body by their names; up to a second of work. Raises
+    `ApiError` for another."""
+    if len(kind) > _HEAD:
+        raise ApiError(f"the Content-Type has more than {_HEAD} bytes", code="not_a_form")
     said = Message()
     said["content-type"] = kind
     boundary = _parameter(said, "boundary", "content-type")
@@ -86,9 +89,12 @@ def _wav(file: bytes) -> tuple[int, int, int, int, memoryview]:
         if name == b"fmt ":
             form = bytes(content)
         elif name == b"data":
-            kind, channels, own, _, _, bits = struct.unpack_from("<HHIIHH", form)
+            kind, channels, own, _, step, bits = struct.unpack_from("<HHIIHH", form)
             if kind == _EXTENSIBLE:
                 (kind,) = struct.unpack_from("<H", form, 24)
+            if kind in (_WHOLE, _FLOATS) and step != channels * -(-bits // 8):
+                # Programs differ in where the bits lie then.
+                raise ValueError(f"{step} bytes for {channels} numbers of {bits} bits")
             return kind, channels, own, bits, content
         at += 8 + size + size % 2
     raise ValueError("it has no samples")
