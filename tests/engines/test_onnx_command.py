@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -44,6 +45,28 @@ def test_adapters_are_written_named_and_added(tmp_path: Path) -> None:
     again = export("--add", out, "--base", BASE, "--adapter", SECOND)
     assert again.exit_code == 1
     assert "there already" in again.output
+
+
+def test_what_is_added_to_a_folder_of_somebody_elses(tmp_path: Path) -> None:
+    """Of a certificate with other types, and a link in the place of the adapters' folder."""
+    out, elsewhere = tmp_path / "out", tmp_path / "elsewhere"
+    assert export(out, "--base", BASE, "--adapter", f"down={DOWN}").exit_code == 0
+    certificate = out / "dora_export.json"
+    whole = json.loads(certificate.read_text())
+    add = partial(export, "--add", out, "--base", BASE, "--adapter")
+
+    certificate.write_text(json.dumps({**whole, "files": None}))
+    for more in ((), ("--dry-run",)):
+        refused = add(f"one={SECOND}", *more)
+        assert refused.exit_code == 1 and "does not list the artifact's files" in refused.output
+    certificate.write_text(json.dumps({**whole, "accuracy": None}))
+    assert add(f"one={SECOND}").exit_code == 0
+
+    (out / "adapters").rename(elsewhere)
+    (out / "adapters").symlink_to(elsewhere)
+    refused = add(f"two={SECOND}")
+    assert refused.exit_code == 1 and "folder is a link" in refused.output
+    assert {file.name for file in elsewhere.iterdir()} == {"down.onnx_adapter", "one.onnx_adapter"}
 
 
 def test_every_way_to_a_graph_says_how_exact_it_is(tmp_path: Path) -> None:
