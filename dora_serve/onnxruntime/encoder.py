@@ -21,7 +21,7 @@ from converters.files.json_files import read_json
 from converters.files.onnx_files import OWN_HEADS, read_adapter_file
 
 from .adapter_set import AdaptedFolder, Adapters, AdapterSet
-from .limits import check_rows
+from .limits import check_rows, lone
 from .pipeline import ACTIVATIONS, POOLING, Pipeline, normalized
 from .sampling import log_softmax
 from .session import PIPELINES, EngineError, open_adaptable, padded
@@ -147,13 +147,15 @@ class Encoder(AdaptedFolder):
         groups = [[i for i, each in enumerate(kinds) if each == k] for k in dict.fromkeys(kinds)]
         found: list[dict[str, Array]] = [{} for _ in rows]
         for group in groups:
+            ids = [rows[i] for i in group]
             batch = self._session.run(
                 {
-                    "input_ids": padded([rows[i] for i in group], self._padding),
-                    "attention_mask": padded([[1] * len(rows[i]) for i in group], 0),
+                    "input_ids": padded(ids, self._padding),
+                    "attention_mask": padded([[1] * len(row) for row in ids], 0),
                     "token_type_ids": padded([types[i] for i in group], 0),
                     **self.adapter_set.feeds([wanted[i] for i in group]),
-                }
+                },
+                gives_back=lone(ids, self.config),
             )
             for place, i in enumerate(group):
                 arrays = {name: array[place] for name, array in batch.items()}

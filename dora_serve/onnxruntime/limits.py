@@ -47,6 +47,12 @@ def takes_much(rows: int, longest: int, config: Mapping[str, object]) -> bool:
     return scores > _SCORES or rows * _said(config, _WIDTHS, 4096) * longest > _STATES
 
 
+def lone(rows: Sequence[Sequence[int]], config: Mapping[str, object]) -> bool:
+    """Whether `rows` are one that takes much: of the lengths that clients choose, few come again,
+    and what each took would be kept beside what the others did."""
+    return len(rows) == 1 and takes_much(1, len(rows[0]), config)
+
+
 def longest_row(room: int, config: Mapping[str, object]) -> int:
     """How many tokens a row of an encoder of `config` may have whose scores take `room` bytes."""
     heads = max(1, _said(config, _HEADS, 16))

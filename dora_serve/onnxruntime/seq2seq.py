@@ -20,7 +20,7 @@ from converters.files.onnx_files import ADAPTER_INDEX, DECODER, ENCODER, WITH_PA
 from .adapter_set import AdaptedFolder, Adapters, AdapterSet
 from .beams import Beams, Search, allowed
 from .decoder import Completion
-from .limits import check_rows
+from .limits import check_rows, lone
 from .sampling import check_finite, log_softmax
 from .search_config import read_search
 from .session import EngineError, Prompt, Session, padded
@@ -206,7 +206,9 @@ class Batch:
         self.read: list[Sequence[int]] = [*(read or [()] * self.rows)]
         self._adapters = model.adapter_set.feeds(model.adapter_set.per_row(adapters, self.rows))
         self._mask = {} if mask is None else {"encoder_attention_mask": mask}
-        (self._states,) = model._encoder.run({**given, **self._adapters}).values()
+        large = lone(self.read, model.config)
+        states = model._encoder.run({**given, **self._adapters}, gives_back=large)
+        (self._states,) = states.values()
         self._past: dict[str, Any] = {}
 
     def _decode(self, session: Session, feeds: dict[str, Any]) -> Array:

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 _LARGE = 1 << 26  # bytes of a graph and its weights, of which a step finds not all at once
 _SPIN = 100  # microseconds
 _LONGEST = 1 << 14  # signs of a token's text
+_SHRINKS = ("memory.enable_memory_arena_shrinkage", "cpu:0")
 PIPELINES = "sentence_*_config.json"  # of sentence-transformers, one for each kind of model
 
 Prompt = str | Sequence[int]
@@ -76,10 +77,17 @@ class Session:
         """Those of `feeds` that are inputs of this graph."""
         return {n: array for n, array in feeds.items() if n in self.types or n in self.defaults}
 
-    def run(self, feeds: Mapping[str, Any]) -> dict[str, Any]:
-        """The outputs by name. Raises `EngineError` when the graph cannot be run with `feeds`."""
+    def run(self, feeds: Mapping[str, Any], *, gives_back: bool = False) -> dict[str, Any]:
+        """The outputs by name. `gives_back`: what the run takes of memory is not kept for the next
+        one, which takes longer then. Raises `EngineError` when the graph cannot be run with
+        `feeds`."""
+        import onnxruntime
+
+        options = onnxruntime.RunOptions()
+        if gives_back:
+            options.add_run_config_entry(*_SHRINKS)
         try:
-            found = self.inference.run(self.outputs, self.taken(feeds))
+            found = self.inference.run(self.outputs, self.taken(feeds), options)
         except Exception as error:
             raise EngineError(
                 "ONNX Runtime cannot run these rows", file=self.path, found=str(error)[:300]

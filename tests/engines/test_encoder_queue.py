@@ -11,7 +11,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import psutil
 import pytest
+from transformers import RobertaConfig, RobertaForSequenceClassification
 
 from dora_serve import DoraExportError, read_run, verify, write_onnx
 from dora_serve.onnxruntime import limits
@@ -162,6 +164,28 @@ def test_one_row_takes_what_there_is_for_it(folder: Path, monkeypatch: pytest.Mo
         assert queue.submit([([5] * 20, [0] * 20)], None)[0].result(60)
         with pytest.raises(DoraExportError, match="too long"):
             queue.submit([([5] * 21, [0] * 21)], None)
+
+
+def test_what_a_long_row_took_is_given_back(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = RobertaConfig(
+        vocab_size=64, hidden_size=32, num_hidden_layers=1, num_attention_heads=16,
+        intermediate_size=32, max_position_embeddings=2050,
+    )  # fmt: skip
+    RobertaForSequenceClassification(config).save_pretrained(tmp_path / "base")
+    write_onnx(tmp_path / "base", tmp_path / "onnx")
+    encoder = Encoder(tmp_path / "onnx", threads=1)
+
+    def kept() -> int:
+        before = psutil.Process().memory_info().rss
+        encoder.run([[5] * 2000])  # 64 million scores, 256 MB, and copies of them
+        return int(psutil.Process().memory_info().rss - before)
+
+    encoder.run([[5] * 20])
+    assert kept() < 100 << 20
+    monkeypatch.setattr("dora_serve.onnxruntime.encoder.lone", lambda *_: False)
+    assert kept() > 200 << 20  # the control
 
 
 def test_a_tokenizers_bound_is_of_texts_alone(folder: Path, tmp_path: Path) -> None:
