@@ -16,6 +16,7 @@ import torch
 from transformers import AutoTokenizer, LlamaForCausalLM
 
 from dora_serve.server.options import ServerOptions
+from dora_serve.server.wire import forms
 from dora_serve.server.wire.calls import WrittenCalls
 from dora_serve.server.wire.responses import ResponsesRequest
 from dora_serve.server.wire.structure import asked_json
@@ -310,7 +311,7 @@ def test_the_forms_of_calls(
     text: str, content: str, calls: list[tuple[str, str]], size: int
 ) -> None:
     """In pieces of any size."""
-    finder = WrittenCalls({"f": ARGUMENTS})
+    finder = WrittenCalls(forms.Tools({"f": ARGUMENTS}))
     told, found = "", []
     for begin in range(0, max(len(text), 1), size):
         more, new = finder.add(text[begin : begin + size], last=begin + size >= len(text))
@@ -323,9 +324,53 @@ def test_the_forms_of_calls(
 def test_blanks_behind_a_name(name: str) -> None:
     """Of which each was tried for the end of the name: a minute."""
     begin = time.monotonic()
-    told = WrittenCalls({"f": ARGUMENTS}).add(f"[TOOL_CALLS]{name}{' ' * 100_000}", last=True)
+    told = WrittenCalls(forms.Tools({"f": ARGUMENTS})).add(
+        f"[TOOL_CALLS]{name}{' ' * 100_000}", last=True
+    )
     assert time.monotonic() - begin < 5
     assert not told[1]
+
+
+def test_a_parameter_that_is_named_again_and_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each time all of its schema was looked through for its types: up to 20 s in which nobody was
+    answered."""
+    looked: list[Any] = []
+    real = forms._own_kinds
+
+    def looks(each: Any) -> set[str]:
+        looked.append(each)
+        return real(each)
+
+    monkeypatch.setattr(forms, "_own_kinds", looks)
+    schema = {"properties": {"a": {"anyOf": [{"enum": [each]} for each in range(1000)]}}}
+    call = "<function=f>" + "<parameter=a>1</parameter>" * 1000 + "</function>"
+    finder = WrittenCalls(forms.Tools({"f": schema}))
+    _, found = finder.add(call * 2, last=True)
+    assert [each["function"]["arguments"] for each in found] == ['{"a": 1}'] * 2
+    assert len(looked) <= 64
+
+
+def test_the_most_that_is_looked_through_for_types() -> None:
+    """Of what one schema may be the part is looked at that any real one has."""
+    tools = forms.Tools(
+        {
+            "f": {
+                "properties": {
+                    "wide": {"anyOf": [*[True] * 64, {"type": "integer"}]},
+                    "long": {"enum": [*[1] * 1024, "a"]},
+                    "named": {"type": [*["integer"] * 64, "string"]},
+                    "deep": {"$ref": "#" + "/a" * 65},
+                    "far": {"$ref": "#/b/c"},
+                },
+                "b": {"c": {"type": "boolean"}},
+            }
+        }
+    )
+    kinds = {name: tools.kinds("f", name) for name in ("wide", "long", "named", "deep", "far")}
+    assert kinds == {
+        "wide": set(), "long": {"integer", "number"}, "named": {"integer"}, "deep": set(),
+        "far": {"boolean"},
+    }  # fmt: skip
 
 
 def test_tags_that_are_special_tokens(tmp_path: Path) -> None:
