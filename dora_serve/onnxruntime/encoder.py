@@ -43,7 +43,6 @@ _OF_ALL = ("last", "mean")  # what XLM's and FlauBERT's heads may read, whatever
 _UNTYPED = ("TokenizersBackend", "PreTrainedTokenizerFast")
 _LIBRARY = "config_sentence_transformers.json"
 _OF_PROBLEM = {"regression": "Identity", "multi_label_classification": "Sigmoid"}
-_WIDEST = 1 << 14  # numbers of a token's state
 STATES = "last_hidden_state"
 Ids = Sequence[int]
 Text = str | tuple[str, str]
@@ -256,12 +255,6 @@ class Encoder(AdaptedFolder):
                 remedy="ask for logits: use_activation false",
             )
         return activation(logits)
-
-    @property
-    def hidden_size(self) -> int:
-        """Numbers of a token's state; the most there may be where the model does not tell."""
-        names = ("hidden_size", "dim", "d_model")
-        return next((int(self.config[n]) for n in names if n in self.config), _WIDEST)
 
     def classification(self, logits: Array) -> Classification:
         """What `logits [labels]` say."""

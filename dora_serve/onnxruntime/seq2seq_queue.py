@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from .sampling import Logits, Sampling
 
 _log = logging.getLogger(__name__)
+_LOGITS = 1 << 24  # numbers, of tokens that a decoder begins with: each of them has logits
 
 
 @dataclass(eq=False)
@@ -56,11 +57,12 @@ class _Row:
 
 @dataclass(eq=False)
 class _Group:
-    """`steps`: those of a search by beams."""
+    """`begun`: how many of the tokens that the decoder begins with it has run; `steps`: those of a
+    search by beams."""
 
     rows: list[_Row]
     batch: Batch
-    begun: bool = False
+    begun: int = 0
     steps: Iterator[list[list[int]] | None] | None = None
 
 
@@ -221,21 +223,18 @@ class Seq2SeqQueue(Engine):
         group.rows = []
 
     def _step(self, group: _Group) -> None:
-        if group.begun:
-            last = [row.request.generation.tokens[-1] for row in group.rows]
-            logits = group.batch.step(np.array(last, np.int64))
-        else:
-            begin = [row.request.generation.prompt for row in group.rows]
-            logits = group.batch.begin(np.array(begin, np.int64))[:, -1]
-            group.begun = True
+        logits = self._logits(group)
         going = []
-        for place, (row, values) in enumerate(zip(group.rows, logits, strict=True)):
+        for place, row in enumerate(group.rows):
             done = row.request.generation
             if row.request.cancelled:
                 self._end(row)
                 continue
+            if logits is None:
+                going.append(place)
+                continue
             try:
-                done.take(self._heeding(row, values))
+                done.take(self._heeding(row, logits[place]))
             except Exception as error:  # as when its logits are not finite; the others' are
                 self._end(row, error)
                 continue
@@ -247,6 +246,23 @@ class Seq2SeqQueue(Engine):
         if going and len(going) < len(group.rows):
             group.batch.keep(np.array(going))
         group.rows = [group.rows[place] for place in going]
+
+    def _logits(self, group: _Group) -> Logits | None:
+        """Those after every row's last token; None while what a decoder begins with is not run to
+        its end: of that as much at once as has not too many of them."""
+        begin = np.array([row.request.generation.prompt for row in group.rows], np.int64)
+        rows, length = begin.shape
+        logits: Logits
+        if group.begun == length:
+            last = [row.request.generation.tokens[-1] for row in group.rows]
+            logits = group.batch.step(np.array(last, np.int64))
+        elif group.begun:
+            logits = group.batch.step(begin[:, group.begun])
+            group.begun += 1
+        else:
+            group.begun = min(length, max(1, _LOGITS // (rows * self.vocabulary)))
+            logits = group.batch.begin(begin[:, : group.begun])[:, -1]
+        return logits if group.begun == length else None
 
     def _heeding(self, row: _Row, logits: Logits) -> Logits:
         """The logits of what the model's configuration lets an answer begin and go on with, where

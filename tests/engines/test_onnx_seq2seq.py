@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from pathlib import Path
+from queue import SimpleQueue
 from typing import Any
 
 import numpy as np
@@ -19,12 +20,15 @@ from converters.model.base import BaseModel, open_base
 from converters.readers import read_run
 from converters.run import Run
 from converters.targets.onnx import write_onnx
+from dora_serve.onnxruntime import seq2seq_queue
 from dora_serve.onnxruntime.beams import Search
-from dora_serve.onnxruntime.seq2seq import Seq2Seq
+from dora_serve.onnxruntime.request import Delta
+from dora_serve.onnxruntime.sampling import Sampling
+from dora_serve.onnxruntime.seq2seq import Batch, Seq2Seq
 from dora_serve.onnxruntime.session import EngineError
 from dora_serve.proof.live import LiveModel
 from dora_serve.proof.onnxruntime import prove
-from tests.conftest import DATA, made_once, randomize
+from tests.conftest import DATA, MODELS, made_once, randomize
 from tests.engines.test_onnx_large import check as weights_lie_outside
 from tests.engines.test_onnx_large import everything_is_large
 
@@ -240,3 +244,38 @@ def test_prompts_that_do_not_fit(bart: Built, rows: list[list[int]]) -> None:
 def test_a_folder_without_graphs(tmp_path: Path) -> None:
     with pytest.raises(DoraExportError, match="no ONNX graph"):
         Seq2Seq(tmp_path)
+
+
+def test_what_a_decoder_begins_with_has_few_logits_at_once(
+    bart: Built, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As beams do, of which each goes on: each token had a vocabulary of logits, 1.5 GB of 128
+    beams of ten tokens where that has 250,000. The answers are the same."""
+    folder = tmp_path / "onnx"
+    shutil.copytree(bart[2], folder)
+    shutil.copy(MODELS / "tiny-llama-base" / "tokenizer.json", folder)
+    model, begun = Seq2Seq(folder, threads=1), list[int]()
+    real = Batch.begin
+
+    def begin(batch: Batch, tokens: Any) -> Any:
+        begun.append(tokens.size)
+        return real(batch, tokens)
+
+    monkeypatch.setattr(Batch, "begin", begin)
+    queue = seq2seq_queue.Seq2SeqQueue(model)
+    draws = [Sampling(max_tokens=4, logprobs=3, ignore_eos=True)] * 3
+
+    def answers(most: int) -> list[Delta]:
+        monkeypatch.setattr(seq2seq_queue, "_LOGITS", most * model.vocabulary)
+        told: list[SimpleQueue[Delta]] = [SimpleQueue() for _ in draws]
+        queue.submit(ROWS[0], None, draws, [each.put for each in told], [5, 6, 7, 8, 9])
+        return [each.get(timeout=60) for each in told for _ in range(4)]
+
+    whole, apart, single = (answers(most) for most in (100, 6, 1))
+    assert begun == [18, 6, 3]
+    for found in (apart, single):
+        assert [each.tokens for each in found] == [each.tokens for each in whole]
+        values = [[*each.logprobs[0][1].values()] for each in found]
+        truth = [[*each.logprobs[0][1].values()] for each in whole]
+        assert np.abs(np.array(values) - truth).max() <= BOUND
+    queue.close()

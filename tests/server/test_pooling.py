@@ -25,6 +25,7 @@ from transformers import (
 from dora_serve.server.options import ServerOptions
 from dora_serve.server.routes import encoding, invoking
 from dora_serve.server.wire import answers, pieces
+from dora_serve.server.wire.errors import ApiError
 from dora_serve.server.wire.requests import ClassifyRequest, EmbeddingRequest
 from tests.server.conftest import Server, started
 from tests.server.parity_models import save_encoder
@@ -51,6 +52,45 @@ def pooled(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     save_encoder(root / EMBEDS, RobertaModel, 1)
     with started(root, folder, None, ServerOptions(threads=1)) as running:
         yield running
+
+
+@pytest.fixture(scope="module")
+def labelled(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    """Models of 10,000 labels, of texts and of tokens."""
+    folder = tmp_path_factory.mktemp("labelled")
+    root = folder / "models"
+    save_encoder(root / CROSS, RobertaForSequenceClassification, 1, num_labels=10_000)
+    save_encoder(root / TOKENS, RobertaForTokenClassification, 1, num_labels=10_000)
+    with started(root, folder, None, ServerOptions(threads=1)) as running:
+        yield running
+
+
+@pytest.mark.further
+@pytest.mark.parametrize(
+    ("path", "body", "fine"),
+    [
+        ("/classify", {"model": CROSS}, 20),
+        ("/pooling", {"model": CROSS}, 20),
+        ("/pooling", {"model": TOKENS, "encoding_format": "base64"}, 8),
+    ],
+)
+def test_more_numbers_than_an_answer_has(labelled: Server, path: str, body: Any, fine: int) -> None:
+    """`/classify` told all, gigabytes of them, and `/pooling` computed and held all first."""
+    assert len(ask(labelled, path, **body, input=["a good film"] * fine)["data"]) == fine
+    with labelled.http as http:
+        refused = http.post(path, json={**body, "input": ["a good film"] * 256})
+    assert (refused.status_code, refused.json()["error"]["code"]) == (400, "too_many_numbers")
+
+
+def test_the_first_number_too_many_is_refused() -> None:
+    """So that those of the texts behind it are never held."""
+    most = encoding._NUMBERS
+    counting = encoding._counted(lambda row: row["logits"])
+    half = {"logits": np.broadcast_to(np.float32(0), (most // 2,))}
+    for _ in range(2):
+        assert counting(half) is half["logits"]
+    with pytest.raises(ApiError, match="fewer texts"):
+        counting({"logits": np.zeros(1)})
 
 
 def ask(server: Server, path: str, **body: Any) -> Any:

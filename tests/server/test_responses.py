@@ -119,6 +119,31 @@ def test_the_log_probabilities_of_a_stream_are_the_whole(client: openai.OpenAI) 
     assert apart
 
 
+@pytest.mark.parametrize("text", ["{call}Well.", "Well.{call} ", "a{call}b{call} ", "{call}"])
+def test_items_of_text_and_calls(client: openai.OpenAI, text: str) -> None:
+    """In the order in which they are written, with the log-probabilities of each text alone:
+    streamed, or whole, where all of the text came first, with those of the calls' tokens too."""
+    said = text.format(call='<tool_call>{"name": "turn", "arguments": {}}</tool_call>')
+    asked: Any = {**OPTIONS, "input": "Hello", "max_output_tokens": 500, "tools": [TOOL],
+                  "include": ["message.output_text.logprobs"],
+                  "extra_body": {"structured_outputs": {"choice": [said]}}}  # fmt: skip
+
+    def items(output: Any) -> list[tuple[str, int]]:
+        told = [item.content[0] for item in output if item.type == "message"]
+        texts = iter([(part.text, len(part.logprobs)) for part in told])
+        return [next(texts) if each.type == "message" else (each.name, 0) for each in output]
+
+    for event in client.responses.create(**asked, stream=True):
+        if event.type == "response.completed":
+            streamed = items(event.response.output)
+    whole = items(client.responses.create(**asked).output)
+    assert whole == streamed
+    assert [text for text, _ in whole] == [
+        part for part in text.replace("{call}", "|turn|").split("|") if part.strip()
+    ]
+    assert all(count <= len(text) + 1 for text, count in whole)  # with the end
+
+
 def test_what_is_too_long_loses_its_begin_as_far_as_the_answer_needs(client: openai.OpenAI) -> None:
     asked: Any = {**OPTIONS, "input": "Hello" * 400, "max_output_tokens": 60}
     with pytest.raises(openai.BadRequestError, match="context length"):

@@ -25,6 +25,8 @@ from .reading import JsonRoute
 
 router = APIRouter(route_class=JsonRoute)
 
+_NUMBERS = 1 << 21  # of one answer: as Python's and as JSON they take 180 MB
+
 
 @router.post("/classify", response_model=answers.Classification)
 async def classify(body: ClassifyRequest, request: Request) -> Response:
@@ -89,10 +91,9 @@ async def run(
     prefix: str,
     finish: Callable[[dict[str, Any]], Any],
     pairs: Sequence[tuple[str, str]] | None = None,
-    check: Callable[[Sequence[int]], None] | None = None,
 ) -> tuple[dict[str, Any], list[Any], answers.Usage]:
-    """The head of an answer, what `finish` makes of the outputs of every text of `body`, or of
-    `pairs`, and the tokens that were read. `check` is told their counts before they are run."""
+    """The head of an answer, the numbers that `finish` makes of the outputs of every text of
+    `body`, or of `pairs`, and the tokens that were read."""
     inputs = body.inputs if pairs is None else pairs
     if len(inputs) > engine.limits.max_waiting:
         raise ApiError(f"{len(inputs)} texts are more than can wait", param="input")
@@ -105,9 +106,27 @@ async def run(
         body.truncation_side,
         "right",  # what transformers and vLLM cut of what an encoder reads
     )
-    if check is not None:
-        check([len(ids) for ids, _ in rows])
-    return await computed(request, served, engine, rows, prefix, finish)
+    return await computed(request, served, engine, rows, prefix, _counted(finish))
+
+
+def _counted(finish: Callable[[dict[str, Any]], Any]) -> Callable[[dict[str, Any]], Any]:
+    """The same, but that it raises `ApiError` once that are more numbers than one answer has: what
+    a model tells of a text, or of each of its tokens, grows with its width and its labels."""
+    count = 0
+
+    def counting(row: dict[str, Any]) -> Any:
+        nonlocal count
+        found = finish(row)
+        count += found.size
+        if count > _NUMBERS:
+            raise ApiError(
+                f"an answer has at most {_NUMBERS} numbers: send fewer texts, or shorter ones",
+                param="input",
+                code="too_many_numbers",
+            )
+        return found
+
+    return counting
 
 
 async def computed(
@@ -131,6 +150,9 @@ async def computed(
             outputs = list(await while_there(request, asyncio.gather(*futures)))
     except TimeoutError:
         raise ApiError("the answer took too long", 504, code="timeout") from None
+    finally:  # nobody waits for the others where one failed
+        for future in futures:
+            future.cancel()
     state.metrics.answered(served.model, "stop", time.monotonic() - begin)
     head = {"id": pieces.new_id(prefix), "created": int(time.time()), "model": name}
     return head, outputs, answers.Usage(**pieces.usage(count, 0))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import base64
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -23,7 +23,6 @@ from .reading import JsonRoute
 
 router = APIRouter(route_class=JsonRoute)
 
-_NUMBERS = 1 << 20  # of one answer
 # What may be asked of a model of each task; the first where nothing is said.
 _TASKS = {
     "feature-extraction": ("embed", "token_embed"),
@@ -45,12 +44,7 @@ async def pooling(body: PoolingRequest, request: Request) -> Response:
         raise ApiError("only an embedding has some of its dimensions", param="dimensions")
     finish = engine.encoder.vector if task == "embed" else _FINISH[task]
 
-    def check(lengths: Sequence[int]) -> None:
-        if task == "token_embed":
-            _check(sum(lengths), sum(lengths) * engine.encoder.hidden_size)
-
-    head, outputs, used = await run(request, served, engine, body, "pool", finish, check=check)
-    _check(used.prompt_tokens, sum(each.size for each in outputs))
+    head, outputs, used = await run(request, served, engine, body, "pool", finish)
 
     def answer() -> answers.Pooling:
         told = [_told(engine.encoder, values, task, body) for values in outputs]
@@ -58,11 +52,6 @@ async def pooling(body: PoolingRequest, request: Request) -> Response:
         return answers.Pooling(**head, data=data, usage=used)
 
     return await beside(answer)
-
-
-def _check(tokens: int, numbers: int) -> None:
-    if numbers > _NUMBERS:
-        raise ApiError(f"{tokens} tokens are too many for one answer", param="input")
 
 
 def _told(encoder: Encoder, values: Any, task: str, body: PoolingRequest) -> Any:

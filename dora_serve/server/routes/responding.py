@@ -11,7 +11,7 @@ from fastapi.responses import Response
 
 from ..state import note, state_of
 from ..wire import replies
-from ..wire.pieces import Choice, Json, as_event
+from ..wire.pieces import Json, as_event
 from ..wire.replies import Output, Reply
 from ..wire.responses import ResponsesRequest
 from ..wire.sending import EventStream, while_there, whole
@@ -36,24 +36,31 @@ async def responses(body: ResponsesRequest, request: Request) -> Response:
 
 
 async def _whole(request: Request, asking: Answering, head: Json, write: ChatWriter) -> Response:
-    choice, output = Choice(), Output()
-    async with aclosing(asking.news()) as news:
-        async for _, delta in news:
-            choice.add(delta)
-    note(request, completion_tokens=asking.tokens, reason=choice.reason)
+    output = Output()
+    async with aclosing(_grown(request, asking, output, write)) as events:
+        async for _ in events:
+            pass
 
     def answer() -> Response:
-        told = write(0, choice)
-        for _ in output.add(told["message"], told["logprobs"]):
-            pass
-        return whole(_ended(asking, head, output, told["finish_reason"])[0])
+        return whole(_ended(asking, head, output)[0])
 
     return answer() if asking.tokens < FEW else await asyncio.to_thread(answer)
 
 
-def _ended(asking: Answering, head: Json, output: Output, reason: str) -> tuple[Json, list[Json]]:
+async def _grown(
+    request: Request, asking: Answering, output: Output, write: ChatWriter
+) -> AsyncGenerator[Json, None]:
+    """Let `output` grow to its end, and tell of it."""
+    async with aclosing(asking.news()) as news:
+        async for index, delta in news:
+            note(request, completion_tokens=asking.tokens, reason=delta.reason)
+            for event in output.add(write(index, delta)):
+                yield event
+
+
+def _ended(asking: Answering, head: Json, output: Output) -> tuple[Json, list[Json]]:
     """The answer, and what is told of its last item."""
-    status: replies.Status = "incomplete" if reason == "length" else "completed"
+    status: replies.Status = "incomplete" if output.reason == "length" else "completed"
     events = list(output.end(status))
     why = {"reason": "max_output_tokens"} if status == "incomplete" else None
     used = replies.usage(asking.prompt_tokens, asking.tokens, asking.cached_tokens)
@@ -66,7 +73,7 @@ async def _events(
 ) -> AsyncGenerator[bytes, None]:
     """As OpenAI's clients put them together. The last event says "completed" as vLLM's does, where
     the answer was cut off too."""
-    output, number, reason = Output(), 0, ""
+    output, number = Output(), 0
 
     def sent(event: Json) -> bytes:
         nonlocal number
@@ -74,18 +81,14 @@ async def _events(
         number += 1
         return said
 
-    async with aclosing(asking.news()) as news:
+    async with aclosing(_grown(request, asking, output, write)) as events:
         yield sent({"type": "response.created", "response": head})
         yield sent({"type": "response.in_progress", "response": head})
-        async for index, delta in news:
-            note(request, completion_tokens=asking.tokens, reason=delta.reason)
-            told = write(index, delta)
-            reason = told["finish_reason"] or reason
-            for event in output.add(told["delta"], told["logprobs"]):
-                yield sent(event)
+        async for event in events:
+            yield sent(event)
 
     def last() -> bytes:
-        answer, events = _ended(asking, head, output, reason)
+        answer, events = _ended(asking, head, output)
         return b"".join(map(sent, [*events, {"type": "response.completed", "response": answer}]))
 
     yield last() if asking.tokens < FEW else await asyncio.to_thread(last)

@@ -9,6 +9,7 @@ from dora_serve.onnxruntime.request import Delta
 
 from ..wire import pieces
 from ..wire.calls import Calls, calls_of
+from ..wire.forms import Tools
 from ..wire.pieces import Choice, Decode, Json
 from ..wire.requests import ChatRequest, CompletionRequest
 from ..wire.sampling import Generate
@@ -96,7 +97,7 @@ class ChatWriter(Writer):
         self._body = body
         self._shared = None if body.prompt_logprobs is None else prompt
         functions = [tool.function for tool in body.tools or ()]
-        self._tools = {each.name: each.schema_of_arguments for each in functions}
+        self._tools = Tools({each.name: each.schema_of_arguments for each in functions})
         self._calls: dict[int, Calls | None] = {}  # of every choice that was begun
 
     def __call__(self, index: int, grown: Choice | Delta) -> Json:

@@ -6,7 +6,7 @@ import uuid
 from abc import ABC, abstractmethod
 
 from . import forms
-from .forms import Json, Schemas
+from .forms import Json, Tools
 from .tools import Choice, NamedTool
 
 _LLAMA = "<|python_tag|>"
@@ -50,10 +50,9 @@ class NamedCall(Calls):
 
 class WrittenCalls(Calls):
     """Calls in any of the forms that `forms.py` reads: in tags, behind a mark of Mistral's, or as
-    all of the text, which is JSON (Llama 3; lists of calls, as `required` has them). `tools`: the
-    schema of the arguments of each."""
+    all of the text, which is JSON (Llama 3; lists of calls, as `required` has them)."""
 
-    def __init__(self, tools: Schemas) -> None:
+    def __init__(self, tools: Tools) -> None:
         super().__init__()
         self._tools = tools
         self._text = ""
@@ -110,7 +109,7 @@ class WrittenCalls(Calls):
         return told
 
 
-def calls_of(choice: Choice | None, tools: Schemas) -> Calls | None:
+def calls_of(choice: Choice | None, tools: Tools) -> Calls | None:
     """What finds the calls of an answer to a request with these tools; None where none are told."""
     if not tools or choice in (None, "none"):
         return None

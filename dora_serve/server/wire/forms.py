@@ -10,7 +10,6 @@ from math import isfinite
 from typing import Any, NoReturn
 
 Json = dict[str, Any]
-Schemas = Mapping[str, Json]
 Call = tuple[str, str]  # the tool, and its arguments as JSON
 
 _MISTRAL, _FUNCTION, _PARAMETER = "[TOOL_CALLS]", "<function=", "<parameter="
@@ -40,6 +39,32 @@ _KINDS: Mapping[str, type | tuple[type, ...]] = {
     "string": str,
 }
 _SCHEMAS = 64  # that are looked through for the types of one parameter
+_VALUES = 1024  # of an enumeration that are
+
+
+class Tools:
+    """Those of a request: the schemas of their arguments, by their names. The types of a parameter
+    are looked for once, since a text may name it thousands of times."""
+
+    def __init__(self, schemas: Mapping[str, Json]) -> None:
+        self._schemas = schemas
+        self._kinds: dict[tuple[str, str], set[str]] = {}
+
+    def __len__(self) -> int:
+        return len(self._schemas)
+
+    def __contains__(self, name: str) -> bool:
+        return name in self._schemas
+
+    def kinds(self, tool: str, parameter: str) -> set[str]:
+        """The types that a tool's schema names for one of its parameters."""
+        root = self._schemas[tool]
+        known = root.get("properties")
+        if not isinstance(known, dict) or parameter not in known:
+            return set()
+        if (tool, parameter) not in self._kinds:
+            self._kinds[tool, parameter] = _kinds(known[parameter], root)
+        return self._kinds[tool, parameter]
 
 
 def begun(text: str) -> int:
@@ -59,7 +84,7 @@ def region(text: str, mark: str) -> tuple[str, str | None]:
     return inside + closed, rest if closed else None
 
 
-def calls(text: str, mark: str, tools: Schemas) -> list[Call]:
+def calls(text: str, mark: str, tools: Tools) -> list[Call]:
     """The calls that a region is; none where it is anything else."""
     if mark == _MISTRAL:
         return _mistral(text.removeprefix(mark))
@@ -69,7 +94,7 @@ def calls(text: str, mark: str, tools: Schemas) -> list[Call]:
     return _function(inside, tools) if inside.startswith(_FUNCTION) else of_json(inside)
 
 
-def of_json(text: str, tools: Schemas | None = None) -> list[Call]:
+def of_json(text: str, tools: Tools | None = None) -> list[Call]:
     """The calls that all of `text` is: JSON, or several, line by line or behind semicolons. With
     `tools` none where it calls another."""
     found = []
@@ -94,7 +119,7 @@ def _mistral(text: str) -> list[Call]:
     return found
 
 
-def _function(text: str, tools: Schemas) -> list[Call]:
+def _function(text: str, tools: Tools) -> list[Call]:
     """`<function=NAME>` around JSON, or around a tag for each parameter, whose values are texts
     that become what the tool's schema says."""
     name, _, body = text.removeprefix(_FUNCTION).strip().removesuffix("</function>").partition(">")
@@ -106,12 +131,11 @@ def _function(text: str, tools: Schemas) -> list[Call]:
     before, *parts = body.split(_PARAMETER)
     if before.strip():
         return []
-    known, arguments = tools[name].get("properties"), {}
+    arguments = {}
     for part in parts:
         key, _, value = part.partition(">")
         value = value.partition("</parameter>")[0].removeprefix("\n").removesuffix("\n")
-        schema = known.get(key) if isinstance(known, dict) else None
-        arguments[key] = _typed(value, _kinds(schema, tools[name]))
+        arguments[key] = _typed(value, tools.kinds(name, key))
     return [(name, _written(arguments))]
 
 
@@ -130,18 +154,19 @@ def _kinds(schema: Any, root: Json) -> set[str]:
         waiting.append(_part(root, each.get("$ref")))
         for key in ("anyOf", "oneOf", "allOf"):
             others = each.get(key)
-            waiting += others if isinstance(others, list) else []
+            waiting += others[:_SCHEMAS] if isinstance(others, list) else []
     return kinds
 
 
 def _own_kinds(schema: Json) -> set[str]:
     """The types that it names, or its values have."""
     said = schema.get("type")
-    kinds = {kind for kind in (said if isinstance(said, list) else [said]) if isinstance(kind, str)}
+    named = said[:_SCHEMAS] if isinstance(said, list) else [said]
+    kinds = {kind for kind in named if isinstance(kind, str)}
     values = schema.get("enum", [schema["const"]] if "const" in schema else [])
     if kinds or not isinstance(values, list):
         return kinds
-    types = {type(value) for value in values}
+    types = {type(value) for value in values[:_VALUES]}
     return {kind for kind, of in _KINDS.items() if any(issubclass(each, of) for each in types)}
 
 
@@ -150,7 +175,7 @@ def _part(root: Json, where: Any) -> Any:
     if not isinstance(where, str) or not where.startswith("#"):
         return None
     part: Any = root
-    for name in where.split("/")[1:]:
+    for name in where.split("/", _SCHEMAS)[1:]:
         name = name.replace("~1", "/").replace("~0", "~")
         part = part.get(name) if isinstance(part, dict) else None
     return part

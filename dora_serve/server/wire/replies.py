@@ -141,16 +141,19 @@ def reply(body: ResponsesRequest, model: str, draw: Sampling) -> Json:
 
 
 class Output:
-    """The items of an answer as chats' deltas make them grow, and the events that tell of it."""
+    """The items of an answer as chats' deltas make them grow, and the events that tell of it.
+    `reason`: why it ended."""
 
     def __init__(self) -> None:
         self.items: list[Json] = []
+        self.reason: str | None = None
         self._open = False  # the last one grows
         self._untold: list[Json] = []  # log-probabilities of tokens whose text is not certain yet
 
-    def add(self, delta: Json, logprobs: Json | None) -> Iterator[Json]:
-        """Let the items grow by a chat's message or delta."""
-        self._untold += (logprobs or {}).get("content") or []
+    def add(self, told: Json) -> Iterator[Json]:
+        """Let the items grow by what a choice of a chat that is streamed grew by."""
+        delta, self.reason = told["delta"], told["finish_reason"] or self.reason
+        self._untold += (told["logprobs"] or {}).get("content") or []
         if text := delta.get("content"):
             yield from self._write(text)
         for call in delta.get("tool_calls") or ():
@@ -201,6 +204,7 @@ class Output:
         yield self._event("output_text.delta", content_index=0, delta=text, logprobs=logprobs)
 
     def _call(self, call: Json) -> Iterator[Json]:
+        self._untold.clear()  # of a call none are told, nor with the text before it
         function = call["function"]
         if "id" in call:
             yield from self._begin(
@@ -216,7 +220,6 @@ class Output:
         if piece := function.get("arguments"):
             self.items[-1]["arguments"] += piece
             yield self._event("function_call_arguments.delta", delta=piece)
-        self._untold.clear()  # of a call none are told
 
     def _event(self, kind: str, whole: bool = False, **said: Any) -> Json:
         own = {} if whole else {"item_id": self.items[-1]["id"]}

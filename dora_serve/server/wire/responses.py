@@ -149,7 +149,7 @@ _Told = Literal["message.output_text.logprobs", "reasoning.encrypted_content"]
 # Named as in a chat.
 _SAME = (
     "model temperature top_p top_k min_p presence_penalty frequency_penalty repetition_penalty "
-    "seed stop stop_token_ids ignore_eos logit_bias skip_special_tokens stream metadata "
+    "seed stop stop_token_ids ignore_eos logit_bias skip_special_tokens metadata "
     "include_stop_str_in_output structured_outputs chat_template_kwargs parallel_tool_calls"
 ).split()
 
@@ -221,6 +221,7 @@ class ResponsesRequest(Parameters):
         return {
             **given,
             "messages": self._messages(),
+            "stream": True,  # whole or not, an answer is what its pieces make of it
             "continue_final_message": self._goes_on,
             "max_completion_tokens": self.max_output_tokens,
             "logprobs": told,
