@@ -24,6 +24,7 @@ from .desired import Desired
 _PASSING = (429, 502, 503, 504)  # what a proxy says, or a server that is busy
 _TIMEOUT = 120.0  # loading an adapter waits for the step that the server is in
 _REFUSAL = "refused.json"
+_OTHER = "dora-serve"  # whose models are those of `up` with ONNX Runtime
 _RENAME = "rename the run's folder"
 
 
@@ -63,6 +64,9 @@ class Server:
         try:
             with _answering(), urlopen(self._request("/v1/models"), timeout=_TIMEOUT) as answer:
                 cards = json.load(answer)["data"]
+                if any(card.get("owned_by") == _OTHER for card in cards):
+                    # It takes runs of its own folder alone, and would lose what is unloaded here.
+                    raise OSError("it is no vLLM, but serves its own folder with ONNX Runtime")
                 found = {card["id"]: Path(card["root"]) for card in cards if card.get("parent")}
                 self.bases = {card["id"] for card in cards if not card.get("parent")}
         except OSError:

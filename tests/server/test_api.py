@@ -12,10 +12,12 @@ import numpy as np
 import openai
 import pytest
 import torch
+from click.testing import CliRunner
 from transformers import AutoModel, AutoTokenizer
 
 from converters.model.base import open_base
 from dora_serve import read_run
+from dora_serve.commands import dora_serve
 from dora_serve.proof.live import LiveModel
 from tests.conftest import MODELS
 from tests.engines.decoders import greedy
@@ -337,3 +339,14 @@ def test_what_a_turn_computed_is_not_computed_again(client: openai.OpenAI, serve
         len(prompt) + 9 * len(turn),
         16 + 32 + 0 + 32 + 5 * 32,
     ]
+
+
+def test_watch_is_for_vllm(server: Server, client: openai.OpenAI) -> None:
+    """It would unload what is served, and have nothing that this server loads."""
+    before = [model.id for model in client.models.list()]
+    base = server.root / BASE
+    words = ["watch", str(server.root), "--base", str(base), "--once", "--server", server.url]
+    done = CliRunner().invoke(dora_serve, words)
+    assert done.exit_code == 1
+    assert "it is no vLLM" in done.output
+    assert [model.id for model in client.models.list()] == before
