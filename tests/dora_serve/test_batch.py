@@ -10,6 +10,7 @@ import os
 import shutil
 import signal
 import subprocess
+import tempfile
 import threading
 import time
 from collections.abc import Callable, Sequence
@@ -190,8 +191,7 @@ def test_ctrl_c_leaves_a_status_that_the_next_goes_on_from(
     manifest = write_manifest(tmp_path / "all.jsonl", runs, llama_base)
     out = tmp_path / "out"
     command = [str(EXPORT), "batch", str(manifest), str(out), "--workers", "2"]
-    temporary = tmp_path / "temporary"
-    temporary.mkdir()
+    temporary = Path(tempfile.mkdtemp())  # not below `tmp_path`: of a socket's path 107 bytes count
     with subprocess.Popen(
         command,
         stdout=subprocess.PIPE,
@@ -210,6 +210,7 @@ def test_ctrl_c_leaves_a_status_that_the_next_goes_on_from(
     assert all((out / name / "dora_export.json").is_file() for name in before["done"])
     wait_for(lambda: not litter(out))
     left = {path.name for path in temporary.iterdir()}
+    shutil.rmtree(temporary)
     assert left <= {f"torchinductor_{getpass.getuser()}"}, left
 
     again = batch(manifest, out)

@@ -154,7 +154,7 @@ def test_a_folder_that_is_no_run_is_told_what_it_is(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     "words",
-    [("check", "x/no"), ("lint", "x/no"), ("batch", "x/no", "out"),
+    [("check", "x/no"), ("lint", "x/y/no"), ("batch", "x/no", "out"),
      ("merge", RUN, "out", "--base", "./no"), ("merge", RUN, "out", "--base", "/x/no"),
      ("inspect", "x/y/no"), ("verify", RUN, "x/no", "--base", BASE)],
 )  # fmt: skip

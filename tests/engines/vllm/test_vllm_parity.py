@@ -33,14 +33,7 @@ FLAGS = {
 }
 
 
-# Only another vLLM answers otherwise than is kept: the others are asked by whoever takes one.
-ASKED = [
-    pytest.param(name, marks=() if name == "decoder" else pytest.mark.further)
-    for name in parity_more.GROUPS
-]
-
-
-@pytest.fixture(scope="module", params=ASKED)
+@pytest.fixture(scope="module", params=parity_more.GROUPS)
 def group(
     request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[tuple[str, str]]:
@@ -71,6 +64,8 @@ def keep(file: Path, found: object) -> None:
     file.write_text(json.dumps(found, indent=1, ensure_ascii=False) + "\n")
 
 
+# Only another vLLM answers otherwise than is kept: it is asked by whoever takes one.
+@pytest.mark.further
 def test_the_kept_answers_are_vllms(group: tuple[str, str]) -> None:
     name, url = group
     if name == "decoder":
