@@ -109,7 +109,7 @@ def _started(context: ForkServerContext, pipe: Connection, share: list[int]) -> 
                     "no worker process can be started",
                     found=str(error) or "what starts them was killed",
                     remedy="look whether memory ran out (dmesg), and run again with fewer "
-                    "`workers`",
+                    "`workers`; where a path is too long, with a shorter TMPDIR",
                 ) from None
             time.sleep(PULSE)  # until the system knows that it ended
         else:

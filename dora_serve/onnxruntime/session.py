@@ -81,10 +81,11 @@ class Session:
         """The outputs by name. `gives_back`: what the run takes of memory is not kept for the next
         one, which takes longer then. Raises `EngineError` when the graph cannot be run with
         `feeds`."""
-        import onnxruntime
-
-        options = onnxruntime.RunOptions()
+        options = None
         if gives_back:
+            import onnxruntime
+
+            options = onnxruntime.RunOptions()
             options.add_run_config_entry(*_SHRINKS)
         try:
             found = self.inference.run(self.outputs, self.taken(feeds), options)
